@@ -1,8 +1,8 @@
-//! The version with the commit that it was built from: `0.1.0 (1a2b3c4d5e6f)`; the version alone
-//! where there is no git.
+//! Computes the version with its commit: `0.1.0 (1a2b3c4d5e6f)`, or the version alone outside a
+//! repository.
 //!
-//! `UNDERPASS_COMMIT` names the commit where sources are built without their repository. No program
-//! of git is run.
+//! Builds without the repository can set the commit in `UNDERPASS_COMMIT`. The script does not run
+//! git.
 
 #![expect(clippy::disallowed_methods, reason = "cargo tells a build script by the environment")]
 
@@ -21,21 +21,20 @@ fn main() {
     println!("cargo::rustc-env=UNDERPASS_VERSION={version}");
 }
 
-/// The commit that is checked out in the repository whose `proxy` this is
-/// (gitrepository-layout(5)).
+/// The checked-out commit of the repository that contains this folder (gitrepository-layout(5)).
 fn commit() -> Option<String> {
     let root = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").ok()?).parent()?.to_owned();
     let git = git_folder(&root)?;
     let head = read(&git.join("HEAD"))?;
     let Some(name) = head.strip_prefix("ref: ") else { return Some(head) };
-    // A worktree has a HEAD of its own, and shares the branches.
+    // A worktree has its own HEAD, but shares the branches.
     let shared = read(&git.join("commondir")).map(|folder| git.join(folder));
     let folders = [Some(git), shared];
     let mut folders = folders.iter().flatten();
     folders.find_map(|folder| read(&folder.join(name)).or_else(|| packed(folder, name)))
 }
 
-/// `.git`, or what that names in a worktree.
+/// `.git`, or the folder that a worktree's `.git` file names.
 fn git_folder(root: &Path) -> Option<PathBuf> {
     let git = root.join(".git");
     if git.is_dir() {
@@ -51,8 +50,8 @@ fn packed(folder: &Path, name: &str) -> Option<String> {
     Some(line.trim().to_owned())
 }
 
-/// The trimmed text of a small file. cargo watches the file from now on, or the nearest folder that
-/// exists while the file does not: a branch that is packed has no file until its next commit.
+/// The trimmed text of a small file. cargo then watches the file, or its nearest existing folder: a
+/// packed branch has no file until its next commit.
 fn read(file: &Path) -> Option<String> {
     if let Some(watched) = file.ancestors().find(|path| path.exists()) {
         println!("cargo::rerun-if-changed={}", watched.display());

@@ -32,9 +32,9 @@ use underpass_benches::{RequestMode, Traffic, runtime_with_pods};
 use underpass_interception::Namespace;
 use underpass_tests::{CLIENT, Family, Mesh, Pki, Pod, Proxy, SERVER, Settings, World};
 
-/// The ports of held connections. Several are needed, as the client's ephemeral ports limit the
-/// connections to each.
-const HELD: [u16; 4] = [9101, 9102, 9103, 9104];
+/// The ports of held connections. Several are needed, because ephemeral ports limit the connections
+/// of a client to each.
+const HELD_PORTS: [u16; 4] = [9101, 9102, 9103, 9104];
 /// The port that answers requests.
 const ANSWER: u16 = 9003;
 const MESSAGE: usize = 100;
@@ -83,10 +83,10 @@ impl Pods {
     }
 }
 
-/// Starts an application that holds connections and one that answers, on a thread of their own.
+/// Starts an application that holds connections and one that answers, on a separate thread.
 fn serve(pod: &Pod) {
     in_pod(pod.namespace(), async || {
-        for port in HELD.into_iter().chain([ANSWER]) {
+        for port in HELD_PORTS.into_iter().chain([ANSWER]) {
             let listener = TcpListener::bind(("0.0.0.0", port)).await.expect("a free port");
             tokio::spawn(async move {
                 loop {
@@ -106,7 +106,7 @@ async fn answer(mut stream: TcpStream) {
     }
 }
 
-/// Runs `work` on a thread in the pod, with a runtime of its own.
+/// Runs `work` on a new thread in the pod, with a separate runtime.
 fn in_pod<T: Send + 'static>(
     pod: &Namespace,
     work: impl AsyncFnOnce() -> T + Send + 'static,
@@ -133,7 +133,7 @@ async fn terminate(connections: usize) {
     let mut proxy = pods.proxy(&pods.server, &file).await;
     let (opened, ended) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let counts = (opened.clone(), ended.clone());
-    let servers = HELD.map(|port| pods.server.at(Family::V4, port));
+    let servers = HELD_PORTS.map(|port| pods.server.at(Family::V4, port));
     in_pod(pods.client.namespace(), async move || {
         let mut held = JoinSet::new();
         for server in servers.into_iter().cycle().take(connections) {
@@ -151,14 +151,14 @@ async fn terminate(connections: usize) {
     });
     reach(&opened, connections).await;
     let calm = latencies(&pods, 1, Duration::from_secs(2)).await;
-    let ports: Vec<_> = HELD.iter().map(u16::to_string).collect();
+    let ports: Vec<_> = HELD_PORTS.iter().map(u16::to_string).collect();
     let rules = format!("[[[{{destinationPorts: [{}]}}]]]", ports.join(", "));
     let measured = requests(&pods, 1);
     let began = Instant::now();
     assert_eq!(write(usual().policy("closed", "Deny", &rules)), file);
     reach(&ended, connections).await;
     let all_ended = began.elapsed();
-    let line = proxy.line(&["the change is in force", "generation=2"]).await;
+    let line = proxy.line(&["the change of the mesh is in force", "generation=2"]).await;
     let took = line.split_whitespace().find(|word| word.starts_with("took=")).unwrap_or_default();
     let (mut during, mut calm) = (stopped(measured), calm);
     println!(
@@ -179,7 +179,7 @@ async fn reach(counter: &AtomicUsize, all: usize) {
     }
 }
 
-/// Starts requests that are measured until [`stopped`].
+/// Starts requests whose latencies are recorded until [`stopped`].
 fn requests(pods: &Pods, connections: usize) -> Traffic {
     let server = pods.server.at(Family::V4, ANSWER);
     let traffic =
@@ -243,7 +243,8 @@ async fn update() {
         with.append(&mut changing);
     }
     println!("| all | {} | {} | |", figures(&mut without), figures(&mut with));
-    let changes = [&client, &server].map(|proxy| proxy.count(&["the change is in force"]));
+    let changes =
+        [&client, &server].map(|proxy| proxy.count(&["the change of the mesh is in force"]));
     println!("\nchanges in force: {changes:?} (client's proxy, server's proxy)");
 }
 

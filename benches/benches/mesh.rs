@@ -29,7 +29,7 @@ use underpass_interception::{Inotify, run_in_background};
 
 /// The number of files of the watched mesh.
 const FILES: u32 = 100;
-/// The number of files that change, one after the other.
+/// The number of files that change, one after another.
 const CHANGES: u32 = 5;
 /// The number of lookups per figure.
 const LOOKUPS: u32 = 1_000_000;
@@ -136,7 +136,7 @@ fn per_second(began: Instant) -> f64 {
     f64::from(LOOKUPS) / began.elapsed().as_secs_f64() / 1e6
 }
 
-/// A number far from the previous one, to defeat the processor's cache.
+/// A number far from the previous one, to defeat the CPU cache.
 fn scatter(n: u32) -> u32 {
     n.wrapping_mul(2_654_435_761)
 }
@@ -150,7 +150,7 @@ fn hostname(service: u32) -> String {
     format!("svc-{service}.ns-{}.svc.cluster.local", service % 500)
 }
 
-/// A document as a control plane would write it, of a mesh with `all` items: with all common keys,
+/// A document in the style of a control plane, of a mesh with `all` items. It has all common keys,
 /// or only required ones if `lean`.
 fn mesh(
     workloads: Range<u32>,
@@ -212,7 +212,8 @@ fn mesh(
 fn processor_seconds() -> f64 {
     const TICKS_PER_SECOND: f64 = 100.0;
     let stat = fs::read_to_string("/proc/self/stat").expect("/proc is there");
-    // The name of the program may contain anything; the third field follows its closing bracket.
+    // The name of the program may contain any character. The third field follows the name's closing
+    // bracket.
     let (_, fields) = stat.rsplit_once(')').expect("the format of proc_pid_stat(5)");
     let ticks = fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<f64>());
     ticks.map(|ticks| ticks.expect("it is a number")).sum::<f64>() / TICKS_PER_SECOND

@@ -6,12 +6,12 @@
 //! * **pool**: another stream of an open tunnel, including CONNECT and its response.
 //! * **copy**: bulk between two TCP connections on loopback, and from one into an in-memory tunnel,
 //!   including both ends.
-//! * **registry**: idle connections terminated all at once, without their sockets.
+//! * **registry**: termination of all idle connections at once, without their sockets.
 //! * **route** and **policy**: a decision in a mesh with 10,000 workloads, and with 10,000 policies
 //!   of which five apply to the workload.
 //! * **rules**: settings to a plan, and a plan to text.
 //!
-//! Copying and routing are private to the proxy: `underpass::bench` exposes them for this program.
+//! Relaying and routing are private to the proxy: `underpass::bench` exposes them for this program.
 //! Everything runs on one thread.
 
 #![expect(
@@ -148,7 +148,7 @@ fn id(text: &str) -> SpiffeId {
     text.parse().expect("an identity")
 }
 
-/// Runs `each` as often as criterion requests. Returns the total time.
+/// Runs `each` the number of times that criterion requests. Returns the total time.
 async fn timed(times: u64, mut each: impl AsyncFnMut()) -> Duration {
     let began = Instant::now();
     for _ in 0..times {
@@ -205,7 +205,7 @@ async fn receive(reader: &mut TunnelReader, bytes: usize) {
 fn pool(criterion: &mut Criterion, runtime: &Runtime) {
     let mut sides = InMemoryPair::new();
     let pool = sides.pool();
-    // The first stream pays for the handshake.
+    // The first stream includes the handshake, so it is not measured.
     let held = runtime.block_on(sides.stream(&pool));
     criterion.bench_function("pool/stream", |bencher| {
         bencher.iter_custom(|times| {
@@ -295,7 +295,7 @@ fn route(criterion: &mut Criterion) {
         let mut member = 0;
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
-                // Far from the previous one, to defeat the processor's cache.
+                // Far from the previous one, to defeat the CPU cache.
                 member = (member + 7919) % of;
                 black_box(router.has_route(address(network, member, port)))
             });
@@ -310,7 +310,7 @@ fn address(network: u8, member: usize, port: u16) -> SocketAddr {
     (Ipv4Addr::new(network, 0, b, c), port).into()
 }
 
-/// The document of a mesh: workloads, each one of the ten endpoints of a service.
+/// The mesh file: each workload is one of ten endpoints of a service.
 fn members() -> String {
     let mut text = String::from("workloads:\n");
     for member in 0..MEMBERS {

@@ -1,9 +1,9 @@
-//! Measures a node daemon with many idle pods: `cargo bench -p underpass-benches --bench node
-//! [-- --pods 1000]`.
+//! Measures a node daemon with many idle pods: `cargo bench -p underpass-benches --bench node [--
+//! --pods 1000]`.
 //!
-//! Each pod is a network namespace with a link to the node, an identity of its own from a local CA,
-//! and rules of its own. Measured are the time from the first file of a pod to the last served pod,
-//! and what the daemon needs while all pods are idle.
+//! Each pod is a network namespace with a link to the node, a separate identity from a local CA,
+//! and separate rules. Measured are the time from the first file of a pod to the last served pod,
+//! and the resources of the daemon while all pods are idle.
 
 #![expect(
     clippy::expect_used,
@@ -23,10 +23,10 @@ use underpass_benches::{Idle, bench_arguments, runtime_with_pods};
 use underpass_interception::{Endpoint, IpNet, Namespace, veth};
 use underpass_tests::{Pki, Pod, Proxy, Settings, World, http_get};
 
-/// The pause between two reads of the pods' status.
-const POLL: Duration = Duration::from_millis(20);
-/// A node that does not serve all pods by then fails the bench.
-const LIMIT: Duration = Duration::from_secs(300);
+/// The interval of reading the pods' status.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// Timeout for serving all pods.
+const SERVE_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Measure a node daemon with many idle pods
 #[derive(Debug, Parser)]
@@ -73,8 +73,8 @@ async fn measure(options: &Options) {
     }
     let served = |text: &str| text.lines().filter(|line| line.ends_with(" serving")).count();
     while served(&status(&node).await) < pods.len() {
-        assert!(began.elapsed() < LIMIT, "not served in time:\n{}", status(&node).await);
-        sleep(POLL).await;
+        assert!(began.elapsed() < SERVE_TIMEOUT, "not served in time:\n{}", status(&node).await);
+        sleep(POLL_INTERVAL).await;
     }
     let took = began.elapsed();
     sleep(Duration::from_secs(options.seconds)).await;
@@ -98,14 +98,14 @@ async fn measure(options: &Options) {
 }
 
 /// A pod that is not served yet.
-struct Made {
+struct UnservedPod {
     name: String,
     namespace: Namespace,
     address: Ipv4Addr,
 }
 
-impl Made {
-    /// Its file in the folder of pods.
+impl UnservedPod {
+    /// The content of its file in the folder of pods.
     fn file(&self) -> String {
         let Self { name, namespace, address } = self;
         let path = namespace.path().display();
@@ -115,8 +115,8 @@ impl Made {
     }
 }
 
-/// Makes a pod with a default route to the node.
-async fn made(node: &Pod, number: u16) -> Made {
+/// Creates a pod with a default route to the node.
+async fn made(node: &Pod, number: u16) -> UnservedPod {
     let name = format!("pod-{number}");
     let namespace = Namespace::create_named(&format!("bench-{name}")).expect("a namespace");
     namespace.set_loopback_up().await.expect("a loopback interface");
@@ -138,14 +138,14 @@ async fn made(node: &Pod, number: u16) -> Made {
         default_route: false,
     };
     veth(&inside, &outside).await.expect("a link");
-    Made { name, address: address(1), namespace }
+    UnservedPod { name, address: address(1), namespace }
 }
 
 /// Starts the daemon with an empty folder of pods.
-async fn started(world: &World, node: &Pod, pods: &[Made], folder: &Path) -> Proxy {
+async fn started(world: &World, node: &Pod, pods: &[UnservedPod], folder: &Path) -> Proxy {
     let pki = Pki::new(world.folder());
     let mut mesh = String::from("workloads:\n");
-    for Made { name, address, .. } in pods {
+    for UnservedPod { name, address, .. } in pods {
         writeln!(
             mesh,
             "- {{name: {name}, namespace: default, serviceAccount: {name}, workloadIps: [{address}], protocol: HBONE}}"

@@ -22,7 +22,8 @@ const NAMESPACES: usize = 1111;
 const POLICIES: usize = 9;
 const RULES: usize = 10;
 const ROUNDS: usize = 1001;
-/// Decisions per figure: about a millisecond, so that most rounds are not interrupted.
+/// The decisions per figure. They take about a millisecond, so that most rounds are not
+/// interrupted.
 const DECISIONS: u32 = 200;
 
 fn main() {
@@ -128,7 +129,7 @@ fn policy(text: &mut String, namespace: usize, index: usize, scope: &str) {
     .expect("memory");
     for number in 0..RULES {
         let seed = (namespace * 10 + index) * 10 + number;
-        // All but the last two rules need comparisons of text, as the port matches.
+        // The last two rules differ in the port. All others need comparisons of text.
         let port = "[{destinationPorts: [80, 443, 8080]}]";
         let from = match number {
             _ if index == 0 && number == 0 => "principals: [!Exact td/ns/foes/sa/first]".to_owned(),

@@ -20,8 +20,9 @@ use underpass_config::Sources;
 use underpass_interception::{Interception, Namespace, NamespaceAccess, Ports, enter_sandbox};
 
 const ROUNDS: usize = 100;
-/// The kernel destroys a namespace asynchronously, which would disturb the next round.
-const DESTRUCTION: Duration = Duration::from_millis(100);
+/// The pause after a round: the kernel destroys a namespace asynchronously, which would disturb the
+/// next round.
+const DESTRUCTION_DELAY: Duration = Duration::from_millis(100);
 /// Connections per figure.
 const CONNECTIONS: u32 = 1000;
 
@@ -29,7 +30,7 @@ fn main() {
     if underpass_benches::bench_arguments().is_none() {
         return;
     }
-    // Namespaces can only be entered by a process with a single thread.
+    // Only a single-threaded process can enter a user namespace.
     enter_sandbox().expect("this user may make namespaces");
     let networks: Vec<_> =
         (0..10_000).map(|n| format!("10.{}.{}.0/25", n / 250, n % 250)).collect();
@@ -75,7 +76,7 @@ fn measure(name: &str, flags: &[&str]) {
         }
         namespace.delete().expect("the namespace is deleted");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-        runtime.expect("a runtime").block_on(async { tokio::time::sleep(DESTRUCTION).await });
+        runtime.expect("a runtime").block_on(async { tokio::time::sleep(DESTRUCTION_DELAY).await });
     }
     let cells: Vec<_> = columns.iter_mut().map(|column| cell(column)).collect();
     println!("| {name} | {} |", cells.join(" | "));

@@ -1,14 +1,14 @@
 //! Measures the cost of one more connection, stream or workload when there are many: `cargo bench
 //! -p underpass-benches --bench scaling [-- --paths hbone --rounds 1 --plot $PWD/docs]`.
 //!
-//! * **connections**: 10 to 10,000 open ones (5,000 in plaintext, which needs two descriptors each
+//! * **connections**: 10 to 10,000 open connections (5,000 in plaintext, with two descriptors each
 //!   in a proxy). Measured are the CPU time of both proxies per request with ten requests in
 //!   flight, per new connection and for concurrent bulk, and the memory per connection.
-//! * **streams**: 1 to 64 with bulk.
-//! * **workloads**: 10 to 100,000 additional ones in the mesh. Measured are the time until
+//! * **streams**: 1 to 64 streams with bulk.
+//! * **workloads**: 10 to 100,000 additional workloads in the mesh. Measured are the time until
 //!   readiness, memory, and CPU time per new connection and request.
 //!
-//! Each measurement has a path of its own. Figures are medians of the rounds. Plots are written as
+//! Each measurement has a separate path. Figures are medians of the rounds. Plots are written as
 //! `scaling-….svg` to `target/bench` or to the folder given by `--plot`.
 
 #![expect(

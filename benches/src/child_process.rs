@@ -1,17 +1,17 @@
-//! Child processes of a bench, which run this same program with `--part`.
+//! Child processes of a bench, which run this program with `--part`.
 //!
-//! Relays run in child processes so that their CPU time can be measured. Thousands of clients do,
-//! because one process may have too few file descriptors for both ends of their connections. A
-//! child reports its readiness on standard output, and ends with its standard input. `roles` runs
-//! its role.
+//! Relays run in child processes so that their CPU time can be measured. Thousands of clients run
+//! in child processes, because one process may have too few file descriptors for both ends of their
+//! connections. A child reports its readiness on standard output, and ends when its standard input
+//! is closed. `roles` runs its role.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use underpass_interception::Namespace;
 
-/// The option that marks a child process; its role follows.
-pub(crate) const PART: &str = "--part";
+/// The option that marks a child process. The role follows it.
+pub(crate) const CHILD_OPTION: &str = "--part";
 
 /// A running child process. Dropping it ends the process.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl ChildProcess {
     pub(crate) fn start(pod: &Namespace, arguments: &[String]) -> Self {
         let program = std::env::current_exe().expect("this program has a path");
         let mut command = Command::new(program);
-        command.arg(PART).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.arg(CHILD_OPTION).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         let spawned = pod.run(|| command.spawn()).expect("the pod can be entered");
         let mut child = spawned.expect("the child starts");
         let stdin = child.stdin.take().expect("it is piped");

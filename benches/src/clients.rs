@@ -21,7 +21,7 @@ use underpass_interception::Namespace;
 use crate::child_process::{ChildProcess, ready, wait_for_parent};
 use crate::load::{OPERATION_TIMEOUT, RequestMode, micros, send_request};
 
-/// The timeout of a connection of a storm, which allows for several retransmissions of its SYN.
+/// Timeout of a connection of a storm. It allows several retransmissions of the SYN.
 const STORM_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The number of requests in flight of a [`ClientSet`]. It is constant, because more of them would
@@ -34,7 +34,7 @@ pub(crate) struct Storm {
     /// The time until the last connection was answered or failed.
     pub(crate) seconds: f64,
     pub(crate) failed: u32,
-    /// Latencies of successful requests, from the connect to the end of the answer, in
+    /// The latencies of successful requests, from the connect to the end of the answer, in
     /// microseconds, unsorted.
     pub(crate) latencies: Vec<u32>,
 }
@@ -83,7 +83,7 @@ async fn storm_client(server: SocketAddr) -> Option<u32> {
     Some(micros(began))
 }
 
-/// Open connections, each of which has carried a request. Dropping it closes them.
+/// Open connections, each of which has carried a request. Dropping the set closes them.
 #[derive(Debug)]
 pub(crate) struct ClientSet(ChildProcess);
 

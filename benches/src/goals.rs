@@ -1,7 +1,7 @@
 //! The performance goals of the proxy. A goal relative to ztunnel is evaluated only if ztunnel was
 //! measured.
 //!
-//! The goal for installing rules (3 ms) is in `--bench rules`.
+//! `--bench rules` has the goal for installing rules (3 ms).
 
 use std::fmt;
 
@@ -9,14 +9,15 @@ use serde_json::{Value, json};
 
 use crate::options::PathName::{self, Hbone, Plain, RelaySplice, ZtunnelHbone, ZtunnelPlain};
 use crate::workload::{
-    AT_REST, BITS, CONNECTIONS, CPU_EACH, CPU_PER_BYTE, MEDIAN, PER_IDLE, REQUESTS,
+    AT_REST, BITS, CONNECTIONS, CPU_EACH, CPU_PER_BYTE, KIB_PER_IDLE_CONNECTION, MEDIAN, REQUESTS,
 };
 
-/// A goal: a figure of a workload on a path, absolute or relative to another path.
+/// A goal for a figure of a workload on a path, absolute or relative to another path.
 #[derive(Debug)]
 pub(crate) struct Goal {
     pub(crate) workload: &'static str,
-    /// The name of the figure, or the common prefix of several; then the largest counts.
+    /// The name of the figure, or the common prefix of several figures, of which the largest
+    /// counts.
     pub(crate) figure: &'static str,
     pub(crate) path: PathName,
     pub(crate) against: Option<PathName>,
@@ -46,8 +47,8 @@ pub(crate) const GOALS: &[Goal] = &[
     goal("requests x64", REQUESTS, Plain, Some(ZtunnelPlain), AtLeast(1.4)),
     goal("new connections x16", CONNECTIONS, Hbone, Some(ZtunnelHbone), AtLeast(1.6)),
     goal("new connections x16", CONNECTIONS, Plain, Some(ZtunnelPlain), AtLeast(1.6)),
-    goal("idle x2000", PER_IDLE, Hbone, None, AtMost(4.0)),
-    goal("idle x2000", PER_IDLE, Plain, None, AtMost(4.0)),
+    goal("idle x2000", KIB_PER_IDLE_CONNECTION, Hbone, None, AtMost(4.0)),
+    goal("idle x2000", KIB_PER_IDLE_CONNECTION, Plain, None, AtMost(4.0)),
     goal("idle x2000", AT_REST, Hbone, None, AtMost(8.0)),
     goal("idle x2000", AT_REST, Plain, None, AtMost(8.0)),
 ];
@@ -91,7 +92,7 @@ impl Goal {
     }
 }
 
-/// "bulk x1, Gbit/s: hbone ≥ 1.45 × ztunnel-hbone".
+/// For example `bulk x1, Gbit/s: hbone ≥ 1.45 × ztunnel-hbone`.
 impl fmt::Display for Goal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (sign, bound) = match self.bound {
@@ -122,7 +123,7 @@ mod tests {
     use crate::workload::Workload;
 
     #[test]
-    fn goal_is_met_on_its_side_of_bound() {
+    fn goal_is_met_on_the_right_side_of_its_bound() {
         let least = goal("", "", Hbone, None, AtLeast(2.0));
         assert_eq!(least.verdict(Some(2.0)), Verdict::Met);
         assert_eq!(least.verdict(Some(1.0)), Verdict::MissedBy(0.5));

@@ -1,4 +1,4 @@
-//! Reads the resources that an idle process needs.
+//! Reads the resources of an idle process.
 
 use std::fmt;
 use std::fs;
@@ -9,25 +9,24 @@ use crate::process::{cpu_seconds, open_files};
 /// The resources of a process.
 #[derive(Debug, Clone, Copy)]
 pub struct Idle {
-    /// Memory that it shares with no other process, in KiB (proc_pid_smaps(5)).
+    /// The memory that the process shares with no other one, in KiB (proc_pid_smaps(5)).
     pub private_kib: f64,
-    /// Its open files.
+    /// The number of open files.
     pub descriptors: f64,
-    /// Its threads.
+    /// The number of threads.
     pub threads: usize,
-    /// Its inotify instances.
+    /// The number of inotify instances.
     pub inotify: usize,
-    /// How often its threads were given a CPU, since each of them started.
+    /// The number of context switches to the current threads, each since its start.
     pub switches: f64,
-    /// The CPU time that it has used.
+    /// The CPU time in seconds.
     pub cpu_seconds: f64,
 }
 
 impl Idle {
     /// Reads `/proc/PID`.
     ///
-    /// # Panics
-    /// The process has ended, or is another user's.
+    /// # Panics The process has ended, or belongs to another user.
     #[must_use]
     pub fn read(process: u32) -> Self {
         let proc = PathBuf::from(format!("/proc/{process}"));
@@ -62,7 +61,7 @@ impl fmt::Display for Idle {
     }
 }
 
-/// The sum of the values of the lines that begin with `start`, as in `Private_Dirty:  12 kB`.
+/// The sum of the values on lines that begin with `start`, such as `Private_Dirty:  12 kB`.
 fn sum(text: &str, start: &str) -> f64 {
     let values = text.lines().filter(|line| line.starts_with(start));
     values.filter_map(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok()).sum()
@@ -77,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sums_switches_and_private_memory() {
+    fn sums_context_switches_and_private_memory() {
         let status = "Name:\tx\nvoluntary_ctxt_switches:\t7\nnonvoluntary_ctxt_switches:\t2\n";
         assert_eq!(switches(status), 9.0);
         let rollup = "Rss: 99 kB\nPrivate_Clean: 10 kB\nPrivate_Dirty: 5 kB\n";

@@ -1,4 +1,4 @@
-//! Measures paths between two pods in one session: the library behind `cargo bench -p
+//! Measures paths between two pods in one session: the library of `cargo bench -p
 //! underpass-benches`.
 //!
 //! In reading order:
@@ -9,7 +9,7 @@
 //!   clients, `server` is the server, and `process` reads the resources of proxies. `child_process`
 //!   starts helper processes, whose roles `roles` runs;
 //! * `report` combines the rounds: the table, the ratios, the `goals`, the JSON;
-//! * `idle` reads what a process needs while it does nothing;
+//! * `idle` reads the resources of an idle process;
 //! * `scaling` repeats some loads at growing sizes, and `plot` draws the results.
 //!
 //! Benches check no behaviour; the tests crate does. A bench stops at an error.
@@ -55,8 +55,7 @@ pub use workload::{Figure, Workload};
 /// The sandbox cannot be entered, or the binary cannot be built.
 #[must_use]
 pub fn runtime_with_pods() -> tokio::runtime::Runtime {
-    // Built before entering the sandbox, which hides cargo's home; with the profile of this
-    // program.
+    // Build before entering the sandbox, which hides cargo's home.
     underpass_tests::binary();
     enter_sandbox().expect("this user may make namespaces");
     raise_open_files().expect("the limit of open files can be raised");

@@ -1,4 +1,4 @@
-//! The client of every load, in pod-a: traffic that flows until it is stopped.
+//! The client of every load, in pod-a: traffic that runs until it is stopped.
 //!
 //! Bulk uses a blocking thread per stream. Requests of all connections share one thread with one
 //! epoll loop, which leaves the CPUs to the proxies.
@@ -20,7 +20,7 @@ use crate::server::{BLOCK, MESSAGE};
 /// The timeout of every operation.
 pub(crate) const OPERATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// The time without progress after which a connection counts as full.
-const FULL: Duration = Duration::from_millis(500);
+const FULL_AFTER: Duration = Duration::from_millis(500);
 
 const WARMING_UP: u8 = 0;
 const MEASURING: u8 = 1;
@@ -33,7 +33,7 @@ pub(crate) enum BulkDirection {
     Down,
 }
 
-/// How connections are used for requests.
+/// The connections of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestMode {
     /// All requests on one connection.
@@ -140,7 +140,7 @@ pub(crate) fn stalled(pod: &Namespace, server: SocketAddr, connections: usize) -
 
 fn fill(server: SocketAddr) -> TcpStream {
     let mut stream = connect(server);
-    stream.set_write_timeout(Some(FULL)).expect("SO_SNDTIMEO");
+    stream.set_write_timeout(Some(FULL_AFTER)).expect("SO_SNDTIMEO");
     let block = vec![0; BLOCK];
     while stream.write(&block).is_ok() {}
     stream

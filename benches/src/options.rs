@@ -8,8 +8,8 @@ use clap::{Parser, ValueEnum};
 
 use crate::roles::run_child_role;
 
-/// The arguments of the program if it should measure. `cargo bench` passes `--bench`; `cargo test`
-/// runs benches without it, and then this prints a notice.
+/// The arguments of the program if it should measure. `cargo bench` passes `--bench`. `cargo test`
+/// runs benches without it, and then this function prints a notice.
 #[expect(clippy::print_stdout, reason = "a bench's output is its result")]
 #[must_use]
 pub fn bench_arguments() -> Option<Vec<String>> {
@@ -61,8 +61,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// The options of this process, if it should measure: `cargo bench` started it, and it is no
-    /// child process of a bench. Invalid options end the process.
+    /// The options of this process, if it should measure: `cargo bench` has started it, and it is
+    /// not a child process of a bench. Invalid options end the process.
     #[must_use]
     pub fn from_arguments() -> Option<Self> {
         if run_child_role() {
@@ -95,10 +95,10 @@ impl Options {
     }
 }
 
-/// How a ztunnel serves its pod.
+/// The mode in which a ztunnel serves its pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum ZtunnelMode {
-    /// From a node's namespace of its own, like a DaemonSet with istio-cni
+    /// From a separate namespace of the node, like a DaemonSet with istio-cni
     Shared,
     /// From within the pod
     Dedicated,
@@ -148,18 +148,18 @@ pub enum PathName {
 }
 
 impl PathName {
-    /// Returns true if ztunnels are between the pods.
+    /// Whether ztunnels are between the pods.
     #[must_use]
     pub fn is_ztunnel(self) -> bool {
         matches!(self, Self::ZtunnelPlain | Self::ZtunnelHbone)
     }
 
-    /// Returns true if relays are between the pods.
+    /// Whether relays are between the pods.
     pub(crate) fn is_relay(self) -> bool {
         matches!(self, Self::RelayCopy | Self::RelaySplice)
     }
 
-    /// Returns true if proxies of either kind are between the pods.
+    /// Whether proxies of either kind are between the pods.
     pub(crate) fn has_proxies(self) -> bool {
         self != Self::Direct && !self.is_relay()
     }

@@ -1,4 +1,4 @@
-//! The paths between two pods. Each has its own pods, so that all exist concurrently and alternate:
+//! The paths between two pods. Each path has separate pods, so that all paths can alternate:
 //!
 //! ```text
 //! direct   client ─────────────────────────────────────────── server
@@ -25,7 +25,7 @@ use crate::server::{BACKLOG, PORTS, Server};
 use crate::ztunnel::{self, Ztunnel};
 
 /// The offset from a server's port to that of the relay in its pod.
-const RELAYED: u16 = 1000;
+const RELAY_PORT_OFFSET: u16 = 1000;
 
 /// A large range of ephemeral ports, for tens of thousands of new connections.
 const EPHEMERAL_PORTS: &str = "10000 65000";
@@ -130,7 +130,7 @@ impl Path {
 
 #[expect(clippy::print_stderr, reason = "a bench is a program for a terminal")]
 impl Drop for Path {
-    /// Prints the end of the proxies' logs if the load failed.
+    /// Prints the end of the proxies' logs after a failure.
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;
@@ -152,7 +152,7 @@ impl Drop for Path {
     }
 }
 
-/// A mesh with additional workloads without traffic.
+/// A mesh with additional workloads, which have no traffic.
 fn others(workloads: usize) -> Mesh {
     let other = |mesh: Mesh, n: usize| {
         let [.., a, b, c] = n.to_be_bytes();
@@ -163,8 +163,8 @@ fn others(workloads: usize) -> Mesh {
 
 fn relays(client: &Pod, server: &Pod, mode: RelayMode) -> Intermediaries {
     let at = |pod: &Pod, port| pod.at(Family::V4, port);
-    let out = PORTS.map(|port| (at(client, port), at(server, port + RELAYED)));
-    let on = PORTS.map(|port| (at(server, port + RELAYED), at(server, port)));
+    let out = PORTS.map(|port| (at(client, port), at(server, port + RELAY_PORT_OFFSET)));
+    let on = PORTS.map(|port| (at(server, port + RELAY_PORT_OFFSET), at(server, port)));
     Intermediaries::Relays(vec![
         relay::start(client.namespace(), mode, &out),
         relay::start(server.namespace(), mode, &on),

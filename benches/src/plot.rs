@@ -1,6 +1,6 @@
-//! Draws a figure over a growing size as SVG. The size is on a logarithmic scale, the figure on a
-//! linear one from 0, so constant cost is a flat line. Grey text on a transparent background is
-//! readable on white and black.
+//! Draws a figure over a growing size as SVG. The size axis is logarithmic, the figure axis linear
+//! from 0, so constant cost is a horizontal line. Grey text on a transparent background is readable
+//! on white and black.
 
 use std::fmt::Write as _;
 
@@ -123,7 +123,7 @@ impl FigureAxis {
 
     fn marks(&self) -> impl Iterator<Item = f64> {
         let marks = (0..=10).map(|number| f64::from(number) * self.step);
-        // Hides rounding errors of floating point.
+        // Rounding hides errors of floating point.
         let shown = marks.map(|mark| format!("{mark:.6}").parse().unwrap_or(mark));
         shown.take_while(|mark| *mark <= self.most * 1.001)
     }

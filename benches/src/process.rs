@@ -31,7 +31,7 @@ pub(crate) fn open_files(process: u32) -> f64 {
 }
 
 fn cpu_ticks(stat: &str) -> Option<f64> {
-    // The second field is a name in parentheses that may contain anything. utime and stime are
+    // The second field is a name in parentheses that may contain any character. utime and stime are
     // fields 14 and 15.
     let (_, after_name) = stat.rsplit_once(") ")?;
     let mut fields = after_name.split(' ').skip(11);

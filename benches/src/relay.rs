@@ -1,8 +1,8 @@
 //! A minimal TCP relay: the lower bound for a userspace proxy. An error ends a connection like FIN.
 //!
 //! One mode copies with one blocking thread per direction, like a proxy that processes the bytes.
-//! The other one moves the bytes inside the kernel with the crate tokio-splice2: one task per
-//! connection, on all processors, and a pipe of 1 MiB per direction.
+//! The other mode moves the bytes inside the kernel with the crate tokio-splice2: one task per
+//! connection, on all CPUs, and a pipe of 1 MiB per direction.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -20,7 +20,7 @@ use crate::server::BACKLOG;
 /// The size of a read.
 const BUFFER: usize = 128 * 1024;
 
-/// How bytes are forwarded.
+/// The method of forwarding.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum RelayMode {
     Copy,
@@ -64,7 +64,7 @@ fn accept(listener: &TcpListener, to: SocketAddr) {
             thread::Builder::new().spawn(move || serve(client, to)).map(drop)
         });
         if served.is_err() {
-            // Out of files or threads: wait for other connections to end.
+            // No file descriptor or thread is left: wait for other connections to end.
             thread::park_timeout(Duration::from_millis(1));
         }
     }
@@ -100,7 +100,7 @@ fn splice_connections(listener: TcpListener, to: SocketAddr) {
         loop {
             match listener.accept().await {
                 Ok((client, _)) => drop(tokio::spawn(splice_connection(client, to))),
-                // Out of files: wait for other connections to end.
+                // No file descriptor is left: wait for other connections to end.
                 Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
             }
         }

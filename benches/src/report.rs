@@ -1,4 +1,4 @@
-//! Combines all rounds in a table for people and in JSON.
+//! Combines all rounds in a table and in JSON.
 //!
 //! A ratio is the median of the ratios within each round, whose figures were measured directly
 //! after each other.
@@ -165,7 +165,7 @@ impl Report {
 
     fn ratio(&self, row: &Row, of: PathName, to: PathName) -> Option<f64> {
         let pairs = self.rounds(row, of)?.iter().zip(self.rounds(row, to)?);
-        // 0/0 is no ratio.
+        // 0/0 is not a ratio.
         let ratios = pairs.map(|(of, to)| of / to).filter(|ratio| ratio.is_finite());
         median(&ratios.collect::<Vec<_>>())
     }
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn ratio_is_taken_within_rounds() {
+    fn ratio_is_computed_within_rounds() {
         let mut report = report(&[PathName::Direct, PathName::Hbone]);
         // The machine slowed down between the rounds, but the ratio is the same.
         let row = Row {

@@ -1,16 +1,15 @@
 //! The roles of a bench's child processes: relays and clients.
 
-use crate::child_process::PART;
+use crate::child_process::CHILD_OPTION;
 use crate::{clients, relay};
 
-/// Runs the role of this process if it is a child of a bench. Returns `false` if it is not.
+/// Runs the role of this process if it is a child of a bench. Returns `false` otherwise.
 ///
-/// # Panics
-/// The role had an error, or is unknown.
+/// # Panics The role had an error, or is unknown.
 #[must_use]
 pub(crate) fn run_child_role() -> bool {
     let mut arguments = std::env::args().skip(1);
-    if arguments.next().as_deref() != Some(PART) {
+    if arguments.next().as_deref() != Some(CHILD_OPTION) {
         return false;
     }
     let arguments: Vec<_> = arguments.collect();

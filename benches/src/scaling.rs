@@ -49,7 +49,7 @@ impl Dimension {
         }
     }
 
-    /// The name in plural, also in names of files.
+    /// The name in plural, which is also part of file names.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -60,7 +60,7 @@ impl Dimension {
     }
 
     async fn measure(self, name: PathName, size: usize, options: &Options) -> Vec<Point> {
-        // Boxed: the futures are too deeply nested for the compiler otherwise.
+        // Boxed: otherwise the futures are too deeply nested for the compiler.
         match self {
             Self::Connections => Box::pin(connections(name, size, options)).await,
             Self::Streams => Box::pin(streams(name, size, options)).await,
@@ -80,7 +80,7 @@ const BULK: &str = "CPU-s per GB";
 async fn connections(name: PathName, size: usize, options: &Options) -> Vec<Point> {
     let path = Path::set_up(name, options).await;
     let resident = || path.processes().into_iter().map(resident_kib).fold(0.0, f64::max);
-    // Establishes the tunnel, and resources of the first connection.
+    // Establishes the tunnel and other resources of the first connection.
     drop(ClientSet::open(path.client(), path.target(ANSWER), 1));
     let before = resident();
     let mut clients = ClientSet::open(path.client(), path.target(ANSWER), size);
@@ -197,7 +197,7 @@ fn paths(values: &Figures) -> Vec<String> {
     paths
 }
 
-/// "scaling-connections-cpu-us-per-request.svg".
+/// For example `scaling-connections-cpu-us-per-request.svg`.
 fn file_name(what: Dimension, figure: &str) -> String {
     let figure = figure.to_lowercase().replace('µ', "u").replace([' ', '/'], "-");
     format!("scaling-{}-{figure}.svg", what.name())

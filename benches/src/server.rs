@@ -11,11 +11,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::watch;
 use underpass_interception::Namespace;
 
-/// Reads and discards.
+/// Reads and discards data.
 pub(crate) const SINK: u16 = 9001;
 /// Writes until the client closes.
 pub(crate) const SOURCE: u16 = 9002;
-/// Answers every [`MESSAGE`] with one.
+/// Answers every [`MESSAGE`] with a message.
 pub(crate) const ANSWER: u16 = 9003;
 /// Answers one [`MESSAGE`] and closes.
 pub(crate) const ANSWER_ONCE: u16 = 9004;
@@ -35,9 +35,9 @@ pub(crate) const BACKLOG: i32 = 32_768;
 /// The server of one pod. It runs until the process ends.
 #[derive(Debug)]
 pub(crate) struct Server {
-    /// Bytes that the sink has received.
+    /// The number of bytes that the sink has received.
     pub(crate) received: Arc<AtomicU64>,
-    /// Open connections to the sink.
+    /// The number of open connections to the sink.
     pub(crate) sinking: watch::Receiver<usize>,
 }
 
@@ -54,7 +54,7 @@ impl Server {
         serve_bulk(pod, SOURCE, |mut stream| while stream.write_all(&[0; BLOCK]).is_ok() {});
         serve_answers(pod);
         serve_bulk(pod, STALL, |stream| {
-            // The client ends it with RST, because of unread data.
+            // The client ends the connection with RST, because of unread data.
             while stream.take_error().is_ok_and(|error| error.is_none()) {
                 thread::park_timeout(Duration::from_millis(100));
             }
@@ -112,8 +112,8 @@ async fn accept(listener: tokio::net::TcpListener, answers: usize) {
         tokio::spawn(async move {
             let mut message = [0; MESSAGE];
             for _ in 0..answers {
-                // A client that closed its connection is done; a client without an answer reports
-                // it.
+                // A client that has closed its connection has its answers; another client reports
+                // the missing one.
                 let Ok(_) = stream.read_exact(&mut message).await else {
                     return;
                 };

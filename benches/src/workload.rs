@@ -13,11 +13,11 @@ use crate::paths::Path;
 use crate::process::{cpu_seconds, open_files, resident_kib};
 use crate::server::{ANSWER, ANSWER_ONCE, SINK, SOURCE, STALL};
 
-/// The time for TCP windows, and for tunnels, buffers and caches of the proxies to grow.
+/// The time for TCP windows, and the proxies' tunnels, buffers and caches to grow.
 pub(crate) const WARM_UP: Duration = Duration::from_millis(500);
-/// The timeout for data in buffers of the previous load.
-const SETTLE: Duration = Duration::from_secs(10);
-/// The time until a proxy releases the memory of ended connections.
+/// Timeout for data in buffers of the previous load.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The time after which a proxy has released the memory of ended connections.
 const RELEASE_DELAY: Duration = Duration::from_secs(2);
 const IDLE_CONNECTIONS: usize = 2000;
 const STORM_CONNECTIONS: usize = 10_000;
@@ -30,7 +30,7 @@ pub(crate) const REQUESTS: &str = "requests/s";
 pub(crate) const CONNECTIONS: &str = "connections/s";
 pub(crate) const CPU_EACH: &str = "CPU µs each";
 /// The common prefix of both sides' figures.
-pub(crate) const PER_IDLE: &str = "KiB each";
+pub(crate) const KIB_PER_IDLE_CONNECTION: &str = "KiB each";
 pub(crate) const AT_REST: &str = "MiB at rest";
 /// The time after which a process is at rest: the proxy then releases memory that only its start
 /// needed.
@@ -56,7 +56,7 @@ enum Kind {
 pub struct Figure {
     /// The name with its unit.
     pub name: &'static str,
-    /// The value; `None` if it does not exist: a direct path has no proxies.
+    /// The value; `None` if the path has none: a direct path has no proxies.
     pub value: Option<f64>,
 }
 
@@ -80,13 +80,13 @@ impl Workload {
         kinds.iter().copied().map(Self).collect()
     }
 
-    /// Returns true if the workload has figures on such a path: memory needs proxies.
+    /// Whether the workload has figures on such a path: memory needs proxies.
     #[must_use]
     pub fn measures(self, path: PathName) -> bool {
         !self.needs_fresh_proxies() || path.has_proxies()
     }
 
-    /// Returns true if the workload needs a path of its own with unused proxies.
+    /// Whether the workload needs a separate path with unused proxies.
     #[must_use]
     pub fn needs_fresh_proxies(self) -> bool {
         matches!(self.0, Kind::Idle(_) | Kind::Stalls(_))
@@ -144,7 +144,7 @@ pub(crate) async fn bulk(
     let Used { seconds, cpu } = meter.read();
     traffic.stop();
     drop(traffic.latencies());
-    timeout(SETTLE, path.sink_is_idle()).await.expect("what was sent arrives");
+    timeout(SETTLE_TIMEOUT, path.sink_is_idle()).await.expect("what was sent arrives");
     vec![
         Figure { name: BITS, value: Some(gigabytes * 8.0 / seconds) },
         Figure { name: CPU_PER_BYTE, value: cpu.map(|cpu| cpu / gigabytes) },
@@ -161,7 +161,7 @@ pub(crate) struct Meter<'a> {
 /// The time and CPU time between two readings.
 pub(crate) struct Used {
     pub(crate) seconds: f64,
-    /// CPU seconds of the processes between the pods, if any.
+    /// The CPU seconds of the processes between the pods, if there are any.
     pub(crate) cpu: Option<f64>,
 }
 
@@ -262,7 +262,7 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     let resident = || of_all(resident_kib);
     sleep(REST_DELAY).await;
     let at_rest = resident();
-    // Excludes the tunnel and resources of the first connection.
+    // Exclude the tunnel and other resources of the first connection.
     let first = idle(path.client(), path.target(ANSWER), 1);
     let before = resident();
     let files = of_all(open_files);
@@ -277,7 +277,7 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
             sleep(Duration::from_millis(50)).await;
         }
     };
-    timeout(SETTLE, ended).await.expect("the proxies close what the client has closed");
+    timeout(SETTLE_TIMEOUT, ended).await.expect("the proxies close what the client has closed");
     sleep(RELEASE_DELAY).await;
     let after = resident();
     drop(first);
@@ -293,8 +293,8 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     ]
 }
 
-/// The throughput of others while readers are stalled, and the memory that those hold in each
-/// proxy.
+/// The throughput of other streams while readers are stalled, and the memory of the stalled ones in
+/// each proxy.
 async fn stalls(path: &Path, window: Duration, readers: usize) -> Vec<Figure> {
     let resident = || -> Vec<f64> { path.processes().into_iter().map(resident_kib).collect() };
     let first = idle(path.client(), path.target(ANSWER), 1);
@@ -320,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn percentiles_are_latencies_that_occurred() {
+    fn percentiles_are_measured_latencies() {
         let sorted: Vec<u32> = (1..=100).collect();
         assert_eq!(percentile(&sorted, 50), 50.0);
         assert_eq!(percentile(&sorted, 99), 99.0);

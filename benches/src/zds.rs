@@ -34,8 +34,8 @@ pub(crate) fn announce(path: &Path, pod: &Pod) -> io::Result<()> {
     listen(&listener, 1)?;
     let namespace = pod.namespace().as_fd().try_clone_to_owned()?;
     let (workload, runtime) = (add_workload(pod.name()), Handle::current());
-    // A thread, because accepting blocks. It ends with ztunnel. After a refusal it ends too, and
-    // ztunnel does not become ready.
+    // Accepting blocks, so it runs on a thread, which ends with ztunnel. If ztunnel refuses the
+    // pod, the thread ends too, and ztunnel does not become ready.
     thread::spawn(move || -> io::Result<()> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let accepted = accept_with(listener, flags)?;

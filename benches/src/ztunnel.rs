@@ -1,9 +1,8 @@
 //! Runs a ztunnel for comparison, if the user provides the binary.
 //!
-//! Each pod has the rules of the ambient profile and an instance of its own, in shared mode from
-//! another namespace (`zds.rs`), or in dedicated mode from within the pod. A local file replaces
-//! the control plane, and `underpass ca serve` beside ztunnel issues the certificate. All other
-//! settings are defaults.
+//! Each pod has the rules of the ambient profile and a separate instance: in shared mode in another
+//! namespace (`zds.rs`), in dedicated mode within the pod. A local file replaces the control plane,
+//! and `underpass ca serve` beside ztunnel issues the certificate. All other settings are defaults.
 
 use std::fs::{self, File, Permissions};
 use std::net::Ipv4Addr;
@@ -33,7 +32,7 @@ pub(crate) struct Ztunnel {
     node: Option<Pod>,
 }
 
-/// Starts one for each pod, in a mesh with `protocol`.
+/// Starts a ztunnel for each pod, in a mesh with `protocol`.
 pub(crate) async fn pair(
     world: &World,
     pods: [&Pod; 2],
@@ -101,7 +100,7 @@ impl Ztunnel {
         ztunnel
     }
 
-    /// Waits until it is ready to serve `pod`.
+    /// Waits until the ztunnel is ready to serve `pod`.
     async fn ready(&self, pod: &Pod) {
         let home = self.node.as_ref().unwrap_or(pod);
         listens(home, READINESS).await;
@@ -137,7 +136,7 @@ impl Drop for Ztunnel {
     }
 }
 
-/// Tells ztunnel which pod to serve.
+/// Configures the pod that ztunnel serves.
 fn set_mode(command: &mut Command, pod: &Pod, mode: ZtunnelMode) {
     match mode {
         ZtunnelMode::Shared => {
@@ -154,7 +153,7 @@ fn set_mode(command: &mut Command, pod: &Pod, mode: ZtunnelMode) {
     }
 }
 
-/// The token of the pod's ztunnel, and the file with its identity for the authority.
+/// Writes the token of the pod's ztunnel, and the CA's file with its identity. Returns both paths.
 fn clients(pod: &Pod) -> (PathBuf, PathBuf) {
     let file = |kind: &str, text: &str| {
         let file = pod.folder().join(format!("{}.{kind}", pod.name()));

@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-/// Parses a CIDR like iptables: a bare address is a range of one, host bits are cleared, and an
-/// IPv4-mapped range becomes IPv4.
+/// Parses a CIDR in the way of iptables: an address alone is a range of one address, host bits are
+/// cleared, and an IPv4-mapped range becomes IPv4.
 pub(crate) fn parse(text: &str) -> Option<IpNet> {
     let net = match text.split_once('/') {
         Some((address, bits)) => {
-            // `parse` would accept "+8".
+            // The standard parser would accept "+8".
             let digits = bits.bytes().all(|c| c.is_ascii_digit());
             let bits = bits.parse().ok().filter(|_| digits)?;
             IpNet::new(address.parse::<IpAddr>().ok()?, bits).ok()?

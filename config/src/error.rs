@@ -6,7 +6,7 @@ use std::fmt;
 use crate::hint::Hint;
 use crate::yaml::document::{Origin, SyntaxError};
 
-/// The number of printed mistakes. More are usually the same mistake many times.
+/// The maximum number of printed mistakes. More are usually one mistake repeated.
 const MAX_SHOWN: usize = 20;
 
 /// One mistake in a configuration.
@@ -34,7 +34,7 @@ impl Problem {
     }
 }
 
-/// The reason of a mistake, with its remedy if it does not imply it.
+/// The reason of a mistake, with a remedy if the reason does not imply one.
 #[derive(Debug)]
 pub(crate) struct Reason {
     pub(crate) text: String,
@@ -123,7 +123,7 @@ impl fmt::Display for ConfigErrors {
 impl std::error::Error for ConfigErrors {}
 
 impl Hint for ConfigErrors {
-    /// The hint of a single mistake. `Display` prints those of several, each after its mistake.
+    /// The hint of a single mistake. `Display` prints the hints of several mistakes.
     fn hint(&self) -> Option<Cow<'static, str>> {
         let [problem] = self.problems.as_slice() else { return None };
         problem.hint.clone().map(Cow::from)

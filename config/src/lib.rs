@@ -1,6 +1,6 @@
 //! The configuration of the proxy: its settings, and the mesh.
 //!
-//! This crate reads, checks and publishes both. It opens no data socket and has no knowledge of
+//! This crate reads, checks and publishes both. It opens no data socket, and does not depend on
 //! rustls, h2 or netfilter. All mistakes of a document are reported at once, each with location,
 //! key, value and remedy.
 

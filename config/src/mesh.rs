@@ -58,12 +58,12 @@ pub struct Mesh {
     services: Vec<Arc<Service>>,
 }
 
-/// The policies with a scope larger than the workloads that reference them.
+/// The policies whose scope is global or a namespace.
 #[derive(Debug, Default)]
 struct Policies {
     global: Box<[Arc<Policy>]>,
     namespaces: Map<Name, Box<[Arc<Policy>]>>,
-    /// The number of all policies.
+    /// The number of all policies, including those that workloads reference.
     count: usize,
 }
 
@@ -90,14 +90,14 @@ impl Mesh {
         self.networks.get(network)?.workload(address.to_canonical())
     }
 
-    /// Returns true if at least one workload has this address in `network`.
+    /// Whether at least one workload has this address in `network`.
     pub fn has_workload(&self, network: &str, address: IpAddr) -> bool {
         let known = self.networks.get(network);
         known.is_some_and(|known| known.has_workload(address.to_canonical()))
     }
 
-    /// Returns true if a workload with this address in `network` supports HBONE, even if several
-    /// share the address.
+    /// Whether a workload with this address in `network` supports HBONE, even if several share the
+    /// address.
     pub fn speaks_hbone(&self, network: &str, address: IpAddr) -> bool {
         self.networks.get(network).is_some_and(|known| known.speaks_hbone(address.to_canonical()))
     }
@@ -144,8 +144,7 @@ impl Mesh {
         })
     }
 
-    /// The policies that apply to a workload of `namespace`, or to `workload` if the mesh contains
-    /// it.
+    /// The policies for a workload of `namespace`, and those that `workload` references.
     pub fn policies<'a>(
         &'a self,
         namespace: &str,

@@ -1,6 +1,7 @@
-//! The typed settings: the values of the file, the environment and the flags, with all defaults.
+//! The typed settings, with all defaults: the merged values of the file, the environment and the
+//! flags.
 //!
-//! Not here: declaring and parsing them (`declare.rs`, `resolve/`), and their sources (`load.rs`).
+//! `declare.rs` and `resolve/` declare and parse them. `load.rs` reads their sources.
 
 pub(crate) mod declare;
 mod egress;
@@ -35,7 +36,7 @@ pub use same_node::SameNode;
 
 use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
-/// A value written as one of a fixed set of words.
+/// A value with a fixed set of words.
 pub(crate) trait Word: Copy + PartialEq + 'static {
     /// Each word with its value.
     const WORDS: &'static [(&'static str, Self)];
@@ -46,38 +47,39 @@ pub(crate) trait Word: Copy + PartialEq + 'static {
     }
 }
 
-/// All settings. `underpass config show` prints them.
+/// All settings, as `underpass config show` prints them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Name and identity of the proxied workload. With `node.pods` only its trust domain and its
-    /// network have a meaning.
+    /// The name and identity of the proxied workload. With `node.pods` only its trust domain and
+    /// network are used.
     pub workload: WorkloadSettings,
-    /// The node, and where its daemon learns of its pods.
+    /// The settings of a node daemon, with the source of its pods.
     pub node: NodeSettings,
-    /// The file or folder that describes the mesh: workloads, services and policies. `None`: no
-    /// other workload is known.
+    /// The file or folder that describes the mesh: workloads, services and policies. `None` means
+    /// that no other workload is known.
     pub mesh_file: Option<PathBuf>,
-    /// The source of our certificate and trusted roots. `None`: no HBONE in either direction.
+    /// The source of the proxy's certificate and trusted roots. `None` turns HBONE off in both
+    /// directions.
     pub identity: Option<IdentitySettings>,
     /// Trust in addition to the roots of `identity`.
     pub trust: TrustSettings,
-    /// Which connections are captured, and how.
+    /// The selection and the capture of connections.
     pub interception: InterceptionSettings,
-    /// The ports, the threads and the TCP of the data path.
+    /// Ports, threads and TCP options of the data path.
     pub proxy: ProxySettings,
     /// Destinations outside the mesh that the workload may connect to.
     pub egress: EgressSettings,
-    /// Number and lifetime of the tunnels to a peer.
+    /// The number and lifetime of the tunnels to a peer.
     pub tunnels: TunnelSettings,
-    /// Limits on resources that peers and clients can use.
+    /// Limits of the resources that peers and clients can use.
     pub limits: Limits,
     /// Timeouts of connections, handshakes, tunnels and drains.
     pub timeouts: Timeouts,
-    /// The socket at which another process requests our listeners (hot restart).
+    /// The socket on which another process requests the listeners (hot restart).
     pub take_over: TakeOver,
     /// The address of `/metrics`.
     pub metrics: SocketAddr,
-    /// Number and lifetime of the metric series of connections.
+    /// The number and lifetime of the metric series of connections.
     pub series: SeriesSettings,
     /// The address of `/healthz/ready`.
     pub readiness: SocketAddr,
@@ -88,26 +90,26 @@ pub struct Settings {
 /// The workload that this proxy serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkloadSettings {
-    /// Its name in logs and metrics.
+    /// The name in logs and metrics.
     pub name: String,
-    /// Its namespace.
+    /// The namespace of the workload.
     pub namespace: String,
-    /// The service account in its identity.
+    /// The service account in the identity.
     pub service_account: String,
-    /// The trust domain of its identity.
+    /// The trust domain of the identity.
     pub trust_domain: TrustDomain,
-    /// The network that its addresses belong to; may be empty. Networks may reuse addresses.
+    /// The network of the workload's addresses; may be empty. Networks may reuse addresses.
     pub network: String,
-    /// The identity that follows from namespace, service account and trust domain.
+    /// The identity, derived from namespace, service account and trust domain.
     pub spiffe_id: SpiffeId,
 }
 
-/// The connections that pace, if the kernel's congestion control does.
+/// The connections whose packets are paced, if the kernel's congestion control supports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PacedConnections {
-    /// Those to distant peers.
+    /// Connections to distant peers.
     Distant,
-    /// All.
+    /// All connections.
     All,
 }
 
@@ -116,22 +118,22 @@ impl Word for PacedConnections {
         &[("distant", Self::Distant), ("all", Self::All)];
 }
 
-/// The ports, the threads and the TCP of the data path.
+/// Ports, threads and TCP options of the data path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxySettings {
     /// The port of the listener for captured outbound connections.
     pub outbound_port: u16,
     /// The port of the listener for captured plaintext inbound connections.
     pub inbound_port: u16,
-    /// The HBONE port: our listener's, and the one at which peers are expected to listen.
+    /// The HBONE port of this proxy's listener, and of the peers' listeners.
     pub hbone_port: u16,
     /// The port of the DNS proxy.
     pub dns_port: u16,
-    /// Number of data workers. `None`: as many as CPUs that the process may use.
+    /// The number of data workers. `None` means one for each CPU that the process may use.
     pub workers: Option<usize>,
-    /// Which connections pace.
+    /// The connections whose packets are paced.
     pub pacing: PacedConnections,
-    /// How two pods of this process are connected.
+    /// The connection between two pods of this process.
     pub same_node: SameNode,
     /// Whether inbound plaintext connections are accepted.
     pub mtls: MtlsSettings,

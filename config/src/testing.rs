@@ -1,5 +1,4 @@
-//! A temporary folder for tests of this crate and of the implementation of its events, which write,
-//! replace and link files in it. The product does not use it.
+//! A temporary folder for tests of this crate and of file events. The product does not use it.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;

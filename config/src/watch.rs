@@ -4,7 +4,8 @@
 //! reached through swapped symbolic links as in a ConfigMap. The folders on the path are watched
 //! instead of the file, because a watch on a file follows the old inode after a rename.
 //!
-//! A process has one [`FileWatcher`]: by default a user may have only 128 inotify instances.
+//! A process has one [`FileWatcher`], because by default a user may have only 128 inotify
+//! instances.
 
 pub(crate) mod events;
 pub(crate) mod files;
@@ -23,9 +24,9 @@ use self::hub::{Hub, Subscription};
 use self::relevant::FilesOfFolder;
 use crate::error::{ConfigErrors, Reason};
 
-/// Maximum delay of a read while the file is replaced repeatedly.
+/// The maximum delay of a read while the file is replaced repeatedly.
 const MAX_SETTLE_TIME: Duration = Duration::from_secs(1);
-/// Polling interval without events: some file systems send none (NFS, FUSE), and a watch can get
+/// The polling interval without events: some file systems send none (NFS, FUSE), and a watch can be
 /// lost.
 const POLL_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -38,7 +39,7 @@ pub struct FileWatcher(Arc<Hub>);
 #[derive(Debug)]
 pub struct FileWatch {
     path: PathWatch,
-    /// Hash of the content at the last check.
+    /// The hash of the content at the last check.
     seen: u64,
 }
 
@@ -47,9 +48,9 @@ pub struct FileWatch {
 pub(crate) struct PathWatch {
     path: PathBuf,
     subscription: Subscription,
-    /// Time of the next poll.
+    /// The time of the next poll.
     look_at: Instant,
-    /// Latest time of the next check, set by the first event after the last check.
+    /// The latest time of the next check, set by the first event after the last check.
     settled_by: Option<Instant>,
 }
 
@@ -58,18 +59,17 @@ pub(crate) struct PathWatch {
 pub struct FolderFilesWatch(PathWatch);
 
 impl FileWatcher {
-    /// A watcher with the events that `open` opens.
+    /// Creates a watcher. `open` opens its source of events.
     pub fn new(
         open: impl Fn() -> io::Result<Arc<dyn FolderEvents>> + Send + Sync + 'static,
     ) -> Self {
         Self(Arc::new(Hub::new(Box::new(open))))
     }
 
-    /// Watches `path`, which need not exist yet. Its current content counts as known, so watch it
-    /// before reading it.
+    /// Watches `path`, which need not exist yet. The current content counts as known, so watch the
+    /// path before reading it.
     ///
-    /// # Errors
-    /// The kernel's limit of watches is reached, or the folder cannot be read.
+    /// # Errors The kernel's limit of watches is reached, or the folder cannot be read.
     pub fn watch(&self, path: &Path) -> Result<FileWatch, ConfigErrors> {
         let path = self.watch_path(path)?;
         Ok(FileWatch { seen: files::fingerprint(&path.path), path })
@@ -145,7 +145,7 @@ impl PathWatch {
                 () = sleep_until(self.look_at) => {
                     self.look_at = Instant::now() + POLL_INTERVAL;
                     self.settled_by = None;
-                    // The next poll tries again to watch a folder that cannot be watched now.
+                    // The next poll retries watching folders that cannot be watched now.
                     self.subscription.follow().ok();
                     return;
                 }

@@ -1,5 +1,4 @@
-//! A line of a CNI plugin to the daemon, or of the daemon to the plugin
-//! (`proxy/src/pods/cni/protocol.rs`).
+//! Decodes a line of the CNI plugin or of the daemon (`proxy/src/pods/cni/protocol.rs`).
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

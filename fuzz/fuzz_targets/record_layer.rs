@@ -1,4 +1,4 @@
-//! A script of a TLS peer against the record layer (`hbone/src/tls/record/script.rs`).
+//! Runs a script of a TLS peer against the record layer (`hbone/src/tls/record/script.rs`).
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

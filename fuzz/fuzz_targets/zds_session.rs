@@ -1,4 +1,4 @@
-//! A script of a node agent against the protocol of pods (`proxy/src/pods/zds/session/script.rs`).
+//! Runs a script of a node agent against the ZDS session (`proxy/src/pods/zds/session/script.rs`).
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,5 @@
-//! Gives the micro-benchmarks access to private code: copying, termination and routes. Not stable.
+//! Gives the micro-benchmarks access to private code: relaying, termination and routing. Not
+//! stable.
 
 use std::future::pending;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -22,11 +23,11 @@ use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts};
 use crate::traffic::copy::{Deadlines, Flow, Probes};
 
-/// The memory limit of copying: the default of a process with enough file descriptors.
-const BUFFERS: usize = 256 << 20;
-const FILES: usize = 20_000;
+/// The memory limit of relaying: the default of a process with enough file descriptors.
+const BUFFER_LIMIT: usize = 256 << 20;
+const FILE_LIMIT: usize = 20_000;
 
-/// The upstream of a copied connection.
+/// The upstream side of a relayed connection.
 #[derive(Debug)]
 pub enum Upstream {
     /// A TCP connection.
@@ -35,9 +36,10 @@ pub enum Upstream {
     Tunnel(TunnelStream),
 }
 
-/// Copies in both directions until both end; whether they ended without an error. Needs a runtime.
+/// Relays in both directions until both end. Returns whether they ended without an error. Requires
+/// a runtime.
 pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
-    let buffers = Buffers::new(BUFFERS, Descriptors::new(FILES, 0, 1));
+    let buffers = Buffers::new(BUFFER_LIMIT, Descriptors::new(FILE_LIMIT, 0, 1));
     let registration = Arc::new(ConnectionRegistry::default()).register(());
     let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
     let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
@@ -52,7 +54,7 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     well
 }
 
-/// Measures the termination of idle connections in a registry, without sockets. Needs a runtime.
+/// Measures the termination of idle connections in a registry, without sockets. Requires a runtime.
 pub async fn terminate(connections: usize) -> Duration {
     let registry = Arc::new(ConnectionRegistry::default());
     let mut running = JoinSet::new();
@@ -86,7 +88,7 @@ impl Router {
         Self { mesh, health: EndpointHealth::default() }
     }
 
-    /// Whether there is a route to `destination` through a tunnel or in plaintext.
+    /// Whether there is a route to `destination`, by tunnel or plaintext.
     #[must_use]
     pub fn has_route(&self, destination: SocketAddr) -> bool {
         let caller = Caller {

@@ -1,7 +1,7 @@
 //! Defines and runs the commands of the command line.
 //!
-//! Results go to standard output, errors to standard error. Exit codes: 0 success, 1 failure,
-//! 2 invalid command line or configuration, 3 `rules verify` found a difference or a bypass.
+//! Results go to standard output, errors to standard error. Exit codes: 0 success, 1 failure, 2
+//! invalid command line or configuration, 3 `rules verify` found a difference or a bypass.
 
 mod ca;
 mod cni;
@@ -42,9 +42,9 @@ enum Command {
     Demo(demo::Arguments),
     /// Run a proxy for the current network namespace (a sidecar container, a VM)
     Run(run::Arguments),
-    /// Run a proxy for every pod of a node, as named by istio-cni, a CNI plugin or a folder
+    /// Run a proxy for every pod of a node; istio-cni, a CNI plugin or a folder reports the pods
     Node(node::Arguments),
-    /// Work as the CNI plugin that container runtimes call, or install it
+    /// Act as the CNI plugin that container runtimes call, or install it
     Cni(cni::Arguments),
     /// Manage interception rules in the current network namespace
     #[command(subcommand)]
@@ -104,7 +104,7 @@ fn print(text: &str) -> Result<(), CommandError> {
     io::stdout().write_all(text.as_bytes()).map_err(CommandError::Output)
 }
 
-/// Makes a runtime that runs on the calling thread.
+/// Creates a runtime on the calling thread.
 pub(crate) fn single_threaded_runtime() -> Result<tokio::runtime::Runtime, CommandError> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(CommandError::Start)
 }

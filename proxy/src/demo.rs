@@ -1,7 +1,7 @@
 //! `underpass demo`: sends real HTTP between pods with proxies, and verifies the result.
 //!
-//! It uses real namespaces, rules, processes of the binary and a packet capture. It runs in new
-//! namespaces, which end with the process, and does not change the host.
+//! It uses real rules, processes of the binary and a packet capture. Its new namespaces end with
+//! the process; the host is not changed.
 
 mod evidence;
 mod node;
@@ -18,9 +18,9 @@ use underpass_hbone::HboneError;
 use underpass_interception::{InterceptionError, Sandbox, enter_sandbox};
 
 use crate::spawn::SpawnError;
-use evidence::Point;
+use evidence::Finding;
 
-/// Timeout of each step of the demonstration.
+/// Timeout of each step.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
@@ -50,7 +50,7 @@ pub(crate) enum DemoError {
     Proxy { subject: &'static str, source: SpawnError },
     #[error("the daemon of {node} did not log {line:?} in time, but:\n{log}")]
     Daemon { node: &'static str, line: String, log: String },
-    #[error("the demonstration failed: not every point holds")]
+    #[error("the demonstration failed: not every check passed")]
     Disproved,
 }
 
@@ -64,7 +64,7 @@ impl DemoError {
     }
 }
 
-/// Runs the demonstration; fails unless every property holds.
+/// Runs the demonstration. Fails unless every check passes.
 pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
     // Only a single-threaded process can enter a user namespace.
     let sandbox = enter_sandbox().map_err(DemoError::Sandbox)?;
@@ -82,7 +82,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<(), DemoError> {
 async fn demonstrate_sidecars(sandbox: Sandbox, keep: bool) -> Result<(), DemoError> {
     let began = Instant::now();
     let mut stage = sidecar::stage::Stage::set_up().await?;
-    let points = sidecar::prove(&stage).await?;
+    let points = sidecar::verify(&stage).await?;
     let enter = keep.then(|| stage.enter_commands(sandbox));
     conclude(sidecar::TITLE, &points, began, enter).await?;
     stage.take_down().await;
@@ -92,17 +92,17 @@ async fn demonstrate_sidecars(sandbox: Sandbox, keep: bool) -> Result<(), DemoEr
 async fn demonstrate_nodes(sandbox: Sandbox, keep: bool) -> Result<(), DemoError> {
     let began = Instant::now();
     let mut stage = node::stage::Stage::set_up().await?;
-    let points = node::prove(&mut stage).await?;
+    let points = node::verify(&mut stage).await?;
     let enter = keep.then(|| stage.enter_commands(sandbox));
     conclude(node::TITLE, &points, began, enter).await?;
     stage.take_down().await;
     verdict(&points)
 }
 
-/// Prints the result. With commands to enter the pods, prints these and waits for Ctrl-C.
+/// Prints the result. If there are commands to enter the pods, prints these and waits for Ctrl-C.
 async fn conclude(
     title: &str,
-    points: &[Point],
+    points: &[Finding],
     began: Instant,
     enter_commands: Option<String>,
 ) -> Result<(), DemoError> {
@@ -114,13 +114,13 @@ async fn conclude(
     Ok(())
 }
 
-fn verdict(points: &[Point]) -> Result<(), DemoError> {
+fn verdict(points: &[Finding]) -> Result<(), DemoError> {
     if points.iter().all(|point| point.holds) { Ok(()) } else { Err(DemoError::Disproved) }
 }
 
 fn show(
     title: &str,
-    points: &[Point],
+    points: &[Finding],
     took: Duration,
     enter_commands: Option<&str>,
 ) -> io::Result<()> {

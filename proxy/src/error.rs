@@ -1,7 +1,7 @@
 //! Errors of connections, and their mapping to log codes, HTTP statuses and metric labels.
 //!
-//! One function ([`ProxyError::reason`]) maps every error to all three, so that they are
-//! consistent. The hints for the operator are in `error/hint.rs`.
+//! One function ([`ProxyError::reason`]) maps each error to all three, so that they are consistent.
+//! `error/hint.rs` has the hints for the operator.
 
 mod hint;
 
@@ -21,7 +21,7 @@ use crate::decide::resolve::ResolveError;
 use crate::decide::route::RouteError;
 use crate::limits::Refusal;
 
-/// Why a connection failed or ended early.
+/// The reason why a connection failed or ended early.
 #[derive(Debug, Error)]
 pub(crate) enum ProxyError {
     #[error("the connection was not captured by a rule, so it has no original destination")]
@@ -42,7 +42,7 @@ pub(crate) enum ProxyError {
     CertificateAwaited { id: SpiffeId, after: Duration },
     #[error("the mesh has no workload {pod} with the identity {id}, this pod's own")]
     PodNotInMesh { pod: String, id: SpiffeId },
-    #[error("{0} has too many TLS handshakes in progress (limits.handshakes_per_source)")]
+    #[error("too many TLS handshakes of {0} are in progress (limits.handshakes_per_source)")]
     TooManyHandshakes(IpAddr),
     #[error(
         "the TLS handshake did not start within {}: too many others are in progress (limits.handshakes)",
@@ -59,11 +59,11 @@ pub(crate) enum ProxyError {
     DeniedInPlain(Denial),
     #[error("plaintext to {0} is refused: proxy.mtls or one of proxy.mtls_overrides is strict")]
     PlaintextRefused(SocketAddr),
-    #[error("{0} is not in the mesh, and egress is mesh-only")]
+    #[error("{0} is not in the mesh, and egress is limited to the mesh (egress: mesh-only)")]
     Egress(SocketAddr),
     #[error("a plaintext connection to {0} is refused: its protocol in the mesh is HBONE")]
     PlaintextToHbone(SocketAddr),
-    #[error("{hop} now belongs to {workload}, which has another identity")]
+    #[error("{hop} belongs to {workload} after a change of the mesh, and has another identity")]
     OtherIdentity { hop: SocketAddr, workload: Arc<Workload> },
     #[error("terminated by a change of the mesh: the connection is no longer allowed")]
     NoLongerAllowed(#[source] Box<Self>),
@@ -139,7 +139,7 @@ impl ResponseFlags {
     }
 }
 
-/// The representation of an error in metrics, log and answer.
+/// The representation of an error in the log, in metrics and in the response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Reason {
     /// A stable code for the access log (`reason=`).
@@ -147,7 +147,7 @@ pub(crate) struct Reason {
     /// ztunnel's `response_flags` label.
     pub(crate) flags: ResponseFlags,
     pub(crate) fault: Fault,
-    /// The status of the answer to a CONNECT request.
+    /// The status of the response to a CONNECT request.
     pub(crate) status: StatusCode,
 }
 
@@ -159,10 +159,10 @@ impl ProxyError {
 
     /// Whether another endpoint of the service may be tried: no data has been sent, and the error
     /// is not a decision against the connection.
-    pub(crate) fn is_of_endpoint(&self) -> bool {
+    pub(crate) fn is_endpoint_failure(&self) -> bool {
         match self {
             Self::Resolve(..) | Self::Connect { .. } | Self::ConnectTimeout { .. } => true,
-            Self::Tunnel(error) => is_of_peer(error),
+            Self::Tunnel(error) => is_peer_failure(error),
             _ => false,
         }
     }
@@ -214,7 +214,7 @@ impl ProxyError {
             Self::NoLongerAllowed(_) => {
                 ("no_longer_allowed", Deny, Client, StatusCode::UNAUTHORIZED)
             }
-            // A tunnel's request for another workload is the peer's fault; a failed route of a
+            // A tunnel's request for another workload is the peer's fault. A failed route of a
             // captured connection is the mesh's.
             Self::Route(RouteError::NotHere { .. }) => {
                 ("not_here", Deny, Client, StatusCode::BAD_REQUEST)
@@ -255,7 +255,7 @@ fn lacks_descriptor(error: &HboneError) -> bool {
     }
 }
 
-fn is_of_peer(error: &HboneError) -> bool {
+fn is_peer_failure(error: &HboneError) -> bool {
     use StatusCode as Status;
     match error {
         HboneError::Refused { status } => matches!(
@@ -263,7 +263,7 @@ fn is_of_peer(error: &HboneError) -> bool {
             Status::BAD_GATEWAY | Status::SERVICE_UNAVAILABLE | Status::GATEWAY_TIMEOUT
         ),
         HboneError::BehindGateway { source, .. } | HboneError::BackingOff { source, .. } => {
-            is_of_peer(source)
+            is_peer_failure(source)
         }
         error => error.fault() == underpass_hbone::Fault::Peer,
     }

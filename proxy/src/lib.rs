@@ -40,14 +40,14 @@ pub use cli::main;
 /// Entry points for the fuzz targets in `fuzz/` only.
 #[cfg(feature = "fuzz")]
 pub mod fuzz {
-    /// Runs a script of a node agent against the session. Panics if the session differs from its
-    /// model.
+    /// Runs a script of a node agent against the ZDS session. Panics if the session differs from
+    /// its model.
     pub fn zds_session(script: &[u8]) {
         crate::pods::zds::session::script::run(script);
     }
 
-    /// Decodes a line between the CNI plugin and the daemon. Panics if a message that decodes does
-    /// not survive its encoding.
+    /// Decodes a line between the CNI plugin and the daemon. Panics if the message changes when it
+    /// is encoded and decoded again.
     pub fn cni_messages(line: &[u8]) {
         crate::pods::cni::protocol::check_line(line);
     }

@@ -40,7 +40,8 @@ use self::refusal::Refusals;
 use crate::admin::endpoints::Readiness;
 use crate::observe::metrics;
 
-/// The assumed number of open files if the process cannot read it: more than at its start.
+/// The number of open files that is assumed if the process cannot count them: more than at its
+/// start.
 const ASSUMED_OPEN: usize = 64;
 
 /// The budgets of the node. Clones share the counts.
@@ -62,7 +63,7 @@ pub(crate) struct Limits {
 impl Limits {
     /// The budgets of a process with this number of workers.
     pub(crate) fn new(settings: &underpass_config::Limits, workers: usize) -> Self {
-        // The start has already raised the limit, or failed.
+        // The limit was already raised at the start, or that failed.
         let limit = raise_open_files().unwrap_or(u64::MAX);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let open = fs::read_dir("/proc/self/fd").map_or(ASSUMED_OPEN, Iterator::count);
@@ -95,8 +96,8 @@ impl Limits {
         self.refusals.add(refusal);
     }
 
-    /// Logs refusals, and reports pauses of accepting to the log and the readiness probe. Runs
-    /// forever.
+    /// Logs refusals, and reports pauses of accepting to the log and the readiness probe. Never
+    /// returns.
     pub(crate) async fn report(&self, readiness: Readiness) {
         tokio::join!(self.refusals.report(), self.descriptors.report(&readiness));
     }

@@ -1,4 +1,4 @@
-//! The `underpass` binary; everything it does is in the library, so that tests reach it.
+//! The `underpass` binary. All code is in the library, so that tests can use it.
 
 use std::process::ExitCode;
 

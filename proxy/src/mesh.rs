@@ -1,3 +1,3 @@
-//! The mesh as the workers see it: published, and in force.
+//! Publishes the mesh to the workers, and tracks the generations that are in force.
 
 pub(crate) mod publish;

@@ -4,12 +4,12 @@
 //! Node     one         mesh, resolver, limits, timeouts, drain, metric series
 //! Pod      Arc         policy context, sockets, credentials, endpoint health, self-test, addresses
 //! Worker   a thread    command channel, cache of metric series, seats
-//! Seat     Pod×Worker  connection registry, pool, connector, acceptor; made by the first
-//!                      connection of the pod there
+//! Seat     Pod×Worker  connection registry, pool, connector, acceptor; created for the first
+//!                      connection of the pod on the worker
 //! ```
 //!
-//! A worker serves the connections of every pod. What a connection may use follows from its seat,
-//! so that one pod's connection cannot use the sockets, the identity or the tunnels of another pod.
+//! A worker serves connections of every pod. A connection uses only the sockets, the identity and
+//! the tunnels of its seat, so never those of another pod.
 
 pub(crate) mod assignment;
 pub(crate) mod certificates;
@@ -42,13 +42,14 @@ use crate::process::pause_gate::Gates;
 use crate::traffic::copy::Deadlines;
 use crate::traffic::drain::Drain;
 
-/// State that all pods and workers of the process share. No lock is taken per byte.
+/// State that all pods and workers of the process share. No byte that is relayed takes a lock in
+/// it.
 #[derive(Debug)]
 pub(crate) struct Node {
     /// The number of workers.
     pub(crate) workers: usize,
     pub(crate) timeouts: Timeouts,
-    /// How long an open connection may be idle or half-closed.
+    /// The maximum times that an open connection may be idle or half-closed.
     pub(crate) deadlines: Deadlines,
     pub(crate) tunnels: TunnelSettings,
     pub(crate) same_node: SameNode,
@@ -57,15 +58,14 @@ pub(crate) struct Node {
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
     pub(crate) drain: Drain,
-    /// Pause accepting and rule repair while another process takes over.
+    /// Pauses accepting and rule repair while another process takes over.
     pub(crate) gates: Gates,
-    /// The metric series of all connections.
     pub(crate) series: Arc<SeriesRegistry>,
 }
 
 impl Node {
-    /// Makes a node of this many workers. Must be called in the control thread's runtime, which
-    /// resolves hostnames.
+    /// Creates a node with this many workers. Requires the runtime of the control thread, on which
+    /// hostnames are resolved.
     pub(crate) fn new(
         settings: &Settings,
         workers: usize,

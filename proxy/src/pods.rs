@@ -1,4 +1,4 @@
-//! The pods of a node daemon: what their sources say about them, and what follows from it.
+//! The pods of a node daemon: their sources, facts, settings and enrolment.
 
 pub(crate) mod annotations;
 pub(crate) mod backoff;

@@ -1,6 +1,6 @@
 //! Starts another underpass process in a network namespace, waits until it is ready, and stops it.
 //!
-//! The demonstration, the test suites and the benchmarks run the real binary with this module.
+//! The demonstration, the test suites and the benchmarks use it to run the real binary.
 
 use std::ffi::OsStr;
 use std::fs::Permissions;
@@ -19,10 +19,10 @@ use tokio::sync::watch;
 use underpass_hbone::log_panic;
 use underpass_interception::{InterceptionError, Namespace, sandbox_folder};
 
-/// How long the log may take to end after its process.
+/// The maximum wait for the end of the log after the process has ended.
 const LOG_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a process did not become ready.
+/// The reason why a process did not become ready.
 #[derive(Debug, Error)]
 pub enum SpawnError {
     /// The process could not be started.
@@ -44,10 +44,10 @@ pub enum SpawnError {
         /// The log of the process.
         log: String,
     },
-    /// The deadline passed.
+    /// The process was not ready in time.
     #[error("the process was not ready within {after:?}, with this log:\n{log}")]
     Late {
-        /// The deadline.
+        /// The timeout.
         after: Duration,
         /// The log of the process.
         log: String,
@@ -58,7 +58,8 @@ pub enum SpawnError {
 #[derive(Debug)]
 pub struct ChildProxy {
     child: Child,
-    /// Standard input, kept separately because waiting for the child closes it.
+    /// The child's standard input. Closing it stops the child. Kept apart, because waiting for the
+    /// child would close it.
     alive: Option<ChildStdin>,
     log: watch::Receiver<String>,
 }
@@ -115,33 +116,31 @@ impl ChildProxy {
         self.log.borrow().clone()
     }
 
-    /// Waits until the log satisfies `enough`; `false` if the process ended before.
+    /// Waits until the log satisfies `enough`. Returns `false` if the process ended before.
     pub async fn logged(&mut self, enough: impl FnMut(&String) -> bool) -> bool {
         self.log.wait_for(enough).await.is_ok()
     }
 
-    /// Closes its standard input, which stops it, and waits for its end.
+    /// Closes the child's standard input, which stops the process, and waits for its end.
     ///
-    /// # Errors
-    /// The operating system does not return the exit status.
+    /// # Errors The operating system does not return the exit status.
     pub async fn stop(&mut self) -> io::Result<ExitStatus> {
         drop(self.alive.take());
         self.ended().await
     }
 
-    /// Waits for its end, and for the end of its log.
+    /// Waits for the end of the process and of its log.
     ///
-    /// # Errors
-    /// As [`ChildProxy::stop`].
+    /// # Errors As [`ChildProxy::stop`].
     pub async fn ended(&mut self) -> io::Result<ExitStatus> {
         let status = self.child.wait().await?;
-        // Another process that inherited the output may keep it open.
+        // Another process that has inherited the output may keep it open.
         let rest = async { while self.log.changed().await.is_ok() {} };
         tokio::time::timeout(LOG_TIMEOUT, rest).await.ok();
         Ok(status)
     }
 
-    /// The complete log, once the process has closed its output.
+    /// The complete log, after the process has closed its output.
     async fn rest_of_log(&mut self) -> String {
         self.child.start_kill().ok();
         // The collecting tasks drop the sender when the pipes are closed.
@@ -190,10 +189,10 @@ impl NotifySocket {
         let folder = std::env::temp_dir();
         let folder = if folder.is_dir() { folder } else { sandbox_folder().to_owned() };
         let path = folder.join(name);
-        // A file of that name is a leftover of an earlier process with the same id.
+        // A file with this name is a leftover of an earlier process with the same id.
         std::fs::remove_file(&path).ok();
         let bound = Self { socket: UnixDatagram::bind(&path)?, path };
-        // The proxy has changed its user by the time that it is ready.
+        // The proxy has changed its user before it reports that it is ready.
         std::fs::set_permissions(&bound.path, Permissions::from_mode(0o666))?;
         Ok(bound)
     }

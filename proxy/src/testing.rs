@@ -1,5 +1,5 @@
-//! A door to what is private, for the end-to-end tests alone: a node with several pods, in the
-//! process of the test. Nothing here is stable.
+//! Gives the end-to-end tests access to private code: a node with several pods in the process of
+//! the test. Not stable.
 
 use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,7 +25,7 @@ use crate::process::pause_gate::{Gates, PauseGate};
 use crate::process::supervise::{Failures, Supervisor, Task};
 use crate::rules::health::RulesTotals;
 
-/// Why a step failed.
+/// An error of a step.
 pub type Failure = Box<dyn Error + Send + Sync>;
 
 /// A running node.
@@ -38,7 +38,7 @@ pub struct TestNode {
     watcher: FileWatcher,
     rules: RulesTotals,
     supervisor: Supervisor,
-    /// Never received: a failed task makes its test fail.
+    /// Kept open, but never received: a test that loses a task fails anyway.
     _failures: Failures,
     _publishing: Task,
 }
@@ -47,27 +47,27 @@ pub struct TestNode {
 #[derive(Debug)]
 pub struct TestPod {
     pod: ServingPod,
-    /// Kept, so that the settings do not change.
+    /// Kept, so that the settings channel stays open.
     _settings: watch::Sender<InterceptionSettings>,
 }
 
 impl TestPod {
-    /// Fails if its rules are not those of its settings.
+    /// Fails if the pod's rules differ from its settings.
     ///
     /// # Errors
     ///
-    /// They differ, or cannot be read.
+    /// The rules differ, or cannot be read.
     pub async fn verify(&self) -> Result<(), Failure> {
         Ok(self.pod.verify().await?)
     }
 }
 
 impl TestNode {
-    /// Starts a node of so many workers, with the mesh and the limits of `settings`.
+    /// Starts a node with this many workers, and the mesh and the limits of `settings`.
     ///
     /// # Errors
     ///
-    /// Those of a start.
+    /// The node cannot be started.
     pub fn start(settings: &Settings, workers: usize) -> Result<Self, Failure> {
         let watcher = FileWatcher::new(Inotify::open);
         let (source, mesh) =
@@ -92,12 +92,11 @@ impl TestNode {
         })
     }
 
-    /// Installs the rules of a pod in `namespace`, serves its connections, and tests that they are
-    /// caught.
+    /// Installs the rules of a pod in `namespace`, serves its connections, and tests the rules.
     ///
     /// # Errors
     ///
-    /// Those of a start.
+    /// The pod cannot be served.
     pub async fn add_pod(
         &self,
         settings: Settings,
@@ -134,8 +133,8 @@ impl TestNode {
         Ok(TestPod { pod, _settings })
     }
 
-    /// Drains a pod for up to `deadline` and removes it, with its rules. Returns how many of its
-    /// connections were terminated.
+    /// Drains a pod for up to `deadline`, and removes it with its rules. Returns the number of
+    /// terminated connections.
     ///
     /// # Errors
     ///
@@ -155,7 +154,7 @@ impl TestNode {
         exporter.as_ref().map(Exporter::render).unwrap_or_default()
     }
 
-    /// Ends the workers, whose pods must be removed.
+    /// Stops the workers. All pods must be removed before.
     pub async fn stop(self) {
         self.node.drain.close();
         self.node.drain.end();
@@ -165,7 +164,7 @@ impl TestNode {
 
 static EXPORTER: Mutex<Option<Exporter>> = Mutex::new(None);
 
-/// The metrics of the process, of which there can be one set.
+/// The exporter of metrics, shared because a process can have only one.
 fn exporter(settings: &Settings) -> Result<Exporter, Failure> {
     let mut exporter = EXPORTER.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(exporter) = &*exporter {

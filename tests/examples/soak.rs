@@ -19,8 +19,7 @@ use underpass_tests::{Fault, SoakOptions, binary, soak};
 fn main() -> ExitCode {
     let options = options();
     println!("seed {}", options.seed);
-    // Built before entering the sandbox, which hides cargo's home; with the profile of this
-    // program.
+    // Builds the binary before entering the sandbox, which hides cargo's home.
     binary();
     enter_sandbox().expect("this user may make namespaces");
     raise_open_files().expect("the limit of open files can be raised");

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 
 use crate::or_fail::OrFail;
 
-/// The path of `underpass`. It is built once per process, with the profile and target directory of
-/// the caller.
+/// The path of `underpass`. The first call in a process builds it, with the profile and target
+/// folder of the caller.
 pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(build)

@@ -9,7 +9,7 @@ use crate::pods::Pod;
 
 /// The rules that count packets instead of connections.
 const PACKET_COUNTERS: [&str; 3] = ["proxy-zone", "mark-proxy-connection", "return-to-proxy"];
-/// The prefix of jumps into own chains, which decide nothing.
+/// The prefix of rules that only jump to own chains.
 const JUMP: &str = "enter-";
 
 /// A reading of a pod's rule counters.
@@ -28,7 +28,7 @@ impl Pod {
         Counters(read.into_iter().map(|counter| (counter.id, counter.packets)).collect())
     }
 
-    /// The rules that matched since `before`, sorted by name, with the number of connections.
+    /// The rules that have matched since `before`, sorted by name, with the number of connections.
     #[must_use]
     pub fn connections_since(&self, before: &Counters) -> Vec<(String, u64)> {
         let mut since = self.counters().since(before);
@@ -46,13 +46,13 @@ impl Counters {
         self.0.get(rule).copied().unwrap_or(0)
     }
 
-    /// Returns true if there are no rules.
+    /// Whether there are no rules.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The counters that changed, with their increments.
+    /// The changed counters, each with its increase.
     #[must_use]
     pub fn since(&self, before: &Self) -> Vec<(String, u64)> {
         let moved = self.0.iter().map(|(rule, now)| (rule.clone(), now - before.get(rule)));

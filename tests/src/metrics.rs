@@ -24,7 +24,8 @@ impl Pod {
 }
 
 impl Metrics {
-    /// The sum of a metric over all series that have all of `labels`; `None` if there are none.
+    /// The sum of a metric over all series that have all of `labels`; `None` if there is no such
+    /// series.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let labels: Vec<_> =

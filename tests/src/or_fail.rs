@@ -1,4 +1,4 @@
-//! Unwraps results of the harness with a message that says what could not be done.
+//! Unwraps results of the harness. The panic names the failed operation.
 
 use std::fmt::Display;
 

@@ -1,6 +1,6 @@
-//! Applications in pods: clients and servers. Every wait has a deadline.
+//! Applications in pods: clients and servers. Every wait has a timeout.
 //!
-//! A socket belongs to the namespace in which it was opened. So it is opened inside the pod and
+//! A socket belongs to the namespace in which it was opened, so it is opened inside the pod and
 //! used from outside.
 
 use std::future::Future;
@@ -18,7 +18,7 @@ use underpass_interception::reset_on_close;
 use crate::or_fail::OrFail;
 use crate::pods::Pod;
 
-/// The deadline of every wait: far longer than expected, far shorter than the timeout of a trial.
+/// Timeout of every wait: far longer than expected, far shorter than that of a trial.
 pub const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Waits for `event`; panics with `what` after [`DEADLINE`].
@@ -29,7 +29,7 @@ pub async fn within<T>(what: &str, event: impl Future<Output = T>) -> T {
     }
 }
 
-/// Polls until `what` holds. For conditions without a notification.
+/// Polls until the condition `holds`, for conditions without a notification. `what` describes it.
 pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let asking = async {
         while !holds().await {
@@ -44,7 +44,7 @@ pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
 pub struct Dial {
     /// The packet mark.
     pub mark: Option<u32>,
-    /// The source address, which may be foreign. With port 0, the kernel chooses the port.
+    /// The source address, which may be foreign. Port 0 lets the kernel choose the port.
     pub source: Option<SocketAddr>,
 }
 
@@ -70,8 +70,8 @@ impl Pod {
         .await
     }
 
-    /// Connects from inside the pod and expects a RST. A proxy accepts before it decides, so the
-    /// RST may follow the handshake.
+    /// Connects from inside the pod and expects RST. A proxy accepts before it decides, so RST may
+    /// follow the handshake.
     pub async fn dial_and_see_reset(&self, to: SocketAddr) {
         match self.dial(to).await {
             Ok(mut stream) => {
@@ -131,9 +131,9 @@ pub(crate) fn socket(to: SocketAddr, dial: Dial) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// The socket of a listener outside of the runtime. Stops listening when it is dropped, so that the
-/// port is free at once: a child process that another trial starts has a copy of the descriptor
-/// until it executes its program.
+/// The listening socket, outside the runtime. Dropping it shuts the socket down, so that the port
+/// is free at once: until another trial's child process executes its program, it has a copy of the
+/// descriptor.
 #[derive(Debug)]
 struct Queue(Socket);
 
@@ -147,19 +147,19 @@ impl Drop for Queue {
 #[derive(Debug)]
 pub struct Listener {
     listener: TcpListener,
-    /// To check the accept queue at once.
+    /// Allows checking the accept queue without waiting.
     queue: Queue,
 }
 
 impl Listener {
-    /// The next connection and its peer address.
+    /// The next connection, and its peer address.
     pub async fn accept(&self) -> (TcpStream, SocketAddr) {
         let accepted = within("a connection to an application", self.listener.accept()).await;
         let (stream, peer) = accepted.or_fail("accept");
         (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()))
     }
 
-    /// Returns true if a connection is in the accept queue. That connection is accepted and closed.
+    /// Whether a connection is in the accept queue. That connection is accepted and closed.
     #[must_use]
     pub fn is_reached(&self) -> bool {
         match self.queue.0.accept() {
@@ -195,7 +195,7 @@ impl Server {
             while let Ok((stream, peer)) = listener.accept().await {
                 let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
                 seen.lock().expect("no holder panics").push(peer);
-                // A client may close its connection at any time.
+                // Errors are ignored: a client may close its connection at any time.
                 tokio::spawn(serve(stream, peer));
             }
         });
@@ -244,7 +244,7 @@ impl Drop for Server {
     }
 }
 
-/// How a connection ended for its reader.
+/// The end of a connection for its reader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// FIN: everything was received.
@@ -253,7 +253,7 @@ pub enum End {
     Reset,
 }
 
-/// Reads until the peer ends the connection. Returns the data and how it ended.
+/// Reads until the peer ends the connection. Returns the data and the kind of end.
 pub async fn read_to_end(stream: &mut TcpStream) -> (Vec<u8>, End) {
     let mut received = Vec::new();
     match within("the end of a connection", stream.read_to_end(&mut received)).await {

@@ -15,7 +15,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub struct Pki {
     ca: CertificateAuthority,
-    /// The directory of the authority.
+    /// The folder of the authority.
     dir: PathBuf,
     folder: PathBuf,
     roots: PathBuf,
@@ -39,7 +39,7 @@ impl Pki {
         Self { ca, dir, folder: folder.to_owned(), roots }
     }
 
-    /// The directory of the authority, for `underpass ca`.
+    /// The folder of the authority, for `underpass ca`.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -88,7 +88,7 @@ impl Pki {
         self.write(&format!("{account}-expired"), &issued.or_fail("issue a certificate"))
     }
 
-    /// Issues a certificate that expires after `left`, when 80 % of its lifetime is over. It
+    /// Issues a certificate that expires after `left`, which is the last 20 % of its lifetime. It
     /// replaces the files of [`Pki::issue`].
     #[must_use]
     pub fn issue_expiring(&self, account: &str, left: Duration) -> IdentityFiles {

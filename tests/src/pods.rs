@@ -98,8 +98,8 @@ impl World {
     }
 
     /// Connects two pods by interfaces `ethN` with the addresses 10.S.0.1 and fd00:S::1, and
-    /// 10.S.0.2 and fd00:S::2. N counts the links of a pod, S those of the world. A pod's first
-    /// link is its default route.
+    /// 10.S.0.2 and fd00:S::2. N counts the links of a pod, S those of the world. The first link of
+    /// a pod is its default route.
     pub async fn wire(&mut self, a: &mut Pod, b: &mut Pod) {
         self.wires += 1;
         let subnet = self.wires;
@@ -140,25 +140,25 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// The name within its world.
+    /// The pod's name within its world.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The folder for files of its world.
+    /// The folder for files of the pod's world.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The namespace.
+    /// The network namespace of the pod.
     #[must_use]
     pub fn namespace(&self) -> &Namespace {
         self.namespace.as_ref().expect("only drop takes it")
     }
 
-    /// The address on its first link.
+    /// The address on the pod's first link.
     #[must_use]
     pub fn ip(&self, family: Family) -> IpAddr {
         let addresses = self.addresses.first().expect("the pod is not wired");
@@ -180,13 +180,13 @@ impl Pod {
         SocketAddr::new(self.ip(family), port)
     }
 
-    /// Runs code inside on a new thread. Sockets and processes that it creates belong to the pod.
-    /// It must not panic, because the message would be lost.
+    /// Runs code inside the pod on a new thread. Sockets and processes that it creates belong to
+    /// the pod. It must not panic, because the message would be lost.
     pub fn run<T: Send>(&self, code: impl FnOnce() -> T + Send) -> T {
         self.namespace().run(code).or_fail("run code in a pod")
     }
 
-    /// Starts a process inside, on the caller's runtime.
+    /// Starts a process inside the pod, on the caller's runtime.
     pub fn spawn(&self, command: &mut Command) -> std::io::Result<Child> {
         let runtime = tokio::runtime::Handle::current();
         self.run(|| {
@@ -201,7 +201,7 @@ impl Pod {
         self.run(|| fs::write(&file, value)).or_fail(format!("write {}", file.display()));
     }
 
-    /// Starts a packet capture on its first link.
+    /// Starts a packet capture on the pod's first link.
     #[must_use]
     pub fn capture(&self) -> PacketCapture {
         self.run(|| PacketCapture::open("eth0")).or_fail("capture packets")

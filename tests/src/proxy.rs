@@ -27,7 +27,7 @@ pub struct Proxy {
 }
 
 impl Pod {
-    /// Starts a proxy inside and waits for its readiness.
+    /// Starts a proxy inside the pod and waits for its readiness.
     pub async fn proxy(&self, settings: &Settings) -> Proxy {
         match self.try_proxy(settings).await {
             Ok(proxy) => proxy,
@@ -35,10 +35,9 @@ impl Pod {
         }
     }
 
-    /// The same for a proxy that may fail to start.
+    /// Like [`Pod::proxy`], for a proxy that may fail to start.
     ///
-    /// # Errors
-    /// The exit status and the log.
+    /// # Errors The exit status and the log.
     pub async fn try_proxy(&self, settings: &Settings) -> Result<Proxy, SpawnError> {
         self.try_program(binary(), settings).await
     }
@@ -54,8 +53,8 @@ impl Pod {
     ) -> Result<Proxy, SpawnError> {
         let file = self.folder().join(format!("start-{}", self.name()));
         let text = format!("#!/bin/sh\nset -e\nUNDERPASS={:?}\n{script}\n", program_for_all());
-        // Written by another process. A child that this process starts meanwhile would inherit the
-        // open file, and the kernel would refuse to execute it (ETXTBSY).
+        // Another process writes the file. A child that this process starts meanwhile would inherit
+        // the open file, and the kernel would refuse to execute it (ETXTBSY).
         write_by_another(&file, &text);
         self.try_program(&file, settings).await
     }
@@ -118,7 +117,7 @@ impl Proxy {
         );
     }
 
-    /// Waits for at least `count` access-log lines, and returns all.
+    /// Waits for at least `count` access-log lines, and returns all of them.
     pub async fn access_lines(&mut self, count: usize) -> Vec<String> {
         let lines = |log: &str| -> Vec<String> {
             log.lines().filter(|line| is_access(line)).map(str::to_owned).collect()
@@ -134,13 +133,13 @@ impl Proxy {
         found
     }
 
-    /// Closes standard input, which stops the proxy like the end of its parent, and waits for its
+    /// Closes standard input, like the end of the parent, which stops the proxy. Waits for its
     /// exit.
     pub async fn stop(&mut self) -> ExitStatus {
         within("the proxy stops", self.child.stop()).await.or_fail("wait for the proxy")
     }
 
-    /// Waits for the exit without a deadline.
+    /// Waits for the exit without a timeout.
     pub async fn ended_by_itself(&mut self) -> ExitStatus {
         self.child.ended().await.or_fail("wait for the proxy")
     }
@@ -151,7 +150,7 @@ impl Proxy {
     }
 }
 
-/// The error of a command and its hint, each on a line, without its log.
+/// The error of a command and its hint, each on a line, without the log.
 pub fn error_of(log: &str) -> String {
     let is_error = |line: &&str| line.starts_with("error: ") || line.starts_with("hint: ");
     log.lines().filter(is_error).collect::<Vec<_>>().join("\n")
@@ -161,7 +160,7 @@ fn is_access(line: &str) -> bool {
     line.contains(" access: ") || line.contains("\"target\":\"access\"")
 }
 
-/// A copy of the binary that every user can execute, unlike one in a home directory.
+/// A copy of the binary that every user can execute. A home directory may be private.
 fn program_for_all() -> &'static Path {
     static COPY: OnceLock<PathBuf> = OnceLock::new();
     COPY.get_or_init(|| {

@@ -55,7 +55,7 @@ impl Scene {
         Self { client, server, pki, mesh, client_files, server_files, world }
     }
 
-    /// Sets up the scene with a proxy in each pod. Returns client's and server's proxy.
+    /// Sets up the scene with a proxy in each pod. Returns the client's and the server's proxy.
     pub async fn with_proxies() -> (Self, Proxy, Proxy) {
         let scene = Self::new().await;
         let (client, server) = (scene.client_settings(), scene.server_settings());
@@ -64,7 +64,7 @@ impl Scene {
         (scene, client, server)
     }
 
-    /// Sets up the scene with a proxy in the client's pod only, with an empty mesh and additional
+    /// Sets up the scene with a proxy only in the client's pod. It has an empty mesh and additional
     /// settings.
     pub async fn with_plain_client(settings: &[&str]) -> (Self, Proxy) {
         let scene = Self::new().await;
@@ -74,7 +74,7 @@ impl Scene {
         (scene, proxy)
     }
 
-    /// A connection between the applications on which bytes were exchanged.
+    /// A connection between the applications, after an exchange of bytes.
     pub async fn connected(&self, family: Family) -> (TcpStream, TcpStream) {
         let app = self.server.listen(APP);
         let (mut client, mut server, _) = self.client.meet(&app, self.app(family)).await;
@@ -100,12 +100,12 @@ impl Scene {
         assert_eq!(file, self.mesh, "the file belongs to the scene");
     }
 
-    /// Exchanges bytes and FIN with an echo in the server's pod.
+    /// Exchanges bytes and FIN with an echo server in the server's pod.
     pub async fn echoed(&self) {
         self.echoed_at(self.app(Family::V4)).await;
     }
 
-    /// The same with an echo at `to`.
+    /// Exchanges bytes and FIN with an echo server at `to`.
     pub async fn echoed_at(&self, to: SocketAddr) {
         let sent = b"request and echo".repeat(100);
         let connected = self.client.dial(to).await;
@@ -121,7 +121,8 @@ impl Scene {
         assert!(received == sent, "{} of {} bytes came back", received.len(), sent.len());
     }
 
-    /// A mesh file without members: the proxy passes all connections through in plaintext.
+    /// Writes a mesh file without members. The proxy then passes all connections through in
+    /// plaintext.
     #[must_use]
     pub fn empty_mesh(&self) -> PathBuf {
         Mesh::default().write(&self.client, "empty-mesh")

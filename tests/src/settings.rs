@@ -25,8 +25,8 @@ impl Settings {
         Self::with(name, "run", text)
     }
 
-    /// The settings of a node daemon whose pods come from `source`, such as `zds: /run/agent.sock`,
-    /// with two workers and defaults otherwise.
+    /// The settings of a node daemon with the source of pods `source`, such as `zds:
+    /// /run/agent.sock`, with two workers and defaults otherwise.
     #[must_use]
     pub fn node(name: &str, source: &str) -> Self {
         Self::with(name, "node", format!("node: {{name: {name}, pods: {{{source}}}}}\n"))
@@ -54,7 +54,8 @@ impl Settings {
         self
     }
 
-    /// Adds a section in YAML: `interception: {profile: osm}`. [`set`](Self::set) overrides it.
+    /// Adds a section in YAML, such as `interception: {profile: osm}`. [`set`](Self::set) overrides
+    /// it.
     #[must_use]
     pub fn section(mut self, yaml: &str) -> Self {
         self.text.push_str(yaml);
@@ -69,20 +70,20 @@ impl Settings {
         self
     }
 
-    /// Takes over from the running process.
+    /// Makes the proxy take over from the running one.
     #[must_use]
     pub fn take_over(mut self) -> Self {
         self.flags.push("--take-over".to_owned());
         self
     }
 
-    /// The path to which [`write`](Self::write) writes the file, in the pod's folder.
+    /// The path in the pod's folder to which [`write`](Self::write) writes the file.
     #[must_use]
     pub fn file(&self, pod: &Pod) -> PathBuf {
         pod.folder().join(format!("settings-{}.yaml", self.name))
     }
 
-    /// Replaces the file atomically: a proxy may watch it.
+    /// Replaces the file atomically, because a proxy may watch it.
     pub fn write(&self, pod: &Pod) {
         let file = self.file(pod);
         let new = file.with_extension("new");
@@ -90,7 +91,7 @@ impl Settings {
         fs::rename(&new, &file).or_fail("write a settings file");
     }
 
-    /// Writes the file, and reads the settings as a process with these arguments would.
+    /// Writes the file, and reads the settings like a process with these arguments.
     #[must_use]
     pub fn load(&self, pod: &Pod) -> underpass_config::Settings {
         self.write(pod);
@@ -99,7 +100,7 @@ impl Settings {
         sources.load().or_fail("load settings")
     }
 
-    /// The command of underpass that the settings are for.
+    /// The underpass command for these settings.
     #[must_use]
     pub fn command(&self) -> &'static str {
         self.command

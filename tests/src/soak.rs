@@ -1,12 +1,11 @@
-//! The soak test: many streams on all paths while faults happen; no data may be lost, altered or
-//! leaked.
+//! The soak test: many streams on all paths during faults. No data may be lost, altered or leaked.
 //!
 //! In reading order: `plan` defines a stream, `stream` executes it and checks every byte, `scene`
-//! sets up pods and proxies, `faults` injects faults, and `rest` measures what is left in the end.
-//! It checks that
+//! sets up pods and proxies, `faults` injects faults, and `rest` measures the resources at the end.
+//! The test checks that
 //!
 //! * received data equals the sent data, and a FIN means that everything was received;
-//! * streams that no fault can have broken do what they planned, at both ends;
+//! * streams that no fault can have broken follow their plan at both ends;
 //! * every stream ends;
 //! * in the end, proxies and pods hold the same resources as before.
 //!
@@ -38,24 +37,23 @@ use self::scene::{PORTS, Pods, Route, SoakScene};
 use self::stream::Ended;
 use crate::peers::{Dial, Server, socket};
 
-/// The timeout of a stream.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(120);
 /// The time after a fault in which streams may still break, because retransmissions are seconds
 /// apart.
 const FAULT_TAIL: Duration = Duration::from_secs(15);
 /// The maximum back-off of a proxy after a failed connection, plus a second.
-const BACK_OFF: Duration = Duration::from_secs(3);
-/// The timeout for an application's connection.
-const CONNECT: Duration = Duration::from_secs(40);
-/// The time until resources of ended streams must be released.
+const MAX_BACKOFF: Duration = Duration::from_secs(3);
+/// Timeout for the TCP connect of an application.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(40);
+/// Timeout for the release of resources after the last stream.
 const REST_TIMEOUT: Duration = Duration::from_secs(60);
-/// The same for conntrack, which keeps an aborted connection for two minutes.
+/// Timeout for conntrack's entries, because conntrack keeps an aborted connection for two minutes.
 const CONNTRACK_TIMEOUT: Duration = Duration::from_secs(150);
 
 /// Options of a soak test.
 #[derive(Debug, Clone)]
 pub struct SoakOptions {
-    /// How long streams and faults are started.
+    /// The time during which streams and faults are started.
     pub length: Duration,
     /// The seed of all random choices. Only timing is not reproducible.
     pub seed: u64,
@@ -75,7 +73,7 @@ pub struct SoakSummary {
     bytes: u64,
     well: u64,
     planned_resets: u64,
-    /// The number of streams that a fault may have broken, by kind of fault.
+    /// The number of streams that each kind of fault may have broken.
     broken: BTreeMap<&'static str, u64>,
     fault_counts: BTreeMap<&'static str, u64>,
     held_before: [Resources; 2],
@@ -105,7 +103,7 @@ pub async fn soak(options: &SoakOptions) -> SoakSummary {
         served: Mutex::default(),
     });
     let servers = run.serve();
-    // Warm-up: resources are compared with those of a proxy that has served everything once.
+    // Warm-up: the baseline is a proxy that has used every path once.
     let mut rng = Rng::with_seed(options.seed);
     let calm = options.length.min(Duration::from_secs(3)) / 3;
     run.clone().streams(rng.fork(), options.connections, calm).await;
@@ -200,7 +198,8 @@ impl SoakRun {
         if ended == Ended::Well && plan.kind != Kind::Unused {
             server = self.server_of(plan.seed).await;
         }
-        // Only now: data from the client may still be on its way after the client has ended.
+        // Determine this after the server's end: data from the client may arrive after the client
+        // has ended.
         let fault = self.affecting_fault(route, began);
         let mut summary = self.summary();
         summary.streams += 1;
@@ -211,7 +210,7 @@ impl SoakRun {
                 summary.bytes += plan.up + plan.down;
             }
             (Ended::Well, None) if plan.kind == Kind::Unused => summary.well += 1,
-            _ if !plan.ends_well() => summary.planned_resets += 1,
+            _ if !plan.ends_with_fin() => summary.planned_resets += 1,
             (_, server) => match fault {
                 Some(fault) => *summary.broken.entry(fault.name()).or_default() += 1,
                 None => summary
@@ -229,14 +228,14 @@ impl SoakRun {
             enable_keepalive(&stream)?;
             io::Result::Ok(stream)
         };
-        match timeout(CONNECT, connect).await {
+        match timeout(CONNECT_TIMEOUT, connect).await {
             Ok(Ok(stream)) => stream::client(plan, stream).await,
             Ok(Err(error)) => Ended::Broken(error.kind()),
             Err(_) => Ended::Broken(io::ErrorKind::TimedOut),
         }
     }
 
-    /// How the server's end of a stream ended. It may still have data to read after the client has
+    /// The end of a stream for its server. It may still have data to read after the client has
     /// ended.
     async fn server_of(&self, seed: u64) -> Option<Ended> {
         let began = Instant::now();
@@ -278,11 +277,11 @@ impl SoakRun {
         }
     }
 
-    /// The fault that may have broken a stream on this route that started then.
+    /// The fault that may have broken a stream on this route that started at `began`.
     fn affecting_fault(&self, route: Route, began: Instant) -> Option<Fault> {
         let faults = self.lock(&self.faults);
         let mut touching = faults.iter().rev().filter(|(event, _, over)| {
-            let late = if event.fault == Fault::Drop { FAULT_TAIL } else { BACK_OFF };
+            let late = if event.fault == Fault::Drop { FAULT_TAIL } else { MAX_BACKOFF };
             event.affects(route) && over.is_none_or(|over| over + late > began)
         });
         touching.next().map(|(event, ..)| event.fault)
@@ -302,7 +301,7 @@ impl SoakRun {
 }
 
 impl Resources {
-    /// The resources that exceed those `before`.
+    /// The resources that exceed those in `before`.
     fn excess(&self, before: &Self, tracked: bool) -> Vec<String> {
         let mut excess = Vec::new();
         let mut compare = |what: &str, now: usize, allowed: usize| {
@@ -359,7 +358,7 @@ impl SoakSummary {
     }
 }
 
-/// A table for people, and the violations.
+/// Formats a table and the violations.
 impl fmt::Display for SoakSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { seed, streams, well, planned_resets, bytes, .. } = self;
@@ -391,15 +390,15 @@ impl fmt::Display for SoakSummary {
     }
 }
 
-/// Enables TCP keepalive, by which an application notices that its peer is gone.
+/// Enables TCP keepalive, so that an application detects a lost peer.
 fn enable_keepalive(stream: &TcpStream) -> io::Result<()> {
     let probes = socket2::TcpKeepalive::new().with_time(Duration::from_secs(2));
     let probes = probes.with_interval(Duration::from_secs(2)).with_retries(5);
     socket2::SockRef::from(stream).set_tcp_keepalive(&probes)
 }
 
-/// Waits for a fixed time. The pause is part of a stream or a fault, or separates two checks; it
-/// does not wait for an event.
+/// Waits for a fixed time, which is part of a stream or a fault, or separates two checks. It must
+/// not wait for an event.
 async fn pause(length: Duration) {
     let _elapsed = timeout(length, pending::<()>()).await;
 }

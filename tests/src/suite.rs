@@ -1,7 +1,7 @@
-//! Runs the trials of a suite in a sandbox, each in a runtime of its own.
+//! Runs the trials of a suite in a sandbox, each in a separate runtime.
 //!
-//! `UNDERPASS_SKIP_NAMESPACES=1` skips them where user namespaces are not permitted. Otherwise that
-//! is a failure.
+//! `UNDERPASS_SKIP_NAMESPACES=1` skips them where user namespaces are not permitted. Without it,
+//! missing permission is a failure.
 
 use std::fs;
 use std::process::ExitCode;
@@ -14,7 +14,7 @@ use crate::binary::binary;
 use crate::or_fail::OrFail;
 use crate::pods::Family;
 
-/// The timeout of a trial.
+/// Timeout of a trial.
 const TRIAL_TIMEOUT: Duration = Duration::from_secs(60);
 /// The number of concurrent trials. More would slow each other down until waits time out.
 const CONCURRENT_TRIALS: usize = 2;
@@ -41,7 +41,7 @@ impl Suite {
         arguments.test_threads.get_or_insert(CONCURRENT_TRIALS);
         let skipped = skipped();
         if !skipped && !arguments.list {
-            // Before entering the sandbox, which hides cargo's home.
+            // Build before entering the sandbox, which hides cargo's home.
             binary();
             enter_sandbox().or_fail("make the namespaces that these tests need (UNDERPASS_SKIP_NAMESPACES=1 skips them)");
         }
@@ -65,8 +65,8 @@ impl Suite {
         }
     }
 
-    /// Adds a trial that needs users other than root. Without them (an unprivileged caller), it is
-    /// skipped with a message.
+    /// Adds a trial that needs users other than root. For an unprivileged caller, it is skipped
+    /// with a message.
     pub fn test_with_users(&mut self, name: &str, body: impl AsyncFnOnce() + Send + 'static) {
         if self.skipped || self.arguments.list || has_users() {
             self.test(name, body);
@@ -75,7 +75,7 @@ impl Suite {
         }
     }
 
-    /// Adds such a trial for each address family.
+    /// Adds a trial that needs users other than root, for each address family.
     pub fn test_both_with_users(
         &mut self,
         name: &str,
@@ -95,15 +95,14 @@ impl Suite {
     }
 }
 
-/// Returns true if namespaces are disabled by `UNDERPASS_SKIP_NAMESPACES=1`.
+/// Whether `UNDERPASS_SKIP_NAMESPACES=1` disables namespaces.
 #[expect(clippy::disallowed_methods, reason = "a switch of the tests alone, not a setting")]
 #[must_use]
 pub fn skipped() -> bool {
     std::env::var_os("UNDERPASS_SKIP_NAMESPACES").is_some_and(|value| value == "1")
 }
 
-/// Returns true if users other than root exist. In the sandbox of an unprivileged caller, they do
-/// not.
+/// Whether users other than root exist. They do not in the sandbox of an unprivileged caller.
 fn has_users() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").or_fail("read /proc/self/uid_map");
     let counts = map.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok());

@@ -61,12 +61,12 @@ pub async fn tool(pod: &Pod, program: &str, arguments: &[&str]) -> Printed {
 }
 
 impl Pod {
-    /// Runs `underpass ARGUMENTS…` inside to its end.
+    /// Runs `underpass ARGUMENTS…` inside the pod to its end.
     pub async fn underpass(&self, arguments: &[&str]) -> Printed {
         tool(self, binary().to_str().expect("a path in UTF-8"), arguments).await
     }
 
-    /// Runs `underpass rules COMMAND` inside, with settings: `pod.rules("verify -o json",
+    /// Runs `underpass rules COMMAND` inside the pod, with settings: `pod.rules("verify -o json",
     /// &settings)`.
     pub async fn rules(&self, command: &str, settings: &Settings) -> Printed {
         let settings = settings.arguments(self);
@@ -78,7 +78,7 @@ impl Pod {
     /// All traces of rules: netfilter rules, ip rules, routes and loopback addresses.
     pub async fn traces(&self) -> Vec<String> {
         let mut traces = Vec::new();
-        // The kernel reports the carrier of a new link with a delay, and adds IPv6 routes then
+        // The kernel detects the carrier of a new link with a delay, and then adds IPv6 routes
         // (net/core/link_watch.c).
         until("links are up", async || {
             traces = self.traces_now().await;
@@ -96,14 +96,14 @@ impl Pod {
         for family in ["-4", "-6"] {
             all.push(tool(self, "ip", &[family, "rule"]).await.ok());
             let routes = tool(self, "ip", &[family, "route", "show", "table", "all"]).await.ok();
-            // Link-local addresses appear by themselves after duplicate address detection.
+            // The kernel adds link-local addresses after duplicate address detection.
             all.extend(routes.lines().filter(|route| !route.contains("fe80:")).map(str::to_owned));
             all.push(tool(self, "ip", &[family, "address", "show", "dev", "lo"]).await.ok());
         }
         all
     }
 
-    /// Starts a program inside in the background. Dropping it kills the program.
+    /// Starts a program inside the pod in the background. Dropping it kills the program.
     #[must_use]
     pub fn background(&self, program: &Path, arguments: &[&str]) -> Background {
         let mut command = Command::new(program);
@@ -128,7 +128,7 @@ impl Background {
         kill(Pid::from_raw(pid), signal).or_fail("send a signal");
     }
 
-    /// Waits at most `limit` for the exit. Returns true if the program exited.
+    /// Waits at most `limit` for the exit. Returns whether the program exited.
     pub async fn ends_within(&mut self, limit: Duration) -> bool {
         match tokio::time::timeout(limit, self.child.wait()).await {
             Ok(ended) => ended.map(|_| true).or_fail("wait for a program"),
@@ -149,13 +149,13 @@ fn printed(output: Output) -> Printed {
 }
 
 impl Printed {
-    /// The standard output of a program that must have succeeded.
+    /// Returns the standard output of a program that must have succeeded.
     pub fn ok(self) -> String {
         assert!(self.status.success(), "{}: {}{}", self.status, self.out, self.err);
         self.out
     }
 
-    /// Standard output and standard error of a program that must have exited with `code`.
+    /// Returns standard output and standard error of a program that must have exited with `code`.
     pub fn exited(self, code: i32) -> (String, String) {
         assert_eq!(self.status.code(), Some(code), "{}{}", self.out, self.err);
         (self.out, self.err)

@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 
 use underpass_tests::binary;
 
-/// A folder for one test, in which commands run.
+/// A folder in which the commands of one test run.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -48,8 +48,7 @@ impl Folder {
 
     fn answer(&self, mut command: Command, arguments: &str) -> Answer {
         command.args(arguments.split_whitespace()).current_dir(&self.0);
-        // The test's own variable has the prefix of settings and would be rejected as an unknown
-        // one.
+        // This variable of the test has the prefix of settings, and would be rejected as unknown.
         let output = command.env_remove("UNDERPASS_SKIP_NAMESPACES").output();
         let missing = "is the program installed? openssl is in Debian's package openssl";
         Answer::from(output.unwrap_or_else(|error| unreachable!("{command:?}: {error}: {missing}")))
@@ -159,7 +158,7 @@ fn exit_code_distinguishes_failure_from_usage_error() {
 #[test]
 fn unprivileged_user_can_render_but_not_install_rules() {
     let folder = Folder::new("unprivileged");
-    // In a folder that every user can access, unlike a home directory.
+    // Copy the binary to a folder that every user can access, unlike a home directory.
     folder.run("cp", &format!("{} underpass", binary().display())).ok();
     for profile in ["ambient", "sidecar", "osm"] {
         let render = |format: &str| {
@@ -177,7 +176,7 @@ fn unprivileged_user_can_render_but_not_install_rules() {
     for command in ["install", "verify", "watch"] {
         let error = folder.unprivileged(&format!("rules {command}")).fails(1);
         assert!(error.contains("NET_ADMIN is missing"), "{command}: {error}");
-        // `verify` first prints that it assumes defaults.
+        // `verify` first reports that it uses defaults.
         let lines = if command == "verify" { 3 } else { 2 };
         assert_eq!(error.lines().count(), lines, "{command}: {error}");
     }
@@ -224,7 +223,7 @@ fn openssl_verifies_issued_certificates() {
     ] {
         assert!(text.contains(part), "{part:?} is not in\n{text}");
     }
-    // Valid for one hour, not for two.
+    // The certificate is valid for one hour, not for two.
     folder.run("openssl", "x509 -in web.pem -noout -checkend 3500").ok();
     assert_eq!(folder.run("openssl", "x509 -in web.pem -noout -checkend 7200").code, Some(1));
     let key = folder.run("openssl", "pkey -in web.key -pubout").ok();
@@ -437,7 +436,7 @@ fn readme_example_works_as_written() {
         let text = block.split("```").next().unwrap();
         folder.write(name, &format!("# {text}"));
     }
-    // The README tells the reader to copy it.
+    // The README tells the reader to copy this file.
     fs::copy(folder.0.join("ca/roots.pem"), folder.0.join("roots.pem")).unwrap();
     folder.write("a.token", "token\n");
     let mesh = "ok; workloads: 2, services: 1, policies: 0\n";

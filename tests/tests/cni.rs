@@ -1,4 +1,4 @@
-//! `underpass cni`, the real binary as a CNI plugin, against `underpass node`.
+//! Tests of `underpass cni`, the real binary as a CNI plugin, against `underpass node`.
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -18,12 +18,12 @@ fn main() -> ExitCode {
     suite.test_both("an added pod is served with its own identity until it is deleted", lifecycle);
     suite.test("an addition fails closed while the daemon is down or lacks a fact", failures);
     suite.test("a daemon that was killed serves its pods again", restart);
-    suite.test("garbage collection lets go of pods that the runtime does not name", collection);
+    suite.test("garbage collection removes pods that the runtime does not name", collection);
     suite.test("the daemon installs the plugin and repairs its entry", upkeep);
     suite.run()
 }
 
-/// A node with the pods `a` and `b`, which are wired to each other.
+/// A node with the wired pods `a` and `b`.
 struct Scene {
     node: Pod,
     a: Pod,
@@ -52,12 +52,12 @@ impl Scene {
         let source = format!("cni: {:?}", self.socket());
         let identity = format!("identity: {{local_ca: {:?}}}", self.pki.dir());
         let settings = Settings::node("node", &source).section(&identity).mesh(&mesh);
-        // The plugin's deadline does not wait for a drain.
+        // The plugin's timeout must not include a drain.
         let settings = settings.set("proxy.mtls=strict").set("timeouts.drain=100ms");
         self.node.proxy(&set_all(settings, more)).await
     }
 
-    /// Calls the plugin as a runtime does; returns its exit code and its result.
+    /// Calls the plugin like a runtime. Returns its exit code and its result.
     async fn call(&self, command: &str, pod: &Pod, changes: Value) -> (i32, String) {
         let ips: Vec<Value> = pod
             .ips()
@@ -95,7 +95,7 @@ impl Scene {
         out
     }
 
-    /// The error code of a call that fails, and its message.
+    /// The error code and the message of a call that must fail.
     async fn fails(&self, command: &str, pod: &Pod, changes: Value) -> (u64, String) {
         let (status, out) = self.call(command, pod, changes).await;
         assert_eq!(status, 1, "{command}: {out}");
@@ -134,7 +134,7 @@ async fn lifecycle(family: Family) {
         );
         assert!(has_rules(pod).await, "the rules stand once ADD returns");
     }
-    // Strict mTLS: only a tunnel with the identity of `a` gets through.
+    // Strict mTLS: only a tunnel with the identity of `a` passes.
     scene.exchanged(family).await;
     let access = daemon.line(&["access: ", "sa/a"]).await;
     assert!(access.contains("sa/b"), "{access}");
@@ -167,7 +167,7 @@ async fn failures() {
     assert_eq!(code, 11);
     assert!(text.contains("but the pod has 192.0.2.1"), "{text}");
     assert!(!has_rules(&scene.a).await, "a refused addition changes nothing");
-    // The node's own namespace.
+    // The namespace is the node's own.
     let (code, _) = scene
         .fails("ADD", &scene.node, json!({"prevResult": {"ips": [{"address": "192.0.2.1/24"}]}}))
         .await;
@@ -229,7 +229,7 @@ async fn upkeep() {
         })
         .await;
     }
-    // The installed plugin acts by its name alone.
+    // The installed plugin is selected by its name alone.
     let plugin = bin.join("underpass-cni").display().to_string();
     let script = format!("echo '{{}}' | CNI_COMMAND=VERSION exec {plugin}");
     let printed = tool(&scene.node, "sh", &["-c", &script]).await;

@@ -1,4 +1,4 @@
-//! Tests of `underpass demo` and `demo --node`: as root, without privileges, and left running.
+//! Tests of `underpass demo` and `demo --node`: as root, without privileges, and kept running.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::os::unix::fs::PermissionsExt as _;
@@ -16,8 +16,8 @@ async fn run(command: &mut Command) -> Output {
     within("the command ends", output).await.expect("it runs")
 }
 
-/// Every point of a demonstration with `count` points must hold.
-fn assert_proven(output: &Output, count: usize) {
+/// Asserts that a demonstration has `count` checks, and that all passed.
+fn assert_checks_passed(output: &Output, count: usize) {
     let said = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{said}{error}");
@@ -27,24 +27,24 @@ fn assert_proven(output: &Output, count: usize) {
 }
 
 #[tokio::test]
-async fn demo_proves_every_point() {
+async fn demo_passes_every_check() {
     if skipped() {
         return;
     }
-    assert_proven(&run(Command::new(binary()).arg("demo")).await, 6);
+    assert_checks_passed(&run(Command::new(binary()).arg("demo")).await, 6);
 }
 
 #[tokio::test]
-async fn node_demo_proves_every_point() {
+async fn node_demo_passes_every_check() {
     if skipped() {
         return;
     }
-    assert_proven(&run(Command::new(binary()).args(["demo", "--node"])).await, 8);
+    assert_checks_passed(&run(Command::new(binary()).args(["demo", "--node"])).await, 8);
 }
 
 #[tokio::test]
-async fn demos_prove_every_point_without_root() {
-    // An unprivileged caller has covered this case in the previous test.
+async fn demos_pass_every_check_without_root() {
+    // For an unprivileged caller, the previous test covers this case.
     if skipped() || !geteuid().is_root() {
         return;
     }
@@ -52,8 +52,8 @@ async fn demos_prove_every_point_without_root() {
     let program = folder.join("underpass");
     std::fs::create_dir_all(&folder).expect("a folder");
     std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755)).expect("readable");
-    // Copied by another process. A child that this process starts meanwhile would inherit the open
-    // file, and the kernel would refuse to execute it (ETXTBSY).
+    // Another process copies the binary. A child that this process starts meanwhile would inherit
+    // the open file, and the kernel would refuse to execute it (ETXTBSY).
     assert!(run(Command::new("cp").arg(binary()).arg(&program)).await.status.success());
     let unprivileged = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"];
     let mut outputs = Vec::new();
@@ -63,12 +63,12 @@ async fn demos_prove_every_point_without_root() {
     }
     std::fs::remove_dir_all(&folder).expect("removed");
     for (output, points) in &outputs {
-        assert_proven(output, *points);
+        assert_checks_passed(output, *points);
     }
 }
 
 #[tokio::test]
-async fn demo_stays_up_for_its_printed_commands_until_ctrl_c() {
+async fn demo_with_keep_runs_until_ctrl_c() {
     if skipped() {
         return;
     }

@@ -1,4 +1,4 @@
-//! End-to-end tests of faults: a reset stays a reset, silence ends at a deadline, and the proxy
+//! End-to-end tests of faults: a reset stays a reset, silence ends at a timeout, and the proxy
 //! keeps running.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
@@ -16,21 +16,24 @@ fn main() -> ExitCode {
         "an application's RST arrives as RST through the tunnel",
         rst_through_the_tunnel,
     );
-    suite.test_both("an application's RST arrives as RST in plaintext", rst_in_plain);
-    suite.test("when the server's proxy is killed the client gets RST", server_proxy_killed);
-    suite.test("when the client's proxy is killed the server gets RST", client_proxy_killed);
+    suite.test_both("an application's RST arrives as RST in plaintext", rst_in_plaintext);
+    suite.test("the client gets RST when the server's proxy is killed", server_proxy_killed);
+    suite.test("the server gets RST when the client's proxy is killed", client_proxy_killed);
     suite.test(
-        "when an application refuses, the tunnel's client gets RST and the logs contain the reason",
+        "the tunnel's client gets RST and the logs have the reason when an application refuses",
         refused_in_tunnel,
     );
-    suite.test("when a destination refuses, its plaintext client gets RST", refused_in_plain);
+    suite.test("a plaintext client gets RST when the destination refuses", refused_in_plaintext);
     suite.test("a connection to a silent destination fails after timeouts.connect", unreachable);
     suite.test("a tunnel to a silent peer fails after timeouts.connect", peer_unreachable);
     suite.test("a peer without a proxy is reported with the expected protocol", peer_without_proxy);
     suite.test("a peer without HBONE is reported with the expected protocol", peer_without_hbone);
     suite.test("a silent HBONE client is disconnected after timeouts.handshake", silent_client);
     suite.test("a tunnel to a silent HBONE server fails after timeouts.handshake", silent_peer);
-    suite.test("a peer that resets during the handshake gives its client a RST", peer_resets);
+    suite.test(
+        "a client gets RST when the peer resets during the handshake",
+        peer_resets_during_handshake,
+    );
     suite.test(
         "an application that does not read does not block others in the same tunnel",
         no_head_of_line_blocking,
@@ -51,7 +54,7 @@ async fn rst_through_the_tunnel(family: Family) {
     }
 }
 
-async fn rst_in_plain(family: Family) {
+async fn rst_in_plaintext(family: Family) {
     let (scene, mut client_proxy) = Scene::with_plain_client(&[]).await;
     let _server_proxy = scene.server.proxy(&scene.server_settings()).await;
     rst_arrives(&scene, family).await;
@@ -92,7 +95,7 @@ async fn refused_in_tunnel() {
     server_proxy.line(&["connection failed", "reason=\"connect\"", "Connection refused"]).await;
 }
 
-async fn refused_in_plain() {
+async fn refused_in_plaintext() {
     let (scene, mut proxy) = Scene::with_plain_client(&[]).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     proxy.line(&["connection failed", "reason=\"connect\"", "Connection refused"]).await;
@@ -167,7 +170,7 @@ async fn silent_peer() {
     proxy.line(&["connection failed", "reason=\"handshake_timeout\"", "timeouts.handshake"]).await;
 }
 
-async fn peer_resets() {
+async fn peer_resets_during_handshake() {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&scene.client_settings()).await;
     let peer = scene.server.listen(HBONE);

@@ -15,8 +15,14 @@ fn main() -> ExitCode {
     add_clients(&mut suite);
     add_servers(&mut suite);
     add_pairs(&mut suite);
-    suite.test("a proxy that trusts two authorities accepts both", either_authority);
-    suite.test("a storm of refused certificates is logged in few short lines", storm);
+    suite.test(
+        "a proxy that trusts two authorities accepts clients of both",
+        accepts_either_authority,
+    );
+    suite.test(
+        "a storm of refused certificates is logged in few short lines",
+        storm_of_refused_certificates,
+    );
     suite.run()
 }
 
@@ -89,8 +95,7 @@ fn add_pairs(suite: &mut Suite) {
     });
 }
 
-/// A certificate with the right name from an authority that only its owner trusts, in addition to
-/// the common one.
+/// A certificate with the right name from an additional authority that only its owner trusts.
 fn of_another_authority(scene: &Scene, account: &str) -> IdentityFiles {
     let folder = scene.world.folder().join("other");
     std::fs::create_dir_all(&folder).expect("a folder");
@@ -166,7 +171,7 @@ async fn between_proxies(
 /// The number of clients with a self-signed certificate of 60 KB.
 const STORM: usize = 200;
 
-async fn storm() {
+async fn storm_of_refused_certificates() {
     let scene = Scene::new().await;
     let mut server = scene.server.proxy(&scene.server_settings()).await;
     let client = TlsClient::new(Some(&self_signed(&scene, 60_000)));
@@ -210,7 +215,7 @@ fn self_signed(scene: &Scene, bytes: usize) -> IdentityFiles {
     files
 }
 
-async fn either_authority() {
+async fn accepts_either_authority() {
     let scene = Scene::new().await;
     let folder = scene.world.folder().join("second");
     std::fs::create_dir_all(&folder).expect("a folder");

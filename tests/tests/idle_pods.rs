@@ -1,5 +1,5 @@
-//! Measures the cost of an idle pod to the process that serves it. The test has a binary of its
-//! own, because other tests in the process would be measured too.
+//! Measures the memory and the threads of an idle pod. A separate test binary, because other tests
+//! in the process would be measured too.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -8,18 +8,18 @@ use std::process::ExitCode;
 use underpass::testing::TestNode;
 use underpass_tests::{Mesh, Pki, Settings, Suite, World, until};
 
-/// The private memory that an idle pod may take.
-const MOST_KIB: u64 = 200;
-/// So many pods are measured together, after a first one that initializes the process.
+/// The maximum private memory of an idle pod.
+const MAX_KIB_PER_POD: u64 = 200;
+/// The number of pods that are measured together, after a first one that initializes the process.
 const PODS: u64 = 16;
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("an idle pod takes little memory and no thread", idle);
+    suite.test("an idle pod needs less than 200 KiB and no thread", idle_pod_cost);
     suite.run()
 }
 
-async fn idle() {
+async fn idle_pod_cost() {
     let world = World::new();
     let pki = Pki::new(world.folder());
     let mut pods = Vec::new();
@@ -40,12 +40,12 @@ async fn idle() {
         }
     }
     let each = private_kib().saturating_sub(memory) / PODS;
-    assert!(each < MOST_KIB, "{each} KiB");
-    // Threads that close connections to netfilter end by themselves.
+    assert!(each < MAX_KIB_PER_POD, "{each} KiB");
+    // Threads that close netlink sockets end by themselves.
     until("as few threads as with one pod", async || threads() <= tasks).await;
 }
 
-/// The memory of this process that it shares with no other one (proc_pid_smaps(5)).
+/// The memory of this process that it shares with no other process (proc_pid_smaps(5)).
 fn private_kib() -> u64 {
     let rollup = fs::read_to_string("/proc/self/smaps_rollup").expect("its memory");
     let private = rollup.lines().filter(|line| line.starts_with("Private_"));
@@ -53,7 +53,7 @@ fn private_kib() -> u64 {
     kib.sum()
 }
 
-/// Without those on which a runtime waits for files, which it makes as it needs them.
+/// The number of threads, except those that a runtime starts for file operations.
 fn threads() -> usize {
     let names = fs::read_dir("/proc/self/task").expect("its threads").filter_map(|task| {
         let name = fs::read_to_string(task.ok()?.path().join("comm")).ok()?;

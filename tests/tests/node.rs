@@ -1,5 +1,5 @@
-//! `underpass node`: identities, waits for certificate and mesh, drain, crash, and isolation of
-//! pods, with any source of pods. The folder's own behaviour is in `node_directory.rs`.
+//! Tests of `underpass node`: identities, waits for certificate and mesh, drain, crash, and
+//! isolation of pods, independent of the source of pods. `node_directory.rs` tests that source.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -19,19 +19,28 @@ const V4: Family = Family::V4;
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test_both("pods of a node talk to each other and to a proxy elsewhere", talk);
-    suite.test("one pod is removed while another one streams", removal);
-    suite.test("a pod whose service account is not that of the mesh is refused", other_identity);
-    suite.test("first connections wait for the certificate", awaited_certificate);
-    suite.test("connections wait until the mesh has the pod", awaited_mesh);
-    suite.test("a killed daemon leaves pods closed, and the next one serves them", crash);
-    suite.test("a stop drains every pod, and leaves them closed", stop);
-    suite.test("a pod that floods leaves its neighbour working", flood);
+    suite.test_both(
+        "pods of a node reach each other and a pod with another proxy",
+        pods_exchange_bytes,
+    );
+    suite.test("removing a pod does not disturb the stream of another pod", removal);
+    suite.test("a pod with another service account than in the mesh is refused", other_identity);
+    suite.test("connections of a new pod wait for its certificate", awaited_certificate);
+    suite.test("connections of a new pod wait until the mesh has it", awaited_mesh);
+    suite.test(
+        "pods refuse connections after the daemon is killed, and the next daemon serves them",
+        crash,
+    );
+    suite.test("a stopped daemon drains every pod, and keeps the rules", stop);
+    suite.test(
+        "a flood of connections from one pod does not disturb its neighbour",
+        flood_of_one_pod,
+    );
     suite.run()
 }
 
-/// The pods `a` and `b` of a node, and a third party `c` with a proxy of its own, wired to each
-/// other. The daemon runs in a namespace of its own.
+/// The pods `a` and `b` of a node, and a pod `c` with a separate proxy, all wired to each other.
+/// The daemon runs in a separate namespace.
 struct Scene {
     world: World,
     node: Pod,
@@ -57,7 +66,7 @@ impl Scene {
         scene
     }
 
-    /// With a daemon and its pods `a` and `b`, and the proxy of `c`.
+    /// The scene with a running daemon, its pods `a` and `b`, and the proxy of `c`.
     async fn served() -> (Self, Proxy, Proxy) {
         let scene = Self::new().await;
         let daemon = scene.daemon().await;
@@ -69,7 +78,7 @@ impl Scene {
         (scene, daemon, proxy)
     }
 
-    /// The folder of pods.
+    /// The folder of the pods' files.
     fn folder(&self) -> PathBuf {
         self.world.folder().join("pods")
     }
@@ -136,21 +145,22 @@ impl Scene {
     }
 }
 
-/// A connection over which bytes have gone both ways; who the application saw.
+/// Opens a connection and exchanges bytes in both directions. Also returns the source address that
+/// the application saw.
 async fn connect(from: &Pod, app: &Listener, to: SocketAddr) -> (TcpStream, TcpStream, SocketAddr) {
     let (mut client, mut server, peer) = from.meet(app, to).await;
     exchange(&mut client, &mut server).await;
     (client, server, peer)
 }
 
-/// Dials, and waits for the reset of the connection, which a proxy accepts before it refuses it.
+/// Dials, and waits for the reset. A proxy accepts a connection before it refuses it.
 async fn is_reset(from: &Pod, to: SocketAddr) {
     let mut stream = from.dial(to).await.expect("caught");
     let read = within("a reset", stream.read_u8()).await;
     assert_eq!(read.expect_err("no byte").kind(), std::io::ErrorKind::ConnectionReset);
 }
 
-async fn talk(family: Family) {
+async fn pods_exchange_bytes(family: Family) {
     let (scene, mut daemon, mut proxy) = Scene::served().await;
     let Scene { a, b, c, pki, .. } = &scene;
     let [app_a, app_b, app_c] = [a, b, c].map(|pod| pod.listen(APP));
@@ -269,11 +279,11 @@ async fn stop() {
     a.dial_and_be_refused(c.at(V4, APP)).await;
 }
 
-async fn flood() {
+async fn flood_of_one_pod() {
     let (scene, _daemon, _proxy) = Scene::served().await;
     let Scene { a, b, c, .. } = &scene;
-    // More handshakes than one source may have under way, none of which is completed. The mark
-    // keeps them from the proxy of `c`.
+    // More handshakes than one source may have in progress, none of which completes. The mark keeps
+    // them from the proxy of `c`.
     let (client, mark) = (TlsClient::new(None), Some(0x539));
     let mut begun = Vec::new();
     for _ in 0..300 {

@@ -1,5 +1,5 @@
-//! The source `node.pods.directory`: files add, change and remove pods, foreign namespaces are
-//! refused, and the node's probes reach strict pods.
+//! Tests of the source `node.pods.directory`: files add, change and remove pods, foreign namespaces
+//! are refused, and the node's probes reach strict pods.
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// A node with the pods `a` and `b`, and another host `other`, which is wired to `a`.
+/// A node with the pods `a` and `b`, and another host `other` that is wired to `a`.
 struct Scene {
     node: Pod,
     a: Pod,
@@ -114,14 +114,15 @@ async fn lifecycle() {
     daemon.line(&["cannot use the file of a pod", "a.yaml"]).await;
     exchange(&mut client, &mut server).await;
     scene.write("a", &file_of(&scene.a, ""));
-    // A pod that comes and goes.
+    // A pod that is added and removed.
     let c = scene.world.pod("c").await;
     scene.write("c", &file_of(&c, "").replace("ips: []", "ips: [192.0.2.1]"));
     daemon.line(&["cannot enrol the pod", "default/c", "none of the pod's addresses"]).await;
     scene.remove("c");
     exchange(&mut client, &mut server).await;
 
-    // A pod that goes while its neighbour carries traffic: its rules go too, and its namespace.
+    // A pod that is removed while its neighbour carries traffic: its rules and its namespace are
+    // removed too.
     let (mut other, mut other_server, _) = scene.a.meet(&app, scene.b_from_a()).await;
     exchange(&mut other, &mut other_server).await;
     let app_a = scene.a.listen(APP + 1);
@@ -153,7 +154,7 @@ async fn changes() {
     let app = scene.b.listen(APP);
     let (mut client, mut server, _) = scene.a.meet(&app, scene.b_from_a()).await;
     exchange(&mut client, &mut server).await;
-    // Strict: plaintext is refused, until the port is excluded.
+    // Strict mTLS: plaintext is refused, until the port is excluded from capture.
     scene.node.dial_and_see_reset(SocketAddr::new(scene.b.ips()[0], APP)).await;
     let excluded = "annotations: {traffic.sidecar.istio.io/excludeInboundPorts: \"8080\"}";
     scene.write("b", &file_of(&scene.b, excluded));
@@ -164,7 +165,7 @@ async fn changes() {
     scene.node.meet(&app, SocketAddr::new(scene.b.ips()[0], APP)).await;
     exchange(&mut client, &mut server).await;
     assert_eq!(daemon.count(&["pod removed"]), 0);
-    // A hostile annotation leaves the rules as they are.
+    // A hostile annotation does not change the rules.
     let hostile = "annotations: {istio.io/reroute-virtual-interfaces: \"eth0 -j ACCEPT\"}";
     scene.write("a", &file_of(&scene.a, hostile));
     daemon.line(&["cannot enrol the pod", "default/a", "reroute-virtual-interfaces"]).await;
@@ -192,7 +193,7 @@ async fn foreign_namespaces() {
     scene.write("a", &file_of(&scene.b, "").replace("uid: b", "uid: a"));
     daemon.line(&["pod enrolled", "uid=a"]).await;
     scene.write("b", &file_of(&scene.b, ""));
-    daemon.line(&["cannot add the pod", "its network namespace is that of the pod a"]).await;
+    daemon.line(&["cannot add the pod", "the pod's network namespace belongs to the pod a"]).await;
     stopped(daemon).await;
 }
 
@@ -218,7 +219,7 @@ async fn probes(family: Family) {
     exchange(&mut client, &mut server).await;
     assert_eq!(peer.ip(), probe);
 
-    // Another host is no probe.
+    // Connections of another host are not probes.
     let is_of_family = |ip: &IpAddr| ip.is_ipv4() == (family == Family::V4);
     let to_a = scene.a.ips().into_iter().rev().find(is_of_family).expect("an address");
     scene.other.dial_and_see_reset(SocketAddr::new(to_a, APP)).await;
@@ -230,7 +231,7 @@ async fn probes(family: Family) {
     let (_client, _server, peer) = scene.node.meet(&app, scene.a.at(family, APP)).await;
     assert_eq!(peer.ip(), probe);
 
-    // A pod that is removed is no member.
+    // A removed pod leaves the set of translated addresses.
     scene.remove("a");
     daemon.line(&["pod removed", "uid=a"]).await;
     until("the pod is not in the set", async || {

@@ -27,18 +27,21 @@ fn main() -> ExitCode {
         "a peer at a neighbour's address is not attributed to the neighbour",
         other_address,
     );
-    suite.test_both("the address of a plaintext client is a claim", plaintext_client);
+    suite.test_both("the workload of a plaintext client is logged as claimed", plaintext_client);
     suite.test("connections beyond the limit of label sets are counted as overflow", overflow);
-    suite.test("idle label sets are removed, and count again from zero", idle_label_sets);
+    suite.test("idle label sets are removed, and later count from zero", idle_label_sets);
     suite.test("bytes are counted while a connection is open", counted_while_open);
-    suite.test("a connection is logged in one line with ztunnel's names", one_line);
-    suite.test("every JSON log line is an object with the same names", json);
-    suite.test("access=off disables the access log", silent);
-    suite.test("lines lost to a stalled reader of the log are counted and reported", stalled);
+    suite.test("a connection is logged in one line with ztunnel's names", logged_in_one_line);
+    suite.test("every JSON log line is an object with the field names of the plain format", json);
+    suite.test("access=off disables the access log", access_log_off);
+    suite.test(
+        "log lines lost because of a stalled reader are counted and reported",
+        stalled_log_reader,
+    );
     suite.run()
 }
 
-/// A connection from its first to its last byte: 7 bytes to the server, 6 bytes back.
+/// Opens, uses and ends a connection: 7 bytes to the server, 6 bytes back.
 async fn connection(scene: &Scene, family: Family) -> SocketAddr {
     let app = scene.server.listen(APP);
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
@@ -216,7 +219,7 @@ async fn overflow() {
     let mut proxy = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
     connection(&scene, Family::V4).await;
-    // Nothing listens there, so that the connection has no proven destination.
+    // The port has no listener, so the connection has no proven destination.
     scene.client.dial_and_see_reset(scene.server.at(Family::V4, APP + 1)).await;
     proxy.access_lines(2).await;
     let metrics = scene.client.metrics().await;
@@ -297,13 +300,13 @@ fn expected_fields(
     fields.map(|(name, value)| (name.to_owned(), value)).to_vec()
 }
 
-async fn one_line() {
+async fn logged_in_one_line() {
     let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
     let from = connection(&scene, Family::V4).await;
     let to = scene.app(Family::V4);
     for (proxy, inbound) in [(&mut client_proxy, false), (&mut server_proxy, true)] {
         proxy.access_lines(1).await;
-        // After the exit, the log is complete.
+        // The log is complete after the exit.
         proxy.stop().await;
         let lines = proxy.access_lines(1).await;
         let [line] = &lines[..] else { unreachable!("not one line: {lines:?}") };
@@ -355,7 +358,7 @@ async fn json() {
     }
 }
 
-async fn silent() {
+async fn access_log_off() {
     let scene = Scene::new().await;
     let settings = scene.client_settings().set("logging.filter=info,access=off");
     let mut proxy = scene.client.proxy(&settings).await;
@@ -380,10 +383,10 @@ mkfifo "$GO.log" "$GO"
 exec "$UNDERPASS" "$@" > "$GO.log"
 "#;
 
-async fn stalled() {
+async fn stalled_log_reader() {
     let scene = Scene::new().await;
     let app = Server::echo(&scene.server, APP);
-    // Long names give long lines.
+    // Long names make long lines.
     let mesh = scene.world.folder().join("long.yaml");
     let ips: Vec<_> = scene.client.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
     let name = "n".repeat(20_000);

@@ -1,4 +1,4 @@
-//! Several pods in one process: each has its own identity and sockets, and ends by itself.
+//! Tests of several pods in one process: each has its own identity and sockets, and ends by itself.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::net::{IpAddr, SocketAddr};
@@ -15,19 +15,18 @@ use underpass_tests::{
     read_to_end, tool, until, within,
 };
 
-/// How long the connections of a pod that is removed may go on.
+/// The maximum duration of a removed pod's drain.
 const DRAIN: Duration = Duration::from_millis(300);
 const WORKERS: usize = 2;
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test_both("each of two pods is seen with its own identity", identities);
-    suite.test("removing a pod loses no byte of another pod, and leaves no namespace", removal);
+    suite.test_both("peers see each of two pods with its own identity", identities);
+    suite.test("removing a pod loses no byte of another pod, and frees its namespace", removal);
     suite.run()
 }
 
-/// Two pods of one node, `a` and `b`, and a third party `c` with a proxy of its own, wired to each
-/// other.
+/// Two pods `a` and `b` of one node, and a pod `c` with a separate proxy, all wired to each other.
 struct Scene {
     world: World,
     a: Pod,
@@ -50,7 +49,8 @@ impl Scene {
         scene
     }
 
-    /// No pod may connect to itself, so that a tunnel with the other pod's identity is refused.
+    /// Policies forbid a pod to connect to itself, so a tunnel with the other pod's identity is
+    /// refused.
     fn set_mesh(&self) {
         let of = |name| format!("{{exact: cluster.local/ns/default/sa/{name}}}");
         let from = |one, other| format!("[[[{{principals: [{}, {}]}}]]]", of(one), of(other));
@@ -93,7 +93,8 @@ impl Scene {
     }
 }
 
-/// A connection over which bytes have gone both ways; who the application saw.
+/// Opens a connection and exchanges bytes in both directions. Also returns the source address that
+/// the application saw.
 async fn connect(from: &Pod, app: &Listener, to: SocketAddr) -> (TcpStream, TcpStream, SocketAddr) {
     let (mut client, mut server, peer) = from.meet(app, to).await;
     exchange(&mut client, &mut server).await;
@@ -110,11 +111,11 @@ async fn identities(family: Family) {
         pod.verify().await.expect("the rules of its settings");
     }
 
-    // Between both, in both directions.
+    // Between both pods, in both directions.
     let (from_a, from_b) = (Scene::between(a, family), Scene::between(b, family));
     assert_eq!(connect(a, &app_b, from_b).await.2.ip(), from_a.ip());
     assert_eq!(connect(b, &app_a, from_a).await.2.ip(), from_b.ip());
-    // Out of both, and into both.
+    // From both pods to others, and from others to both.
     for (pod, app) in [(a, &app_a), (b, &app_b)] {
         let identity = pki.id(pod.name()).to_string();
         let (_, _, peer) = connect(pod, &app_c, c.at(family, APP)).await;
@@ -131,7 +132,7 @@ async fn identities(family: Family) {
     node.stop().await;
 }
 
-/// Numbers until `enough`, as fast as they can be sent; how many.
+/// Sends ascending numbers as fast as possible until `enough`. Returns their count.
 async fn send(mut to: TcpStream, enough: watch::Receiver<bool>) -> u64 {
     let mut sent = 0_u64;
     while !*enough.borrow() {
@@ -143,7 +144,7 @@ async fn send(mut to: TcpStream, enough: watch::Receiver<bool>) -> u64 {
     sent
 }
 
-/// The numbers that arrive, each after the one before; how many.
+/// Receives numbers, and checks that each follows the one before. Returns their count.
 async fn receive(mut from: TcpStream, progress: watch::Sender<u64>) -> u64 {
     let (mut received, mut block) = (0_u64, vec![0; 8 * 1024]);
     loop {
@@ -171,7 +172,7 @@ async fn removal() {
     let (progress, mut received) = watch::channel(0);
     let sending = tokio::spawn(send(client, until_enough));
     let receiving = tokio::spawn(receive(server, progress));
-    // Open connections of the pod that is removed, in both directions: its own, and one to it.
+    // Open connections of the removed pod: an outbound and an inbound one.
     let (mut own, _server, _) = connect(&b, &app, to).await;
     let app_b = b.listen(APP);
     let (mut other, server, _) = connect(&a, &app_b, Scene::between(&b, Family::V4)).await;

@@ -1,5 +1,5 @@
-//! A few seconds of the soak, which `cargo run -p underpass-tests --example soak` runs for as long
-//! as one likes.
+//! Runs the soak test for a few seconds. `cargo run -p underpass-tests --example soak` runs it
+//! longer.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use underpass_tests::{Fault, SoakOptions, Suite, soak};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("streams keep their invariants under faults and leave no resources", a_few_seconds);
+    suite.test("streams lose no data under faults and release all resources", a_few_seconds);
     suite.run()
 }
 

@@ -1,4 +1,4 @@
-//! Checks of the repository that the compiler cannot do: files, dependencies, documentation.
+//! Checks of the repository that the compiler does not perform: files, dependencies, documentation.
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
@@ -9,10 +9,10 @@ use std::process::Command;
 use underpass_config::Reference;
 
 /// The maximum number of lines of a file; most should have fewer than 400.
-const LONGEST_FILE: usize = 500;
+const MAX_FILE_LINES: usize = 500;
 const FOLDERS: [&str; 6] = ["proxy", "interception", "hbone", "config", "benches", "tests"];
 
-const UPDATE: &str = "docs/settings.md is not as config/src/settings/resolve/ declares the settings: replace its \
+const UPDATE_HINT: &str = "docs/settings.md is not as config/src/settings/resolve/ declares the settings: replace its \
                       table with the output of `cargo run -- config keys --markdown`";
 
 fn root() -> PathBuf {
@@ -43,7 +43,7 @@ fn sources(folders: &[&str]) -> Vec<(String, String)> {
 }
 
 /// The dependencies of all packages, including development ones: (package, dependency).
-fn arrows() -> BTreeSet<(String, String)> {
+fn dependencies() -> BTreeSet<(String, String)> {
     let cargo = Command::new(env!("CARGO"))
         .args([
             "metadata",
@@ -78,16 +78,16 @@ fn every_file_has_header_and_at_most_500_lines() {
     for (path, text) in sources(&FOLDERS) {
         assert!(text.starts_with("//! "), "{path} does not begin with //!");
         let lines = text.lines().count();
-        assert!(lines <= LONGEST_FILE, "{path} has {lines} lines");
+        assert!(lines <= MAX_FILE_LINES, "{path} has {lines} lines");
         assert!(!path.ends_with("/mod.rs"), "{path}: foo.rs and foo/ instead");
     }
 }
 
 #[test]
 fn crates_depend_only_on_allowed_crates() {
-    let arrows = arrows();
+    let dependencies = dependencies();
     let ours = |to: &str| to == "underpass" || to.starts_with("underpass-");
-    for (from, to) in &arrows {
+    for (from, to) in &dependencies {
         let allowed = match from.as_str() {
             "underpass-config" => !ours(to),
             "underpass-interception" | "underpass-hbone" => !ours(to) || to == "underpass-config",
@@ -98,7 +98,7 @@ fn crates_depend_only_on_allowed_crates() {
         assert!(allowed, "{from} must not depend on {to}");
     }
     for to in ["underpass-config", "underpass-hbone", "underpass-interception"] {
-        assert!(arrows.contains(&("underpass".to_owned(), to.to_owned())), "{to}");
+        assert!(dependencies.contains(&("underpass".to_owned(), to.to_owned())), "{to}");
     }
 }
 
@@ -106,7 +106,7 @@ fn crates_depend_only_on_allowed_crates() {
 fn third_party_crates_are_used_by_their_owners_only() {
     let owners: [(&[&str], &[&str]); 4] = [
         (&["saphyr-parser"], &["underpass-config"]),
-        // Each speaks a protocol of its own: to the CA, and to the node agent.
+        // One crate uses prost for the CA's protocol, the other for the node agent's.
         (&["prost"], &["underpass-hbone", "underpass"]),
         (
             &[
@@ -124,7 +124,7 @@ fn third_party_crates_are_used_by_their_owners_only() {
         ),
         (&["nix", "socket2", "nlink", "caps", "imara-diff"], &["underpass-interception"]),
     ];
-    for (from, to) in arrows() {
+    for (from, to) in dependencies() {
         assert!(
             !["anyhow", "eyre", "openssl", "native-tls", "async-trait"].contains(&to.as_str()),
             "{from} depends on {to}"
@@ -141,9 +141,9 @@ fn third_party_crates_are_used_by_their_owners_only() {
 
 #[test]
 fn only_interception_makes_system_calls() {
-    // Of the other crates of the product; those that try it make their own.
+    // Product crates other than interception make no system calls. Test crates may.
     let others = ["underpass-config", "underpass-hbone", "underpass"];
-    for (from, to) in arrows().iter().filter(|(from, _)| others.contains(&from.as_str())) {
+    for (from, to) in dependencies().iter().filter(|(from, _)| others.contains(&from.as_str())) {
         let wraps_system_calls = ["libc", "linux-raw-sys", "nix", "rustix", "socket2"];
         assert!(!wraps_system_calls.contains(&to.as_str()), "{from} depends on {to}");
     }
@@ -182,9 +182,9 @@ fn settings_and_their_documentation_agree() {
         text.lines().filter(|line| line.starts_with("| `")).map(str::to_owned).collect()
     };
     for (documented, declared) in rows(&document).iter().zip(&rows(&table)) {
-        assert_eq!(documented, declared, "{UPDATE}");
+        assert_eq!(documented, declared, "{UPDATE_HINT}");
     }
-    assert!(document.contains(&table), "{UPDATE}");
+    assert!(document.contains(&table), "{UPDATE_HINT}");
 }
 
 #[test]
@@ -195,7 +195,7 @@ fn readme_contains_two_commands() {
     }
 }
 
-/// The names of metrics in a text, which stand between `open` and `close`.
+/// The names of metrics in a text, between `open` and `close`.
 fn metric_names(text: &str, open: char, close: char) -> BTreeSet<String> {
     let is_name = |name: &str| {
         let ours = name.starts_with("underpass_") || name.starts_with("istio_tcp_");

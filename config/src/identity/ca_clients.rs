@@ -1,4 +1,5 @@
-//! The clients file of `underpass ca serve`: tokens, and the identities that each may request.
+//! The clients file of `underpass ca serve`: tokens, and the identities that each client may
+//! request.
 //!
 //! ```yaml
 //! clients:
@@ -6,7 +7,8 @@
 //!   identities: [spiffe://cluster.local/ns/default/sa/web, "spiffe://cluster.local/ns/shop/*"]
 //! ```
 //!
-//! It is a file of its own because it contains tokens. Error messages never contain one.
+//! This file is separate from the settings because it contains tokens. Error messages never contain
+//! one.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -18,13 +20,13 @@ use crate::yaml::document::Node;
 use crate::yaml::read::{Cursor, Problems};
 
 const CLIENT_KEYS: &[&str] = &["token", "token_file", "identities"];
-/// The end of a pattern that matches all identities below its path.
-const ANY: &str = "/*";
+/// The suffix of a pattern for all identities below a path.
+const WILDCARD_SUFFIX: &str = "/*";
 
 /// The content of a clients file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct CaClients {
-    /// The clients in file order. All others are refused.
+    /// The clients in file order. Other clients are refused.
     pub clients: Vec<CaClient>,
 }
 
@@ -33,16 +35,16 @@ pub struct CaClients {
 pub struct CaClient {
     /// The token that authenticates the client.
     pub token: CaToken,
-    /// The identities that it may request.
+    /// The identities that the client may request.
     pub identities: Vec<IdentityPattern>,
 }
 
 /// The bearer token of a client.
 #[derive(Clone, PartialEq, Eq)]
 pub enum CaToken {
-    /// In the clients file.
+    /// A token in the clients file.
     Literal(String),
-    /// In a separate file.
+    /// The path of a file with the token.
     File(PathBuf),
 }
 
@@ -65,7 +67,7 @@ impl CaClients {
 }
 
 impl IdentityPattern {
-    /// Returns true if `id` is this identity, or below this path.
+    /// Whether `id` is this identity, or is below this path.
     pub fn matches(&self, id: &SpiffeId) -> bool {
         if !self.below {
             return self.base == *id;
@@ -79,7 +81,7 @@ impl FromStr for IdentityPattern {
     type Err = SpiffeError;
 
     fn from_str(text: &str) -> Result<Self, SpiffeError> {
-        let (base, below) = match text.strip_suffix(ANY) {
+        let (base, below) = match text.strip_suffix(WILDCARD_SUFFIX) {
             Some(base) => (base, true),
             None => (text, false),
         };
@@ -93,7 +95,7 @@ impl FromStr for IdentityPattern {
 
 impl fmt::Display for IdentityPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.base, if self.below { ANY } else { "" })
+        write!(f, "{}{}", self.base, if self.below { WILDCARD_SUFFIX } else { "" })
     }
 }
 
@@ -133,7 +135,8 @@ fn client(item: Cursor<'_>, folder: &Path) -> Option<CaClient> {
     Some(CaClient { token: token?, identities })
 }
 
-/// Reports mistakes at the client instead of the key, since the message would contain the token.
+/// Reads a token. Mistakes are reported for the client instead of the key, because the message for
+/// the key would contain the token.
 fn token(item: Cursor<'_>, folder: &Path) -> Option<CaToken> {
     let (literal, file) = (item.key("token"), item.key("token_file"));
     match (literal.text(), file.text()) {
@@ -150,13 +153,12 @@ fn token(item: Cursor<'_>, folder: &Path) -> Option<CaToken> {
     }
 }
 
-/// Returns true if the token can be sent in an `authorization` header (RFC 6750 section 2.1 is
-/// stricter).
+/// Whether the token can be sent in an `authorization` header (RFC 6750 section 2.1 is stricter).
 fn is_token(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|c| c.is_ascii_graphic())
 }
 
-/// Like [`Cursor::only`], but without the value, which may be a token under a misspelt key.
+/// Like [`Cursor::only`], but never prints the value, which may be a token under a misspelt key.
 fn only(place: Cursor<'_>, known: &[&str]) {
     for (key, _) in place.entries() {
         if !known.contains(&key.as_str()) {
@@ -197,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn star_matches_one_or_more_last_segments() {
+    fn pattern_with_star_matches_one_or_more_last_segments() {
         let shop: IdentityPattern = "spiffe://td/ns/shop/*".parse().unwrap();
         for inside in ["spiffe://td/ns/shop/sa/web", "spiffe://td/ns/shop/x"] {
             assert!(shop.matches(&id(inside)), "{inside}");

@@ -1,4 +1,4 @@
-//! SPIFFE identities, in the terms of the SPIFFE-ID standard. The hbone crate verifies them by
+//! SPIFFE identities, in the terms of the SPIFFE-ID standard. The hbone crate verifies them with
 //! certificates.
 
 use std::fmt;
@@ -40,12 +40,12 @@ pub enum SpiffeError {
 pub struct TrustDomain(String);
 
 impl TrustDomain {
-    /// `cluster.local`, the trust domain of a mesh whose operator chose none.
+    /// `cluster.local`, the default trust domain of Istio.
     pub(crate) fn cluster_local() -> Self {
         Self("cluster.local".to_owned())
     }
 
-    /// The trust domain as in identities.
+    /// The trust domain in the form used in identities.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -92,16 +92,16 @@ struct Parts {
 }
 
 impl SpiffeId {
-    /// Istio's identity of a workload: `spiffe://TD/ns/NAMESPACE/sa/ACCOUNT`.
+    /// The identity of a workload in Istio: `spiffe://TD/ns/NAMESPACE/sa/ACCOUNT`.
     ///
-    /// # Errors
-    /// [`SpiffeError::Path`] if a name contains a character that is not allowed in identities.
+    /// # Errors [`SpiffeError::Path`] if a name contains a character that is not allowed in
+    /// identities.
     pub fn istio(
         trust_domain: TrustDomain,
         namespace: &str,
         service_account: &str,
     ) -> Result<Self, SpiffeError> {
-        // A '/' would make it ambiguous: `a/sa/b` as namespace, or `b` as account in the namespace
+        // A '/' would make the identity ambiguous: namespace `a/sa/b`, or account `b` in namespace
         // `a`.
         if namespace.contains('/') || service_account.contains('/') {
             return Err(SpiffeError::Path);
@@ -114,12 +114,12 @@ impl SpiffeId {
         &self.0.trust_domain
     }
 
-    /// The path: empty, or `/` and segments.
+    /// The path: empty, or segments that each begin with `/`.
     pub fn path(&self) -> &str {
         self.0.text.get(self.0.trust_domain.0.len()..).unwrap_or_default()
     }
 
-    /// Returns true if it identifies a workload. An identity without a path identifies the trust
+    /// Whether the identity is a workload's. An identity without a path identifies the trust
     /// domain, and only a CA certificate contains one (X509-SVID section 2).
     pub fn is_workload(&self) -> bool {
         !self.path().is_empty()
@@ -130,14 +130,14 @@ impl SpiffeId {
         &self.0.text
     }
 
-    /// Returns true if there are other references to it.
+    /// Whether other references to the identity exist.
     pub(crate) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }
 
     /// The namespace and service account, if the path has Istio's form.
     pub fn namespace_and_service_account(&self) -> Option<(&str, &str)> {
-        // Evaluated for every connection; a search for one byte is faster than for "/sa/".
+        // Evaluated for every connection. A search for one byte is faster than for "/sa/".
         let (namespace, rest) = self.path().strip_prefix("/ns/")?.split_once('/')?;
         let account = rest.strip_prefix("sa/")?;
         (!account.contains('/')).then_some((namespace, account))

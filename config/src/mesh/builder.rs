@@ -11,14 +11,14 @@ use super::service::{Endpoint, PortMap, Service};
 use super::workload::{Gateway, GatewayDestination, Workload};
 use super::{Mesh, Policies};
 
-/// A workload whose references are not resolved.
+/// A workload with unresolved references.
 #[derive(Debug)]
 pub struct WorkloadDraft {
     /// The workload, without services and policies.
     pub workload: Workload,
-    /// The services whose endpoint it is, with its own ports for them.
+    /// The services of which the workload is an endpoint, each with the workload's ports.
     pub services: Vec<(NamespacedHostname, PortMap)>,
-    /// The policies that select it, as `namespace/name`.
+    /// The policies that the workload references, as `namespace/name`.
     pub policies: Vec<Name>,
 }
 
@@ -33,7 +33,7 @@ pub enum Item {
     Policy(usize),
 }
 
-/// A mistake of an item in relation to others.
+/// A mistake of an item in relation to other items.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mistake {
     /// The item.
@@ -194,7 +194,7 @@ impl<'a> Build<'a> {
         }
     }
 
-    /// The workload with its policies. Without policies, it is the draft's own allocation.
+    /// The workload with its policies. Without policies, the draft's allocation is shared.
     fn selected_by(&mut self, item: Item, draft: &Draft) -> Arc<Workload> {
         if draft.policies.is_empty() {
             return draft.workload.clone();
@@ -307,7 +307,7 @@ impl<'a> Build<'a> {
                 .mesh
                 .networks
                 .get(&at.network)
-                .is_some_and(|network| network.has_workload_at(at.address)),
+                .is_some_and(|network| network.has_address(at.address)),
         }
     }
 }

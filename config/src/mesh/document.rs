@@ -26,7 +26,7 @@ const SECTIONS: &[&str] = &["workloads", "services", "policies"];
 pub(super) struct Document {
     name: Arc<str>,
     items: MeshBuilder,
-    /// The locations of the items in `items`, by kind. Items with mistakes are left out.
+    /// The locations of the workloads in `items`. Items with mistakes are missing.
     workloads: Vec<ItemLocation>,
     services: Vec<ItemLocation>,
     policies: Vec<ItemLocation>,
@@ -118,7 +118,7 @@ impl Document {
         }
     }
 
-    /// Releases unused capacity, since documents are kept.
+    /// Releases unused capacity, because documents are kept.
     fn shrink(&mut self) {
         self.items.shrink();
         for places in [&mut self.workloads, &mut self.services, &mut self.policies] {
@@ -156,7 +156,7 @@ pub(super) fn problem(documents: &[Arc<Document>], mistake: Mistake) -> Problem 
     Problem { key: format!("{section}[{index}].{key}"), value: None, reason, hint, origin }
 }
 
-/// Rejects an empty file: it is probably being written, and would remove all policies.
+/// Rejects an empty file: a program is probably writing it, and it would remove all policies.
 fn reject_non_mapping(root: &Node, problems: &Problems) {
     Cursor::root(root, problems).problem(match root.value {
         Value::Null => Reason::with_hint("is empty", "write an empty mesh as workloads: []"),

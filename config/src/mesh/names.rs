@@ -1,4 +1,4 @@
-//! Shared names, and addresses that are scoped to a network.
+//! Interned names, and addresses that belong to a network.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -12,14 +12,14 @@ use ipnet::IpNet;
 
 use crate::cidr::canonical;
 
-/// A name with many references: a namespace, a node, a network.
+/// An interned name: a namespace, a node, a network.
 pub type Name = Arc<str>;
 
-/// A map with a fast hash function. Keys come from the control plane and not from peers, so
-/// collision attacks are no concern.
+/// A map with a fast hash function. Keys come from the control plane and not from peers, so hash
+/// collisions are no attack.
 pub(crate) type Map<K, V> = HashMap<K, V, RandomState>;
 
-/// A set with the hash of [`Map`].
+/// A set with the hash function of [`Map`].
 pub(crate) type Set<T> = HashSet<T, RandomState>;
 
 /// Interns strings.

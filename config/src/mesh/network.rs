@@ -22,13 +22,13 @@ pub(super) struct Network {
     lengths: BTreeSet<u8>,
 }
 
-/// The workload of an address.
+/// The workload at an address.
 #[derive(Debug)]
 struct AddressOwner {
     workload: Arc<Workload>,
-    /// Whether several workloads share the address, which then denotes none of them.
+    /// Whether several workloads share the address, which then identifies none of them.
     shared: bool,
-    /// Whether any of them supports HBONE.
+    /// Whether any of these workloads supports HBONE.
     hbone: bool,
 }
 
@@ -38,23 +38,23 @@ impl Network {
         (!owner.shared).then_some(&owner.workload)
     }
 
-    /// Returns true if at least one workload has this address.
+    /// Whether at least one workload has this address.
     pub(super) fn has_workload(&self, address: IpAddr) -> bool {
         self.workloads.contains_key(&address)
     }
 
-    /// Returns true if a workload with this address supports HBONE.
+    /// Whether a workload with this address supports HBONE.
     pub(super) fn speaks_hbone(&self, address: IpAddr) -> bool {
         self.workloads.get(&address).is_some_and(|owner| owner.hbone)
     }
 
-    /// Returns true if a workload or service has this address.
-    pub(super) fn has_workload_at(&self, address: IpAddr) -> bool {
+    /// Whether a workload or service has this address.
+    pub(super) fn has_address(&self, address: IpAddr) -> bool {
         self.workloads.contains_key(&address) || self.services_at(address).next().is_some()
     }
 
-    /// The service that `address` denotes for a workload of `namespace`: one with this address,
-    /// otherwise one with a range that contains it. Invisible services are ignored.
+    /// The service at `address` for a workload of `namespace`: one with this address, otherwise one
+    /// with a range that contains it. Services that the workload cannot see are ignored.
     pub(super) fn service(&self, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
         let exact = self.vips.get(&address).map(Vec::as_slice).unwrap_or_default();
         select_service(exact, namespace).or_else(|| self.service_around(address, namespace))
@@ -76,9 +76,10 @@ impl Network {
         })
     }
 
-    /// Ranks like ztunnel: a range of the own namespace precedes a longer prefix of another one. Of
-    /// equal candidates the first in the file is used, unlike in [`select_service`], because only a
-    /// better one replaces it there (`state/service.rs`, `get_best_by_cidr_vip`).
+    /// The service whose range contains `address`, ranked like in ztunnel: a range of the own
+    /// namespace precedes a longer prefix of another one. Of equal candidates the first in the file
+    /// is used, unlike in [`select_service`], because ztunnel replaces it only by a better one
+    /// (`state/service.rs`, `get_best_by_cidr_vip`).
     fn service_around(&self, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
         let around = self.ranges_around(address).enumerate();
         around
@@ -90,8 +91,8 @@ impl Network {
             .map(|(_, service)| service)
     }
 
-    /// Adds an address of a workload. Returns the workload that already has it, unless both share
-    /// the address of their node.
+    /// Adds an address of a workload. If another workload has the address, and the two do not share
+    /// their node's address, returns that workload.
     pub(super) fn add_workload(
         &mut self,
         address: IpAddr,
@@ -124,9 +125,9 @@ impl Network {
     }
 }
 
-/// Of services with the same address or hostname, the one for a workload of `namespace`: one of its
-/// own namespace, otherwise the canonical one, otherwise the one with the first namespace. Of equal
-/// candidates the last in the file is used, as in ztunnel, where it replaces earlier ones
+/// Selects among services with the same address or hostname, for a workload of `namespace`: one of
+/// its own namespace, otherwise the canonical one, otherwise the one with the first namespace. Of
+/// equal candidates the last in the file is used, because it replaces earlier ones in ztunnel
 /// (`state/service.rs`, `insert_internal`, `find_best_match`).
 pub(super) fn select_service<'a>(
     services: &'a [Arc<Service>],
@@ -145,7 +146,8 @@ mod tests {
 
     const AT: &str = "vips: [/10.1.0.1], cidrVips: [/10.2.0.0/16], ";
 
-    /// Services named `a`, `b`, … with these fields; by default at one address and in one range.
+    /// Services named `a`, `b` and so on with these fields; by default with one address and one
+    /// range.
     fn mesh(services: &[&str]) -> Mesh {
         let service = |(words, name): (&&str, char)| {
             let there = if words.contains("cidrVips") { "" } else { AT };
@@ -155,14 +157,15 @@ mod tests {
         Mesh::from_text("mesh.yaml", &format!("services:\n{services}")).unwrap()
     }
 
-    /// The services for the address and for one in the range, for a workload of namespace `ns`.
+    /// The services at the address and at an address of the range, for a workload of namespace
+    /// `ns`.
     fn resolved(mesh: &Mesh) -> [&str; 2] {
         let resolved = |address: [u8; 4]| mesh.service("", address.into(), "ns");
         [[10, 1, 0, 1], [10, 2, 0, 1]].map(|address| resolved(address).map_or("", |it| &it.name))
     }
 
     #[test]
-    fn equal_services_resolve_to_last_for_address_and_first_for_range() {
+    fn equal_services_resolve_to_last_by_address_and_to_first_by_range() {
         for (services, expected) in [
             (&["namespace: ns", "namespace: ns"][..], ["b", "a"]),
             (&["namespace: x", "namespace: ns", "namespace: ns", "namespace: x"], ["c", "b"]),
@@ -182,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn own_namespace_precedes_prefix_length_precedes_canonical() {
+    fn service_selection_prefers_own_namespace_then_longer_prefix_then_canonical() {
         let mesh = mesh(&[
             "namespace: x, canonical: true, cidrVips: [/10.3.0.0/16]",
             "namespace: y, cidrVips: [/10.3.0.0/24]",

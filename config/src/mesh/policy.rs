@@ -1,5 +1,5 @@
-//! Authorization policies: the connections that a workload accepts. The proxy evaluates allow and
-//! deny policies in their order.
+//! Authorization policies, which restrict the connections to a workload. The proxy evaluates allow
+//! and deny policies in their order.
 
 mod rules;
 
@@ -17,18 +17,18 @@ use crate::identity::spiffe::{SpiffeId, TrustDomain};
 pub enum PolicyScope {
     /// All workloads of the mesh, regardless of the policy's namespace.
     Global,
-    /// All workloads of its namespace.
+    /// All workloads of the policy's namespace.
     Namespace,
-    /// The workloads that reference it.
+    /// The workloads that reference the policy.
     WorkloadSelector,
 }
 
 /// The effect of a policy on a matching connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PolicyAction {
-    /// Allows it.
+    /// Allows the connection.
     Allow,
-    /// Denies it.
+    /// Denies the connection.
     Deny,
 }
 
@@ -37,15 +37,15 @@ pub enum PolicyAction {
 pub struct Policy {
     /// The name, unique within the namespace.
     pub name: Name,
-    /// Its namespace.
+    /// The policy's namespace.
     pub namespace: Name,
-    /// The workloads to which it applies.
+    /// The workloads to which the policy applies.
     pub scope: PolicyScope,
     /// Whether a match allows or denies the connection.
     pub action: PolicyAction,
-    /// Whether it only logs its decision.
+    /// Whether the policy only logs its decision.
     pub dry_run: bool,
-    /// The matching connections.
+    /// The conditions of the policy.
     pub rules: Rules,
 }
 
@@ -64,7 +64,7 @@ pub struct Connection<'a> {
 }
 
 impl Policy {
-    /// Returns true if the policy matches `connection`.
+    /// Whether the policy matches `connection`.
     #[must_use]
     pub fn matches(&self, connection: &Connection<'_>) -> bool {
         self.rules.matches(connection)
@@ -86,8 +86,8 @@ pub struct PolicySet<'a> {
 }
 
 impl<'a> PolicySet<'a> {
-    /// All policies. One that a workload references and that also applies to its namespace occurs
-    /// twice.
+    /// All policies. A policy occurs twice if a workload references it and it also applies to the
+    /// namespace.
     pub fn iter(self) -> impl Iterator<Item = &'a Arc<Policy>> {
         self.global.iter().chain(self.namespace).chain(self.workload)
     }
@@ -104,7 +104,7 @@ impl<'a> PolicySet<'a> {
 }
 
 impl PartialEq for PolicySet<'_> {
-    /// Returns true if both decide equally, even if they belong to different snapshots.
+    /// Whether both sets decide equally, even if they belong to different snapshots.
     fn eq(&self, other: &Self) -> bool {
         // `Arc` compares addresses before values.
         self.iter().eq(other.iter())

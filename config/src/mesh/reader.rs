@@ -1,4 +1,4 @@
-//! Reads the documents of a mesh, and later only those that changed.
+//! Reads the documents of a mesh, and after a change only the changed ones.
 //!
 //! A parsed document shares its items with the snapshots that contain it. `source.rs` detects
 //! changes, `document.rs` parses, and `builder.rs` combines documents.
@@ -15,7 +15,7 @@ use crate::watch::files;
 use crate::watch::files::File;
 use crate::yaml::read::Problems;
 
-/// The number of attempts to get a consistent set of files while they are being replaced.
+/// The maximum number of attempts to read a consistent set of files while they are being replaced.
 const MAX_ATTEMPTS: usize = 3;
 
 /// Reads documents, and caches those of the last read.
@@ -41,13 +41,13 @@ impl Reader {
         self.read_taken(path, taken)
     }
 
-    /// Reads the mesh at `path`, unless its files are unchanged.
+    /// Reads the mesh at `path` if its files have changed.
     pub(super) fn read_if_new(&mut self, path: &Path) -> Option<Result<Mesh, ConfigErrors>> {
         let taken = self.take(path);
         (self.seen != Some(taken.0)).then(|| self.read_taken(path, taken))
     }
 
-    /// The files of `path` and their common fingerprint.
+    /// Loads the files of `path`, and computes their common fingerprint.
     fn take(&self, path: &Path) -> (u64, Vec<Content>) {
         let mut files = Vec::new();
         let fingerprint = files::read_each(path, |file| {
@@ -59,8 +59,9 @@ impl Reader {
         (fingerprint, files)
     }
 
-    /// Reads files once a consistent set was taken: one file may be replaced before it is taken and
-    /// another one afterwards. Taking is fast; changes during the parsing count as the next change.
+    /// Parses files after loading a consistent set: one file may be replaced before it is loaded
+    /// and another one afterwards. Loading is fast; changes during parsing count as the next
+    /// change.
     fn read_taken(
         &mut self,
         path: &Path,
@@ -116,7 +117,7 @@ pub(super) fn from_text(name: &str, text: &str) -> Result<Mesh, ConfigErrors> {
 }
 
 fn mesh_of(documents: &[Arc<Document>], problems: Problems) -> Result<Mesh, ConfigErrors> {
-    // Missing references may be in the unreadable file, so they are not reported.
+    // References may lead to the unreadable file, so missing ones are not reported.
     if !problems.is_empty() {
         return problems.or_else(None);
     }
@@ -141,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn retakes_files_that_are_replaced_meanwhile() {
+    fn reads_files_again_that_were_replaced_during_the_read() {
         let folder = Folder::of_test();
         folder.write("a.yaml", &workload("a", 1));
         folder.write("b.yaml", &workload("b", 2));

@@ -11,7 +11,7 @@ use crate::identity::spiffe::SpiffeId;
 
 /// A sorted map from ports of a service to ports of an endpoint.
 ///
-/// In the map of a service, target 0 denotes a named port, which every endpoint resolves itself.
+/// In the map of a service, target 0 is a named port, which every endpoint resolves itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct PortMap(Arc<[(u16, u16)]>);
 
@@ -27,7 +27,7 @@ impl PortMap {
         self.0.iter().copied()
     }
 
-    /// Returns true if there are other references to it.
+    /// Whether other references to the map exist.
     pub(super) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
     }
@@ -41,7 +41,7 @@ impl FromIterator<(u16, u16)> for PortMap {
     }
 }
 
-/// How an endpoint is selected.
+/// The selection of an endpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum LoadBalancingMode {
     /// Any endpoint, weighted by capacity.
@@ -51,7 +51,7 @@ pub enum LoadBalancingMode {
     Strict,
     /// The endpoints that match the most preferences, in order.
     Failover,
-    /// None: the connection goes to its original destination.
+    /// No selection: the connection goes to its original destination.
     Passthrough,
 }
 
@@ -73,7 +73,7 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// The value of a workload; may be empty.
+    /// The workload's value; may be empty.
     pub fn of(self, workload: &Workload) -> &Name {
         match self {
             Self::Region => &workload.locality.region,
@@ -89,11 +89,11 @@ impl Scope {
 /// The load balancing of a service.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LoadBalancing {
-    /// How an endpoint is selected.
+    /// The selection of an endpoint.
     pub mode: LoadBalancingMode,
     /// The preferences, most important first.
     pub preferences: Box<[Scope]>,
-    /// Whether unhealthy workloads are endpoints too.
+    /// Whether unhealthy workloads are selectable too.
     pub allow_unhealthy: bool,
 }
 
@@ -105,10 +105,10 @@ impl LoadBalancing {
     }
 }
 
-/// The address families that a service is served in.
+/// The address families of a service.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum IpFamilies {
-    /// The families of its endpoints.
+    /// The families of the endpoints' addresses.
     #[default]
     Any,
     /// IPv4 only.
@@ -118,7 +118,7 @@ pub enum IpFamilies {
 }
 
 impl IpFamilies {
-    /// Returns true if the service uses the family of an endpoint's address.
+    /// Whether the service uses the family of an endpoint's address.
     pub fn accept(self, address: IpAddr) -> bool {
         match self {
             Self::Any => true,
@@ -134,7 +134,7 @@ pub enum Visibility {
     /// All workloads.
     #[default]
     Public,
-    /// Workloads of its own namespace.
+    /// Workloads of the service's namespace.
     Namespace,
 }
 
@@ -152,15 +152,15 @@ pub struct WeightedWaypoint {
 pub struct Endpoint {
     /// The workload.
     pub workload: Arc<Workload>,
-    /// Its own ports, which take precedence over the service's.
+    /// The workload's ports, which take precedence over the service's.
     pub ports: PortMap,
-    /// The cumulative capacity of the endpoints up to this one. A binary search for a random number
-    /// selects an endpoint by capacity.
+    /// The sum of the capacities of the endpoints up to this one. A binary search for a random
+    /// number selects an endpoint by capacity.
     pub capacity_through: u64,
 }
 
 impl Endpoint {
-    /// The cumulative capacity of the endpoints before this one.
+    /// The sum of the capacities of the endpoints before this one.
     pub fn capacity_before(&self) -> u64 {
         self.capacity_through.saturating_sub(u64::from(self.workload.capacity))
     }
@@ -181,20 +181,20 @@ pub struct Service {
     pub cidr_vips: Box<[NetworkCidr]>,
     /// The ports, with the endpoints' target ports.
     pub ports: PortMap,
-    /// Accepted identities of its servers, in addition to those of its endpoints.
+    /// Identities that the servers may have, in addition to those of the endpoints.
     pub subject_alt_names: Box<[SpiffeId]>,
     /// The waypoint of connections to the service.
     pub waypoint: Option<Gateway>,
-    /// Weighted waypoints, one of which is selected per connection. They take precedence over
+    /// Weighted waypoints, of which each connection uses one. They take precedence over
     /// [`Service::waypoint`].
     pub weighted_waypoints: Box<[WeightedWaypoint]>,
     /// The load balancing.
     pub load_balancing: LoadBalancing,
     /// The address families that the service uses.
     pub ip_families: IpFamilies,
-    /// Whether it takes precedence over others with the same hostname or address.
+    /// Whether the service takes precedence over others with the same hostname or address.
     pub canonical: bool,
-    /// The workloads that can see it.
+    /// The workloads that can see the service.
     pub visibility: Visibility,
     /// The selectable endpoints. Endpoints with equal preferred properties are adjacent, which
     /// [`Service::nearest`] uses.
@@ -207,7 +207,7 @@ impl Service {
         NamespacedHostname { namespace: self.namespace.clone(), hostname: self.hostname.clone() }
     }
 
-    /// Returns true if workloads of `namespace` can see it.
+    /// Whether workloads of `namespace` can see the service.
     pub fn visible_to(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || &*self.namespace == namespace
     }
@@ -219,7 +219,8 @@ impl Service {
         self.endpoints.get(at)
     }
 
-    /// The endpoints that match the first `count` preferences of a client at `place`.
+    /// The endpoints that match the first `count` preferences of a client. `place` returns the
+    /// client's properties.
     pub fn nearest<'a>(&self, count: usize, place: impl Fn(Scope) -> &'a str) -> &[Endpoint] {
         let scopes = self.load_balancing.scopes().iter().take(count);
         let order = |endpoint: &Endpoint| {
@@ -280,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn nearest_returns_endpoints_matching_first_preferences() {
+    fn nearest_endpoints_match_first_preferences() {
         for preferences in ["Region, Zone, Node", "Node, Region", "Cluster, Zone", "Subzone", ""] {
             let mesh = service(&format!("mode: Failover, routingPreferences: [{preferences}]"));
             let service = &mesh.services()[0];
@@ -298,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_are_drawn_by_capacity_with_any_preferences() {
+    fn endpoints_are_selected_by_capacity_with_any_preferences() {
         for mode in ["Standard", "Failover", "Strict"] {
             let mesh = service(&format!("mode: {mode}, routingPreferences: [Region, Zone]"));
             let service = &mesh.services()[0];

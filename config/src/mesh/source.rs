@@ -1,4 +1,4 @@
-//! The source of snapshots: reads a mesh file or folder, and again after changes. The caller
+//! The source of snapshots: reads a mesh file or folder, again after each change. The caller
 //! publishes the snapshots.
 
 use std::mem::take;
@@ -14,11 +14,11 @@ use super::reader::Reader;
 use crate::error::ConfigErrors;
 use crate::watch::{FileWatcher, PathWatch};
 
-/// The polling interval until a replaced snapshot is unused.
+/// The polling interval until a replaced snapshot is no longer used.
 const RETIRE_POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Runs work on another thread of low priority, so that a large mesh delays no request. Drops the
-/// work if there is no thread for it.
+/// Runs work on another thread of low priority, so that a large mesh delays no request. If there is
+/// no thread, the work is dropped.
 pub type Background = fn(work: Box<dyn FnOnce() + Send>);
 
 /// Follows the changes of a mesh.
@@ -33,7 +33,7 @@ pub struct MeshSource {
 struct FollowedMesh {
     path: PathBuf,
     watch: PathWatch,
-    /// The reader. While `reading` is set, the reading work owns it.
+    /// The reader. A read in progress owns it instead.
     reader: Reader,
     /// The read in progress. It continues if the wait for it is cancelled.
     reading: Option<oneshot::Receiver<(Reader, Outcome)>>,
@@ -47,8 +47,7 @@ impl MeshSource {
     /// path, the mesh stays empty. Later snapshots are read, and replaced ones freed, in the
     /// background.
     ///
-    /// # Errors
-    /// As [`Mesh::from_file`], or the files cannot be watched.
+    /// # Errors As [`Mesh::from_file`], or the files cannot be watched.
     pub fn open(
         path: Option<&Path>,
         watcher: &FileWatcher,
@@ -76,7 +75,7 @@ impl MeshSource {
         }
     }
 
-    /// Waits until a replaced snapshot is otherwise unused, and frees it in the background, because
+    /// Waits until a replaced snapshot is no longer used, and frees it in the background, because
     /// freeing a large one would delay connections. Call it for each replaced snapshot.
     pub fn retire(&self, mut replaced: Arc<Mesh>) -> impl Future<Output = ()> + Send + use<> {
         let background = self.background;

@@ -45,12 +45,12 @@ impl WorkloadType {
     }
 }
 
-/// Whether a workload has its addresses exclusively.
+/// Whether a workload shares its addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NetworkMode {
-    /// Exclusive addresses.
+    /// The addresses belong to this workload only.
     Standard,
-    /// The addresses of its node, shared with others: an address does not identify the workload.
+    /// The workload has the addresses of its node, which do not identify it.
     HostNetwork,
 }
 
@@ -74,16 +74,16 @@ pub enum GatewayDestination {
     Hostname(NamespacedHostname),
 }
 
-/// A proxy in front of others: a waypoint, or the gateway of another network.
+/// A proxy in front of workloads: a waypoint, or the gateway of another network.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Gateway {
-    /// The reference to its workload or service.
+    /// The reference to the proxy's workload or service.
     pub destination: GatewayDestination,
     /// The port for tunnels.
     pub hbone_port: u16,
 }
 
-/// The header of a connection out of a tunnel.
+/// The header before the data of each connection from a tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TunnelHeader {
     /// No header.
@@ -97,14 +97,14 @@ pub enum TunnelHeader {
 pub struct ApplicationTunnel {
     /// The header of each connection.
     pub header: TunnelHeader,
-    /// The port that receives the connections; `None` for the requested port.
+    /// The port that receives the connections; `None` means the requested port.
     pub port: Option<u16>,
 }
 
 /// A workload: a pod, a VM, or a process with an address and an identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
-    /// The id, unique in the mesh. Derived from namespace and name if the source has none.
+    /// The id, unique in the mesh. If the source has none, it is derived from namespace and name.
     pub uid: Name,
     /// The name.
     pub name: Name,
@@ -112,37 +112,37 @@ pub struct Workload {
     pub namespace: Name,
     /// The service account from which the identity is derived.
     pub service_account: Name,
-    /// The identity that it must prove.
+    /// The identity that the workload must prove.
     pub identity: SpiffeId,
     /// The network of its addresses.
     pub network: Name,
-    /// The addresses. If empty, it has a hostname or a gateway.
+    /// The addresses. A workload without an address has a hostname or a gateway.
     pub addresses: Box<[IpAddr]>,
-    /// The DNS name; empty unless it has no address.
+    /// The DNS name; empty if the workload has an address.
     pub hostname: Name,
-    /// Whether it has its addresses exclusively.
+    /// Whether the workload shares its addresses.
     pub network_mode: NetworkMode,
     /// The protocol that reaches it.
     pub protocol: Protocol,
-    /// The waypoint of connections to its own address.
+    /// The waypoint of connections to the workload's own address.
     pub waypoint: Option<Arc<Gateway>>,
-    /// The gateway through which other networks reach it.
+    /// The gateway through which other networks reach the workload.
     pub network_gateway: Option<Arc<Gateway>>,
-    /// Tunnels that it accepts for other destinations.
+    /// Tunnels to other destinations that the workload accepts.
     pub application_tunnel: Option<ApplicationTunnel>,
-    /// Whether it is selectable as an endpoint.
+    /// Whether the workload is selectable as an endpoint.
     pub healthy: bool,
     /// The relative capacity as an endpoint.
     pub capacity: u32,
-    /// The policies that select it.
+    /// The policies that the workload references.
     pub policies: Box<[Arc<Policy>]>,
-    /// The services whose endpoint it is.
+    /// The services of which the workload is an endpoint.
     pub services: Box<[NamespacedHostname]>,
-    /// The name of its owner in metrics (`source_workload`): that of a Deployment, or its own.
+    /// The name of the owner in metrics (`source_workload`): a Deployment, or the workload itself.
     pub workload_name: Name,
-    /// The kind of its owner.
+    /// The kind of the owner.
     pub workload_type: WorkloadType,
-    /// The main service in metrics.
+    /// The main service of the workload, for metrics.
     pub canonical_name: Name,
     /// The revision of the main service.
     pub canonical_revision: Name,

@@ -13,37 +13,36 @@ use crate::yaml::read::{Cursor, Problems};
 const KEYS: &[&str] = &["uid", "netns", "workload", "ips", "labels", "annotations", "interception"];
 const WORKLOAD_KEYS: &[&str] = &["name", "namespace", "serviceAccount"];
 
-/// One pod, as its file describes it.
+/// One pod, described by a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodFile {
     /// The uid, unique in the folder.
     pub uid: PodUid,
-    /// The file of its network namespace, an absolute path.
+    /// The absolute path of the file of the pod's network namespace.
     pub netns: PathBuf,
-    /// The name of its workload.
+    /// The name of the pod's workload.
     pub name: String,
-    /// The namespace of its workload.
+    /// The namespace of the pod's workload.
     pub namespace: String,
-    /// The service account in its identity.
+    /// The service account in the pod's identity.
     pub service_account: String,
-    /// Its addresses, at least one.
+    /// The pod's addresses, at least one.
     pub ips: Vec<IpAddr>,
-    /// Its labels.
+    /// The pod's labels.
     pub labels: BTreeMap<String, String>,
-    /// Its annotations.
+    /// The pod's annotations.
     pub annotations: BTreeMap<String, String>,
-    /// Its own interception settings.
+    /// The pod's own interception settings.
     pub interception: Option<InterceptionOverlay>,
 }
 
 impl PodFile {
-    /// Parses the text of a file; errors call it `name`.
+    /// Parses the text of a file. Errors contain `name`.
     ///
-    /// The values of `interception` are checked by [`Settings::with_interception`], which knows the
+    /// [`Settings::with_interception`] checks the values of `interception` together with the
     /// node's.
     ///
-    /// # Errors
-    /// All mistakes in the text.
+    /// # Errors All mistakes in the text.
     ///
     /// [`Settings::with_interception`]: crate::Settings::with_interception
     pub fn parse(name: &str, text: &str) -> Result<Self, ConfigErrors> {
@@ -101,7 +100,7 @@ fn netns(cursor: Cursor<'_>) -> Option<PathBuf> {
     Some(path)
 }
 
-/// Without an address, the namespace could not be told from that of another pod.
+/// Reads the addresses. Without one, the pod's namespace could not be told from another pod's.
 fn ips(cursor: Cursor<'_>) -> Option<Vec<IpAddr>> {
     let address = |text: &str| {
         let address = text.parse::<IpAddr>();
@@ -116,7 +115,7 @@ fn ips(cursor: Cursor<'_>) -> Option<Vec<IpAddr>> {
 }
 
 fn texts(cursor: Cursor<'_>) -> BTreeMap<String, String> {
-    // An empty value is written as nothing or as "".
+    // An empty value may be null or "".
     let value = |key: &str, cursor: Cursor<'_>| {
         let value = if cursor.is_given() { cursor.text()? } else { "" };
         Some((key.to_owned(), value.to_owned()))

@@ -10,13 +10,13 @@ use crate::error::ConfigErrors;
 use crate::pod::file::PodFile;
 use crate::watch::{FileWatcher, PathWatch, files};
 
-/// Maximum size of a file. A pod's labels and annotations together are at most 256 KiB in
-/// Kubernetes, and seldom a tenth of it.
+/// The maximum size of a file. In Kubernetes a pod's labels and annotations have at most 256 KiB
+/// together, and rarely a tenth of it.
 const MAX_FILE_BYTES: u64 = 512 << 10;
-/// Maximum number of files. Kubernetes recommends at most 110 pods for a node.
+/// The maximum number of files. Kubernetes recommends at most 110 pods per node.
 const MAX_FILES: usize = 4096;
-/// Write permission of the group and of others.
-const WRITABLE: u32 = 0o022;
+/// The write permissions of the group and of other users.
+const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 /// A folder of pod files.
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub struct PodFolder {
 pub struct PodDocument {
     /// The path of the file.
     pub path: PathBuf,
-    /// A hash of its content, unique with high probability.
+    /// A hash of the content. Collisions are improbable.
     pub fingerprint: u64,
     content: io::Result<String>,
 }
@@ -38,8 +38,8 @@ pub struct PodDocument {
 impl PodFolder {
     /// Opens the folder and starts to watch it.
     ///
-    /// # Errors
-    /// It does not exist, others than its owner can write into it, or it cannot be watched.
+    /// # Errors The folder does not exist, users other than its owner can write to it, or it cannot
+    /// be watched.
     pub fn open(path: &Path, watcher: &FileWatcher) -> Result<Self, ConfigErrors> {
         let error =
             |reason: String| ConfigErrors::one(format!("{}: {reason}", path.display()), None);
@@ -49,7 +49,7 @@ impl PodFolder {
         if !metadata.is_dir() {
             return Err(error("must be a folder with one file for each pod".to_owned()));
         }
-        if metadata.mode() & WRITABLE != 0 {
+        if metadata.mode() & WRITABLE_BY_OTHERS != 0 {
             return Err(error(
                 "others than its owner can write into the folder of pods, and so choose \
                  identities: remove their permission with chmod go-w"
@@ -65,15 +65,14 @@ impl PodFolder {
         &self.path
     }
 
-    /// Reads the pod files: those that end in .yaml, .yml or .json and are not hidden, sorted by
-    /// name.
+    /// Reads the pod files, sorted by name: those that end in .yaml, .yml or .json and are not
+    /// hidden.
     ///
-    /// # Errors
-    /// The folder cannot be read, or contains too many files.
+    /// # Errors The folder cannot be read, or contains too many files.
     pub fn read(&self) -> Result<Vec<PodDocument>, ConfigErrors> {
         let error =
             |reason: String| ConfigErrors::one(format!("{}: {reason}", self.path.display()), None);
-        // `files::at` takes a path that is no folder for a file.
+        // `files::at` would take a path that is not a folder for a single file.
         let paths = self.path.read_dir().and_then(|_| files::at(&self.path));
         let paths = paths.map_err(|cause| error(format!("cannot be read: {cause}")))?;
         if paths.len() > MAX_FILES {
@@ -168,7 +167,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn file_that_cannot_be_read_is_an_error_of_its_own() {
+    async fn unreadable_file_is_an_error_of_that_file_only() {
         let test = Folder::of_test();
         let folder = opened(&test);
         let too_large = usize::try_from(MAX_FILE_BYTES).unwrap() + 1;
@@ -196,7 +195,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn change_ends_the_wait() {
+    async fn change_of_pod_folder_ends_the_wait() {
         let test = Folder::of_test();
         let mut folder = opened(&test);
         test.write(".staged", "uid: a");

@@ -1,8 +1,8 @@
-//! Lays the interception settings of one pod over those of its node.
+//! Overlays the interception settings of one pod on those of its node.
 //!
-//! The node's settings become a document again, the pod's values replace those of the document, and
-//! the ordinary parser reads the result. So a pod's settings have the same keys, the same checks
-//! and the same errors as those of a settings file.
+//! The node's settings are written as a document, the pod's values replace values of the document,
+//! and the ordinary parser reads the result. So a pod's settings have the keys, checks and errors
+//! of a settings file.
 
 use std::path::Path;
 
@@ -15,23 +15,24 @@ use crate::yaml::read::{Cursor, Problems};
 
 const SECTION: &str = "interception";
 
-/// Interception settings of one pod, which replace those of its node.
+/// Interception settings of one pod, which override those of its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InterceptionOverlay(Node);
 
 impl InterceptionOverlay {
-    /// The value of a section `interception`, which [`Settings::with_interception`] checks.
+    /// Creates an overlay from a section `interception`, which [`Settings::with_interception`]
+    /// checks.
     pub(crate) fn new(section: Node) -> Self {
         Self(section)
     }
 
-    /// An overlay without values, to which [`InterceptionOverlay::set`] adds those of annotations.
+    /// Creates an overlay without values.
     pub fn empty() -> Self {
         Self(Node::empty(Origin::NodeSettings))
     }
 
-    /// Sets the value of a setting, such as `outbound.exclude_ports`, to that of a pod's
-    /// annotation. Errors name the annotation.
+    /// Sets a setting, such as `outbound.exclude_ports`, from the value of a pod's annotation.
+    /// Errors contain the annotation.
     pub fn set(&mut self, key: &str, value: &str, annotation: &str) {
         let path: Vec<&str> = key.split('.').collect();
         let origin = Origin::Annotation(annotation.to_owned());
@@ -40,11 +41,10 @@ impl InterceptionOverlay {
 }
 
 impl Settings {
-    /// These settings with the interception settings of a pod laid over them, the last overlay
-    /// having the last word.
+    /// These settings, overridden by the interception settings of a pod. Later overlays take
+    /// precedence.
     ///
-    /// # Errors
-    /// All mistakes in the overlays, and contradictions between them and these settings.
+    /// # Errors All mistakes in the overlays, and contradictions between them and these settings.
     pub fn with_interception(
         &self,
         overlays: &[&InterceptionOverlay],
@@ -65,8 +65,8 @@ impl Settings {
         Ok(Self { interception, ..self.clone() })
     }
 
-    /// A document with these interception settings. It lacks defaults that follow from other
-    /// settings, so that they follow from the pod's.
+    /// A document with these interception settings. It omits defaults that depend on other
+    /// settings, so that they follow from the pod's settings.
     fn interception_document(&self) -> Node {
         let all = declared().filter(|setting| setting.key().split('.').next() == Some(SECTION));
         let (derived, fixed): (Vec<_>, Vec<_>) = all.partition(|setting| setting.is_derived());
@@ -142,14 +142,14 @@ mod tests {
     }
 
     #[test]
-    fn last_overlay_has_the_last_word() {
+    fn last_overlay_takes_precedence() {
         let [first, last] = ["{ingress: true, drop_invalid: true}", "{ingress: false}"];
         let settings = laid_over("", &[&overlay(first), &overlay(last)]).unwrap().interception;
         assert!(!settings.ingress && settings.drop_invalid);
     }
 
     #[test]
-    fn derived_defaults_follow_from_the_pods_settings() {
+    fn derived_defaults_follow_settings_of_the_pod() {
         let settings = laid_over("", &[&overlay("profile: sidecar")]).unwrap().interception;
         assert_eq!((settings.profile, settings.proxy_uids), (Profile::Sidecar, vec![1337]));
 
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn pod_of_a_node_has_the_limits_of_a_node() {
+    fn settings_of_a_nodes_pod_obey_the_restrictions_of_the_node() {
         let node = "node: {probes: translate, pods: {directory: /pods}}";
         let settings = laid_over(node, &[]).unwrap();
         assert_eq!(settings.interception.kubelet_probes, KubeletProbes::On);
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_section_that_is_no_mapping() {
+    fn rejects_section_that_is_not_a_mapping() {
         for text in ["ambient", "[1]"] {
             let errors = laid_over("", &[&overlay(text)]).unwrap_err();
             assert!(errors.contains("must be a mapping"), "{errors}");

@@ -1,4 +1,4 @@
-//! The uid of a pod, which its source chooses.
+//! The uid of a pod, which the source of the pod assigns.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-/// The maximum length of a uid: that of a Kubernetes object name.
+/// In bytes, as for a Kubernetes object name.
 const MAX_BYTES: usize = 253;
 
 /// The uid of a pod: 1 to 253 visible ASCII characters without `/`, such as the UUID that
@@ -23,7 +23,7 @@ const MAX_BYTES: usize = 253;
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PodUid(Arc<str>);
 
-/// The text is not the uid of a pod.
+/// The error of a text that is not the uid of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[error("must be the uid of a pod: 1 to 253 visible ASCII characters without '/'")]
 pub struct PodUidError;

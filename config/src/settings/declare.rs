@@ -24,17 +24,18 @@ pub(crate) struct Setting<T: 'static> {
     pub(crate) default: Fallback<T>,
     /// The lines of the setting's doc comment.
     pub(crate) help: &'static [&'static str],
-    /// Reads the value from the settings; `None` where it does not apply.
+    /// Reads the value from the settings; `None` where the setting does not apply.
     pub(crate) value: fn(&Settings) -> Option<T>,
 }
 
-/// A type of settings: its name in documentation, and its parser and printer.
+/// A type of settings: its name in the documentation, its parser and its printer.
 #[derive(Debug)]
 pub(crate) struct Kind<T> {
     pub(crate) name: &'static str,
     /// Whether a flag or variable that starts with a bracket is parsed as YAML.
     pub(crate) is_list: bool,
-    /// Parses the value at a place. `None` if there is none, or after reporting a mistake.
+    /// Parses the value at a place. Returns `None` if the value is absent, or after reporting a
+    /// mistake.
     pub(crate) read: fn(Cursor<'_>, Files<'_>) -> Option<T>,
     pub(crate) write: fn(&T) -> Written,
 }
@@ -42,11 +43,11 @@ pub(crate) struct Kind<T> {
 /// The default of a setting.
 #[derive(Debug)]
 pub(crate) enum Fallback<T> {
-    /// This value.
+    /// A fixed value.
     Is(fn() -> T),
-    /// This value, with a description for the documentation.
+    /// A fixed value with a description for the documentation.
     Called(fn() -> T, &'static str),
-    /// The default depends on other settings, or there is none; a description for the
+    /// No fixed default: it depends on other settings, or is absent. The text describes it in the
     /// documentation.
     Varies(&'static str),
 }
@@ -65,8 +66,8 @@ pub(crate) struct Document<'a> {
     pub(crate) files: Files<'a>,
 }
 
-/// Resolves paths: those in the file are relative to its folder, those in the environment and in
-/// flags to the working directory.
+/// Resolves paths: those in the file relative to its folder, those in the environment and flags
+/// relative to the working directory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Files<'a> {
     pub(crate) folder: &'a Path,
@@ -76,10 +77,10 @@ pub(crate) struct Files<'a> {
 pub(crate) trait Declared: Sync {
     fn key(&self) -> &'static str;
     fn is_list(&self) -> bool;
-    /// Whether its default depends on other settings.
+    /// Whether the default depends on other settings.
     fn is_derived(&self) -> bool;
     fn reference(&self) -> Reference;
-    /// The value in effect; `None` where it does not apply.
+    /// The value in effect; `None` where the setting does not apply.
     fn written(&self, settings: &Settings) -> Option<Written>;
     /// Reports a mistake at the key.
     fn problem(&self, document: Document<'_>, reason: &str);
@@ -88,19 +89,21 @@ pub(crate) trait Declared: Sync {
 /// The documentation of a setting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reference {
-    /// The path in the settings file, in `--set` and, in capitals, of the variable.
+    /// The path of the setting in the settings file and in `--set`. In capitals it is part of the
+    /// variable's name.
     pub key: &'static str,
-    /// The type, in words.
+    /// The type in words.
     pub kind: &'static str,
     /// The default as Markdown.
     pub default: String,
-    /// The help text as Markdown, in one line.
+    /// The help text as Markdown, on one line.
     pub help: String,
 }
 
 /// Declares the settings of a module: constants for its readers, and the list `ALL` of them.
 ///
-/// Each has its help text as a doc comment, then its type, key, kind, default and value.
+/// A declaration consists of the help text as a doc comment, the type, the key, the kind, the
+/// default and the field.
 macro_rules! settings {
     ($($(#[doc = $help:literal])+
         $name:ident: $type:ty = $key:literal, $kind:expr, $default:expr, $value:expr;)+) => {
@@ -120,23 +123,23 @@ macro_rules! settings {
 pub(crate) use settings;
 
 impl<T> Setting<T> {
-    /// The value in the document, or the default. A mistake is reported and counts as absent.
-    /// `None` only for a setting without a fixed default.
+    /// Reads the value from the document, or returns the default. A mistake is reported and counts
+    /// as absent. Returns `None` only for a setting without a fixed default.
     pub(crate) fn read(&self, document: Document<'_>) -> Option<T> {
         self.given(document).or_else(|| self.default())
     }
 
-    /// As [`read`](Self::read), but `None` after a mistake.
+    /// Like [`read`](Self::read), but returns `None` after a mistake.
     pub(crate) fn read_sound(&self, document: Document<'_>) -> Option<T> {
         if self.is_given(document) { self.given(document) } else { self.default() }
     }
 
-    /// The value in the document.
+    /// Reads the value from the document.
     pub(crate) fn given(&self, document: Document<'_>) -> Option<T> {
         self.at(document, |cursor| (self.kind.read)(cursor, document.files))
     }
 
-    /// The value in the document; reports a mistake with this reason if it is absent.
+    /// Reads the value from the document. If it is absent, reports a mistake with this reason.
     pub(crate) fn needed(&self, document: Document<'_>, reason: &str) -> Option<T> {
         if !self.is_given(document) {
             self.problem(document, reason);
@@ -210,7 +213,7 @@ impl<T: 'static> Declared for Setting<T> {
 }
 
 impl Reference {
-    /// The table in docs/settings.md.
+    /// Formats the table of docs/settings.md.
     #[must_use]
     pub fn table(settings: impl Iterator<Item = Self>) -> String {
         let row = |Self { key, kind, default, help }: Self| {
@@ -241,7 +244,7 @@ impl Files<'_> {
         Some(self.resolve(cursor, text))
     }
 
-    /// A path that is part of the value at `cursor`.
+    /// Resolves a path that is part of the value at `cursor`.
     pub(crate) fn resolve(self, cursor: Cursor<'_>, path: &str) -> PathBuf {
         let in_file =
             cursor.node().is_some_and(|node| matches!(node.origin, Origin::Document { .. }));

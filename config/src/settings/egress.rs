@@ -1,6 +1,6 @@
 //! The setting that allows or refuses connections to destinations outside the mesh.
 //!
-//! Destinations in the mesh are allowed in every mode.
+//! It does not restrict destinations in the mesh.
 
 use std::net::SocketAddr;
 
@@ -8,23 +8,23 @@ use ipnet::IpNet;
 
 use super::{PortRange, Word};
 
-/// Which destinations outside the mesh are allowed.
+/// The allowed destinations outside the mesh.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EgressSettings {
-    /// The default for all of them.
+    /// The treatment of destinations without an exception.
     pub mode: Egress,
-    /// Addresses that are allowed nevertheless; empty in [`Egress::Allow`].
+    /// Addresses that are always allowed; empty in [`Egress::Allow`].
     pub cidrs: Vec<IpNet>,
-    /// Ports that are allowed nevertheless; empty in [`Egress::Allow`].
+    /// Ports that are always allowed; empty in [`Egress::Allow`].
     pub ports: Vec<PortRange>,
 }
 
 /// Treatment of connections to destinations outside the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Egress {
-    /// Passed through.
+    /// Connections pass unchanged.
     Allow,
-    /// Refused.
+    /// Connections are refused.
     MeshOnly,
 }
 

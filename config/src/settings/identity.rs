@@ -1,6 +1,6 @@
 //! The settings of HBONE: the source of our identity, trust, and tunnels.
 //!
-//! Not here: certificates (the hbone crate), and the defaults (`resolve/identity.rs`).
+//! The hbone crate handles certificates; `resolve/identity.rs` has the defaults.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use crate::identity::spiffe::TrustDomain;
 pub enum IdentitySettings {
     /// Files that another program renews.
     Files(IdentityFiles),
-    /// The directory of a certificate authority, with which the proxy issues its own certificate.
+    /// The folder of a certificate authority, with which the proxy issues its own certificate.
     LocalCa(LocalCaSettings),
     /// Istio's CA protocol: istiod, or `underpass ca serve`.
     IstioCa(IstioCaSettings),
@@ -26,18 +26,18 @@ pub enum IdentitySettings {
 pub struct IdentityFiles {
     /// The leaf certificate, then the chain below the root.
     pub certificate: PathBuf,
-    /// The private key of the leaf.
+    /// The private key of the leaf certificate.
     pub key: PathBuf,
-    /// The roots that peers must chain to.
+    /// The roots that verify peers.
     pub roots: PathBuf,
 }
 
-/// A certificate authority in a directory, as `underpass ca init` makes it.
+/// A certificate authority in a folder, created by `underpass ca init`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalCaSettings {
-    /// The directory.
+    /// The folder.
     pub dir: PathBuf,
-    /// How long a certificate is valid.
+    /// The lifetime of a certificate.
     pub ttl: Duration,
 }
 
@@ -46,17 +46,17 @@ pub struct LocalCaSettings {
 pub struct IstioCaSettings {
     /// `https://HOST:PORT`.
     pub address: String,
-    /// The name in the server's certificate, if not the host of `address`.
+    /// The name in the server's certificate, if it differs from the host of `address`.
     pub server_name: Option<String>,
-    /// PEM: the roots that the server's certificate chains to. Read for every connection.
+    /// PEM: the roots that verify the server's certificate. Read for every connection.
     pub roots: PathBuf,
-    /// The file with the bearer token of the request. Read for every request.
+    /// The file with the bearer token of requests. Read for every request.
     pub token: PathBuf,
-    /// The ID of our cluster at the CA.
+    /// The CA's name of our cluster.
     pub cluster_id: String,
-    /// Whether the token is a node's, which requests certificates on behalf of its workloads.
+    /// Whether the token is a node's, with which the proxy requests certificates for pods.
     pub impersonate: bool,
-    /// The requested validity of a certificate; the CA may choose another.
+    /// The requested lifetime of a certificate. The CA may choose another.
     pub ttl: Duration,
 }
 
@@ -67,7 +67,7 @@ pub struct SpireSettings {
     pub socket: PathBuf,
 }
 
-/// Trust in addition to the roots that come with our certificate.
+/// Trust in addition to the roots of our certificate's source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrustSettings {
     /// Aliases of our own trust domain, which its roots verify too.
@@ -91,7 +91,7 @@ impl Default for TrustSettings {
 /// A cipher of TLS 1.3 (RFC 8446 appendix B.4), by its AEAD algorithm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Cipher {
-    /// `TLS_AES_128_GCM_SHA256`, the one that every implementation has.
+    /// `TLS_AES_128_GCM_SHA256`, which every implementation of TLS 1.3 supports.
     Aes128Gcm,
     /// `TLS_AES_256_GCM_SHA384`.
     Aes256Gcm,
@@ -116,7 +116,7 @@ impl fmt::Display for Cipher {
 pub struct BundleFile {
     /// The trust domain of these roots.
     pub trust_domain: TrustDomain,
-    /// The file that contains them.
+    /// The file with the roots.
     pub file: PathBuf,
 }
 
@@ -129,10 +129,10 @@ impl fmt::Display for BundleFile {
 /// Number and lifetime of the tunnels to a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TunnelSettings {
-    /// The age, less up to a tenth at random, after which a tunnel takes no new streams.
+    /// The age after which a tunnel accepts no new streams, shortened by up to a tenth at random.
     pub max_age: Duration,
-    /// Maximum number of streams in a tunnel.
+    /// The maximum number of streams in a tunnel.
     pub streams: usize,
-    /// Maximum number of tunnels of a worker to one peer.
+    /// The maximum number of tunnels of a worker to one peer.
     pub per_peer: usize,
 }

@@ -1,6 +1,6 @@
 //! The settings from which the packet rules are generated.
 //!
-//! Not here: the rules (the interception crate), and the defaults (`resolve/interception.rs`).
+//! The interception crate generates the rules; `resolve/interception.rs` has the defaults.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,29 +11,29 @@ use thiserror::Error;
 
 use super::Word;
 
-/// Which connections are captured, and how.
+/// The selection and the capture of connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InterceptionSettings {
-    /// The mesh whose traffic scheme the rules follow.
+    /// The mesh whose rules are imitated.
     pub profile: Profile,
     /// The tool that installs the rules.
     pub backend: Backend,
     /// Whether to install only the rules of Istio or OSM, without additional ones of underpass.
     pub exact: bool,
-    /// Whether the proxy installs the rules. If not, `underpass rules install` installs them
+    /// Whether the proxy installs the rules. Otherwise `underpass rules install` installs them
     /// before, in an init container, and the proxy neither repairs nor removes them.
     pub install: bool,
     /// Whether the proxy restores rules that another program changed.
     pub repair: bool,
-    /// Treatment of IPv6 traffic.
+    /// The treatment of IPv6 traffic.
     pub ipv6: Ipv6,
-    /// Treatment of the rules when the proxy stops.
+    /// The treatment of the rules when the proxy stops.
     pub on_exit: OnExit,
     /// Whether the rules may be installed in the host's own network namespace.
     pub allow_host: bool,
-    /// Which outbound connections are captured.
+    /// The outbound connections that are captured.
     pub outbound: OutboundCapture,
-    /// Which inbound connections are captured.
+    /// The inbound connections that are captured.
     pub inbound: InboundCapture,
     /// Interfaces of VMs and nested containers, whose incoming connections are treated as outbound.
     pub virtual_interfaces: Vec<String>,
@@ -43,31 +43,31 @@ pub struct InterceptionSettings {
     pub proxy_gids: Vec<u32>,
     /// Whether DNS queries are captured.
     pub dns: Dns,
-    /// Capture only queries to these servers; empty: queries to any.
+    /// The servers to which DNS queries are captured; empty means all servers.
     pub dns_servers: Vec<IpAddr>,
     /// Whether packets in conntrack state INVALID are dropped instead of answered with RST.
     pub drop_invalid: bool,
     /// Whether the workload is an ingress gateway, whose plaintext inbound connections are not
     /// captured (ambient).
     pub ingress: bool,
-    /// Which connections from the kubelet's probe address bypass the proxy (ambient).
+    /// The connections from the kubelet's probe address that bypass the proxy (ambient).
     pub kubelet_probes: KubeletProbes,
-    /// Connections of the workload to these loopback addresses are not captured (sidecar); within
-    /// 127.0.0.0/8.
+    /// Loopback addresses within 127.0.0.0/8; the workload's connections to them are not captured
+    /// (sidecar).
     pub loopback_cidr: Ipv4Net,
 }
 
-/// Which outbound connections are captured: those that `include_cidrs` or `include_ports` match,
-/// except for the excluded ones.
+/// The outbound connections that are captured: those that match `include_cidrs` or `include_ports`,
+/// except for excluded ones.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OutboundCapture {
     /// Connections to these addresses are never captured.
     pub exclude_cidrs: Vec<IpNet>,
-    /// Connections to these addresses are captured; `None`: to all.
+    /// Only connections to these addresses are captured; `None` means to all addresses.
     pub include_cidrs: Option<Vec<IpNet>>,
     /// Connections to these ports are never captured.
     pub exclude_ports: Vec<PortRange>,
-    /// Connections to these ports are captured, whatever their address.
+    /// Connections to these ports are captured, even to other addresses.
     pub include_ports: Vec<PortRange>,
     /// Connections that leave through these interfaces are never captured.
     pub exclude_interfaces: Vec<String>,
@@ -75,16 +75,16 @@ pub struct OutboundCapture {
     pub exclude_uids: Vec<u32>,
     /// Connections of these groups are never captured.
     pub exclude_gids: Vec<u32>,
-    /// Only connections of these groups are captured; empty: of all.
+    /// Only connections of these groups are captured; empty means of all groups.
     pub include_gids: Vec<u32>,
 }
 
-/// Which inbound connections are captured.
+/// The inbound connections that are captured.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct InboundCapture {
-    /// The way in which they reach the proxy.
+    /// The method of capture.
     pub mode: InboundMode,
-    /// Connections to these ports are captured; `None`: to all.
+    /// Only connections to these ports are captured; `None` means to all ports.
     pub include_ports: Option<Vec<PortRange>>,
     /// Connections to these ports are never captured.
     pub exclude_ports: Vec<PortRange>,
@@ -101,15 +101,15 @@ pub enum Profile {
     Sidecar,
     /// Open Service Mesh: rules identify the proxy by its user.
     Osm,
-    /// Another program installs the rules; the proxy installs none and does not spoof client
-    /// addresses.
+    /// Another program installs the rules. The proxy installs none, and connects from its own
+    /// address.
     None,
 }
 
 /// The tool that installs the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// nftables; if the kernel lacks it, iptables, the legacy variant first.
+    /// nftables. If the kernel lacks it, iptables, preferably the legacy variant.
     Auto,
     /// A table of nftables, over netlink.
     Nftables,
@@ -119,10 +119,10 @@ pub enum Backend {
     IptablesLegacy,
 }
 
-/// Treatment of IPv6 traffic.
+/// The treatment of IPv6 traffic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ipv6 {
-    /// Captured like IPv4. Without IPv6 in the kernel there is nothing to capture.
+    /// Captured like IPv4. Without IPv6 in the kernel nothing has to be captured.
     Capture,
     /// Refused, so that clients fall back to IPv4, which is captured.
     Reject,
@@ -130,7 +130,7 @@ pub enum Ipv6 {
     Bypass,
 }
 
-/// Treatment of the rules when the proxy stops.
+/// The treatment of the rules when the proxy stops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnExit {
     /// Kept: without a proxy the pod's connections are refused (fail closed).
@@ -139,13 +139,13 @@ pub enum OnExit {
     Remove,
 }
 
-/// The way in which captured inbound connections reach the proxy.
+/// The method of capturing inbound connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum InboundMode {
-    /// The destination is rewritten (`REDIRECT`).
+    /// Rewrites the destination (`REDIRECT`).
     #[default]
     Redirect,
-    /// The destination is kept (`TPROXY`), so that the workload can see the client's address.
+    /// Keeps the destination (`TPROXY`), so that the workload can see the client's address.
     Tproxy,
 }
 
@@ -158,14 +158,14 @@ pub enum Dns {
     Capture,
 }
 
-/// Which connections from the kubelet's probe address (169.254.7.127 and its IPv6 twin) bypass the
-/// proxy, and with it mTLS and every policy.
+/// The connections from the kubelet's probe addresses (169.254.7.127 and an IPv6 equivalent) that
+/// bypass the proxy, and so mTLS and every policy.
 ///
 /// The address identifies the kubelet only if a node agent rewrites the source of its probes.
 /// Otherwise any host on the link can use it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum KubeletProbes {
-    /// No exemption: the address is treated like any other client's.
+    /// No exemption: the address is an ordinary client's.
     #[default]
     Off,
     /// Connections to every port, as in Istio's rules.
@@ -319,7 +319,7 @@ impl fmt::Display for Dns {
 }
 
 impl KubeletProbes {
-    /// Whether a connection from the probe address to `port` of the workload is exempt.
+    /// Whether a connection from the probe address to `port` of the workload bypasses the proxy.
     #[must_use]
     pub fn exempt(&self, port: u16) -> bool {
         match self {
@@ -344,7 +344,7 @@ impl fmt::Display for KubeletProbes {
 }
 
 pub(super) fn port(text: &str) -> Result<u16, PortRangeError> {
-    // `parse` alone would accept "+80".
+    // The standard parser would accept "+80".
     let digits = text.bytes().all(|c| c.is_ascii_digit());
     text.parse().ok().filter(|port| digits && *port != 0).ok_or(PortRangeError::Port)
 }

@@ -6,22 +6,22 @@ use std::time::Duration;
 /// Limits on resources that peers and clients can use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
-    /// Maximum number of connections and streams of one worker.
+    /// The maximum number of connections and streams of one worker.
     pub connections_per_worker: usize,
-    /// Maximum number of connections and streams of one source address (IPv6: of one /64); `None`:
-    /// no limit of its own.
+    /// The maximum number of connections and streams of one source address (IPv6: one /64); `None`:
+    /// no separate limit.
     pub connections_per_source: Option<usize>,
-    /// Maximum rate at which each listener accepts connections; `None`: unlimited.
+    /// The maximum rate at which each listener accepts connections; `None`: unlimited.
     pub accepts_per_second: Option<u32>,
-    /// Maximum number of concurrent TLS handshakes; further ones wait.
+    /// The maximum number of concurrent TLS handshakes. Further ones wait.
     pub handshakes: usize,
-    /// Maximum number of concurrent TLS handshakes of one source address.
+    /// The maximum number of concurrent TLS handshakes of one source address.
     pub handshakes_per_source: usize,
-    /// Maximum number of tunnels of one source address (IPv6: of one /64); `None`: unlimited.
+    /// The maximum number of tunnels of one source address (IPv6: one /64); `None`: unlimited.
     pub tunnels_per_source: Option<usize>,
-    /// Maximum number of tunnels of one SPIFFE identity; `None`: unlimited.
+    /// The maximum number of tunnels of one SPIFFE identity; `None`: unlimited.
     pub tunnels_per_identity: Option<usize>,
-    /// Maximum memory for the buffers of busy connections of all workers, in bytes.
+    /// The maximum memory for the buffers of busy connections of all workers, in bytes.
     pub buffers: usize,
 }
 
@@ -35,50 +35,50 @@ pub struct Timeouts {
     /// Timeout for receiving a complete frame or header block of a tunnel, and the peer's first
     /// SETTINGS.
     pub frame: Duration,
-    /// Timeout for the answer to a CONNECT request.
+    /// Timeout for the response to a CONNECT request.
     pub reply: Duration,
     /// Idle timeout of a connection; `None`: unlimited.
     pub idle: Option<Duration>,
     /// Idle timeout of a half-closed connection; `None`: unlimited.
     pub half_close: Option<Duration>,
-    /// Time without a byte from the other side of a socket after which the kernel sends keepalive
-    /// probes.
+    /// The time without a byte from the other side of a socket after which the kernel sends
+    /// keepalive probes.
     pub keepalive: Duration,
-    /// Time that open connections have to end after the stop signal.
+    /// The maximum duration of a drain after a stop signal.
     pub drain: Duration,
-    /// The same after another process has taken over.
+    /// The maximum duration of a drain after another process has taken over.
     pub handover_drain: Duration,
     /// Idle timeout of our tunnels without streams.
     pub pool_idle: Duration,
     /// Idle timeout of a peer's tunnels without streams.
     pub tunnel_idle: Duration,
-    /// Time for which an endpoint is ejected after a failed connect: it is selected last.
+    /// The time for which an endpoint is selected last after a failed connect.
     pub ejection: Duration,
 }
 
-/// Number and lifetime of the metric series of connections.
+/// The number and lifetime of the metric series of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SeriesSettings {
-    /// Maximum number of label sets; further connections are counted as `overflow`.
+    /// The maximum number of label sets. Further connections are counted as `overflow`.
     pub limit: usize,
-    /// Time after which an unused label set is removed.
+    /// The time after which an unused label set is removed.
     pub idle: Duration,
 }
 
 impl Default for SeriesSettings {
     fn default() -> Self {
-        // A label set takes about 4 KiB of `/metrics`. A peer that connects every half hour keeps
-        // its counters.
+        // A label set takes about 4 KiB of `/metrics`. With this time, a peer that connects every
+        // half hour keeps its counters.
         Self { limit: 1000, idle: Duration::from_secs(3600) }
     }
 }
 
-/// The socket at which another process requests our listeners (hot restart).
+/// The socket on which another process requests our listeners (hot restart).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TakeOver {
     /// A socket with a name derived from the network namespace.
     Auto,
-    /// This Unix socket.
+    /// A Unix socket at this path.
     At(PathBuf),
     /// No socket.
     Off,

@@ -1,8 +1,7 @@
 //! Loads the settings from file, environment and flags, and reports all mistakes of all three at
 //! once.
 //!
-//! Flags override the environment, which overrides the file. Not here: keys and defaults
-//! (`resolve.rs`).
+//! Flags override the environment, which overrides the file. `resolve.rs` has keys and defaults.
 
 mod environment;
 
@@ -20,7 +19,7 @@ use crate::yaml::read::{Cursor, Problems};
 /// The sources of the settings.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
-    /// The settings file, if any. Relative paths in it refer to its folder.
+    /// The settings file. Relative paths in it refer to its folder.
     pub file: Option<PathBuf>,
     /// The environment: `UNDERPASS_PROXY_HBONE_PORT=15018` sets `proxy.hbone_port`.
     pub environment: Vec<(String, String)>,
@@ -109,10 +108,9 @@ pub(crate) fn settings_of(text: &str) -> Result<Settings, ConfigErrors> {
 }
 
 impl Settings {
-    /// Parses the output of [`Settings`]' `Display`; errors call it `name`.
+    /// Parses the output of the `Display` implementation of [`Settings`]. Errors contain `name`.
     ///
-    /// # Errors
-    /// All mistakes in the text.
+    /// # Errors All mistakes in the text.
     pub fn of_text(name: &str, text: &str) -> Result<Self, ConfigErrors> {
         let root = read_text(name, text)?;
         let problems = Problems::default();
@@ -135,7 +133,7 @@ fn overlay(root: &mut Node, key: &str, value: &str, origin: Origin, problems: &P
     }
 }
 
-/// The value in a flag or variable is plain text, as in a shell: YAML would misread `*`,
+/// Parses the value of a flag or variable. It is plain text, as in a shell: YAML would misread `*`,
 /// `[::]:15020` or `::1,::2`. Quotes, brackets of a list and the key of a section select YAML.
 fn parse(key: &str, value: &str, origin: &Origin) -> Result<Node, SyntaxError> {
     let setting = declared().find(|setting| setting.key() == key);

@@ -31,21 +31,21 @@ impl Word for LogFormat {
 
 /// Levels by target in tracing's syntax: `info`, `info,access=off`.
 ///
-/// A word without `=` must be a level. tracing would take any other word as a target, so that
-/// `dbug` would log nothing.
+/// A word without `=` must be a level. tracing would take another word for a target, so that `dbug`
+/// would log nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogFilter(String);
 
 /// The reason why a text is not a [`LogFilter`].
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum LogFilterError {
-    /// An empty text, or two consecutive commas.
+    /// The text is empty, or has two consecutive commas.
     #[error("an empty directive")]
     Empty,
-    /// Unknown level.
+    /// The level is unknown.
     #[error("{0:?} is not a level: off, error, warn, info, debug or trace")]
     Level(String),
-    /// Malformed target.
+    /// The target is malformed.
     #[error("{0:?} is not a target: letters, digits, '_', '-', '.' and ':'")]
     Target(String),
 }
@@ -89,7 +89,8 @@ impl FromStr for LogFilter {
     }
 }
 
-/// A module path or the name of a target. The name of a level is a mistake: `debug=access`.
+/// Whether the text is a module path or the name of a target. The name of a level is a mistake:
+/// `debug=access`.
 fn is_target(text: &str) -> bool {
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'-' | b'.' | b':');
     !text.is_empty()

@@ -1,6 +1,6 @@
 //! The setting that accepts or refuses inbound plaintext connections.
 //!
-//! Not here: authorization. In permissive mode, policies alone decide about plaintext connections.
+//! In permissive mode, only policies decide about plaintext connections.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::Word;
 
-/// Whether plaintext is accepted, by workload and port.
+/// The inbound plaintext connections that are accepted, by workload and port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MtlsSettings {
     /// The mode of all workloads and ports without an override.
@@ -21,9 +21,9 @@ pub struct MtlsSettings {
 /// Whether inbound plaintext connections are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mtls {
-    /// Accepted if policies allow them.
+    /// Plaintext is accepted if policies allow it.
     Permissive,
-    /// Refused.
+    /// Plaintext is refused.
     Strict,
 }
 
@@ -31,9 +31,9 @@ pub enum Mtls {
 /// `:9000=strict`, `shop/web:80=permissive`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct MtlsOverride {
-    /// Namespace and name of the workload; `None`: any, and then there is a port.
+    /// The namespace and name of the workload. `None` means any workload; the port is then set.
     pub workload: Option<(String, String)>,
-    /// The destination port of the connection; `None`: any, and then there is a workload.
+    /// The destination port of the connection. `None` means any port; the workload is then set.
     pub port: Option<u16>,
     /// The mode.
     pub mode: Mtls,
@@ -47,8 +47,8 @@ pub struct MtlsOverride {
 pub struct MtlsOverrideError;
 
 impl MtlsSettings {
-    /// The mode of this port of the workload `namespace`/`name`: the most specific override, or the
-    /// default.
+    /// The mode for this port of the workload `namespace`/`name`: that of the most specific
+    /// override, or the default.
     #[must_use]
     pub fn mode(&self, namespace: &str, name: &str, port: u16) -> Mtls {
         let applies = |one: &&MtlsOverride| {
@@ -61,15 +61,15 @@ impl MtlsSettings {
         specific.map_or(self.default, |one| one.mode)
     }
 
-    /// Whether any workload or port accepts tunnels only.
+    /// Whether some workload or port refuses plaintext.
     pub(crate) fn is_strict_somewhere(&self) -> bool {
         self.default == Mtls::Strict || self.overrides.iter().any(|one| one.mode == Mtls::Strict)
     }
 }
 
 impl MtlsOverride {
-    /// Whether both apply to the same workload and port.
-    pub(crate) fn is_of_same(&self, other: &Self) -> bool {
+    /// Whether both overrides have the same workload and port.
+    pub(crate) fn has_same_target(&self, other: &Self) -> bool {
         (&self.workload, self.port) == (&other.workload, other.port)
     }
 }
@@ -123,7 +123,7 @@ fn port(digits: &str) -> Result<u16, MtlsOverrideError> {
     super::interception::port(digits).map_err(|_| MtlsOverrideError)
 }
 
-/// Whether a name contains no separator of overrides or lists.
+/// Whether the text is a name: it contains no separator of overrides or lists.
 fn is_name(text: &str) -> bool {
     let refused = |c: char| {
         c.is_whitespace()

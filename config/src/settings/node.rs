@@ -10,13 +10,14 @@ use super::Word;
 pub struct NodeSettings {
     /// The name of the node in logs.
     pub name: Option<String>,
-    /// Where the daemon learns of its pods. `None`: the settings are those of a proxy for one pod.
+    /// The source of the daemon's pods. `None` means that the settings are those of a proxy for one
+    /// pod.
     pub pods: Option<PodSourceSettings>,
     /// The namespaces whose pods are not enrolled.
     pub exempt_namespaces: Vec<String>,
-    /// Whether the daemon translates the node's own connections to its pods.
+    /// Whether the daemon changes the source address of the node's own connections to its pods.
     pub probes: NodeProbes,
-    /// Where the daemon installs the CNI plugin and keeps it installed.
+    /// The folders in which the daemon installs the CNI plugin and keeps it installed.
     pub cni_install: Option<CniInstallSettings>,
 }
 
@@ -29,13 +30,13 @@ pub struct CniInstallSettings {
     pub bin_dir: PathBuf,
 }
 
-/// Whether the source of the node's own connections to its pods, such as the kubelet's probes,
-/// becomes the probe address that `interception.kubelet_probes` exempts.
+/// Whether the node's own connections to its pods, such as the kubelet's probes, get the source
+/// address that `interception.kubelet_probes` exempts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NodeProbes {
-    /// Yes, by rules in the host's network namespace.
+    /// They get the address, by rules in the host's network namespace.
     Translate,
-    /// No.
+    /// They keep their source address.
     Off,
 }
 
@@ -50,13 +51,12 @@ impl fmt::Display for NodeProbes {
     }
 }
 
-/// Where a node daemon learns of its pods.
+/// The source of a node daemon's pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodSourceSettings {
-    /// The Unix socket of the agent of istio-cni or Cilium, which speaks ZDS and installs the
-    /// rules.
+    /// The Unix socket of the agent of istio-cni or Cilium, which uses ZDS and installs the rules.
     Zds(PathBuf),
-    /// The Unix socket at which the CNI plugin `underpass cni` connects.
+    /// The Unix socket for the CNI plugin `underpass cni`.
     Cni(PathBuf),
     /// The folder with a file for each pod.
     Directory(PathBuf),

@@ -32,15 +32,15 @@ const SETTINGS: &[&[&dyn Declared]] = &[
     services::ALL,
 ];
 
-/// Planned keys without an implementation: rejected with that reason instead of as unknown.
-const PLANNED_KEYS: &[&str] = &["mesh.xds", "admin"];
+/// Keys of planned features. They are rejected with that reason instead of as unknown.
+const UNIMPLEMENTED_KEYS: &[&str] = &["mesh.xds", "admin"];
 
 /// Every setting.
 pub(crate) fn declared() -> impl Iterator<Item = &'static dyn Declared> {
     SETTINGS.iter().copied().flatten().copied()
 }
 
-/// Every key that a setting can have, and so every environment variable and `--set` path.
+/// Every key of a setting, for environment variables and `--set` too.
 pub fn keys() -> impl Iterator<Item = &'static str> {
     declared().map(Declared::key)
 }
@@ -50,7 +50,7 @@ pub fn reference() -> impl Iterator<Item = Reference> {
     declared().map(Declared::reference)
 }
 
-/// Parses every setting; relative paths of the file refer to `folder`.
+/// Parses every setting. Relative paths in the file refer to `folder`.
 pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     refuse_unknown_keys(root, "");
     let document = Document { root, files: Files { folder } };
@@ -97,7 +97,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     })
 }
 
-/// Parses a document that consists of the section `interception`: that of a pod of `node`.
+/// Parses a document with only the section `interception`: that of a pod of `node`.
 pub(crate) fn interception_settings(
     document: Document<'_>,
     node: &NodeSettings,
@@ -107,11 +107,11 @@ pub(crate) fn interception_settings(
     Some(node::interception(document, settings, node))
 }
 
-/// Rejects every key below `at` that is neither declared nor in [`PLANNED_KEYS`]. `prefix` is the
-/// path of `at`: empty, or ending with a dot.
+/// Rejects every key below `at` that is neither declared nor planned. `prefix` is the path of `at`:
+/// empty, or ending with a dot.
 fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
     let mut known: Vec<&str> = Vec::new();
-    let all = keys().chain(PLANNED_KEYS.iter().copied());
+    let all = keys().chain(UNIMPLEMENTED_KEYS.iter().copied());
     for path in all.filter_map(|path| path.strip_prefix(prefix)) {
         let key = path.split('.').next().unwrap_or(path);
         if !known.contains(&key) {
@@ -121,7 +121,7 @@ fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
     at.only(&known);
     for key in known {
         let path = format!("{prefix}{key}");
-        if PLANNED_KEYS.contains(&path.as_str()) {
+        if UNIMPLEMENTED_KEYS.contains(&path.as_str()) {
             at.key(key).refuse_planned();
         } else if !keys().any(|known| known == path) {
             refuse_unknown_keys(at.key(key), &format!("{path}."));

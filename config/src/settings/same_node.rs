@@ -2,12 +2,12 @@
 
 use super::Word;
 
-/// How a connection reaches another pod of the same process.
+/// The path of a connection to another pod of the same process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SameNode {
-    /// By a tunnel, as any other pod.
+    /// By a tunnel, like a connection to any other pod.
     Tunnel,
-    /// Inside the process, after the same decisions.
+    /// Inside the process, after the same policy decisions.
     Direct,
 }
 

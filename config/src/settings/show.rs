@@ -121,7 +121,7 @@ trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.
 tunnels: {max_age: 90s, streams: 7, per_peer: 2}
 limits: {connections_per_worker: 1, connections_per_source: 2, accepts_per_second: 3, handshakes: 4, handshakes_per_source: 9, tunnels_per_source: 5, tunnels_per_identity: 6, buffers: 2MiB}
 "#;
-    /// Settings that contradict those above.
+    /// Settings that contradict the ones above.
     const AMBIENT: &str = r"
 identity:
   istio_ca:

@@ -1,4 +1,4 @@
-//! Events of folders, from which the watcher learns of changed files. The crate interception
+//! Events of folders, with which the watcher detects changed files. The interception crate
 //! implements them with inotify(7).
 
 use std::ffi::OsStr;
@@ -13,14 +13,13 @@ pub type OpenFolderEvents = dyn Fn() -> io::Result<Arc<dyn FolderEvents>> + Send
 
 /// Reports changes of the entries of folders.
 pub trait FolderEvents: fmt::Debug + Send + Sync {
-    /// Watches the folder at `path` from now on. A folder has one watch, whichever path leads to
+    /// Starts to watch the folder at `path`. A folder has one watch, also if several paths lead to
     /// it.
     ///
-    /// # Errors
-    /// The limit of watches is reached, or there is no readable folder at `path`.
+    /// # Errors The limit of watches is reached, or there is no readable folder at `path`.
     fn watch(&self, path: &Path) -> io::Result<FolderWatch>;
 
-    /// Ends a watch, unless the removal of the folder has ended it.
+    /// Ends a watch, unless the removal of the folder has already ended it.
     fn unwatch(&self, watch: FolderWatch);
 
     /// Reads all queued events without waiting.
@@ -28,8 +27,7 @@ pub trait FolderEvents: fmt::Debug + Send + Sync {
 
     /// Waits until events are queued. Cancel-safe.
     ///
-    /// # Errors
-    /// No event will be reported any more.
+    /// # Errors No later event will be reported.
     fn queued(&self) -> Pin<Box<dyn Future<Output = io::Result<()>> + Send + '_>>;
 }
 

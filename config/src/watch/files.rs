@@ -9,17 +9,17 @@ use std::path::{Path, PathBuf};
 
 const EXTENSIONS: &[&str] = &["yaml", "yml", "json"];
 
-/// A file that was read.
+/// A file and its content.
 #[derive(Debug)]
 pub(crate) struct File {
     pub(crate) path: PathBuf,
     pub(crate) content: io::Result<Vec<u8>>,
-    /// A hash of path and content, unique with high probability.
+    /// A hash of path and content. Collisions are improbable.
     pub(crate) fingerprint: u64,
 }
 
-/// The file at `path`, or for a folder its documents sorted by name. Hidden files are skipped,
-/// because a mounted ConfigMap contains each file twice, and so are subfolders.
+/// The file at `path`, or the documents of a folder sorted by name. Skips subfolders, and hidden
+/// files because a mounted ConfigMap contains each file twice.
 pub(crate) fn at(path: &Path) -> io::Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
@@ -35,7 +35,7 @@ pub(crate) fn at(path: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(documents)
 }
 
-/// Reads the files of `path` and passes each to `read`. Returns the [`fingerprint`] of all.
+/// Reads the files of `path` and passes each to `read`. Returns their common [`fingerprint`].
 pub(crate) fn read_each(path: &Path, mut read: impl FnMut(File)) -> u64 {
     let mut all = DefaultHasher::new();
     let mut one = |path: PathBuf, content: io::Result<Vec<u8>>| {
@@ -53,7 +53,7 @@ pub(crate) fn read_each(path: &Path, mut read: impl FnMut(File)) -> u64 {
     all.finish()
 }
 
-/// A hash of the files of `path` and their contents, unique with high probability.
+/// A hash of the files of `path` and their contents. Collisions are improbable.
 pub(crate) fn fingerprint(path: &Path) -> u64 {
     read_each(path, drop)
 }
@@ -71,7 +71,7 @@ impl File {
     }
 }
 
-/// Returns true if the name of a file marks a document.
+/// Whether the name of a file is that of a document.
 pub(crate) fn is_document(path: &Path) -> bool {
     let hidden = path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"."));
     let extension = path.extension().and_then(|extension| extension.to_str());

@@ -1,4 +1,4 @@
-//! One source of events for all watched paths, and the task that reads them.
+//! One source of events for all watched paths, and the task that reads it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,22 +13,23 @@ use tokio::task::JoinHandle;
 use super::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
 use super::relevant::{FilesOfFolder, RelevantEntries};
 
-/// Quiet period before reading a file that is being written: a writer creates, fills and closes it.
-const WRITING: Duration = Duration::from_millis(100);
-/// Quiet period after a file is closed, renamed or removed: further changes may follow.
-const WRITTEN: Duration = Duration::from_millis(10);
+/// The quiet period before reading a file that is being written: a program creates, fills and
+/// closes it.
+const QUIET_WHILE_WRITING: Duration = Duration::from_millis(100);
+/// The quiet period after a file was closed, renamed or removed: further changes may follow.
+const QUIET_AFTER_WRITE: Duration = Duration::from_millis(10);
 
-/// Distributes the events.
+/// Distributes the events to the subscriptions.
 #[derive(Default)]
 pub(super) struct Hub {
-    /// Without it, files are only polled.
+    /// Opens the source of events. Without it, files are only polled.
     open: Option<Box<OpenFolderEvents>>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Opened with the first subscription.
+    /// The source of events, opened with the first subscription.
     events: Option<Arc<dyn FolderEvents>>,
     reader: Option<JoinHandle<()>>,
     subscriptions: BTreeMap<u64, SubscriptionWatches>,
@@ -42,7 +43,7 @@ struct SubscriptionWatches {
     kind: FilesOfFolder,
     relevant: RelevantEntries,
     folders: BTreeMap<PathBuf, FolderWatch>,
-    /// Sends the quiet period after each event.
+    /// Sends the quiet period that each event requires.
     pauses: watch::Sender<Duration>,
 }
 
@@ -55,12 +56,12 @@ pub(super) struct Subscription {
 }
 
 impl Hub {
-    /// A hub of events that `open` opens.
+    /// Creates a hub with the source of events that `open` opens.
     pub(super) fn new(open: Box<OpenFolderEvents>) -> Self {
         Self { open: Some(open), state: Mutex::default() }
     }
 
-    /// Watches the folders that lead to `path`, which is absolute, from now on.
+    /// Starts to watch the folders that lead to the absolute `path`.
     pub(super) fn subscribe(
         self: &Arc<Self>,
         path: &Path,
@@ -70,21 +71,21 @@ impl Hub {
         if let (None, Some(open)) = (&state.events, &self.open) {
             state.events = Some(open()?);
         }
-        let (sender, pauses) = watch::channel(WRITTEN);
+        let (sender, pauses) = watch::channel(QUIET_AFTER_WRITE);
         let (path, id) = (path.to_owned(), state.next);
         let (relevant, folders) = (RelevantEntries::default(), BTreeMap::new());
         let watches = SubscriptionWatches { path, kind, relevant, folders, pauses: sender };
         state.next += 1;
         state.subscriptions.insert(id, watches);
-        // Dropping it after an error removes its watches.
+        // Dropping the subscription after an error removes its watches.
         let subscription = Subscription { hub: self.clone(), id, pauses };
         let followed = state.follow(id);
         drop(state);
         followed.map(|()| subscription)
     }
 
-    /// Starts the task that reads the events, unless it runs: also after a panic, meanwhile polling
-    /// detects changes. It ends with the hub.
+    /// Starts the task that reads the events if it does not run, also after a panic. It ends with
+    /// the hub.
     fn start_reader(self: &Arc<Self>) {
         let mut state = self.state();
         if state.reader.as_ref().is_some_and(|reader| !reader.is_finished()) {
@@ -115,7 +116,7 @@ impl fmt::Debug for Hub {
     }
 }
 
-/// Reads events until they end: then polling still detects changes.
+/// Reads events until they end. Polling still detects changes afterwards.
 async fn read(hub: Weak<Hub>, events: Arc<dyn FolderEvents>) {
     while events.queued().await.is_ok() {
         let Some(hub) = hub.upgrade() else { return };
@@ -124,12 +125,12 @@ async fn read(hub: Weak<Hub>, events: Arc<dyn FolderEvents>) {
 }
 
 impl State {
-    /// Reads all queued events. Holds the lock, so that the watches of these events are registered
-    /// already.
+    /// Reads all queued events. Holding the lock ensures that the watches of these events are
+    /// registered.
     fn distribute(&self, events: &dyn FolderEvents) {
         events.read(&mut |event| {
             let writing = matches!(event, FolderEvent::Changed { step: ChangeStep::Writing, .. });
-            let pause = if writing { WRITING } else { WRITTEN };
+            let pause = if writing { QUIET_WHILE_WRITING } else { QUIET_AFTER_WRITE };
             for watches in
                 self.subscriptions.values().filter(|watches| watches.is_affected_by(event))
             {
@@ -138,7 +139,7 @@ impl State {
         });
     }
 
-    /// Updates the watches of a subscription to the folders that lead to its files now.
+    /// Updates the watches of a subscription to the folders that now lead to its files.
     fn follow(&mut self, id: u64) -> io::Result<()> {
         let Some(events) = self.events.clone() else { return Ok(()) };
         loop {
@@ -146,7 +147,7 @@ impl State {
             watches.relevant = RelevantEntries::of(&watches.path, watches.kind);
             let mut folders = BTreeMap::new();
             for folder in watches.relevant.folders() {
-                // Add known folders too: another folder may have taken the name.
+                // Watch known folders again: another folder may have taken the name.
                 match events.watch(&folder) {
                     Ok(watch) => folders.insert(folder, watch),
                     Err(error) => {
@@ -158,7 +159,7 @@ impl State {
             if folders == watches.folders {
                 return Ok(());
             }
-            // A folder that was replaced before its watch began sent no event: resolve the path
+            // A folder that was replaced before its watch began sent no event, so resolve the path
             // again.
             let before = std::mem::replace(&mut watches.folders, folders);
             self.unwatch(&*events, &before);
@@ -186,18 +187,18 @@ impl SubscriptionWatches {
 }
 
 impl Subscription {
-    /// Waits for an event that can change the content; returns how long to wait for further ones.
+    /// Waits for an event that can change the content. Returns the time to wait for further ones.
     /// Cancel-safe.
     pub(super) async fn event(&mut self) -> Duration {
         self.hub.start_reader();
         if self.pauses.changed().await.is_err() {
-            // The hub keeps the sender while the subscription lives.
+            // The hub keeps the sender while the subscription exists.
             return std::future::pending().await;
         }
         *self.pauses.borrow_and_update()
     }
 
-    /// Updates the watches to the folders that lead to the files now.
+    /// Updates the watches to the folders that now lead to the files.
     pub(super) fn follow(&self) -> io::Result<()> {
         self.hub.state().follow(self.id)
     }

@@ -12,31 +12,31 @@ const MAX_LINKS: usize = 40;
 /// The directory entries whose change can change the content.
 #[derive(Debug, Default)]
 pub(super) struct RelevantEntries {
-    /// The files and each symbolic link on the paths to them. If a path does not exist, its first
+    /// The files, and each symbolic link on the paths to them. If a path does not exist, its first
     /// missing component.
     entries: BTreeSet<PathBuf>,
-    /// The folder whose files count.
+    /// The folder whose files are relevant.
     folder: Option<PathBuf>,
     kind: FilesOfFolder,
 }
 
-/// Which files of a folder count.
+/// The relevant files of a folder.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum FilesOfFolder {
     /// The documents of a configuration.
     #[default]
     Documents,
-    /// Every file, as in a folder of other programs.
+    /// Every file, in a folder of other programs.
     All,
 }
 
 impl RelevantEntries {
-    /// The entries of `path`, which is absolute.
+    /// The entries of the absolute `path`.
     pub(super) fn of(path: &Path, kind: FilesOfFolder) -> Self {
         if !path.is_dir() {
             return Self { entries: entries(path), folder: None, kind };
         }
-        // Every document is reached through the folder, even if it has none yet.
+        // Every document is reached through the folder, even if it has no document yet.
         let mut all = entries(&path.join("any"));
         let folder = all.iter().find(|entry| entry.ends_with("any"));
         let folder = folder.and_then(|any| any.parent()).map(Path::to_owned);
@@ -68,7 +68,7 @@ fn entries(path: &Path) -> BTreeSet<PathBuf> {
     let mut ahead = components(path);
     while let Some(component) = ahead.pop() {
         if component == ".." {
-            // `here` contains no links, so its textual parent is the real one.
+            // `here` contains no links, so its textual parent is its real one.
             here.pop();
             continue;
         }

@@ -1,4 +1,4 @@
-//! Watching with events that a test makes. The crate interception tests it with real ones.
+//! Tests of watching, with events from the test. The interception crate has tests with real events.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -14,8 +14,8 @@ use super::*;
 use crate::hint::Hint as _;
 use crate::testing::Folder;
 
-/// Shorter than the interval of polling.
-const BOUND: Duration = Duration::from_secs(10);
+/// Shorter than the polling interval.
+const LONGER_THAN_POLL_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Events without folders, which a test queues.
 #[derive(Debug, Default)]
@@ -65,7 +65,7 @@ fn changed(name: &'static str, step: ChangeStep) -> FolderEvent<'static> {
     FolderEvent::Changed { watch: FolderWatch(0), name: Some(OsStr::new(name)), step }
 }
 
-/// The delay of the report after an event for a file that has changed.
+/// The delay of the report after an event of a changed file.
 async fn delay(event: FolderEvent<'static>) -> Duration {
     let folder = Folder::of_test();
     let (mut watch, queue) = watch(&folder, "a.yaml");
@@ -81,17 +81,20 @@ async fn waits_longer_while_file_is_written() {
     let (written, writing) = (Duration::from_millis(50), Duration::from_millis(100));
     assert!(delay(changed("a.yaml", ChangeStep::Complete)).await < written);
     let delay = delay(changed("a.yaml", ChangeStep::Writing)).await;
-    assert!((writing..BOUND).contains(&delay), "{delay:?}");
+    assert!((writing..LONGER_THAN_POLL_INTERVAL).contains(&delay), "{delay:?}");
 }
 
 #[tokio::test(start_paused = true)]
-async fn checks_every_path_after_lost_events() {
-    assert!(delay(FolderEvent::Lost).await < BOUND);
+async fn every_path_is_checked_after_lost_events() {
+    assert!(delay(FolderEvent::Lost).await < LONGER_THAN_POLL_INTERVAL);
 }
 
 #[tokio::test(start_paused = true)]
-async fn event_of_other_file_wakes_no_watch() {
-    assert!(delay(changed("b.yaml", ChangeStep::Complete)).await > BOUND, "polling reports it");
+async fn event_of_another_file_wakes_no_watch() {
+    assert!(
+        delay(changed("b.yaml", ChangeStep::Complete)).await > LONGER_THAN_POLL_INTERVAL,
+        "polling reports it"
+    );
 }
 
 #[tokio::test(start_paused = true)]

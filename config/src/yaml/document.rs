@@ -1,7 +1,7 @@
 //! A YAML document as a tree whose values know their locations.
 //!
-//! Scalars stay text: the reader of a key (`read.rs`) interprets `8080` or `no`. The tree has no
-//! knowledge of keys.
+//! Scalars stay text, because their meaning depends on the key (`read.rs`): `8080` or `no`. The
+//! tree does not know keys.
 
 mod loader;
 
@@ -46,7 +46,7 @@ pub enum Origin {
     Flag,
     /// An annotation of a pod.
     Annotation(String),
-    /// The settings of the node, over which those of a pod are laid.
+    /// The settings of the node, which those of a pod overlay.
     NodeSettings,
 }
 
@@ -62,7 +62,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// The reason why a text is not a readable document.
+/// The reason why a text is not a valid document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SyntaxError {
     pub(crate) reason: String,
@@ -76,15 +76,15 @@ pub(crate) enum Part<'a> {
     Whole(Node),
     /// A key of the top-level mapping, and the location of its value.
     Key(&'a str, Origin),
-    /// The value of that key, if it is not a list.
+    /// The value of a top-level key, if it is not a list.
     Value(&'a str, Node),
-    /// An item of the list at that key, with its index from 0.
+    /// An item of the list at a top-level key, with its index from 0.
     Item(&'a str, usize, Node),
 }
 
-/// Reads the single document in `text`, and reports each item of its top-level lists as soon as it
-/// is read. So a large document is never entirely in memory as a tree. If an error follows,
-/// reported parts must be discarded.
+/// Parses the single document in `text`, and reports each item of its top-level lists at once. So a
+/// large document is never entirely in memory as a tree. If an error follows, the caller must
+/// discard the reported parts.
 pub(crate) fn parts(
     text: &str,
     origin: &dyn Fn(usize, usize) -> Origin,
@@ -94,12 +94,12 @@ pub(crate) fn parts(
 }
 
 impl Node {
-    /// An empty mapping, which an empty document means.
+    /// An empty mapping, which an empty document stands for.
     pub(crate) fn empty(origin: Origin) -> Self {
         Self { value: Value::Mapping(Vec::new()), tag: None, origin }
     }
 
-    /// Reads the single document in `text`; `origin` converts a line and column (from 1) to a
+    /// Parses the single document in `text`. `origin` converts a line and column (from 1) to a
     /// location.
     pub(crate) fn parse(
         text: &str,
@@ -129,8 +129,8 @@ impl Node {
         }
     }
 
-    /// Lays the tree `over` over the value at `path`: its mappings are merged with those there,
-    /// its other values replace them. Null replaces nothing.
+    /// Overlays the value at `path` with the tree `over`: mappings are merged, other values
+    /// replaced. Null replaces nothing.
     pub(crate) fn lay_over(&mut self, path: &[&str], over: &Self) {
         match &over.value {
             Value::Mapping(entries) => {

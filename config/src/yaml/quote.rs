@@ -1,8 +1,8 @@
 //! Makes untrusted text safe to log: limited in size, on one line.
 //!
-//! Each text from a peer, a CA or a third party's file passes through [`Quoted`] before it becomes
-//! part of an error, a log line or a metric label. Otherwise one certificate of 60 KB could produce
-//! a log line of several hundred KB.
+//! Every text from a peer, a CA or another program's file passes through [`Quoted`] before it
+//! becomes part of an error, a log line or a metric label. Otherwise one certificate of 60 KB could
+//! produce a log line of several hundred KB.
 
 use std::error::Error;
 use std::fmt::{self, Write};
@@ -20,7 +20,7 @@ pub struct Quoted(Box<str>);
 impl Quoted {
     /// The maximum size of a quote in bytes, without the truncation mark.
     pub const MAX_BYTES: usize = 200;
-    /// The maximum size of a quoted error chain: own words and several quotes.
+    /// The maximum size of a quoted error chain in bytes: several messages with quotes.
     pub const MAX_CHAIN_BYTES: usize = 1024;
 
     /// Quotes the text that `value` displays. Formatting stops at the limit, so long texts cost no
@@ -29,7 +29,7 @@ impl Quoted {
         Self::bounded(value, Self::MAX_BYTES)
     }
 
-    /// The same with another limit, for the texts of several causes.
+    /// Like [`Quoted::new`] with another limit, for the texts of several causes.
     pub fn bounded(value: impl fmt::Display, max_bytes: usize) -> Self {
         let mut text = Bounded { text: String::new(), max_bytes };
         if write!(text, "{value}").is_err() {
@@ -118,8 +118,7 @@ impl Write for Bounded {
     }
 }
 
-/// Returns true for control characters, line breaks, and characters that reorder text on a
-/// terminal.
+/// Whether the character is a control character, a line break, or reorders text on a terminal.
 fn is_unsafe(character: char) -> bool {
     character.is_control()
         || matches!(character, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')

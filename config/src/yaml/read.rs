@@ -1,7 +1,7 @@
 //! Reads typed values from a document and collects every mistake instead of stopping at the first.
 //!
-//! A [`Cursor`] refers to one node, which may be absent, and holds its path, so that each mistake
-//! names its key. Not here: the known keys (`load.rs`, `mesh/document.rs`).
+//! A [`Cursor`] refers to one node, which may be absent, and has its path, so that each mistake
+//! names its key. `load.rs` and `mesh/document.rs` have the known keys.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -14,11 +14,11 @@ use std::time::Duration;
 use crate::error::{ConfigErrors, Problem, Reason};
 use crate::yaml::document::{Node, Origin, Value};
 
-/// Maximum number of mistakes that are kept; further ones are only counted.
+/// The maximum number of mistakes that are kept. Further ones are only counted.
 const MAX_PROBLEMS: usize = 1000;
 
-/// Maximum length of a key for which a similar one is suggested.
-const MAX_TYPED: usize = 64;
+/// The maximum length of a key for which a similar one is suggested.
+const MAX_SUGGESTION_LENGTH: usize = 64;
 
 /// The mistakes found so far.
 #[derive(Debug, Default)]
@@ -45,7 +45,7 @@ impl Problems {
         self.kept.borrow().len() + self.more.get()
     }
 
-    /// `value`, or the mistakes in its document.
+    /// Returns `value`, or the collected mistakes.
     pub(crate) fn or_else<T>(self, value: Option<T>) -> Result<T, ConfigErrors> {
         let (problems, more) = (self.kept.into_inner(), self.more.get());
         match value {
@@ -94,12 +94,12 @@ impl<'a> Cursor<'a> {
         Self { node: Some(node), parent: None, step: Step::Root, problems }
     }
 
-    /// The root of a document of which only parts exist.
+    /// The root of a document that is read in parts.
     pub(crate) fn nowhere(problems: &'a Problems) -> Self {
         Self { node: None, parent: None, step: Step::Root, problems }
     }
 
-    /// The node here, unless it is absent or null.
+    /// The node at this place, unless it is absent or null.
     pub(crate) fn node(&self) -> Option<&'a Node> {
         self.node.filter(|node| node.value != Value::Null)
     }
@@ -117,7 +117,7 @@ impl<'a> Cursor<'a> {
         self.node().is_some_and(|node| matches!(node.value, Value::Mapping(_)))
     }
 
-    /// This place if a node is present; otherwise reports a mistake with this reason.
+    /// This place if it has a node. Otherwise reports a mistake with this reason.
     pub(crate) fn given_or(self, reason: &str) -> Option<Self> {
         if !self.is_given() {
             self.problem(reason);
@@ -141,7 +141,7 @@ impl<'a> Cursor<'a> {
         self.problems.add(Problem { key, value, reason: text, hint, origin });
     }
 
-    /// The position of the node, or of the section or item that it is missing in.
+    /// The position of the node. If the node is absent, that of its section or item.
     fn place(&self) -> Option<Origin> {
         match self.node {
             Some(node) => Some(node.origin.clone()),
@@ -159,7 +159,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The entries of the mapping here; none when it is absent.
+    /// The entries of the mapping at this place; empty if it is absent.
     pub(crate) fn entries(&self) -> &'a [(String, Node)] {
         match self.node().map(|node| &node.value) {
             None => &[],
@@ -237,7 +237,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Reads a list of scalars, each by `read`, whose error describes the expected value. Text with
+    /// Reads a list of scalars with `read`, whose error describes the expected value. Text with
     /// commas is a list too. Duplicates are merged; an absent list is empty.
     pub(crate) fn list<T: Clone + Eq + Hash>(
         &self,
@@ -282,7 +282,7 @@ impl<'a> Cursor<'a> {
         self.is_word("") || self.node().is_some_and(no_items)
     }
 
-    /// Whether the node is `word`, alone or as the only item of a list.
+    /// Whether the node is `word`, or a list with `word` as its only item.
     pub(crate) fn is_word(&self, word: &str) -> bool {
         match self.node().map(|node| &node.value) {
             Some(Value::Scalar(text)) => text.trim() == word,
@@ -306,7 +306,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// The scalar, parsed; `expected` describes a valid value.
+    /// Parses the scalar. `expected` describes a valid value.
     pub(crate) fn parse<T: FromStr>(&self, expected: &str) -> Option<T> {
         let parsed = self.text()?.parse().ok();
         if parsed.is_none() {
@@ -315,7 +315,7 @@ impl<'a> Cursor<'a> {
         parsed
     }
 
-    /// The scalar, parsed by a type whose error explains the mistake.
+    /// Parses the scalar with a type whose error explains the mistake.
     pub(crate) fn parse_explained<T>(&self) -> Option<T>
     where
         T: FromStr,
@@ -324,7 +324,7 @@ impl<'a> Cursor<'a> {
         self.text()?.parse().map_err(|error: T::Err| self.problem(error.to_string())).ok()
     }
 
-    /// One word of a fixed set.
+    /// Reads one word of a fixed set.
     pub(crate) fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {
         let text = self.text()?;
         let found = words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value);
@@ -335,7 +335,7 @@ impl<'a> Cursor<'a> {
         found
     }
 
-    /// `true` or `false`.
+    /// Reads `true` or `false`.
     pub(crate) fn flag(&self) -> Option<bool> {
         let flag = parse_flag(self.text()?);
         if flag.is_none() {
@@ -344,7 +344,7 @@ impl<'a> Cursor<'a> {
         flag
     }
 
-    /// A number in `range`; `expected` describes the range.
+    /// Reads a number in `range`. `expected` describes the range.
     pub(crate) fn number(&self, range: RangeInclusive<usize>, expected: &str) -> Option<usize> {
         let number = self.parse(expected)?;
         if !range.contains(&number) {
@@ -353,7 +353,7 @@ impl<'a> Cursor<'a> {
         Some(number)
     }
 
-    /// A port that something can listen on or connect to: 1 to 65535.
+    /// Reads a port to listen on or connect to: 1 to 65535.
     pub(crate) fn port(&self) -> Option<u16> {
         let port = parse_port(self.text()?).filter(|port| *port != 0);
         if port.is_none() {
@@ -362,7 +362,7 @@ impl<'a> Cursor<'a> {
         port
     }
 
-    /// A port, or 0 for a named one.
+    /// Reads a port, or 0 for a named one.
     pub(crate) fn port_or_named(&self) -> Option<u16> {
         let port = parse_port(self.text()?);
         if port.is_none() {
@@ -371,8 +371,8 @@ impl<'a> Cursor<'a> {
         port
     }
 
-    /// A duration with its unit: `250ms`, `10s`, `5m`, `24h`. Rejects zero, which would time out at
-    /// once.
+    /// Reads a duration with a unit: `250ms`, `10s`, `5m`, `24h`. Rejects zero, which would time
+    /// out at once.
     pub(crate) fn duration(&self) -> Option<Duration> {
         let duration = parse_duration(self.text()?);
         if duration.is_none() {
@@ -381,7 +381,7 @@ impl<'a> Cursor<'a> {
         duration
     }
 
-    /// A duration, or `off`.
+    /// Reads a duration, or `off`.
     pub(crate) fn duration_or_off(&self) -> Option<Duration> {
         let duration = parse_duration(self.text()?);
         if duration.is_none() {
@@ -390,7 +390,7 @@ impl<'a> Cursor<'a> {
         duration
     }
 
-    /// A size in bytes, with its unit: `64KiB`, `256MiB`, `1GiB`.
+    /// Reads a size in bytes with a unit: `64KiB`, `256MiB`, `1GiB`.
     pub(crate) fn size(&self) -> Option<usize> {
         let size = parse_size(self.text()?);
         if size.is_none() {
@@ -400,7 +400,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// Parses a boolean of YAML 1.2 (section 10.3.2); words of YAML 1.1 such as `yes` are rejected.
+/// Parses a boolean of YAML 1.2 (section 10.3.2). Rejects words of YAML 1.1 such as `yes`.
 pub(crate) fn parse_flag(text: &str) -> Option<bool> {
     match text {
         "true" | "True" | "TRUE" => Some(true),
@@ -409,14 +409,14 @@ pub(crate) fn parse_flag(text: &str) -> Option<bool> {
     }
 }
 
-/// Parses a port, or 0, as YAML 1.2 writes whole numbers (section 10.3.2): `80`, `0x50` or `0o120`.
+/// Parses a port or 0, in the notations of YAML 1.2 (section 10.3.2): `80`, `0x50` or `0o120`.
 pub(crate) fn parse_port(text: &str) -> Option<u16> {
     let (digits, radix) = match text.split_at_checked(2) {
         Some(("0x", digits)) => (digits, 16),
         Some(("0o", digits)) => (digits, 8),
         _ => return text.parse().ok(),
     };
-    // `from_str_radix` alone would accept "0x+50".
+    // The standard parser would accept "0x+50".
     let only_digits = digits.chars().all(|digit| digit.is_digit(radix));
     u16::from_str_radix(digits, radix).ok().filter(|_| only_digits)
 }
@@ -452,15 +452,14 @@ fn parse_size(text: &str) -> Option<usize> {
 
 /// The known key within two edits of `key`.
 pub(crate) fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
-    if key.len() > MAX_TYPED {
+    if key.len() > MAX_SUGGESTION_LENGTH {
         return None;
     }
     let near = known.iter().map(|candidate| (edits(key, candidate), *candidate)).min()?;
     (near.0 <= 2).then_some(near.1)
 }
 
-/// Levenshtein distance, ignoring case and the difference between `_` and nothing (`outboundPort`,
-/// `outbound_port`).
+/// The Levenshtein distance, ignoring case and `_` (`outboundPort`, `outbound_port`).
 fn edits(a: &str, b: &str) -> usize {
     let plain = |text: &str| -> Vec<char> {
         text.chars().filter(|c| *c != '_').map(|c| c.to_ascii_lowercase()).collect()

@@ -25,14 +25,14 @@ use crate::process::pause_gate::PauseGate;
 use crate::rules::health::RulesHealth;
 
 /// The maximum number of connections. A new one evicts the oldest idle one, so that a flood does
-/// not keep probes and scrapers out.
-const CONNECTIONS: usize = 64;
+/// not lock out probes and scrapers.
+const MAX_CONNECTIONS: usize = 64;
 /// The maximum number of connections from one source address.
-const CONNECTIONS_PER_SOURCE: usize = 16;
+const MAX_CONNECTIONS_PER_SOURCE: usize = 16;
 /// Timeout for the request headers.
-const HEADER_DEADLINE: Duration = Duration::from_secs(2);
-/// The maximum duration of a connection.
-const DEADLINE: Duration = Duration::from_secs(5);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout for a whole connection.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prometheus' text format, version 0.0.4.
 const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
 
@@ -40,18 +40,19 @@ const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; versi
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Readiness {
     phase: Arc<AtomicU8>,
-    /// The rules of the fixed pod; a node daemon's pods have their own status.
+    /// The rules of the only pod of `underpass run`. The pods of a node daemon have their own
+    /// status.
     rules: RulesHealth,
     out_of_descriptors: Arc<AtomicBool>,
-    /// The report of a node's pods.
+    /// Reports the status of a node's pods.
     pods: Arc<OnceLock<PodReport>>,
-    /// Whether the source of a node's pods does not deliver them.
+    /// Whether the source of a node's pods has failed or is not ready yet.
     source_lost: Arc<AtomicBool>,
-    /// Whether the proxy's certificate has expired: every HBONE connection would fail.
+    /// Whether the proxy's certificate has expired, so that every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
 }
 
-/// Writes the status of each pod of a node as a line.
+/// Writes the status of each pod of a node on one line.
 struct PodReport(Box<dyn Fn() -> String + Send + Sync>);
 
 impl fmt::Debug for PodReport {
@@ -66,25 +67,25 @@ const DRAINING: u8 = 2;
 const READY_TEXT: &str = "ready\n";
 
 impl Readiness {
-    /// The readiness of a process whose fixed pod has these rules.
+    /// The readiness of `underpass run`, whose only pod has these rules.
     pub(crate) fn of(rules: RulesHealth) -> Self {
         Self { rules, ..Self::default() }
     }
 
-    /// The readiness of a node daemon, whose source of pods does not deliver them yet. A pod's
-    /// trouble is not the node's.
+    /// The readiness of a node daemon, initially without a ready source of pods. The problems of a
+    /// pod do not affect it.
     pub(crate) fn of_node() -> Self {
         let readiness = Self::default();
         readiness.source_ready(false);
         readiness
     }
 
-    /// Sets the report of a node's pods, once.
+    /// Sets the function that reports the status of a node's pods. Must be called once.
     pub(crate) fn report_pods(&self, report: impl Fn() -> String + Send + Sync + 'static) {
         self.pods.set(PodReport(Box::new(report))).ok();
     }
 
-    /// Sets whether the source of a node's pods delivers them.
+    /// Records whether the source of a node's pods is ready.
     pub(crate) fn source_ready(&self, is_ready: bool) {
         self.source_lost.store(!is_ready, Relaxed);
     }
@@ -94,7 +95,7 @@ impl Readiness {
         !self.source_lost.load(Relaxed)
     }
 
-    /// The rules of the fixed pod.
+    /// The rules of the only pod of `underpass run`.
     pub(crate) fn rules(&self) -> &RulesHealth {
         &self.rules
     }
@@ -120,10 +121,10 @@ impl Readiness {
         self.out_of_descriptors.load(Relaxed)
     }
 
-    /// `ready`, or the reason why it is not.
+    /// `ready`, or the reason why the process is not ready.
     pub(crate) fn text(&self) -> &'static str {
         match self.phase.load(Relaxed) {
-            // Checked first, because it is the cause of failures to read the rules.
+            // Checked first, because it can cause failures to read the rules.
             READY if self.out_of_descriptors.load(Relaxed) => {
                 "not ready: out of file descriptors\n"
             }
@@ -156,7 +157,7 @@ impl Readiness {
     }
 }
 
-/// An endpoint. Each has a separate listener.
+/// An HTTP endpoint. Each has a separate listener.
 #[derive(Clone)]
 pub(crate) enum Endpoint {
     Readiness(Readiness),
@@ -187,19 +188,19 @@ impl Endpoint {
         }
     }
 
-    /// Serves until the runtime ends, while the gate is open.
+    /// Serves while the gate is open. Never returns.
     pub(crate) async fn serve(
         self,
         listener: BoundListener,
         gate: PauseGate,
     ) -> std::io::Result<()> {
         let listener = listener.register()?;
-        let slots = ConnectionSlots::new(CONNECTIONS, CONNECTIONS_PER_SOURCE);
+        let slots = ConnectionSlots::new(MAX_CONNECTIONS, MAX_CONNECTIONS_PER_SOURCE);
         loop {
             let Some(Some((stream, client))) = gate.pass(accept(&listener)).await else {
                 continue;
             };
-            // Every connection is evictable: requests are answered as soon as they are read.
+            // Every connection may be evicted, because a request is answered as soon as it is read.
             if let Some(slot) = slots.take(client) {
                 let serving = self.clone().serve_connection(stream, slot);
                 tokio::spawn(log_panic("connection to an endpoint", serving));
@@ -213,16 +214,16 @@ impl Endpoint {
             service_fn(|request| std::future::ready(Ok::<_, Infallible>(self.answer(&request))));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADER_DEADLINE)
+            .header_read_timeout(HEADER_TIMEOUT)
             .serve_connection(TokioIo::new(stream), answer);
         tokio::select! {
-            ended = timeout(DEADLINE, connection) => match ended {
+            ended = timeout(CONNECTION_TIMEOUT, connection) => match ended {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "connection to an endpoint failed"),
-                Err(_) => tracing::debug!("connection to an endpoint exceeded its deadline"),
+                Ok(Err(error)) => tracing::debug!(%error, "connection of the readiness or metrics endpoint failed"),
+                Err(_) => tracing::debug!("connection of the readiness or metrics endpoint timed out"),
             },
             () = slot.displaced() => {
-                tracing::debug!("connection to an endpoint evicted by a new one");
+                tracing::debug!("connection of the readiness or metrics endpoint evicted by a newer one");
             }
         }
     }
@@ -232,7 +233,7 @@ async fn accept(listener: &Listener) -> Option<(TcpStream, IpAddr)> {
     match listener.accept().await {
         Ok((stream, client)) => Some((TcpStream::from_std(stream).ok()?, client.ip())),
         Err(error) => {
-            tracing::debug!(%error, "cannot accept a connection to an endpoint");
+            tracing::debug!(%error, "cannot accept a connection of the readiness or metrics endpoint");
             tokio::time::sleep(Duration::from_millis(100)).await;
             None
         }

@@ -133,7 +133,7 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
 fn serve(arguments: Serve) -> Result<(), CommandError> {
     let Serve { dir, listen, clients, names, max_ttl, log, until_eof } = arguments;
     let _logs = logging::start(&Logging { filter: log, format: LogFormat::Plain })?;
-    // The memory of this process contains the CA's key.
+    // The memory of this process contains the CA's private key.
     confine_process().map_err(CommandError::Start)?;
     let settings = CaServerSettings { dir, clients, names, max_ttl };
     single_threaded_runtime()?.block_on(async {

@@ -1,7 +1,7 @@
 //! `underpass cni`: the CNI plugin, and its installation.
 //!
-//! The installed binary is called `underpass-cni`. It acts as `underpass cni` by this name, because
-//! runtimes call plugins without arguments.
+//! The installed binary is named `underpass-cni`. Under this name it acts as `underpass cni`,
+//! because runtimes call plugins without arguments.
 
 mod config;
 mod daemon;
@@ -18,7 +18,7 @@ use self::environment::Environment;
 use super::{print, single_threaded_runtime};
 use crate::error::chain;
 use crate::pods::cni::install::platform::Platform;
-use crate::pods::cni::install::{Change, DEFAULT_SOCKET, Installation, PLUGIN};
+use crate::pods::cni::install::{Change, DEFAULT_SOCKET, Installation, PLUGIN_NAME};
 use crate::pods::cni::namespace_file;
 use crate::process::command_error::CommandError;
 
@@ -47,12 +47,12 @@ enum Command {
     Install {
         #[command(flatten)]
         place: Place,
-        /// Add a file of its own instead of an entry in the list. Pods bypass the mesh if the
-        /// runtime does not read it: only with libcni 1.3 or later (containerd 2.1)
+        /// Add a separate drop-in file instead of an entry in the list. The runtime must read it,
+        /// or pods bypass the mesh: this requires libcni 1.3 or later (containerd 2.1)
         #[arg(long)]
         drop_in: bool,
     },
-    /// Take the plugin out of the network configuration, then remove its binary
+    /// Remove the plugin from the network configuration, then remove its binary
     #[command(after_help = "Example:\n  underpass cni uninstall --platform k3s")]
     Uninstall {
         #[command(flatten)]
@@ -60,10 +60,10 @@ enum Command {
     },
 }
 
-/// Where the runtime looks for plugins.
+/// The folders in which the runtime looks for plugins.
 #[derive(Debug, clap::Args)]
 struct Place {
-    /// The platform, whose folders are the defaults
+    /// The platform, which determines the default folders
     #[arg(long, value_enum, default_value_t = Platform::Kubeadm)]
     platform: Platform,
     /// The folder of the network configurations
@@ -72,7 +72,7 @@ struct Place {
     /// The folder of the plugins
     #[arg(long, value_name = "DIR")]
     bin_dir: Option<PathBuf>,
-    /// The socket of the daemon: node.pods.cni
+    /// The daemon's socket, as in node.pods.cni
     #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
     /// Print the changes instead of making them
@@ -94,11 +94,11 @@ impl Place {
     }
 }
 
-/// The command line, with the command `cni` if the program is called by the plugin's name.
+/// The command line. If the program is called by the plugin's name, inserts the command `cni`.
 pub(super) fn command_line(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = arguments.collect();
     let name = arguments.first().and_then(|program| Path::new(program).file_name());
-    if name.is_some_and(|name| name == PLUGIN) {
+    if name.is_some_and(|name| name == PLUGIN_NAME) {
         arguments.insert(1, "cni".into());
     }
     arguments
@@ -118,7 +118,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     }
 }
 
-/// Performs one call of a runtime.
+/// Performs one call of a container runtime.
 fn call() -> Result<(), CommandError> {
     let environment = Environment::of_process();
     let runtime = single_threaded_runtime()?;
@@ -127,7 +127,7 @@ fn call() -> Result<(), CommandError> {
     outcome.error.map_or(Ok(()), |error| Err(CommandError::Plugin(chain(&error))))
 }
 
-/// Makes the changes in their order, each printed once it is made.
+/// Performs the changes in order, and prints each when it is done.
 fn make(changes: &[Change], dry_run: bool, none: &str) -> Result<(), CommandError> {
     if changes.is_empty() {
         return print(&format!("{none}\n"));

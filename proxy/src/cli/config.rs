@@ -77,7 +77,7 @@ fn check(arguments: SettingsArguments, output: Output) -> Result<(), CommandErro
         (false, Output::Text) => {
             Err(ConfigErrors { problems: check.problems, more: check.more }.into())
         }
-        // The problems are already printed.
+        // The mistakes are already printed.
         (false, Output::Json) => Err(CommandError::Mistakes(check.problems.len() + check.more)),
     }
 }
@@ -278,7 +278,7 @@ fn left(identity: &Identity) -> Duration {
     identity.expires().duration_since(SystemTime::now()).unwrap_or_default()
 }
 
-/// `3d 4h`, `23h 59m`, `59m 59s`.
+/// For example `3d 4h`, `23h 59m` or `59m 59s`.
 fn in_words(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let (days, hours) = (seconds / 86_400, seconds / 3600 % 24);

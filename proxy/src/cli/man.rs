@@ -12,8 +12,7 @@ use crate::process::command_error::CommandError;
     after_help = "Example:\n  underpass man rules verify | man -l -\n  underpass man --dir /usr/share/man/man1"
 )]
 pub(super) struct Arguments {
-    /// The command whose page is printed, such as `rules verify`; without one, the page of
-    /// underpass itself
+    /// The command to describe, such as `rules verify`; by default underpass itself
     command: Vec<String>,
     /// Write the pages of all commands to this folder instead
     #[arg(long, value_name = "DIR", conflicts_with = "command")]
@@ -21,7 +20,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: &Arguments) -> Result<(), CommandError> {
-    // Pages refer to the pages of subcommands, and `help` has none.
+    // `help` has no manual page, so pages must not refer to it.
     let mut root = Cli::command().disable_help_subcommand(true);
     if let Some(dir) = &arguments.dir {
         std::fs::create_dir_all(dir).map_err(CommandError::Output)?;

@@ -1,10 +1,10 @@
 //! `underpass rules`: manages interception rules in the current network namespace.
 //!
-//! Not here: the options that all commands share (`rules/options.rs`), and the choice between given
-//! settings and those of the running proxy (`rules/subject.rs`).
+//! `rules/options.rs` defines the options that all commands share. `rules/sourced_settings.rs`
+//! selects between given settings and those of the running proxy.
 
 mod options;
-mod subject;
+mod sourced_settings;
 mod verify;
 
 use std::io::{self, Write as _};
@@ -20,7 +20,7 @@ use underpass_interception::{
 };
 
 use self::options::RuleOptions;
-use self::subject::Subject;
+use self::sourced_settings::SourcedSettings;
 use super::{print, single_threaded_runtime};
 use crate::process::command_error::CommandError;
 use crate::process::instance;
@@ -40,8 +40,7 @@ pub(super) enum Command {
         #[arg(long, short = 'o', visible_alias = "output", value_enum, default_value_t = RenderFormat::Nft)]
         format: RenderFormat,
     },
-    /// Install the rules, as an init container does; without a proxy, caught connections are
-    /// refused
+    /// Install the rules, like an init container; without a proxy, caught connections are refused
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules install --profile sidecar"
     )]
@@ -55,8 +54,8 @@ pub(super) enum Command {
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Compare the rules in the kernel with those of the running proxy, or of the settings given;
-    /// exit code 3 and the difference if they are not the same, or if other rules bypass them
+    /// Compare the rules in the kernel with the settings given, or else with the running proxy; on
+    /// a difference or a bypass, print it and exit with code 3
     #[command(
         after_help = "Example:\n  ip netns exec pod-a underpass rules verify\n  ip netns exec pod-a underpass rules verify --config underpass.yaml"
     )]
@@ -67,8 +66,8 @@ pub(super) enum Command {
         #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
         output: Output,
     },
-    /// Remove every rule, ip rule, route and address of underpass, whatever backend and profile
-    /// installed it
+    /// Remove every rule, ip rule, route and address of underpass, installed by any backend and
+    /// profile
     #[command(after_help = "Example:\n  ip netns exec pod-a underpass rules remove")]
     Remove {
         /// Also remove chains, tables and ip rules of Istio and OSM, which underpass did not
@@ -128,25 +127,25 @@ pub(super) enum RenderFormat {
     Iptables,
     /// For `ip6tables-restore --noflush`
     Ip6tables,
-    /// For programs: every rule with its id, reason and origin
+    /// JSON: every rule with its id, reason and origin
     Json,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Output {
-    /// For people
+    /// Human-readable text
     Text,
-    /// For programs
+    /// JSON
     Json,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(super) enum ExplainFormat {
-    /// For people
+    /// Human-readable text
     Text,
-    /// For programs
+    /// JSON
     Json,
-    /// For documents that draw Mermaid diagrams
+    /// A Mermaid diagram
     Mermaid,
 }
 
@@ -211,7 +210,7 @@ async fn install(settings: Settings, force: bool, output: Output) -> Result<(), 
     }
 }
 
-/// Refuses to replace the rules of a running proxy, which would repair them.
+/// Refuses to replace the rules of a running proxy, which would install its own again.
 async fn refuse_beside_proxy(force: bool) -> Result<(), CommandError> {
     match instance::running().await? {
         Some(running) if running.installs && !force => {
@@ -258,8 +257,8 @@ async fn explain(
     packet: Option<(Sender, Protocol, SocketAddr)>,
     format: ExplainFormat,
 ) -> Result<(), CommandError> {
-    let subject = Subject::of(options).await?;
-    let (settings, ports) = (&subject.settings.interception, Ports::of(&subject.settings));
+    let sourced = SourcedSettings::of(options).await?;
+    let (settings, ports) = (&sourced.settings.interception, Ports::of(&sourced.settings));
     let access = NamespaceAccess::current().map_err(CommandError::start)?;
     let environment = access.environment().await?;
     let counters = counters(&access, settings, ports).await;
@@ -268,14 +267,14 @@ async fn explain(
     let text = match packet {
         None => match format {
             ExplainFormat::Text => explanation.to_string(),
-            ExplainFormat::Json => return print_json(&subject.with(explanation.json())),
+            ExplainFormat::Json => return print_json(&sourced.with(explanation.json())),
             ExplainFormat::Mermaid => explanation.mermaid(),
         },
         Some((sender, protocol, to)) => {
             let packet = explanation.packet(sender, protocol, to);
             match format {
                 ExplainFormat::Text => packet.to_string(),
-                ExplainFormat::Json => return print_json(&subject.with(packet.json())),
+                ExplainFormat::Json => return print_json(&sourced.with(packet.json())),
                 ExplainFormat::Mermaid => packet.mermaid(),
             }
         }

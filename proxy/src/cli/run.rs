@@ -13,13 +13,14 @@ use crate::process::app::Start;
 use crate::process::command_error::CommandError;
 use crate::process::{app, logging, supervise};
 
-/// Where settings come from.
+/// The sources of settings that the command line gives.
 #[derive(Debug, clap::Args)]
 pub(super) struct SettingsArguments {
-    /// The settings file (YAML); else the one that UNDERPASS_CONFIG names
+    /// The settings file (YAML); by default the one in UNDERPASS_CONFIG
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Set one key over the file and the environment, such as proxy.workers=2; may be repeated
+    /// Set one key, which precedes the file and the environment, such as proxy.workers=2; may be
+    /// repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
 }
@@ -38,7 +39,7 @@ impl SettingsArguments {
         self.config.is_none() && self.set.is_empty()
     }
 
-    /// The same arguments with more settings, which take precedence.
+    /// These arguments with more settings, which precede the others.
     pub(super) fn with(mut self, assignments: impl IntoIterator<Item = String>) -> Self {
         self.set.extend(assignments);
         self
@@ -66,7 +67,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     if settings.node.pods.is_some() {
         return Err(CommandError::SettingsOfNode);
     }
-    // A user that cannot be determined is an error later, once the log has started.
+    // A user that cannot be determined is reported later, when the log has started.
     if let Ok(Some(user)) = ProxyUser::required(&settings.interception) {
         user.announce();
     }
@@ -75,7 +76,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     on_control_thread(&logging, &warnings, app::run(settings, sources, start))
 }
 
-/// Confines the process, starts its log, and runs `work` on this thread.
+/// Confines the process, starts the log, and runs `work` on this thread.
 pub(super) fn on_control_thread(
     logging: &Logging,
     warnings: &[Problem],
@@ -84,18 +85,18 @@ pub(super) fn on_control_thread(
     confine_process().map_err(CommandError::Start)?;
     let _logs = on_confined_thread(|| logging::start(logging))??;
     supervise::log_panics();
-    tracing::info!(version = VERSION, pid = std::process::id(), "underpass starts");
+    tracing::info!(version = VERSION, pid = std::process::id(), "underpass is starting");
     for warning in warnings {
         tracing::warn!(hint = warning.hint, "{warning}");
     }
     let runtime = control_runtime()?;
     let outcome = runtime.block_on(work);
-    // Dropping the runtime would wait for blocking threads, and so for a worker that does not end.
+    // Dropping the runtime would wait for blocking threads, and so for a worker that does not stop.
     runtime.shutdown_background();
     outcome
 }
 
-/// Runs `start` on a thread without capabilities, so that the threads it starts have none.
+/// Runs `start` on a thread without capabilities, so that the threads that it starts have none.
 fn on_confined_thread<T: Send>(start: impl FnOnce() -> T + Send) -> Result<T, CommandError> {
     let confined = || -> io::Result<T> {
         confine_auxiliary_thread()?;
@@ -110,19 +111,20 @@ fn on_confined_thread<T: Send>(start: impl FnOnce() -> T + Send) -> Result<T, Co
     .map_err(CommandError::start)
 }
 
-/// Starts a thread that does nothing, to report a failure before a library panics on it.
+/// Starts and ends a thread, so that a failure is returned before a library panics on it.
 fn attempt_thread() -> io::Result<()> {
     std::thread::Builder::new().spawn(|| {})?.join().ok();
     Ok(())
 }
 
-/// How long an idle blocking thread stays: practically for ever. tokio panics if it needs such a
-/// thread and cannot start one, so one always exists.
+/// The time for which an idle blocking thread is kept: practically forever. tokio panics if it
+/// cannot start such a thread, so one always exists.
 const KEEP_ALIVE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-/// The maximum number of blocking threads, which resolve the names of CAs and endpoints.
+/// The maximum number of blocking threads, which resolve the hostnames of CAs and endpoints.
 const BLOCKING_THREADS: usize = 16;
 
-/// The runtime of this thread, which may keep a capability. Its blocking threads drop theirs.
+/// Creates the runtime of this thread, which may keep a capability. Its blocking threads drop
+/// theirs.
 fn control_runtime() -> Result<Runtime, CommandError> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime

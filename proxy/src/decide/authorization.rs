@@ -8,10 +8,10 @@ use std::sync::Arc;
 use thiserror::Error;
 use underpass_config::{Connection, Policy, PolicyAction, PolicySet};
 
-/// Why a connection is denied.
+/// The reason why policies deny a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum Denial {
-    /// A policy denies it.
+    /// A DENY policy matches.
     #[error("explicitly denied by: {0}")]
     By(Arc<Policy>),
     /// There are ALLOW policies, and none matches.

@@ -27,13 +27,13 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::error::ProxyError;
 
-/// The number of connections to check before the worker's other tasks run: some hundreds of
+/// The number of connections that are checked before the worker's other tasks run: some hundreds of
 /// microseconds.
 const CHECK_AT_ONCE: usize = 256;
-/// The number of terminated connections to wake before the worker's other tasks run. Each closes
-/// two sockets and writes a log line: some tens of microseconds.
+/// The number of terminated connections that are woken before the worker's other tasks run. Each
+/// closes two sockets and writes a log line: some tens of microseconds.
 const WAKE_AT_ONCE: usize = 32;
-/// How long terminated connections may take to end before that is reported as an error.
+/// Timeout for the end of terminated connections, after which an error is logged.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The registries of one pod, one for each worker.
@@ -84,7 +84,7 @@ impl<T> Registries<T> {
     }
 }
 
-/// The open connections of a pod on a worker, each with a `T` that decides whether it is
+/// The open connections of a pod on a worker. Each has a subject `T`, which decides whether it is
 /// terminated.
 #[derive(Debug)]
 pub(crate) struct ConnectionRegistry<T> {
@@ -97,7 +97,8 @@ pub(crate) struct ConnectionRegistry<T> {
 #[derive(Debug)]
 struct Connections<T> {
     open: Slab<Connection<T>>,
-    /// If set, the registry terminates later connections on registration, for this reason.
+    /// The reason for terminating every later connection on registration, after
+    /// [`Registries::close`].
     closed: Option<fn() -> ProxyError>,
     /// Whether a task waits for the end of the last connection.
     awaited: bool,
@@ -119,7 +120,7 @@ impl<T> Default for ConnectionRegistry<T> {
 }
 
 impl<T> ConnectionRegistry<T> {
-    /// Registers a connection, which is open until the registration is dropped.
+    /// Registers a connection until the registration is dropped.
     pub(crate) fn register(self: &Arc<Self>, subject: T) -> Registration<T> {
         let state = Arc::new(TerminationState::default());
         let connection = Connection { subject, termination: state.clone(), ending: None };
@@ -259,13 +260,13 @@ impl<T> Drop for Registration<T> {
     }
 }
 
-/// Reports to a connection that it is terminated, and the reason.
+/// Signals to a connection that it is terminated, with the reason.
 #[derive(Debug)]
 pub(crate) struct Termination(Arc<TerminationState>);
 
 impl Termination {
-    /// Runs `work` unless the connection is terminated, which is checked first at every poll. The
-    /// caller pins `work`: moving it into this future would double its size.
+    /// Runs `work` until the connection is terminated, which every poll checks first. The caller
+    /// pins `work`: moving it into this future would double its size.
     pub(crate) async fn or_terminate<T>(
         &self,
         mut work: impl Future<Output = Result<T, ProxyError>> + Unpin,
@@ -282,12 +283,12 @@ impl Termination {
         self.0.is_terminated()
     }
 
-    /// The reason of the termination, unless it was taken before.
+    /// Takes the reason of the termination, unless it was taken before.
     pub(crate) fn take_reason(&self) -> Option<ProxyError> {
         self.0.take_reason()
     }
 
-    /// Ready with the reason when the connection is terminated; ready once.
+    /// Ready with the reason when the connection is terminated. Ready only once.
     pub(crate) fn poll_terminated(&self, cx: &mut Context<'_>) -> Poll<ProxyError> {
         self.0.waker.register(cx.waker());
         self.0.take_reason().map_or(Poll::Pending, Poll::Ready)
@@ -296,7 +297,7 @@ impl Termination {
 
 #[derive(Debug, Default)]
 struct TerminationState {
-    /// Read at every poll of the connection, so kept outside the mutex of the reason.
+    /// Read at every poll of the connection, so it is outside the mutex of the reason.
     terminated: AtomicBool,
     reason: Mutex<Option<ProxyError>>,
     waker: AtomicWaker,

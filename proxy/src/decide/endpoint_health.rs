@@ -1,7 +1,7 @@
-//! The health of endpoints: counts open connections and ejects endpoints after a failure to
+//! The health of endpoints: counts open connections, and ejects endpoints after a failure to
 //! connect.
 //!
-//! Shared by all workers. `route/load_balancing.rs` selects endpoints by it.
+//! All workers share it. `route/load_balancing.rs` selects endpoints accordingly.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -32,7 +32,7 @@ pub(crate) struct EndpointHealth {
 struct KnownEndpoints {
     open: HashMap<EndpointKey, u32>,
     ejected: HashMap<EndpointKey, Instant>,
-    /// When the next ejection ends.
+    /// The end of the next ejection to expire.
     next_return: Option<Instant>,
 }
 
@@ -45,7 +45,7 @@ pub(crate) struct OpenConnection {
 
 impl EndpointHealth {
     /// Counts a connection to `endpoint` until the value is dropped. Call it before dialling, so
-    /// that a burst of connections spreads.
+    /// that a burst of connections spreads over the endpoints.
     pub(crate) fn open(self: &Arc<Self>, endpoint: EndpointKey) -> OpenConnection {
         let mut known = self.lock();
         let open = known.open.entry(endpoint.clone()).or_default();

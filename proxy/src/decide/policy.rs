@@ -1,9 +1,9 @@
-//! Decides which connections are allowed, and makes the only [`Permit`]s.
+//! Decides whether a connection is allowed, and creates the only [`Permit`]s.
 //!
-//! Dialling takes a permit by reference: a path without a decision does not compile. A permit is
-//! noted in the registration of its connection, so that the connection is decided on again whenever
-//! the mesh changes ([`MeshChange`]). `authorization.rs` evaluates authorization policies;
-//! `connection_registry.rs` terminates connections.
+//! Dialling requires a permit, so a path without a decision does not compile. The registration of a
+//! connection stores the permit's subject, which is checked again whenever the mesh changes
+//! ([`MeshChange`]). `authorization.rs` evaluates authorization policies; `connection_registry.rs`
+//! terminates connections.
 
 mod context;
 
@@ -23,17 +23,17 @@ use crate::decide::subject::{Decision, Inbound, Outbound, Permitted, Subject};
 use crate::error::ProxyError;
 use crate::node::pod::Pod;
 
-/// Permission for one pod to dial one destination. Only this module can make one.
+/// Permission for one pod to dial one destination. Only this module can create one.
 #[derive(Debug)]
 pub(crate) struct Permit<'a> {
     pod: &'a Pod,
     destination: SocketAddr,
-    /// Holds the permit's subject, which the next change of the mesh checks.
+    /// Stores the permit's subject, which the next change of the mesh checks.
     _registration: &'a Registration<Decision>,
 }
 
 impl Permit<'_> {
-    /// The pod that may dial, and whose sockets are used for it.
+    /// The pod that may dial, from its own sockets.
     pub(crate) fn pod(&self) -> &Pod {
         self.pod
     }
@@ -44,14 +44,15 @@ impl Permit<'_> {
     }
 }
 
-/// Decides on a registered connection of `pod` by the current mesh.
+/// Decides on a registered connection of `pod`, with the current mesh.
 pub(crate) fn permit<'a>(
     subject: Subject,
     pod: &'a Pod,
     mesh: &watch::Receiver<Arc<Snapshot>>,
     registration: &'a Registration<Decision>,
 ) -> Result<Permit<'a>, ProxyError> {
-    // Hold the borrow until the permit is stored: a later mesh then finds and checks it.
+    // Holding the borrow delays the next mesh until the permit is stored, so that it checks this
+    // connection.
     let current = mesh.borrow();
     pod.context.check_own(&current)?;
     check(&subject, &current, &pod.context)?;
@@ -89,7 +90,8 @@ fn check_outbound(
             Err(ProxyError::OtherIdentity { hop: *hop, workload: workload.clone() })
         }
         (Some(_), _) => Ok(()),
-        // Also where several workloads share the address: one of them may speak HBONE.
+        // Plaintext is also refused if several workloads share the address and one of them requires
+        // HBONE.
         (None, _) if *by_address && snapshot.mesh.speaks_hbone(&context.own.network, hop.ip()) => {
             Err(ProxyError::PlaintextToHbone(*hop))
         }
@@ -191,7 +193,7 @@ pub(crate) struct MeshChange<'a> {
     old: &'a Snapshot,
     new: &'a Snapshot,
     context: &'a PolicyContext,
-    /// Whether the change concerns connections to an address of the pod: computed once for each.
+    /// Whether the change affects connections to an address of the pod. Cached for each address.
     touched: HashMap<IpAddr, bool>,
 }
 
@@ -200,14 +202,14 @@ impl<'a> MeshChange<'a> {
         Self { old, new, context, touched: HashMap::new() }
     }
 
-    /// Checks whether the new mesh still allows a connection. A connection without a permit will
-    /// get it from this mesh or a newer one.
+    /// Checks whether the new mesh still allows a connection. A connection without a permit will be
+    /// decided on by this mesh or a newer one.
     pub(crate) fn check(&mut self, Decision(permitted): &Decision) -> Result<(), ProxyError> {
         let Some(Permitted { subject, generation }) = permitted else { return Ok(()) };
         if *generation >= self.new.generation {
             return Ok(());
         }
-        // If not, a mesh between the two permitted the connection, and the old one never checked
+        // Otherwise a mesh between the two permitted the connection, and the old one never checked
         // it.
         let by_old = *generation <= self.old.generation;
         match subject {

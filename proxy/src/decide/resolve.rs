@@ -1,7 +1,7 @@
-//! Resolves the hostnames of workloads without an address: asks the system's resolver and caches
-//! its answers.
+//! Resolves the hostnames of workloads without an address with the system's resolver, and caches
+//! the answers.
 //!
-//! The DNS proxy for applications is not part of this.
+//! This is not the DNS proxy for applications.
 
 #[cfg(test)]
 mod tests;
@@ -23,21 +23,22 @@ use underpass_config::{Hint, IpFamilies, Name};
 
 use crate::decide::route::NextHop;
 
-/// How long addresses are fresh. The system's resolver reports no TTL; names of Kubernetes and AWS
-/// have 30 s or more.
-const FRESH: Duration = Duration::from_secs(30);
-/// How long a failure is cached: spares an overloaded resolver, and delays recovery only briefly.
-const FAILED: Duration = Duration::from_secs(2);
+/// The lifetime of cached addresses. The system's resolver reports no TTL; names of Kubernetes and
+/// AWS have 30 s or more.
+const FRESH_TIME: Duration = Duration::from_secs(30);
+/// The lifetime of a cached failure: it spares an overloaded resolver, and delays recovery only
+/// briefly.
+const FAILURE_CACHE_TIME: Duration = Duration::from_secs(2);
 /// How long expired addresses are used while lookups fail: time to repair a resolver. RFC 8767
 /// section 5 allows days, but addresses of workloads are reassigned sooner.
-const STALE: Duration = Duration::from_mins(15);
+const MAX_STALE_TIME: Duration = Duration::from_mins(15);
 /// How long a connection waits for a lookup while it has stale addresses (RFC 8767 section 5:
 /// client response timer).
 const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1800);
 /// The maximum number of cached names.
 const MAX_NAMES: usize = 4096;
 
-/// Why a hostname has no address.
+/// The reason why a hostname has no address.
 #[derive(Debug, Error)]
 pub(crate) enum ResolveError {
     #[error("cannot look up {hostname}")]
@@ -78,14 +79,14 @@ struct Entry {
     failure: Option<(Arc<io::Error>, Instant)>,
     /// The running lookup. It continues when the connection that started it is closed.
     pending: Option<(Shared<BoxFuture<'static, LookupResult>>, Instant)>,
-    /// When it was last requested.
+    /// The time of the last request for this name.
     used: Instant,
-    /// The number of requests; selects among several addresses in turn.
+    /// The number of requests, to use several addresses in turn.
     turn: usize,
 }
 
 impl Resolver {
-    /// Asks the system's resolver, which blocks, on the blocking threads of `runtime`.
+    /// A resolver that calls the blocking system resolver on the blocking threads of `runtime`.
     pub(crate) fn system(runtime: Handle) -> Self {
         Self::new(move |name| {
             let lookup = runtime.spawn_blocking(move || (&*name, 0).to_socket_addrs());
@@ -104,10 +105,9 @@ impl Resolver {
         Self { lookup: Box::new(lookup), names: Mutex::default() }
     }
 
-    /// The address of `hop`. Several addresses of the same family are used in turn.
+    /// Resolves the address of `hop`. Several addresses of the same family are used in turn.
     ///
-    /// # Errors
-    /// Why it has no address, after `deadline` at the latest.
+    /// # Errors The lookup fails, finds no usable address, or exceeds `deadline`.
     pub(crate) async fn resolve(
         &self,
         hop: &NextHop,
@@ -165,16 +165,17 @@ impl Resolver {
             let addresses = entry.addresses.as_ref().filter(|(_, since)| within(age)(since));
             addresses.map(|(addresses, _)| addresses.clone())
         };
-        if let Some(addresses) = known(FRESH) {
+        if let Some(addresses) = known(FRESH_TIME) {
             return CacheLookup::Known(Ok(addresses), turn);
         }
-        let stale = known(FRESH + STALE);
-        if let Some((error, _)) = entry.failure.as_ref().filter(|(_, since)| within(FAILED)(since))
+        let stale = known(FRESH_TIME + MAX_STALE_TIME);
+        if let Some((error, _)) =
+            entry.failure.as_ref().filter(|(_, since)| within(FAILURE_CACHE_TIME)(since))
         {
             return CacheLookup::Known(stale.ok_or_else(|| error.clone()), turn);
         }
-        // Start again if the lookup is too old: its answer would be stale.
-        entry.pending = entry.pending.take().filter(|(_, since)| within(FRESH)(since));
+        // The answer of an old lookup would be stale on arrival: start another one.
+        entry.pending = entry.pending.take().filter(|(_, since)| within(FRESH_TIME)(since));
         let (lookup, _) =
             entry.pending.get_or_insert_with(|| ((self.lookup)(hostname.clone()).shared(), now));
         CacheLookup::Pending { turn, lookup: lookup.clone(), stale }
@@ -240,7 +241,7 @@ fn evict_oldest(names: &mut HashMap<Name, Entry>, hostname: &Name) {
     }
 }
 
-/// One of the accepted addresses in turn, of the preferred family if there is one.
+/// Selects an accepted address: of the preferred family if there is one, in turn.
 fn pick(addresses: &[IpAddr], families: IpFamilies, v6: bool, turn: usize) -> Option<IpAddr> {
     let accepted = || addresses.iter().copied().filter(|address| families.accept(*address));
     let preferred = || accepted().filter(|address| address.is_ipv6() == v6);

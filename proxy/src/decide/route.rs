@@ -76,7 +76,7 @@ impl Route {
     }
 }
 
-/// How a destination is reached.
+/// The way to reach a destination.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum ForwardVia {
     /// Plain TCP.

@@ -1,5 +1,5 @@
-//! One generation of the mesh, and the workloads of the pods in it. A change of the mesh replaces
-//! the entire snapshot.
+//! One generation of the mesh, with the workloads of the pods. A change of the mesh replaces the
+//! entire snapshot.
 
 use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
@@ -10,13 +10,13 @@ use underpass_config::{Mesh, Workload, WorkloadSettings};
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     pub(crate) mesh: Arc<Mesh>,
-    /// Counted from 1.
+    /// The first generation is 1.
     pub(crate) generation: u64,
     network: String,
     /// The namespace, name and workload of the pod that the settings configure.
     own: (String, String, Option<Arc<Workload>>),
     /// All workloads by namespace and name. Computed on the first lookup of another pod, so never
-    /// in a process that serves one pod.
+    /// in a process with one pod.
     by_name: OnceLock<Box<[Arc<Workload>]>>,
 }
 
@@ -49,8 +49,8 @@ impl Snapshot {
         best(from_first.take_while(|workload| named(workload) == key(pod)), pod)
     }
 
-    /// The workload of a pod: the one with its namespace and name. A mesh without it may still have
-    /// one at `address`, which must be an address of the pod's own.
+    /// The workload of a pod, by namespace and name. If the mesh has none, the workload at
+    /// `address`, which must be the pod's own.
     pub(crate) fn local(&self, pod: &WorkloadSettings, address: IpAddr) -> Option<&Arc<Workload>> {
         self.named(pod).or_else(|| self.workload(address))
     }
@@ -120,19 +120,19 @@ mod tests {
     }
 
     #[test]
-    fn name_of_pod_decides_before_address() {
+    fn workload_is_found_by_pod_name_before_address() {
         let snapshot = snapshot();
         for address in ["10.0.0.1", "10.0.0.2", "192.0.2.1"] {
             let found = workload_at(&snapshot, "server", address);
             assert_eq!(found.as_deref(), Some("server 10.0.0.1"), "{address}");
-            // Another pod than the configured one.
+            // A pod other than the configured one.
             let found = workload_at(&snapshot, "sidecar", address);
             assert_eq!(found.as_deref(), Some("sidecar 10.0.0.2"), "{address}");
         }
     }
 
     #[test]
-    fn address_decides_for_pod_that_mesh_does_not_name() {
+    fn workload_is_found_by_address_if_pod_name_is_unknown() {
         let snapshot = snapshot();
         let found = workload_at(&snapshot, "other", "10.0.0.2");
         assert_eq!(found.as_deref(), Some("sidecar 10.0.0.2"));

@@ -18,12 +18,12 @@ pub(crate) enum Subject {
 pub(crate) struct Outbound {
     /// The original destination.
     pub(crate) asked: SocketAddr,
-    /// The next hop: the application's address, or the address of the tunnel's other end.
+    /// The address to dial: the application, or the other end of the tunnel.
     pub(crate) hop: SocketAddr,
     /// The identities that the other end of the tunnel may have; `None` for plaintext.
     pub(crate) peers: Option<Arc<[SpiffeId]>>,
-    /// Whether the address identifies the workload: it is in our network, and no service chose one
-    /// of several workloads that share the address.
+    /// Whether the address identifies the workload: it is in our network, and no service has
+    /// selected among several workloads at the address.
     pub(crate) by_address: bool,
 }
 
@@ -50,8 +50,8 @@ impl From<&PeerIdentity> for Principal {
 }
 
 impl Subject {
-    /// A connection from `source` to the application at `destination`; `principal` is proven by the
-    /// tunnel that it came through.
+    /// A connection from `source` to the application at `destination`. The tunnel that carries it
+    /// has proven `principal`.
     pub(crate) fn inbound(
         source: SocketAddr,
         destination: SocketAddr,
@@ -70,8 +70,8 @@ impl Subject {
     }
 }
 
-/// The permit of a registered connection or stream. Tunnels have none, nor has a connection before
-/// its first permit. A later permit replaces an earlier one when another endpoint is dialled.
+/// The permit of a registered connection or stream; empty for tunnels, and before the first permit.
+/// Dialling another endpoint replaces it.
 #[derive(Debug, Default)]
 pub(crate) struct Decision(pub(super) Option<Permitted>);
 

@@ -10,14 +10,15 @@ use super::setup::{HBONE_PORT, HTTP_PORT, METRICS_PORT};
 use super::web;
 
 /// One verified property: its subject, the observation, and whether the property holds.
-pub(super) struct Point {
+pub(super) struct Finding {
     pub(super) subject: &'static str,
     pub(super) seen: String,
     pub(super) holds: bool,
 }
 
-/// The captured packets must contain TLS to the HBONE port, and no plaintext of the request.
-pub(super) fn wire(frames: &[Vec<u8>], token: &str) -> Point {
+/// Verifies that the captured packets contain TLS to the HBONE port, and no plaintext of the
+/// request.
+pub(super) fn wire(frames: &[Vec<u8>], token: &str) -> Finding {
     let texts = [token.as_bytes(), b"GET /", b"HTTP/1.1", b"hello from"];
     let clear =
         frames.iter().filter(|frame| texts.iter().any(|text| contains(frame, text))).count();
@@ -27,7 +28,7 @@ pub(super) fn wire(frames: &[Vec<u8>], token: &str) -> Point {
     let is_tls = |segment: &TcpSegment<'_>| matches!(segment.payload, [20..=23, 3, ..]);
     let tls = to_port(HBONE_PORT).filter(is_tls).count();
     let direct = to_port(HTTP_PORT).count();
-    Point {
+    Finding {
         subject: "wire",
         seen: format!(
             "{} frames captured: {tls} with TLS to port {HBONE_PORT}, {direct} to port {HTTP_PORT}, \

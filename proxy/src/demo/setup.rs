@@ -85,12 +85,12 @@ pub(super) fn token() -> String {
 
 /// The start of a command line that enters a namespace of the demonstration from another terminal.
 pub(super) fn enter_command(sandbox: Sandbox, namespace: &Namespace) -> String {
-    // A process cannot enter the user namespace that it is in already.
+    // A process cannot enter the user namespace that it is already in.
     let user = match sandbox {
         Sandbox::OfRoot => "",
         Sandbox::InUserNamespace => " -U --preserve-credentials",
     };
-    // The namespaces' paths exist only in the sandbox's mount namespace, so enter that one first.
+    // The namespaces' files exist only in the sandbox's mount namespace, so enter that one first.
     format!(
         "nsenter -t {}{user} -m nsenter --net={}",
         std::process::id(),

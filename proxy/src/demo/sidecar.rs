@@ -6,7 +6,7 @@ use http::HeaderMap;
 use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError};
 use underpass_interception::Namespace;
 
-use super::evidence::{Point, counted, read_counters, wire};
+use super::evidence::{Finding, counted, read_counters, wire};
 use super::setup::{HBONE_PORT, HTTP_PORT};
 use super::web::{self, Exchange};
 use super::{DemoError, STEP_TIMEOUT};
@@ -14,45 +14,45 @@ use stage::Stage;
 
 pub(super) const TITLE: &str = "pod client ── proxy ══ mutual TLS ══ proxy ── pod server";
 
-/// Makes one request and verifies every property of it.
-pub(super) async fn prove(stage: &Stage) -> Result<Vec<Point>, DemoError> {
+/// Makes one request and verifies its properties.
+pub(super) async fn verify(stage: &Stage) -> Result<Vec<Finding>, DemoError> {
     let mut capture = stage.capture()?;
     let server = stage.server_address(HTTP_PORT);
     let exchange = web::exchange(&stage.client, server, stage.token());
     let frames = capture.drain().map_err(DemoError::io("read the capture"))?;
-    let stranger = stranger(stage).await?;
+    let stranger = check_stranger(stage).await?;
     Ok(vec![
-        response(stage, &exchange),
-        source_kept(stage, &exchange),
+        check_response(stage, &exchange),
+        check_source(stage, &exchange),
         wire(&frames, stage.token()),
-        identities(stage),
-        caught(stage).await?,
+        check_identities(stage),
+        check_rules(stage).await?,
         stranger,
     ])
 }
 
-fn response(stage: &Stage, exchange: &Exchange) -> Point {
-    Point {
+fn check_response(stage: &Stage, exchange: &Exchange) -> Finding {
+    Finding {
         subject: "response",
         seen: exchange.summary(),
         holds: exchange.succeeded(stage.token()),
     }
 }
 
-fn source_kept(stage: &Stage, exchange: &Exchange) -> Point {
+fn check_source(stage: &Stage, exchange: &Exchange) -> Finding {
     let source = exchange.source();
     let seen = source.map_or_else(|| "no address".to_owned(), |source| source.to_string());
-    Point {
+    Finding {
         subject: "source",
         seen: format!("the server saw the client itself: {seen}"),
         holds: source.is_some_and(|source| source.ip() == stage.client_ip()),
     }
 }
 
-/// Both proxies must have counted one connection between the two authenticated identities.
-fn identities(stage: &Stage) -> Point {
+/// Verifies that both proxies have counted one connection between the two authenticated identities.
+fn check_identities(stage: &Stage) -> Finding {
     let (source, destination) = stage.identities();
-    Point {
+    Finding {
         subject: "identities",
         seen: format!("{source} → {destination}, counted by both proxies"),
         holds: counted(&stage.client, "source", source, destination)
@@ -60,9 +60,9 @@ fn identities(stage: &Stage) -> Point {
     }
 }
 
-/// The rules that the request must have matched, with one connection each. The rule of the mark
-/// counts packets.
-async fn caught(stage: &Stage) -> Result<Point, DemoError> {
+/// Verifies the rules that the request must have matched, with one connection each. The rule that
+/// matches the mark counts packets instead.
+async fn check_rules(stage: &Stage) -> Result<Finding, DemoError> {
     let mut seen = Vec::new();
     let mut holds = true;
     let expected: [(&Namespace, &str, &[&str]); 2] = [
@@ -77,11 +77,12 @@ async fn caught(stage: &Stage) -> Result<Point, DemoError> {
         holds &= rules.iter().all(|rule| moved(rule) > 0);
         seen.push(format!("{pod}: {}", moves.join(", ")));
     }
-    Ok(Point { subject: "rules moved", seen: seen.join("; "), holds })
+    Ok(Finding { subject: "rules moved", seen: seen.join("; "), holds })
 }
 
-/// The handshake of a client without a certificate must fail before it reaches the application.
-async fn stranger(stage: &Stage) -> Result<Point, DemoError> {
+/// Verifies that the handshake of a client without a certificate fails before it reaches the
+/// application.
+async fn check_stranger(stage: &Stage) -> Result<Finding, DemoError> {
     let address = stage.server_address_for_stranger(HBONE_PORT);
     let stream = stage
         .stranger
@@ -97,7 +98,7 @@ async fn stranger(stage: &Stage) -> Result<Point, DemoError> {
         Ok(()) => (false, "it was let in".to_owned()),
     };
     let requests = stage.requests();
-    Ok(Point {
+    Ok(Finding {
         subject: "stranger",
         seen: format!(
             "without a certificate: {said} ({requests} request reached the server in all)"

@@ -45,7 +45,7 @@ impl Exchange {
     }
 }
 
-/// Sends one GET request from `pod`, and measures it.
+/// Sends one GET request from `pod`, and measures its duration.
 pub(super) fn exchange(pod: &Namespace, server: SocketAddr, token: &str) -> Exchange {
     let began = Instant::now();
     let response = get(pod, server, "/", token);
@@ -88,14 +88,14 @@ impl Server {
         std::thread::Builder::new().name("demo-server".into()).spawn(move || {
             for stream in listener.incoming().flatten() {
                 served.fetch_add(1, Relaxed);
-                // A client that has closed its connection is no error of the server.
+                // A client that has closed its connection is not an error of the server.
                 answer(stream).ok();
             }
         })?;
         Ok(Self { requests })
     }
 
-    /// How many connections have reached it.
+    /// The number of connections that have reached the server.
     pub(super) fn requests(&self) -> usize {
         self.requests.load(Relaxed)
     }

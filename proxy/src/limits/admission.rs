@@ -8,7 +8,7 @@ use underpass_hbone::{Budget, ByKey, Exhausted, Sharing, SourceNetwork};
 use super::Limits;
 use super::balance::Load;
 use super::buffers::Buffers;
-use super::descriptors::{Directions, FdPermit, PAIR};
+use super::descriptors::{DESCRIPTORS_PER_CONNECTION, Directions, FdPermit};
 use super::handshakes::{HandshakeTicket, SourceHandshakes};
 use super::refusal::Refusal;
 
@@ -24,10 +24,10 @@ pub(crate) enum AdmissionKind {
 }
 
 impl AdmissionKind {
-    /// The number of descriptors: one accepted socket, and one dialled unless it is a tunnel.
+    /// One accepted socket, and a dialled one unless it is a tunnel.
     fn descriptors(self) -> usize {
         match self {
-            Self::Outbound | Self::Plaintext => PAIR,
+            Self::Outbound | Self::Plaintext => DESCRIPTORS_PER_CONNECTION,
             Self::Tunnel => 1,
         }
     }
@@ -58,7 +58,7 @@ struct PodLimitsState {
     clients: ByKey<(Direction, SourceNetwork), SourceBudgets>,
 }
 
-/// The budgets of one source of connections, kept while it has any.
+/// The budgets of one source address, kept while it has connections.
 #[derive(Debug)]
 struct SourceBudgets {
     node: Arc<Limits>,
@@ -98,7 +98,7 @@ impl PodLimits {
 
     /// Whether descriptors are free for a connection of a new source.
     pub(crate) fn has_room(&self, kind: AdmissionKind) -> bool {
-        self.descriptors(kind).free() >= PAIR
+        self.descriptors(kind).free() >= DESCRIPTORS_PER_CONNECTION
     }
 
     /// Waits until descriptors are free for a connection of a new source.
@@ -106,7 +106,7 @@ impl PodLimits {
         self.0.node.descriptors.freed(|| self.has_room(kind)).await;
     }
 
-    /// The descriptor of a pod's connection below a tunnel.
+    /// Counts the descriptor of the TCP connection below an outbound tunnel.
     pub(crate) fn hold_outbound(&self) -> FdPermit {
         self.0.node.descriptors.hold(&self.0.descriptors.outbound, 1)
     }
@@ -114,8 +114,7 @@ impl PodLimits {
     /// Admits a connection from `source` to `peer`, and assigns it to the least loaded worker or to
     /// one with a tunnel to `peer`.
     ///
-    /// # Errors
-    /// The limit that it exceeds.
+    /// # Errors The exceeded limit.
     pub(crate) fn admit(
         &self,
         kind: AdmissionKind,
@@ -129,7 +128,8 @@ impl PodLimits {
             ticket.take_tunnel()?;
         }
         match ticket.take_descriptors(kind.descriptors()) {
-            // The listener saw free descriptors, but another listener may have taken them since.
+            // Descriptors were free when the listener accepted, but another listener may have taken
+            // them since.
             Err(Exhausted::Whole) => ticket.hold_descriptors(kind.descriptors()),
             Err(Exhausted::Share) => return Err(Refusal::DescriptorShare(source)),
             Ok(()) => {}
@@ -139,11 +139,10 @@ impl PodLimits {
         Ok(ticket)
     }
 
-    /// Admits a connection from another pod of the process, at `source`, which `worker` serves: it
-    /// counts like a stream of a tunnel from there.
+    /// Admits a connection at `source` from another pod of the process. It is served by `worker`
+    /// and counts like a stream of a tunnel.
     ///
-    /// # Errors
-    /// The limit that it exceeds.
+    /// # Errors The exceeded limit.
     pub(crate) fn admit_delivery(&self, source: IpAddr, worker: usize) -> Result<Ticket, Refusal> {
         let key = (Direction::Inbound, SourceNetwork::of(source));
         Ticket::of_stream(self.0.clients.get(key, || self.client(key.0, source)), worker)
@@ -151,7 +150,7 @@ impl PodLimits {
 
     fn client(&self, direction: Direction, address: IpAddr) -> SourceBudgets {
         let node = &self.0.node;
-        // The pod's applications are one source, which the budget of the direction limits.
+        // All applications of the pod are one source, which the budget of the direction limits.
         let (descriptors, sharing) = match direction {
             Direction::Outbound => (&self.0.descriptors.outbound, Sharing::Greedy),
             Direction::Inbound => (&self.0.descriptors.inbound, Sharing::Strangers),
@@ -201,8 +200,7 @@ impl Ticket {
 
     /// Admits a stream of this ticket's tunnel, on the tunnel's worker.
     ///
-    /// # Errors
-    /// The limit that it exceeds.
+    /// # Errors The exceeded limit.
     pub(crate) fn stream(&self) -> Result<Self, Refusal> {
         Self::of_stream(self.client.clone(), self.worker())
     }
@@ -214,15 +212,15 @@ impl Ticket {
         stream.take_descriptors(1).map_err(|exhausted| match exhausted {
             Exhausted::Share => Refusal::DescriptorShare(stream.client.address),
             Exhausted::Whole => {
-                stream.client.node.descriptors.note_refused_stream();
+                stream.client.node.descriptors.record_refused_stream();
                 Refusal::Descriptors
             }
         })?;
         Ok(stream)
     }
 
-    /// Waits for the connection's turn to handshake. Calls `waits` if it has to wait. `None` if its
-    /// source has too many handshakes, waiting ones included.
+    /// Waits for the connection's turn to handshake. Calls `waits` if it has to wait. Returns
+    /// `None` if its source has too many handshakes, including waiting ones.
     pub(crate) async fn handshake(&self, waits: impl FnOnce()) -> Option<HandshakeTicket> {
         let node = &self.client.node.handshakes;
         let of_source = self.client.handshakes.get_or_init(|| node.of_source());

@@ -1,7 +1,7 @@
-//! Assigns each new connection to the least loaded worker, or to one that holds a tunnel to its
+//! Assigns each new connection to the least loaded worker, or to a worker with a tunnel to its
 //! destination.
 //!
-//! Every worker has its own pool. Connections of a quiet pair of peers share one tunnel instead of
+//! Each worker has its own pool. Connections of a quiet pair of peers share one tunnel instead of
 //! one per worker; those of a busy pair use several tunnels, and so several cores.
 
 use std::collections::HashMap;
@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use underpass_hbone::Budget;
 
-/// The number of connections by which a worker with a tunnel may exceed the least loaded one. So
-/// few cost less than another handshake and tunnel.
+/// The number of connections by which a worker with a tunnel may exceed the least loaded one. Below
+/// it, waiting costs less than another handshake and tunnel.
 const AFFINITY_SLACK: usize = 4;
 
 /// The load of every worker, and which workers hold tunnels to which peer.
@@ -35,8 +35,8 @@ impl Balance {
         self.loads.len().saturating_mul(self.limit)
     }
 
-    /// Selects a worker for a connection to `peer`, and counts it there until the load is dropped.
-    /// `None` if all workers are at their limit.
+    /// Selects a worker for a connection to `peer`, and counts the connection until the load is
+    /// dropped. Returns `None` if all workers are at their limit.
     pub(crate) fn assign(self: &Arc<Self>, peer: Option<IpAddr>) -> Option<Load> {
         let loads = || self.loads.iter().map(Budget::used).enumerate();
         let (mut worker, least) = loads().min_by_key(|(_, load)| *load).unwrap_or_default();

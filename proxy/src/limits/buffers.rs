@@ -1,8 +1,8 @@
 //! Limits the memory for buffers of busy connections, and the descriptors for their pipes.
 //!
-//! It counts the buffers of the copy beyond a first small read, and the capacity of its pipes.
-//! Other limits cover the kernel's socket buffers, and HTTP/2's receive windows and send buffers.
-//! There, a queued byte can keep the entire buffer of its read alive.
+//! It counts relay buffers beyond a first small read, and the capacity of pipes. Other limits cover
+//! the kernel's socket buffers, and HTTP/2's receive windows and send buffers, where a queued byte
+//! can keep the entire buffer of its read alive.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ impl std::fmt::Debug for Buffers {
 }
 
 impl Buffers {
-    /// A budget of `limits.buffers` bytes; pipes take spare `descriptors`.
+    /// A budget of `limits.buffers` bytes. Pipes take spare `descriptors`.
     pub(crate) fn new(limit: usize, descriptors: Descriptors) -> Self {
         Self { budget: Arc::new(Budget::new(limit)), gauge: buffer_bytes(), descriptors }
     }
@@ -56,7 +56,7 @@ impl Buffers {
         self.gauge.decrement(bytes as f64);
     }
 
-    /// A budget with enough descriptors, for tests.
+    /// A test budget with enough descriptors.
     #[cfg(test)]
     pub(crate) fn of(limit: usize) -> Self {
         Self::new(limit, Descriptors::new(1 << 20, 0, 1))
@@ -68,10 +68,10 @@ impl Buffers {
     }
 }
 
-/// The share of one direction of a connection, released when it is dropped.
+/// The share of one direction of a connection, released on drop.
 ///
-/// It changes when a buffer grows, and not on every read, so that connections do not contend for
-/// one cache line.
+/// It changes when a buffer grows and not on every read, so that connections do not contend for one
+/// cache line.
 pub(crate) struct BufferShare<'a> {
     buffers: &'a Buffers,
     bytes: usize,
@@ -86,8 +86,8 @@ impl<'a> BufferShare<'a> {
         Self { buffers, bytes: 0 }
     }
 
-    /// Resizes the share to `bytes`. Returns false, and counts it, if the budget has too few: the
-    /// share keeps its size.
+    /// Resizes the share to `bytes`. If the budget has too few, counts this, keeps the size and
+    /// returns false.
     pub(crate) fn resize(&mut self, bytes: usize) -> bool {
         if bytes > self.bytes && !self.buffers.take(bytes - self.bytes) {
             buffer_refused("limit");
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn grants_shares_up_to_limit_and_released_ones_again() {
+    fn grants_buffers_up_to_limit_and_again_after_release() {
         let buffers = Buffers::of(100);
         let (mut one, mut other) = (BufferShare::none_of(&buffers), BufferShare::none_of(&buffers));
         assert!(one.resize(60));
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_share_beyond_integer_range() {
+    fn refuses_buffer_size_beyond_integer_range() {
         let buffers = Buffers::of(usize::MAX);
         let mut share = BufferShare::none_of(&buffers);
         assert!(share.resize(1));

@@ -1,8 +1,9 @@
 //! Limits the file descriptors of connections. Accepting pauses before all are used, so that
-//! accepted connections can be served and the endpoints respond. Readiness reports the pause, and
-//! it ends when descriptors are free.
+//! accepted connections can be served and the endpoints respond. Readiness reports the pause, which
+//! ends when descriptors are free.
 //!
-//! Errors of the kernel are separate: it may run out of files before the process reaches its limit.
+//! The kernel's own limit is handled apart: it may run out of files before the process reaches its
+//! limit.
 
 use std::io;
 use std::sync::Arc;
@@ -17,16 +18,16 @@ use crate::admin::endpoints::Readiness;
 use crate::observe::metrics;
 
 /// The descriptors of a caught connection: one accepted, one dialled.
-pub(super) const PAIR: usize = 2;
-/// The reserve for everything other than connections: probes, scrapes, certificates, rules, name
-/// lookups. A fiftieth of a large limit.
-const RESERVE: usize = 64;
+pub(super) const DESCRIPTORS_PER_CONNECTION: usize = 2;
+/// The minimum reserve for descriptors of other purposes: probes, scrapes, certificates, rules,
+/// name lookups.
+const MIN_RESERVE: usize = 64;
 const RESERVED_PART: usize = 50;
 /// The descriptors of a worker's runtime: epoll twice, its waker, signals.
-const PER_WORKER: usize = 4;
+const DESCRIPTORS_PER_WORKER: usize = 4;
 /// The time without a pause after which a shortage is over. It also limits the log to two lines per
 /// shortage.
-const RECOVERED: Duration = Duration::from_secs(1);
+const RECOVERY_TIME: Duration = Duration::from_secs(1);
 
 /// The descriptors of all connections. Clones share the counts.
 #[derive(Debug, Clone)]
@@ -69,10 +70,10 @@ pub(crate) struct FdPermit {
     count: usize,
 }
 
-/// Why a listener pauses.
+/// The reason why a listener pauses.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Shortage {
-    /// Connections use all of the budget.
+    /// Connections use the whole budget.
     Descriptors,
     /// The system reported this error.
     System(Option<i32>),
@@ -85,10 +86,11 @@ pub(crate) struct PausedListener(Descriptors);
 impl Descriptors {
     /// The descriptors of a process with the limit `limit`, `open` files and `workers` threads.
     pub(crate) fn new(limit: usize, open: usize, workers: usize) -> Self {
-        let left = limit.saturating_sub(open.saturating_add(workers.saturating_mul(PER_WORKER)));
-        // A small limit is split in half: a reserve alone would serve no connection.
-        let reserve = RESERVE.max(limit / RESERVED_PART).min(left / 2);
-        let allowed = (left - reserve).max(PAIR);
+        let left = limit
+            .saturating_sub(open.saturating_add(workers.saturating_mul(DESCRIPTORS_PER_WORKER)));
+        // A small limit is split in half: the reserve alone would leave nothing for connections.
+        let reserve = MIN_RESERVE.max(limit / RESERVED_PART).min(left / 2);
+        let allowed = (left - reserve).max(DESCRIPTORS_PER_CONNECTION);
         Self(Arc::new(State {
             budget: Arc::new(Budget::new(allowed)),
             allowed,
@@ -98,7 +100,7 @@ impl Descriptors {
         }))
     }
 
-    /// Creates the budgets of a pod. Neither direction can take all of it.
+    /// Creates the budgets of a pod. Neither direction can take all of its descriptors.
     pub(super) fn of_pod(&self) -> Directions {
         let part = |whole, sharing| Arc::new(Budget::part(whole, usize::MAX, sharing));
         let pod = part(&self.0.budget, Sharing::Members);
@@ -106,7 +108,7 @@ impl Descriptors {
         Directions { outbound: direction(), inbound: direction() }
     }
 
-    /// Takes `count` descriptors of `budget` that cannot wait, and may exceed it.
+    /// Takes `count` descriptors of `budget` without waiting. The budget may be exceeded.
     pub(super) fn hold(&self, budget: &Arc<Budget>, count: usize) -> FdPermit {
         budget.take_beyond_limit(count);
         FdPermit { descriptors: self.clone(), budget: budget.clone(), count }
@@ -127,7 +129,7 @@ impl Descriptors {
         Some(FdPermit { descriptors: self.clone(), budget: budget.clone(), count })
     }
 
-    /// Releases descriptors of `budget`, a part of these.
+    /// Releases descriptors of `budget`, which is a part of this one.
     pub(super) fn give_back(&self, budget: &Budget, count: usize) {
         budget.give_back(count);
         if self.0.waiting.load(SeqCst) > 0 {
@@ -135,11 +137,11 @@ impl Descriptors {
         }
     }
 
-    /// Waits until descriptors are freed such that `has_room`.
+    /// Waits for freed descriptors until `has_room` is true.
     pub(super) async fn freed(&self, has_room: impl Fn() -> bool) {
         let _waiting = WaitingListener::new(&self.0.waiting);
         loop {
-            // Created before the check, so that it is woken by a release after the check.
+            // Created before the check, so that a release after the check wakes it.
             let freed = self.0.freed.notified();
             if has_room() {
                 return;
@@ -149,7 +151,7 @@ impl Descriptors {
     }
 
     /// Records that a stream was refused for lack of descriptors.
-    pub(super) fn note_refused_stream(&self) {
+    pub(super) fn record_refused_stream(&self) {
         self.note(None, 0);
     }
 
@@ -172,11 +174,11 @@ impl Descriptors {
         });
     }
 
-    /// Reports shortages to the log and the readiness probe. Runs forever.
+    /// Reports shortages to the log and the readiness probe. Never returns.
     pub(super) async fn report(&self, readiness: &Readiness) {
         let mut shortages = self.0.shortages.subscribe();
         let mut reported = 0;
-        // The sender lives as long as this, so waiting cannot fail.
+        // The sender lives as long as `self`, so waiting cannot fail.
         while shortages.wait_for(|shortages| shortages.total > reported).await.is_ok() {
             readiness.out_of_descriptors(true);
             let error = shortages.borrow().error.map(io::Error::from_raw_os_error);
@@ -200,10 +202,10 @@ async fn recovered(shortages: &mut watch::Receiver<Shortages>) -> u64 {
     loop {
         let total = match shortages.wait_for(|shortages| shortages.paused == 0).await {
             Ok(none) => none.total,
-            // The sender lives as long as this.
+            // The sender lives as long as `self`.
             Err(_) => return u64::MAX,
         };
-        if timeout(RECOVERED, shortages.wait_for(|shortages| shortages.total > total))
+        if timeout(RECOVERY_TIME, shortages.wait_for(|shortages| shortages.total > total))
             .await
             .is_err()
         {
@@ -255,12 +257,16 @@ mod tests {
     }
 
     #[test]
-    fn keeps_reserve_and_splits_small_limit() {
+    fn descriptor_limit_keeps_reserve_and_is_halved_if_small() {
         let allowed = |limit, open, workers| Descriptors::new(limit, open, workers).0.allowed;
         assert_eq!(allowed(1024, 30, 2), 1024 - 30 - 8 - 64);
         assert_eq!(allowed(1_000_000, 30, 2), 1_000_000 - 30 - 8 - 20_000);
         assert_eq!(allowed(64, 20, 2), 18);
-        assert_eq!(allowed(16, 20, 2), PAIR, "it cannot work, but nothing else would be better");
+        assert_eq!(
+            allowed(16, 20, 2),
+            DESCRIPTORS_PER_CONNECTION,
+            "it cannot work, but nothing else would be better"
+        );
     }
 
     #[test]
@@ -276,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn direction_leaves_descriptors_to_the_other() {
+    fn one_direction_leaves_descriptors_to_the_other() {
         let descriptors = descriptors(48);
         let pod = descriptors.of_pod();
         let fill = |budget: &Budget| {
@@ -288,13 +294,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn wait_ends_when_descriptors_are_released() {
+    async fn listener_resumes_when_descriptors_are_released() {
         let descriptors = descriptors(5);
         let pod = descriptors.of_pod();
-        let room = || Box::pin(descriptors.freed(|| pod.inbound.free() >= PAIR));
-        let first = descriptors.hold(&pod.inbound, PAIR);
+        let room =
+            || Box::pin(descriptors.freed(|| pod.inbound.free() >= DESCRIPTORS_PER_CONNECTION));
+        let first = descriptors.hold(&pod.inbound, DESCRIPTORS_PER_CONNECTION);
         assert!(room().now_or_never().is_some(), "3 are left, of which 2 are for this direction");
-        let second = descriptors.hold(&pod.inbound, PAIR);
+        let second = descriptors.hold(&pod.inbound, DESCRIPTORS_PER_CONNECTION);
         let mut waiting = room();
         assert!((&mut waiting).now_or_never().is_none(), "1 is left");
         drop(first);
@@ -312,19 +319,19 @@ mod tests {
             let began = Instant::now();
             for _ in 0..3 {
                 let paused = descriptors.pause("outbound", Shortage::Descriptors);
-                sleep(RECOVERED * 2).await;
+                sleep(RECOVERY_TIME * 2).await;
                 assert!(short());
                 drop(paused);
-                sleep(RECOVERED / 2).await;
+                sleep(RECOVERY_TIME / 2).await;
                 assert!(short(), "a single connection may have ended");
             }
             while short() {
-                sleep(RECOVERED / 100).await;
+                sleep(RECOVERY_TIME / 100).await;
             }
             let took = began.elapsed();
-            assert!(took >= RECOVERED * 8 && took < RECOVERED * 9, "{took:?}");
+            assert!(took >= RECOVERY_TIME * 8 && took < RECOVERY_TIME * 9, "{took:?}");
             drop(descriptors.pause("hbone", Shortage::System(None)));
-            sleep(RECOVERED / 2).await;
+            sleep(RECOVERY_TIME / 2).await;
             assert!(short(), "a short pause is reported too");
         };
         tokio::select! {

@@ -1,12 +1,12 @@
-//! Limits concurrent TLS handshakes: each costs signatures and memory before the client is
+//! Limits concurrent TLS handshakes, each of which costs signatures and memory before the client is
 //! authenticated. Handshakes beyond the total wait; those beyond the limit of their source are
 //! refused.
 //!
 //! Sources with the fewest handshakes come first, so that sources that never complete theirs do not
 //! delay others. A source that exceeded a limit of its tunnel is limited to two handshakes for a
-//! while, since each reconnection costs one.
+//! while, because each reconnection costs one.
 //!
-//! The caller sets the deadline, and takes a ticket only after the client has sent a ClientHello.
+//! The caller sets the timeout, and requests a ticket only after the client has sent a ClientHello.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -17,19 +17,19 @@ use std::time::Duration;
 use tokio::time::Instant;
 use underpass_hbone::{Budget, Queue, QueuePermit, Share, Sharing, SourceNetwork};
 
-/// How long a source is penalized after it exceeded a limit.
-const PENALTY: Duration = Duration::from_secs(10);
-/// The maximum number of handshakes of a penalized source, waiting ones included.
-const PENALIZED_HANDSHAKES: usize = 2;
+/// The duration of a source's penalty after it exceeded a limit.
+const PENALTY_TIME: Duration = Duration::from_secs(10);
+/// The maximum number of handshakes of a penalized source, including waiting ones.
+const MAX_PENALIZED_HANDSHAKES: usize = 2;
 /// The maximum number of penalized sources.
-const PENALIZED_SOURCES: usize = 1024;
+const MAX_PENALIZED_SOURCES: usize = 1024;
 
 /// The handshakes of the node. Clones share the counts.
 #[derive(Debug, Clone)]
 pub(super) struct Handshakes {
     under_way: Arc<Budget>,
     per_source: usize,
-    /// Ordered by the number of handshakes that the source has.
+    /// Ordered by the number of handshakes of the source.
     queue: Queue<usize>,
     penalties: Arc<Penalties>,
 }
@@ -38,7 +38,7 @@ pub(super) struct Handshakes {
 #[derive(Debug)]
 pub(super) struct SourceHandshakes {
     under_way: Arc<Budget>,
-    /// The started handshakes, waiting ones included.
+    /// The started handshakes, including waiting ones.
     begun: Arc<Budget>,
 }
 
@@ -50,7 +50,7 @@ pub(crate) struct HandshakeTicket {
 }
 
 impl Handshakes {
-    /// At most `total` handshakes at once, of which one source has at most `per_source`.
+    /// Allows `total` handshakes at once, of which one source has at most `per_source`.
     pub(super) fn new(total: usize, per_source: usize) -> Self {
         let (queue, penalties) = (Queue::default(), Arc::default());
         Self { under_way: Arc::new(Budget::new(total)), per_source, queue, penalties }
@@ -62,8 +62,8 @@ impl Handshakes {
         SourceHandshakes { under_way: Arc::new(under_way), begun }
     }
 
-    /// Waits for the turn of a handshake; `None` if `source` has too many. Calls `waits` if it has
-    /// to wait. Cancel-safe.
+    /// Waits for the turn of a handshake. Calls `waits` if it has to wait. Returns `None` if
+    /// `source` has too many. Cancel-safe.
     pub(super) async fn admit(
         &self,
         source: IpAddr,
@@ -71,7 +71,7 @@ impl Handshakes {
         waits: impl FnOnce(),
     ) -> Option<HandshakeTicket> {
         let SourceHandshakes { under_way, begun } = of_source;
-        if begun.used() >= PENALIZED_HANDSHAKES && self.penalties.applies_to(source) {
+        if begun.used() >= MAX_PENALIZED_HANDSHAKES && self.penalties.applies_to(source) {
             return None;
         }
         let begun = Share::take(begun, 1).ok()?;
@@ -88,7 +88,7 @@ impl Handshakes {
 /// The penalized sources, each with the end of its penalty.
 #[derive(Debug, Default)]
 struct Penalties {
-    /// Avoids the lock while there are none.
+    /// Avoids the lock while no source is penalized.
     any: AtomicBool,
     until: Mutex<HashMap<SourceNetwork, Instant>>,
 }
@@ -98,12 +98,12 @@ impl Penalties {
         let now = Instant::now();
         // No code panics while it holds the lock.
         let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
-        if until.len() >= PENALIZED_SOURCES {
+        if until.len() >= MAX_PENALIZED_SOURCES {
             until.retain(|_, until| *until > now);
         }
         let source = SourceNetwork::of(source);
-        if until.len() < PENALIZED_SOURCES || until.contains_key(&source) {
-            until.insert(source, now + PENALTY);
+        if until.len() < MAX_PENALIZED_SOURCES || until.contains_key(&source) {
+            until.insert(source, now + PENALTY_TIME);
             self.any.store(true, Relaxed);
         }
     }
@@ -135,7 +135,7 @@ mod tests {
         IpAddr::from([10, 0, 0, last])
     }
 
-    /// Starts as many handshakes of a source as do not wait.
+    /// Starts handshakes of a source until one would wait.
     fn fill(
         handshakes: &Handshakes,
         source: IpAddr,
@@ -187,9 +187,9 @@ mod tests {
         let handshakes = Handshakes::new(100, 10);
         handshakes.penalize(ip(1));
         let (penalized, other) = (handshakes.of_source(), handshakes.of_source());
-        assert_eq!(fill(&handshakes, ip(1), &penalized).len(), PENALIZED_HANDSHAKES);
+        assert_eq!(fill(&handshakes, ip(1), &penalized).len(), MAX_PENALIZED_HANDSHAKES);
         assert_eq!(fill(&handshakes, ip(2), &other).len(), 10);
-        advance(PENALTY).await;
+        advance(PENALTY_TIME).await;
         assert_eq!(fill(&handshakes, ip(1), &penalized).len(), 10);
         assert!(handshakes.penalties.until.lock().unwrap().is_empty());
     }
@@ -197,11 +197,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn number_of_penalized_sources_is_bounded() {
         let penalties = Penalties::default();
-        for n in 0..2 * u32::try_from(PENALIZED_SOURCES).unwrap() {
+        for n in 0..2 * u32::try_from(MAX_PENALIZED_SOURCES).unwrap() {
             penalties.add(IpAddr::V4(n.into()));
         }
-        assert_eq!(penalties.until.lock().unwrap().len(), PENALIZED_SOURCES);
-        advance(PENALTY).await;
+        assert_eq!(penalties.until.lock().unwrap().len(), MAX_PENALIZED_SOURCES);
+        advance(PENALTY_TIME).await;
         penalties.add(ip(1));
         assert_eq!(penalties.until.lock().unwrap().len(), 1);
     }

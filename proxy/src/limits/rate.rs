@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The bucket holds the tokens of this fraction of a second, since connections arrive in bursts.
+/// The bucket holds the tokens of one tenth of a second, because connections arrive in bursts.
 const BURST: u32 = 10;
 
 /// The token bucket of one listener.
 #[derive(Debug)]
 pub(crate) struct Rate {
     interval: Duration,
-    /// How early a connection may arrive.
+    /// The maximum time by which a connection may precede the even rate.
     early: Duration,
     /// The time of the next connection at an even rate.
     due: Instant,
@@ -24,7 +24,7 @@ impl Rate {
         Self { interval, early: interval * (burst - 1), due: Instant::now() }
     }
 
-    /// Takes a token. Returns the time of the next one if this was the last.
+    /// Takes a token. If it was the last one, returns the time of the next one.
     pub(crate) fn take(&mut self) -> Option<Instant> {
         let now = Instant::now();
         self.due = self.due.max(now) + self.interval;
@@ -38,7 +38,7 @@ mod tests {
 
     use super::*;
 
-    /// The time to accept `count` connections that are already waiting.
+    /// The time needed to accept `count` connections that are already waiting.
     async fn time(rate: &mut Rate, count: usize) -> Duration {
         let start = Instant::now();
         let mut taken = start;
@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn admits_burst_at_once_and_rest_at_rate() {
+    async fn rate_limit_admits_burst_at_once_and_rest_at_rate() {
         let mut rate = Rate::new(100);
         assert_eq!(time(&mut rate, 10).await, Duration::ZERO);
         // The first connection is due at once.
@@ -61,7 +61,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn pause_restores_one_burst_only() {
+    async fn idle_time_restores_only_one_burst() {
         let mut rate = Rate::new(100);
         advance(Duration::from_secs(3600)).await;
         let took = time(&mut rate, 20).await;
@@ -69,15 +69,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn low_rate_admits_one_at_a_time() {
+    async fn low_rate_limit_admits_one_connection_at_a_time() {
         let took = time(&mut Rate::new(1), 4).await;
         assert!(took >= Duration::from_secs(3) && took < Duration::from_secs(4), "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn late_timer_does_not_lower_rate() {
+    async fn delayed_timer_does_not_lower_rate() {
         let mut rate = Rate::new(10_000);
-        // tokio's timer has a resolution of 1 ms: ten tokens.
+        // tokio's timer has a resolution of 1 ms, which is ten tokens.
         let took = time(&mut rate, 11_000).await;
         assert!(took >= Duration::from_secs(1) && took < Duration::from_millis(1100), "{took:?}");
     }

@@ -1,4 +1,4 @@
-//! The limits that a connection can exceed, and one log line per second about each.
+//! The limits that a connection can exceed, with one log line per second about each.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -17,9 +17,9 @@ pub(crate) enum Refusal {
     Worker,
     /// The source is at its limit of connections.
     Source(IpAddr),
-    /// The source uses its share of the connections of all workers.
+    /// The source has used up its share of the connections of all workers.
     ConnectionShare(IpAddr),
-    /// The source uses its share of the descriptors.
+    /// The source has used up its share of the descriptors.
     DescriptorShare(IpAddr),
     /// No descriptor is left for a stream.
     Descriptors,
@@ -30,10 +30,10 @@ pub(crate) enum Refusal {
 }
 
 /// The number of kinds of refusals.
-const KINDS: usize = 7;
+const KIND_COUNT: usize = 7;
 
 impl Refusal {
-    /// The label `limit` of the metric.
+    /// The metric's label `limit`.
     pub(crate) fn limit(self) -> &'static str {
         match self {
             Self::Worker => "connections_per_worker",
@@ -90,7 +90,7 @@ impl fmt::Display for Refusal {
 /// The refusals that are not logged yet.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
-    pending: Mutex<[Pending; KINDS]>,
+    pending: Mutex<[Pending; KIND_COUNT]>,
     some: Notify,
 }
 
@@ -110,7 +110,7 @@ impl Refusals {
         self.some.notify_one();
     }
 
-    /// Logs refusals forever, at most one line a second for each kind.
+    /// Logs refusals, at most one line a second for each kind. Never returns.
     pub(super) async fn report(&self) {
         loop {
             self.some.notified().await;
@@ -120,7 +120,7 @@ impl Refusals {
         }
     }
 
-    fn pending(&self) -> MutexGuard<'_, [Pending; KINDS]> {
+    fn pending(&self) -> MutexGuard<'_, [Pending; KIND_COUNT]> {
         // No code panics while it holds the lock.
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,11 +142,11 @@ impl Pending {
             ),
             Refusal::ConnectionShare(last) => tracing::warn!(
                 refused, %last, hint,
-                "connections are refused: their source uses its share of those of all workers"
+                "connections are refused: their source has used up its share of the workers' connections"
             ),
             Refusal::DescriptorShare(last) => tracing::warn!(
                 refused, %last, hint,
-                "connections are refused: their source uses its share of the open files"
+                "connections are refused: their source has used up its share of the open files"
             ),
             Refusal::Descriptors => {
                 tracing::warn!(refused, hint, "streams are refused: no open files are left")

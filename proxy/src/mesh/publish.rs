@@ -1,4 +1,4 @@
-//! Publishes every generation of the mesh to the workers and reports when all have applied it.
+//! Publishes every generation of the mesh to the workers, and reports when all have applied it.
 //!
 //! Generations overlap: a new one is published while connections that the previous one forbids are
 //! still ending. A busy worker may skip generations. Each worker reports the generations that it
@@ -30,7 +30,7 @@ pub(crate) struct Reports {
 /// A report of one worker.
 #[derive(Debug)]
 enum Report {
-    /// The worker has no open connection that this generation or an older one forbids.
+    /// The worker has no open connection left that this generation or an older one forbids.
     Applied { worker: usize, generation: u64, terminated: usize },
     /// The worker has stopped, and has no connections.
     Ended { worker: usize },
@@ -44,11 +44,11 @@ pub(crate) struct Reporter {
 }
 
 impl Reporter {
-    /// Reports that the worker has applied `generation` and `terminated` this number of
-    /// connections. It has skipped the generations since its last report.
+    /// Reports that the worker has applied `generation` and terminated `terminated` connections.
+    /// The worker has skipped the generations since its last report.
     pub(crate) fn applied(&self, generation: u64, terminated: usize) {
         let report = Report::Applied { worker: self.worker, generation, terminated };
-        // Fails when the process stops and no longer follows the mesh.
+        // Fails when the process is stopping and no longer follows the mesh.
         self.reports.send(report).ok();
     }
 }
@@ -59,7 +59,7 @@ impl Drop for Reporter {
     }
 }
 
-/// A reporter for each worker, and the receiver of their reports.
+/// Creates a reporter for each worker, and the receiver of their reports.
 pub(crate) fn reports(workers: usize) -> (Vec<Reporter>, Reports) {
     let (sender, reports) = mpsc::unbounded_channel();
     let reporter = |worker| Reporter { worker, reports: sender.clone() };
@@ -103,7 +103,7 @@ impl Publisher {
                             let hint = errors.hint();
                             tracing::error!(
                                 hint = hint.as_deref(),
-                                "cannot read the mesh, keeping the last good one: {errors}"
+                                "cannot read the mesh, the last valid one stays in effect: {errors}"
                             );
                         }
                     }
@@ -115,7 +115,7 @@ impl Publisher {
         }
     }
 
-    /// Publishes a generation, before the previous one is necessarily in force.
+    /// Publishes a generation. The previous one may not be in force yet.
     fn publish(&self, mesh: Arc<Mesh>, ledger: &mut Ledger) {
         let generation = self.current.borrow().generation + 1;
         let size = MeshSize::of(&mesh);

@@ -13,13 +13,13 @@ use crate::node::pod::{Pod, PodId};
 use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::Kind;
 
-/// A connection on its way to the worker that will serve it.
+/// An accepted connection and the worker state that it is registered with.
 #[derive(Debug)]
 pub(crate) struct Assignment {
     /// The pod in whose namespace the connection was accepted.
     pub(crate) pod: Arc<Pod>,
     pub(crate) accepted: Accepted,
-    /// With the registry of the worker that serves it.
+    /// The registration with the pod's registry on the worker that serves the connection.
     pub(crate) registration: Registration<Decision>,
     pub(crate) ticket: Ticket,
 }
@@ -27,22 +27,22 @@ pub(crate) struct Assignment {
 /// A command for a worker.
 #[derive(Debug)]
 pub(crate) enum WorkerCommand {
-    /// Serve a connection that another worker has accepted.
+    /// Serves a connection that another worker has accepted.
     Serve(Assignment),
-    /// Accept the connections of a listener of a pod.
+    /// Starts to accept connections on a listener of a pod.
     AddListener {
         pod: Arc<Pod>,
         kind: Kind,
         listener: BoundListener,
-        /// Sent when the worker accepts, or cannot wait for connections.
+        /// Receives the result once the worker accepts connections.
         added: oneshot::Sender<io::Result<()>>,
     },
-    /// Close this worker's listeners of a pod. Its open connections go on.
+    /// Closes this worker's listeners of a pod. Open connections continue.
     RemoveListeners {
         pod: PodId,
-        /// Sent when they are closed.
+        /// Notified when the listeners are closed.
         removed: oneshot::Sender<()>,
     },
-    /// Close the tunnels that a pod has opened, each as its last stream ends.
+    /// Closes the tunnels that a pod has opened, each when its last stream ends.
     CloseTunnels(PodId),
 }

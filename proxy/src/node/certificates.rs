@@ -1,6 +1,6 @@
 //! Selects the source of certificates from the settings, and logs and counts its events.
 //!
-//! Not here: the sources and the renewal (the hbone crate).
+//! The sources and the renewal are in the hbone crate.
 
 use std::fs::File;
 use std::io;
@@ -25,15 +25,16 @@ use crate::observe::metrics;
 use crate::process::supervise::Supervisor;
 use crate::traffic::dial::PlainDialer;
 
-/// The source of this proxy's certificates. Logs and counts their events, and makes the proxy
-/// unready while it has no valid one.
+/// The configured source of certificates. Logs and counts its events, and makes the proxy unready
+/// while it has no valid certificate.
 #[derive(Debug)]
 pub(crate) struct Certificates {
     issuer: Origin,
-    /// The issuer, as the log names it.
+    /// The log's name of the issuer.
     origin: String,
     watcher: FileWatcher,
-    /// The readiness of a process with one certificate. A node's pods have their own status.
+    /// The readiness of a process with one certificate. A node daemon has none here: its pods have
+    /// their own status.
     readiness: Option<Readiness>,
 }
 
@@ -46,7 +47,7 @@ enum Origin {
 }
 
 impl Certificates {
-    /// The identities that the settings configure; `None` turns HBONE off.
+    /// Starts the configured identities; `None` turns HBONE off.
     pub(crate) fn identities(
         settings: &Settings,
         access: &NamespaceAccess,
@@ -71,8 +72,8 @@ impl Certificates {
     }
 }
 
-/// Whether the certificate is issued without a connection, so that a mistake can end the start
-/// before rules are installed.
+/// Whether certificates come from files or a local CA, so that a mistake can fail the start before
+/// rules are installed.
 pub(crate) fn is_local(settings: &Settings) -> bool {
     matches!(&settings.identity, Some(IdentitySettings::Files(_) | IdentitySettings::LocalCa(_)))
 }
@@ -93,7 +94,7 @@ fn issuer(
     })
 }
 
-/// The source of a certificate, as the log names it.
+/// The log's name of the source of a certificate.
 fn origin(identity: &IdentitySettings) -> String {
     match identity {
         IdentitySettings::Files(files) => files.certificate.display().to_string(),
@@ -192,8 +193,8 @@ fn whole_seconds(duration: Duration) -> Duration {
     Duration::from_secs(duration.as_secs())
 }
 
-/// Warns of files that are reloaded later but that the proxy can no longer read. Called after it
-/// has dropped its privileges.
+/// Warns of files that the proxy's user cannot read again when they change. Called after the change
+/// to that user.
 pub(crate) fn warn_if_unreadable(settings: &Settings) {
     let unreadable = |file: &PathBuf| {
         File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)

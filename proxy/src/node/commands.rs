@@ -14,7 +14,7 @@ use crate::node::worker::Worker;
 use crate::process::supervise::Supervisor;
 use crate::traffic::accept::accept_loop;
 
-/// Executes commands until the drain has ended.
+/// Executes the commands of one worker until the drain has ended.
 pub(super) async fn execute(
     worker: Arc<Worker>,
     mut commands: mpsc::Receiver<WorkerCommand>,

@@ -20,7 +20,7 @@ pub(crate) trait DataPlane: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// No connection is served: the workers cannot accept.
+    /// The workers cannot accept; no connection is served.
     fn serve(&self, pod: PodToServe) -> BoxFuture<'static, Result<Box<dyn ServedPod>, PodError>>;
 }
 
@@ -29,40 +29,40 @@ pub(crate) trait DataPlane: fmt::Debug + Send + Sync {
 pub(crate) struct PodToServe {
     /// The settings of the pod.
     pub(crate) settings: Arc<Settings>,
-    /// The interception settings, which may change.
+    /// The current interception settings; a reload changes them.
     pub(crate) interception: watch::Receiver<InterceptionSettings>,
     /// The pod's network namespace, for the sockets of its connections.
     pub(crate) access: NamespaceAccess,
     pub(crate) listeners: Listeners<Kind>,
 }
 
-/// A pod whose connections are served. Dropping it closes its listeners, and its tunnels as their
-/// last streams end.
+/// A pod whose connections are served. Dropping it closes its listeners, and each tunnel when its
+/// last stream ends.
 pub(crate) trait ServedPod: fmt::Debug + Send + Sync {
     /// Detects the test connections of this pod.
     fn arrivals(&self) -> Arc<dyn Arrivals>;
 
-    /// The state of the certificate that its tunnels use.
+    /// The state of the certificate for the pod's tunnels.
     fn certificate(&self) -> CertificateState;
 
-    /// Closes the listeners; tunnels take no new streams.
+    /// Closes the listeners. Tunnels accept no new streams.
     fn stop_accepting(&self) -> BoxFuture<'_, ()>;
 
-    /// Waits until `deadline` for the end of the connections, and terminates the rest. Returns how
-    /// many. Cancel-safe until the deadline.
+    /// Waits until `deadline` for the end of the connections, and terminates the rest. Returns the
+    /// number of terminated ones. Cancel-safe until the deadline.
     fn drain(&self, deadline: Duration) -> BoxFuture<'_, usize>;
 
-    /// Terminates the connections that are left, and closes the tunnels and sockets. The data plane
-    /// does not hold the pod's namespace then.
+    /// Terminates the remaining connections, and closes the tunnels and sockets. Afterwards the
+    /// data plane has no socket in the pod's namespace.
     fn close(&self) -> BoxFuture<'_, ()>;
 }
 
 /// The state of a pod's certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum CertificateState {
-    /// It is valid, or the pod needs none.
+    /// The certificate is valid, or the pod needs none.
     Valid,
-    /// The first one is not issued yet.
+    /// The first certificate is not issued yet.
     Awaited,
     Expired,
 }

@@ -17,18 +17,19 @@ use underpass_hbone::{
 
 use crate::process::supervise::{Supervisor, Task};
 
-/// Makes the sources of identities, and reports what happens to them.
+/// Creates sources of certificates, and receives their events.
 pub(crate) trait Issuer: fmt::Debug + Send + Sync {
-    /// A source of identities for `id`.
+    /// Creates a source of certificates for `id`.
     fn source(&self, id: &SpiffeId) -> Box<dyn IdentitySource>;
 
     /// Reports an event of the credentials of `id`.
     fn report(&self, id: &SpiffeId, event: &CredentialsEvent<'_>);
 
-    /// Reports that nothing renews the credentials of `id` any more.
+    /// Reports that the last lease of the credentials of `id` has ended, so that nothing renews
+    /// them.
     fn ended(&self, id: &SpiffeId);
 
-    /// Reports that trust bundles or revocation lists could not be read again.
+    /// Reports that a changed trust bundle or revocation list could not be read.
     fn report_trust_failure(&self, error: &HboneError);
 }
 
@@ -36,42 +37,41 @@ pub(crate) trait Issuer: fmt::Debug + Send + Sync {
 #[derive(Debug)]
 pub(crate) struct Identities {
     supervisor: Supervisor,
-    /// Follows the files of the trust, as long as this or a rotation exists.
+    /// Reads changed trust files, until this and every rotation are dropped.
     following: Arc<Task>,
     issuer: Arc<dyn Issuer>,
     trust: watch::Receiver<Trust>,
-    /// The rotations. Entries without a lease stay until the next rotation starts.
+    /// The rotations by SPIFFE id. Entries without a lease stay until the next rotation starts.
     rotations: Mutex<HashMap<SpiffeId, Weak<Rotation>>>,
 }
 
-/// The credentials of one workload, whose first certificate may still be awaited. Their rotation
-/// ends with the last lease.
+/// A lease of the credentials of one workload, whose first certificate may not be issued yet. The
+/// rotation of the credentials ends with the last lease.
 #[derive(Debug, Clone)]
 pub(crate) struct CredentialLease {
     rotation: Arc<Rotation>,
-    /// Set once the first certificate is there.
+    /// Set when the first certificate is issued.
     credentials: OnceLock<watch::Receiver<Credentials>>,
 }
 
-/// The task that rotates the credentials of one workload.
+/// The task that renews the credentials of one workload.
 #[derive(Debug)]
 struct Rotation {
     id: SpiffeId,
     issuer: Arc<dyn Issuer>,
     _task: Task,
-    /// Revocations reach the credentials as long as they are leased.
+    /// Keeps the trust files followed, so that revocations reach leased credentials.
     _following_trust: Arc<Task>,
-    /// `None` until the first certificate.
+    /// `None` until the first certificate is issued.
     started: watch::Receiver<Option<Started>>,
 }
 
 type Started = Result<watch::Receiver<Credentials>, HboneError>;
 
 impl Identities {
-    /// Reads the files of `trust` and watches them.
+    /// Reads and watches the trust files.
     ///
-    /// # Errors
-    /// A file of `trust` that is missing or malformed, or that cannot be watched.
+    /// # Errors A trust file is missing or malformed, or cannot be watched.
     pub(crate) fn new(
         issuer: Arc<dyn Issuer>,
         trust: &TrustSettings,
@@ -90,16 +90,16 @@ impl Identities {
     /// Leases the credentials of `id`, from the running rotation or a new one. Waits for the first
     /// certificate.
     ///
-    /// # Errors
-    /// Those that only the operator can remedy, and a panic of the rotation.
+    /// # Errors The first certificate failed for a reason that only the operator can remedy, or the
+    /// rotation panicked.
     pub(crate) async fn lease(&self, id: &SpiffeId) -> Result<CredentialLease, HboneError> {
         let lease = self.lease_with(id, FirstIdentity::Required);
         lease.first().await?;
         Ok(lease)
     }
 
-    /// Leases the credentials of `id` without waiting for the first certificate, which is requested
-    /// until it is issued.
+    /// Leases the credentials of `id` without waiting. The first certificate is requested until it
+    /// is issued.
     pub(crate) fn lease_awaited(&self, id: &SpiffeId) -> CredentialLease {
         self.lease_with(id, FirstIdentity::Awaited)
     }
@@ -148,7 +148,7 @@ impl Rotation {
     async fn started(&self) -> Started {
         let mut started = self.started.clone();
         let outcome = started.wait_for(Option::is_some).await.ok().and_then(|one| one.clone());
-        // The task ends without an outcome only by a panic.
+        // Without a result, the task has panicked.
         outcome.unwrap_or(Err(HboneError::RotationEnded))
     }
 }
@@ -160,11 +160,10 @@ impl Drop for Rotation {
 }
 
 impl CredentialLease {
-    /// Waits for the first certificate and follows the credentials from then on. What it returns
-    /// does not keep the rotation running.
+    /// Waits for the first certificate and returns a receiver of the credentials. The receiver does
+    /// not keep the rotation running.
     ///
-    /// # Errors
-    /// The rotation could not start.
+    /// # Errors The rotation could not start.
     pub(crate) async fn first(&self) -> Result<watch::Receiver<Credentials>, HboneError> {
         if let Some(credentials) = self.issued() {
             return Ok(credentials.clone());
@@ -172,7 +171,7 @@ impl CredentialLease {
         self.rotation.started().await
     }
 
-    /// The credentials; `None` while the first certificate is awaited.
+    /// The credentials; `None` until the first certificate is issued.
     pub(crate) fn issued(&self) -> Option<&watch::Receiver<Credentials>> {
         if let Some(credentials) = self.credentials.get() {
             return Some(credentials);
@@ -182,7 +181,7 @@ impl CredentialLease {
         Some(self.credentials.get_or_init(|| credentials.clone()))
     }
 
-    /// The identity of the current certificate, or of the awaited one.
+    /// The identity of the current certificate, or of the requested one.
     pub(crate) fn identity(&self) -> SpiffeId {
         match self.issued() {
             Some(credentials) => credentials.borrow().identity().spiffe_id().clone(),
@@ -190,15 +189,15 @@ impl CredentialLease {
         }
     }
 
-    /// Whether the current certificate, or the awaited one, is for `id`.
-    pub(crate) fn prove(&self, id: &SpiffeId) -> bool {
+    /// Whether the current certificate, or the requested one, is for `id`.
+    pub(crate) fn proves(&self, id: &SpiffeId) -> bool {
         match self.issued() {
             Some(credentials) => credentials.borrow().identity().spiffe_id() == id,
             None => self.rotation.id == *id,
         }
     }
 
-    /// Whether the current certificate has expired; `None` while the first one is awaited.
+    /// Whether the current certificate has expired; `None` until the first one is issued.
     pub(crate) fn is_expired(&self) -> Option<bool> {
         let expires = self.issued()?.borrow().identity().expires();
         Some(expires <= SystemTime::now())
@@ -217,12 +216,12 @@ mod tests {
 
     use super::*;
 
-    /// Issues from a local CA, and counts.
+    /// A local CA that counts its sources and events.
     #[derive(Debug)]
     struct LocalCa {
         settings: LocalCaSettings,
         issued: AtomicUsize,
-        /// Dropped with the sources.
+        /// One receiver for each source, closed when the source is dropped.
         sources: Mutex<Vec<oneshot::Receiver<()>>>,
     }
 
@@ -266,7 +265,7 @@ mod tests {
         }
     }
 
-    /// A CA whose certificates are valid for an hour.
+    /// A CA whose certificates are valid for an hour, and its identities.
     fn local_ca(name: &str) -> (Folder, Arc<LocalCa>, Identities) {
         let dir = std::env::temp_dir().join(format!("identities-{name}-{}", std::process::id()));
         CertificateAuthority::init(&dir, "td".parse().unwrap()).unwrap();
@@ -297,7 +296,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn rotation_ends_with_its_last_lease_and_starts_again_with_the_next() {
+    async fn credential_rotation_ends_with_last_lease_and_restarts_with_next() {
         let (_folder, ca, identities) = local_ca("last");
         let web = id("web");
         let one = identities.lease(&web).await.unwrap();
@@ -313,14 +312,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn awaited_lease_gets_first_certificate_once_ca_answers() {
+    async fn lease_without_certificate_gets_it_once_ca_responds() {
         let (folder, ca, identities) = local_ca("awaited");
         let (web, key, kept) = (id("web"), folder.0.join("ca.key"), folder.0.join("kept"));
         std::fs::rename(&key, &kept).unwrap();
         let lease = identities.lease_awaited(&web);
         let waited = tokio::time::timeout(Duration::from_secs(5), lease.first()).await;
         assert!(waited.is_err() && lease.issued().is_none() && lease.is_expired().is_none());
-        assert!(lease.prove(&web) && lease.identity() == web, "the identity is known before");
+        assert!(lease.proves(&web) && lease.identity() == web, "the identity is known before");
         std::fs::rename(&kept, &key).unwrap();
         let credentials = lease.first().await.unwrap();
         assert_eq!(credentials.borrow().identity().spiffe_id(), &web);
@@ -329,7 +328,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn failed_start_is_reported_to_every_lease_and_tried_again_by_the_next() {
+    async fn failed_rotation_start_fails_every_lease_and_is_retried_by_next_lease() {
         let (folder, ca, identities) = local_ca("failed");
         let (web, key, kept) = (id("web"), folder.0.join("ca.key"), folder.0.join("kept"));
         std::fs::rename(&key, &kept).unwrap();
@@ -340,17 +339,17 @@ mod tests {
         identities.lease(&web).await.unwrap();
     }
 
-    /// Panics instead of issuing.
+    /// An issuer whose source panics instead of issuing.
     #[derive(Debug)]
-    struct Broken;
+    struct PanickingIssuer;
 
-    impl IdentitySource for Broken {
+    impl IdentitySource for PanickingIssuer {
         fn next(&mut self) -> NextIdentity<'_> {
             Box::pin(async { panic!("of a source") })
         }
     }
 
-    impl Issuer for Broken {
+    impl Issuer for PanickingIssuer {
         fn source(&self, _: &SpiffeId) -> Box<dyn IdentitySource> {
             Box::new(Self)
         }
@@ -363,10 +362,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn panic_of_rotation_fails_its_lease_and_is_reported() {
+    async fn panicking_rotation_fails_its_lease_and_reports_the_panic() {
         let (supervisor, mut failures) = Supervisor::new();
         let (trust, watcher) = (TrustSettings::default(), FileWatcher::default());
-        let identities = Identities::new(Arc::new(Broken), &trust, &watcher, supervisor).unwrap();
+        let identities =
+            Identities::new(Arc::new(PanickingIssuer), &trust, &watcher, supervisor).unwrap();
         let lease = identities.lease(&id("web")).await;
         assert!(matches!(lease, Err(HboneError::RotationEnded)), "{lease:?}");
         let failure = failures.next().await.to_string();

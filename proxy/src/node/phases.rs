@@ -1,19 +1,19 @@
 //! The phases of one pod, from its bound listeners to its removal.
 //!
 //! ```text
-//! BoundPod      listeners bound in its namespace; dropping it leaves nothing behind
-//!   │ guard     rules installed
+//! BoundPod      listeners bound in the pod's namespace; nothing else is changed
+//!   │ guard     install the rules
 //! GuardedPod    from here on the rules stay if the process ends: fail closed
-//!   │ open      listeners dealt to the workers
+//!   │ open      give the listeners to the workers
 //! OpenPod       accepts connections; its rules are not tested yet
 //!   │ test, watch
 //! ServingPod    rules tested and watched
-//!   │ drain     listeners closed, connections ended or terminated
-//!   │ leave     rules kept or removed, as `interception.on_exit` says
+//!   │ drain     close the listeners; wait for connections, then terminate the rest
+//!   │ leave     keep or remove the rules according to `interception.on_exit`
 //! ```
 //!
-//! Each phase owns what it undoes. A phase that fails undoes what it did and returns why: an error
-//! concerns this pod alone. `run`, the node daemon and the tests use the same phases.
+//! Each phase owns the resources that it must release. A phase that fails releases them and returns
+//! an error that concerns only this pod. `run`, the node daemon and the tests use these phases.
 
 mod bound;
 mod guarded;

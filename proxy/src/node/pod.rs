@@ -1,4 +1,4 @@
-//! A pod: the state that belongs to one workload and its network namespace.
+//! A pod: the state of one workload and its network namespace.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -21,8 +21,7 @@ use crate::node::identities::CredentialLease;
 use crate::node::sockets::PodSockets;
 use crate::rules::self_test::SelfTest;
 
-/// Distinguishes the pods of this process. An id is never used again, unlike an address in memory
-/// or a name.
+/// A process-wide unique id of a pod. Unlike a memory address or a name it is never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct PodId(u64);
 
@@ -33,34 +32,34 @@ impl PodId {
     }
 }
 
-/// One pod. Its connections and tunnels hold it, so that it ends with the last of them.
+/// One pod. Its connections and tunnels own it, so it ends with the last of them.
 #[derive(Debug)]
 pub(crate) struct Pod {
     pub(crate) id: PodId,
-    /// The pod's own workload, and the settings that permits depend on.
+    /// The inputs of policy decisions: the pod's own workload, and settings.
     pub(crate) context: PolicyContext,
-    /// Limits of its connections.
+    /// The limits of the pod's connections.
     pub(crate) limits: PodLimits,
-    /// The sockets to connect with, which the rules of this pod let pass.
+    /// The sockets for upstream connections, which the pod's rules do not capture.
     pub(crate) sockets: Arc<PodSockets>,
     /// The current certificate and trust bundle; `None` without a certificate.
     pub(crate) credentials: Option<CredentialLease>,
-    /// The endpoints of services to which this pod could not connect.
+    /// The endpoints of services to which connections from this pod failed.
     pub(crate) endpoints: Arc<EndpointHealth>,
     pub(crate) self_test: SelfTest,
-    /// The interception settings, which a reload changes.
+    /// The current interception settings; a reload changes them.
     pub(crate) interception: watch::Receiver<InterceptionSettings>,
     /// Counts and terminates the connections, tunnels and streams of the pod.
     pub(crate) connections: Registries<Decision>,
-    /// Answers whether an address is the pod's own.
+    /// Asks the kernel whether an address is the pod's own.
     pub(crate) local: LocalAddresses,
-    /// Cancelled when the pod or the process drains: its tunnels take no new streams.
+    /// Cancelled when the pod or the process drains: tunnels then accept no new streams.
     pub(crate) closing: CancellationToken,
-    /// Counts its seats, which hold its tunnels.
+    /// Counts the pod's seats, which own its tunnels.
     pub(crate) seats: TaskTracker,
 }
 
-/// How the sockets of a pod are made.
+/// The options of a pod's sockets.
 pub(crate) fn pod_sockets(settings: &Settings) -> Sockets {
     Sockets::new(&settings.interception, ipv6_available())
         .with_keepalive(settings.timeouts.keepalive)
@@ -93,14 +92,14 @@ impl Pod {
         })
     }
 
-    /// The identity of the current certificate.
     pub(crate) fn identity(&self) -> Option<SpiffeId> {
         self.credentials.as_ref().map(CredentialLease::identity)
     }
 
-    /// Whether the pod can be `workload`: a pod that proves another identity only has its address.
+    /// Whether the pod's certificate allows it to be `workload`. Without this identity only its
+    /// address matches.
     pub(crate) fn can_be(&self, workload: &Workload) -> bool {
-        self.credentials.as_ref().is_none_or(|credentials| credentials.prove(&workload.identity))
+        self.credentials.as_ref().is_none_or(|credentials| credentials.proves(&workload.identity))
     }
 
     /// Whether the identity of the pod's certificate is that of `workload`.
@@ -108,9 +107,8 @@ impl Pod {
         self.credentials.is_some() && self.can_be(workload)
     }
 
-    /// Whether connections go out of the pod that are not the workload's own: those of virtual
-    /// machines and containers, and those that an ingress gateway sends from its clients'
-    /// addresses.
+    /// Whether outbound connections may have another source than the workload: a virtual machine or
+    /// container in the pod, or a client of an ingress gateway that keeps client addresses.
     pub(crate) fn accepts_foreign_sources(&self) -> bool {
         let settings = self.interception.borrow();
         settings.ingress || !settings.virtual_interfaces.is_empty()

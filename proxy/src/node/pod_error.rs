@@ -1,4 +1,4 @@
-//! Why a pod cannot be served.
+//! Errors of serving a pod.
 
 use std::borrow::Cow;
 use std::io;
@@ -10,7 +10,7 @@ use underpass_interception::{Difference, InterceptionError};
 
 use crate::rules::self_test::SelfTestError;
 
-/// Why a pod cannot be served. It concerns this pod alone.
+/// The error of serving a pod. It concerns only this pod.
 #[derive(Debug, Error)]
 pub(crate) enum PodError {
     #[error(transparent)]
@@ -28,14 +28,14 @@ pub(crate) enum PodError {
         /// Possible causes.
         suspects: Vec<String>,
     },
-    #[error("the workers cannot wait for its connections")]
+    #[error("the workers cannot accept the pod's connections")]
     Accept(#[source] io::Error),
     #[error("the installed rules differ from those of the settings: {0}")]
     Changed(Difference),
 }
 
 impl PodError {
-    /// A self-test that could not run.
+    /// The error of a self-test that could not run.
     pub(crate) fn self_test(error: SelfTestError) -> Self {
         Self::SelfTest { error, suspects: Vec::new() }
     }

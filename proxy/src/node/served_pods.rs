@@ -1,5 +1,5 @@
-//! The pods that the process serves, by namespace and name: the possible ends of a delivery on the
-//! same node.
+//! The served pods of the process by namespace and name: the possible destinations of a delivery on
+//! the same node.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
@@ -8,15 +8,15 @@ use underpass_config::Workload;
 
 use crate::node::pod::{Pod, PodId};
 
-/// The served pods. A pod is in it from when it accepts connections until it is removed.
+/// The served pods. A pod is included from its first accept until its removal.
 #[derive(Debug, Default)]
 pub(crate) struct ServedPods(RwLock<ByNamespaceAndName>);
 
-/// Several pods have one name while one replaces the other.
+/// During a replacement, two pods have the same name.
 type ByNamespaceAndName = HashMap<String, HashMap<String, Vec<Weak<Pod>>>>;
 
 impl ServedPods {
-    /// Adds `pod`, unless it is in the table already.
+    /// Adds `pod` unless it is already included.
     pub(crate) fn add(&self, pod: &Arc<Pod>) {
         let own = &pod.context.own;
         let mut pods = self.write();
@@ -39,8 +39,8 @@ impl ServedPods {
         pods.retain(|_, of_namespace| !of_namespace.is_empty());
     }
 
-    /// The newest pod that has the namespace, name and network of `workload`, a certificate of its
-    /// identity, and is not draining.
+    /// The newest pod that is `workload`: it has its namespace, name and network, proves its
+    /// identity, and does not drain.
     pub(crate) fn proven(&self, workload: &Workload) -> Option<Arc<Pod>> {
         let pods = self.read();
         let named = pods.get(&*workload.namespace)?.get(&*workload.name)?;
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn table_has_each_served_pod_once_until_it_is_removed_or_dropped() {
+    async fn served_pod_is_listed_once_until_it_is_removed_or_dropped() {
         let (pods, one, other) = (ServedPods::default(), pod(&[]), pod(&[]));
         for added in [&one, &one, &other] {
             pods.add(added);

@@ -1,9 +1,9 @@
-//! The sockets that a pod connects with, opened in its namespace by the namespaces thread.
+//! The sockets for a pod's upstream connections, opened in its namespace by the namespaces thread.
 //!
-//! Opening a socket takes a hop to that thread. So that a connection does not pay for it, sockets
-//! are opened in batches ahead of demand: the stock. Only connections in quick succession make one.
-//! A batch grows with the rate of connections, shrinks with it, and is closed after a second
-//! without any: a pod at rest holds no socket.
+//! Opening a socket takes a message to that thread and back. So that a connection does not wait for
+//! it, sockets are opened in batches ahead of demand: the stock. Two connections in quick
+//! succession start a stock. The batch grows and shrinks with the rate of connections. After a
+//! second without a connection the stock is closed, so that an idle pod holds no socket.
 
 use std::collections::VecDeque;
 use std::io;
@@ -22,33 +22,35 @@ use underpass_interception::{
 
 use crate::limits::{Descriptors, FdPermit};
 
-/// The stock is closed after this time without a connection, and begins with two connections within
-/// it.
-const IDLE: Duration = Duration::from_secs(1);
+/// The stock starts with two connections within this time, and is closed after this time without
+/// one.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The size of the first batch.
-const SMALLEST: usize = 4;
-/// The largest batch, and so the most that a pod has of one kind.
-const LARGEST: usize = 64;
-/// A batch is at most this part of all descriptors: with few of them, connections need them more.
-const PART_OF_DESCRIPTORS: usize = 32;
-/// A batch that lasts for less than this is followed by one of twice its size.
-const GROW_WITHIN: Duration = Duration::from_millis(50);
+const MIN_BATCH: usize = 4;
+/// The maximum size of a batch, and so of the stock of one kind.
+const MAX_BATCH: usize = 64;
+/// A batch has at most this fraction of the file descriptors (one 32nd), so that connections keep
+/// most of them.
+const DESCRIPTORS_PER_STOCK_SOCKET: usize = 32;
+/// A batch that is used up within this time is followed by one of twice its size.
+const GROW_IF_USED_WITHIN: Duration = Duration::from_millis(50);
 
-/// The sockets of one pod. Workers share it.
+/// The sockets of one pod, shared by the workers.
 #[derive(Debug)]
 pub(crate) struct PodSockets {
     access: NamespaceAccess,
     sockets: Sockets,
-    /// Sockets of the stock count, as long as connections leave plenty.
+    /// The limits that count the sockets of the stock. The stock shrinks when connections need
+    /// descriptors.
     descriptors: Descriptors,
-    /// The largest batch.
-    largest: usize,
-    /// One for each family and role.
+    /// The maximum size of a batch.
+    max_batch: usize,
+    /// One stock for each address family and role.
     stocks: [SharedStock; 4],
     closed: CancellationToken,
 }
 
-/// The stock of one kind.
+/// The stock of one address family and role.
 #[derive(Debug, Default)]
 struct SharedStock {
     stock: Mutex<Stock>,
@@ -57,26 +59,26 @@ struct SharedStock {
 
 #[derive(Debug, Default)]
 struct Stock {
-    /// The oldest first.
+    /// The ready sockets, the oldest first.
     ready: VecDeque<(ReadySocket, FdPermit)>,
-    /// The number of sockets after a refill.
+    /// The number of sockets that a refill opens.
     batch: usize,
-    /// Whether a task refills it.
-    kept: bool,
-    /// Whether the task has been notified to refill.
+    /// Whether a task refills the stock.
+    has_refiller: bool,
+    /// Whether that task has been asked to refill.
     refill_requested: bool,
-    /// Whether a socket was taken since that task looked.
+    /// Whether a socket was taken since that task last checked.
     taken: bool,
-    /// When a connection last found the stock empty.
+    /// The last time that a connection found the stock empty.
     missed: Option<Instant>,
 }
 
 /// The result of taking a socket from the stock.
-enum Found {
+enum TakenSocket {
     Ready(ReadySocket),
     Nothing {
         /// Whether the caller has to start the task that refills the stock.
-        keep: bool,
+        start_refiller: bool,
     },
 }
 
@@ -86,12 +88,11 @@ impl PodSockets {
         sockets: Sockets,
         descriptors: Descriptors,
     ) -> Arc<Self> {
-        let largest = LARGEST.min(descriptors.total() / PART_OF_DESCRIPTORS);
+        let max_batch = MAX_BATCH.min(descriptors.total() / DESCRIPTORS_PER_STOCK_SOCKET);
         let (stocks, closed) = (<[SharedStock; 4]>::default(), CancellationToken::new());
-        Arc::new(Self { access, sockets, descriptors, largest, stocks, closed })
+        Arc::new(Self { access, sockets, descriptors, max_batch, stocks, closed })
     }
 
-    /// The options of the sockets.
     pub(crate) fn settings(&self) -> &Sockets {
         &self.sockets
     }
@@ -100,7 +101,7 @@ impl PodSockets {
     ///
     /// # Errors
     ///
-    /// The kernel's, and that the pod has been removed.
+    /// The kernel rejected the connection, or the pod has been removed.
     pub(crate) async fn connect(
         self: &Arc<Self>,
         destination: SocketAddr,
@@ -124,13 +125,13 @@ impl PodSockets {
         socket.connect(destination).await
     }
 
-    /// Closes the stock; no socket is opened any more.
+    /// Closes the stock. Later connections fail.
     pub(crate) fn close(&self) {
         self.closed.cancel();
         self.stocks.iter().for_each(SharedStock::clear);
     }
 
-    /// Ends when the pod is removed.
+    /// Waits for the removal of the pod.
     pub(crate) async fn closed(&self) {
         self.closed.cancelled().await;
     }
@@ -138,11 +139,11 @@ impl PodSockets {
     async fn take(self: &Arc<Self>, kind: SocketKind) -> io::Result<ReadySocket> {
         let shared = self.shared(kind);
         self.check_open()?;
-        let keep = match shared.take(self.largest) {
-            Found::Ready(socket) => return Ok(socket),
-            Found::Nothing { keep } => keep,
+        let start_refiller = match shared.take(self.max_batch) {
+            TakenSocket::Ready(socket) => return Ok(socket),
+            TakenSocket::Nothing { start_refiller } => start_refiller,
         };
-        if keep {
+        if start_refiller {
             let refiller = Refiller { sockets: self.clone(), kind };
             tokio::spawn(log_panic("stock of sockets", refiller.run()));
         }
@@ -175,21 +176,23 @@ impl SharedStock {
         self.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self, largest: usize) -> Found {
+    fn take(&self, max_batch: usize) -> TakenSocket {
         let mut stock = self.stock();
         let ready = stock.ready.pop_front();
         stock.taken = true;
-        if stock.kept && !stock.refill_requested && stock.ready.len() <= stock.batch / 2 {
+        if stock.has_refiller && !stock.refill_requested && stock.ready.len() <= stock.batch / 2 {
             stock.refill_requested = true;
             self.low.notify_one();
         }
         let Some((socket, _held)) = ready else {
-            return Found::Nothing { keep: largest >= SMALLEST && stock.record_miss() };
+            return TakenSocket::Nothing {
+                start_refiller: max_batch >= MIN_BATCH && stock.record_miss(),
+            };
         };
-        Found::Ready(socket)
+        TakenSocket::Ready(socket)
     }
 
-    /// Closes the stock.
+    /// Closes the sockets of the stock.
     fn clear(&self) {
         let ready = std::mem::take(&mut self.stock().ready);
         drop(ready);
@@ -197,22 +200,23 @@ impl SharedStock {
 }
 
 impl Stock {
-    /// Whether to begin a stock, since connections come in quick succession.
+    /// Records a connection that found the stock empty. Returns whether to start a stock, because
+    /// connections come in quick succession.
     fn record_miss(&mut self) -> bool {
-        if self.kept {
+        if self.has_refiller {
             return false;
         }
         let now = Instant::now();
         let last = self.missed.replace(now);
-        self.kept = last.is_some_and(|last| now.duration_since(last) < IDLE);
-        if self.kept {
-            self.batch = SMALLEST;
+        self.has_refiller = last.is_some_and(|last| now.duration_since(last) < IDLE_TIMEOUT);
+        if self.has_refiller {
+            self.batch = MIN_BATCH;
         }
-        self.kept
+        self.has_refiller
     }
 }
 
-/// Refills the stock of one kind until it has been idle.
+/// Refills the stock of one address family and role until it is idle.
 struct Refiller {
     sockets: Arc<PodSockets>,
     kind: SocketKind,
@@ -221,24 +225,24 @@ struct Refiller {
 impl Refiller {
     async fn run(self) {
         let closed = self.sockets.closed.clone();
-        let keep = async { while self.refill().await {} };
+        let start_refiller = async { while self.refill().await {} };
         tokio::select! {
-            () = keep => {}
+            () = start_refiller => {}
             () = closed.cancelled() => {}
         }
     }
 
-    /// Refills the stock and waits until it needs another refill; `false` when it has been idle.
+    /// Refills the stock and waits until it needs another refill; `false` once the stock is idle.
     async fn refill(&self) -> bool {
         let shared = self.sockets.shared(self.kind);
         self.fill(shared).await;
         let filled = Instant::now();
-        let is_low = timeout(IDLE, shared.low.notified()).await.is_ok();
+        let is_low = timeout(IDLE_TIMEOUT, shared.low.notified()).await.is_ok();
         let mut stock = shared.stock();
-        if is_low && filled.elapsed() < GROW_WITHIN {
-            stock.batch = (stock.batch * 2).min(self.sockets.largest);
+        if is_low && filled.elapsed() < GROW_IF_USED_WITHIN {
+            stock.batch = (stock.batch * 2).min(self.sockets.max_batch);
         } else if !is_low {
-            stock.batch = (stock.batch / 2).max(SMALLEST);
+            stock.batch = (stock.batch / 2).max(MIN_BATCH);
         }
         let surplus = stock.ready.len().saturating_sub(stock.batch);
         let closed: Vec<_> = stock.ready.drain(..surplus).collect();
@@ -263,14 +267,14 @@ impl Refiller {
         stock.refill_requested = false;
         match opened {
             Ok(opened) => stock.ready.extend(opened.into_iter().zip(held)),
-            // The connection that opens a socket for itself reports it.
-            Err(error) => tracing::debug!(%error, "no sockets can be opened ahead of demand"),
+            // The connection that then opens a socket for itself reports the error.
+            Err(error) => tracing::debug!(%error, "cannot open sockets ahead of demand"),
         }
     }
 }
 
 impl Drop for Refiller {
-    /// Allows another refiller, also when the runtime drops the task.
+    /// Allows another refiller, also if the runtime drops the task.
     fn drop(&mut self) {
         let shared = self.sockets.shared(self.kind);
         let stock = std::mem::take(&mut *shared.stock());
@@ -292,11 +296,11 @@ mod tests {
 
     /// Performs operations in the current namespace, and counts the batches of sockets.
     #[derive(Debug, Default)]
-    struct Counting {
+    struct CountingNamespace {
         batches: Mutex<Vec<usize>>,
     }
 
-    impl PrivilegedOperations for Counting {
+    impl PrivilegedOperations for CountingNamespace {
         fn perform(&self, request: Request) -> ReplyFuture {
             let Request::OpenSockets { sockets, kind, count } = request else {
                 let error = InterceptionError::UnexpectedReply(format!("{request:?}"));
@@ -311,7 +315,7 @@ mod tests {
     }
 
     struct Scene {
-        counting: Arc<Counting>,
+        counting: Arc<CountingNamespace>,
         sockets: Arc<PodSockets>,
         descriptors: Descriptors,
         listener: TcpListener,
@@ -348,48 +352,48 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn opens_one_socket_for_each_of_rare_connections() {
+    async fn infrequent_connections_open_one_socket_each() {
         let scene = Scene::new(10_000);
         for _ in 0..3 {
             scene.connect().await;
-            sleep(IDLE).await;
+            sleep(IDLE_TIMEOUT).await;
         }
         assert_eq!((scene.batches(), scene.ready()), (vec![1; 3], 0));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn opens_batches_ahead_of_connections_in_quick_succession() {
+    async fn frequent_connections_open_sockets_in_batches() {
         let scene = Scene::new(10_000);
         for _ in 0..1000 {
             scene.connect().await;
-            // Let the refilling task run.
+            // Lets the refilling task run.
             sleep(Duration::from_millis(1)).await;
         }
         let batches = scene.batches();
         assert!(batches.len() < 50, "few hops for many connections: {batches:?}");
-        assert!(scene.ready() <= LARGEST, "{}", scene.ready());
+        assert!(scene.ready() <= MAX_BATCH, "{}", scene.ready());
         assert_eq!(batches.iter().filter(|batch| **batch == 1).count(), 2, "{batches:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn closes_stock_when_idle() {
+    async fn idle_pod_closes_its_stock_of_sockets() {
         let scene = Scene::new(10_000);
         scene.connect().await;
         scene.connect().await;
         tokio::task::yield_now().await;
-        assert_eq!(scene.ready(), SMALLEST);
-        sleep(IDLE * 3).await;
+        assert_eq!(scene.ready(), MIN_BATCH);
+        sleep(IDLE_TIMEOUT * 3).await;
         assert_eq!(scene.ready(), 0);
         assert_eq!(Arc::strong_count(&scene.sockets), 1, "no task is left");
-        // The next connections open a new stock.
+        // The next connections start a new stock.
         scene.connect().await;
         scene.connect().await;
         tokio::task::yield_now().await;
-        assert_eq!(scene.ready(), SMALLEST);
+        assert_eq!(scene.ready(), MIN_BATCH);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn stock_leaves_descriptors_to_connections() {
+    async fn socket_stock_leaves_descriptors_to_connections() {
         let scene = Scene::new(1000);
         let mut open = Vec::new();
         while let Some(held) = scene.descriptors.spare(1) {
@@ -408,7 +412,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn stock_is_empty_if_descriptors_are_few() {
+    async fn socket_stock_stays_empty_if_descriptors_are_few() {
         let scene = Scene::new(100);
         for _ in 0..10 {
             scene.connect().await;
@@ -418,12 +422,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn closed_stock_holds_nothing_and_opens_nothing() {
+    async fn closed_socket_stock_is_empty_and_opens_no_sockets() {
         let scene = Scene::new(10_000);
         scene.connect().await;
         scene.connect().await;
         tokio::task::yield_now().await;
-        assert_eq!(scene.ready(), SMALLEST);
+        assert_eq!(scene.ready(), MIN_BATCH);
         scene.sockets.close();
         let to = scene.listener.local_addr().unwrap();
         let refused = scene.sockets.connect(to).await.unwrap_err();

@@ -17,7 +17,7 @@ use crate::node::pod::{Pod, PodId};
 use crate::node::sockets::PodSockets;
 use crate::process::pause_gate::Gates;
 
-/// The settings of a workload `server`, extended by `more`.
+/// The settings of a workload `server`, followed by `more` settings.
 pub(crate) fn settings(more: &[&str]) -> Settings {
     let files =
         "identity.certificate=c.pem identity.key=c.key identity.roots=r.pem workload.name=server";
@@ -26,7 +26,7 @@ pub(crate) fn settings(more: &[&str]) -> Settings {
     sources.load().expect("settings")
 }
 
-/// A pod with these settings, without credentials.
+/// A pod with the settings `more`, without credentials.
 pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
     let settings = settings(more);
     let here = Entered::current().expect("a namespace");
@@ -53,18 +53,18 @@ pub(crate) fn sockets(settings: &Settings) -> Arc<PodSockets> {
     PodSockets::new(access, sockets, Descriptors::new(10_000, 0, 1))
 }
 
-/// A node of this many workers with an empty mesh. Needs a runtime.
+/// A node with this many workers and an empty mesh. Requires a runtime.
 pub(crate) fn node(workers: usize) -> Arc<Node> {
     let mesh = watch::Sender::new(snapshot(1, "workloads: []")).subscribe();
     node_in(workers, mesh)
 }
 
-/// A node of this many workers that follows a mesh. Needs a runtime.
+/// A node with this many workers that follows a mesh. Requires a runtime.
 pub(crate) fn node_in(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>) -> Arc<Node> {
     Arc::new(Node::new(&settings(&[]), workers, mesh, Gates::default(), Arc::default()))
 }
 
-/// A generation of a mesh file with this content.
+/// The mesh of a file with this content, as this generation.
 pub(crate) fn snapshot(generation: u64, mesh: &str) -> Arc<Snapshot> {
     let mesh = Arc::new(Mesh::from_text("mesh", mesh).expect("a mesh"));
     Arc::new(Snapshot::new(mesh, &settings(&[]).workload, generation))

@@ -1,8 +1,9 @@
 //! A data worker: a thread that serves connections of all pods.
 //!
-//! The listeners of a pod are dealt to the workers in turn. The worker that accepts a connection
-//! assigns it, not yet registered with any runtime, to the worker that [`crate::limits::Balance`]
-//! chooses. It stays there: no byte wakes another thread.
+//! The listeners of a pod are distributed to the workers in turn. The accepting worker assigns each
+//! connection to the worker that [`crate::limits::Balance`] selects, before any runtime has
+//! registered the socket. The connection stays on that worker, so that no byte wakes another
+//! thread.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -33,12 +34,11 @@ pub(crate) mod seat;
 pub(crate) struct Worker {
     pub(crate) node: Arc<Node>,
     pub(crate) index: usize,
-    /// The metric series of its connections.
     pub(crate) series: KnownSeries,
-    /// The command channel of each worker, this one included.
+    /// The command channels of all workers, including this one.
     workers: Arc<[mpsc::Sender<WorkerCommand>]>,
-    /// The seats of the pods that have a connection or a tunnel here. Only this worker's thread
-    /// locks it, and never across an await.
+    /// The seats of the pods that have a connection or a tunnel on this worker. Only this worker's
+    /// thread locks it, and never across an await.
     seats: Mutex<HashMap<PodId, Weak<Seat>>>,
 }
 
@@ -52,7 +52,7 @@ impl Worker {
         Arc::new(Self { node, index, series, workers, seats: Mutex::default() })
     }
 
-    /// The seat of `pod`, made if this is the first connection of the pod here.
+    /// The seat of `pod`, created for the first connection of the pod on this worker.
     pub(crate) fn seat(self: &Arc<Self>, pod: &Arc<Pod>) -> Arc<Seat> {
         let known = self.seats().get(&pod.id).and_then(Weak::upgrade);
         known.unwrap_or_else(|| {
@@ -62,10 +62,10 @@ impl Worker {
         })
     }
 
-    /// Called by the seat of `pod` when it ends.
+    /// Removes the seat of `pod`, which is being dropped.
     pub(super) fn forget_seat(&self, pod: PodId) {
         let mut seats = self.seats();
-        // A new seat may have replaced the ended one.
+        // A new seat may have replaced the dropped one.
         if seats.get(&pod).is_some_and(|seat| seat.strong_count() == 0) {
             seats.remove(&pod);
         }
@@ -76,8 +76,7 @@ impl Worker {
         self.seats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a connection to the worker that it is assigned to. Returns it if that worker's queue
-    /// is full.
+    /// Sends a connection to its worker. Returns the connection if that worker's queue is full.
     pub(crate) fn assign(self: &Arc<Self>, assignment: Assignment) -> Option<Assignment> {
         let chosen = assignment.ticket.worker();
         let Some(other) = self.workers.get(chosen).filter(|_| chosen != self.index) else {
@@ -96,7 +95,7 @@ impl Worker {
     /// Serves a connection on this worker until it ends or is terminated.
     pub(crate) fn serve(self: &Arc<Self>, assignment: Assignment) {
         let seat = self.seat(&assignment.pod);
-        // One task type for each kind, so that a connection does not need the memory of a tunnel.
+        // Separate task types: otherwise every connection would need the memory of a tunnel.
         match assignment.accepted.kind {
             Kind::Outbound => {
                 tokio::spawn(log_panic("outbound connection", outbound::serve(seat, assignment)))
@@ -118,8 +117,8 @@ impl Worker {
         }
     }
 
-    /// Terminates the connections that changes of the mesh forbid, for ever. Reports each change in
-    /// order, when those connections have ended.
+    /// Terminates the connections that changes of the mesh forbid, and reports each change when
+    /// they have ended. Never returns.
     pub(crate) async fn enforce(&self, reporter: &Reporter) {
         let mut mesh = self.node.mesh.clone();
         let mut old = mesh.borrow_and_update().clone();
@@ -132,12 +131,12 @@ impl Worker {
                     reporter.applied(generation, terminated);
                     continue;
                 }
-                // The process ends: the mesh is published no longer.
+                // The publisher has ended, because the process ends.
                 else => return std::future::pending().await,
             }
             let new = mesh.borrow_and_update().clone();
             let terminated = self.apply(&old, &new).await;
-            // The next change does not wait until they have ended.
+            // The next change does not wait for the end of these connections.
             let (generation, count) = (new.generation, terminated.count());
             ending.push_back(terminated.end().map(move |()| (generation, count)));
             old = new;
@@ -147,8 +146,8 @@ impl Worker {
     /// Terminates the connections that a change of the mesh forbids.
     async fn apply(&self, old: &Snapshot, new: &Snapshot) -> Terminated {
         self.series.forget();
-        // A connection that is permitted has a seat. One that is permitted from here on is
-        // permitted by `new` or a newer mesh.
+        // A permitted connection has a seat. Connections without one yet will be decided by `new`
+        // or a newer mesh.
         let seats: Vec<_> = self.seats().values().filter_map(Weak::upgrade).collect();
         let mut terminated = Terminated::default();
         for seat in seats {
@@ -174,8 +173,8 @@ mod tests {
         size_of::<F>()
     }
 
-    /// The tasks are most of an idle connection's memory. A single unboxed future doubles their
-    /// size.
+    /// The tasks are most of an idle connection's memory. A single unboxed future would double
+    /// their size.
     #[test]
     fn open_connection_needs_at_most_one_kib() {
         assert!(size(outbound::serve) <= 1024, "{}", size(outbound::serve));
@@ -183,7 +182,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn seat_is_made_by_first_connection_and_ends_with_last() {
+    async fn seat_is_created_by_first_connection_and_dropped_after_last() {
         let (pods, worker) = ([pod(&[]), pod(&[])], Worker::new(node(1), 0, Arc::default()));
         let first = worker.seat(&pods[0]);
         let second = worker.seat(&pods[0]);
@@ -201,7 +200,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn ended_seat_does_not_remove_its_successor() {
+    async fn dropped_seat_does_not_remove_its_successor() {
         let (pod, worker) = (pod(&[]), Worker::new(node(1), 0, Arc::default()));
         let seat = worker.seat(&pod);
         worker.forget_seat(pod.id);
@@ -209,7 +208,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn assign_returns_connection_when_queue_is_full() {
+    async fn full_worker_queue_returns_the_connection() {
         let (sender, mut receiver) = mpsc::channel(1);
         let pod = pod(&[]);
         let worker = Worker::new(node(2), 0, Arc::from([sender.clone(), sender]));

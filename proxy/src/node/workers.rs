@@ -1,4 +1,4 @@
-//! Starts the worker threads, and deals and closes the listeners and tunnels of pods.
+//! Starts the worker threads; distributes and closes listeners and tunnels of pods.
 
 use std::convert::Infallible;
 use std::io;
@@ -27,11 +27,10 @@ use crate::traffic::listeners::Kind;
 const COMMAND_QUEUE: usize = 1024;
 
 /// Timeout for closing the tunnels of a removed pod.
-const TUNNELS_CLOSE: Duration = Duration::from_secs(2);
+const TUNNEL_CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Timeout for the workers to close the listeners of a pod: one that does not answer must not delay
-/// the drain.
-const LISTENERS_CLOSE: Duration = Duration::from_secs(1);
+/// Timeout for closing the listeners of a pod: an unresponsive worker must not delay the drain.
+const LISTENER_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The running workers. Clones share them.
 #[derive(Debug, Clone)]
@@ -42,11 +41,10 @@ pub(crate) struct Workers {
     turn: Arc<AtomicUsize>,
 }
 
-/// The threads of the workers.
+/// The handles of the worker threads, to wait for their end.
 #[derive(Debug)]
 pub(crate) struct WorkerThreads(Vec<WorkerThread>);
 
-/// The thread of one worker.
 #[derive(Debug)]
 struct WorkerThread {
     handle: JoinHandle<()>,
@@ -55,21 +53,21 @@ struct WorkerThread {
 }
 
 impl WorkerThread {
-    /// Waits for the end of the thread without a helper thread, which could fail to start.
+    /// Waits for the end of the thread. A helper thread for this could fail to start.
     async fn join(self) {
         self.end.await.ok();
-        // A panic has been reported to the supervisor.
+        // The supervisor already has a report of a panic.
         self.handle.join().ok();
     }
 }
 
 impl Workers {
     /// Starts `count` workers without listeners and without capabilities. They report the mesh
-    /// generations that they have applied, and a panic of a worker to `supervisor`.
+    /// generations that they have applied, and report panics to `supervisor`.
     ///
     /// # Errors
     ///
-    /// A thread or its runtime cannot be made.
+    /// A thread or its runtime cannot be created.
     pub(crate) fn start(
         node: &Arc<Node>,
         count: usize,
@@ -90,12 +88,12 @@ impl Workers {
         Ok((Self { node: node.clone(), commands, turn: Arc::default() }, threads, reports))
     }
 
-    /// Deals the listeners of `pod` to the workers in turn, and returns when they accept. From now
-    /// on the node serves the pod.
+    /// Distributes the listeners of `pod` to the workers in turn, and returns when they accept.
+    /// From then on the node serves the pod.
     ///
     /// # Errors
     ///
-    /// A worker has ended, or cannot wait for connections.
+    /// A worker has ended, or cannot register a listener.
     pub(crate) async fn add_listeners(
         &self,
         pod: &Arc<Pod>,
@@ -116,8 +114,8 @@ impl Workers {
         Ok(())
     }
 
-    /// Closes the listeners of `pod` at every worker, and returns when they are closed. Its open
-    /// connections go on.
+    /// Closes the listeners of `pod` on every worker, and returns when they are closed. Open
+    /// connections continue.
     pub(crate) async fn remove_listeners(&self, pod: PodId) {
         self.node.pods.remove(pod);
         let remove = async {
@@ -129,11 +127,11 @@ impl Workers {
                 }
             }
         };
-        timeout(LISTENERS_CLOSE, remove).await.ok();
+        timeout(LISTENER_CLOSE_TIMEOUT, remove).await.ok();
     }
 
-    /// Closes the tunnels that a pod has opened, each as its last stream ends; waits at most
-    /// [`TUNNELS_CLOSE`].
+    /// Closes the tunnels that a pod has opened, each when its last stream ends. Waits at most for
+    /// [`TUNNEL_CLOSE_TIMEOUT`].
     pub(crate) async fn close_tunnels(&self, pod: &Pod) {
         pod.seats.close();
         let id = pod.id;
@@ -145,21 +143,21 @@ impl Workers {
             join_all(requests).await;
             pod.seats.wait().await;
         };
-        if timeout(TUNNELS_CLOSE, close).await.is_err() {
-            tracing::warn!(seats = pod.seats.len(), "a removed pod still has tunnels");
+        if timeout(TUNNEL_CLOSE_TIMEOUT, close).await.is_err() {
+            tracing::warn!(seats = pod.seats.len(), "tunnels of a removed pod are still open");
         }
     }
 }
 
 impl WorkerThreads {
-    /// Waits for the end of all threads, which the end of the drain causes.
+    /// Waits for the end of all threads, which end when the drain has ended.
     pub(crate) async fn join(self) {
         join_all(self.0.into_iter().map(WorkerThread::join)).await;
     }
 }
 
-/// Starts a thread that runs the task on a new runtime and ends with it. The runtime is made on the
-/// new thread, because it must be dropped there; a failure to make it is returned.
+/// Starts a thread that runs the task on a new runtime and ends with it. A runtime must be dropped
+/// on the thread that created it, so it is created there; the error is returned.
 fn start_thread<F: Future<Output = ()>>(
     index: usize,
     supervisor: Supervisor,
@@ -216,7 +214,8 @@ mod tests {
         (bound, address)
     }
 
-    /// Whether a connection was accepted. It was not intercepted, so the proxy then resets it.
+    /// Whether the connection was accepted. The proxy accepts and then resets it, because no rule
+    /// captured it.
     async fn is_served(address: SocketAddr) -> bool {
         match TcpStream::connect(address).await {
             Ok(mut client) => client.read_u8().await.is_err(),
@@ -226,7 +225,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn adds_and_removes_listeners_while_other_pod_is_served() {
+    async fn listeners_are_added_and_removed_while_another_pod_is_served() {
         let node = node(2);
         let (workers, threads, _reports) = Workers::start(&node, 2, &Supervisor::new().0).unwrap();
         let [first, second] =
@@ -253,7 +252,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn panic_of_worker_is_reported_and_its_listeners_are_refused() {
+    async fn panicking_worker_is_reported_and_gets_no_more_listeners() {
         let (supervisor, mut failures) = Supervisor::new();
         let thread = start_thread(3, supervisor, || async { panic!("of a worker") }).unwrap();
         assert_eq!(failures.next().await.to_string(), "worker-3 panicked: of a worker");

@@ -1,4 +1,4 @@
-//! Prometheus metrics: the counters of connections are in `series.rs` and `registry.rs`, all others
+//! Prometheus metrics. The counters of connections are in `series.rs` and `registry.rs`, all others
 //! here.
 //!
 //! The `admin` module serves `/metrics`.
@@ -69,7 +69,7 @@ impl Exporter {
     }
 }
 
-/// Installs the recorder of this process.
+/// Installs the metrics recorder of this process.
 pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> {
     let recorder = PrometheusBuilder::new().install_recorder()?;
     describe_counter!(PAUSES, "Pauses of accepting, by the exhausted resource.");
@@ -146,7 +146,7 @@ pub(crate) fn connection_refused(limit: &'static str, listener: &'static str) {
     counter!(REFUSED, "limit" => limit, "listener" => listener).increment(1);
 }
 
-/// Reports how traffic is intercepted, once the rules are installed.
+/// Reports the profile and the backend of the rules, once they are installed.
 pub(crate) fn interception(profile: Profile, backend: Backend) {
     let (profile, backend) = (profile.to_string(), backend.to_string());
     gauge!(INTERCEPTION, "profile" => profile, "backend" => backend).set(1);
@@ -169,7 +169,7 @@ pub(crate) fn kubelet_probes(connections: u64) {
     counter!(PROBES).increment(connections);
 }
 
-/// Counts an inbound connection for an address that is not this namespace's own.
+/// Counts an inbound connection to an address that is not this namespace's own.
 pub(crate) fn not_local() {
     counter!(NOT_LOCAL).increment(1);
 }
@@ -189,7 +189,7 @@ pub(crate) fn foreign_rules(count: usize) {
     gauge!(FOREIGN).set(u32::try_from(count).unwrap_or(u32::MAX));
 }
 
-/// Reports that a certificate of `identity` came into use for `workload`, and when it expires.
+/// Reports the expiry of the certificate that `workload` now uses, with its `identity`.
 pub(crate) fn certificate_renewed(workload: &SpiffeId, identity: &SpiffeId, expires: SystemTime) {
     certificates::in_use(workload, identity, expires);
     counter!(RENEWALS).increment(1);
@@ -201,7 +201,7 @@ pub(crate) fn certificate_ended(workload: &SpiffeId) {
     certificates::ended(workload);
 }
 
-/// Counts a certificate, roots or revocation list that could not be renewed or read.
+/// Counts a certificate, trust bundle or revocation list that could not be renewed or read.
 pub(crate) fn certificate_failed() {
     counter!(RENEWALS_FAILED).increment(1);
 }
@@ -211,7 +211,7 @@ pub(crate) fn handshake_refused(limit: &'static str) {
     counter!(HANDSHAKES_REFUSED, "limit" => limit).increment(1);
 }
 
-/// Counts a failed handshake, and a client that was refused after its handshake.
+/// Counts a handshake that failed, or whose client was then refused.
 pub(crate) fn handshake_failed(reason: &'static str) {
     counter!(HANDSHAKES_FAILED, "reason" => reason).increment(1);
 }
@@ -226,18 +226,18 @@ pub(crate) fn handshake_waits() {
     counter!(HANDSHAKES_WAITED).increment(1);
 }
 
-/// Counts a handshake as under way for as long as the value lives.
+/// Counts a handshake as in progress until the value is dropped.
 pub(crate) fn handshake_in_progress() -> GaugeGuard {
     GaugeGuard::increment(gauge!(HANDSHAKES))
 }
 
-/// Counts a buffer or pipe that a busy connection did not get. `short` is the resource that was
-/// exhausted: `limit` or `pipe`.
+/// Counts a buffer or pipe that a busy connection did not get. `short` is the exhausted resource:
+/// `limit` or `pipe`.
 pub(crate) fn buffer_refused(short: &'static str) {
     counter!(BUFFERS_REFUSED, "short" => short).increment(1);
 }
 
-/// The gauge of the memory that buffers of busy connections take.
+/// The gauge of the memory in buffers of busy connections.
 pub(crate) fn buffer_bytes() -> Gauge {
     // Without refusals the counters are 0, not absent.
     counter!(BUFFERS_REFUSED, "short" => "limit").increment(0);
@@ -273,12 +273,12 @@ pub(crate) fn mesh_refused() {
     counter!(MESH_UPDATES, "result" => "refused").increment(1);
 }
 
-/// Reports how many pods of the node are in this state.
+/// Reports the number of pods in this state.
 pub(crate) fn pods(state: &'static str, count: usize) {
     gauge!(PODS, "state" => state).set(count as f64);
 }
 
-/// Counts a task that failed and is started again.
+/// Counts a restart of a failed task.
 pub(crate) fn task_restarted(task: &'static str) {
     counter!(RESTARTS, "task" => task).increment(1);
 }
@@ -298,7 +298,7 @@ pub(crate) fn tunnel_closed(reason: &'static str) {
     counter!(TUNNELS_CLOSED, "reason" => reason).increment(1);
 }
 
-/// Counts a tunnel as open for as long as the value lives.
+/// Counts a tunnel as open until the value is dropped.
 pub(crate) fn tunnel_open(direction: &'static str) -> GaugeGuard {
     GaugeGuard::increment(gauge!(TUNNELS, "direction" => direction))
 }

@@ -1,7 +1,6 @@
-//! The two ends of a connection: their proven properties, and separately those that are only
-//! claimed.
+//! The two ends of a connection: their proven properties, and apart from these the claimed ones.
 //!
-//! A source address proves nothing: a pod can send from the address of another pod. Neither does
+//! A source address proves nothing: a pod can send from the address of another pod. Nor does
 //! `baggage`, which the peer writes. Both are logged under separate names (`src.claimed.workload`),
 //! and no metric has them as a label.
 
@@ -34,12 +33,12 @@ impl Direction {
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Party {
     pub(crate) address: Option<SocketAddr>,
-    /// The workload: the pod in whose namespace the connection was caught, a peer whose identity
-    /// is that of the workload at its address, or the workload that the route selected.
+    /// The proven workload: the pod in whose namespace the connection was caught, a peer whose
+    /// identity is that of the workload at its address, or the workload that the route selected.
     pub(crate) workload: Option<Arc<Workload>>,
     /// The identity that the TLS handshake has proven.
     pub(crate) identity: Option<SpiffeId>,
-    /// Claims about a party whose workload is not proven.
+    /// A claim about a party whose workload is not proven.
     pub(crate) claim: Option<Claim>,
 }
 
@@ -75,14 +74,14 @@ impl Party {
         Self { address: Some(address), ..Self::default() }
     }
 
-    /// A plaintext client at `address`, which is the only indication of its workload.
+    /// A plaintext client. Its address is the only indication of its workload.
     pub(crate) fn plaintext_client(address: SocketAddr, snapshot: &Snapshot) -> Self {
         let claim = snapshot.workload(address.ip()).cloned().map(Claim::Address);
         Self { claim, ..Self::at(address) }
     }
 
-    /// A client with a proven identity at `address` that sent these headers. It is the workload at
-    /// that address if their identities agree; behind a gateway, a waypoint or NAT they differ.
+    /// A client of a tunnel with a proven identity. It is the workload at its address if their
+    /// identities agree. Behind a gateway, a waypoint or NAT they differ.
     pub(crate) fn tunnel_client(
         address: SocketAddr,
         identity: &SpiffeId,
@@ -168,14 +167,14 @@ mod tests {
         "k8s.cluster.name=Kubernetes,k8s.namespace.name=kube-system,k8s.deployment.name=admin";
 
     #[test]
-    fn proves_workload_whose_address_and_identity_agree() {
+    fn client_is_proven_workload_if_address_and_identity_agree() {
         let web = client("10.0.0.1:1", "web", ADMIN);
         assert_eq!(web.proven_names().workload, Some("web"));
         assert_eq!(web.claimed_names(), Names::default());
     }
 
     #[test]
-    fn workload_at_address_of_other_identity_is_not_named() {
+    fn client_with_another_identity_is_not_attributed_to_workload_at_its_address() {
         let neighbour = client("10.0.0.2:1", "web", "");
         assert_eq!(neighbour.proven_names(), Names::default());
         assert_eq!(neighbour.claimed_names(), Names::default());

@@ -1,8 +1,8 @@
-//! One record per connection: made from the facts that connecting returns, and counted and logged
-//! exactly once, when the connection has ended or could not be opened.
+//! The record of one connection. It is created after connecting, and counted and logged exactly
+//! once: when the connection has ended or could not be opened.
 //!
-//! Names of the access log's fields and of the metrics are ztunnel's, so that dashboards and
-//! parsers keep working. Claims about a party have separate names (`party.rs`).
+//! Fields of the access log and metrics have ztunnel's names, so that dashboards and parsers keep
+//! working. Claims about a party have separate names (`party.rs`).
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::observe::metrics;
 use crate::observe::metrics::{KnownSeries, Labels, Series};
 use crate::observe::party::{Direction, Party};
 
-/// The facts of a connection that are known after connecting, or its failure.
+/// The facts of a connection after it was connected or failed.
 #[derive(Debug, Clone)]
 pub(crate) struct Facts {
     pub(crate) direction: Direction,
@@ -27,7 +27,7 @@ pub(crate) struct Facts {
     pub(crate) service: Option<Arc<Service>>,
     /// The address of the HBONE listener, if a tunnel carries the connection.
     pub(crate) hbone: Option<SocketAddr>,
-    /// The trace ID of the log lines here and at the peer.
+    /// The trace id in the log lines of this proxy and of the peer.
     pub(crate) trace: Option<TraceParent>,
 }
 
@@ -66,7 +66,7 @@ pub(crate) struct ConnectionRecord {
 }
 
 impl ConnectionRecord {
-    /// Counts a connection that was accepted at `accepted` as opened.
+    /// Counts a connection as opened. `accepted` is the time of its accept.
     pub(crate) fn opened(accepted: Instant, facts: Facts, known: &KnownSeries) -> Self {
         let series = known.get(facts.labels());
         series.opened();
@@ -80,14 +80,14 @@ impl ConnectionRecord {
         }
     }
 
-    /// Counts and logs a connection that was accepted at `accepted` and could not be opened.
+    /// Counts and logs a connection that could not be opened. `accepted` is the time of its accept.
     pub(crate) fn failed(accepted: Instant, failure: &ConnectFailure, known: &KnownSeries) {
         Self::count_failure(failure, known);
         Self::log_failure(accepted, failure);
     }
 
-    /// Counts and logs a client that failed to handshake, or was refused by its handshake.
-    /// Unauthenticated clients can cause them, so beyond a rate they are counted but not logged.
+    /// Counts and logs a client whose handshake failed, or which was refused after it.
+    /// Unauthenticated clients can cause these, so beyond a rate they are only counted.
     pub(crate) fn handshake_failed(
         accepted: Instant,
         failure: &ConnectFailure,
@@ -132,15 +132,15 @@ impl ConnectionRecord {
         self.sent.load(Relaxed).wrapping_add(self.received.load(Relaxed))
     }
 
-    /// Closes the record: an opened connection is counted as closed and logged here and nowhere
-    /// else.
+    /// Closes the record: counts an opened connection as closed, and logs it. No other function
+    /// does.
     pub(crate) fn close(mut self, outcome: Result<(), ProxyError>) {
         self.outcome = outcome;
     }
 }
 
 impl Drop for ConnectionRecord {
-    /// A record that was not closed (its task was cancelled) is counted and logged as dropped.
+    /// Counts and logs a record that was not closed, because its task was cancelled, as dropped.
     fn drop(&mut self) {
         let error = self.outcome.as_ref().err();
         self.series.closed(error.map_or(ResponseFlags::None, |error| error.reason().flags));

@@ -1,8 +1,9 @@
-//! Istio's labels and annotations of a pod: whether it is enrolled, and its interception settings.
+//! Istio's labels and annotations of a pod: whether the pod is enrolled, and its interception
+//! settings.
 //!
-//! A value is not interpreted here: the annotations become values of the settings under
-//! `interception`, which the parser of the settings reads. So hostile values, such as an interface
-//! name with arguments of iptables (CVE-2026-23766), are rejected like those of a settings file.
+//! Annotations become values under `interception`, which the parser of the settings validates. So
+//! it also rejects hostile values, such as an interface name with arguments of iptables
+//! (CVE-2026-23766).
 
 use std::fmt;
 
@@ -20,8 +21,8 @@ const INCLUDE_RANGES: &str = "traffic.sidecar.istio.io/includeOutboundIPRanges";
 const INCLUDE_PORTS: &str = "traffic.sidecar.istio.io/includeOutboundPorts";
 const INCLUDE_CIDRS: &str = "outbound.include_cidrs";
 
-/// Annotations and the settings they are values of.
-const SETTINGS: &[(&str, &[&str])] = &[
+/// Annotations, each with the settings that it sets.
+const SETTINGS_BY_ANNOTATION: &[(&str, &[&str])] = &[
     ("istio.io/reroute-virtual-interfaces", &["virtual_interfaces"]),
     ("traffic.sidecar.istio.io/excludeOutboundIPRanges", &["outbound.exclude_cidrs"]),
     (INCLUDE_PORTS, &["outbound.include_ports"]),
@@ -33,16 +34,16 @@ const SETTINGS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// Annotations whose empty value includes nothing, and whose `*` includes all.
-const INCLUSIONS: &[(&str, &str)] = &[
+/// Annotations in which an empty value means nothing, and `*` means everything.
+const INCLUSION_ANNOTATIONS: &[(&str, &str)] = &[
     (INCLUDE_RANGES, INCLUDE_CIDRS),
     ("traffic.sidecar.istio.io/includeInboundPorts", "inbound.include_ports"),
 ];
 
-/// The reason why a pod is not enrolled.
+/// The reason for leaving a pod out of the mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum NotEnrolled {
-    /// Its namespace is one of `node.exempt_namespaces`.
+pub(crate) enum ExemptReason {
+    /// Its namespace is in `node.exempt_namespaces`.
     ExemptNamespace,
     /// The label `istio.io/dataplane-mode: none`.
     OptedOut,
@@ -50,7 +51,7 @@ pub(crate) enum NotEnrolled {
     HasSidecar,
 }
 
-impl fmt::Display for NotEnrolled {
+impl fmt::Display for ExemptReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::ExemptNamespace => f.write_str("node.exempt_namespaces contains its namespace"),
@@ -60,23 +61,23 @@ impl fmt::Display for NotEnrolled {
     }
 }
 
-/// Whether the settings of the node, or labels and annotations, exclude the pod.
-pub(crate) fn exclusion(
+/// The reason not to enrol the pod, from the node's settings and the pod's labels and annotations.
+pub(crate) fn exemption(
     facts: &PodFacts,
     node: &NodeSettings,
-) -> Result<Option<NotEnrolled>, FactsError> {
+) -> Result<Option<ExemptReason>, FactsError> {
     if let Some(PodSourceSettings::Zds(_)) = node.pods {
-        // The agent has selected its pods, and their rules are installed.
+        // The node agent has already selected its pods and installed their rules.
         return Ok(None);
     }
     if node.exempt_namespaces.contains(&facts.namespace) {
-        return Ok(Some(NotEnrolled::ExemptNamespace));
+        return Ok(Some(ExemptReason::ExemptNamespace));
     }
     let mode = facts.labels.get(DATAPLANE_MODE);
     match mode.map(String::as_str) {
-        Some("none") => Ok(Some(NotEnrolled::OptedOut)),
+        Some("none") => Ok(Some(ExemptReason::OptedOut)),
         Some("ambient") | None => {
-            Ok(facts.annotations.contains_key(SIDECAR_STATUS).then_some(NotEnrolled::HasSidecar))
+            Ok(facts.annotations.contains_key(SIDECAR_STATUS).then_some(ExemptReason::HasSidecar))
         }
         Some(other) => Err(FactsError::Metadata {
             kind: "label",
@@ -87,7 +88,7 @@ pub(crate) fn exclusion(
     }
 }
 
-/// The interception settings that the annotations contain. `node` are those of the node.
+/// The pod's interception settings: those of `node`, with the values of the annotations.
 pub(crate) fn interception(
     facts: &PodFacts,
     node: &InterceptionSettings,
@@ -95,20 +96,21 @@ pub(crate) fn interception(
     refuse_dns_capture(facts)?;
     let annotation = |key: &str| facts.annotations.get(key).map(|value| value.trim());
     let mut overlay = InterceptionOverlay::empty();
-    for (key, settings) in SETTINGS {
+    for (key, settings) in SETTINGS_BY_ANNOTATION {
         if let Some(value) = annotation(key) {
             settings.iter().for_each(|setting| overlay.set(setting, value, key));
         }
     }
-    for (key, setting) in INCLUSIONS {
+    for (key, setting) in INCLUSION_ANNOTATIONS {
         if let Some(value) = annotation(key) {
             overlay.set(setting, if value.is_empty() { "none" } else { value }, key);
         }
     }
     if let Some(value) = annotation(BYPASS_INBOUND) {
-        overlay.set("ingress", as_flag(value), BYPASS_INBOUND);
+        overlay.set("ingress", normalized_bool(value), BYPASS_INBOUND);
     }
-    // Istio's included ports add to the included ranges; alone in our settings they replace them.
+    // In Istio included ports add to the included ranges; in these settings they would replace the
+    // ranges.
     if annotation(INCLUDE_PORTS).is_some() && annotation(INCLUDE_RANGES).is_none() {
         overlay.set(
             INCLUDE_CIDRS,
@@ -119,10 +121,11 @@ pub(crate) fn interception(
     Ok(overlay)
 }
 
-/// Without a DNS proxy, enrolling the pod would break its promise to capture queries.
+/// There is no DNS proxy: an enrolled pod's queries would not be captured as the annotation
+/// demands.
 fn refuse_dns_capture(facts: &PodFacts) -> Result<(), FactsError> {
     let Some(value) = facts.annotations.get(DNS_CAPTURE) else { return Ok(()) };
-    if as_flag(value) == "false" {
+    if normalized_bool(value) == "false" {
         return Ok(());
     }
     Err(FactsError::Metadata {
@@ -133,8 +136,8 @@ fn refuse_dns_capture(facts: &PodFacts) -> Result<(), FactsError> {
     })
 }
 
-/// Istio parses booleans as Go's `strconv.ParseBool` does.
-fn as_flag(value: &str) -> &str {
+/// Istio parses booleans with Go's `strconv.ParseBool`.
+fn normalized_bool(value: &str) -> &str {
     match value.trim() {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => "true",
         "0" | "f" | "F" | "false" | "FALSE" | "False" => "false",

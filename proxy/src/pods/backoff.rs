@@ -1,9 +1,9 @@
-//! The wait before the next attempt of something that failed: it doubles up to a maximum, with
-//! jitter so that the nodes of a cluster do not retry at the same moment.
+//! The back-off after failures: it doubles up to a maximum. Jitter keeps the nodes of a cluster
+//! from retrying at the same moment.
 
 use std::time::Duration;
 
-/// Each wait is shortened by up to this part.
+/// The maximum fraction by which jitter shortens a wait.
 const JITTER: f64 = 0.25;
 
 /// The wait after `failures` earlier consecutive failures: from `first` to `longest`, less the
@@ -13,7 +13,7 @@ pub(crate) fn wait(first: Duration, longest: Duration, failures: u32, chance: f6
     doubled.min(longest).mul_f64(1.0 - JITTER * chance)
 }
 
-/// The waits of one series of failures.
+/// The waits during a series of consecutive failures.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     first: Duration,
@@ -22,7 +22,7 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// Waits from `first` up to `longest`.
+    /// Creates a back-off that waits from `first` up to `longest`.
     pub(crate) fn new(first: Duration, longest: Duration) -> Self {
         Self { first, longest, failures: 0 }
     }
@@ -34,7 +34,7 @@ impl Backoff {
         wait
     }
 
-    /// Starts a new series after a success.
+    /// Ends the series, after a success.
     pub(crate) fn reset(&mut self) {
         self.failures = 0;
     }

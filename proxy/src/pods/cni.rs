@@ -1,13 +1,14 @@
-//! Pods that the container runtime adds by a chained CNI plugin.
+//! The source of pods that the container runtime reports through a chained CNI plugin.
 //!
 //! ```text
 //! runtime ─▶ underpass cni (plugin) ─ socket ─▶ server ─▶ ledger ─▶ PodRegistry
 //!                                                           └─▶ store: for the next process
 //! ```
 //!
-//! In reading order: `attachment` has the names, `protocol` the messages of the plugin, `server`
-//! answers them, `ledger` knows the attachments, `facts` what the mesh says about a pod. `store`
-//! keeps pods across restarts, `install` puts the plugin into place, and `upkeep` keeps it there.
+//! In reading order: `attachment` defines names, and `protocol` the messages between plugin and
+//! daemon. `server` answers the plugin, `ledger` tracks the attachments, and `facts` looks pods up
+//! in the mesh. `store` keeps pods across restarts. `install` installs the plugin, and `upkeep`
+//! keeps it installed.
 
 pub(crate) mod attachment;
 mod facts;
@@ -41,16 +42,16 @@ use crate::pods::registry::PodRegistry;
 use crate::pods::source::{PodSource, SourceEnd, SourceHealth, SourceRun};
 use crate::process::take_over::control_socket::ControlSocket;
 
-/// The pods of the plugin.
+/// Receives pods from the CNI plugin.
 #[derive(Debug)]
 pub(crate) struct CniSource {
     socket: PathBuf,
     facts: FactFinder,
-    /// `None` if the operator installs the plugin.
+    /// Keeps the plugin installed; `None` if the operator installs it.
     upkeep: Option<Upkeep>,
 }
 
-/// Why the daemon cannot answer the plugin.
+/// Why the daemon cannot serve the plugin.
 #[derive(Debug, Error)]
 enum CniError {
     #[error("cannot listen on {socket}", socket = socket.display())]
@@ -62,7 +63,7 @@ enum CniError {
 }
 
 impl CniSource {
-    /// The plugin connects to `socket`. `mesh` has the service accounts of pods.
+    /// Serves the plugin on `socket`. `mesh` provides the service accounts of pods.
     pub(crate) fn new(
         settings: &Settings,
         socket: PathBuf,
@@ -86,12 +87,12 @@ impl CniSource {
         registry: PodRegistry,
         health: SourceHealth,
     ) -> Result<Infallible, CniError> {
-        // Before the first call, so that a call for a stored pod finds it.
+        // Load the stored pods before the first call, which may be for one of them.
         let socket = ControlSocket::bind(&self.socket, None)
             .map_err(|source| CniError::Listen { socket: self.socket.clone(), source })?;
         let store = Store::open(self.socket.with_extension("pods"))?;
         let ledger = Arc::new(Ledger::new(registry, self.facts, store, namespace_file::open));
-        // Ended when this future is dropped.
+        // Dropping this future ends the tasks.
         let mut tasks = JoinSet::new();
         for pod in ledger.resume().map_err(CniError::Read)? {
             let ledger = ledger.clone();

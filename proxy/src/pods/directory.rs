@@ -1,9 +1,9 @@
 //! The source of pods that reads a folder with one file for each pod (`node.pods.directory`).
 //!
-//! A file that appears enrols a pod, and one that goes removes it. A file with a mistake is
-//! reported and changes nothing: a pod that it described before keeps running as described then.
+//! A new file enrols a pod, and a removed file removes it. A file with a mistake is reported and
+//! changes nothing: its pod keeps its last valid description.
 //!
-//! Not here: the format of a file, and reading and watching the folder (the config crate).
+//! The config crate defines the file format, and reads and watches the folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -24,11 +24,10 @@ use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
 use crate::pods::source::{PodSource, SourceHealth, SourceRun};
 
-/// How often the files of the namespaces are looked at: no event reports that a namespace was
-/// deleted, or that another one has its name.
-const LOOK_AT_NAMESPACES: Duration = Duration::from_secs(5);
+/// The interval of checks of the namespaces' files. No event reports a deleted or replaced
+/// namespace.
+const NAMESPACE_POLL_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Opens the file of a namespace.
 type OpenNamespace = dyn Fn(&Path) -> Result<Namespace, InterceptionError> + Send + Sync;
 
 /// Follows the folder.
@@ -36,7 +35,7 @@ pub(crate) struct DirectorySource {
     folder: PodFolder,
     open_namespace: Box<OpenNamespace>,
     files: BTreeMap<PathBuf, KnownFile>,
-    /// The error of the last read of the folder, which is reported once.
+    /// The error of the last read of the folder, to report it once.
     folder_error: Option<String>,
 }
 
@@ -44,7 +43,7 @@ pub(crate) struct DirectorySource {
 #[derive(Debug)]
 struct KnownFile {
     fingerprint: u64,
-    /// The pod of the last version of the file without mistakes.
+    /// The pod according to the last valid version of the file.
     pod: Option<KnownPod>,
 }
 
@@ -53,17 +52,16 @@ struct KnownPod {
     uid: PodUid,
     netns: PathBuf,
     facts: PodFacts,
-    /// The namespace with which the registry has the pod and its facts.
+    /// The namespace with which the pod was added to the registry.
     added: Option<NamespaceId>,
-    /// The last error, which is reported once.
+    /// The last error, to report it once.
     error: Option<String>,
 }
 
 impl DirectorySource {
     /// Opens the folder.
     ///
-    /// # Errors
-    /// It does not exist, is unsafe, or cannot be watched.
+    /// # Errors The folder does not exist, is unsafe, or cannot be watched.
     pub(crate) fn open(path: &Path, watcher: &FileWatcher) -> Result<Self, ConfigErrors> {
         let open_namespace = Box::new(|path: &Path| Namespace::open_guarded(path));
         Self::with_namespaces(path, watcher, open_namespace)
@@ -79,7 +77,7 @@ impl DirectorySource {
     }
 
     async fn follow(mut self, registry: PodRegistry, health: SourceHealth) -> ! {
-        let mut look = interval(LOOK_AT_NAMESPACES);
+        let mut look = interval(NAMESPACE_POLL_INTERVAL);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.read_files(&registry, &health);
         loop {
@@ -112,7 +110,7 @@ impl DirectorySource {
         }
     }
 
-    /// Removes the pods whose files are gone.
+    /// Removes the pods whose files are missing.
     fn forget_missing(&mut self, documents: &[PodDocument], registry: &PodRegistry) {
         let there: BTreeSet<&Path> =
             documents.iter().map(|document| document.path.as_path()).collect();
@@ -122,10 +120,11 @@ impl DirectorySource {
             return;
         }
         for pod in gone.into_iter().filter_map(|(_, file)| file.pod) {
-            // Dropping the removal does not stop it.
+            // The removal continues after its handle is dropped.
             drop(registry.remove(&pod.uid));
         }
-        // A file that repeated the uid of one that is gone has no mistake any more.
+        // The removed file may have caused the mistake of another one: the same uid. Read that file
+        // again.
         self.files.retain(|_, file| file.pod.is_some());
     }
 
@@ -161,7 +160,7 @@ impl DirectorySource {
         }
     }
 
-    /// Adds pods to the registry, and removes those whose namespace is gone.
+    /// Adds pods to the registry, and removes those whose namespace is missing.
     fn follow_namespaces(&mut self, registry: &PodRegistry) {
         for pod in self.files.values_mut().filter_map(|file| file.pod.as_mut()) {
             match (self.open_namespace)(&pod.netns) {
@@ -172,7 +171,7 @@ impl DirectorySource {
     }
 }
 
-/// The pod of a file that described `before` and now describes `now`.
+/// The state of a pod after its file has changed from `before` to `now`.
 fn followed(before: Option<KnownPod>, now: KnownPod, registry: &PodRegistry) -> KnownPod {
     match before {
         Some(before) if before.uid != now.uid => {
@@ -201,7 +200,7 @@ impl KnownPod {
         }
     }
 
-    /// Lets the registry show why the pod is not served, and lets go of its namespace.
+    /// Releases the namespace, and makes the registry report why the pod is not served.
     fn fail(&mut self, error: EnrolError, registry: &PodRegistry) {
         let text = chain(&error).to_string();
         if self.error.as_ref() == Some(&text) {

@@ -1,4 +1,4 @@
-//! The enrolment of a pod: the trait that performs it, its outcome and its errors.
+//! The enrolment of a pod: its trait, its outcome and its errors.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,17 +10,17 @@ use underpass_config::{Hint, PodUid};
 use underpass_interception::{InterceptionError, Namespace};
 
 use crate::node::pod_error::PodError;
-use crate::pods::annotations::NotEnrolled;
+use crate::pods::annotations::ExemptReason;
 use crate::pods::facts::{FactsError, PodFacts};
 use crate::pods::namespace::NamespaceError;
 
-/// A future of this module's traits.
+/// The future of a method of these traits.
 pub(crate) type Operation<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// Enrols pods. Tests have one that needs no namespace.
+/// Enrols pods. Tests have an implementation without namespaces.
 pub(crate) trait Enroller: fmt::Debug + Send + Sync + 'static {
-    /// Makes one attempt to serve a pod in its namespace. A failed attempt leaves nothing but the
-    /// rules that keep the pod closed. It ends by itself: each step has a deadline.
+    /// Makes one attempt to serve a pod in its namespace. A failed attempt leaves only the rules
+    /// that block the pod's traffic. Each step has a deadline, so the attempt ends.
     fn enrol(
         &self,
         facts: Arc<PodFacts>,
@@ -34,42 +34,43 @@ pub(crate) trait EnrolledPod: fmt::Debug + Send {
     ///
     /// # Errors
     ///
-    /// The pod must leave, for this reason, and another attempt decides with the new facts.
-    fn follow(&self, facts: &PodFacts) -> Result<(), Departure>;
+    /// The pod must leave for the returned reason. Another attempt then decides with the new facts.
+    fn follow(&self, facts: &PodFacts) -> Result<(), LeaveReason>;
 
-    /// Verifies its listeners and rules.
+    /// Verifies the pod's listeners and rules.
     fn check(&self) -> Operation<Result<(), EnrolError>>;
 
-    /// The problem of the pod while it is served.
-    fn trouble(&self) -> Option<Trouble>;
+    /// The current problem of the served pod.
+    fn problem(&self) -> Option<PodProblem>;
 
-    /// Drains its connections, and keeps or removes its rules. Nothing holds its namespace then.
-    fn leave(self: Box<Self>, why: Departure) -> Operation<()>;
+    /// Drains the connections, and keeps or removes the rules. Afterwards the process has no socket
+    /// in the pod's namespace.
+    fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()>;
 }
 
-/// Why a pod is not served any longer, which decides about its rules.
+/// The reason why a pod stops being served. It decides whether the rules are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Departure {
-    /// The source has removed it: its rules are removed.
+pub(crate) enum LeaveReason {
+    /// The source has removed the pod: its rules are removed.
     Removed,
-    /// It is enrolled again with other facts: its rules stay, so that it stays closed meanwhile.
+    /// The pod will be enrolled with other facts: its rules stay and block its traffic meanwhile.
     EnrolledAgain,
     /// The daemon stops: `interception.on_exit` decides.
     DaemonStops,
 }
 
-/// The outcome of an attempt that did not fail.
+/// The outcome of a successful attempt.
 #[derive(Debug)]
 pub(crate) enum Enrolled {
     Serving(Box<dyn EnrolledPod>),
-    /// The pod's facts exempt it.
-    LeftAlone(NotEnrolled),
+    /// The pod is exempt for this reason.
+    Exempt(ExemptReason),
 }
 
-/// The problem of a pod that is served.
+/// A problem of a pod that is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Trouble {
-    /// Another program changes the rules; they are being repaired.
+pub(crate) enum PodProblem {
+    /// Another program has changed the rules, which are being repaired.
     RulesChanged,
     SelfTestFailed,
     /// The first certificate is not issued yet.
@@ -77,7 +78,7 @@ pub(crate) enum Trouble {
     CertificateExpired,
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for PodProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::RulesChanged => "another program changes the rules",
@@ -88,28 +89,28 @@ impl fmt::Display for Trouble {
     }
 }
 
-/// Why a pod is not served.
+/// The reason why a pod is not served.
 #[derive(Debug, Clone, Error)]
 pub(crate) enum EnrolError {
     #[error("the data about the pod is invalid")]
     Facts(#[from] FactsError),
-    #[error("its network namespace is that of the pod {0}")]
+    #[error("the pod's network namespace belongs to the pod {0}")]
     NamespaceInUse(PodUid),
-    #[error("its network namespace cannot be used")]
+    #[error("the pod's network namespace cannot be used")]
     Namespace(#[source] Arc<InterceptionError>),
-    #[error("its network namespace is refused")]
+    #[error("the pod's network namespace is refused")]
     ForeignNamespace(#[from] NamespaceError),
-    #[error("it cannot be served")]
+    #[error("the pod cannot be served")]
     Pod(#[source] Arc<PodError>),
-    #[error("it was removed, or replaced by a pod in another namespace")]
+    #[error("the pod was removed, or replaced by a pod in another namespace")]
     Removed,
-    #[error("it is not known")]
+    #[error("the pod is unknown")]
     Unknown,
-    #[error("it is still being enrolled")]
+    #[error("the pod is still being enrolled")]
     Pending,
     #[error("the daemon stops")]
     Stopping,
-    #[error("the attempt to enrol it panicked")]
+    #[error("the attempt to enrol the pod panicked")]
     Panicked,
 }
 
@@ -117,7 +118,7 @@ impl EnrolError {
     /// Whether another attempt with the same facts may succeed.
     pub(crate) fn is_retryable(&self) -> bool {
         match self {
-            // A network plugin may assign the pod's addresses later.
+            // For example, a network plugin may assign the pod's addresses later.
             Self::Pod(_)
             | Self::Namespace(_)
             | Self::ForeignNamespace(NamespaceError::OtherAddresses { .. })

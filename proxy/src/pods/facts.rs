@@ -1,4 +1,4 @@
-//! The data that a source reports about one pod.
+//! The facts about one pod that its source reports.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -6,17 +6,17 @@ use std::net::IpAddr;
 use thiserror::Error;
 use underpass_config::{ConfigErrors, InterceptionOverlay, PodUid, SpiffeError};
 
-/// The maximum length of a pod's name: that of a Kubernetes object name.
+/// In bytes, as for a Kubernetes object name.
 const MAX_NAME_BYTES: usize = 253;
 
-/// One pod, as its source describes it. [`PodFacts::check`] rejects what cannot be true.
+/// A pod according to its source. [`PodFacts::check`] rejects invalid facts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PodFacts {
     pub(crate) uid: PodUid,
     pub(crate) name: String,
     pub(crate) namespace: String,
     pub(crate) service_account: String,
-    /// The pod's addresses; empty when the source does not know them.
+    /// The pod's addresses; empty if the source does not know them.
     pub(crate) ips: Vec<IpAddr>,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) annotations: BTreeMap<String, String>,
@@ -24,7 +24,7 @@ pub(crate) struct PodFacts {
     pub(crate) interception: Option<InterceptionOverlay>,
 }
 
-/// The reason why a pod cannot be enrolled with these facts. Nothing is guessed instead.
+/// The reason why facts are invalid. Missing facts are never guessed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum FactsError {
     #[error("the pod's {what} is missing")]
@@ -57,12 +57,12 @@ pub(crate) enum FactsError {
 }
 
 impl PodFacts {
-    /// `NAMESPACE/NAME`, as the log names the pod.
+    /// `NAMESPACE/NAME`, for the log.
     pub(crate) fn full_name(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }
 
-    /// Rejects missing and impossible facts.
+    /// Rejects missing and invalid facts.
     pub(crate) fn check(&self) -> Result<(), FactsError> {
         for (what, value) in [
             ("name", &self.name),
@@ -86,7 +86,7 @@ fn check_name(what: &'static str, value: &str) -> Result<(), FactsError> {
     Ok(())
 }
 
-/// An address that every namespace has, or none, cannot tell the pod's namespace from another.
+/// Rejects an address that cannot tell the pod's namespace from others, such as loopback.
 fn check_address(ip: IpAddr) -> Result<(), FactsError> {
     let ip = ip.to_canonical();
     if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() {
@@ -114,7 +114,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn accepts_possible_facts() {
+    fn accepts_valid_facts() {
         facts().check().unwrap();
         PodFacts { ips: Vec::new(), ..facts() }.check().unwrap();
     }

@@ -1,15 +1,15 @@
-//! Rejects network namespaces that cannot be a pod's: a foreign process in one would get the pod's
+//! Rejects network namespaces that cannot be a pod's: processes in them would get the pod's
 //! identity.
 //!
-//! Not here: opening the file of a namespace (the interception crate), and two pods of one
-//! namespace (`state.rs`).
+//! The interception crate opens the files of namespaces. `state.rs` rejects a second pod of a
+//! namespace.
 
 use std::net::IpAddr;
 
 use thiserror::Error;
 use underpass_interception::{Environment, HostNamespaces, NamespaceId};
 
-/// Why a namespace cannot be that of a pod.
+/// The reason why a network namespace cannot be the pod's.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum NamespaceError {
     #[error("the network namespace {namespace} is {description}, not a pod's")]
@@ -33,8 +33,7 @@ pub(crate) fn check_owner(
     }
 }
 
-/// Rejects a namespace that has none of the pod's addresses. Without addresses there is nothing to
-/// compare.
+/// Rejects a namespace that has none of the pod's addresses, if these are known.
 pub(crate) fn check_addresses(
     namespace: NamespaceId,
     expected: &[IpAddr],
@@ -78,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn one_address_of_the_pod_is_enough() {
+    fn accepts_namespace_with_one_address_of_the_pod() {
         // Has 10.0.0.1 and fd00::1.
         let environment = Environment::example();
         let check = |expected: &[&str]| {

@@ -1,5 +1,5 @@
-//! Enrols the pods of this node: their settings, the checks of their namespaces, and the phases of
-//! a pod.
+//! Enrols the pods of this node: makes their settings, checks their namespaces, and runs the phases
+//! of a pod.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::error::chain;
 use crate::node::data_plane::{CertificateState, DataPlane};
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
 use crate::pods::enrolment::{
-    Departure, EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble,
+    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, PodProblem,
 };
 use crate::pods::facts::PodFacts;
 use crate::pods::namespace::{check_addresses, check_owner};
@@ -28,12 +28,11 @@ pub(crate) struct NodeEnroller {
     pub(crate) data_plane: Arc<dyn DataPlane>,
     /// Pauses the repair of rules.
     pub(crate) gate: PauseGate,
-    /// The settings of the node.
     pub(crate) settings: Arc<Settings>,
     pub(crate) thread: NamespaceThread,
     /// The states of the rules of all pods.
     pub(crate) rules: RulesTotals,
-    /// The namespaces that are no pod's.
+    /// The host's namespaces, which no pod may have.
     pub(crate) hosts: HostNamespaces,
 }
 
@@ -48,7 +47,7 @@ impl Enroller for NodeEnroller {
     }
 }
 
-/// The context of a pod in the log.
+/// The fields that identify the pod in the log.
 fn span(facts: &PodFacts) -> tracing::Span {
     tracing::info_span!("pod", name = facts.full_name())
 }
@@ -61,7 +60,7 @@ impl NodeEnroller {
     ) -> Result<Enrolled, EnrolError> {
         let settings = match pod_settings(&self.settings, facts)? {
             PodSettings::Enrolled(settings) => Arc::<Settings>::from(settings),
-            PodSettings::NotEnrolled(reason) => return Ok(Enrolled::LeftAlone(reason)),
+            PodSettings::Exempt(reason) => return Ok(Enrolled::Exempt(reason)),
         };
         let access = self.accepted(facts, namespace).await?;
         let (interception, changes) = watch::channel(settings.interception.clone());
@@ -83,7 +82,7 @@ impl NodeEnroller {
 }
 
 impl NodeEnroller {
-    /// Access to the namespace, if it can be the pod's.
+    /// Opens the namespace if it can be the pod's.
     async fn accepted(
         &self,
         facts: &PodFacts,
@@ -103,9 +102,8 @@ impl NodeEnroller {
 #[derive(Debug)]
 struct NodePod {
     pod: ServingPod,
-    /// The settings of the node.
     node: Arc<Settings>,
-    /// Its own settings when it was enrolled.
+    /// The pod's settings at its enrolment.
     settings: Arc<Settings>,
     interception: watch::Sender<InterceptionSettings>,
     health: RulesHealth,
@@ -113,16 +111,16 @@ struct NodePod {
 }
 
 impl EnrolledPod for NodePod {
-    fn follow(&self, facts: &PodFacts) -> Result<(), Departure> {
+    fn follow(&self, facts: &PodFacts) -> Result<(), LeaveReason> {
         let new = match pod_settings(&self.node, facts) {
             Ok(PodSettings::Enrolled(new)) => new,
-            // No proxy serves an exempt pod, so its rules must not stay.
-            Ok(PodSettings::NotEnrolled(_)) => return Err(Departure::Removed),
-            Err(_) => return Err(Departure::EnrolledAgain),
+            // An exempt pod has no proxy, so its rules must not stay.
+            Ok(PodSettings::Exempt(_)) => return Err(LeaveReason::Removed),
+            Err(_) => return Err(LeaveReason::EnrolledAgain),
         };
         let changes_rules = new.interception != *self.interception.borrow();
         if follow(&self.settings, &new) != *new || changes_rules && !new.interception.repair {
-            return Err(Departure::EnrolledAgain);
+            return Err(LeaveReason::EnrolledAgain);
         }
         if changes_rules {
             self.interception.send_replace(new.interception);
@@ -135,26 +133,26 @@ impl EnrolledPod for NodePod {
         Box::pin(async move { Ok(capture.verify().await?) })
     }
 
-    fn trouble(&self) -> Option<Trouble> {
+    fn problem(&self) -> Option<PodProblem> {
         if self.health.are_lost() {
-            return Some(Trouble::RulesChanged);
+            return Some(PodProblem::RulesChanged);
         }
         if self.health.has_self_test_failed() {
-            return Some(Trouble::SelfTestFailed);
+            return Some(PodProblem::SelfTestFailed);
         }
         match self.pod.certificate() {
             CertificateState::Valid => None,
-            CertificateState::Awaited => Some(Trouble::CertificateAwaited),
-            CertificateState::Expired => Some(Trouble::CertificateExpired),
+            CertificateState::Awaited => Some(PodProblem::CertificateAwaited),
+            CertificateState::Expired => Some(PodProblem::CertificateExpired),
         }
     }
 
-    fn leave(self: Box<Self>, why: Departure) -> Operation<()> {
+    fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()> {
         let (drain, span) = (self.settings.timeouts.drain, self.span.clone());
         let on_exit = match why {
-            Departure::Removed => OnExit::Remove,
-            Departure::EnrolledAgain => OnExit::Keep,
-            Departure::DaemonStops => self.settings.interception.on_exit,
+            LeaveReason::Removed => OnExit::Remove,
+            LeaveReason::EnrolledAgain => OnExit::Keep,
+            LeaveReason::DaemonStops => self.settings.interception.on_exit,
         };
         Box::pin(async move { self.drain_and_leave(drain, on_exit).await }.instrument(span))
     }
@@ -169,7 +167,7 @@ impl NodePod {
             tracing::info!(terminated, "connections of a removed pod were terminated");
         }
         if let Err(error) = pod.leave_with(on_exit).await {
-            // The namespace of a deleted pod may be gone with its rules.
+            // The namespace of a deleted pod may no longer exist, nor its rules.
             tracing::warn!(error = chain(&error), "cannot leave the rules of a removed pod");
         }
     }

@@ -1,7 +1,7 @@
-//! Keeps the rules in the host's namespace that give the node's own connections to its pods the
-//! source address of kubelet probes (`node.probes: translate`).
+//! Maintains rules in the host's namespace for kubelet probes (`node.probes: translate`). They give
+//! the node's connections to its own pods a source address that the pods' rules exempt.
 //!
-//! Not here: the rules (the interception crate), and the exemption of that address in each pod
+//! The interception crate defines these rules, and the exemption in each pod
 //! (`interception.kubelet_probes`).
 
 use std::collections::BTreeSet;
@@ -15,30 +15,29 @@ use underpass_interception::{Changes, HostPlan, HostRules, InterceptionError, Na
 
 use crate::error::chain;
 
-/// The minimum time between checks for changes by other programs: some replace rules of the host
-/// all the time.
-const PAUSE: Duration = Duration::from_millis(250);
-/// The pause after a failure.
-const RETRY: Duration = Duration::from_secs(1);
+/// The minimum interval of checks after changes by other programs, some of which replace rules of
+/// the host continuously.
+const MIN_CHECK_INTERVAL: Duration = Duration::from_millis(250);
+/// The delay after a failure.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// The rules in the host's namespace, for the pods that are served.
+/// The rules for kubelet probes in the host's namespace.
 #[derive(Debug)]
 pub(crate) struct ProbeTranslation {
     rules: HostRules,
     changes: Changes,
     pods: watch::Receiver<BTreeSet<IpAddr>>,
-    /// The rules that were installed last.
+    /// The last installed rules.
     applied: Option<HostPlan>,
-    /// The last error, which is reported once.
+    /// The last error, to report it once.
     error: Option<String>,
 }
 
 impl ProbeTranslation {
-    /// Installs the rules in the namespace of `access`, which must be that of the node's own
-    /// sockets.
+    /// Installs the rules in the namespace of `access`, which must be the host's.
     ///
-    /// # Errors
-    /// The capability NET_ADMIN is missing, or the kernel lacks nf_tables or refuses.
+    /// # Errors The capability NET_ADMIN is missing, or the kernel lacks nf_tables or rejects the
+    /// rules.
     pub(crate) async fn start(
         access: NamespaceAccess,
         pods: watch::Receiver<BTreeSet<IpAddr>>,
@@ -55,17 +54,19 @@ impl ProbeTranslation {
         self.rules.clone()
     }
 
-    /// Follows the pods, and repairs changes by other programs. Ends with the registry of pods.
+    /// Updates the rules when pods change, and repairs changes by other programs. Ends with the
+    /// registry.
     pub(crate) async fn run(mut self) {
         loop {
             let outcome = self.reconcile().await;
             let failed = self.report(outcome);
-            let later = Instant::now() + if failed { RETRY } else { PAUSE };
+            let later = Instant::now() + if failed { RETRY_DELAY } else { MIN_CHECK_INTERVAL };
             let (changes, rules) = (&mut self.changes, &self.rules);
             let changed = async {
                 sleep_until(later).await;
                 if !failed && changes.next().await.is_err() {
-                    // The subscription has ended. If there is no new one, the next check fails too.
+                    // The kernel ended the subscription. If renewing it fails too, so will the next
+                    // check.
                     if let Ok(renewed) = rules.changes().await {
                         *changes = renewed;
                     }
@@ -97,7 +98,7 @@ impl ProbeTranslation {
         Ok(())
     }
 
-    /// Reports an error once, and its end. Returns whether there is one.
+    /// Reports a new error once, and the recovery. Returns whether the outcome is an error.
     fn report(&mut self, outcome: Result<(), InterceptionError>) -> bool {
         let error = outcome.err().map(|error| chain(&error));
         match &error {
@@ -116,7 +117,7 @@ impl ProbeTranslation {
     }
 }
 
-/// Removes the rules at the end, unless pods stay closed (`interception.on_exit`).
+/// Removes the rules at the end, unless `interception.on_exit` keeps the pods' rules.
 pub(crate) async fn leave(rules: &HostRules, on_exit: OnExit) {
     if on_exit == OnExit::Keep {
         return;

@@ -1,7 +1,7 @@
-//! Owns all pods of a node. Sources add and remove pods through its handle; one task enrols them,
-//! tries failed ones again, and drains removed ones.
+//! Owns all pods of a node. Sources add and remove pods through a handle. One task enrols them,
+//! retries failed ones, and drains removed ones.
 //!
-//! Not here: which pod does what when (`state.rs`), and how one is enrolled (`enrolment.rs`).
+//! `state.rs` decides on the actions, and `enrolment.rs` defines their trait.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -20,7 +20,7 @@ use crate::pods::facts::PodFacts;
 use crate::pods::state::{Action, AttemptId, Pods};
 use crate::pods::status::PodStatus;
 
-/// A handle of all pods of the node. Clones share them.
+/// A handle of all pods of the node. Clones share the state.
 #[derive(Debug, Clone)]
 pub(crate) struct PodRegistry(Arc<Shared>);
 
@@ -33,24 +33,25 @@ struct Shared {
     served_addresses: watch::Sender<BTreeSet<IpAddr>>,
 }
 
-/// The outcome of adding a pod, which is enrolled in the background.
+/// The pending outcome of adding a pod.
 #[derive(Debug)]
 pub(crate) struct Enrolment(oneshot::Receiver<Result<(), EnrolError>>);
 
-/// A removal, which goes on if this is dropped.
+/// A removal in progress. It continues if this is dropped.
 #[derive(Debug)]
 pub(crate) struct Removal(Vec<oneshot::Receiver<()>>);
 
 impl Enrolment {
-    /// The outcome of the first attempt that ends from now on: the pod is served, or is exempt.
-    /// After an error that is retryable the registry tries again.
+    /// Waits for the end of the next attempt: the pod is then served or exempt. After a retryable
+    /// error the registry retries.
     pub(crate) async fn first_outcome(self) -> Result<(), EnrolError> {
         self.0.await.unwrap_or(Err(EnrolError::Stopping))
     }
 }
 
 impl Removal {
-    /// Waits until nothing holds the pod's namespace: its connections are drained.
+    /// Waits until the connections are drained, and the process has no socket in the pod's
+    /// namespace.
     pub(crate) async fn gone(self) {
         for end in self.0 {
             // Fails if the registry has ended.
@@ -60,7 +61,7 @@ impl Removal {
 }
 
 impl PodRegistry {
-    /// A registry, and the task that enrols its pods with `enroller`.
+    /// Creates a registry, and the task that enrols its pods with `enroller`.
     pub(crate) fn new(enroller: Arc<dyn Enroller>) -> (Self, RegistryTask) {
         let shared = Shared {
             pods: Mutex::default(),
@@ -77,22 +78,22 @@ impl PodRegistry {
         (registry, task)
     }
 
-    /// Adds a pod, and enrols it in the background, with retries while it fails.
+    /// Adds a pod, and enrols it in the background, with retries after failures.
     ///
-    /// A known uid in its namespace gets the new facts; a known uid in another namespace is
-    /// replaced; another uid in the namespace of a known pod is refused.
+    /// A known uid in its namespace gets the new facts. A known uid in another namespace is
+    /// replaced. Another uid in the namespace of a known pod is refused.
     pub(crate) fn add(&self, facts: PodFacts, namespace: Namespace) -> Enrolment {
         let (answer, outcome) = oneshot::channel();
         self.change(|pods| pods.add(Instant::now(), Arc::new(facts), namespace, answer));
         Enrolment(outcome)
     }
 
-    /// Shows a pod that its source cannot add as failed. Its predecessor with this uid leaves.
+    /// Records a pod that its source cannot add as failed. A known pod with this uid is removed.
     pub(crate) fn fail(&self, facts: PodFacts, error: EnrolError) {
         self.change(|pods| pods.fail(Instant::now(), Arc::new(facts), error));
     }
 
-    /// The addresses of the pods that are served.
+    /// The addresses of the served pods.
     pub(crate) fn served_addresses(&self) -> watch::Receiver<BTreeSet<IpAddr>> {
         self.0.served_addresses.subscribe()
     }
@@ -102,13 +103,13 @@ impl PodRegistry {
         self.pods().keep(uid)
     }
 
-    /// Removes the pods that are not `named`, at the end of a snapshot of all pods.
+    /// Removes the pods that are not in `named`, at the end of a snapshot of all pods.
     pub(crate) fn retain(&self, named: &BTreeSet<PodUid>) {
         self.change(|pods| pods.retain(named));
     }
 
-    /// Removes a pod: drains its connections, and removes its rules. An unknown pod is removed
-    /// already.
+    /// Removes a pod: drains its connections, and removes its rules. Succeeds also if it is
+    /// unknown.
     pub(crate) fn remove(&self, uid: &PodUid) -> Removal {
         Removal(self.change(|pods| pods.remove(uid)))
     }
@@ -124,14 +125,14 @@ impl PodRegistry {
         check.await
     }
 
-    /// The status of every pod, by namespace and name.
+    /// The status of every pod, sorted by namespace and name.
     pub(crate) fn status(&self) -> Vec<PodStatus> {
         let mut status = self.pods().status(Instant::now());
         status.sort_by(|a, b| (&a.pod, &a.uid).cmp(&(&b.pod, &b.uid)));
         status
     }
 
-    /// The status of every pod, one in a line.
+    /// The status of every pod, one on each line.
     pub(crate) fn report(&self) -> String {
         self.status().iter().map(|status| format!("{status}\n")).collect()
     }
@@ -148,12 +149,12 @@ impl PodRegistry {
     }
 }
 
-/// Performs the actions of a registry.
+/// Performs the actions that the state machine requests.
 pub(crate) struct RegistryTask {
     registry: PodRegistry,
     enroller: Arc<dyn Enroller>,
     tasks: JoinSet<Ended>,
-    /// The work of each task, which a panic does not return.
+    /// The pods of the running tasks. A task that panics does not return its pod.
     running: HashMap<Id, Running>,
 }
 
@@ -163,7 +164,7 @@ enum Ended {
     Left,
 }
 
-/// The work of a task.
+/// The action of a task.
 #[derive(Debug)]
 enum Running {
     Enrolling { attempt: AttemptId, facts: Arc<PodFacts>, since: Instant },
@@ -171,7 +172,7 @@ enum Running {
 }
 
 impl RegistryTask {
-    /// Enrols and drains pods, for ever.
+    /// Enrols and drains pods. Never returns.
     pub(crate) async fn run(mut self) {
         loop {
             let now = self.perform_due();
@@ -195,7 +196,7 @@ impl RegistryTask {
         }
     }
 
-    /// Performs the actions that are due. Returns the time until which there are no others.
+    /// Performs the due actions. Returns the time of the next one.
     fn perform_due(&mut self) -> Instant {
         loop {
             let now = Instant::now();
@@ -261,8 +262,8 @@ impl RegistryTask {
                 tracing::info!(pod, %uid, ?took, "pod enrolled");
                 None
             }
-            Ok(Enrolled::LeftAlone(reason)) => {
-                tracing::info!(pod, %uid, %reason, "pod left alone");
+            Ok(Enrolled::Exempt(reason)) => {
+                tracing::info!(pod, %uid, %reason, "pod not enrolled: it is exempt");
                 None
             }
             Err(error) => Some(error.clone()),

@@ -2,24 +2,22 @@
 
 use underpass_config::{Settings, SpiffeId, WorkloadSettings};
 
-use crate::pods::annotations::{self, NotEnrolled};
+use crate::pods::annotations::{self, ExemptReason};
 use crate::pods::facts::{FactsError, PodFacts};
 
-/// Whether and how a node enrols a pod.
+/// The decision whether a node enrols a pod, with its settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum PodSettings {
-    /// The pod is enrolled with these settings.
     Enrolled(Box<Settings>),
-    /// The pod is left alone.
-    NotEnrolled(NotEnrolled),
+    Exempt(ExemptReason),
 }
 
-/// The settings of the pod with these facts on a node with the settings `node`. Its identity is
-/// that of its own service account in the node's trust domain.
+/// The settings of the pod with these facts on a node with the settings `node`. The pod's identity
+/// is its service account in the node's trust domain.
 pub(crate) fn pod_settings(node: &Settings, facts: &PodFacts) -> Result<PodSettings, FactsError> {
     facts.check()?;
-    if let Some(reason) = annotations::exclusion(facts, &node.node)? {
-        return Ok(PodSettings::NotEnrolled(reason));
+    if let Some(reason) = annotations::exemption(facts, &node.node)? {
+        return Ok(PodSettings::Exempt(reason));
     }
     let from_annotations = annotations::interception(facts, &node.interception)?;
     let overlays: Vec<_> = std::iter::once(&from_annotations).chain(&facts.interception).collect();

@@ -1,4 +1,4 @@
-//! The trait of a source of pods, which adds and removes pods in the registry.
+//! The interface of a source of pods.
 
 use std::error::Error;
 use std::fmt;
@@ -9,17 +9,17 @@ use thiserror::Error;
 use crate::admin::endpoints::Readiness;
 use crate::pods::registry::PodRegistry;
 
-/// A source of pods. It adds and removes pods in the registry.
+/// A source of pods, which adds and removes pods in the registry.
 pub(crate) trait PodSource: fmt::Debug + Send {
-    /// Drives the registry until something ends it that only a restart can mend. Reconnects and
-    /// reads again by itself. It is cancelled when the daemon stops.
+    /// Adds and removes pods until a failure that only a restart can remedy. Retries other
+    /// failures. Cancelled when the daemon stops.
     fn run(self: Box<Self>, registry: PodRegistry, health: SourceHealth) -> SourceRun;
 }
 
 /// A running source.
 pub(crate) type SourceRun = Pin<Box<dyn Future<Output = SourceEnd> + Send>>;
 
-/// Why a source ended.
+/// The reason why a source ended.
 #[derive(Debug, Error)]
 #[error("the source of pods {source_name} has ended")]
 pub(crate) struct SourceEnd {
@@ -29,12 +29,12 @@ pub(crate) struct SourceEnd {
     pub(crate) error: Box<dyn Error + Send + Sync>,
 }
 
-/// Whether the source delivers pods; a condition of the node's readiness. Clones share it.
+/// Whether the source delivers pods: a condition of the node's readiness. Clones share the state.
 #[derive(Debug, Clone)]
 pub(crate) struct SourceHealth(Readiness);
 
 impl Default for SourceHealth {
-    /// The health of a source that does not deliver pods yet.
+    /// Starts as unhealthy.
     fn default() -> Self {
         Self::new(Readiness::of_node())
     }
@@ -46,7 +46,7 @@ impl SourceHealth {
         Self(readiness)
     }
 
-    /// Connected and synchronized, or the folder is read.
+    /// A source is ready when it is connected and has sent all pods, or has read its folder.
     pub(crate) fn set_ready(&self, ready: bool) {
         self.0.source_ready(ready);
     }

@@ -1,4 +1,4 @@
-//! The state of all pods of a node, as a state machine: time and chance are arguments.
+//! The state of all pods of a node, as a state machine without I/O: time and chance are arguments.
 //!
 //! ```text
 //!            add                     attempt succeeded
@@ -7,8 +7,8 @@
 //!                    └─ back-off ┘
 //! ```
 //!
-//! A pod is removed at once: what is still active in its namespace leaves in the background, and a
-//! new pod of that namespace waits for it. So a namespace has at most one active pod.
+//! A removed pod is forgotten at once and drains in the background. A new pod of its namespace
+//! waits for that, so a namespace has at most one active pod.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -20,33 +20,33 @@ use tokio::time::Instant;
 use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
-use crate::pods::annotations::NotEnrolled;
+use crate::pods::annotations::ExemptReason;
 use crate::pods::backoff;
-use crate::pods::enrolment::{Departure, EnrolError, Enrolled, EnrolledPod};
+use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, LeaveReason};
 use crate::pods::facts::PodFacts;
 use crate::pods::status::{PodState, PodStatus, Step};
 
-/// The maximum number of concurrent attempts. The operations on namespaces are performed one at a
-/// time; the rest of an attempt is waiting.
-const ATTEMPTS: usize = 16;
-/// The pause after the first failure; each further one doubles it.
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// The maximum number of concurrent attempts. Operations on namespaces are serialized; the rest of
+/// an attempt is waiting.
+const MAX_CONCURRENT_ATTEMPTS: usize = 16;
+/// The bounds of the back-off after failures.
+const MIN_BACKOFF: Duration = Duration::from_millis(250);
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// The sender of an answer to an add.
-pub(super) type Answer = oneshot::Sender<Result<(), EnrolError>>;
+/// Receives the outcome of adding a pod.
+pub(super) type AnswerSender = oneshot::Sender<Result<(), EnrolError>>;
 
 /// Identifies an attempt to enrol a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct AttemptId(u64);
 
-/// An action that the owner of the state performs.
+/// An action for the owner of the state machine.
 #[derive(Debug)]
 pub(super) enum Action {
-    /// One attempt to enrol a pod. Its owner then calls [`Pods::finished`].
+    /// Starts an attempt to enrol a pod, whose end the owner reports with [`Pods::finished`].
     Enrol { attempt: AttemptId, facts: Arc<PodFacts>, namespace: Namespace },
-    /// Drains a pod. Its owner then calls [`Pods::left`].
-    Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod>, why: Departure },
+    /// Drains a pod, whose end the owner reports with [`Pods::left`].
+    Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod>, why: LeaveReason },
 }
 
 /// All pods.
@@ -54,11 +54,11 @@ pub(super) enum Action {
 pub(super) struct Pods {
     pods: HashMap<PodUid, Entry>,
     /// The pod of each namespace.
-    claims: HashMap<NamespaceId, PodUid>,
-    /// The pods that wait for an attempt, by the time at which it is due.
-    queue: BTreeMap<Turn, PodUid>,
+    pod_by_namespace: HashMap<NamespaceId, PodUid>,
+    /// The pods that wait for an attempt, sorted by its due time.
+    queue: BTreeMap<QueueKey, PodUid>,
     attempts: HashMap<AttemptId, Attempt>,
-    /// The namespaces in which a removed pod is still active.
+    /// The namespaces in which a removed pod still drains.
     leaving: HashMap<NamespaceId, Leaving>,
     actions: Vec<Action>,
     next_attempt: u64,
@@ -66,8 +66,8 @@ pub(super) struct Pods {
     stopping: bool,
 }
 
-/// When an attempt is due; unique.
-type Turn = (Instant, u64);
+/// The due time of an attempt, with a unique number.
+type QueueKey = (Instant, u64);
 
 #[derive(Debug)]
 struct Entry {
@@ -76,15 +76,15 @@ struct Entry {
     failures: u32,
     error: Option<EnrolError>,
     phase: Phase,
-    answers: Vec<Answer>,
+    answers: Vec<AnswerSender>,
 }
 
 #[derive(Debug)]
 enum Phase {
-    Waiting { turn: Turn, namespace: Namespace },
+    Waiting { turn: QueueKey, namespace: Namespace },
     Enrolling { attempt: AttemptId, namespace: Namespace },
     Serving { namespace: NamespaceId, pod: Box<dyn EnrolledPod> },
-    LeftAlone(NotEnrolled),
+    Exempt(ExemptReason),
     Failed,
 }
 
@@ -99,8 +99,8 @@ struct Attempt {
 struct Leaving {
     uid: PodUid,
     pod: String,
-    why: Departure,
-    /// Answered when it is gone.
+    why: LeaveReason,
+    /// Notified when the pod has left.
     gone: Vec<oneshot::Sender<()>>,
 }
 
@@ -111,7 +111,7 @@ impl Entry {
                 Some(namespace.id())
             }
             Phase::Serving { namespace, .. } => Some(*namespace),
-            Phase::LeftAlone(_) | Phase::Failed => None,
+            Phase::Exempt(_) | Phase::Failed => None,
         }
     }
 
@@ -124,13 +124,13 @@ impl Entry {
 }
 
 impl Pods {
-    /// Adds a pod. `answer` gets the outcome of the first attempt that ends from now on.
+    /// Adds a pod. `answer` receives the outcome of the next attempt to end.
     pub(super) fn add(
         &mut self,
         now: Instant,
         facts: Arc<PodFacts>,
         namespace: Namespace,
-        answer: Answer,
+        answer: AnswerSender,
     ) {
         if let Err(error) = self.refuse(&facts.uid, namespace.id()) {
             answer.send(Err(error)).ok();
@@ -140,7 +140,7 @@ impl Pods {
         let added = self.add_again(now, &facts, &namespace, answer);
         let Some((answer, why)) = added else { return };
         self.withdraw(&uid, why);
-        self.claims.insert(namespace.id(), uid.clone());
+        self.pod_by_namespace.insert(namespace.id(), uid.clone());
         let turn = self.turn(now, &uid);
         let phase = Phase::Waiting { turn, namespace };
         let answers = vec![answer];
@@ -148,9 +148,9 @@ impl Pods {
         self.pods.insert(uid, entry);
     }
 
-    /// Shows a pod that its source cannot add as failed.
+    /// Records a pod that its source cannot add as failed.
     pub(super) fn fail(&mut self, now: Instant, facts: Arc<PodFacts>, error: EnrolError) {
-        self.withdraw(&facts.uid, Departure::Removed);
+        self.withdraw(&facts.uid, LeaveReason::Removed);
         if self.stopping {
             return;
         }
@@ -164,24 +164,24 @@ impl Pods {
         if self.stopping {
             return Err(EnrolError::Stopping);
         }
-        match self.claims.get(&namespace).filter(|other| *other != uid) {
+        match self.pod_by_namespace.get(&namespace).filter(|other| *other != uid) {
             Some(other) => Err(EnrolError::NamespaceInUse(other.clone())),
             None => Ok(()),
         }
     }
 
-    /// Adds a pod that may be known in its namespace. Otherwise returns the answer, and why its
-    /// predecessor leaves.
+    /// Updates the pod if it is known in this namespace. Otherwise returns `answer`, and the reason
+    /// for a predecessor to leave.
     fn add_again(
         &mut self,
         now: Instant,
         facts: &Arc<PodFacts>,
         namespace: &Namespace,
-        answer: Answer,
-    ) -> Option<(Answer, Departure)> {
+        answer: AnswerSender,
+    ) -> Option<(AnswerSender, LeaveReason)> {
         let known = self.pods.get_mut(&facts.uid);
         let Some(entry) = known.filter(|entry| entry.namespace() == Some(namespace.id())) else {
-            return Some((answer, Departure::Removed));
+            return Some((answer, LeaveReason::Removed));
         };
         match &mut entry.phase {
             Phase::Serving { pod, .. } => {
@@ -194,7 +194,7 @@ impl Pods {
                 answer.send(Ok(())).ok();
             }
             Phase::Waiting { turn, .. } => {
-                // The source tries again, so the next attempt does not wait for the back-off.
+                // The source retries by itself, so skip the back-off.
                 self.queue.remove(turn);
                 *turn = (now, self.next_turn);
                 self.next_turn += 1;
@@ -206,27 +206,26 @@ impl Pods {
                 entry.facts = facts.clone();
                 entry.answers.push(answer);
             }
-            Phase::LeftAlone(_) | Phase::Failed => return Some((answer, Departure::Removed)),
+            Phase::Exempt(_) | Phase::Failed => return Some((answer, LeaveReason::Removed)),
         }
         None
     }
 
-    /// Whether the pod is known.
     pub(super) fn keep(&self, uid: &PodUid) -> bool {
         self.pods.contains_key(uid)
     }
 
-    /// Removes the pods that are not `named`.
+    /// Removes the pods that are not in `named`.
     pub(super) fn retain(&mut self, named: &BTreeSet<PodUid>) {
         let gone: Vec<_> = self.pods.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
         for uid in gone {
-            self.withdraw(&uid, Departure::Removed);
+            self.withdraw(&uid, LeaveReason::Removed);
         }
     }
 
-    /// Removes a pod. Returns the events of its end, none if nothing of it is active.
+    /// Removes a pod. Returns receivers of its end; empty if it is not active.
     pub(super) fn remove(&mut self, uid: &PodUid) -> Vec<oneshot::Receiver<()>> {
-        self.withdraw(uid, Departure::Removed);
+        self.withdraw(uid, LeaveReason::Removed);
         self.ends(|leaving| leaving.uid == *uid)
     }
 
@@ -235,7 +234,7 @@ impl Pods {
         self.stopping = true;
         let all: Vec<_> = self.pods.keys().cloned().collect();
         for uid in all {
-            self.withdraw(&uid, Departure::DaemonStops);
+            self.withdraw(&uid, LeaveReason::DaemonStops);
         }
         self.ends(|_| true)
     }
@@ -249,7 +248,7 @@ impl Pods {
         self.leaving.values_mut().filter(|leaving| of(leaving)).map(end_of).collect()
     }
 
-    /// The pod, or why it is not served.
+    /// The served pod, or the reason why it is not served.
     pub(super) fn served(&self, uid: &PodUid) -> Result<&dyn EnrolledPod, EnrolError> {
         let entry = self.pods.get(uid).ok_or(EnrolError::Unknown)?;
         match &entry.phase {
@@ -258,13 +257,13 @@ impl Pods {
         }
     }
 
-    /// The next action that is due.
+    /// The next due action.
     pub(super) fn next_action(&mut self, now: Instant) -> Option<Action> {
         self.actions.pop().or_else(|| self.next_attempt(now))
     }
 
     fn next_attempt(&mut self, now: Instant) -> Option<Action> {
-        if self.attempts.len() >= ATTEMPTS {
+        if self.attempts.len() >= MAX_CONCURRENT_ATTEMPTS {
             return None;
         }
         let due = self.queue.iter().take_while(|((due, _), _)| *due <= now);
@@ -284,13 +283,14 @@ impl Pods {
         Some(Action::Enrol { attempt, facts, namespace })
     }
 
-    /// When [`next_action`](Self::next_action) has a new action without another event.
+    /// The next time at which an action becomes due.
     pub(super) fn next_due(&self, now: Instant) -> Option<Instant> {
         let later = self.queue.range((now, u64::MAX)..).next();
-        later.map(|((due, _), _)| *due).filter(|_| self.attempts.len() < ATTEMPTS)
+        later.map(|((due, _), _)| *due).filter(|_| self.attempts.len() < MAX_CONCURRENT_ATTEMPTS)
     }
 
-    /// An attempt has ended. `chance` is from 0 to 1. Returns the pause before the next one.
+    /// Records the end of an attempt. `chance` is from 0 to 1. Returns the pause before the next
+    /// attempt.
     pub(super) fn finished(
         &mut self,
         now: Instant,
@@ -328,17 +328,17 @@ impl Pods {
                 self.queue_again(now, &uid);
                 None
             }
-            Ok(Enrolled::LeftAlone(reason)) => {
-                entry.phase = Phase::LeftAlone(reason);
+            Ok(Enrolled::Exempt(reason)) => {
+                entry.phase = Phase::Exempt(reason);
                 entry.answer(&Ok(()));
-                self.claims.remove(&namespace);
+                self.pod_by_namespace.remove(&namespace);
                 None
             }
             Err(error) => self.failed(now, &uid, error, chance),
         }
     }
 
-    /// The attempt for a pod that was removed meanwhile.
+    /// Records the end of an attempt for a pod that was removed meanwhile.
     fn finish_withdrawn(
         &mut self,
         namespace: NamespaceId,
@@ -348,10 +348,10 @@ impl Pods {
         match outcome {
             Ok(Enrolled::Serving(pod)) => {
                 let leaving = self.leaving.get(&namespace);
-                let why = leaving.map_or(Departure::DaemonStops, |leaving| leaving.why);
+                let why = leaving.map_or(LeaveReason::DaemonStops, |leaving| leaving.why);
                 self.actions.push(Action::Leave { namespace, uid, pod, why });
             }
-            Ok(Enrolled::LeftAlone(_)) | Err(_) => self.left(namespace),
+            Ok(Enrolled::Exempt(_)) | Err(_) => self.left(namespace),
         }
     }
 
@@ -366,7 +366,7 @@ impl Pods {
         entry.error = Some(error.clone());
         let pause = error
             .is_retryable()
-            .then(|| backoff::wait(FIRST_PAUSE, LONGEST_PAUSE, entry.failures, chance));
+            .then(|| backoff::wait(MIN_BACKOFF, MAX_BACKOFF, entry.failures, chance));
         entry.failures = entry.failures.saturating_add(1);
         entry.answer(&Err(error));
         match pause {
@@ -374,7 +374,7 @@ impl Pods {
             None => {
                 let namespace = entry.namespace();
                 entry.phase = Phase::Failed;
-                namespace.and_then(|namespace| self.claims.remove(&namespace));
+                namespace.and_then(|namespace| self.pod_by_namespace.remove(&namespace));
             }
         }
         pause
@@ -388,22 +388,22 @@ impl Pods {
         }
     }
 
-    fn turn(&mut self, due: Instant, uid: &PodUid) -> Turn {
+    fn turn(&mut self, due: Instant, uid: &PodUid) -> QueueKey {
         let turn = (due, self.next_turn);
         self.next_turn += 1;
         self.queue.insert(turn, uid.clone());
         turn
     }
 
-    /// Forgets a pod. What is active in its namespace leaves.
-    fn withdraw(&mut self, uid: &PodUid, why: Departure) {
+    /// Forgets a pod. If it is active in its namespace, it leaves.
+    fn withdraw(&mut self, uid: &PodUid, why: LeaveReason) {
         let Some(mut entry) = self.pods.remove(uid) else { return };
         entry.answer(&Err(match why {
-            Departure::Removed | Departure::EnrolledAgain => EnrolError::Removed,
-            Departure::DaemonStops => EnrolError::Stopping,
+            LeaveReason::Removed | LeaveReason::EnrolledAgain => EnrolError::Removed,
+            LeaveReason::DaemonStops => EnrolError::Stopping,
         }));
         if let Some(namespace) = entry.namespace() {
-            self.claims.remove(&namespace);
+            self.pod_by_namespace.remove(&namespace);
         }
         let pod = entry.facts.full_name();
         match entry.phase {
@@ -417,7 +417,7 @@ impl Pods {
             Phase::Serving { namespace, pod: served } => {
                 self.leave(namespace, uid.clone(), pod, served, why);
             }
-            Phase::LeftAlone(_) | Phase::Failed => {}
+            Phase::Exempt(_) | Phase::Failed => {}
         }
     }
 
@@ -427,14 +427,14 @@ impl Pods {
         uid: PodUid,
         name: String,
         pod: Box<dyn EnrolledPod>,
-        why: Departure,
+        why: LeaveReason,
     ) {
         let leaving = Leaving { uid: uid.clone(), pod: name, why, gone: Vec::new() };
         self.leaving.insert(namespace, leaving);
         self.actions.push(Action::Leave { namespace, uid, pod, why });
     }
 
-    /// A pod has left its namespace.
+    /// Records that a pod has left its namespace.
     pub(super) fn left(&mut self, namespace: NamespaceId) {
         for gone in self.leaving.remove(&namespace).into_iter().flat_map(|leaving| leaving.gone) {
             // Fails if the source no longer waits.
@@ -442,14 +442,14 @@ impl Pods {
         }
     }
 
-    /// The addresses of the pods that are served.
+    /// The addresses of the served pods.
     pub(super) fn served_addresses(&self) -> BTreeSet<IpAddr> {
         let served =
             self.pods.values().filter(|entry| matches!(entry.phase, Phase::Serving { .. }));
         served.flat_map(|entry| entry.facts.ips.iter().copied()).collect()
     }
 
-    /// How many pods are in each state.
+    /// The number of pods in each state.
     pub(super) fn counts(&self) -> [(&'static str, usize); 5] {
         let count =
             |of: fn(&Phase) -> bool| self.pods.values().filter(|entry| of(&entry.phase)).count();
@@ -458,13 +458,13 @@ impl Pods {
         [
             (PodState::PENDING, count(is_pending)),
             (PodState::SERVING, count(|phase| matches!(phase, Phase::Serving { .. }))),
-            (PodState::LEFT_ALONE, count(|phase| matches!(phase, Phase::LeftAlone(_)))),
+            (PodState::EXEMPT, count(|phase| matches!(phase, Phase::Exempt(_)))),
             (PodState::FAILED, count(|phase| matches!(phase, Phase::Failed))),
             (PodState::LEAVING, self.leaving.len()),
         ]
     }
 
-    /// The status of all pods, in no order.
+    /// The status of all pods, unsorted.
     pub(super) fn status(&self, now: Instant) -> Vec<PodStatus> {
         let known = self.pods.iter().map(|(uid, entry)| PodStatus {
             uid: uid.clone(),
@@ -489,8 +489,8 @@ impl Pods {
             Phase::Waiting { turn: (due, _), .. } if *due > now => pending(Step::BackOff),
             Phase::Waiting { .. } => pending(Step::Queued),
             Phase::Enrolling { .. } => pending(Step::Enrolling),
-            Phase::Serving { pod, .. } => PodState::Serving(pod.trouble()),
-            Phase::LeftAlone(reason) => PodState::LeftAlone(*reason),
+            Phase::Serving { pod, .. } => PodState::Serving(pod.problem()),
+            Phase::Exempt(reason) => PodState::Exempt(*reason),
             Phase::Failed => PodState::Failed(entry.error.clone().unwrap_or(EnrolError::Pending)),
         }
     }

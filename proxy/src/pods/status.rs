@@ -1,12 +1,12 @@
-//! The status of a pod: its state, what it waits for, and why it is not served.
+//! The status of a pod for operators: its state, its current step, and its error.
 
 use std::fmt;
 
 use tokio::time::Instant;
 use underpass_config::{PodUid, Quoted};
 
-use crate::pods::annotations::NotEnrolled;
-use crate::pods::enrolment::{EnrolError, Trouble};
+use crate::pods::annotations::ExemptReason;
+use crate::pods::enrolment::{EnrolError, PodProblem};
 
 /// The status of a pod.
 #[derive(Debug, Clone)]
@@ -17,7 +17,7 @@ pub(crate) struct PodStatus {
     pub(crate) state: PodState,
 }
 
-/// The state of a pod.
+/// The state of a pod, as reported to operators.
 #[derive(Debug, Clone)]
 pub(crate) enum PodState {
     /// Not served yet.
@@ -26,19 +26,19 @@ pub(crate) enum PodState {
         step: Step,
         error: Option<EnrolError>,
     },
-    Serving(Option<Trouble>),
-    /// Exempt.
-    LeftAlone(NotEnrolled),
-    /// Not served, and not tried again.
+    Serving(Option<PodProblem>),
+    /// Exempt from enrolment.
+    Exempt(ExemptReason),
+    /// Not served, and not retried.
     Failed(EnrolError),
-    /// Removed; its connections end.
+    /// Removed; its connections are draining.
     Leaving,
 }
 
 impl PodState {
     pub(crate) const PENDING: &'static str = "pending";
     pub(crate) const SERVING: &'static str = "serving";
-    pub(crate) const LEFT_ALONE: &'static str = "left_alone";
+    pub(crate) const EXEMPT: &'static str = "exempt";
     pub(crate) const FAILED: &'static str = "failed";
     pub(crate) const LEAVING: &'static str = "leaving";
 
@@ -46,7 +46,7 @@ impl PodState {
         match self {
             Self::Pending { .. } => Self::PENDING,
             Self::Serving(_) => Self::SERVING,
-            Self::LeftAlone(_) => Self::LEFT_ALONE,
+            Self::Exempt(_) => Self::EXEMPT,
             Self::Failed(_) => Self::FAILED,
             Self::Leaving => Self::LEAVING,
         }
@@ -56,18 +56,18 @@ impl PodState {
 /// The step that a pending pod waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Its turn.
+    /// A free attempt.
     Queued,
-    /// The end of the pod that had its namespace.
+    /// The drain of the previous pod of its namespace.
     Predecessor,
     /// The end of an attempt.
     Enrolling,
-    /// The next attempt.
+    /// The end of the back-off.
     BackOff,
 }
 
 impl fmt::Display for PodStatus {
-    /// `shop/web-1 6f1b8a42 pending for 12 s: back-off: cannot ...`.
+    /// For example `shop/web-1 6f1b8a42 pending for 12 s: back-off: cannot ...`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { uid, pod, state } = self;
         write!(f, "{pod} {uid} {}", state.name())?;
@@ -79,8 +79,8 @@ impl fmt::Display for PodStatus {
                     None => Ok(()),
                 }
             }
-            PodState::Serving(Some(trouble)) => write!(f, ": {trouble}"),
-            PodState::LeftAlone(reason) => write!(f, ": {reason}"),
+            PodState::Serving(Some(problem)) => write!(f, ": {problem}"),
+            PodState::Exempt(reason) => write!(f, ": {reason}"),
             PodState::Failed(error) => write!(f, ": {}", Quoted::chain(error)),
             PodState::Serving(None) | PodState::Leaving => Ok(()),
         }
@@ -91,9 +91,9 @@ impl Step {
     fn text(self) -> &'static str {
         match self {
             Self::Queued => "queued",
-            Self::Predecessor => "waiting for the pod that had its network namespace",
+            Self::Predecessor => "waiting for the previous pod of its namespace to leave",
             Self::Enrolling => "enrolling",
-            Self::BackOff => "waiting to try again",
+            Self::BackOff => "waiting for the next attempt",
         }
     }
 }

@@ -1,4 +1,4 @@
-//! An enroller for tests, which needs no namespace and no root.
+//! An enroller for tests, without namespaces and privileges.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -8,23 +8,23 @@ use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
 use crate::pods::enrolment::{
-    Departure, EnrolError, Enrolled, EnrolledPod, Enroller, Operation, Trouble,
+    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, PodProblem,
 };
 use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
 
-/// Enrols pods in memory. Attempts succeed at once unless a script says otherwise.
+/// Enrols pods in memory. Attempts succeed at once, except scripted ones.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct FakeEnroller(Arc<Mutex<Fake>>);
 
 #[derive(Debug, Default)]
 struct Fake {
-    /// Outcomes of the next attempts of a pod; without one an attempt succeeds.
+    /// The scripted outcomes of the next attempts of each pod.
     scripts: HashMap<PodUid, VecDeque<Scripted>>,
     serving: HashMap<NamespaceId, Arc<PodFacts>>,
     attempts: HashMap<PodUid, usize>,
-    left: Vec<(PodUid, Departure)>,
-    /// Pods leave once this is false.
+    left: Vec<(PodUid, LeaveReason)>,
+    /// While true, leaving pods wait.
     hold_leaving: Option<watch::Receiver<bool>>,
 }
 
@@ -42,19 +42,19 @@ impl FakeEnroller {
         registry
     }
 
-    /// Lets the next attempt of a pod fail, after those scripted before.
+    /// Makes the next unscripted attempt of a pod fail.
     pub(crate) fn fail_next(&self, uid: &PodUid, error: EnrolError) {
         self.script(uid, Scripted::Fails(error));
     }
 
-    /// Lets the next attempt of a pod wait until the sender is used or dropped.
+    /// Makes the next unscripted attempt of a pod wait for the sender's message or drop.
     pub(crate) fn hold_next(&self, uid: &PodUid) -> oneshot::Sender<()> {
         let (release, held) = oneshot::channel();
         self.script(uid, Scripted::Waits(held));
         release
     }
 
-    /// Lets pods that leave wait until the sender has false or is dropped.
+    /// Makes leaving pods wait until the sender sends false or is dropped.
     pub(crate) fn hold_leaving(&self) -> watch::Sender<bool> {
         let (release, held) = watch::channel(true);
         self.fake().hold_leaving = Some(held);
@@ -65,7 +65,7 @@ impl FakeEnroller {
         self.fake().scripts.entry(uid.clone()).or_default().push_back(scripted);
     }
 
-    /// The uids of the pods that are served, in order.
+    /// The uids of the served pods, sorted.
     pub(crate) fn serving(&self) -> Vec<PodUid> {
         let mut serving: Vec<_> =
             self.fake().serving.values().map(|facts| facts.uid.clone()).collect();
@@ -73,18 +73,18 @@ impl FakeEnroller {
         serving
     }
 
-    /// How many attempts a pod has had.
+    /// The number of attempts for a pod.
     pub(crate) fn attempts(&self, uid: &PodUid) -> usize {
         self.fake().attempts.get(uid).copied().unwrap_or_default()
     }
 
-    /// The pods that have left, in that order.
+    /// The uids of the pods that have left, in that order.
     pub(crate) fn left(&self) -> Vec<PodUid> {
         self.fake().left.iter().map(|(uid, _)| uid.clone()).collect()
     }
 
-    /// Why the pods have left, in that order.
-    pub(crate) fn departures(&self) -> Vec<Departure> {
+    /// The reasons for which pods have left, in that order.
+    pub(crate) fn departures(&self) -> Vec<LeaveReason> {
         self.fake().left.iter().map(|(_, why)| *why).collect()
     }
 
@@ -130,21 +130,21 @@ struct FakePod {
 }
 
 impl EnrolledPod for FakePod {
-    /// Follows changes of labels alone.
-    fn follow(&self, facts: &PodFacts) -> Result<(), Departure> {
+    /// Applies changes of labels only.
+    fn follow(&self, facts: &PodFacts) -> Result<(), LeaveReason> {
         let same = PodFacts { labels: self.facts.labels.clone(), ..facts.clone() } == *self.facts;
-        same.then_some(()).ok_or(Departure::EnrolledAgain)
+        same.then_some(()).ok_or(LeaveReason::EnrolledAgain)
     }
 
     fn check(&self) -> Operation<Result<(), EnrolError>> {
         Box::pin(async { Ok(()) })
     }
 
-    fn trouble(&self) -> Option<Trouble> {
+    fn problem(&self) -> Option<PodProblem> {
         None
     }
 
-    fn leave(self: Box<Self>, why: Departure) -> Operation<()> {
+    fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()> {
         Box::pin(async move {
             let held = self.enroller.fake().hold_leaving.clone();
             if let Some(mut held) = held {

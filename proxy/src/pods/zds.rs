@@ -1,8 +1,9 @@
-//! Pods from a node agent over ZDS. istio-cni and Cilium select the pods, install their rules, and
-//! pass their network namespaces as they do to ztunnel.
+//! The source of pods that connects to a node agent over ZDS. istio-cni and Cilium select the pods,
+//! install their rules, and pass their network namespaces, as for ztunnel.
 //!
-//! The agent listens. This source connects, and reconnects with back-off. Pods stay enrolled
-//! without a connection; the next one starts with a snapshot, which removes those that have ended.
+//! The agent listens; this source connects, and reconnects with back-off. Pods stay enrolled
+//! without a connection. Each connection starts with a snapshot; pods that it does not name are
+//! removed.
 //!
 //! In reading order: `messages`, `session` (the protocol without I/O), `connection`.
 
@@ -26,17 +27,18 @@ use crate::pods::registry::PodRegistry;
 use crate::pods::source::{PodSource, SourceHealth, SourceRun};
 use crate::pods::zds::connection::{Connection, ConnectionError};
 
-/// The waits between connection attempts, as in ztunnel. istio-cni accepts five a second.
-const FIRST_WAIT: Duration = Duration::from_millis(10);
-const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// The bounds of the back-off before a new connection, as in ztunnel. istio-cni accepts five
+/// connections a second.
+const MIN_BACKOFF: Duration = Duration::from_millis(10);
+const MAX_BACKOFF: Duration = Duration::from_secs(15);
 
-/// A node agent that listens at a path.
+/// Connects to the node agent at a path.
 #[derive(Debug)]
 pub(crate) struct ZdsSource {
     socket: PathBuf,
 }
 
-/// Why there is no connection to the agent.
+/// The reason why there is no connection to the agent.
 #[derive(Debug, Error)]
 enum ZdsError {
     #[error("cannot connect to {}", socket.display())]
@@ -64,13 +66,13 @@ impl Hint for ZdsError {
 }
 
 impl ZdsSource {
-    /// The agent that listens at `socket`.
+    /// Connects to the agent at `socket`.
     pub(crate) fn new(socket: PathBuf) -> Self {
         Self { socket }
     }
 
     async fn connect_for_ever(self, registry: PodRegistry, health: SourceHealth) -> Infallible {
-        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
         loop {
             let error = match self.connect() {
                 Ok(socket) => {

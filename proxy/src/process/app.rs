@@ -10,22 +10,22 @@ use crate::process::phases::Bound;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::{Failures, Supervisor, TaskFailure};
 
-/// How `underpass run` was started.
+/// The command-line options of `underpass run` that are not settings.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Start {
-    /// Whether to stop when the parent ends.
+    /// Whether to stop when the parent process ends.
     pub(crate) until_eof: bool,
     /// Whether to take over from the running process.
     pub(crate) take_over: bool,
 }
 
-/// Runs until a stop signal, or until another process has taken over. Reloads the settings from
+/// Serves until a stop signal, or until another process has taken over. Reloads the settings from
 /// `sources` when they change.
 ///
 /// # Errors
 ///
-/// A failure before the rules are installed leaves none behind. The failure of an essential task
-/// ends the process at once and leaves the rules: no traffic leaves in plaintext.
+/// A failure before the rules are installed leaves no rules. The failure of an essential task ends
+/// the process at once and leaves the rules, so that no traffic leaves in plaintext.
 pub(crate) async fn run(
     settings: Settings,
     sources: Sources,
@@ -33,11 +33,11 @@ pub(crate) async fn run(
 ) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
     let life = Box::pin(live(settings, sources, start, supervisor));
-    until_failure(life, failures).await
+    run_until_failure(life, failures).await
 }
 
-/// The outcome of `life`, or the first failure of an essential task, which ends it.
-pub(crate) async fn until_failure(
+/// Runs `life` until it ends or the first essential task fails. Returns the outcome or the failure.
+pub(crate) async fn run_until_failure(
     life: impl Future<Output = Result<(), CommandError>>,
     mut failures: Failures,
 ) -> Result<(), CommandError> {
@@ -83,8 +83,8 @@ mod tests {
     async fn panic_of_essential_task_ends_the_process_with_exit_code_1() {
         let (supervisor, failures) = Supervisor::new();
         let _task = supervisor.essential("a task", async { panic!("of a task") });
-        let error = until_failure(pending(), failures).await.unwrap_err();
-        let text = "an internal error ends the proxy: a task panicked: of a task";
+        let error = run_until_failure(pending(), failures).await.unwrap_err();
+        let text = "an internal error stops the proxy: a task panicked: of a task";
         assert_eq!(chain(&error), text);
         assert_eq!(format!("{:?}", error.exit_code()), format!("{:?}", ExitCode::from(1)));
     }
@@ -92,8 +92,8 @@ mod tests {
     #[tokio::test]
     async fn panic_of_control_thread_is_an_error() {
         let (_supervisor, failures) = Supervisor::new();
-        let error = until_failure(async { panic!("of a phase") }, failures).await.unwrap_err();
-        let text = "an internal error ends the proxy: the control thread panicked: of a phase";
+        let error = run_until_failure(async { panic!("of a phase") }, failures).await.unwrap_err();
+        let text = "an internal error stops the proxy: the control thread panicked: of a phase";
         assert_eq!(chain(&error), text);
     }
 }

@@ -33,20 +33,20 @@ pub(crate) enum CommandError {
     Interception(#[from] InterceptionError),
     #[error(transparent)]
     Pod(#[from] PodError),
-    /// The process cannot go on without this task.
-    #[error("an internal error ends the proxy")]
+    /// An essential task failed.
+    #[error("an internal error stops the proxy")]
     Task(#[source] TaskFailure),
     #[error("cannot take over")]
     TakeOver(#[from] TakeOverError),
     #[error(transparent)]
     Instance(#[from] InstanceError),
-    #[error("a running proxy ({0}) would restore its rules")]
+    #[error("a running proxy ({0}) would install the rules again")]
     KeptByProxy(Box<Running>),
     #[error("interception.profile is none: there are no rules to manage")]
     NoRules,
     #[error("node.pods is set: these are the settings of `underpass node`, not of `underpass run`")]
     SettingsOfNode,
-    #[error("node.pods is not set, which is the source of pods of `underpass node`")]
+    #[error("node.pods is not set: `underpass node` has no source of pods")]
     NoPodSource,
     #[error(transparent)]
     PodSource(#[from] SourceEnd),
@@ -80,7 +80,7 @@ pub(crate) enum CommandError {
 }
 
 impl CommandError {
-    /// An error of starting a thread (EAGAIN: pthread_create(3)).
+    /// The error of a thread that could not be started (EAGAIN: pthread_create(3)).
     pub(crate) fn start(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::WouldBlock => Self::Thread(error),

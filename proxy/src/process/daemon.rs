@@ -2,11 +2,11 @@
 //!
 //! ```text
 //! start  bind the endpoints, load mesh and trust, start the workers, drop privileges
-//! serve  the source of pods drives the registry
-//! stop   unready, remove every pod: drained, its rules kept or removed as on_exit says
+//! serve  the source of pods adds and removes pods in the registry
+//! stop   report unready; drain and remove every pod; keep or remove its rules (`on_exit`)
 //! ```
 //!
-//! If the process ends otherwise, every pod's rules stay: its traffic is refused, not uncovered.
+//! After any other end of the process, every pod's rules stay: its traffic is refused.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,9 +32,9 @@ use crate::pods::probes::{self, ProbeTranslation};
 use crate::pods::registry::PodRegistry;
 use crate::pods::source::{PodSource, SourceHealth};
 use crate::pods::zds::ZdsSource;
-use crate::process::app::until_failure;
+use crate::process::app::run_until_failure;
 use crate::process::command_error::CommandError;
-use crate::process::cpus::processors;
+use crate::process::cpus::available_cpus;
 use crate::process::notify;
 use crate::process::pause_gate::Gates;
 use crate::process::phases::endpoints::Endpoints;
@@ -43,18 +43,17 @@ use crate::process::supervise::{Supervisor, Task, restarting};
 use crate::rules::health::RulesTotals;
 use crate::traffic::listeners::Listeners;
 
-/// Timeout for the end of the workers: the end of the process frees the resources of one that does
-/// not stop in time.
-const WORKERS_END: Duration = Duration::from_secs(1);
+/// A worker that has not stopped by then is abandoned: the end of the process frees its resources.
+const WORKER_STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Serves the pods of this node until a stop signal.
 ///
 /// # Errors
 ///
-/// The daemon cannot start, or cannot go on. The rules of pods stay.
+/// The daemon cannot start, or an essential task failed. The rules of pods stay.
 pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    until_failure(Box::pin(live(settings, until_eof, supervisor)), failures).await
+    run_until_failure(Box::pin(live(settings, until_eof, supervisor)), failures).await
 }
 
 async fn live(
@@ -71,7 +70,6 @@ async fn live(
     Ok(())
 }
 
-/// The source of pods that the settings name.
 fn source(
     settings: &Arc<Settings>,
     node: &Node,
@@ -97,9 +95,9 @@ struct Daemon {
     registry: PodRegistry,
     readiness: Readiness,
     threads: WorkerThreads,
-    /// Tasks that run until the last pod is removed: among them the enforcement of policies.
+    /// Tasks that run until the last pod is removed, such as the enforcement of policies.
     tasks: Vec<Task>,
-    /// The rules in the host's namespace.
+    /// The rules for kubelet probes in the host's namespace, and the task that maintains them.
     probes: Option<(HostRules, Task)>,
     _endpoints: Endpoints,
 }
@@ -122,7 +120,7 @@ impl Daemon {
         let (mesh_source, mesh) = MeshSource::open(mesh_file, watcher, run_in_background)?;
         let publisher = Publisher::new(mesh_source, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
-        let count = settings.proxy.workers.unwrap_or_else(processors);
+        let count = settings.proxy.workers.unwrap_or_else(available_cpus);
         let node = Node::new(&settings, count, mesh, gates.clone(), series);
         let (node, identities) = (Arc::new(node), identities.map(Arc::new));
         let listeners = Listeners::bind(&access, &sockets, &settings, &mut Vec::new()).await?;
@@ -153,7 +151,7 @@ impl Daemon {
             supervisor.essential("registry of pods", pods.run()),
             limits,
         ];
-        // Opened before rules are installed: a failure leaves none.
+        // Open the source before rules are installed, so that a failure leaves no rules.
         let pod_source = source(&settings, &node, watcher)?;
         let mut probes = None;
         if settings.node.probes == NodeProbes::Translate {
@@ -167,7 +165,7 @@ impl Daemon {
         Ok((daemon, pod_source))
     }
 
-    /// Serves until a stop signal, whose name it returns.
+    /// Serves until a stop signal, and returns the signal's name.
     async fn serve(
         &self,
         source: Box<dyn PodSource>,
@@ -191,7 +189,7 @@ impl Daemon {
         }
     }
 
-    /// Removes every pod, and ends the workers. A second stop signal does not wait for connections.
+    /// Removes every pod and stops the workers. A second stop signal ends the drain.
     async fn stop(self, why: &'static str, stop: &mut StopSignal) {
         self.readiness.draining();
         notify::stopping();
@@ -201,7 +199,7 @@ impl Daemon {
         tokio::select! {
             () = self.registry.stop().gone() => {}
             why = stop.wait() => {
-                tracing::warn!(why, "second stop signal: not waiting for connections; the rules of pods that still drain stay");
+                tracing::warn!(why, "second stop signal: ending the drain and keeping the rules of pods that still drain");
             }
         }
         if let Some((rules, task)) = self.probes {
@@ -209,15 +207,15 @@ impl Daemon {
             probes::leave(&rules, self.settings.interception.on_exit).await;
         }
         self.node.drain.end();
-        tokio::time::timeout(WORKERS_END, self.threads.join()).await.ok();
-        // Workers that have not ended enforce the mesh, which these tasks publish.
+        tokio::time::timeout(WORKER_STOP_TIMEOUT, self.threads.join()).await.ok();
+        // The tasks publish the mesh, which a worker enforces until it ends.
         drop(self.tasks);
         tracing::info!("stopped");
     }
 }
 
-/// Drops all capabilities of the control thread, which the workers inherit. The namespaces thread
-/// keeps those to enter the pods' namespaces and to install their rules.
+/// Drops all capabilities of the control thread, and so of the workers that it starts. The
+/// namespaces thread keeps those for entering pods' namespaces and installing rules.
 async fn confine(thread: &NamespaceThread, settings: &Settings) -> Result<(), CommandError> {
     confine_thread(Kept::Nothing).map_err(CommandError::Start)?;
     let programs = settings.interception.install

@@ -1,20 +1,20 @@
-//! Ensures one proxy for each network namespace, and answers queries for the running one.
+//! Ensures one proxy for each network namespace, and answers queries about it.
 //!
-//! The proxy whose rules catch the traffic of a network namespace listens at an abstract Unix
-//! socket. Such a name belongs to the network namespace, and the kernel frees it with the process:
-//! a second proxy finds the first across containers and pid namespaces, and a killed one
-//! blocks no start.
+//! The proxy that owns the rules of a network namespace listens on an abstract Unix socket.
+//! Abstract names belong to the network namespace: a second proxy finds the first one also from
+//! another container. The kernel frees the name when the process ends, so a killed proxy blocks
+//! no start.
 //!
-//! Every process of the namespace may connect, so only root and the proxy's own user are answered,
-//! and only their answers are believed (SO_PEERCRED). A workload that takes the name first, and is
-//! neither, is ignored.
+//! Every process of the namespace may connect. The proxy answers only root and its own user, and
+//! its client accepts answers only from these (SO_PEERCRED). A workload that takes the name
+//! first is ignored.
 //!
 //! ```text
 //! underpass/1 pid=4242 started=1764464400 installs=true self_test_failed=false readiness=…
 //! then the settings as `underpass config show` prints them
 //! ```
 //!
-//! Not here: hot restart, which has a socket of its own (`take_over/control_socket.rs`).
+//! Hot restart has another socket (`take_over/control_socket.rs`).
 
 use std::borrow::Cow;
 use std::fmt;
@@ -35,15 +35,13 @@ use underpass_interception::Peer;
 use crate::admin::endpoints::Readiness;
 use crate::rules::owner::started;
 
-/// The abstract name of the socket.
-const NAME: &str = "\0underpass";
-const GREETING: &str = "underpass/1";
-/// Timeout for receiving an answer, and for sending one.
-const DEADLINE: Duration = Duration::from_secs(5);
-/// The maximum length of an answer in bytes.
-const LONGEST_ANSWER: u64 = 16 << 20;
-/// The pause after a failed accept, for example without file descriptors.
-const PAUSE: Duration = Duration::from_secs(1);
+const SOCKET_NAME: &str = "\0underpass";
+const PROTOCOL: &str = "underpass/1";
+/// Timeout for receiving a query or an answer, and for sending one.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_ANSWER_BYTES: u64 = 16 << 20;
+/// The delay after a failed accept, for example without file descriptors.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// The listening socket that marks this process as the proxy of its network namespace.
 #[derive(Debug, Clone)]
@@ -54,15 +52,14 @@ pub(crate) struct Instance {
 /// A proxy that runs in this network namespace.
 #[derive(Debug)]
 pub(crate) struct Running {
-    /// The process id in its own pid namespace.
+    /// The process id in the pid namespace of that proxy.
     pub(crate) pid: u32,
-    /// When it began to own rules, in seconds since 1970.
+    /// The start of its ownership of the rules, in seconds since 1970.
     pub(crate) started: u64,
-    /// Whether it installs the rules.
+    /// Whether it installs the rules itself.
     pub(crate) installs: bool,
-    /// Whether its last self-test failed.
     pub(crate) self_test_failed: bool,
-    /// `ready`, or the reason why it is not.
+    /// `ready`, or the reason why it is not ready.
     pub(crate) readiness: String,
     /// Its current settings, reloads included.
     pub(crate) settings: Settings,
@@ -75,7 +72,7 @@ pub(crate) enum InstanceError {
     Other(Box<Running>),
     #[error(
         "the proxy of this network namespace did not answer within {} s",
-        DEADLINE.as_secs()
+        QUERY_TIMEOUT.as_secs()
     )]
     Silent,
     #[error("the proxy of this network namespace sent an answer that this version cannot parse")]
@@ -111,7 +108,7 @@ impl fmt::Display for Running {
     }
 }
 
-/// The current state of the proxy, from which answers are made.
+/// The sources of the state that an answer reports.
 #[derive(Debug, Clone)]
 pub(crate) struct Status {
     pub(crate) settings: Arc<Settings>,
@@ -120,9 +117,11 @@ pub(crate) struct Status {
 }
 
 impl Instance {
-    /// Becomes the proxy of this network namespace. `handed` is the socket from a process that is
-    /// taken over. `None` without rules, if this process installs none beside a running proxy, or
-    /// if another process holds the name.
+    /// Makes this process the proxy of its network namespace. `handed` is the socket of a process
+    /// that is taken over.
+    ///
+    /// Returns `None` if this process installs no rules and another proxy runs, or if an untrusted
+    /// process holds the name.
     pub(crate) async fn claim(
         settings: &Settings,
         handed: Option<OwnedFd>,
@@ -139,8 +138,8 @@ impl Instance {
         if let Some(free) = Self::bind()? {
             return Ok(Some(free));
         }
-        // Of two processes that start at once, one finds the other, which answers once it has
-        // started.
+        // If two processes start at once, only one can bind the name. The other one gets an answer
+        // after the first has started.
         match running().await? {
             Some(running) if settings.interception.install => {
                 Err(InstanceError::Other(Box::new(running)))
@@ -149,7 +148,7 @@ impl Instance {
                 tracing::info!("another underpass runs in this network namespace ({running})");
                 Ok(None)
             }
-            // The other process may have exited meanwhile.
+            // The other process may have exited since the bind failed.
             None => Self::bind().inspect(|bound| {
                 if bound.is_none() {
                     tracing::warn!(
@@ -161,31 +160,30 @@ impl Instance {
         }
     }
 
-    /// `None` if another process has the name.
+    /// Binds the abstract name; `None` if another process holds it.
     fn bind() -> Result<Option<Self>, InstanceError> {
-        match UnixListener::bind(NAME) {
+        match UnixListener::bind(SOCKET_NAME) {
             Ok(listener) => Ok(Some(Self { listener: Arc::new(listener) })),
             Err(error) if error.kind() == ErrorKind::AddrInUse => Ok(None),
             Err(error) => Err(InstanceError::Socket(error)),
         }
     }
 
-    /// The socket, to hand over to a new process.
     pub(crate) fn listener(&self) -> &UnixListener {
         &self.listener
     }
 
-    /// Answers queries, one at a time, for ever.
+    /// Answers queries one at a time. Never returns.
     pub(crate) async fn serve(self, status: Status) {
         loop {
             match self.listener.accept().await {
                 Ok((stream, _)) => {
                     let answer = answer(stream, &status, started());
-                    if !matches!(timeout(DEADLINE, answer).await, Ok(Ok(()))) {
+                    if !matches!(timeout(QUERY_TIMEOUT, answer).await, Ok(Ok(()))) {
                         tracing::debug!("cannot answer a query for this proxy");
                     }
                 }
-                Err(_) => tokio::time::sleep(PAUSE).await,
+                Err(_) => tokio::time::sleep(ACCEPT_RETRY_DELAY).await,
             }
         }
     }
@@ -198,7 +196,7 @@ async fn answer(mut stream: UnixStream, status: &Status, started: u64) -> io::Re
     let mut settings = Settings::clone(&status.settings);
     settings.interception = status.interception.borrow().clone();
     let text = format!(
-        "{GREETING} pid={} started={started} installs={} self_test_failed={} readiness={}\n{settings}",
+        "{PROTOCOL} pid={} started={started} installs={} self_test_failed={} readiness={}\n{settings}",
         std::process::id(),
         settings.interception.install,
         status.readiness.rules().has_self_test_failed(),
@@ -208,9 +206,9 @@ async fn answer(mut stream: UnixStream, status: &Status, started: u64) -> io::Re
     stream.shutdown().await
 }
 
-/// The proxy of this network namespace; `None` if no trusted one runs.
+/// Queries the proxy of this network namespace; `None` if no trusted one runs.
 pub(crate) async fn running() -> Result<Option<Running>, InstanceError> {
-    let mut stream = match UnixStream::connect(NAME).await {
+    let mut stream = match UnixStream::connect(SOCKET_NAME).await {
         Ok(stream) => stream,
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => return Ok(None),
         Err(error) => return Err(InstanceError::Socket(error)),
@@ -219,14 +217,14 @@ pub(crate) async fn running() -> Result<Option<Running>, InstanceError> {
         return Ok(None);
     }
     let mut text = String::new();
-    let mut answer = (&mut stream).take(LONGEST_ANSWER);
-    match timeout(DEADLINE, answer.read_to_string(&mut text)).await {
+    let mut answer = (&mut stream).take(MAX_ANSWER_BYTES);
+    match timeout(QUERY_TIMEOUT, answer.read_to_string(&mut text)).await {
         Err(_) => Err(InstanceError::Silent),
         Ok(Err(error)) if error.kind() != ErrorKind::InvalidData => {
             Err(InstanceError::Socket(error))
         }
         Ok(Err(_)) => Err(InstanceError::Unknown),
-        // It exited meanwhile, or does not trust this process's user.
+        // The proxy has exited, or does not trust this process's user.
         Ok(Ok(0)) => Ok(None),
         Ok(Ok(_)) => Running::parse(&text).map(Some).ok_or(InstanceError::Unknown),
     }
@@ -239,7 +237,7 @@ fn is_trusted(stream: &UnixStream) -> io::Result<bool> {
 impl Running {
     fn parse(text: &str) -> Option<Self> {
         let (head, settings) = text.split_once('\n')?;
-        let (head, readiness) = head.strip_prefix(GREETING)?.split_once(" readiness=")?;
+        let (head, readiness) = head.strip_prefix(PROTOCOL)?.split_once(" readiness=")?;
         let value =
             |key: &str| head.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
         Some(Self {
@@ -265,7 +263,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn reports_settings_as_they_are_now() {
+    async fn instance_reports_current_settings() {
         let settings = settings(&["interception.profile=sidecar", "proxy.outbound_port=16001"]);
         let changed = InterceptionSettings { drop_invalid: true, ..settings.interception.clone() };
         let interception = watch::Sender::new(changed.clone()).subscribe();

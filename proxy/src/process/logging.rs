@@ -1,8 +1,8 @@
-//! Writes log lines to standard output on a separate thread, so that a slow reader delays no
-//! connection.
+//! Writes log lines to standard output on a separate thread, so that a slow reader of the log
+//! delays no connection.
 //!
-//! Both bounds are in bytes. A line that is too long is cut (`line.rs`). A line for which the queue
-//! has no room is lost and counted (`queue.rs`); the count is logged when the output recovers.
+//! An overlong line is cut (`line.rs`). A line that does not fit the queue is lost and counted
+//! (`queue.rs`); the count is logged when the output recovers.
 
 mod line;
 mod queue;
@@ -25,8 +25,7 @@ use crate::process::command_error::CommandError;
 
 /// Starts logging. Dropping the guard writes the queued lines, for at most a second.
 ///
-/// # Errors
-/// The filter is not in tracing's syntax, or no thread can be started.
+/// # Errors The filter is not in tracing's syntax, or no thread can be started.
 pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
     let filter = filter(settings)?;
     // Bypasses std's buffer, which would retain bytes that could not be written.
@@ -45,10 +44,9 @@ pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
     Ok(guard)
 }
 
-/// The filter of events.
+/// Parses the filter of log events.
 ///
-/// # Errors
-/// The filter is not in tracing's syntax.
+/// # Errors The filter is not in tracing's syntax.
 pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
     let text = settings.filter.as_str();
     let filter: Targets = text.parse().map_err(|error| ConfigErrors {
@@ -61,7 +59,7 @@ pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
         }],
         more: 0,
     })?;
-    // nlink warns of every error answer, expected ones included; callers log the relevant ones.
+    // nlink warns of every netlink error, expected ones included. Callers log the relevant ones.
     Ok(if text.contains("nlink") {
         filter
     } else {
@@ -69,7 +67,6 @@ pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
     })
 }
 
-/// Passes each line from the formatter to the queue.
 struct LineWriter {
     lines: Lines,
     queue: Arc<Queue>,

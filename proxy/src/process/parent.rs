@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use tokio::sync::oneshot;
 use underpass_interception::confine_auxiliary_thread;
 
-/// Waits for the end of standard input.
+/// Waits for the parent's end, which closes standard input.
 #[derive(Debug)]
 pub(crate) struct ParentGone(Option<oneshot::Receiver<()>>);
 
@@ -28,7 +28,7 @@ impl ParentGone {
         Ok(Self(Some(receiver)))
     }
 
-    /// Returns once, when the parent ends; later calls never return.
+    /// Returns once, when the parent ends. Later calls never return.
     pub(crate) async fn wait(&mut self) {
         if let Some(receiver) = &mut self.0 {
             receiver.await.ok();

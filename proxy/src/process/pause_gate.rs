@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-/// A gate that is open unless a take-over pauses the work behind it. Clones share the state.
+/// Lets work pass unless a take-over has closed it. Clones share the state.
 #[derive(Debug, Clone)]
 pub(crate) struct PauseGate(Arc<State>);
 
 #[derive(Debug)]
 struct State {
     open: watch::Sender<bool>,
-    /// How many futures have passed the gate and have not ended.
+    /// The number of passed futures that are still running.
     running: watch::Sender<usize>,
 }
 
@@ -26,14 +26,14 @@ impl Default for PauseGate {
 }
 
 impl PauseGate {
-    /// Runs `work` when the gate is open; `None` if the gate closed before `work` was done. `work`
-    /// must be cancel-safe.
+    /// Runs `work` when the gate is open. Returns `None` if the gate closed before `work`
+    /// completed. `work` must be cancel-safe.
     pub(crate) async fn pass<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         self.pass_until(work, std::future::ready(())).await
     }
 
-    /// Like [`PauseGate::pass`] for work with effects after its cancellation: closing also waits
-    /// for `end`.
+    /// Like [`PauseGate::pass`], for work whose effects outlast its cancellation: `close` also
+    /// waits for `end`.
     pub(crate) async fn pass_until<T>(
         &self,
         work: impl Future<Output = T>,
@@ -42,7 +42,7 @@ impl PauseGate {
         let mut open = self.0.open.subscribe();
         // `self` owns the sender, so that waiting cannot fail.
         open.wait_for(|open| *open).await.ok()?;
-        let _running = Running::new(&self.0);
+        let _running = PassedFuture::new(&self.0);
         let done = tokio::select! {
             // Polls the gate first, since it may have closed again.
             biased;
@@ -55,7 +55,7 @@ impl PauseGate {
         done
     }
 
-    /// Closes the gate and waits until nothing that has passed it runs any longer.
+    /// Closes the gate and waits until no passed future is running.
     pub(crate) async fn close(&self) {
         self.0.open.send_replace(false);
         let mut running = self.0.running.subscribe();
@@ -68,10 +68,10 @@ impl PauseGate {
     }
 }
 
-/// Gates for the work that only one of the two processes may do at a time.
+/// The gates for work that only one of the two processes may do at a time.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Gates {
-    /// Accepting, on all listeners, readiness and metrics included.
+    /// Accepting on all listeners, including readiness and metrics.
     pub(crate) accept: PauseGate,
     /// Repairing and testing the rules.
     pub(crate) rules: PauseGate,
@@ -84,17 +84,17 @@ impl Gates {
     }
 }
 
-/// Counts a future that has passed the gate.
-struct Running<'a>(&'a State);
+/// Counts a passed future until it is dropped.
+struct PassedFuture<'a>(&'a State);
 
-impl<'a> Running<'a> {
+impl<'a> PassedFuture<'a> {
     fn new(state: &'a State) -> Self {
         state.running.send_modify(|running| *running += 1);
         Self(state)
     }
 }
 
-impl Drop for Running<'_> {
+impl Drop for PassedFuture<'_> {
     fn drop(&mut self) {
         self.0.running.send_modify(|running| *running -= 1);
     }
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn unused_gate_closes_at_once() {
+    async fn gate_without_running_work_closes_at_once() {
         PauseGate::default().close().await;
     }
 }

@@ -1,18 +1,18 @@
 //! The phases of `underpass run`, from its bound sockets to its end.
 //!
 //! ```text
-//! Bound     every socket bound, mesh and certificate files loaded; dropping it leaves nothing
-//!   │ guard   rules installed
+//! Bound     every socket bound, mesh and certificate files loaded; nothing else is changed
+//! │ guard   install the rules
 //! Guarded   from here on the rules stay if the process ends: fail closed
-//!   │ serve   proxy's user, certificate, workers, self-test, ready
-//! Serving
-//!   │ end     a stop signal, or another process has taken over: unready
-//! Draining
-//!   │ finish  stop accepting, GOAWAY, drain, keep or remove the rules
+//! │ serve   change the user, obtain the certificate, start the workers, run the self-test
+//! Serving   ready
+//! │ end     on a stop signal, or after another process has taken over
+//! Draining  unready
+//! │ finish  stop accepting, send GOAWAY, drain, keep or remove the rules
 //! ```
 //!
-//! A take-over has the same phases with the running process's listeners (`take_over.rs`); its
-//! requests are between them.
+//! A take-over has the same phases with the running process's listeners, and sends its requests
+//! between them (`take_over.rs`).
 
 mod bound;
 mod draining;
@@ -29,23 +29,22 @@ pub(crate) use self::bound::Bound;
 use self::endpoints::Endpoints;
 use crate::node::Node;
 use crate::node::identities::Identities;
-use crate::process::cpus::processors;
+use crate::process::cpus::available_cpus;
 use crate::process::supervise::{Supervisor, Task};
 
-/// The parts of the process that every phase has.
+/// The parts of the process that exist in every phase.
 struct Core {
     settings: Arc<Settings>,
     supervisor: Supervisor,
     node: Arc<Node>,
     /// `None` without certificates: HBONE is off.
     identities: Option<Arc<Identities>>,
-    /// The thread that performs privileged operations.
     thread: NamespaceThread,
     endpoints: Endpoints,
-    /// Waits for the end of that thread.
+    /// Supervises `thread`.
     _privileged: Task,
 }
 
 fn workers(settings: &Settings) -> usize {
-    settings.proxy.workers.unwrap_or_else(processors)
+    settings.proxy.workers.unwrap_or_else(available_cpus)
 }

@@ -1,7 +1,7 @@
 //! Reloads the settings when their file changes or on SIGHUP.
 //!
 //! Only the selection of intercepted traffic can change (`interception.outbound` and similar keys).
-//! Other changes need a restart, which is logged. Invalid settings are logged, and the last valid
+//! Other changes are logged and need a restart. Invalid settings are logged, and the last valid
 //! ones stay in effect.
 
 use std::sync::Arc;
@@ -41,12 +41,12 @@ impl Reload {
         })
     }
 
-    /// Follows the interception settings.
+    /// A receiver of the current interception settings.
     pub(crate) fn subscribe(&self) -> watch::Receiver<InterceptionSettings> {
         self.interception.subscribe()
     }
 
-    /// Publishes changes; if no reconciler `repairs` the rules, only logs them.
+    /// Starts to publish changes. If no reconciler `repairs` the rules, changes are only logged.
     pub(crate) fn start(self, repairs: bool) -> Task {
         let reload = Arc::new(Mutex::new(self));
         restarting("reload of the settings", move || {
@@ -58,7 +58,7 @@ impl Reload {
         })
     }
 
-    /// Publishes changes, for ever.
+    /// Publishes changes. Never returns.
     async fn follow(&mut self) {
         loop {
             if let Some(new) = self.load() {
@@ -81,7 +81,7 @@ impl Reload {
         self.current = followed;
     }
 
-    /// Logs changes that cannot take effect, for ever.
+    /// Logs that changes need a restart. Never returns.
     async fn refuse_changes(&mut self) {
         loop {
             if self.load().is_some_and(|new| new != self.current) {
@@ -121,7 +121,7 @@ impl Reload {
     }
 }
 
-/// The current settings with those new values that can take effect without a restart.
+/// Returns `current` with those values of `new` that can take effect without a restart.
 pub(crate) fn follow(current: &Settings, new: &Settings) -> Settings {
     let (old, new) = (&current.interception, &new.interception);
     let mut followed = current.clone();

@@ -5,7 +5,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::process::command_error::CommandError;
 use crate::process::parent::ParentGone;
 
-/// The events that stop the proxy: SIGTERM, SIGINT, or the end of the parent.
+/// Waits for an event that stops the proxy: SIGTERM, SIGINT, or the end of the parent.
 pub(crate) struct StopSignal {
     terminate: Signal,
     interrupt: Signal,

@@ -1,8 +1,8 @@
-//! Supervises tasks and threads by their role.
+//! Supervises tasks and threads according to their role.
 //!
 //! ```text
 //! essential       a panic or early end ends the process with an error; the rules stay
-//! restarting      a panic or early end is logged and counted; the task starts again, with back-off
+//! restarting      a panic or early end is logged and counted; the task restarts after a back-off
 //! per connection  a panic is logged and ends only that connection (`log_panic` of hbone)
 //! ```
 
@@ -18,16 +18,16 @@ use underpass_hbone::{Panic, catch_panic};
 
 use crate::observe::metrics;
 
-/// The pause before a task starts again: doubled after each failure, between these bounds.
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// The bounds of the back-off before a task restarts. It doubles after each failure.
+const MIN_BACKOFF: Duration = Duration::from_secs(1);
+const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
-/// How a task or thread ended that should not have ended.
+/// The failure of a task or thread that must not end.
 #[derive(Debug, Error)]
 pub(crate) enum TaskFailure {
     #[error("{task} panicked: {panic}")]
     Panicked { task: Cow<'static, str>, panic: Panic },
-    #[error("{task} ended too early")]
+    #[error("{task} ended unexpectedly")]
     Ended { task: Cow<'static, str> },
 }
 
@@ -39,7 +39,7 @@ pub(crate) struct Supervisor(mpsc::UnboundedSender<TaskFailure>);
 #[derive(Debug)]
 pub(crate) struct Failures(mpsc::UnboundedReceiver<TaskFailure>);
 
-/// A running task, which ends when this is dropped.
+/// A running task. Dropping the handle aborts it.
 #[derive(Debug)]
 pub(crate) struct Task(AbortHandle);
 
@@ -49,7 +49,7 @@ impl Supervisor {
         (Self(sender), Failures(failures))
     }
 
-    /// Starts a task without which the process cannot go on.
+    /// Starts a task whose failure ends the process.
     pub(crate) fn essential<T: Send + 'static>(
         &self,
         task: &'static str,
@@ -63,7 +63,7 @@ impl Supervisor {
         Task(running.abort_handle())
     }
 
-    /// Runs the body of a thread without which the process cannot go on. It may end.
+    /// Runs the body of a thread whose panic ends the process. A normal end is allowed.
     pub(crate) fn essential_thread(&self, thread: String, body: impl FnOnce()) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(body)) {
             self.report(TaskFailure::Panicked { task: thread.into(), panic: Panic::of(&*panic) });
@@ -71,13 +71,13 @@ impl Supervisor {
     }
 
     fn report(&self, failure: TaskFailure) {
-        // Fails if the process ends already.
+        // Fails if the process is already ending.
         self.0.send(failure).ok();
     }
 }
 
 impl Failures {
-    /// Resolves with the first failure. Cancel-safe.
+    /// Waits for the first failure. Cancel-safe.
     pub(crate) async fn next(&mut self) -> TaskFailure {
         match self.0.recv().await {
             Some(failure) => failure,
@@ -86,8 +86,7 @@ impl Failures {
     }
 }
 
-/// Logs every panic of the process with its place: also those of tasks and threads that restart by
-/// themselves.
+/// Logs every panic of the process with its source location.
 pub(crate) fn log_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
@@ -97,7 +96,7 @@ pub(crate) fn log_panics() {
     }));
 }
 
-/// Starts the task that `make` makes, and again whenever it panics or ends.
+/// Starts the task that `make` creates, and starts it again after a panic or end.
 pub(crate) fn restarting<F>(
     task: &'static str,
     mut make: impl FnMut() -> F + Send + 'static,
@@ -106,17 +105,17 @@ where
     F: Future<Output: Send> + Send + 'static,
 {
     let running = tokio::spawn(async move {
-        let mut pause = FIRST_PAUSE;
+        let mut pause = MIN_BACKOFF;
         loop {
             let began = Instant::now();
             let failure = failure(task, catch_panic(async { make().await }).await);
-            if began.elapsed() > LONGEST_PAUSE {
-                pause = FIRST_PAUSE;
+            if began.elapsed() > MAX_BACKOFF {
+                pause = MIN_BACKOFF;
             }
             metrics::task_restarted(task);
             tracing::error!(%failure, ?pause, "a task failed: starting it again");
             sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(MAX_BACKOFF);
         }
     });
     Task(running.abort_handle())
@@ -149,7 +148,7 @@ mod tests {
         let _panics = supervisor.essential("one task", async { panic!("of {}", "a kind") });
         assert_eq!(failures.next().await.to_string(), "one task panicked: of a kind");
         let _ends = supervisor.essential("other task", async {});
-        assert_eq!(failures.next().await.to_string(), "other task ended too early");
+        assert_eq!(failures.next().await.to_string(), "other task ended unexpectedly");
     }
 
     #[tokio::test(start_paused = true)]
@@ -192,7 +191,7 @@ mod tests {
             }
         });
         reached.recv().await.unwrap();
-        assert_eq!(began.elapsed(), FIRST_PAUSE * 3);
+        assert_eq!(began.elapsed(), MIN_BACKOFF * 3);
         drop(task);
         assert!(reached.recv().await.is_none(), "a dropped task ends");
         assert_eq!(starts.load(Relaxed), 3);

@@ -10,7 +10,7 @@
 //! ready               ──>  unready, GOAWAY, drains for up to `timeouts.handover_drain`
 //! ```
 //!
-//! If anything fails before `ready`, the new process exits and closes the connection.
+//! If a step fails before `ready`, the new process exits, which closes the connection.
 //! The running process then resumes accepting and repairing.
 
 mod client;
@@ -27,18 +27,18 @@ use thiserror::Error;
 use underpass_config::{Hint, InboundMode, Settings};
 use underpass_interception::{InterceptionError, Namespace};
 
-pub(crate) use client::{HandedOver, TakeoverClient};
+pub(crate) use client::{ReceivedSockets, TakeoverClient};
 pub(crate) use server::{TakeoverOutcome, TakeoverServer};
 
 /// The version of this protocol.
 const VERSION: u32 = 1;
-/// Timeout for each answer of the running process, and for the role that the new process sends.
+/// Timeout for each answer of the running process, and for the first message of the new one.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for the new process to obtain its certificate, possibly from a remote CA. The running
 /// process serves meanwhile.
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout from the last accept of the running process until the new one is ready. New connections
-/// wait meanwhile, so it exceeds the self-test's deadline and stays below clients' timeouts.
+/// wait meanwhile. It exceeds the self-test's deadline and is below usual timeouts of clients.
 const SWITCH_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The requests of the new process, in this order.
@@ -50,8 +50,8 @@ const LISTENERS: &str = "listeners";
 const REFUSED: &str = "refused";
 /// The name of the control socket among the sockets that are handed over.
 const CONTROL_SOCKET: &str = "take-over";
-/// The name of the instance socket (`instance.rs`) among them.
-const INSTANCE: &str = "instance";
+/// The name of the instance socket (`instance.rs`) among the sockets that are handed over.
+const INSTANCE_SOCKET: &str = "instance";
 
 /// Why this process cannot take over.
 #[derive(Debug, Error)]
@@ -100,8 +100,8 @@ impl Hint for TakeOverError {
     }
 }
 
-/// The properties that both processes must share, so that the rules and listeners of the running
-/// process are valid for the new one.
+/// The properties that both processes must share for the rules and listeners of one to serve the
+/// other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Role {
     version: u32,
@@ -123,7 +123,7 @@ impl Role {
         })
     }
 
-    /// Why a process of this role refuses a take-over by one with the role `other`.
+    /// Returns the reason to refuse a take-over by a process with the role `other`, if they differ.
     fn refusal(&self, other: &str) -> Option<String> {
         (other != self.to_string()).then(|| {
             format!("the role differs: the running process is \"{self}\", the new one \"{other}\"")

@@ -1,7 +1,6 @@
-//! Manages the rules during the life of a proxy: checks, installs, tests, and keeps or removes
-//! them.
+//! Manages the rules of a pod: checks, installs, tests, and keeps or removes them.
 //!
-//! Not here: the contents of the rules and the kernel interfaces (the interception crate).
+//! The interception crate defines the rules and the kernel interfaces.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,36 +20,35 @@ use crate::rules::reconciler::RuleReconciler;
 use crate::rules::self_test;
 use crate::rules::self_test::{Arrivals, SelfTestError};
 
-/// The deadline of each connection of the self-test at the start. It normally takes less than a
+/// Timeout for each connection of the self-test at the start. It normally takes less than a
 /// millisecond; a machine that is still booting takes longer.
-const START_DEADLINE: Duration = Duration::from_secs(5);
+const START_TEST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The rules of one pod and the means to change them.
+/// The rules of one pod, with the operations on them.
 #[derive(Debug, Clone)]
 pub(crate) struct Capture {
-    /// Operations in the pod's network namespace.
     access: NamespaceAccess,
-    /// The settings of the start.
+    /// The settings at the start.
     settings: Arc<Settings>,
-    /// The interception settings, which a reload changes.
+    /// The current interception settings; a reload changes them.
     current: watch::Receiver<InterceptionSettings>,
     /// `None` if another program installs the rules (`interception.install: false`).
     interception: Option<Interception>,
     ports: Ports,
-    /// The user by which the rules identify the proxy.
+    /// The user by which the rules identify the proxy's connections.
     user: Option<ProxyUser>,
 }
 
-/// The sockets of the self-test, opened before the process became the proxy's user.
+/// The sockets of the self-test, opened before the change to the proxy's user.
 #[derive(Debug)]
-pub(crate) struct Probes {
+pub(crate) struct SelfTestSockets {
     caught: ProbeSockets,
     returned: Vec<ReturnPathProbe>,
 }
 
-/// Leaves the rules installed at the end of the proxy. With `repair`, reinstalls them if another
-/// program has changed them.
-async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), PodError> {
+/// Keeps the rules at the end of the proxy. With `repair`, first reinstalls them if another program
+/// has changed them.
+async fn keep_rules(interception: &Interception, repair: bool) -> Result<(), PodError> {
     let difference = match interception.verify().await {
         Ok(difference) => difference,
         Err(error) if repair => return Err(error.into()),
@@ -85,7 +83,7 @@ async fn leave_closed(interception: &Interception, repair: bool) -> Result<(), P
 }
 
 impl Capture {
-    /// Checks the preconditions; changes nothing.
+    /// Checks the preconditions. Changes nothing.
     pub(crate) async fn prepare(
         settings: Arc<Settings>,
         current: watch::Receiver<InterceptionSettings>,
@@ -109,22 +107,21 @@ impl Capture {
         Ok(Self { access, settings, current, interception: prepared, ports, user })
     }
 
-    /// Operations in the pod's network namespace.
     pub(crate) fn access(&self) -> &NamespaceAccess {
         &self.access
     }
 
-    /// The user by which the rules identify the proxy, if they do.
+    /// The user by which the rules identify the proxy's connections, if the profile has one.
     pub(crate) fn user(&self) -> Option<ProxyUser> {
         self.user
     }
 
-    /// Follows the interception settings.
+    /// A receiver of the current interception settings.
     pub(crate) fn current_settings(&self) -> watch::Receiver<InterceptionSettings> {
         self.current.clone()
     }
 
-    /// The rules of the current settings, if this proxy installs them.
+    /// The rules for the current settings; `None` if another program installs them.
     fn rules(&self) -> Option<Interception> {
         let rules = self.interception.as_ref()?;
         let current = self.current.borrow();
@@ -139,7 +136,7 @@ impl Capture {
         self.settings.interception.profile
     }
 
-    /// Installs the rules, if this proxy installs them and they are not installed already.
+    /// Installs the rules, unless they are already installed or another program installs them.
     pub(crate) async fn install(&self) -> Result<(), PodError> {
         let Some(interception) = self.rules() else {
             tracing::info!(profile = %self.profile(), "not installing rules: another program installs them");
@@ -170,24 +167,24 @@ impl Capture {
         Ok(())
     }
 
-    /// Opens the sockets of the self-test. Must be called before the process becomes the proxy's
-    /// user, whose connections are not caught.
-    pub(crate) async fn probes(&self) -> Result<Probes, PodError> {
-        let open = async || -> Result<Probes, InterceptionError> {
+    /// Opens the sockets of the self-test. Must be called before the change to the proxy's user,
+    /// whose connections the rules do not catch.
+    pub(crate) async fn probes(&self) -> Result<SelfTestSockets, PodError> {
+        let open = async || -> Result<SelfTestSockets, InterceptionError> {
             let caught = self.access.open_probes().await?;
             let settings = &self.settings.interception;
             let returned = self.access.open_return_path(settings, self.ports).await?;
-            Ok(Probes { caught, returned })
+            Ok(SelfTestSockets { caught, returned })
         };
         open().await.map_err(SelfTestError::prepare).map_err(PodError::self_test)
     }
 
-    /// Whether the rules identify the proxy by its user.
+    /// Whether the rules identify the proxy's connections by their user.
     fn is_by_user(&self) -> bool {
         matches!(self.profile(), Profile::Sidecar | Profile::Osm)
     }
 
-    /// Warns of processes that can bypass the rules. Must be called before the process drops the
+    /// Warns of processes that can bypass the rules. Must be called while the process still has the
     /// privileges to inspect them.
     pub(crate) async fn warn_of_bypassing(&self) {
         let profile = self.profile();
@@ -199,12 +196,12 @@ impl Capture {
         tracing::warn!(
             processes = found.len(),
             first = %first,
-            "processes of this network namespace can bypass the rules: drop these capabilities from the workload \
-             (SECURITY.md)"
+            hint = "drop these capabilities from the workload (SECURITY.md)",
+            "processes of this network namespace can bypass the rules"
         );
     }
 
-    /// The capabilities that the namespaces thread keeps, to repair or remove the rules and to open
+    /// The capabilities that the namespaces thread keeps: to repair or remove the rules and to open
     /// sockets.
     pub(crate) fn kept(&self) -> Kept {
         let settings = &self.settings.interception;
@@ -220,12 +217,12 @@ impl Capture {
         }
     }
 
-    /// Tests that the rules of the current settings catch connections, and that answers to imitated
-    /// clients return to the proxy.
+    /// Tests whether the rules catch connections, and whether answers to imitated clients return to
+    /// the proxy.
     pub(crate) async fn test(
         &self,
         arrivals: &dyn Arrivals,
-        probes: &Probes,
+        probes: &SelfTestSockets,
         deadline: Duration,
     ) -> Result<(), SelfTestError> {
         let prepare = SelfTestError::prepare;
@@ -237,13 +234,14 @@ impl Capture {
         let tested = self_test::run_captured(arrivals, caught, deadline).await?;
         if tested.is_empty() && self.profile() != Profile::None {
             tracing::info!(
-                "cannot test the rules: this process can make no connection that they would catch, or there is no route"
+                "the self-test of the rules is skipped: this process can make no connection that they would catch, or there is no route"
             );
         } else {
-            tracing::debug!(?tested, "self-test: connections are caught");
+            tracing::debug!(?tested, "the self-test passed: the rules catch connections");
         }
         let returned = if self.is_by_user() {
-            // Only sockets opened before the change of user are treated like the workload's.
+            // The rules treat only sockets from before the change of user like those of the
+            // workload.
             let own = probes.returned.iter().map(|connection| connection.destination.ip());
             let usable = self.access.usable_addresses(own.collect()).await.map_err(prepare)?;
             let is_current =
@@ -254,23 +252,23 @@ impl Capture {
             let opened = self.access.open_return_path(settings, self.ports).await;
             self_test::run_return_path(&opened.map_err(prepare)?, deadline).await?
         };
-        tracing::debug!(?returned, "self-test: answers to imitated clients return");
+        tracing::debug!(?returned, "the self-test passed: answers to imitated clients return");
         Ok(())
     }
 
-    /// Runs [`test`](Self::test) at the start. A failure lists possible causes.
+    /// Runs [`test`](Self::test) at the start. The error lists possible causes.
     pub(crate) async fn test_at_start(
         &self,
         arrivals: &dyn Arrivals,
-        probes: &Probes,
+        probes: &SelfTestSockets,
     ) -> Result<(), PodError> {
-        match self.test(arrivals, probes, START_DEADLINE).await {
+        match self.test(arrivals, probes, START_TEST_TIMEOUT).await {
             Ok(()) => Ok(()),
             Err(error) => Err(PodError::SelfTest { error, suspects: self.suspects().await }),
         }
     }
 
-    /// Fails if the rules are not those of the current settings.
+    /// Fails if the installed rules differ from the current settings.
     pub(crate) async fn verify(&self) -> Result<(), PodError> {
         match self.rules() {
             Some(rules) => match rules.verify().await? {
@@ -298,12 +296,12 @@ impl Capture {
         leftovers.chain(foreign.iter().map(ToString::to_string)).collect()
     }
 
-    /// Whether a reconciler repairs the rules: not if `interception.install` or `.repair` is off.
+    /// Whether a reconciler repairs the rules: `interception.install` and `.repair` are on.
     pub(crate) fn repairs(&self) -> bool {
         self.interception.is_some() && self.settings.interception.repair
     }
 
-    /// The reconciler of the current rules; `None` if none repairs them.
+    /// The reconciler of the current rules; `None` if they are not repaired.
     pub(crate) async fn reconciler(&self) -> Result<Option<RuleReconciler>, PodError> {
         match self.rules().filter(|_| self.repairs()) {
             Some(rules) => Ok(Some(RuleReconciler::new(rules).await?)),
@@ -318,17 +316,15 @@ impl Capture {
             .filter(|rules| rules.plan().rules().iter().any(|rule| rule.id == KUBELET_PROBE_IN))
     }
 
-    /// The treatment of the rules at the end of the process.
     pub(crate) fn on_exit(&self) -> OnExit {
         self.settings.interception.on_exit
     }
 
-    /// Keeps or removes the rules.
     pub(crate) async fn leave(&self, on_exit: OnExit) -> Result<(), PodError> {
         let Some(interception) = self.rules() else { return Ok(()) };
         let repair = self.settings.interception.repair;
         match on_exit {
-            OnExit::Keep => leave_closed(&interception, repair).await?,
+            OnExit::Keep => keep_rules(&interception, repair).await?,
             OnExit::Remove => {
                 interception.remove().await?;
                 tracing::info!("rules removed: traffic is direct and in plaintext from now on");

@@ -1,18 +1,17 @@
-//! Whether the rules of a pod catch its traffic, as far as their verification and the self-test
-//! tell.
+//! The health of a pod's rules: whether they are intact, and whether the self-test passed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 use crate::observe::metrics;
 
-/// The counts of all pods, which the metrics report. Clones share them.
+/// The counts of all pods, for the metrics. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct RulesTotals(Arc<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// Pods whose rules are known to differ and are not repaired.
+    /// Pods whose rules differ from the settings at present.
     lost: AtomicUsize,
     /// Pods whose last self-test failed.
     self_test_failed: AtomicUsize,
@@ -20,7 +19,7 @@ struct Counts {
     foreign: AtomicUsize,
 }
 
-/// The state of the rules of one pod. Clones share it.
+/// The health of one pod's rules. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct RulesHealth(Arc<State>);
 
@@ -33,7 +32,7 @@ struct State {
 }
 
 impl RulesTotals {
-    /// The health of one more pod, which counts here until it is dropped.
+    /// Adds a pod, which counts until its health is dropped.
     pub(crate) fn pod(&self) -> RulesHealth {
         let (lost, self_test_failed, foreign) = Default::default();
         RulesHealth(Arc::new(State { totals: self.clone(), lost, self_test_failed, foreign }))
@@ -53,7 +52,7 @@ impl RulesTotals {
 }
 
 impl RulesHealth {
-    /// Sets whether the rules are installed as planned and let traffic pass.
+    /// Records whether the rules are installed as planned, without the blackhole.
     pub(crate) fn set_intact(&self, intact: bool) {
         let State { totals, lost, .. } = &*self.0;
         set(lost, !intact, &totals.0.lost);
@@ -64,7 +63,7 @@ impl RulesHealth {
         self.0.lost.load(Relaxed)
     }
 
-    /// Sets whether the last self-test failed; returns whether the one before had.
+    /// Records whether the last self-test failed; returns the previous value.
     pub(crate) fn set_self_test_failed(&self, failed: bool) -> bool {
         let State { totals, self_test_failed, .. } = &*self.0;
         let had_failed = set(self_test_failed, failed, &totals.0.self_test_failed);
@@ -76,7 +75,7 @@ impl RulesHealth {
         self.0.self_test_failed.load(Relaxed)
     }
 
-    /// Sets the number of rules of other programs that precede the proxy's.
+    /// Records the number of rules of other programs that precede the proxy's.
     pub(crate) fn set_foreign_rules(&self, count: usize) {
         let State { totals, foreign, .. } = &*self.0;
         let before = foreign.swap(count, Relaxed);
@@ -103,7 +102,7 @@ impl Drop for State {
     }
 }
 
-/// Sets a flag that `count` counts; returns the flag's old value.
+/// Sets a flag, and updates the `count` of set flags. Returns the flag's previous value.
 fn set(flag: &AtomicBool, value: bool, count: &AtomicUsize) -> bool {
     let old = flag.swap(value, Relaxed);
     match (old, value) {
@@ -119,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn totals_count_troubled_pods_until_they_recover_or_end() {
+    fn rule_totals_count_pods_until_they_recover_or_are_removed() {
         let totals = RulesTotals::default();
         let counts = || {
             let Counts { lost, self_test_failed, foreign } = &*totals.0;

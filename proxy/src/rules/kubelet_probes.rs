@@ -1,9 +1,8 @@
-//! Reports connections that `interception.kubelet_probes` exempts from mTLS and policies.
+//! Reports connections that `interception.kubelet_probes` exempts from mTLS and policies: logs a
+//! warning at the start, then counts and logs these connections.
 //!
-//! It logs a warning at the start, then counts and logs the connections that the rule accepted.
-//!
-//! Not here: the rule (the interception crate), and the exemption from `proxy.mtls` for probes that
-//! reach the proxy (`decide/policy.rs`).
+//! The interception crate defines the rule. `decide/policy.rs` exempts probes that reach the proxy
+//! from `proxy.mtls`.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -17,15 +16,16 @@ use underpass_interception::{
 use crate::error::chain;
 use crate::observe::metrics;
 
-/// How often the rule's counter is read: the minimum time between two log lines.
-const INTERVAL: Duration = Duration::from_secs(60);
+/// The interval of reading the rule's counter, and so the minimum time between two log lines.
+const READ_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The times of readings, the same for all pods, so that many wake the process as rarely as one.
+/// The times of reading counters. They are the same for all pods, so that many pods wake the
+/// process as rarely as one.
 fn readings() -> Interval {
     static FIRST: OnceLock<Instant> = OnceLock::new();
     let first = *FIRST.get_or_init(Instant::now);
-    let mut readings = interval_at(first, INTERVAL);
-    // The first reading is at once, the next ones at multiples of the interval.
+    let mut readings = interval_at(first, READ_INTERVAL);
+    // The first tick is immediate, the others at multiples of the interval.
     readings.set_missed_tick_behavior(MissedTickBehavior::Skip);
     readings
 }
@@ -47,7 +47,7 @@ pub(crate) fn warn(settings: &InterceptionSettings) {
     );
 }
 
-/// Counts and logs the connections that `rules` exempt, for ever, if this proxy installs them.
+/// Counts and logs the connections that `rules` exempt, if this proxy installs them. Never returns.
 pub(crate) async fn watch(rules: Option<&Interception>) {
     let Some(interception) = rules else { return };
     metrics::kubelet_probes(0);
@@ -73,7 +73,7 @@ pub(crate) async fn watch(rules: Option<&Interception>) {
     }
 }
 
-/// The number of connections that the rules of both families have exempted.
+/// The number of connections that the rules of both address families have exempted.
 fn exempted(counters: &[RuleCounter]) -> u64 {
     let is_exemption = |counter: &&RuleCounter| {
         counter.id.strip_prefix(KUBELET_PROBE_IN).is_some_and(|rest| matches!(rest, "" | "-v6"))
@@ -81,8 +81,8 @@ fn exempted(counters: &[RuleCounter]) -> u64 {
     counters.iter().filter(is_exemption).map(|counter| counter.packets).sum()
 }
 
-/// The increase of a kernel counter between readings. The first reading is the base, since an
-/// earlier process may have counted; a replaced rule counts from zero.
+/// Computes the increase of a kernel counter between two readings. The first reading is the base,
+/// because an earlier process may have counted. A replaced rule counts from zero.
 #[derive(Debug, Default)]
 struct CounterIncrease {
     last: Option<u64>,
@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_increases_and_restarts_at_replaced_rule() {
+    fn counter_increase_restarts_from_zero_for_replaced_rule() {
         let mut increase = CounterIncrease::default();
         let increases: Vec<u64> = [7, 7, 9, 2, 3].map(|now| increase.to(now)).into();
         assert_eq!(increases, [0, 0, 2, 2, 1]);

@@ -1,4 +1,4 @@
-//! Identifies the owner of rules by its role and start time.
+//! The owner of rules: a proxy's role and start time.
 
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,8 +12,8 @@ pub(crate) fn role(profile: Profile, ports: Ports) -> String {
     format!("profile {profile} ports {outbound} {inbound} {hbone}")
 }
 
-/// When this process began to own rules, in seconds since 1970. The owner mark of the rules and the
-/// answers of `instance.rs` contain the same value.
+/// The time at which this process became the owner of rules, in seconds since 1970. The owner mark
+/// of the rules and the answers of `instance.rs` contain it.
 pub(crate) fn started() -> u64 {
     static STARTED: OnceLock<u64> = OnceLock::new();
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();

@@ -5,14 +5,14 @@
 //!   └─ different ─▶ block ─▶ repair ─▶ verify ── same, no fight ─▶ unblock
 //!                     ▲                  └─ a fight ─▶ wait (back-off)
 //!                     │                                   ▼
-//!                     └────────── different ─────────── verify ── same for CALM ─▶ unblock
+//!                     └────────── different ─────────── verify ── same for 2 s ─▶ unblock
 //! ```
 //!
-//! The blackhole is installed from the detection of a difference until the rules are verified, so
-//! that no traffic leaves in plaintext. Repairs never stop: in a fight with another program they
-//! only slow down.
+//! Blocking drops all traffic (the blackhole), from the detection of a difference until the rules
+//! are verified, so that none leaves in plaintext. A fight is a series of changes by another
+//! program, in which repairs slow down but never stop.
 //!
-//! Not here: comparing, installing and blocking (the interception crate).
+//! The interception crate compares, installs and blocks.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -24,29 +24,29 @@ use underpass_interception::{
     Changes, Difference, Interception, InterceptionError, NamespaceAccess,
 };
 
-/// This many repairs within [`WINDOW`] are a fight with another program.
-const FIGHT: usize = 3;
-const WINDOW: Duration = Duration::from_secs(10);
-/// The pause after a repair in a fight: doubled each time, between these bounds.
-const FIRST_PAUSE: Duration = Duration::from_millis(25);
-const LONGEST_PAUSE: Duration = Duration::from_millis(400);
-/// A fight ends when the rules have been intact for this long.
+/// The number of repairs within [`FIGHT_WINDOW`] that make a fight with another program.
+const REPAIRS_IN_FIGHT: usize = 3;
+const FIGHT_WINDOW: Duration = Duration::from_secs(10);
+/// The bounds of the back-off after a repair in a fight.
+const MIN_BACKOFF: Duration = Duration::from_millis(25);
+const MAX_BACKOFF: Duration = Duration::from_millis(400);
+/// The time for which the rules must be intact to end a fight.
 const INTACT_TIME: Duration = Duration::from_secs(2);
-/// The pause before the next attempt after a failure.
-const RETRY: Duration = Duration::from_secs(1);
+/// The delay before the next attempt after a failure.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// A change in the state of the rules.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// Repaired a change by another program. `fight`: the blackhole is still installed.
+    /// Repaired a change by another program. In a fight the blackhole stays installed.
     Repaired { difference: Difference, took: Duration, fight: bool },
-    /// Applied changed settings. `blocked`: the blackhole is still installed.
+    /// Applied changed settings. `blocked` means that the blackhole is still installed.
     Followed { rules: usize, blocked: bool },
-    /// The rules are verified after a fight or a failure, and the blackhole is removed.
+    /// Verified the rules after a fight or a failure, and removed the blackhole.
     Intact,
     /// Another program changes the rules repeatedly. Reported once for each fight.
     Fight { difference: Difference },
-    /// The rules could not be read or repaired. The next attempt is after `pause`.
+    /// The rules could not be read or repaired. The next attempt follows after `pause`.
     Failed { error: InterceptionError, pause: Duration },
 }
 
@@ -68,18 +68,18 @@ pub(crate) struct RuleReconciler {
     interception: Interception,
     changes: Changes,
     repairs: Repairs,
-    /// When to verify without a notification.
+    /// The time of the next verification without a notification.
     verify_at: Option<Instant>,
-    /// Whether the last event said that the rules are not intact.
+    /// Whether the last event reported that the rules are not intact.
     lost: bool,
     /// Whether the blackhole may be installed.
     blocked: bool,
-    /// A fight that has not been reported yet.
+    /// The difference of a fight that has not been reported yet.
     unreported: Option<Difference>,
 }
 
 impl RuleReconciler {
-    /// Subscribes to changes: no later change is missed.
+    /// Subscribes to changes, so that no later change is missed.
     pub(crate) async fn new(interception: Interception) -> Result<Self, InterceptionError> {
         let changes = interception.changes().await?;
         Ok(Self {
@@ -98,7 +98,7 @@ impl RuleReconciler {
         self.interception.access().clone()
     }
 
-    /// Waits for the next event. Cancelling it does not stop a started operation on the rules
+    /// Waits for the next event. A started operation on the rules continues after cancellation
     /// ([`NamespaceAccess::finish`]).
     pub(crate) async fn next(
         &mut self,
@@ -114,14 +114,14 @@ impl RuleReconciler {
                 }
                 Err(error) => {
                     self.lost = true;
-                    self.verify_at = Some(Instant::now() + RETRY);
-                    return Event::Failed { error, pause: RETRY };
+                    self.verify_at = Some(Instant::now() + RETRY_DELAY);
+                    return Event::Failed { error, pause: RETRY_DELAY };
                 }
             }
         }
     }
 
-    /// Reports the rules as intact once they are verified.
+    /// Makes the next successful verification report [`Event::Intact`].
     pub(crate) fn assume_lost(&mut self) {
         self.lost = true;
     }
@@ -131,7 +131,7 @@ impl RuleReconciler {
         self.verify_at = Some(Instant::now());
     }
 
-    /// Handles one change of the rules, change of the settings, or end of a pause.
+    /// Handles one change of the rules, one change of the settings, or the end of a pause.
     async fn step(
         &mut self,
         settings: &mut watch::Receiver<InterceptionSettings>,
@@ -174,7 +174,7 @@ impl RuleReconciler {
                 Some(difference) => break difference,
             }
         };
-        // Block before repairing: until the repair is done, traffic is not caught.
+        // Block before repairing: the rules do not catch traffic until the repair is done.
         self.block().await;
         self.interception.repair().await?;
         let pause = self.repairs.add(Instant::now());
@@ -190,11 +190,11 @@ impl RuleReconciler {
         Ok(Some(Event::Repaired { difference, took: began.elapsed(), fight: true }))
     }
 
-    /// The rules are intact. Ends a fight after [`INTACT_TIME`].
+    /// Records that the rules are intact. Ends a fight after [`INTACT_TIME`].
     async fn accept_intact(&mut self) -> Result<Option<Event>, InterceptionError> {
         let now = Instant::now();
-        if let Some(calm) = self.repairs.calm_at().filter(|calm| *calm > now) {
-            self.verify_at = Some(calm.min(now + LONGEST_PAUSE));
+        if let Some(calm) = self.repairs.fight_end().filter(|calm| *calm > now) {
+            self.verify_at = Some(calm.min(now + MAX_BACKOFF));
             return Ok(None);
         }
         self.repairs.end_fight();
@@ -204,7 +204,7 @@ impl RuleReconciler {
         Ok(self.lost.then_some(Event::Intact))
     }
 
-    /// Installs the blackhole. Repairs continue without it if the kernel refuses it.
+    /// Installs the blackhole. If the kernel refuses it, repairs continue without it.
     async fn block(&mut self) {
         self.blocked = true;
         if let Err(error) = self.interception.block().await {
@@ -227,8 +227,8 @@ impl RuleReconciler {
         &mut self,
         settings: &InterceptionSettings,
     ) -> Result<Event, InterceptionError> {
-        // A later verification retries a failed installation. In a fight the blackhole keeps the
-        // exemptions of the old settings until it is removed.
+        // A later verification retries a failed installation. During a fight the blackhole keeps
+        // the exemptions of the old settings.
         self.interception = self.interception.with_settings(settings);
         self.interception.repair().await?;
         let rules = self.interception.plan().rules().len();
@@ -236,7 +236,7 @@ impl RuleReconciler {
     }
 }
 
-/// The repairs of the last [`WINDOW`], which distinguish a fight from a single change.
+/// The repairs of the last [`FIGHT_WINDOW`], to tell a fight from a single change.
 #[derive(Debug, Default)]
 struct Repairs {
     times: VecDeque<Instant>,
@@ -245,30 +245,30 @@ struct Repairs {
 }
 
 impl Repairs {
-    /// Counts a repair and returns the pause after it: zero outside of a fight.
+    /// Counts a repair and returns the pause after it: zero outside a fight.
     fn add(&mut self, now: Instant) -> Duration {
         self.times.push_back(now);
-        while self.times.front().is_some_and(|first| now.duration_since(*first) > WINDOW) {
+        while self.times.front().is_some_and(|first| now.duration_since(*first) > FIGHT_WINDOW) {
             self.times.pop_front();
         }
         // Older repairs do not influence the result.
-        if self.times.len() > FIGHT {
+        if self.times.len() > REPAIRS_IN_FIGHT {
             self.times.pop_front();
         }
-        if self.pause.is_zero() && self.times.len() < FIGHT {
+        if self.pause.is_zero() && self.times.len() < REPAIRS_IN_FIGHT {
             return Duration::ZERO;
         }
-        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+        self.pause = (self.pause * 2).clamp(MIN_BACKOFF, MAX_BACKOFF);
         self.pause
     }
 
-    /// When the fight ends if the rules stay intact; `None` outside of a fight.
-    fn calm_at(&self) -> Option<Instant> {
+    /// The time at which the fight ends if the rules stay intact; `None` outside a fight.
+    fn fight_end(&self) -> Option<Instant> {
         let last = self.times.back().filter(|_| !self.pause.is_zero());
         last.map(|last| *last + INTACT_TIME)
     }
 
-    /// Whether there is a fight that is not yet reported; marks it as reported.
+    /// Marks the fight as reported. Returns whether there is one that was not reported before.
     fn report_fight(&mut self) -> bool {
         !self.pause.is_zero() && !std::mem::replace(&mut self.reported, true)
     }
@@ -309,21 +309,21 @@ mod tests {
         let mut repairs = Repairs::default();
         let start = Instant::now();
         for change in 0..100 {
-            assert_eq!(repairs.add(start + WINDOW * change), Duration::ZERO);
-            assert_eq!(repairs.calm_at(), None);
+            assert_eq!(repairs.add(start + FIGHT_WINDOW * change), Duration::ZERO);
+            assert_eq!(repairs.fight_end(), None);
         }
     }
 
     #[test]
-    fn ends_a_fight_after_calm() {
+    fn fight_ends_after_rules_stay_intact() {
         let mut repairs = Repairs::default();
         let start = Instant::now();
-        for _ in 0..FIGHT {
+        for _ in 0..REPAIRS_IN_FIGHT {
             repairs.add(start);
         }
         assert!(repairs.report_fight());
         assert!(!repairs.report_fight(), "a fight is reported once");
-        assert_eq!(repairs.calm_at(), Some(start + INTACT_TIME));
+        assert_eq!(repairs.fight_end(), Some(start + INTACT_TIME));
         repairs.end_fight();
         assert_eq!(repairs.add(start + INTACT_TIME), Duration::ZERO);
     }

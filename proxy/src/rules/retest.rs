@@ -1,8 +1,8 @@
 //! Repeats the self-test after any program has changed netfilter rules, ip rules or routes.
 //!
-//! The proxy's rules can be intact while another program's rules, which act before them, let
+//! Even if the proxy's rules are intact, another program's rules can act before them and let
 //! traffic bypass the proxy. The proxy is unready while the test fails. Foreign rules are logged
-//! when they change; most are harmless, so they do not affect readiness.
+//! when they change. Most are harmless, so they do not affect readiness.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,34 +14,34 @@ use underpass_config::Hint as _;
 
 use crate::error::chain;
 use crate::process::pause_gate::PauseGate;
-use crate::rules::capture::{Capture, Probes};
+use crate::rules::capture::{Capture, SelfTestSockets};
 use crate::rules::health::RulesHealth;
 use crate::rules::self_test::{Arrivals, SelfTestError};
 
-/// A series of changes has ended when there was none for this long.
+/// The time without changes that ends a series of changes.
 const SETTLE_TIME: Duration = Duration::from_millis(300);
 /// The maximum wait for the end of a series of changes.
-const LONGEST_WAIT: Duration = Duration::from_secs(3);
-/// The pause before the next test while the rules are not intact, or after a test that failed.
-const RETRY: Duration = Duration::from_secs(1);
+const MAX_SETTLE_TIME: Duration = Duration::from_secs(3);
+/// The pause before the next test while the rules are not intact, or after a failed test.
+const RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// The deadline of each connection of the test.
-const DEADLINE: Duration = Duration::from_secs(3);
+/// Timeout for each connection of the test.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Repeats the self-test for one pod.
+/// Repeats the self-test of one pod.
 #[derive(Debug, Clone)]
 pub(crate) struct Retest {
     pub(crate) capture: Capture,
     pub(crate) arrivals: Arc<dyn Arrivals>,
-    pub(crate) probes: Arc<Probes>,
+    pub(crate) probes: Arc<SelfTestSockets>,
     pub(crate) health: RulesHealth,
     /// Closed while another process takes over.
     pub(crate) gate: PauseGate,
 }
 
 impl Retest {
-    /// Tests after each change, for ever. `changes` are those by all programs, since before the
-    /// last test; `None` if they cannot be watched.
+    /// Tests after each change. Never returns. `changes` reports changes by all programs since
+    /// before the last test; `None` if they cannot be watched.
     pub(crate) async fn run(&self, changes: Option<Changes>) {
         let Some(mut changes) = changes else { return };
         let mut foreign = Vec::new();
@@ -50,10 +50,10 @@ impl Retest {
         loop {
             if again {
                 // Changes during the pause do not shorten it.
-                sleep(RETRY).await;
+                sleep(RETRY_DELAY).await;
             } else if let Err(error) = changes.next().await {
-                tracing::debug!(%error, "the kernel does not report changes");
-                sleep(RETRY).await;
+                tracing::debug!(%error, "the kernel does not report changes of the rules");
+                sleep(RETRY_DELAY).await;
             }
             until_settled(&mut changes).await;
             again = match self.gate.pass(self.test()).await {
@@ -64,15 +64,15 @@ impl Retest {
         }
     }
 
-    /// Runs the test; `false` if it must be repeated without waiting for a change.
+    /// Runs the test. Returns `false` if it must be repeated without waiting for a change.
     async fn test(&self) -> bool {
         if self.health.are_lost() {
-            // The reconciler repairs the rules; until then the test would fail.
+            // The test would fail until the reconciler has repaired the rules.
             return false;
         }
-        let outcome = self.capture.test(&*self.arrivals, &self.probes, DEADLINE).await;
+        let outcome = self.capture.test(&*self.arrivals, &self.probes, CONNECTION_TIMEOUT).await;
         let passed = match outcome {
-            // For example no file descriptors: not a problem of the rules.
+            // For example, no file descriptors are left: no failure of the rules.
             Err(error) if error.could_not_run() => {
                 let (error, hint) = (chain(&error), error.hint());
                 tracing::debug!(error, hint = hint.as_deref(), "cannot repeat the self-test");
@@ -118,7 +118,7 @@ impl Retest {
                 location = rule.location,
                 rule = rule.rule,
                 effect = rule.effect.name(),
-                "a rule of another program acts before the rules of underpass"
+                "a rule of another program precedes the rules of underpass"
             );
         }
         *known = found;
@@ -140,9 +140,9 @@ pub(crate) async fn subscribe(access: &NamespaceAccess) -> Option<Changes> {
     changes.inspect_err(warn).ok()
 }
 
-/// Waits for the end of a series of changes, at most for [`LONGEST_WAIT`].
+/// Waits for the end of a series of changes, at most for [`MAX_SETTLE_TIME`].
 async fn until_settled(changes: &mut Changes) {
-    let deadline = Instant::now() + LONGEST_WAIT;
+    let deadline = Instant::now() + MAX_SETTLE_TIME;
     let no_change = async { while let Ok(Ok(())) = timeout(SETTLE_TIME, changes.next()).await {} };
     let _still_changing = timeout_at(deadline, no_change).await;
 }

@@ -1,4 +1,5 @@
-//! Tests the rules with real connections, before `ready` and after changes (`retest.rs`).
+//! Tests the rules with real connections: before the proxy is ready, and after changes
+//! (`retest.rs`).
 //!
 //! Test connections take the path of the workload's traffic. They must arrive at the proxy's
 //! listeners with their original destination, and answers to imitated clients must return.
@@ -22,7 +23,7 @@ use underpass_interception::{
 use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::Kind;
 
-/// Why the test failed.
+/// The failure of a self-test.
 #[derive(Debug, Error)]
 pub(crate) enum SelfTestError {
     #[error("the rules did not capture a test connection to {destination}")]
@@ -47,12 +48,12 @@ pub(crate) enum SelfTestError {
 }
 
 impl SelfTestError {
-    /// The sockets could not be opened in the namespace.
+    /// The error of sockets that could not be opened in the namespace.
     pub(crate) fn prepare(error: InterceptionError) -> Self {
         Self::Prepare(error.into())
     }
 
-    /// Whether the test could not run, so that nothing is known about the rules.
+    /// Whether the test could not run, and so says nothing about the rules.
     pub(crate) fn could_not_run(&self) -> bool {
         match self {
             Self::Prepare(_) => true,
@@ -88,18 +89,18 @@ impl Hint for SelfTestError {
 
 /// Detects test connections among those that arrive at the listeners of a pod.
 pub(crate) trait Arrivals: fmt::Debug + Send + Sync {
-    /// Connections to `destination` are the test's from now on, instead of those to the previous
-    /// destination. Receives a message for each one that arrives.
+    /// Treats connections to `destination` as those of the test, instead of connections to the
+    /// previous destination. The receiver gets a message for each arrival.
     fn expect(&self, destination: SocketAddr) -> BoxFuture<'static, mpsc::UnboundedReceiver<()>>;
 
     /// Ends the test: all connections are served again.
     fn end(&self);
 }
 
-/// Shared by the test and the workers, which pass the test's connections to it.
+/// The running self-test. Workers pass its connections to it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SelfTest {
-    /// Checked for every connection: cheaper than the lock while no test runs.
+    /// Checked for every accepted connection. Cheaper than the lock while no test runs.
     running: Arc<AtomicBool>,
     expected: Arc<Mutex<Option<ExpectedConnection>>>,
 }
@@ -111,7 +112,7 @@ struct ExpectedConnection {
 }
 
 impl SelfTest {
-    /// Whether `accepted` is a connection of the test. It must not be served then.
+    /// Whether `accepted` belongs to the test. The worker must then not serve it.
     pub(crate) fn claims(&self, accepted: &Accepted) -> bool {
         if accepted.kind != Kind::Outbound || !self.running.load(Relaxed) {
             return false;
@@ -122,7 +123,7 @@ impl SelfTest {
         };
         let claimed = accepted.destination.address() == *destination;
         if claimed {
-            // Closing with a reset would look like a refused connection to the test.
+            // The test would take a reset for a refused connection.
             end_on_close(&accepted.stream);
         }
         // Fails if the test has already timed out.
@@ -147,7 +148,8 @@ impl Arrivals for SelfTest {
     }
 }
 
-/// Opens each connection and waits for its arrival. Returns the tested destinations.
+/// Opens a connection for each probe, and waits for its arrival at a listener. Returns the tested
+/// destinations.
 pub(crate) async fn run_captured(
     arrivals: &dyn Arrivals,
     probes: Vec<Probe>,
@@ -169,7 +171,7 @@ pub(crate) async fn run_captured(
     outcome.map(|()| tested)
 }
 
-/// Tests one destination; `false` if there is no route to it.
+/// Tests one destination. Returns `false` if there is no route to it.
 async fn test_one(
     arrivals: &dyn Arrivals,
     probe: Probe,
@@ -189,7 +191,8 @@ async fn test_one(
     timeout(deadline, test).await.unwrap_or(Err(late))
 }
 
-/// Opens each connection and waits for its answer. Returns the tested pairs of addresses.
+/// Opens a connection for each probe, and waits for its answer. Returns the tested pairs of
+/// addresses.
 pub(crate) async fn run_return_path(
     connections: impl IntoIterator<Item = &ReturnPathProbe>,
     deadline: Duration,

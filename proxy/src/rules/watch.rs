@@ -1,5 +1,5 @@
-//! Watches the rules of one pod: repairs them, repeats the self-test, and counts the probes that
-//! they exempt. All in one task.
+//! Watches the rules of one pod in one task: repairs them, repeats the self-test, and counts exempt
+//! probes.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::error::chain;
 use crate::node::pod_error::PodError;
 use crate::observe::metrics;
 use crate::process::pause_gate::PauseGate;
-use crate::rules::capture::{Capture, Probes};
+use crate::rules::capture::{Capture, SelfTestSockets};
 use crate::rules::health::RulesHealth;
 use crate::rules::kubelet_probes;
 use crate::rules::reconciler::{Event, RuleReconciler};
@@ -29,7 +29,7 @@ pub(crate) struct RuleWatch {
     retest: Retest,
 }
 
-/// The notifications of the kernel since the subscription.
+/// Subscriptions to changes of the rules.
 #[derive(Debug)]
 pub(crate) struct Subscriptions {
     /// `None` if this proxy does not repair the rules.
@@ -49,7 +49,7 @@ impl RuleWatch {
     pub(crate) fn new(
         capture: Capture,
         arrivals: Arc<dyn Arrivals>,
-        probes: Probes,
+        probes: SelfTestSockets,
         health: RulesHealth,
         gate: PauseGate,
     ) -> Self {
@@ -63,8 +63,8 @@ impl RuleWatch {
         Self { capture, health, gate, retest }
     }
 
-    /// Watches for ever. Without `subscribed` an earlier run has failed: until the rules are
-    /// verified they count as lost.
+    /// Watches the rules. Never returns. `None` for `subscribed` means that an earlier run failed:
+    /// the rules then count as lost until they are verified.
     pub(crate) async fn run(self, subscribed: Option<Subscriptions>) {
         let subscribed = match subscribed {
             Some(subscribed) => Ok(subscribed),
@@ -91,14 +91,14 @@ impl RuleWatch {
         Ok(subscribed)
     }
 
-    /// Runs the reconciler and applies changed settings, for ever.
+    /// Runs the reconciler and applies changed settings. Never returns.
     async fn reconcile(&self, reconciler: Option<RuleReconciler>) {
         let Some(mut reconciler) = reconciler else { return };
         let mut settings = self.capture.current_settings();
         let access = reconciler.access();
         loop {
-            // The gate waits for a started repair: until then no other process may change the
-            // rules.
+            // The gate waits for a started repair, because until its end no other process may
+            // change the rules.
             let next = reconciler.next(&mut settings);
             let Some(event) = self.gate.pass_until(next, access.finish()).await else {
                 // The process that tried to take over may have changed the rules.
@@ -122,7 +122,7 @@ fn report(event: &Event) {
                     missing,
                     unexpected,
                     ?took,
-                    "repaired the rules, which another program had changed, in a fight"
+                    "repaired the rules again: another program changes them repeatedly"
                 );
             } else {
                 tracing::warn!(
@@ -132,7 +132,7 @@ fn report(event: &Event) {
                     "repaired the rules, which another program had changed"
                 );
             }
-            tracing::debug!("the change was:\n{difference}");
+            tracing::debug!("difference between the rules:\n{difference}");
         }
         Event::Followed { rules, .. } => {
             tracing::info!(rules, "applied the changed settings to the rules atomically");
@@ -157,7 +157,7 @@ fn report(event: &Event) {
                 error,
                 hint = hint.as_deref(),
                 ?pause,
-                "cannot watch or repair the rules: retrying"
+                "cannot watch or repair the rules, retrying"
             );
         }
     }

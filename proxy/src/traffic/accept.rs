@@ -23,13 +23,13 @@ use crate::observe::record::{ConnectionRecord, Facts};
 use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::{Kind, ListenerKind as _};
 
-/// How long a listener pauses when the system has no descriptor or memory: long enough not to spin,
-/// short enough not to be noticed. Meanwhile the kernel queues connections.
+/// The pause of a listener when the system has no descriptor or memory: long enough not to spin,
+/// short enough not to be noticed. The kernel queues connections meanwhile.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
 /// The number of connections to accept before other tasks run, which takes a few milliseconds.
-/// tokio would yield after 128. The next turn of thousands of busy connections then takes so long
-/// that a burst overflows the kernel's queue (4096), and clients whose packets it drops wait for
+/// tokio would yield after 128. With thousands of busy connections the next turn then comes so late
+/// that a burst overflows the accept queue (4096). Clients whose packets are dropped wait for
 /// seconds.
 const ACCEPTS_AT_ONCE: usize = 512;
 
@@ -52,7 +52,7 @@ pub(crate) async fn accept_loop(
     let gate = &listening.worker.node.gates.accept;
     let accepting = async {
         loop {
-            gate.pass(again_after_panic(kind, || accept_forever(&listening))).await;
+            gate.pass(restart_after_panic(kind, || accept_forever(&listening))).await;
         }
     };
     tokio::select! {
@@ -61,8 +61,8 @@ pub(crate) async fn accept_loop(
     }
 }
 
-/// Accepts again after a panic, which concerns one connection.
-async fn again_after_panic<F: Future<Output = ()>>(kind: Kind, accept: impl Fn() -> F) {
+/// Restarts the accept loop after a panic, which concerns only one connection.
+async fn restart_after_panic<F: Future<Output = ()>>(kind: Kind, accept: impl Fn() -> F) {
     while let Err(panic) = catch_panic(accept()).await {
         tracing::error!(task = "accept", listener = kind.name(), %panic, "a task panicked");
         sleep(ACCEPT_BACKOFF).await;
@@ -71,8 +71,8 @@ async fn again_after_panic<F: Future<Output = ()>>(kind: Kind, accept: impl Fn()
 
 async fn accept_forever(listening: &Listening) {
     let Listening { worker, pod, kind, listener } = listening;
-    // Repeated on every start: another process may have set its own options on the shared listener
-    // while it tried to take over.
+    // Set the options again at every start: a failed take-over may have set other options on the
+    // shared listener.
     if let Err(error) = pod.sockets.settings().prepare(listener, kind.accepted()) {
         tracing::error!(listener = kind.name(), %error, "cannot set socket options of the listener");
     }
@@ -104,7 +104,7 @@ async fn accept_forever(listening: &Listening) {
     }
 }
 
-/// Whether the error is of one connection: accept(2) returns errors that were pending on it.
+/// Whether the error belongs to the accepted connection: accept(2) returns its pending errors.
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{
         ConnectionAborted, ConnectionReset, HostUnreachable, NetworkDown, NetworkUnreachable,
@@ -123,7 +123,7 @@ fn demand(kind: Kind) -> AdmissionKind {
     }
 }
 
-/// Assigns a connection to a worker, or refuses it if it exceeds a limit, which is cheap.
+/// Assigns a connection to a worker, or refuses it if it exceeds a limit.
 fn assign_or_refuse(
     Listening { worker, pod, kind, .. }: &Listening,
     stream: TcpStream,
@@ -171,7 +171,7 @@ fn assign(worker: &Arc<Worker>, assignment: Assignment) {
     worker.serve(Assignment { registration, ..returned });
 }
 
-/// Refuses by a reset: a FIN would look like an answer.
+/// Refuses by RST: a FIN would look like an answer.
 fn refuse(worker: &Worker, kind: Kind, stream: &TcpStream, refusal: Refusal) {
     reset_on_close(stream);
     worker.node.limits.refused(refusal, kind.name());
@@ -184,12 +184,12 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn panic_while_accepting_does_not_end_the_listener() {
+    async fn panic_while_accepting_does_not_close_the_listener() {
         let starts = AtomicUsize::new(0);
         let accept = || async {
             assert!(starts.fetch_add(1, Relaxed) > 0, "the first one panics");
         };
-        again_after_panic(Kind::Outbound, accept).await;
+        restart_after_panic(Kind::Outbound, accept).await;
         assert_eq!(starts.load(Relaxed), 2);
     }
 }

@@ -18,8 +18,8 @@ pub(crate) struct Accepted {
 }
 
 impl Accepted {
-    /// Refuses a connection without an original destination, and one to the outbound listener
-    /// itself, which would loop forever.
+    /// Refuses a connection without an original destination, and a connection to the outbound
+    /// listener itself, which would loop forever.
     pub(super) fn new(
         kind: Kind,
         stream: TcpStream,

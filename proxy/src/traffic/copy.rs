@@ -66,7 +66,7 @@ use crate::observe::record::ConnectionRecord;
 
 /// The connection or stream on one side of a relay.
 trait Side<'a> {
-    /// Ready when this side was aborted: for a side that is neither read nor written at the moment.
+    /// Ready when this side was aborted. Called while no direction reads or writes this side.
     fn poll_aborted(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError>;
 
     /// Ready when the peer of this side is no longer trusted.
@@ -74,29 +74,29 @@ trait Side<'a> {
         Poll::Pending
     }
 
-    /// Closes this side cleanly after both directions have ended, and aborts it after an error.
+    /// Closes this side cleanly after both directions have ended, or aborts it after an error.
     fn close(&mut self, outcome: &Result<(), ProxyError>);
 
-    /// The TCP connection, if this is one: only that can be spliced and probed.
+    /// This side as a TCP connection. Only TCP connections can be spliced and probed.
     fn as_tcp(&mut self) -> Option<&mut Tcp<'a>> {
         None
     }
 }
 
-/// A side that bytes are read from.
+/// The side of a relay from which a direction reads.
 trait Source<'a>: Side<'a> {
-    /// The next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
+    /// Reads the next bytes, never empty; `None` after a clean end (FIN, END_STREAM).
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ProxyError>>;
 
-    /// Whether a clean end is known to follow the bytes that were read last. Such an end is sent
-    /// with them, and saves a packet and a wake-up on both sides.
+    /// Whether a clean end follows the bytes of the last read. The end is then sent together with
+    /// them, which saves a packet and a wake-up on both sides.
     fn is_at_end(&self) -> bool;
 }
 
-/// A side that bytes are written to.
+/// The side of a relay to which a direction writes.
 trait Sink<'a>: Side<'a> {
-    /// Takes bytes from the front of `data`, which is not empty, and returns how many. After the
-    /// `last` data only [`Sink::finish`] follows.
+    /// Writes bytes from the front of `data`, which is not empty, and returns their number. If they
+    /// are the `last` data, only [`Sink::finish`] follows.
     fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
@@ -104,8 +104,8 @@ trait Sink<'a>: Side<'a> {
         last: bool,
     ) -> Poll<Result<usize, ProxyError>>;
 
-    /// Sends bytes that were taken and are held back, once they are due. Called when there is
-    /// nothing to write.
+    /// Sends written bytes that are held back, when they are due. Called when there is nothing to
+    /// write.
     fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
         Poll::Ready(Ok(()))
     }
@@ -114,7 +114,7 @@ trait Sink<'a>: Side<'a> {
     fn finish(&mut self) -> Result<(), ProxyError>;
 }
 
-/// A side of a connection, which is the source of one direction and the sink of the other.
+/// One side of a connection: the source of one direction and the sink of the other.
 trait Endpoint<'a>: Source<'a> + Sink<'a> {}
 
 impl<'a, T: Source<'a> + Sink<'a>> Endpoint<'a> for T {}
@@ -129,13 +129,13 @@ pub(crate) struct Flow<'a> {
     termination: &'a Termination,
 }
 
-/// The application of another pod of this process, and what that pod has of the connection.
+/// The application of another pod of this process, with the destination pod's record and signals.
 pub(crate) struct Neighbour<'a> {
     pub(crate) app: &'a TcpStream,
     pub(crate) buffers: &'a Buffers,
     pub(crate) record: &'a ConnectionRecord,
     pub(crate) termination: &'a Termination,
-    /// Complete when either pod no longer trusts the other.
+    /// Ready when either pod no longer trusts the other.
     pub(crate) revocations: [RevocationSignal; 2],
 }
 
@@ -207,7 +207,7 @@ impl<'a> Flow<'a> {
     }
 }
 
-/// Which sides have ended their sending; see the diagram above.
+/// The sides that have ended their sending; see the diagram above.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Open,
@@ -238,17 +238,18 @@ impl State {
     }
 }
 
-/// Both directions of one connection, until both have ended or the connection is aborted.
+/// Relays both directions of one connection, until both have ended or the connection is aborted.
 struct Relay<'a, C, U> {
     flow: Flow<'a>,
     client: C,
     upstream: U,
     client_to_upstream: Direction,
     upstream_to_client: Direction,
-    /// Absent while no deadline applies.
+    /// `None` while no deadline applies.
     idle_timer: Option<Box<IdleTimer>>,
     state: State,
-    /// The directions take turns in going first, so that a busy one does not starve the other.
+    /// The direction to poll first. It alternates, so that a busy direction does not starve the
+    /// other.
     upstream_first: bool,
 }
 
@@ -304,7 +305,7 @@ impl<'a, C: Endpoint<'a>, U: Endpoint<'a>> Relay<'a, C, U> {
         Ok(())
     }
 
-    /// Ready when the connection must end, no matter what remains to be read.
+    /// Ready when the connection must end, even if unread data remains.
     fn poll_terminated(&mut self, cx: &mut Context<'_>) -> Poll<ProxyError> {
         if let Poll::Ready(reason) = self.flow.termination.poll_terminated(cx) {
             return Poll::Ready(reason);
@@ -325,7 +326,7 @@ impl<'a, C: Endpoint<'a>, U: Endpoint<'a>> Relay<'a, C, U> {
         self.poll_directions(cx)?;
         let half_closed = !was_half_closed && self.state.is_half_closed();
         if half_closed {
-            // The direction that goes on was polled before it had to watch its sink.
+            // The remaining direction was polled before it had to watch its sink. Poll it again.
             self.poll_directions(cx)?;
         }
         if self.state == State::Closed {

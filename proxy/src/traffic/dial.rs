@@ -19,7 +19,7 @@ pub(crate) async fn dial(permit: &Permit<'_>, deadline: Duration) -> Result<TcpS
     within(permit, deadline, permit.pod().sockets.connect(permit.destination())).await
 }
 
-/// Connects to the workload, with the address of `client` if the profile supports it.
+/// Connects to the workload, from the address of `client` if the profile supports it.
 pub(crate) async fn dial_workload(
     permit: &Permit<'_>,
     client: IpAddr,
@@ -29,8 +29,8 @@ pub(crate) async fn dial_workload(
     within(permit, deadline, sockets.connect_workload(permit.destination(), client)).await
 }
 
-/// Connects to the permitted port on loopback. An application that gets the client from a PROXY
-/// header should accept connections only there.
+/// Connects to the permitted port on loopback. An application that trusts PROXY headers should
+/// accept connections only there.
 pub(crate) async fn dial_loopback(
     permit: &Permit<'_>,
     deadline: Duration,
@@ -59,7 +59,7 @@ async fn within(
     }
 }
 
-/// Dials issuers of certificates from the proxy's own sockets, which its rules do not catch.
+/// Dials certificate issuers from the proxy's own sockets, which its rules do not catch.
 #[derive(Debug)]
 pub(crate) struct PlainDialer {
     pub(crate) access: NamespaceAccess,

@@ -14,10 +14,10 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 use crate::decide::connection_registry::Registries;
 use crate::error::ProxyError;
 
-/// How long terminated connections may take to end before a drain goes on without them.
+/// The maximum wait for the end of terminated connections. The drain then continues without them.
 const ABORT_GRACE: Duration = Duration::from_secs(1);
 
-/// The phase of the process. Clones share the state.
+/// The phase of the drain. Clones share the state.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Drain {
     closing: CancellationToken,
@@ -25,8 +25,8 @@ pub(crate) struct Drain {
 }
 
 impl Drain {
-    /// A token that is cancelled when no new connection of a pod may begin: by this drain, or by
-    /// the removal of the pod.
+    /// A token that is cancelled when a pod must not accept new connections: because of this drain,
+    /// or of the pod's removal.
     pub(crate) fn closing_of_pod(&self) -> CancellationToken {
         self.closing.child_token()
     }
@@ -41,13 +41,14 @@ impl Drain {
         self.ended.cancel();
     }
 
-    /// Resolves when all connections have ended, or the remaining ones exceed their deadline.
+    /// Resolves when all connections have ended, or the remaining ones have exceeded their
+    /// deadline.
     pub(crate) fn ended(&self) -> WaitForCancellationFuture<'_> {
         self.ended.cancelled()
     }
 }
 
-/// Waits up to `deadline` for the end of `connections`, and terminates the rest and those that are
+/// Waits up to `deadline` for the end of `connections`, then terminates the rest and those that are
 /// opened later. Returns the number of terminated connections.
 pub(crate) async fn drain<T>(connections: &Registries<T>, deadline: Duration) -> usize {
     let left = match tokio::time::timeout(deadline, connections.all_ended()).await {

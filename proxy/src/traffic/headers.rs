@@ -1,6 +1,6 @@
-//! The headers by which the two ends of a tunnel describe a connection: `traceparent`, `baggage`,
-//! `forwarded` and, between networks, `x-forwarded-network`. They are for logs and dashboards; no
-//! decision depends on them, since they are not proven.
+//! The headers with which the ends of a tunnel describe a connection: `traceparent`, `baggage`,
+//! `forwarded` and, between networks, `x-forwarded-network`. They are for logs and dashboards. No
+//! decision depends on them, because they are not proven.
 
 use http::HeaderMap;
 use underpass_config::WorkloadSettings;
@@ -14,7 +14,8 @@ pub(crate) fn request(facts: &Facts, own: &WorkloadSettings) -> HeaderMap {
     about(facts, own).into_header_map()
 }
 
-/// The same headers, with the network of the client, for a tunnel into another network.
+/// The headers of the CONNECT request for a tunnel into another network. They include the client's
+/// network.
 pub(crate) fn request_from_network(facts: &Facts, own: &WorkloadSettings) -> HeaderMap {
     let network = Some(own.network.as_str().into());
     RequestHeaders { network, ..about(facts, own) }.into_header_map()
@@ -35,7 +36,7 @@ pub(crate) fn response(facts: &Facts, own: &WorkloadSettings) -> HeaderMap {
     RequestHeaders { baggage, ..RequestHeaders::default() }.into_header_map()
 }
 
-/// The workload at the local end: from the mesh, or else from the settings.
+/// The workload at the local end, from the mesh or else from the settings.
 fn baggage(own_end: &Party, own: &WorkloadSettings) -> Baggage {
     match &own_end.workload {
         Some(workload) => Baggage::from(workload.as_ref()),

@@ -1,5 +1,6 @@
-//! Serves inbound connections: streams of peers' tunnels, and caught plaintext. All that can fail
-//! precedes the response 200. The application sees the client's address if the profile supports it.
+//! Serves inbound connections: streams of peers' tunnels, and caught plaintext. Every step that can
+//! fail precedes the response 200. The application sees the client's address if the profile
+//! supports it.
 
 mod client_hello;
 mod delivery;
@@ -47,10 +48,11 @@ pub(crate) fn serve_plaintext(
     assignment: Assignment,
 ) -> impl Future<Output = ()> + Send {
     // Boxed, and no `async fn`: the future of connecting is several times larger than that of
-    // copying, and is freed before it.
+    // relaying, and is freed before it.
     let opening = Box::pin(open_plaintext(seat.clone(), assignment));
     async move {
-        // In this order: the sockets are closed before their permits and counts are released.
+        // The order of fields and drops matters: close the sockets before releasing their permits
+        // and counts.
         let Some(Opened { record, held, client, app }) = opening.await else {
             return;
         };
@@ -62,8 +64,7 @@ pub(crate) fn serve_plaintext(
     }
 }
 
-/// An open connection: its record, the client's and the application's side, and the resources that
-/// it holds.
+/// An open connection: its record, both sides, and its resources.
 struct Opened<C> {
     record: ConnectionRecord,
     held: HeldResources,
@@ -129,7 +130,7 @@ async fn connect_plaintext(
     let connecting = pin!(connect(seat, registration, connection.client, &target, None));
     let app = tokio::select! {
         connected = registration.termination().or_terminate(connecting) => connected?,
-        // A FIN does not interrupt: the bytes before it are still to be delivered.
+        // A FIN does not interrupt: the bytes before it must still be delivered.
         error = aborted(&connection.stream) => return Err(ProxyError::Client(error)),
     };
     Ok((connection, app))
@@ -167,7 +168,7 @@ fn record_failed_handshake(
     let facts = Facts { hbone: Some(here), ..facts };
     let series = &seat.worker.series;
     match error {
-        // The tunnel may have been established.
+        // The tunnel may have been established before the drain.
         ProxyError::Drained => {
             ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
         }
@@ -211,8 +212,8 @@ async fn accept_tunnel(
     Ok(())
 }
 
-/// Performs the handshake with a client. It is counted, and queued for its turn, only after the
-/// client has sent a ClientHello. The deadline includes both waits.
+/// Performs the handshake with a client. It is counted and queued only after the client has sent a
+/// ClientHello. The timeout includes both waits.
 async fn handshake(
     seat: &Seat,
     acceptor: &Acceptor,
@@ -229,8 +230,8 @@ async fn handshake(
         Ok(Some(_under_way)) => {
             let _counted = metrics::handshake_in_progress();
             let pacing = seat.pod.sockets.settings().undecided_pacing(&stream);
-            // The copy of the socket counts too. Without a spare descriptor the connection does not
-            // pace.
+            // The duplicated socket counts too. Without a spare descriptor the connection is not
+            // paced.
             let descriptors = &seat.node().limits.descriptors;
             let pacing = pacing.and_then(|pacing| Some((pacing, descriptors.spare(1)?)));
             let began = Instant::now();
@@ -238,7 +239,7 @@ async fn handshake(
             let handshake = Box::pin(acceptor.accept(stream, after));
             let handshake = timeout_at(deadline, handshake).await;
             if let Some((pacing, _descriptor)) = pacing {
-                // The client's part of the handshake is one round trip, and its CPU time.
+                // The client's part of the handshake takes one round trip and its CPU time.
                 pacing.decide(began.elapsed());
             }
             return handshake.map_err(|_| late())?.map_err(ProxyError::Tunnel);
@@ -267,7 +268,7 @@ struct TunnelRequest {
     origin: RequestOrigin,
 }
 
-/// A client with the identity `peer`, in a tunnel that ends at `here`.
+/// The client of a tunnel: its identity `peer`, and the address `here` at which the tunnel ends.
 struct RequestOrigin {
     client: SocketAddr,
     here: SocketAddr,
@@ -282,7 +283,7 @@ fn serve_request(
     admitted: Result<Ticket, ProxyError>,
 ) -> impl Future<Output = ()> + Send {
     // Boxed, and no `async fn`: the future of connecting is several times larger than that of
-    // copying, and is freed before it.
+    // relaying, and is freed before it.
     let opening = Box::pin(open_request(seat.clone(), asked, registration, admitted));
     async move {
         let Some(Opened { record, held, client, app }) = opening.await else {
@@ -296,7 +297,7 @@ fn serve_request(
     }
 }
 
-/// Connects a CONNECT request to the application, creates its record, and responds.
+/// Connects to the application for a CONNECT request, creates its record, and responds.
 async fn open_request(
     seat: Arc<Seat>,
     mut asked: TunnelRequest,
@@ -318,7 +319,7 @@ async fn open_request(
     let (app, ticket) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
-            // A client that has disconnected gets no response.
+            // A disconnected client gets no response.
             asked.request.refuse(error.reason().status);
             ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
             return None;
@@ -378,7 +379,7 @@ fn requested(authority: &Authority) -> Target {
     }
 }
 
-/// The target of a request for `asked` in a tunnel that ends at `here`.
+/// The target of a request for the authority `asked` in a tunnel that ends at `here`.
 fn inbound_target(
     seat: &Seat,
     asked: &Target,
@@ -392,7 +393,7 @@ fn inbound_target(
         .map_err(ProxyError::Route)
 }
 
-/// Connects to the application, with the client's address if the profile supports it.
+/// Connects to the application, from the client's address if the profile supports it.
 async fn connect(
     seat: &Seat,
     registration: &Registration<Decision>,
@@ -406,7 +407,7 @@ async fn connect(
     dial_app(seat, client, target, &permit, identity).await
 }
 
-/// Dials the application, with a PROXY header if the route has one.
+/// Dials the application, and sends a PROXY header if the route has one.
 async fn dial_app(
     seat: &Seat,
     client: SocketAddr,

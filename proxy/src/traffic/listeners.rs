@@ -1,4 +1,4 @@
-//! The tables of listeners, of a pod and of the process, and the listeners once bound.
+//! The tables of listeners of a pod and of the process, and the bound listeners.
 //!
 //! Listeners are bound at the start, or taken over from the running process. A new listener is one
 //! row of a [`ListenerKind::TABLE`].
@@ -31,19 +31,19 @@ pub(crate) enum EndpointKind {
     Metrics,
 }
 
-/// A kind of listeners, with the table of them.
+/// A kind of listeners, with their table.
 pub(crate) trait ListenerKind: fmt::Debug + Copy + 'static {
     const TABLE: &'static [ListenerSpec<Self>];
 
-    /// The options of the connections.
+    /// The socket options of accepted connections.
     fn accepted(self) -> AcceptedOptions;
 }
 
-/// One row of a table.
+/// One row of a table of listeners.
 #[derive(Debug)]
 pub(crate) struct ListenerSpec<K> {
     kind: K,
-    /// The listener's name in logs, metrics and a hand-over.
+    /// The listener's name in logs, metrics and take-overs.
     name: &'static str,
     purpose: &'static str,
     /// The setting that determines its address.
@@ -76,9 +76,8 @@ impl ListenerKind for Kind {
         },
     ];
 
-    /// Clients of caught connections saw them open, so only a reset reports that the upstream
-    /// failed. The workload is on this host, and the distance of a tunnel's peer is measured by the
-    /// handshake.
+    /// Clients of caught connections saw them open, so only a reset reports an upstream failure.
+    /// The workload is on this host. The handshake measures the round-trip time to a tunnel's peer.
     fn accepted(self) -> AcceptedOptions {
         match self {
             Self::Outbound => AcceptedOptions { closing: Closing::Reset, unpaced: true },
@@ -125,15 +124,15 @@ impl Kind {
     }
 }
 
-/// All listeners of a table, bound.
+/// All bound listeners of a table.
 #[derive(Debug)]
 pub(crate) struct Listeners<K: 'static>(Vec<(&'static ListenerSpec<K>, BoundListener)>);
 
-/// Listeners with their names in a hand-over.
+/// Listeners with their names for a take-over.
 pub(crate) type NamedListeners = Vec<(&'static str, BoundListener)>;
 
 impl<K: ListenerKind> Listeners<K> {
-    /// Takes the `handed` over listeners whose addresses still apply, and binds the others.
+    /// Uses the `handed` over listeners whose addresses still apply, and binds the others.
     pub(crate) async fn bind(
         access: &NamespaceAccess,
         sockets: &Sockets,
@@ -157,14 +156,14 @@ impl<K: ListenerKind> Listeners<K> {
         Ok(Self(bound))
     }
 
-    /// Listeners on any ports of the loopback interface.
+    /// Listeners on arbitrary ports of the loopback interface.
     #[cfg(test)]
     pub(crate) fn testing() -> Self {
         let listen = || std::net::TcpListener::bind("127.0.0.1:0").expect("a listener").into();
         Self(K::TABLE.iter().map(|spec| (spec, listen())).collect())
     }
 
-    /// The same listeners with descriptors of their own, to hand over.
+    /// Duplicates the listeners' descriptors, to hand them over.
     pub(crate) fn duplicate(&self) -> io::Result<NamedListeners> {
         let duplicate = |(spec, listener): &(&ListenerSpec<K>, _)| {
             Ok((spec.name, BoundListener::try_clone(listener)?))
@@ -178,7 +177,7 @@ impl<K: ListenerKind> Listeners<K> {
     }
 }
 
-/// Removes the listener that was handed over with this name, if it has this address.
+/// Removes and returns the handed-over listener with this name, if it has this address.
 fn take_handed_over(
     handed: &mut Vec<(String, BoundListener)>,
     name: &str,

@@ -50,18 +50,19 @@ use crate::traffic::headers;
 use crate::traffic::inbound::Delivery;
 
 /// The maximum number of endpoints to try for one connection.
-const ATTEMPTS: usize = 3;
-/// The deadline for one endpoint while there is an alternative. The kernel repeats the SYN after 1
-/// s, so one lost packet ejects no endpoint.
+const MAX_ATTEMPTS: usize = 3;
+/// Timeout for one endpoint while there is an alternative. The kernel repeats the SYN after 1 s, so
+/// one lost packet ejects no endpoint.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Serves one caught connection until it ends.
 pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Output = ()> + Send {
     // Boxed, and no `async fn`: the future of connecting is several times larger than that of
-    // copying, and is freed before it.
+    // relaying, and is freed before it.
     let opening = Box::pin(open(seat.clone(), assignment));
     async move {
-        // In this order: the sockets are closed before their permits and counts are released.
+        // The order of fields and drops matters: close the sockets before releasing their permits
+        // and counts.
         let Some(Opened { record, held, client, upstream }) = opening.await else {
             return;
         };
@@ -81,7 +82,7 @@ pub(crate) fn serve(seat: Arc<Seat>, assignment: Assignment) -> impl Future<Outp
     }
 }
 
-/// An open connection: its record, its sockets, and the resources that it holds.
+/// An open connection: its record, its sockets, and its resources.
 struct Opened {
     record: ConnectionRecord,
     held: HeldResources,
@@ -100,12 +101,12 @@ struct HeldResources {
 enum Upstream {
     Tunnel(TunnelStream),
     Plain(TcpStream),
-    /// Without a tunnel, to a pod of this process.
+    /// A connection without a tunnel to a pod of this process.
     SameNode(Box<Delivery>),
 }
 
 impl Upstream {
-    /// The identity that the peer has proven.
+    /// The peer's proven identity.
     fn identity(&self) -> Option<&SpiffeId> {
         match self {
             Self::Tunnel(tunnel) => Some(tunnel.peer().spiffe_id()),
@@ -115,7 +116,7 @@ impl Upstream {
     }
 }
 
-/// Connects an accepted connection, and creates its record.
+/// Connects an accepted connection to its upstream, and creates its record.
 async fn open(
     seat: Arc<Seat>,
     Assignment { accepted, registration, mut ticket, .. }: Assignment,
@@ -191,7 +192,7 @@ async fn connect(
     Ok((connection, connected))
 }
 
-/// A connection to the upstream that is ready to carry bytes, and the facts for its record.
+/// An open connection to the upstream, with the facts for the record.
 struct Connected {
     facts: Facts,
     upstream: Upstream,
@@ -202,7 +203,7 @@ struct Connected {
 struct OutboundConnect<'a> {
     seat: &'a Arc<Seat>,
     registration: &'a Registration<Decision>,
-    /// The snapshot of the mesh by which the connection is routed.
+    /// The snapshot of the mesh that routes the connection.
     snapshot: &'a Snapshot,
     connection: &'a Registered,
     source: Source,
@@ -213,7 +214,7 @@ struct OutboundConnect<'a> {
 }
 
 impl OutboundConnect<'_> {
-    /// Connects by the best route, and by the next one if its endpoint cannot be connected to.
+    /// Connects by the best route. Tries the next route if an endpoint cannot be reached.
     async fn connect(&self) -> Result<Connected, Box<ConnectFailure>> {
         let seat = self.seat;
         let own = &seat.context().own;
@@ -230,7 +231,7 @@ impl OutboundConnect<'_> {
         let routed = route::outbound(self.connection.destination, mesh, &caller, selector);
         let Alternatives { best: mut route, others } =
             routed.map_err(|error| self.known.clone().failed(ProxyError::Route(error)))?;
-        let mut others = others.take(ATTEMPTS - 1).peekable();
+        let mut others = others.take(MAX_ATTEMPTS - 1).peekable();
         loop {
             if let Err(error) = self.await_certificate(&route).await {
                 return Err(self.facts(&route, None).failed(error));
@@ -239,20 +240,21 @@ impl OutboundConnect<'_> {
                 Ok(connected) => return Ok(connected),
                 Err(failure) => failure,
             };
-            let Some(endpoint) = route.dialled().filter(|_| failure.error.is_of_endpoint()) else {
+            let Some(endpoint) = route.dialled().filter(|_| failure.error.is_endpoint_failure())
+            else {
                 return Err(failure);
             };
             self.eject(endpoint, &failure.error);
             match others.next() {
                 Some(next) => route = next,
-                // Report the failure of the endpoint, not the lack of another one.
+                // Report the failure of the endpoint, not the lack of an alternative.
                 None => return Err(failure),
             }
         }
     }
 
-    /// Waits for the pod's first certificate if the route needs it: the wait must not count as the
-    /// endpoint's.
+    /// Waits for the pod's first certificate if the route requires it, so that the wait does not
+    /// count against the endpoint.
     async fn await_certificate(&self, route: &Route) -> Result<(), ProxyError> {
         let is_needed = !matches!(route.via, ForwardVia::Plain { .. }) && self.identity.is_some();
         if !is_needed || self.seat.has_tunnel_endpoints() {
@@ -328,18 +330,18 @@ impl OutboundConnect<'_> {
         let work = pin!(work);
         tokio::select! {
             outcome = self.registration.termination().or_terminate(work) => outcome,
-            // A FIN does not interrupt: the bytes before it are still to be delivered.
+            // A FIN does not interrupt: the bytes before it must still be delivered.
             error = aborted(&self.connection.stream) => Err(ProxyError::Client(error)),
         }
     }
 
-    /// The address of the next hop.
+    /// Resolves the address of the next hop.
     async fn resolve(&self, route: &Route) -> Result<SocketAddr, ProxyError> {
         let (resolver, deadline) = (&self.seat.node().resolver, self.seat.node().timeouts.connect);
         resolver.resolve(route.via.next_hop(), deadline).await.map_err(ProxyError::Resolve)
     }
 
-    /// The facts of a connection that takes `route`. `hop` is the address of the next hop, if it is
+    /// The facts of a connection by `route`. `hop` is the address of the next hop, if it is
     /// resolved.
     fn facts(&self, route: &Route, hop: Option<SocketAddr>) -> Facts {
         let asked = self.connection.destination.address();
@@ -359,7 +361,7 @@ impl OutboundConnect<'_> {
         }
     }
 
-    /// Gets a permit for the next hop at `hop` and connects to it.
+    /// Obtains a permit for the next hop at `hop` and connects to it.
     async fn permit_and_dial(
         &self,
         route: &Route,
@@ -448,7 +450,7 @@ impl OutboundConnect<'_> {
         ProxyError::tunnel(error)
     }
 
-    /// The pool key of the tunnel, and the connector that opens it if the pool has none.
+    /// The pool key of the tunnel, and the connector to open it if the pool has none.
     async fn tunnel_key(
         &self,
         permit: &Permit<'_>,

@@ -1,4 +1,4 @@
-//! Checks that a connection comes from, or goes to, an address of its pod.
+//! Checks whether a connection comes from, or goes to, an address of its pod.
 
 use underpass_interception::OriginalDestination;
 
@@ -8,9 +8,9 @@ use crate::observe::metrics;
 use crate::traffic::accepted::{Accepted, Source};
 
 impl Accepted {
-    /// Refuses an inbound connection for an address that is not this namespace's own, to which the
-    /// workload's mTLS mode and policies do not apply. The rules of `interception.exact`, and those
-    /// of other programs, redirect such connections here.
+    /// Refuses an inbound connection whose destination is not an address of this namespace, because
+    /// the workload's mTLS mode and policies do not cover it. The rules of `interception.exact`,
+    /// and those of other programs, can redirect such connections here.
     pub(crate) fn check_local(self, seat: &Seat) -> Result<Self, ProxyError> {
         let destination = self.destination.address();
         // REDIRECT sets an address of the interface; TPROXY keeps the original one.
@@ -30,8 +30,8 @@ impl Accepted {
         }
     }
 
-    /// Refuses an outbound connection whose source is none of the pod's own addresses, unless
-    /// settings allow it: virtual interfaces and ingress gateways forward for others.
+    /// Refuses an outbound connection whose source is not an address of the pod, unless settings
+    /// allow it: virtual interfaces and ingress gateways forward for others.
     pub(crate) fn check_source(&self, seat: &Seat) -> Result<Source, ProxyError> {
         let client = self.client;
         match seat.is_local(client.ip()) {

@@ -1,4 +1,4 @@
-//! Writes PROXY protocol headers, version 2: they report a connection's addresses and proven
+//! Writes PROXY protocol headers, version 2. They report a connection's addresses and proven
 //! identity to a workload that forwards tunnelled connections, such as a waypoint.
 //!
 //! The proxy never reads such a header: only a peer's certificate proves an identity.
@@ -18,8 +18,8 @@ const TCP_OVER_IPV6: u8 = 0x21;
 /// (section 2.2.8).
 const TLV_IDENTITY: u8 = 0xD0;
 
-/// The header of a connection from `source` to `destination`; `identity` is the client's, proven by
-/// its certificate.
+/// Encodes the header of a connection from `source` to `destination`. `identity` is the client's,
+/// proven by its certificate.
 ///
 /// The header has one address family: if the families differ, the IPv4 address is mapped into IPv6.
 /// ztunnel declares both addresses unknown in that case.
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn longest_identity_fits() {
+    fn longest_identity_fits_proxy_header() {
         let identity = format!("spiffe://td/{}", "a".repeat(2048 - "spiffe://td/".len()));
         let written = from_to("[fd00::1]:1", "[fd00::2]:2", Some(&identity));
         assert_eq!(written[14..16], [0x08, 0x27]);

@@ -1,4 +1,4 @@
-//! Injects faults into the soak test, and defines which streams each may break.
+//! Injects faults into the soak test, and defines the streams that each fault may break.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::tools::tool;
 pub enum Fault {
     /// Drops the packets of a link for a while, in one or both directions.
     Drop,
-    /// Changes the mesh without relevance for the pods.
+    /// Changes a part of the mesh that is irrelevant for the pods.
     Mesh,
     /// Denies a port by a policy, then allows it again.
     Deny,
@@ -26,7 +26,7 @@ pub enum Fault {
     Kill,
     /// Stops a proxy and starts it again.
     Stop,
-    /// Lets another process take over from a proxy, which breaks no stream.
+    /// Starts a process that takes over from a proxy, which breaks no stream.
     TakeOver,
 }
 
@@ -94,7 +94,7 @@ impl Event {
         Self { fault, side, wire: Wire { between, incoming, outgoing }, lasts }
     }
 
-    /// Returns true if the fault may break a stream on this route.
+    /// Whether the fault may break a stream on this route.
     pub(super) fn affects(&self, route: Route) -> bool {
         match self.fault {
             Fault::Mesh | Fault::Certificate | Fault::Reload | Fault::TakeOver => false,

@@ -1,4 +1,5 @@
-//! The plan of a stream, derived from a seed so that both ends know it. `stream.rs` executes it.
+//! The plan of a stream. It is derived from a seed, so that both ends have the same plan.
+//! `stream.rs` executes it.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -6,10 +7,10 @@ use std::time::Duration;
 use fastrand::Rng;
 
 /// The maximum number of bytes in one direction.
-const LARGEST: f64 = 20.0 * 1024.0 * 1024.0;
+const MAX_BYTES: f64 = 20.0 * 1024.0 * 1024.0;
 
 /// The maximum number of pieces in one direction, if each has the maximum size.
-const PIECES: u64 = 4000;
+const MAX_PIECES: u64 = 4000;
 
 /// The plan of a stream.
 #[derive(Debug, Clone)]
@@ -23,7 +24,7 @@ pub(super) struct Plan {
     pub(super) server: Pace,
 }
 
-/// The order of sending, and the end.
+/// The order of sending, and the kind of end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Both directions concurrently.
@@ -32,22 +33,24 @@ pub(super) enum Kind {
     RequestResponse,
     /// The client sends its FIN after the server's.
     ServerEndsFirst,
-    /// The client resets the stream after so many received bytes, or when the server is done.
+    /// The client resets the stream after this number of received bytes, or when the server has
+    /// finished.
     ClientResets(u64),
-    /// The server resets the stream after so many received bytes, or when the client is done.
+    /// The server resets the stream after this number of received bytes, or when the client has
+    /// finished.
     ServerResets(u64),
     /// The client connects, sends nothing, waits and closes.
     Unused,
 }
 
-/// The pace of one end.
+/// The speed of one end.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pace {
     /// The maximum size of a read or write.
     pub(super) piece: usize,
-    /// On average, one of so many pieces is followed by a pause.
+    /// The average number of pieces between two pauses.
     pub(super) pauses: u64,
-    /// The position at which the end stops reading for a while, and for how long.
+    /// The position at which the end stops reading for a while, and the duration.
     pub(super) stall: Option<(u64, Duration)>,
 }
 
@@ -74,8 +77,8 @@ impl Plan {
         Self { seed, kind, up, down, client, server }
     }
 
-    /// Returns true if the stream ends with FIN on both sides in the absence of faults.
-    pub(super) fn ends_well(&self) -> bool {
+    /// Whether the stream ends with FIN on both sides in the absence of faults.
+    pub(super) fn ends_with_fin(&self) -> bool {
         !matches!(self.kind, Kind::ClientResets(_) | Kind::ServerResets(_))
     }
 }
@@ -83,7 +86,7 @@ impl Plan {
 impl Pace {
     fn new(rng: &mut Rng, sent: u64, received: u64) -> Self {
         // Small, but large enough to avoid millions of pieces.
-        let least = usize::try_from(sent.max(received) / PIECES).unwrap_or(usize::MAX);
+        let least = usize::try_from(sent.max(received) / MAX_PIECES).unwrap_or(usize::MAX);
         let piece = least.max(1 << rng.u32(4..16));
         let pauses = rng.u64(20..2000);
         let stalls = rng.u32(0..8) == 0;
@@ -93,20 +96,19 @@ impl Pace {
     }
 }
 
-/// A log-uniform size, or sometimes zero.
+/// A log-uniform random size, or sometimes zero.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
-    reason = "between 0 and LARGEST"
+    reason = "between 0 and MAX_BYTES"
 )]
 fn size(rng: &mut Rng) -> u64 {
-    if rng.u32(0..20) == 0 { 0 } else { LARGEST.powf(rng.f64()) as u64 }
+    if rng.u32(0..20) == 0 { 0 } else { MAX_BYTES.powf(rng.f64()) as u64 }
 }
 
 /// The data of a direction: random bytes, starting at an offset that the seed determines. They
 /// repeat with a prime period that no buffer or frame size divides, so lost, duplicated or
-/// misplaced data is detected. Generating them is a copy, which leaves the processor to the
-/// proxies.
+/// misplaced data is detected. Generating them is a copy, which leaves the CPU to the proxies.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pattern(u64);
 
@@ -174,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pattern_is_independent_of_pieces_and_locates_deviation() {
+    fn pattern_detects_position_of_deviation_for_any_piece_size() {
         let pattern = Pattern(7);
         for offset in [3, PERIOD as u64 - 60] {
             let mut whole = [0; 100];
@@ -192,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn plan_is_determined_by_seed_and_varies() {
+    fn stream_plan_depends_only_on_seed() {
         let text = |seed| format!("{:?}", Plan::new(seed));
         assert_eq!(text(1), text(1));
         assert_ne!(text(1), text(2));

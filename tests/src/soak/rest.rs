@@ -28,7 +28,8 @@ pub(super) struct Resources {
     pub(super) rules_intact: bool,
 }
 
-/// The resources of client's and server's pod, once they are at most `wanted` or `limit` elapsed.
+/// Waits until the resources of both pods are at most `wanted`, for up to `limit`. Returns the
+/// resources.
 pub(super) async fn settled(
     scene: &SoakScene,
     wanted: impl Fn([Resources; 2]) -> bool,

@@ -18,11 +18,11 @@ use crate::scene::{APP, CLIENT, SERVER};
 use crate::settings::Settings;
 
 /// The port that a policy denies temporarily.
-const DENIED: u16 = APP + 1;
+const DENIED_PORT: u16 = APP + 1;
 /// All ports of applications.
-pub(super) const PORTS: [u16; 2] = [APP, DENIED];
+pub(super) const PORTS: [u16; 2] = [APP, DENIED_PORT];
 
-/// A pod.
+/// One of the pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
     Client,
@@ -56,12 +56,12 @@ pub(super) struct SoakScene {
     mesh: MeshState,
     client: Proxy,
     server: Proxy,
-    /// Processes that others took over from.
+    /// Old processes of hot restarts.
     outgoing: JoinSet<ExitStatus>,
     _world: World,
 }
 
-/// The state of the mesh file apart from the pods.
+/// The content of the mesh file other than the pods.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct MeshState {
     pub(super) others: u8,
@@ -76,7 +76,7 @@ impl Route {
             6..8 => (Side::Client, Side::Outside),
             _ => (Side::Outside, Side::Server),
         };
-        let port = if rng.u32(0..4) == 0 { DENIED } else { APP };
+        let port = if rng.u32(0..4) == 0 { DENIED_PORT } else { APP };
         Self { from, to, v6: rng.bool(), port }
     }
 
@@ -85,7 +85,7 @@ impl Route {
     }
 
     pub(super) fn can_be_denied(self) -> bool {
-        self.port == DENIED && self.to != Side::Outside
+        self.port == DENIED_PORT && self.to != Side::Outside
     }
 }
 
@@ -103,10 +103,10 @@ impl Pods {
         [&self.client, &self.server, &self.outside]
     }
 
-    /// The pod that dials a stream, and the destination.
+    /// The pod that opens a stream, and the destination.
     pub(super) fn dial(&self, route: Route) -> (&Pod, SocketAddr) {
-        // A pod has two links, each with an address of both families. The first one connects client
-        // and server, the second one outside and server, the third one client and outside.
+        // A pod has two links, each with an address of both families. The first link connects
+        // client and server, the second one outside and server, the third one client and outside.
         let ips = self.pod(route.to).ips();
         let wire = usize::from(route.ends().contains(&Side::Outside));
         let ip = ips.into_iter().filter(|ip| ip.is_ipv6() == route.v6).nth(match route.to {
@@ -151,7 +151,7 @@ impl SoakScene {
 
     /// Changes the mesh file, and waits until both proxies have applied it.
     pub(super) async fn change_mesh(&mut self, change: impl FnOnce(&mut MeshState)) {
-        const IN_FORCE: [&str; 1] = ["the change is in force"];
+        const IN_FORCE: [&str; 1] = ["the change of the mesh is in force"];
         change(&mut self.mesh);
         let before = [&self.client, &self.server].map(|proxy| proxy.count(&IN_FORCE));
         write_mesh(&self.pods, self.mesh);
@@ -175,7 +175,7 @@ impl SoakScene {
         let _files = self.pki.issue(self.pods.pod(side).name());
     }
 
-    /// Lets another process take over from a proxy, which keeps its open streams.
+    /// Starts a process that takes over from a proxy, which keeps its open streams.
     pub(super) async fn take_over(&mut self, side: Side) {
         let pod = self.pods.pod(side);
         let proxy = if side == Side::Client { &mut self.client } else { &mut self.server };
@@ -184,8 +184,7 @@ impl SoakScene {
         self.outgoing.spawn(async move { old.ended_by_itself().await });
     }
 
-    /// Waits for the exit of all processes that others took over from: they exit after their last
-    /// stream.
+    /// Waits for the exit of all old processes, which exit after their last stream.
     pub(super) async fn await_outgoing(&mut self) {
         while let Some(ended) = self.outgoing.join_next().await {
             let status = ended.or_fail("wait for a proxy");
@@ -193,7 +192,7 @@ impl SoakScene {
         }
     }
 
-    /// Stops a proxy by a signal, and starts another one.
+    /// Stops a proxy with a signal, and starts another one.
     pub(super) async fn restart(&mut self, side: Side, signal: Signal) {
         let pod = self.pods.pod(side);
         let proxy = if side == Side::Client { &mut self.client } else { &mut self.server };
@@ -214,7 +213,7 @@ fn settings(pod: &Pod, pki: &Pki) -> Settings {
     let settings = Settings::new(pod.name()).identity(&files).mesh(&mesh_file(pod));
     [
         "timeouts.drain=2s",
-        // Let a soak test end soon after its last stream.
+        // Lets a soak test end soon after its last stream.
         "timeouts.pool_idle=2s",
         "timeouts.keepalive=2s",
         "logging.filter=info,access=warn",
@@ -233,7 +232,8 @@ fn write_mesh(pods: &Pods, state: MeshState) {
         mesh = mesh.workload(&format!("other-{other}"), &[[10, 99, 0, other].into()], "HBONE");
     }
     if state.denies {
-        mesh = mesh.policy("denied", "Deny", &format!("[[[{{destinationPorts: [{DENIED}]}}]]]"));
+        mesh =
+            mesh.policy("denied", "Deny", &format!("[[[{{destinationPorts: [{DENIED_PORT}]}}]]]"));
     }
     let _file = mesh.write(&pods.client, "mesh");
 }

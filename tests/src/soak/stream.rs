@@ -16,16 +16,16 @@ use super::pause;
 use super::plan::{Kind, Pace, Pattern, Plan};
 use crate::peers::abort;
 
-/// The seed, and a checksum.
+/// The length of the seed and a checksum.
 const HEADER: usize = 16;
-const CHECK: u64 = 0x5eed_5eed_5eed_5eed;
+const CHECKSUM: u64 = 0x5eed_5eed_5eed_5eed;
 
-/// How a stream ended for one of its ends.
+/// The end of a stream for one side.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Ended {
     /// All data was sent and received.
     Well,
-    /// This end reset the stream, as planned.
+    /// This side reset the stream, as planned.
     Reset,
     /// The connection failed.
     Broken(io::ErrorKind),
@@ -33,7 +33,7 @@ pub(super) enum Ended {
     Violation(String),
 }
 
-/// The client's end of a new connection.
+/// Runs the client's side on a new connection.
 pub(super) async fn client(plan: &Plan, mut stream: TcpStream) -> Ended {
     let mut rng = Rng::with_seed(plan.seed ^ 1);
     if plan.kind == Kind::Unused {
@@ -57,7 +57,8 @@ pub(super) async fn client(plan: &Plan, mut stream: TcpStream) -> Ended {
     end(outcome, stream)
 }
 
-/// The server's end. Returns the seed and how the stream ended; `None` if it ended before the seed.
+/// Runs the server's side. Returns the seed and the kind of end; `None` if the stream ended before
+/// the seed.
 pub(super) async fn server(mut stream: TcpStream) -> Option<(u64, Ended)> {
     let mut said = [0; HEADER];
     let mut length = 0;
@@ -116,7 +117,7 @@ async fn both(
         match writing.run(writer, rng).await {
             Ended::Well => {}
             // The reader still gets earlier data and may find a violation in it. It does not see
-            // the reset, since the kernel reports that once.
+            // the reset, because the kernel reports that only once.
             Ended::Broken(kind) => {
                 broken.get_or_init(|| kind);
             }
@@ -135,12 +136,12 @@ fn end(outcome: Ended, stream: TcpStream) -> Ended {
     outcome
 }
 
-/// One direction, read.
+/// Reads one direction.
 struct Reading {
     pattern: Pattern,
     length: u64,
     pace: Pace,
-    /// The number of bytes after which this end resets the stream.
+    /// The number of bytes after which this side resets the stream.
     limit: Option<u64>,
 }
 
@@ -149,7 +150,7 @@ impl Reading {
         Self { pattern, length, pace, limit: limit.map(|limit| limit.min(length)) }
     }
 
-    /// `broken` is the error of the writer of the same connection.
+    /// Reads to the end. `broken` is the error of the writer of the same connection.
     async fn run(
         &mut self,
         reader: &mut ReadHalf<'_>,
@@ -191,7 +192,7 @@ impl Reading {
     }
 }
 
-/// One direction, written.
+/// Writes one direction.
 struct Writing {
     pattern: Pattern,
     length: u64,
@@ -232,14 +233,14 @@ fn header(seed: u64) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     let (first, second) = header.split_at_mut(HEADER / 2);
     first.copy_from_slice(&seed.to_le_bytes());
-    second.copy_from_slice(&(seed ^ CHECK).to_le_bytes());
+    second.copy_from_slice(&(seed ^ CHECKSUM).to_le_bytes());
     header
 }
 
 fn seed(header: &[u8; HEADER]) -> Option<u64> {
     let (first, second) = header.split_first_chunk::<8>()?;
     let seed = u64::from_le_bytes(*first);
-    (second == (seed ^ CHECK).to_le_bytes()).then_some(seed)
+    (second == (seed ^ CHECKSUM).to_le_bytes()).then_some(seed)
 }
 
 #[cfg(test)]
@@ -248,7 +249,7 @@ mod tests {
 
     use super::*;
 
-    /// How a stream with this plan ends for its client if `serve` is its server.
+    /// The end of a stream with this plan for its client. `serve` is the server.
     async fn ended(plan: &Plan, serve: impl AsyncFnOnce(TcpStream)) -> Ended {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
         let address = listener.local_addr().expect("it is bound");
@@ -263,19 +264,19 @@ mod tests {
         Plan { up: 0, ..fit.next().expect("there is one") }
     }
 
-    /// Sends the data of `plan` after `change`, then FIN.
+    /// Sends the data of `plan`, modified by `change`, then FIN.
     async fn answer(plan: &Plan, mut stream: TcpStream, change: impl FnOnce(&mut Vec<u8>)) {
         let mut bytes = vec![0; usize::try_from(plan.down).expect("it fits")];
         Pattern::down(plan).fill(0, &mut bytes);
         change(&mut bytes);
         stream.write_all(&bytes).await.expect("the client reads");
-        // A client that detected a violation closes the connection.
+        // A client that has detected a violation closes the connection.
         stream.shutdown().await.ok();
         stream.read_to_end(&mut Vec::new()).await.ok();
     }
 
     #[tokio::test]
-    async fn early_fin_and_altered_byte_are_violations_but_reset_is_not() {
+    async fn early_fin_and_altered_byte_are_violations_and_reset_is_not() {
         let plan = plan();
         let good = ended(&plan, async |stream| answer(&plan, stream, |_| {}).await).await;
         assert_eq!(good, Ended::Well);
@@ -289,7 +290,7 @@ mod tests {
         assert!(matches!(reset, Ended::Broken(_)), "{reset:?}");
         let flip = |bytes: &mut Vec<u8>| *bytes.last_mut().expect("there are some") ^= 1;
         let flipped = ended(&plan, async |stream| {
-            // The client closes when it has seen the byte.
+            // The client closes after it has seen the altered byte.
             let answer = answer(&plan, stream, flip);
             tokio::time::timeout(Duration::from_secs(5), answer).await.ok();
         });

@@ -18,7 +18,8 @@ use underpass_tests::{Settings, Suite};
 struct Profile {
     name: &'static str,
     settings: &'static [&'static str],
-    /// The source address of the proxy's connections to the application; `None` for the client's.
+    /// The source address of the proxy's connections to the application; `None` means the client's
+    /// address.
     last_hop: Option<[&'static str; 2]>,
 }
 

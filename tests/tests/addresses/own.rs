@@ -1,5 +1,5 @@
-//! A pod that calls itself: by its address, by loopback, and by a service with itself as the only
-//! endpoint (hairpin).
+//! Tests of a pod that calls itself: by its address, by loopback, and by a service whose only
+//! endpoint is the pod (hairpin).
 
 use std::net::SocketAddr;
 
@@ -48,16 +48,16 @@ async fn reaches_itself(profile: Profile, protocol: &str) {
     }
     proxy.stop().await;
     let lines = proxy.access_lines(2).await;
-    // At most one line outbound and one inbound for each call.
+    // Each call has at most one outbound and one inbound line.
     assert!(lines.len() <= 2 * 2 * 3, "a call loops: {lines:#?}");
-    assert_eq!(refused(&proxy), 0, "{}", proxy.log());
+    assert_eq!(self_call_is_refused(&proxy), 0, "{}", proxy.log());
 }
 
-fn refused(proxy: &Proxy) -> usize {
+fn self_call_is_refused(proxy: &Proxy) -> usize {
     proxy.count(&["connection failed"])
 }
 
-/// Returns true for an address of the pod or one that the proxy connects from.
+/// Whether the address is the pod's, or one from which its proxy connects.
 fn is_own(pod: &Pod, family: Family, peer: SocketAddr) -> bool {
     let last_hops = ["127.0.0.1", "127.0.0.6", "::1", "::6"];
     peer.ip() == pod.ip(family)

@@ -1,5 +1,5 @@
-//! Calls of the proxy's own ports by every possible caller. None may loop, hang or reach something
-//! internal.
+//! Tests of calls of the proxy's own ports by every possible caller. No call may loop, hang or
+//! reach an internal service.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -23,14 +23,14 @@ enum Expected {
 /// As in ztunnel's test `malicious_calls_inpod`, except that metrics and readiness are in the pod
 /// and public here.
 const TABLE: [(u16, Expected); 7] = [
-    // Outbound, inbound, HBONE.
+    // Listeners: outbound, inbound, HBONE.
     (15001, Nothing),
     (15006, Nothing),
     (15008, Nothing),
-    // Metrics, readiness.
+    // Listeners: metrics, readiness.
     (15020, Http),
     (15021, Http),
-    // DNS and administration of other proxies, unused here.
+    // Ports of ztunnel's DNS and administration, unused here.
     (15053, Nothing),
     (15000, Nothing),
 ];
@@ -40,12 +40,12 @@ pub(crate) fn add(suite: &mut Suite) {
         for empty in [false, true] {
             let mesh = if empty { "a mesh without the pod" } else { "its mesh" };
             let name = format!("calls of the proxy's own ports reach nothing internal, in {mesh}");
-            profile.test(suite, &name, async move || every_call(profile, empty).await);
+            profile.test(suite, &name, async move || call_every_port(profile, empty).await);
         }
     }
 }
 
-async fn every_call(profile: Profile, empty: bool) {
+async fn call_every_port(profile: Profile, empty: bool) {
     let scene = Scene::new().await;
     let of = |settings| {
         let settings = profile.of(settings).set("timeouts.pool_idle=100ms");
@@ -56,11 +56,11 @@ async fn every_call(profile: Profile, empty: bool) {
         }
     };
     // The kernel (6.18, even without rules) does not deliver the RST of a closed port from the
-    // pod's own IPv6 address to ::1, which OSM's proxy connects from.
+    // pod's own IPv6 address to ::1, from which OSM's proxy connects.
     let settings = of(scene.server_settings()).set("timeouts.connect=300ms");
     let mut server = scene.server.proxy(&settings).await;
-    // Descriptors that the first round opens and keeps, such as the rules' watch, are no leak. The
-    // second round shows leaks.
+    // Descriptors that the first round opens and keeps, such as the watch of the rules, are no
+    // leak. A leak shows in the second round.
     let mut open = usize::MAX;
     for _ in 0..2 {
         every_port(&scene.server, &[scene.server.ips(), loopbacks()].concat()).await;
@@ -75,7 +75,7 @@ async fn every_call(profile: Profile, empty: bool) {
         open = descriptors(&server);
     }
     let lines = server.access_lines(0).await;
-    // Two rounds, four callers, two lines for a connection that the proxy makes to itself.
+    // Two rounds, four callers, and two lines for a connection of the proxy to itself.
     assert!(lines.len() <= 2 * 4 * 2 * TABLE.len() * 2, "a call loops: {}", lines.len());
     assert!(server.stop().await.success(), "the proxy did not stop:\n{}", server.log());
 }
@@ -108,12 +108,12 @@ async fn call(pod: &Pod, to: SocketAddr) -> Expected {
         stream.write_all(request.as_bytes()).await?;
         stream.read_to_end(&mut answer).await
     };
-    // The number of received bytes shows how the call ended.
+    // The number of received bytes shows the kind of end.
     within(&format!("an end of a call of {to}"), exchange).await.ok();
     if answer.starts_with(b"HTTP/1.1 200 ") {
         return Http;
     }
-    /// RFC 8446 5.1: the content type of an alert.
+    /// RFC 8446 section 5.1: the content type of an alert.
     const ALERT: u8 = 21;
     assert!(answer.first().is_none_or(|first| *first == ALERT), "{to} answered {answer:?}");
     Nothing

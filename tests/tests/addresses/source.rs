@@ -1,4 +1,4 @@
-//! The client address that an application sees for a client in another pod.
+//! Tests of the client address that an application sees for a client in another pod.
 
 use underpass_tests::{APP, Family, Scene, Suite, exchange};
 

@@ -1,4 +1,5 @@
-//! The destinations that a CONNECT request may name: only the address at which the tunnel ends.
+//! Tests of the destinations that a CONNECT request may name: only the address at which the tunnel
+//! ends.
 
 use std::net::SocketAddr;
 
@@ -9,17 +10,17 @@ use underpass_tests::{APP, DEADLINE, Family, HBONE, SERVER, Scene, Suite};
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both("a tunnel accepts only its own address as destination", own_address_only);
     suite.test(
-        "without rules, the listeners for captured connections serve no connection",
+        "listeners for captured connections serve no connection without rules",
         uncaptured_listeners,
     );
 }
 
-/// `OWN` is the address at which the tunnel ends.
+/// `OWN` stands for the address at which the tunnel ends.
 const TABLE: [(&str, StatusCode); 20] = [
     ("OWN:15001", StatusCode::SERVICE_UNAVAILABLE),
     ("OWN:15006", StatusCode::SERVICE_UNAVAILABLE),
     ("OWN:15008", StatusCode::SERVICE_UNAVAILABLE),
-    // No listener.
+    // A port without a listener.
     ("OWN:15053", StatusCode::SERVICE_UNAVAILABLE),
     ("OWN:0", StatusCode::BAD_REQUEST),
     // Metrics and readiness are public.

@@ -21,12 +21,12 @@ pub(crate) fn add(suite: &mut Suite) {
         "a proxy keeps its certificate while the CA is down and renews it afterwards",
         ca_down,
     );
-    suite.test("a proxy without a token gets no certificate and logs the reason", no_token);
-    suite.test("a token is limited to its client's identities", not_allowed);
-    suite.test("a node's token is accepted for the certificates of its workloads", impersonation);
+    suite.test("a proxy without a token gets no certificate and logs the reason", missing_token);
+    suite.test("a client of the CA gets only the identities of its token", other_identity_refused);
+    suite.test("a node's token obtains certificates for its workloads", impersonation);
 }
 
-/// A CA in the server's pod, and the files that its clients need.
+/// A CA in the server's pod, with the files that its clients need.
 struct Authority {
     scene: Scene,
     clients: PathBuf,
@@ -130,18 +130,18 @@ async fn ca_down() {
     client.more_than(before, &[IN_USE]).await;
 }
 
-async fn no_token() {
+async fn missing_token() {
     let authority = Authority::new(BOTH).await;
     fs::write(authority.file("client-token"), "another-secret").expect("a file");
     refused(&authority, "identity.istio_ca.token").await;
 }
 
-async fn not_allowed() {
+async fn other_identity_refused() {
     let authority = Authority::new(&BOTH.replace("sa/client", "sa/another")).await;
     refused(&authority, "spiffe://cluster.local/ns/default/sa/client").await;
 }
 
-/// Asserts that the client's proxy gets no certificate, and logs `why`.
+/// Asserts that the client's proxy gets no certificate, and logs the reason `why`.
 async fn refused(authority: &Authority, why: &str) {
     let pod = &authority.scene.client;
     let arguments = authority.settings(CLIENT, "client-token").arguments(pod);

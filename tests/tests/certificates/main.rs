@@ -20,11 +20,11 @@ const KEPT: &str = "the current one, if any, stays in use";
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test("repeated renewals of certificates fail no connection", renewal);
-    suite.test("a proxy watches all files with one inotify instance", one_watcher);
+    suite.test("a proxy watches all files with one inotify instance", one_inotify_instance);
     suite.test("a mismatched certificate and key are logged, and the previous ones stay", mismatch);
     suite.test("a proxy issues and renews certificates from a local CA", local_ca);
     suite.test("workloads of federated trust domains reach each other", federation);
-    suite.test("an alias of a trust domain is trusted, another domain is not", alias);
+    suite.test("a certificate of an alias of the trust domain is accepted, one of another domain is refused", alias);
     suite.test("a proxy is unready while its certificate is expired", expiry);
     suite.test_with_users(
         "sidecar: a local CA renews certificates although the proxy's user cannot read its key",
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 /// The number of connections in a round of traffic.
 const ROUND: usize = 50;
 
-/// Opens connections one after the other and exchanges bytes on each.
+/// Opens connections one after another and exchanges bytes on each.
 async fn traffic(scene: &Scene) {
     for _ in 0..ROUND {
         scene.echoed().await;
@@ -61,8 +61,9 @@ async fn renewal() {
     }
 }
 
-/// A mesh folder, a certificate, its key and roots, a bundle, a revocation list and the settings.
-async fn one_watcher() {
+/// The settings name a mesh folder, a certificate, its key and roots, a bundle and a revocation
+/// list.
+async fn one_inotify_instance() {
     let scene = Scene::new().await;
     let list = scene.pki.revoke(&[]);
     let other = Pki::of(scene.world.folder(), "other.test", "other");
@@ -92,7 +93,7 @@ async fn one_watcher() {
 
 fn inotify_instances(pid: u32) -> usize {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("a process");
-    // A descriptor may close at any time.
+    // The process may close a descriptor at any time.
     let target = |entry: std::io::Result<fs::DirEntry>| fs::read_link(entry.ok()?.path()).ok();
     descriptors.filter_map(target).filter(|target| target.ends_with("anon_inode:inotify")).count()
 }
@@ -208,7 +209,7 @@ async fn federation() {
 async fn alias() {
     let scene = Scene::new().await;
     let _app = Server::echo(&scene.server, APP);
-    // A certificate of the domain's old name from the same root.
+    // A certificate of the domain's old name, from the same root.
     let old = Pki::of(scene.world.folder(), "old.test", "old");
     scene.pki.trust(&old);
     let files = underpass_config::IdentityFiles {
@@ -224,7 +225,7 @@ async fn alias() {
     let mut without = scene.server.proxy(&scene.server_settings()).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     without.line(&["connection failed", "trust.aliases"]).await;
-    // Both proxies: the client's would back off before dialling again.
+    // Stop both proxies: the client's would back off before dialling again.
     tokio::join!(proxy.stop(), without.stop());
     let _client = scene.client.proxy(&client).await;
     let server = scene.server_settings().section("trust: {aliases: [old.test]}");

@@ -21,9 +21,9 @@ pub(crate) fn add(suite: &mut Suite) {
     });
     suite.test(
         "a revoked server's connection is terminated even if the client does not read",
-        revoked_unread,
+        revoked_while_not_reading,
     );
-    suite.test("without its revocation list a proxy does not start", missing_list);
+    suite.test("a proxy does not start without its revocation list", missing_list);
     suite.test("a damaged revocation list is logged, and the previous one stays", damaged_list);
 }
 
@@ -37,7 +37,7 @@ fn with_list(settings: Settings, scene: &Scene) -> Settings {
     settings.section(&format!("trust: {{crls: [{:?}]}}", scene.pki.dir().join("crl.pem")))
 }
 
-/// One side loads the list, and the other side's certificate is added to it.
+/// One side loads the list, and the certificate of the other side is added to it.
 async fn revoked_while_connected(watches: Side, revoked: Side) {
     let scene = Scene::new().await;
     let _list = scene.pki.revoke(&[]);
@@ -63,14 +63,14 @@ async fn revoked_while_connected(watches: Side, revoked: Side) {
     assert!(!app.is_reached(), "the application was reached");
 }
 
-async fn revoked_unread() {
+async fn revoked_while_not_reading() {
     let scene = Scene::new().await;
     let _list = scene.pki.revoke(&[]);
     let mut client = scene.client.proxy(&with_list(scene.client_settings(), &scene)).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
     let app = scene.server.listen(APP);
     let (near, mut far, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
-    // More than all buffers on the path hold, so that the proxy waits for the reader.
+    // More than the capacity of all buffers on the path, so that the proxy waits for the reader.
     let fill = async {
         let chunk = vec![0; 1 << 20];
         while far.write_all(&chunk).await.is_ok() {}

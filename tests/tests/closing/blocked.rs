@@ -1,5 +1,5 @@
-//! A side that aborts while the other one does not read: all buffers between them are full, so that
-//! the proxy cannot read the end behind the data.
+//! Tests of a side that aborts while the other side does not read. All buffers between them are
+//! full, so the proxy cannot read the end behind the data.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use underpass_tests::{APP, End, Family, Suite, abort, exchange, read_to_end, unt
 
 use crate::{Path, await_socket_error};
 
-/// A write that takes longer is blocked.
-const BLOCKED: Duration = Duration::from_millis(500);
+/// A write that takes longer counts as blocked.
+const BLOCKED_AFTER: Duration = Duration::from_millis(500);
 
 pub(crate) fn add(suite: &mut Suite) {
     for path in Path::ALL {
@@ -56,10 +56,10 @@ async fn fin_arrives(path: Path, family: Family) {
     assert_eq!((received.len(), end), (sent, End::Fin));
 }
 
-/// Sends until nothing more is taken: how many bytes were taken.
+/// Sends until a write is blocked. Returns the number of sent bytes.
 async fn fill(stream: &mut TcpStream) -> usize {
     let mut sent = 0;
-    while let Ok(written) = timeout(BLOCKED, stream.write(&[7; 65536])).await {
+    while let Ok(written) = timeout(BLOCKED_AFTER, stream.write(&[7; 65536])).await {
         sent += written.expect("the connection is open");
     }
     sent

@@ -1,4 +1,4 @@
-//! A killed proxy: both sides of its connections see RST and never FIN.
+//! Tests of a killed proxy: both sides of its connections see RST and never FIN.
 
 use nix::sys::signal::Signal;
 use tokio::io::AsyncReadExt as _;
@@ -15,11 +15,13 @@ pub(crate) fn add(suite: &mut Suite) {
     ] {
         let name =
             format!("{}: a killed {who}'s proxy makes no connection look complete", path.name());
-        suite.test_both(&name, async move |family| killed(path, which, family).await);
+        suite.test_both(&name, async move |family| {
+            killed_proxy_resets_connections(path, which, family).await
+        });
     }
 }
 
-async fn killed(path: Path, which: usize, family: Family) {
+async fn killed_proxy_resets_connections(path: Path, which: usize, family: Family) {
     let (scene, mut proxies) = path.scene().await;
     let app = scene.server.listen(APP);
     let to = scene.app(family);

@@ -1,8 +1,8 @@
-//! End-to-end tests of how connections end: a table of actions and what the other side must see, on
-//! every path.
+//! End-to-end tests of the ends of connections: a table of actions and their visible effects on the
+//! other side, on every path.
 //!
 //! FIN stays FIN, RST stays RST, and an aborted connection never looks complete. The proxy's unit
-//! tests cover the copy loop; deadlines and policies are tested elsewhere.
+//! tests cover the relay; other suites test deadlines and policies.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod blocked;
@@ -28,8 +28,8 @@ use Action::{Close, Fin, Reset};
 use Outcome::{Aborted, Closed, HalfClosed, ResetAfterFin, ResetOnSend};
 use Stage::{Fresh, OtherEnded, SelfEnded, Streaming};
 
-/// Actions of one side and what the other side must see. Each row applies to client and server, on
-/// each path.
+/// Actions of one side, and the required effect on the other side. Each row applies to client and
+/// server, on each path.
 #[rustfmt::skip]
 const TABLE: [(Stage, Action, Outcome); 11] = [
     (Fresh,      Fin,   HalfClosed),
@@ -48,9 +48,9 @@ const TABLE: [(Stage, Action, Outcome); 11] = [
 /// The state of the connection at the time of the action.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Stage {
-    /// Open without data.
+    /// Open, without data.
     Fresh,
-    /// Data was exchanged, and more from the acting side is in flight.
+    /// Data was exchanged, and more data from the acting side is in flight.
     Streaming,
     /// Data was exchanged, and the other side has sent FIN.
     OtherEnded,
@@ -68,22 +68,22 @@ enum Action {
     Reset,
 }
 
-/// How the connection ends on the other side.
+/// The end of the connection for the other side.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Outcome {
-    /// It receives all data and FIN, and can still send.
+    /// The other side receives all data and FIN, and can still send.
     HalfClosed,
-    /// It receives all data and FIN, and RST once it sends more.
+    /// The other side receives all data and FIN, and RST after sending more.
     ResetAfterFin,
-    /// It receives all data and FIN after it has sent its own FIN.
+    /// The other side receives all data and FIN after it has sent its own FIN.
     Closed,
-    /// It receives RST once it sends more.
+    /// The other side receives RST after sending more.
     ResetOnSend,
-    /// It receives RST without sending.
+    /// The other side receives RST without sending.
     Aborted,
 }
 
-/// More bytes than all buffers between the applications hold while one does not read.
+/// More than the capacity of all buffers between the applications while one side does not read.
 const BULK_BYTES: usize = 3 << 20;
 
 fn main() -> ExitCode {
@@ -107,11 +107,11 @@ fn main() -> ExitCode {
 /// The proxies between client and server.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Path {
-    /// Only the client's, which connects in plaintext.
+    /// Only the client's proxy, which connects in plaintext.
     Outbound,
-    /// Only the server's, which captured the connection in plaintext.
+    /// Only the server's proxy, which captures the plaintext connection.
     Inbound,
-    /// Both, with a tunnel.
+    /// Both proxies, with a tunnel.
     Tunnel,
 }
 
@@ -126,7 +126,7 @@ impl Path {
         }
     }
 
-    /// The pods that these proxies run in.
+    /// The pods of these proxies.
     fn pods(self, scene: &Scene) -> Vec<&Pod> {
         match self {
             Self::Outbound => vec![&scene.client],
@@ -135,7 +135,7 @@ impl Path {
         }
     }
 
-    /// The scene with the proxies of this path, client's first.
+    /// The scene with the proxies of this path, the client's first.
     async fn scene(self) -> (Scene, Vec<Proxy>) {
         match self {
             Self::Outbound => {
@@ -226,7 +226,7 @@ async fn run(
     }
 }
 
-/// The acting side acts after sending `sent` bytes, while the other side reads to its end, if one
+/// Performs the action after sending `sent` bytes, while the other side reads to its end, if an end
 /// is expected.
 async fn act(
     mut one: TcpStream,
@@ -240,7 +240,8 @@ async fn act(
         (_, SelfEnded) => drop(one),
         (Reset, _) => {
             if sent > 0 {
-                // Until half of the data has arrived, so that the action interrupts the transfer.
+                // Wait until half of the data has arrived, so that the action interrupts the
+                // transfer.
                 tokio::select! {
                     sending = send(&mut one, sent, false) => sending.expect("it may send"),
                     read = async { other.read_exact(&mut vec![0; sent / 2]).await } => {
@@ -304,8 +305,8 @@ async fn send_until_error(from: &mut TcpStream) -> io::Error {
     }
 }
 
-/// After FIN, a reader learns of a RST only by the socket error (EPIPE, `tcp_reset` in
-/// net/ipv4/tcp_input.c).
+/// Waits for a RST after FIN, which a reader learns only from the socket error (EPIPE, `tcp_reset`
+/// in net/ipv4/tcp_input.c).
 async fn await_socket_error(stream: &TcpStream) {
     until("the connection breaks", async || {
         let error = SockRef::from(stream).take_error().expect("the socket is asked");

@@ -1,5 +1,5 @@
-//! Scripted HBONE peers that end a stream or its tunnel in the middle of a body: only END_STREAM is
-//! FIN.
+//! Tests with scripted HBONE peers that end a stream or its tunnel in the middle of a body: only
+//! END_STREAM becomes FIN.
 
 use std::future::pending;
 use std::net::SocketAddr;
@@ -18,21 +18,21 @@ use Action::{EndStream, Fin, GoAway, Reset, ResetStream, Retire};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Action {
-    /// DATA with END_STREAM.
+    /// Sends DATA with END_STREAM.
     EndStream,
-    /// RST_STREAM.
+    /// Sends RST_STREAM.
     ResetStream(Reason),
-    /// GOAWAY for new streams, and END_STREAM for this one.
+    /// Sends GOAWAY for new streams, and END_STREAM for this one.
     Retire,
-    /// GOAWAY, then an orderly end of TLS and TCP without an end of the stream.
+    /// Sends GOAWAY, then ends TLS and TCP cleanly without an end of the stream.
     GoAway(Reason),
-    /// FIN of the tunnel's TCP connection.
+    /// Sends FIN on the tunnel's TCP connection.
     Fin,
-    /// RST of the tunnel's TCP connection.
+    /// Sends RST on the tunnel's TCP connection.
     Reset,
 }
 
-/// Actions of the peer, and what the application on the proxy's side must see.
+/// Actions of the peer, and the required end for the application on the proxy's side.
 const TABLE: [(Action, End); 11] = [
     (EndStream, End::Fin),
     (Retire, End::Fin),
@@ -52,7 +52,7 @@ pub(crate) fn add(suite: &mut Suite) {
         suite.test(
             &format!("HBONE client: the peer's {action:?} -> {outcome:?}"),
             async move || {
-                by_server(action, outcome, Family::V4).await;
+                as_server(action, outcome, Family::V4).await;
             },
         );
         // h2's client cannot send GOAWAY with an open stream.
@@ -66,7 +66,7 @@ pub(crate) fn add(suite: &mut Suite) {
         }
     }
     suite.test("HBONE client, IPv6: the peer's Fin -> Reset", async || {
-        by_server(Fin, End::Reset, Family::V6).await;
+        as_server(Fin, End::Reset, Family::V6).await;
     });
     suite.test("HBONE server, IPv6: the peer's Fin -> Reset", async || {
         by_client(Fin, End::Reset, Family::V6).await;
@@ -74,7 +74,7 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// The proxy opens the tunnel.
-async fn by_server(action: Action, outcome: End, family: Family) {
+async fn as_server(action: Action, outcome: End, family: Family) {
     let scene = Scene::new().await;
     let listener = scene.server.listen(HBONE);
     let _proxy = scene.client.proxy(&scene.client_settings()).await;
@@ -93,7 +93,7 @@ async fn by_server(action: Action, outcome: End, family: Family) {
         respond.send_response(Response::new(()), false).expect("a response");
     body.send_data("half".into(), false).expect("data");
     tokio::select! {
-        () = is_half(&mut app) => {}
+        () = is_half_close(&mut app) => {}
         _ = tunnel.accept() => unreachable!("the proxy ended its tunnel"),
     }
     let request = request.into_body();
@@ -111,7 +111,7 @@ async fn by_server(action: Action, outcome: End, family: Family) {
         pending::<()>().await;
     };
     tokio::select! {
-        () = seen(action, outcome, &mut app, body, request) => {}
+        () = assert_end(action, outcome, &mut app, body, request) => {}
         () = driven => {}
     }
 }
@@ -134,12 +134,12 @@ async fn by_client(action: Action, outcome: End, family: Family) {
     let response = within("a response", response).await.expect("HTTP/2");
     assert_eq!(response.status(), StatusCode::OK);
     body.send_data("half".into(), false).expect("data");
-    is_half(&mut app).await;
+    is_half_close(&mut app).await;
     if matches!(action, Fin | Reset) {
         driving.abort();
         return assert_eq!(read_to_end(&mut app).await, (vec![], outcome));
     }
-    seen(action, outcome, &mut app, body, response.into_body()).await;
+    assert_end(action, outcome, &mut app, body, response.into_body()).await;
     driving.abort();
 }
 
@@ -152,8 +152,8 @@ async fn connect(
     requests.send_request(request.body(()).expect("a request"), false).expect("HTTP/2")
 }
 
-/// Performs an action on the stream, and checks how the application's connection ends.
-async fn seen(
+/// Performs an action on the stream, and checks the end of the application's connection.
+async fn assert_end(
     action: Action,
     outcome: End,
     app: &mut TcpStream,
@@ -168,7 +168,7 @@ async fn seen(
     let rest = if outcome == End::Fin { &b"whole"[..] } else { b"" };
     assert_eq!(read_to_end(app).await, (rest.to_vec(), outcome));
     if outcome == End::Fin {
-        // The other direction stays open, and ends orderly.
+        // The other direction stays open, and ends cleanly.
         app.write_all(b"more").await.expect("it may send");
         app.shutdown().await.expect("FIN is sent");
         let mut received = Vec::new();
@@ -179,7 +179,7 @@ async fn seen(
     }
 }
 
-async fn is_half(app: &mut TcpStream) {
+async fn is_half_close(app: &mut TcpStream) {
     let mut half = [0; 4];
     within("bytes arrive", app.read_exact(&mut half)).await.expect("no end");
     assert_eq!(&half, b"half");

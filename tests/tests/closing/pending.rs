@@ -1,5 +1,5 @@
-//! A client that ends or resets before the connection to the application exists. Its data arrives
-//! completely, and a reset leaves no open connection.
+//! Tests of a client that ends or resets before the connection to the application exists. Its data
+//! arrives completely, and a reset leaves no open connection.
 
 use std::time::Duration;
 
@@ -22,11 +22,11 @@ pub(crate) fn add(suite: &mut Suite) {
             &format!(
                 "{name}: data and FIN that are sent while {pending} is pending arrive completely"
             ),
-            async move |family| sent_before(path, port, family).await,
+            async move |family| data_sent_while_pending(path, port, family).await,
         );
         suite.test_both(
             &format!("{name}: a RST while {pending} is pending ends every connection"),
-            async move |family| reset_before(path, port, family).await,
+            async move |family| reset_while_pending(path, port, family).await,
         );
     }
 }
@@ -44,7 +44,7 @@ async fn unblock_port(pod: &Pod) {
     tool(pod, "nft", &["delete table inet wall"]).await.ok();
 }
 
-async fn sent_before(path: Path, port: u16, family: Family) {
+async fn data_sent_while_pending(path: Path, port: u16, family: Family) {
     let (scene, _proxies) = path.scene().await;
     let app = scene.server.listen(APP);
     block_port(&scene.server, port).await;
@@ -61,7 +61,7 @@ async fn sent_before(path: Path, port: u16, family: Family) {
     assert_eq!(read_to_end(&mut client).await, (b"answer".to_vec(), End::Fin));
 }
 
-async fn reset_before(path: Path, port: u16, family: Family) {
+async fn reset_while_pending(path: Path, port: u16, family: Family) {
     let (scene, _proxies) = path.scene().await;
     let app = scene.server.listen(APP);
     block_port(&scene.server, port).await;
@@ -72,8 +72,8 @@ async fn reset_before(path: Path, port: u16, family: Family) {
     assert!(within("an end", ends_in_reset(&app)).await);
 }
 
-/// Returns true if the application gets no connection before the kernel's first SYN retransmission,
-/// or one that is reset.
+/// Whether the application gets no connection before the kernel's first SYN retransmission, or one
+/// that is reset.
 async fn ends_in_reset(app: &Listener) -> bool {
     match tokio::time::timeout(Duration::from_millis(2500), app.accept()).await {
         Err(_) => true,

@@ -1,4 +1,4 @@
-//! The segments of an orderly end: one FIN in each direction and no RST.
+//! Tests of the segments of a clean end: one FIN in each direction and no RST.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -19,12 +19,12 @@ pub(crate) fn add(suite: &mut Suite) {
     }
 }
 
-/// RFC 9293 3.1.
+/// TCP flags (RFC 9293 section 3.1).
 const FIN: u8 = 0b001;
 const RST: u8 = 0b100;
 
-/// Source, destination and sequence number of segments. Duplicates are expected: loopback shows
-/// each twice, and lost ones are retransmitted.
+/// The source, destination and sequence number of segments. A set, because duplicates are expected:
+/// loopback shows each segment twice, and lost ones are retransmitted.
 type Segments = BTreeSet<(SocketAddr, SocketAddr, u32)>;
 
 #[derive(Debug, Default)]
@@ -56,7 +56,7 @@ fn read(frame: &[u8]) -> Option<(TcpSegment<'_>, u8, u32)> {
     let segment = TcpSegment::parse(frame)?;
     let ip = frame.get(14..)?;
     let header = match segment.source {
-        // RFC 791 3.1: the header length in 32-bit words.
+        // RFC 791 section 3.1: the header length in 32-bit words.
         SocketAddr::V4(_) => usize::from(ip.first()? & 0xf) * 4,
         SocketAddr::V6(_) => 40,
     };
@@ -84,7 +84,7 @@ async fn clean_end(path: Path, family: Family) {
         ends.fins.len() >= 2
     })
     .await;
-    // Later segments of the connection would appear before the next connection.
+    // Later segments of the connection would appear before those of the next connection.
     let (mut next, mut next_server, _) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut next, &mut next_server).await;
     ends.add(&mut wire);

@@ -1,5 +1,5 @@
-//! Data of connections: complete in both directions until each side has ended, also for many
-//! connections.
+//! Tests of the data of connections: complete in both directions until each side has ended, also
+//! for many connections.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -8,30 +8,35 @@ use underpass_tests::{
 };
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite
-        .test_both("10 MiB pass the tunnel both ways at once, unchanged", large_through_the_tunnel);
-    suite.test_both("10 MiB pass in plaintext both ways at once, unchanged", large_in_plain);
-    suite.test("after the client's FIN the server still sends", client_ends_first);
-    suite.test("after the server's FIN the client still sends", server_ends_first);
-    suite.test("300 connections at once each get their own answer", many_at_once);
+    suite.test_both(
+        "10 MiB pass the tunnel unchanged in both directions at once",
+        large_through_the_tunnel,
+    );
+    suite.test_both(
+        "10 MiB pass in plaintext unchanged in both directions at once",
+        large_in_plaintext,
+    );
+    suite.test("the server can still send after the client's FIN", client_ends_first);
+    suite.test("the client can still send after the server's FIN", server_ends_first);
+    suite.test("300 concurrent connections each get their own answer", many_concurrent_connections);
 }
 
 async fn large_through_the_tunnel(family: Family) {
     let (scene, _client, _server) = Scene::with_proxies().await;
-    large(&scene, family).await;
+    large_transfer(&scene, family).await;
 }
 
-async fn large_in_plain(family: Family) {
+async fn large_in_plaintext(family: Family) {
     let scene = Scene::new().await;
     let _proxy = scene.server.proxy(&scene.server_settings()).await;
-    large(&scene, family).await;
+    large_transfer(&scene, family).await;
 }
 
-async fn large(scene: &Scene, family: Family) {
+async fn large_transfer(scene: &Scene, family: Family) {
     const SIZE: usize = 10 << 20;
     let app = scene.server.listen(APP);
     let (client, server, _) = scene.client.meet(&app, scene.app(family)).await;
-    let (question, answer) = (noise(1, SIZE), noise(2, SIZE));
+    let (question, answer) = (random_bytes(1, SIZE), random_bytes(2, SIZE));
     let (got_answer, got_question) =
         tokio::join!(exchange_both_ways(client, &question), exchange_both_ways(server, &answer));
     assert!(got_question == question, "the server received something else");
@@ -52,7 +57,7 @@ async fn exchange_both_ways(mut stream: TcpStream, send: &[u8]) -> Vec<u8> {
 }
 
 /// Pseudorandom data without repetitions (xorshift64).
-fn noise(seed: u64, size: usize) -> Vec<u8> {
+fn random_bytes(seed: u64, size: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let words = std::iter::repeat_with(|| {
         state ^= state << 13;
@@ -91,7 +96,7 @@ async fn connected(from: &Pod, scene: &Scene) -> (TcpStream, TcpStream) {
     (client, server)
 }
 
-async fn many_at_once() {
+async fn many_concurrent_connections() {
     let (scene, _client, _server) = Scene::with_proxies().await;
     let echo = Server::echo(&scene.server, APP);
     let mut clients = Vec::new();
@@ -100,7 +105,7 @@ async fn many_at_once() {
         client.write_all(&number.to_be_bytes()).await.expect("it sends");
         clients.push((number, client));
     }
-    // All are open: no client has ended, and answers are read only now.
+    // All connections are open: no client has ended, and answers are read only now.
     for (number, client) in &mut clients {
         let answer = within("an answer", client.read_u32()).await.expect("an answer");
         assert_eq!(answer, *number);

@@ -21,7 +21,7 @@ use underpass_tests::{
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test_both(
-        "A1, A3, A7: through the tunnel an application sees the client itself",
+        "A1, A3, A7: an application behind the tunnel sees the client's address",
         through_the_tunnel,
     );
     suite.test_both(
@@ -35,10 +35,13 @@ fn main() -> ExitCode {
     suite.test_both("a member without HBONE is reached in plaintext", member_without_hbone);
     suite.test_both("A4: an exempt kubelet probe reaches the application directly", kubelet_probe);
     suite.test_both(
-        "a client that uses the port of a proxy's connection from its address is captured",
+        "a client's connection is captured even from a port that the proxy imitates",
         preserved_port,
     );
-    suite.test_both("A6: connections with the proxy's mark are not captured", marked);
+    suite.test_both(
+        "A6: connections with the proxy's mark are not captured",
+        proxy_mark_is_not_captured,
+    );
     suite.test_both("A5: a pod reaches itself without the proxy", own_pod);
     suite.test_both("curl gets its page through the tunnel", curl_through_the_tunnel);
     suite.test_both("curl gets its page in plaintext", curl_in_plain);
@@ -48,8 +51,8 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// The rules that decided, for one connection each.
-fn once(rules: &[String]) -> Vec<(String, u64)> {
+/// The deciding rules, each with one connection.
+fn one_connection_each(rules: &[String]) -> Vec<(String, u64)> {
     let mut rules: Vec<_> = rules.iter().map(|rule| (rule.clone(), 1)).collect();
     rules.sort();
     rules
@@ -65,12 +68,15 @@ async fn through_the_tunnel(family: Family) {
     exchange(&mut client, &mut server).await;
     refusals::assert_nothing_in_plain(&wire.drain().expect("the capture is read"));
     assert_eq!(peer.ip(), scene.client.ip(family), "the client that the application sees");
-    assert_eq!(canonical(server.local_addr().expect("an address")), to);
+    assert_eq!(canonical_address(server.local_addr().expect("an address")), to);
     assert_eq!(client.peer_addr().expect("an address"), to, "the server that the client sees");
-    assert_eq!(scene.client.connections_since(&before.0), once(&[family.rule("capture-outbound")]));
+    assert_eq!(
+        scene.client.connections_since(&before.0),
+        one_connection_each(&[family.rule("capture-outbound")])
+    );
     assert_eq!(
         scene.server.connections_since(&before.1),
-        once(&["hbone-in".to_owned(), family.rule("own-pod")])
+        one_connection_each(&["hbone-in".to_owned(), family.rule("own-pod")])
     );
     let returned = |pod: &Pod, before: &Counters| {
         pod.counters().get("return-to-proxy") - before.get("return-to-proxy")
@@ -89,17 +95,17 @@ async fn plaintext_inbound(family: Family) {
     let (mut client, mut server, peer) = scene.client.meet(&app, to).await;
     exchange(&mut client, &mut server).await;
     assert_eq!(peer.ip(), scene.client.ip(family));
-    assert_eq!(canonical(server.local_addr().expect("an address")), to);
+    assert_eq!(canonical_address(server.local_addr().expect("an address")), to);
     assert_eq!(
         scene.server.connections_since(&before),
-        once(&[family.rule("capture-inbound"), family.rule("own-pod")])
+        one_connection_each(&[family.rule("capture-inbound"), family.rule("own-pod")])
     );
     drop((client, server));
     proxy.line(&["connection complete", "direction=\"inbound\"", &format!("dst.addr={to}")]).await;
 }
 
 /// The proxy connects to the application from the client's address and a port that the kernel
-/// chooses. The client's kernel does not know the port, and may choose it too.
+/// chooses. The client's kernel may choose the same port.
 async fn preserved_port(family: Family) {
     let scene = Scene::new().await;
     let _proxy = scene.server.proxy(&scene.server_settings()).await;
@@ -117,7 +123,7 @@ async fn preserved_port(family: Family) {
     exchange(&mut first, &mut first_server).await;
     assert_eq!(
         scene.server.connections_since(&before),
-        once(&[family.rule("capture-inbound"), family.rule("own-pod")])
+        one_connection_each(&[family.rule("capture-inbound"), family.rule("own-pod")])
     );
 }
 
@@ -132,7 +138,10 @@ async fn unknown_destination(family: Family) {
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut client, &mut server).await;
     assert_eq!(peer.ip(), scene.client.ip(family));
-    assert_eq!(scene.client.connections_since(&before), once(&[family.rule("capture-outbound")]));
+    assert_eq!(
+        scene.client.connections_since(&before),
+        one_connection_each(&[family.rule("capture-outbound")])
+    );
     let frames = wire.drain().expect("the capture is read");
     let ports: Vec<u16> = frames
         .iter()
@@ -175,10 +184,10 @@ async fn kubelet_probe(family: Family) {
     exchange(&mut client, &mut server).await;
     assert_eq!(peer, client.local_addr().expect("an address"), "the connection is direct");
     let moved = scene.server.connections_since(&before);
-    assert_eq!(moved, once(&[family.rule("kubelet-probe-in")]));
+    assert_eq!(moved, one_connection_each(&[family.rule("kubelet-probe-in")]));
 }
 
-async fn marked(family: Family) {
+async fn proxy_mark_is_not_captured(family: Family) {
     let scene = Scene::new().await;
     let _proxy = scene.client.proxy(&scene.client_settings()).await;
     let app = scene.server.listen(APP);
@@ -195,9 +204,11 @@ async fn own_pod(family: Family) {
     let (scene, mut client_proxy, _server) = Scene::with_proxies().await;
     let app = scene.client.listen(APP);
     let own = scene.client.ip(family);
-    let cases = [(family.loopback(), vec![]), (own, once(&[family.rule("own-pod")]))];
-    // The rules exempt 127.0.0.1. The rest of 127.0.0.0/8 is local too.
-    let rest = [(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)), once(&["own-pod".to_owned()]))];
+    let cases =
+        [(family.loopback(), vec![]), (own, one_connection_each(&[family.rule("own-pod")]))];
+    // The rules exempt 127.0.0.1. Other addresses of 127.0.0.0/8 are local too.
+    let rest =
+        [(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)), one_connection_each(&["own-pod".to_owned()]))];
     for (ip, rules) in cases.into_iter().chain(rest) {
         let before = scene.client.counters();
         let (mut client, mut server, _) = scene.client.meet(&app, SocketAddr::new(ip, APP)).await;
@@ -212,7 +223,7 @@ async fn own_pod(family: Family) {
     );
 }
 
-fn canonical(address: SocketAddr) -> SocketAddr {
+fn canonical_address(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 

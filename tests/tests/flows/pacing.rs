@@ -1,4 +1,5 @@
-//! Connections within a pod, where BBR is the congestion control: the proxy's side does not pace.
+//! Tests of connections within a pod with BBR as the congestion control: the proxy's sockets are
+//! not paced.
 
 use std::fs;
 
@@ -7,20 +8,20 @@ use underpass_tests::{APP, Family, Pod, Scene, Suite, tool};
 const AVAILABLE: &str = "/proc/sys/net/ipv4/tcp_available_congestion_control";
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test_both("connections within a pod do not pace", async |family| {
+    suite.test_both("connections within a pod are not paced", async |family| {
         local_connections(family, "distant", &["cubic", "reno"]).await;
     });
-    suite.test_both("connections within a pod pace if the settings say so", async |family| {
+    suite.test_both("connections within a pod are paced with proxy.pacing: all", async |family| {
         local_connections(family, "all", &["bbr"]).await;
     });
 }
 
-/// A connection through a tunnel. `expected`: any congestion control of the proxies' connections
-/// with the client and with the application.
+/// Opens a connection through a tunnel. The proxies' connections with client and application must
+/// use one of the `expected` congestion controls.
 async fn local_connections(family: Family, pacing: &str, expected: &[&str]) {
     let available = fs::read_to_string(AVAILABLE).expect("a kernel with TCP");
     if !available.split_whitespace().any(|name| name == "bbr") {
-        // Such a kernel paces nothing.
+        // This kernel has no BBR, so it paces nothing.
         return;
     }
     let scene = Scene::new().await;

@@ -1,5 +1,5 @@
-//! Connections that must fail: to the proxy's own listeners, through it to others, and in plaintext
-//! to HBONE members.
+//! Tests of connections that must fail: to the proxy's own listeners, through it to others, and in
+//! plaintext to HBONE members.
 
 use std::net::SocketAddr;
 
@@ -10,16 +10,25 @@ use underpass_tests::{APP, CLIENT, DEADLINE, Family, HBONE, SERVER, Scene, Suite
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both(
-        "a member whose proxy is down is not reached in plaintext: the client gets RST",
+        "a client gets RST instead of plaintext when the HBONE member's proxy is down",
         member_without_proxy,
     );
     suite.test_both(
         "a client without a certificate does not reach an HBONE member",
         client_without_certificate,
     );
-    suite.test("an application cannot connect to its own proxy's listeners", own_listener);
-    suite.test_both("no other pod reaches the listeners for captured connections", from_outside);
-    suite.test_both("a tunnel reaches neither listeners of the proxy nor other hosts", by_tunnel);
+    suite.test(
+        "an application cannot connect to its own proxy's listeners",
+        own_application_calls_listeners,
+    );
+    suite.test_both(
+        "no other pod reaches the listeners for captured connections",
+        other_pod_calls_listeners,
+    );
+    suite.test_both(
+        "a tunnel cannot reach listeners of the proxy or other hosts",
+        tunnel_to_listeners,
+    );
 }
 
 /// Asserts that only HBONE was on the wire, without plaintext data.
@@ -59,32 +68,40 @@ async fn client_without_certificate(family: Family) {
     assert_nothing_in_plain(&wire.drain().expect("the capture is read"));
 }
 
-async fn own_listener() {
+async fn own_application_calls_listeners() {
     let (scene, mut proxy, _server) = Scene::with_proxies().await;
     for family in Family::BOTH {
         let to = SocketAddr::new(family.loopback(), 15001);
         scene.client.dial_and_see_reset(to).await;
         proxy
-            .line(&["connection failed", "reason=\"own_listener\"", &format!("dst.addr={to}")])
+            .line(&[
+                "connection failed",
+                "reason=\"own_application_calls_listeners\"",
+                &format!("dst.addr={to}"),
+            ])
             .await;
     }
     assert_eq!(proxy.access_lines(2).await.len(), 2, "each connection was refused once");
 }
 
-async fn from_outside(family: Family) {
+async fn other_pod_calls_listeners(family: Family) {
     let scene = Scene::new().await;
     let mut proxy = scene.server.proxy(&scene.server_settings()).await;
     for port in [15001, 15006] {
         let to = scene.server.at(family, port);
         scene.client.dial_and_see_reset(to).await;
         proxy
-            .line(&["connection failed", "reason=\"own_listener\"", &format!("dst.addr={to}")])
+            .line(&[
+                "connection failed",
+                "reason=\"own_application_calls_listeners\"",
+                &format!("dst.addr={to}"),
+            ])
             .await;
     }
     assert_eq!(proxy.access_lines(2).await.len(), 2, "each connection was refused once");
 }
 
-async fn by_tunnel(family: Family) {
+async fn tunnel_to_listeners(family: Family) {
     let scene = Scene::new().await;
     let mut proxy = scene.server.proxy(&scene.server_settings()).await;
     let tunnel = open_tunnel(&scene, family).await;
@@ -93,7 +110,9 @@ async fn by_tunnel(family: Family) {
     let bad = StatusCode::BAD_REQUEST;
     let unavailable = StatusCode::SERVICE_UNAVAILABLE;
     let cases = elsewhere.map(|to| (to, bad, "not_here"));
-    let cases = cases.into_iter().chain(listeners.map(|to| (to, unavailable, "own_listener")));
+    let cases = cases
+        .into_iter()
+        .chain(listeners.map(|to| (to, unavailable, "own_application_calls_listeners")));
     for (to, expected, reason) in cases {
         let request = ConnectRequest { authority: to.to_string(), headers: HeaderMap::new() };
         let refused = match tunnel.connect(request, DEADLINE).await {

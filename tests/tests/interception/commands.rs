@@ -26,8 +26,14 @@ pub(crate) fn add(suite: &mut Suite) {
         );
     }
     suite.test("`rules render` prints the format of each program", render_formats);
-    suite.test("a wrong option is reported with its key and exit code 2", wrong_options);
-    suite.test("`rules install` reports foreign rules that capture the same traffic", leftovers);
+    suite.test(
+        "a wrong option is reported with its key and exit code 2",
+        wrong_options_are_reported,
+    );
+    suite.test(
+        "`rules install` reports foreign rules that capture the same traffic",
+        foreign_rules_are_reported,
+    );
 }
 
 fn json(text: &str) -> Value {
@@ -165,7 +171,7 @@ async fn explain(profile: Profile) {
     assert!(!proxys.contains("redirected"), "{proxys}");
 }
 
-async fn wrong_options() {
+async fn wrong_options_are_reported() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     for (options, key) in [
@@ -192,7 +198,7 @@ async fn wrong_options() {
     assert_eq!(tool(pod, "nft", &["list", "ruleset"]).await.ok(), "");
 }
 
-async fn leftovers() {
+async fn foreign_rules_are_reported() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     pod.rules(

@@ -1,4 +1,4 @@
-//! Inbound connections to addresses that are not the pod's.
+//! Tests of inbound connections to addresses that are not the pod's.
 
 use std::net::{IpAddr, SocketAddr};
 

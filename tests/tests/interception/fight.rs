@@ -1,4 +1,5 @@
-//! Another program that removes the rules repeatedly: repairs continue, and no plaintext leaves.
+//! Tests of another program that removes the rules repeatedly: repairs continue, and no plaintext
+//! leaves.
 
 use std::path::Path;
 
@@ -13,7 +14,7 @@ use crate::{AMBIENT, OSM, Profile, SIDECAR, readiness};
 const FIGHT: &[&str] = &["ERROR", "another program changes the rules repeatedly"];
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
-/// A port of the server that the client's settings exclude.
+/// A port that the client's settings exclude from capture.
 const EXCLUDED: u16 = 9999;
 
 pub(crate) fn add(suite: &mut Suite) {
@@ -28,10 +29,13 @@ pub(crate) fn add(suite: &mut Suite) {
     }
     suite.test(
         "a proxy that is stopped during a fight leaves the rules without a blackhole",
-        stopped,
+        stopped_during_fight,
     );
-    suite.test("a start removes the blackhole of a killed proxy", killed);
-    suite.test("`rules remove` removes the blackhole of a killed proxy", removed);
+    suite.test("a start removes the blackhole of a killed proxy", start_removes_blackhole);
+    suite.test(
+        "`rules remove` removes the blackhole of a killed proxy",
+        rules_remove_removes_blackhole,
+    );
 }
 
 fn settings(scene: &Scene, profile: Profile) -> Settings {
@@ -39,7 +43,7 @@ fn settings(scene: &Scene, profile: Profile) -> Settings {
     profile.of(scene.client_settings()).set(&excluded)
 }
 
-/// Returns true if the blackhole is installed in both families, false if in none.
+/// Whether the blackhole is installed in both families; false if in neither.
 async fn is_blocked(pod: &Pod) -> bool {
     let mut blocked = Vec::new();
     for family in ["-4", "-6"] {
@@ -65,7 +69,7 @@ fn keep_fighting(pod: &Pod) -> Background {
 
 async fn no_plaintext_leaves(profile: Profile) {
     let scene = Scene::new().await;
-    // Uncaptured plaintext connections reach it.
+    // Uncaptured plaintext connections reach this server.
     let sink = Server::echo(&scene.server, APP);
     let excluded = Server::echo(&scene.server, EXCLUDED);
     let settings = settings(&scene, profile);
@@ -75,7 +79,7 @@ async fn no_plaintext_leaves(profile: Profile) {
     let foe = keep_fighting(&scene.client);
     let repairs = scene.client.metrics().await.sum(REPAIRS, &[]).expect("a count");
     let mut attempts = 0;
-    // Until the rules were repaired several more times.
+    // Wait until the rules were repaired several more times.
     until("the rules are repaired again and again", async || {
         for family in Family::BOTH {
             for _ in 0..20 {
@@ -111,7 +115,7 @@ async fn no_plaintext_leaves(profile: Profile) {
     }
 }
 
-async fn stopped() {
+async fn stopped_during_fight() {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&scene.client_settings()).await;
     begin_fight(&scene.client, &mut proxy).await;
@@ -120,7 +124,7 @@ async fn stopped() {
     scene.client.rules("verify", &scene.client_settings()).await.ok();
 }
 
-async fn killed() {
+async fn start_removes_blackhole() {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&scene.client_settings()).await;
     begin_fight(&scene.client, &mut proxy).await;
@@ -131,7 +135,7 @@ async fn killed() {
     assert!(!is_blocked(&scene.client).await);
 }
 
-async fn removed() {
+async fn rules_remove_removes_blackhole() {
     let scene = Scene::new().await;
     let before = scene.client.traces().await;
     let mut proxy = scene.client.proxy(&Settings::new(CLIENT)).await;

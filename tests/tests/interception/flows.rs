@@ -1,4 +1,4 @@
-//! Connections with the sidecar and OSM profiles, and with every backend.
+//! Tests of connections with the sidecar and OSM profiles, and with every backend.
 
 use std::net::SocketAddr;
 
@@ -20,7 +20,10 @@ pub(crate) fn add(suite: &mut Suite) {
             profile.test(suite, &name, async move || self_call(profile, family).await);
         }
     }
-    suite.test_both_with_users("sidecar: metrics and readiness are never captured", metrics_exempt);
+    suite.test_both_with_users(
+        "sidecar: metrics and readiness are never captured",
+        metrics_are_not_captured,
+    );
     for profile in PROFILES {
         for family in Family::BOTH {
             let name = format!("policies do not apply to the proxy's own services ({family})");
@@ -63,8 +66,8 @@ async fn through_the_tunnel(profile: Profile, family: Family) {
     server_proxy.line(&["connection complete", "direction=\"inbound\"", &source]).await;
 }
 
-/// With strict mTLS and a policy that allows a single identity, metrics and readiness answer in
-/// plaintext at their configured addresses only.
+/// With strict mTLS and a policy that allows a single identity, metrics and readiness respond in
+/// plaintext only at their configured addresses.
 async fn own_services(profile: Profile, family: Family) {
     let scene = Scene::new().await;
     let allow = "[[[{principals: [{exact: cluster.local/ns/default/sa/absent}]}]]]";
@@ -93,7 +96,7 @@ async fn self_call(profile: Profile, family: Family) {
     let mut settings =
         profile.of(scene.client_settings()).set(&format!("mesh.file={}", mesh.display()));
     if profile.name == SIDECAR.name {
-        // Loopback must be included, or the application's calls of its own pod are direct.
+        // Loopback must be included; otherwise the application's calls of its own pod are direct.
         let include = "127.0.0.0/8,10.0.0.0/8,::1/128,fd00::/8";
         settings = settings.set(&format!("interception.outbound.include_cidrs={include}"));
     }
@@ -111,7 +114,7 @@ async fn self_call(profile: Profile, family: Family) {
     };
     let expected = match self_call {
         Some(_) => profile.peer(family, own.ip()),
-        // OSM's proxy connects as it does to other pods.
+        // OSM's proxy connects as to other pods.
         None => own.ip(),
     };
     assert_eq!(peer.ip(), expected);
@@ -121,7 +124,7 @@ async fn self_call(profile: Profile, family: Family) {
     assert_eq!(proxy.access_lines(lines).await.len(), lines, "{}", proxy.log());
 }
 
-async fn metrics_exempt(family: Family) {
+async fn metrics_are_not_captured(family: Family) {
     let scene = Scene::new().await;
     let mut proxy = scene.server.proxy(&SIDECAR.of(scene.server_settings())).await;
     for (port, path) in [(15020, "/metrics"), (15021, "/healthz/ready")] {

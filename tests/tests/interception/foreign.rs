@@ -1,5 +1,5 @@
-//! Rules of other programs that precede the own ones: the self-test detects bypassed traffic, and
-//! suspects are named.
+//! Tests of foreign rules that precede the own ones: the self-test detects bypassed traffic, and
+//! the error lists suspects.
 
 use underpass::spawn::SpawnError;
 use underpass_tests::{Pod, Proxy, Scene, Settings, Suite, error_of, tool, until};
@@ -14,7 +14,12 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test(
         "ambient: another program's mark makes the proxy unready until it is removed",
         async || {
-            bypassed(AMBIENT, "type route hook output priority -200", "meta mark set 0x539").await;
+            bypass_makes_proxy_unready(
+                AMBIENT,
+                "type route hook output priority -200",
+                "meta mark set 0x539",
+            )
+            .await;
         },
     );
     for profile in [SIDECAR, OSM] {
@@ -23,17 +28,20 @@ pub(crate) fn add(suite: &mut Suite) {
             "another program's redirect makes the proxy unready until it is removed",
             async move || {
                 let chain = "type nat hook output priority -150";
-                bypassed(profile, chain, "tcp dport 1404 redirect to :1").await;
+                bypass_makes_proxy_unready(profile, chain, "tcp dport 1404 redirect to :1").await;
             },
         );
     }
     suite.test(
         "a foreign rule that does not affect the self-test is listed and sets exit code 3",
-        listed,
+        harmless_rule_is_listed,
     );
     suite.test("another program's counters are not reported", counters);
-    suite.test("a mark in a table of iptables-legacy makes the proxy unready", legacy);
-    suite.test("a start that Istio's chains prevent names them", istio_is_named);
+    suite.test(
+        "a mark in a table of iptables-legacy makes the proxy unready",
+        legacy_table_makes_proxy_unready,
+    );
+    suite.test("a start that fails because of Istio's chains names them", istio_is_named);
     suite.test("`rules remove` removes Istio's chains only with --other-meshes", istio_is_removed);
 }
 
@@ -53,7 +61,7 @@ async fn self_test(pod: &Pod, passed: bool) {
     until(&format!("a self-test has passed: {passed}"), tested).await;
 }
 
-async fn bypassed(profile: Profile, chain: &str, rule: &str) {
+async fn bypass_makes_proxy_unready(profile: Profile, chain: &str, rule: &str) {
     let scene = Scene::new().await;
     let (pod, settings) = (&scene.client, profile.of(scene.client_settings()));
     let mut proxy = pod.proxy(&settings).await;
@@ -80,7 +88,7 @@ async fn bypassed(profile: Profile, chain: &str, rule: &str) {
     assert_eq!(proxy.count(&["repaired"]), 0, "the own rules were intact");
 }
 
-async fn listed() {
+async fn harmless_rule_is_listed() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let mut proxy = pod.proxy(&scene.client_settings()).await;
@@ -107,7 +115,7 @@ async fn counters() {
     assert_eq!(proxy.count(&["acts before"]), 0, "{}", proxy.log());
 }
 
-async fn legacy() {
+async fn legacy_table_makes_proxy_unready() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let _proxy: Proxy = pod.proxy(&scene.client_settings()).await;
@@ -119,7 +127,7 @@ async fn legacy() {
     assert!(out.contains("table mangle of iptables-legacy, chain OUTPUT"), "{out}");
 }
 
-/// Chains as of an Istio sidecar, changed to treat all traffic as the proxy's.
+/// Chains in the form of an Istio sidecar's, changed to treat all traffic as the proxy's.
 const ISTIO: &str = "iptables-nft -t mangle -N ISTIO_OUTPUT
 iptables-nft -t mangle -A OUTPUT -j ISTIO_OUTPUT
 iptables-nft -t mangle -A ISTIO_OUTPUT -p tcp -j MARK --set-mark 0x539

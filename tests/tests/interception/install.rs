@@ -1,4 +1,4 @@
-//! Rules that are installed before the proxy starts, and interrupted installations.
+//! Tests of rules that are installed before the proxy starts, and of interrupted installations.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -20,7 +20,7 @@ const AS_PROXY: &str = "exec setpriv --reuid 1337 --regid 1337 --clear-groups --
 pub(crate) fn add(suite: &mut Suite) {
     for profile in PROFILES {
         profile.test(suite, "`rules install` blocks a pod until its proxy runs", async move || {
-            closed_until_run(profile).await;
+            refuses_connections_until_run(profile).await;
         });
         suite.test(
             &format!(
@@ -33,7 +33,7 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("sidecar: `rules remove` removes everything of TPROXY mode", async || {
         removed(SIDECAR.rules().set("interception.inbound.mode=tproxy")).await;
     });
-    suite.test("an installation removes the previous profile", replaced);
+    suite.test("an installation removes the previous profile", profile_replaces_another);
     suite.test("ambient: leftovers of TPROXY mode misroute no connection", tproxy_leftovers);
     suite
         .test_with_users("an unprivileged proxy works with preinstalled rules", without_privileges);
@@ -49,15 +49,15 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test(
         "a killed installation leaves the old or the new rules (without old rules)",
         async || {
-            killed(None).await;
+            killed_installation(None).await;
         },
     );
     suite.test("a killed installation leaves the old or the new rules (from osm)", async || {
-        killed(Some(OSM)).await;
+        killed_installation(Some(OSM)).await;
     });
 }
 
-async fn closed_until_run(profile: Profile) {
+async fn refuses_connections_until_run(profile: Profile) {
     let scene = Scene::new().await;
     let settings = plain(&scene, profile);
     let installed = scene.client.rules("install", &settings).await.ok();
@@ -105,8 +105,8 @@ async fn removed(settings: Settings) {
     assert_eq!(again["removed"], false);
 }
 
-/// Installs each profile after each other one, as when settings change.
-async fn replaced() {
+/// Installs each profile after each other profile, as when settings change.
+async fn profile_replaces_another() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let tproxy = SIDECAR.rules().set("interception.inbound.mode=tproxy");
@@ -152,7 +152,7 @@ async fn without_privileges() {
     let started = scene.client.try_proxy_through(AS_PROXY, &settings).await;
     let mut proxy = started.expect("the proxy gets ready");
     proxy.line(&["not installing rules: another program installs them"]).await;
-    // Its own connections are not captured, so the self-test is inconclusive.
+    // The proxy's own connections are not captured, so the self-test is inconclusive.
     proxy.line(&["cannot test the rules"]).await;
     let (app, own_app) = (scene.server.listen(APP), scene.client.listen(APP));
     both_ways(&scene, &app, &own_app, SIDECAR).await;
@@ -162,11 +162,11 @@ async fn without_privileges() {
 
 async fn missing_rules() {
     let scene = Scene::new().await;
-    // Otherwise the test's address does not exist, and the test runs into its timeout.
+    // Without this address the self-test would run into its timeout.
     tool(&scene.server, "ip", &["address", "add", "192.0.2.2/32", "dev", "lo"]).await.ok();
     tool(&scene.server, "ip", &["address", "add", "2001:db8::2/128", "dev", "lo"]).await.ok();
     let settings = SIDECAR.of(scene.client_settings()).set("interception.install=false");
-    let (code, error) = fails(scene.client.try_proxy(&settings).await);
+    let (code, error) = exit_and_error(scene.client.try_proxy(&settings).await);
     assert_eq!(code, Some(1), "{error}");
     for part in ["self-test", "a test connection to ", "underpass rules verify"] {
         assert!(error.contains(part), "{part:?} is not in {error}");
@@ -174,7 +174,7 @@ async fn missing_rules() {
 }
 
 /// The exit code and the error of a proxy that must exit.
-fn fails(started: Result<Proxy, SpawnError>) -> (Option<i32>, String) {
+fn exit_and_error(started: Result<Proxy, SpawnError>) -> (Option<i32>, String) {
     let Err(SpawnError::Ended { status, log }) = started else {
         unreachable!("the proxy did not exit: {started:?}")
     };
@@ -188,7 +188,7 @@ async fn wrong_user() {
     let settings = SIDECAR.of(scene.client_settings()).set("interception.install=false");
     let as_another = AS_PROXY.replace("1337", "1000");
     let started = scene.client.try_proxy_through(&as_another, &settings).await;
-    let (code, error) = fails(started);
+    let (code, error) = exit_and_error(started);
     assert_eq!(code, Some(1), "{error}");
     for part in ["1337", "1000", "runAsUser: 1337", "interception.proxy_uids"] {
         assert!(error.contains(part), "{part:?} is not in {error}");
@@ -220,7 +220,7 @@ impl Jitter {
     }
 }
 
-async fn killed(old: Option<Profile>) {
+async fn killed_installation(old: Option<Profile>) {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let (mut jitter, new) = (Jitter(7), AMBIENT.rules());
@@ -256,7 +256,7 @@ async fn killed(old: Option<Profile>) {
     assert!(killed > 0, "no installation was killed: {kept} kept, {replaced} replaced");
 }
 
-/// Returns true if the rules equal those of the settings. Routes are ignored, as they are installed
+/// Whether the rules equal those of the settings. Routes are ignored, because they are installed
 /// first.
 async fn has_rules(pod: &Pod, settings: &Settings) -> bool {
     let printed = pod.rules("verify -o json", settings).await;

@@ -1,5 +1,5 @@
-//! One proxy per network namespace: a second one is refused, and `rules verify` and `rules explain`
-//! query the running one.
+//! Tests that a network namespace has one proxy: a second one is refused, and `rules verify` and
+//! `rules explain` query the running one.
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -14,18 +14,24 @@ pub(crate) fn add(suite: &mut Suite) {
         second_refused,
     );
     suite.test("a second proxy in another PID namespace is refused", other_pid_namespace);
-    suite.test("a killed proxy does not block the next one", killed);
+    suite.test("a killed proxy does not block the next one", killed_proxy_is_replaced);
     suite.test("`rules install` refuses to replace the rules of a running proxy", install_refused);
-    suite.test("`rules verify` and `explain` use the settings of the running proxy", ask_running);
+    suite.test(
+        "`rules verify` and `explain` use the settings of the running proxy",
+        query_running_proxy,
+    );
     suite.test_with_users(
         "sidecar: `rules verify` and `explain` reach a proxy that switched its user",
-        ask_sidecar,
+        query_sidecar_proxy,
     );
     suite.test(
         "without a proxy, `rules verify` and `explain` print that they assume defaults",
         assume_defaults,
     );
-    suite.test("`rules verify` queries the process that has taken over", ask_successor);
+    suite.test(
+        "`rules verify` queries the process that has taken over",
+        query_proxy_after_take_over,
+    );
 }
 
 fn json(text: &str) -> Value {
@@ -40,12 +46,12 @@ const OTHER_PORTS: [&str; 5] = [
     "metrics.address=[::]:16020",
 ];
 
-fn on_other_ports(settings: &Settings) -> Settings {
+fn with_other_ports(settings: &Settings) -> Settings {
     OTHER_PORTS.iter().fold(settings.clone(), |settings, port| settings.set(port))
 }
 
 /// The error of a refused start.
-async fn refused(pod: &Pod, script: &str, settings: &Settings) -> String {
+async fn refused_start(pod: &Pod, script: &str, settings: &Settings) -> String {
     match pod.try_proxy_through(script, settings).await {
         Err(SpawnError::Ended { status, log }) => {
             assert_eq!(status.code(), Some(1), "{log}");
@@ -61,7 +67,8 @@ async fn second_refused() {
     let settings = scene.client_settings().set("take_over.socket=off");
     let first = pod.proxy(&settings).await;
     let rules = pod.traces().await;
-    let error = refused(pod, "exec \"$UNDERPASS\" \"$@\"", &on_other_ports(&settings)).await;
+    let error =
+        refused_start(pod, "exec \"$UNDERPASS\" \"$@\"", &with_other_ports(&settings)).await;
     let pid = format!("pid {}", first.pid());
     for part in [&*pid, "profile ambient", "15001, 15006 and 15008", "--take-over"] {
         assert!(error.contains(part), "{part:?} is not in {error}");
@@ -76,18 +83,18 @@ async fn other_pid_namespace() {
     let settings = scene.client_settings().set("take_over.socket=off");
     let _first = pod.proxy(&settings).await;
     let script = "exec unshare --pid --fork --mount \"$UNDERPASS\" \"$@\"";
-    let error = refused(pod, script, &on_other_ports(&settings)).await;
+    let error = refused_start(pod, script, &with_other_ports(&settings)).await;
     assert!(error.contains("another underpass runs in this network namespace"), "{error}");
 }
 
-async fn killed() {
+async fn killed_proxy_is_replaced() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let settings = scene.client_settings();
     let mut first = pod.proxy(&settings).await;
     first.signal(Signal::SIGKILL);
     first.ended().await;
-    let second = pod.proxy(&on_other_ports(&settings)).await;
+    let second = pod.proxy(&with_other_ports(&settings)).await;
     let found = json(&pod.underpass(&["rules", "verify", "-o", "json"]).await.ok());
     assert_eq!(found["proxy"]["pid"], second.pid());
 }
@@ -107,7 +114,7 @@ async fn install_refused() {
     pod.rules("verify", &other).await.ok();
 }
 
-async fn ask_running() {
+async fn query_running_proxy() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let settings = scene.client_settings();
@@ -129,7 +136,7 @@ async fn ask_running() {
     let explained = json(&pod.underpass(&["rules", "explain", "-o", "json"]).await.ok());
     assert_eq!(explained["settings"], "running proxy");
 
-    // The settings that the proxy follows apply.
+    // The settings that the proxy has reloaded apply.
     exclude("6432").write(pod);
     let intact = async || {
         let out = pod.underpass(&["rules", "explain"]).await.ok();
@@ -141,7 +148,7 @@ async fn ask_running() {
     assert_eq!((&given["settings"], &given["proxy"]), (&"given".into(), &Value::Null));
 }
 
-async fn ask_sidecar() {
+async fn query_sidecar_proxy() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let _proxy = pod.proxy(&SIDECAR.of(scene.client_settings())).await;
@@ -162,7 +169,7 @@ async fn assume_defaults() {
     assert_eq!(json(&explained.ok())["settings"], "defaults");
 }
 
-async fn ask_successor() {
+async fn query_proxy_after_take_over() {
     let scene = Scene::new().await;
     let pod = &scene.client;
     let settings = scene.client_settings();
@@ -174,6 +181,7 @@ async fn ask_successor() {
     let owner = tool(pod, "nft", &["list", "chain", "inet", "underpass", "owner"]).await.ok();
     assert!(owner.contains(&format!("pid {} ", new.pid())), "{owner}");
     drop(old);
-    let error = refused(pod, "exec \"$UNDERPASS\" \"$@\"", &on_other_ports(&settings)).await;
+    let error =
+        refused_start(pod, "exec \"$UNDERPASS\" \"$@\"", &with_other_ports(&settings)).await;
     assert!(error.contains(&format!("pid {}", new.pid())), "{error}");
 }

@@ -1,4 +1,5 @@
-//! IPv6 that is enabled or disabled while the proxy runs: no plaintext leaves, and IPv4 continues.
+//! Tests of IPv6 that is enabled or disabled while the proxy runs: no plaintext leaves, and IPv4
+//! continues.
 
 use underpass_interception::{PacketCapture, TcpSegment};
 use underpass_tests::{APP, Family, HBONE, Pod, Scene, Server, Suite, exchange, tool, until};
@@ -13,10 +14,14 @@ pub(crate) fn add(suite: &mut Suite) {
     for profile in PROFILES {
         for backend in BACKENDS {
             let name = format!("with {backend}, IPv6 that is enabled after the start is captured");
-            profile.test(suite, &name, async move || enabled_later(profile, backend).await);
+            profile
+                .test(suite, &name, async move || ipv6_enabled_after_start(profile, backend).await);
         }
     }
-    suite.test("ambient: IPv6 without a loopback interface does not leave", without_loopback);
+    suite.test(
+        "ambient: no IPv6 packet leaves the pod without a loopback interface",
+        without_loopback,
+    );
 }
 
 fn set_disabled(pod: &Pod, interface: &str, disabled: bool) {
@@ -30,8 +35,8 @@ async fn add_address(pod: &Pod) {
     tool(pod, "ip", &["address", "add", &address, "dev", "eth0", "nodad"]).await.ok();
 }
 
-/// Asserts that no application data was on the wire. A SYN-ACK may be: the server's application
-/// answers a client's address before the return routes exist.
+/// Asserts that no application data was on the wire. A SYN-ACK is possible: the server's
+/// application answers a client's address before the return routes exist.
 fn assert_nothing_in_plain(wire: &mut PacketCapture) {
     let frames = wire.drain().expect("the capture is read");
     let segments: Vec<_> = frames.iter().filter_map(|frame| TcpSegment::parse(frame)).collect();
@@ -43,7 +48,7 @@ fn assert_nothing_in_plain(wire: &mut PacketCapture) {
     assert!(found.is_none(), "plaintext: {found:?}");
 }
 
-async fn enabled_later(profile: Profile, backend: &str) {
+async fn ipv6_enabled_after_start(profile: Profile, backend: &str) {
     let scene = Scene::new().await;
     let pods = [&scene.client, &scene.server];
     pods.iter().for_each(|pod| set_disabled(pod, "all", true));
@@ -62,7 +67,7 @@ async fn enabled_later(profile: Profile, backend: &str) {
         set_disabled(pod, "all", false);
         add_address(pod).await;
     }
-    // It may be captured or refused, but must not be plaintext.
+    // The connection may be captured or refused, but must not be plaintext.
     let early = scene.client.dial(scene.server.at(Family::V6, PORTS[0])).await;
     if let Ok(early) = &early {
         // The connection may already be lost.

@@ -55,7 +55,8 @@ struct Profile {
     name: &'static str,
     /// The user that the proxy switches to.
     user: Option<u32>,
-    /// The source address of the proxy's connections to the application; `None` for the client's.
+    /// The source address of the proxy's connections to the application; `None` means the client's
+    /// address.
     last_hop: Option<[&'static str; 2]>,
 }
 
@@ -94,7 +95,7 @@ impl Profile {
     }
 }
 
-/// The scene with a proxy of this profile in each pod: client's, server's.
+/// The scene with a proxy of this profile in each pod. Returns the client's and the server's proxy.
 async fn with_proxies(profile: Profile) -> (Scene, Proxy, Proxy) {
     let scene = Scene::new().await;
     let (client, server) =

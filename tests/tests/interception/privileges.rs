@@ -1,4 +1,4 @@
-//! The privileges of a running proxy: its user, and its few capabilities.
+//! Tests of the privileges of a running proxy: its user, and its few capabilities.
 
 use std::fs;
 
@@ -16,38 +16,43 @@ pub(crate) fn add(suite: &mut Suite) {
             confines_every_thread(profile).await
         });
     }
-    suite
-        .test("ambient: keeps NET_RAW with the iptables backend, and repairs", iptables_in_ambient);
-    suite.test("ambient: hides its memory from processes of the same user", hides_memory);
     suite.test(
-        "ambient: warns of a process with NET_RAW in its network namespace",
+        "ambient: the proxy keeps NET_RAW with the iptables backend, and repairs rules",
+        iptables_in_ambient,
+    );
+    suite.test(
+        "ambient: the proxy's memory is hidden from processes of the same user",
+        hides_memory,
+    );
+    suite.test(
+        "ambient: the proxy warns of a process with NET_RAW in its network namespace",
         warns_of_net_raw,
     );
     suite.test_with_users(
-        "sidecar: names the capabilities that a change of user lacks",
+        "sidecar: the error names the capabilities that a change of user lacks",
         names_missing_capabilities,
     );
     for profile in [SIDECAR, OSM] {
         profile.test(suite, "with repair: false no thread has any capability", async move || {
-            keeps_nothing(profile).await;
+            keeps_no_capability(profile).await;
         });
     }
     suite.test_with_users(
-        "sidecar: keeps NET_RAW with the iptables backend, also for child processes",
-        for_iptables,
+        "sidecar: the proxy keeps NET_RAW with the iptables backend, also for child processes",
+        keeps_net_raw_for_iptables,
     );
-    suite.test_with_users("sidecar: removes its socket when it ends", removes_socket);
+    suite.test_with_users("sidecar: the proxy removes its socket when it stops", removes_socket);
     suite.test_with_users(
-        "sidecar: removes the rules with on_exit: remove after switching its user",
-        removes,
+        "sidecar: the proxy removes the rules with on_exit: remove after switching its user",
+        removes_rules,
     );
     suite.test_with_users(
         "sidecar: only the namespaces thread keeps NET_ADMIN in TPROXY mode",
-        for_tproxy,
+        keeps_net_admin_for_tproxy,
     );
 }
 
-/// A thread as the kernel describes it (proc_pid_status(5)).
+/// A thread according to the kernel (proc_pid_status(5)).
 #[derive(Debug)]
 struct Thread {
     name: String,
@@ -67,7 +72,7 @@ impl Thread {
         let folder = format!("/proc/{}/task", proxy.pid());
         let threads = fs::read_dir(&folder).expect("threads").filter_map(|entry| {
             let entry = entry.expect("a thread");
-            // Some threads are short-lived.
+            // A short-lived thread may already have ended.
             let status = fs::read_to_string(entry.path().join("status")).ok()?;
             Some(Self::of(&status))
         });
@@ -101,15 +106,15 @@ impl Thread {
         self.name.starts_with("worker-")
     }
 
-    /// Returns true for the thread that changes rules and opens sockets.
+    /// Whether this thread changes rules and opens sockets.
     fn enters_namespaces(&self) -> bool {
         self.name == "namespaces"
     }
 }
 
-/// Waits until there are two workers and every thread has exactly the capabilities of `kept`. A new
-/// thread briefly has those of its creator.
-async fn all_confined(proxy: &Proxy, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
+/// Waits until there are two workers and every thread has exactly the capabilities that `kept`
+/// returns. A new thread briefly has those of its creator.
+async fn await_confinement(proxy: &Proxy, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
     let is_confined = |thread: &Thread| {
         let kept = kept(thread);
         (thread.effective, thread.permitted) == (kept, kept) && thread.no_new_privileges
@@ -128,7 +133,7 @@ async fn confines_every_thread(profile: Profile) {
     let mut proxy = scene.client.proxy(&profile.of(scene.client_settings())).await;
     let kept = |thread: &Thread| if thread.enters_namespaces() { NET_ADMIN } else { 0 };
     for repairs in 0..2 {
-        for thread in all_confined(&proxy, kept).await {
+        for thread in await_confinement(&proxy, kept).await {
             let others = (thread.inheritable, thread.ambient, thread.bounding);
             assert_eq!(others, (0, 0, 0), "{thread:?}");
             if let Some(user) = profile.user {
@@ -147,7 +152,7 @@ async fn iptables_in_ambient() {
     let mut proxy = scene.client.proxy(&settings).await;
     let both = NET_ADMIN | NET_RAW;
     let kept = |thread: &Thread| if thread.enters_namespaces() { both } else { 0 };
-    for thread in all_confined(&proxy, kept).await {
+    for thread in await_confinement(&proxy, kept).await {
         assert_eq!(thread.bounding & !both, 0, "{thread:?}");
     }
     tool(&scene.client, "iptables", &["-t", "nat", "-F"]).await.ok();
@@ -157,7 +162,7 @@ async fn iptables_in_ambient() {
 async fn hides_memory() {
     let scene = Scene::new().await;
     let proxy = scene.client.proxy(&scene.client_settings()).await;
-    // Root without SYS_PTRACE and with the proxy's capabilities; with fewer, the kernel would deny
+    // Root without SYS_PTRACE, but with the proxy's capabilities: with fewer, the kernel would deny
     // access for that reason (ptrace(2)).
     for (file, code) in [("environ", 1), ("status", 0)] {
         let file = format!("/proc/{}/{file}", proxy.pid());
@@ -194,9 +199,10 @@ async fn names_missing_capabilities() {
     }
 }
 
-/// The threads of a proxy that switched user and group, once each has the capabilities of `kept`.
+/// The threads of a proxy that has switched user and group, once each has the capabilities that
+/// `kept` returns.
 async fn threads(proxy: &Proxy, profile: Profile, kept: impl Fn(&Thread) -> u64) -> Vec<Thread> {
-    let threads = all_confined(proxy, kept).await;
+    let threads = await_confinement(proxy, kept).await;
     let user = [profile.user.expect("a user"); 4];
     for thread in &threads {
         assert_eq!((&thread.users[..], &thread.groups[..]), (&user[..], &user[..]), "{thread:?}");
@@ -205,20 +211,20 @@ async fn threads(proxy: &Proxy, profile: Profile, kept: impl Fn(&Thread) -> u64)
     threads
 }
 
-async fn keeps_nothing(profile: Profile) {
+async fn keeps_no_capability(profile: Profile) {
     let scene = Scene::new().await;
     let settings = profile.of(scene.client_settings()).set("interception.repair=false");
     let mut proxy = scene.client.proxy(&settings).await;
     for thread in threads(&proxy, profile, |_| 0).await {
         assert_eq!((thread.inheritable, thread.ambient), (0, 0), "{thread:?}");
     }
-    // It repairs nothing, so the rules stay removed.
+    // The proxy repairs nothing, so the rules stay removed.
     tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
     assert!(proxy.stop().await.success(), "{}", proxy.log());
     scene.client.rules("verify", &settings).await.exited(3);
 }
 
-async fn for_iptables() {
+async fn keeps_net_raw_for_iptables() {
     let scene = Scene::new().await;
     let settings = SIDECAR.of(scene.client_settings()).set("interception.backend=iptables");
     let proxy = scene.client.proxy(&settings).await;
@@ -247,7 +253,7 @@ ls /run/underpass | sed s/^/left:/' \"$UNDERPASS\" \"$@\"";
     assert_eq!(proxy.count(&["left:"]), 0, "{}", proxy.log());
 }
 
-async fn removes() {
+async fn removes_rules() {
     let scene = Scene::new().await;
     let before = scene.client.traces().await;
     let settings = SIDECAR
@@ -259,7 +265,7 @@ async fn removes() {
     assert_eq!(scene.client.traces().await, before);
 }
 
-async fn for_tproxy() {
+async fn keeps_net_admin_for_tproxy() {
     let scene = Scene::new().await;
     let settings = SIDECAR.of(scene.server_settings()).set("interception.inbound.mode=tproxy");
     let proxy = scene.server.proxy(&settings).await;

@@ -1,5 +1,5 @@
-//! Settings that change while the proxy runs: capture follows, connections continue, and mistakes
-//! are ignored.
+//! Tests of settings that change while the proxy runs: capture follows, connections continue, and
+//! mistakes are ignored.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ use underpass_tests::{APP, Family, Listener, Proxy, Scene, Settings, Suite, exch
 use crate::{OSM, Profile, SIDECAR, plain};
 
 const FOLLOWED: &[&str] = &["applied the changed settings to the rules"];
-const NONE: &str = "interception: {outbound: {exclude_ports: []}}";
+const NOTHING_EXCLUDED: &str = "interception: {outbound: {exclude_ports: []}}";
 const SERVER: &str = "interception: {outbound: {exclude_cidrs: [10.1.0.2, 'fd00:1::2']}}";
 
 pub(crate) fn add(suite: &mut Suite) {
@@ -19,13 +19,13 @@ pub(crate) fn add(suite: &mut Suite) {
         });
     }
     suite.test_with_users(
-        "osm: exclusions follow SIGHUP where the file cannot be watched",
+        "osm: SIGHUP reloads exclusions if the file cannot be watched",
         follows_the_signal,
     );
     suite.test("a change that needs a restart is logged", needs_a_restart);
 }
 
-/// Returns true if a new connection of the client is captured.
+/// Whether a new connection of the client is captured.
 async fn is_captured(scene: &Scene, app: &Listener, proxy: &mut Proxy) -> bool {
     let mut caught = Vec::new();
     for family in Family::BOTH {
@@ -50,7 +50,7 @@ fn settings(scene: &Scene, profile: Profile, section: &str) -> Settings {
 
 async fn follows_the_file(profile: Profile) {
     let scene = Scene::new().await;
-    let mut proxy = scene.client.proxy(&settings(&scene, profile, NONE)).await;
+    let mut proxy = scene.client.proxy(&settings(&scene, profile, NOTHING_EXCLUDED)).await;
     let app = scene.server.listen(APP);
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
@@ -71,7 +71,7 @@ async fn follows_the_file(profile: Profile) {
     assert!(!is_captured(&scene, &app, &mut proxy).await);
     exchange(&mut client, &mut server).await;
 
-    settings(&scene, profile, NONE).write(&scene.client);
+    settings(&scene, profile, NOTHING_EXCLUDED).write(&scene.client);
     proxy.more_than(1, FOLLOWED).await;
     assert!(is_captured(&scene, &app, &mut proxy).await);
     exchange(&mut client, &mut server).await;
@@ -79,11 +79,11 @@ async fn follows_the_file(profile: Profile) {
     assert_eq!(proxy.count(&["another program had changed"]), 0, "{}", proxy.log());
 }
 
-/// The file changes through a hard link in another folder, so a watch of this folder gets no
+/// The file changes through a hard link in another folder, so a watch of its folder gets no
 /// notification.
 async fn follows_the_signal() {
     let scene = Scene::new().await;
-    let settings = settings(&scene, OSM, NONE);
+    let settings = settings(&scene, OSM, NOTHING_EXCLUDED);
     let mut proxy = scene.client.proxy(&settings).await;
     let app = scene.server.listen(APP);
     assert!(is_captured(&scene, &app, &mut proxy).await);
@@ -93,7 +93,7 @@ async fn follows_the_signal() {
     let other = elsewhere.join("settings.yaml");
     fs::hard_link(&file, &other).expect("a link");
     let text = fs::read_to_string(&file).expect("settings");
-    fs::write(&other, text.replace(NONE, SERVER)).expect("written");
+    fs::write(&other, text.replace(NOTHING_EXCLUDED, SERVER)).expect("written");
     proxy.signal(Signal::SIGHUP);
     proxy.more_than(0, FOLLOWED).await;
     assert!(!is_captured(&scene, &app, &mut proxy).await);

@@ -1,4 +1,4 @@
-//! Rules that another program changes are repaired, and the repair is logged.
+//! Tests of rules that another program changes: they are repaired, and the repair is logged.
 
 use nix::sys::signal::Signal;
 use underpass_tests::{Pod, Proxy, Scene, Settings, Suite, binary, tool, until};
@@ -163,7 +163,7 @@ async fn watch() {
     watch.signal(Signal::SIGTERM);
     let (out, err) = watch.ended().await.exited(0);
     assert_eq!(err, "");
-    // It may be stopped before it prints the last repair.
+    // The program may be stopped before it prints the last repair.
     assert!(out.matches("repaired in ").count() >= 2, "{out}");
     assert!(out.contains("- ip -6 addr add ::6/128 dev lo"), "{out}");
     scene.client.rules("verify", &settings).await.ok();

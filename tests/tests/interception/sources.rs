@@ -1,4 +1,4 @@
-//! Outbound connections from addresses of the pod or of a neighbour.
+//! Tests of outbound connections from addresses of the pod or of a neighbour.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -54,7 +54,7 @@ impl NeighbourScene {
         Self { scene, family, neighbour }
     }
 
-    /// Keeps answers of the proxy's listener in the pod, as for a virtual machine.
+    /// Routes replies to the proxy's listener inside the pod, as for a virtual machine.
     async fn keep_replies_local(&self) {
         let pod = &self.scene.client;
         self.ip(pod, "rule add ipproto tcp sport 15001 lookup 999").await;

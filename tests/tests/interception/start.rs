@@ -9,8 +9,14 @@ use underpass_tests::{APP, Family, Scene, Settings, Suite, error_of, exchange, r
 use crate::{PROFILES, Profile, SIDECAR, plain};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a preceding rule that drops is detected before readiness", dropped_before);
-    suite.test("a preceding rule that rejects is detected before readiness", refused_before);
+    suite.test(
+        "another program's rule that drops packets is detected before readiness",
+        dropped_by_preceding_rule,
+    );
+    suite.test(
+        "another program's rule that rejects packets is detected before readiness",
+        refused_by_preceding_rule,
+    );
     suite.test("ambient: a missing ip rule is detected before readiness", async || {
         broken_return_path(AMBIENT, "rule del pref 32764", 100).await;
     });
@@ -30,7 +36,7 @@ pub(crate) fn add(suite: &mut Suite) {
         },
     );
     suite.test(
-        "ambient: without a default route, a neighbour's address tests the return path",
+        "ambient: the self-test of the return path uses a neighbour's address without a default route",
         async || {
             without_default_route().await;
         },
@@ -43,7 +49,7 @@ pub(crate) fn add(suite: &mut Suite) {
         async || reverse_path_filter(TPROXY, false).await,
     );
     suite.test_with_users(
-        "sidecar: src_valid_mark fails the start before anything is changed",
+        "sidecar: the start fails because of src_valid_mark before it changes anything",
         dropped_by_mark,
     );
     for profile in PROFILES {
@@ -51,14 +57,14 @@ pub(crate) fn add(suite: &mut Suite) {
             suite,
             "with ipv6: reject, IPv6 is rejected and IPv4 captured",
             async move || {
-                rejected(profile).await;
+                ipv6_is_rejected(profile).await;
             },
         );
         profile.test(
             suite,
             "with ipv6: bypass, IPv6 is direct and IPv4 captured",
             async move || {
-                bypassed(profile).await;
+                ipv6_bypasses(profile).await;
             },
         );
         profile.test(
@@ -66,19 +72,22 @@ pub(crate) fn add(suite: &mut Suite) {
             "a connection that is older than the rules continues",
             async move || {
                 let settings = |settings: Settings| profile.of(settings);
-                survives(settings).await;
+                older_connection_survives(settings).await;
             },
         );
     }
     suite.test_with_users(
         "sidecar: a connection that is older than the rules continues in TPROXY mode",
         async || {
-            survives(|settings| SIDECAR.of(settings).set("interception.inbound.mode=tproxy")).await;
+            older_connection_survives(|settings| {
+                SIDECAR.of(settings).set("interception.inbound.mode=tproxy")
+            })
+            .await;
         },
     );
 }
 
-/// Starts a proxy with a preceding rule of another program. Returns the error.
+/// Starts a proxy after another program's rule. Returns the error.
 async fn start_behind(rule: &str) -> String {
     let scene = Scene::new().await;
     let table = format!(
@@ -95,7 +104,7 @@ async fn start_behind(rule: &str) -> String {
     }
 }
 
-async fn dropped_before() {
+async fn dropped_by_preceding_rule() {
     let error = start_behind("tcp dport 1404 drop").await;
     for part in
         ["self-test", "a test connection to ", ":1404 did not arrive", "hint: check", "verify"]
@@ -104,7 +113,7 @@ async fn dropped_before() {
     }
 }
 
-async fn refused_before() {
+async fn refused_by_preceding_rule() {
     let error = start_behind("tcp dport 1404 reject with tcp reset").await;
     for part in
         ["self-test", "did not capture a test connection to ", ":1404", "hint: check", "explain"]
@@ -134,8 +143,8 @@ const TPROXY: fn(Settings) -> Settings =
     |settings| SIDECAR.of(settings).set("interception.inbound.mode=tproxy");
 const AMBIENT: fn(Settings) -> Settings = |settings| crate::AMBIENT.of(settings);
 
-/// The rules are preinstalled, and `ip COMMAND` broke the return path of one family: the start
-/// fails.
+/// The rules are already installed, and `ip COMMAND` has broken the return path of one family: the
+/// start fails.
 async fn broken_return_path(of: fn(Settings) -> Settings, command: &str, table: u32) {
     let scene = Scene::new().await;
     let settings = of(scene.server_settings());
@@ -199,7 +208,7 @@ async fn dropped_by_mark() {
         assert_eq!(tool(&scene.server, "nft", &["list", "ruleset"]).await.ok(), "");
         scene.server.sysctl(&key, "0");
     }
-    // The suggested remedy works.
+    // The remedy in the hint works.
     scene.server.sysctl("net/ipv4/conf/eth0/src_valid_mark", "1");
     scene.server.sysctl("net/ipv4/conf/eth0/accept_local", "1");
     let _server = scene.server.proxy(&settings).await;
@@ -212,8 +221,12 @@ async fn application_sees_client(scene: &Scene, app: &underpass_tests::Listener)
     assert_eq!(peer.ip(), scene.client.ip(Family::V4));
 }
 
-/// A proxy in each pod with an empty mesh and this setting.
-async fn both(scene: &Scene, profile: Profile, assignment: &str) -> [underpass_tests::Proxy; 2] {
+/// Starts a proxy in each pod with an empty mesh and this setting.
+async fn both_proxies(
+    scene: &Scene,
+    profile: Profile,
+    assignment: &str,
+) -> [underpass_tests::Proxy; 2] {
     let mesh = format!("mesh.file={}", scene.empty_mesh().display());
     let client = plain(scene, profile).set(assignment);
     let server = profile.of(scene.server_settings()).set(&mesh).set(assignment);
@@ -227,9 +240,9 @@ async fn assert_captured_v4(scene: &Scene, profile: Profile, app: &underpass_tes
     assert_eq!(peer.ip(), profile.peer(Family::V4, scene.client.ip(Family::V4)));
 }
 
-async fn rejected(profile: Profile) {
+async fn ipv6_is_rejected(profile: Profile) {
     let scene = Scene::new().await;
-    let proxies = both(&scene, profile, "interception.ipv6=reject").await;
+    let proxies = both_proxies(&scene, profile, "interception.ipv6=reject").await;
     let app = scene.server.listen(APP);
     assert_captured_v4(&scene, profile, &app).await;
     // Outbound.
@@ -239,16 +252,16 @@ async fn rejected(profile: Profile) {
     // Inbound.
     scene.client.dial_and_be_refused(scene.app(Family::V6)).await;
     assert!(!app.is_reached(), "the application was reached");
-    // Within the pod, it is not rejected.
+    // A connection within the pod is not rejected.
     let (mut client, mut server, _) =
         scene.server.meet(&app, (Family::V6.loopback(), APP).into()).await;
     exchange(&mut client, &mut server).await;
 }
 
-async fn bypassed(profile: Profile) {
+async fn ipv6_bypasses(profile: Profile) {
     let scene = Scene::new().await;
     let [mut client_proxy, mut server_proxy] =
-        both(&scene, profile, "interception.ipv6=bypass").await;
+        both_proxies(&scene, profile, "interception.ipv6=bypass").await;
     let app = scene.server.listen(APP);
     assert_captured_v4(&scene, profile, &app).await;
     let (mut client, mut server, peer) = scene.client.meet(&app, scene.app(Family::V6)).await;
@@ -260,7 +273,7 @@ async fn bypassed(profile: Profile) {
     }
 }
 
-async fn survives(with: impl Fn(Settings) -> Settings) {
+async fn older_connection_survives(with: impl Fn(Settings) -> Settings) {
     let scene = Scene::new().await;
     let app = scene.server.listen(APP);
     let mut older = Vec::new();

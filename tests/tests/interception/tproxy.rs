@@ -1,5 +1,5 @@
-//! `inbound.mode: tproxy` with each backend: the application sees its client, and is unreachable
-//! without the proxy.
+//! Tests of `inbound.mode: tproxy` with each backend: the application sees its client, and is
+//! unreachable without the proxy.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -18,7 +18,7 @@ pub(crate) fn add(suite: &mut Suite) {
         );
         suite.test_with_users(
             &format!("tproxy with {backend}: a killed proxy leaves its pod unreachable"),
-            async move || closed(backend).await,
+            async move || unreachable_without_proxy(backend).await,
         );
     }
 }
@@ -53,7 +53,7 @@ async fn application_sees_client(backend: &str) {
     }
 }
 
-async fn closed(backend: &str) {
+async fn unreachable_without_proxy(backend: &str) {
     let scene = Scene::new().await;
     let mut proxy = scene.server.proxy(&settings(&scene, backend)).await;
     let app = scene.server.listen(APP);
@@ -68,12 +68,13 @@ async fn closed(backend: &str) {
         !tool(&scene.server, "ss", &listeners).await.ok().is_empty()
     };
     until("the listeners are closed", async || !listening().await).await;
-    tokio::join!(dropped(&scene, Family::V4), dropped(&scene, Family::V6));
+    tokio::join!(assert_syn_dropped(&scene, Family::V4), assert_syn_dropped(&scene, Family::V6));
     assert!(!app.is_reached(), "the application was reached without a proxy");
 }
 
-/// The client's SYN gets no answer. A retransmission shows that the first one was dropped.
-async fn dropped(scene: &Scene, family: Family) {
+/// Asserts that the client's SYN gets no answer. A retransmission shows that the first one was
+/// dropped.
+async fn assert_syn_dropped(scene: &Scene, family: Family) {
     let to = scene.app(family);
     let mut wire = scene.client.capture();
     let mut dialling = pin!(scene.client.dial(to));

@@ -44,7 +44,7 @@ pub(crate) fn comment_problems(text: &str) -> Vec<String> {
     problems
 }
 
-/// Sentences in comments that are too long, with the number of their paragraph's first line.
+/// Overlong sentences in comments, with the number of their paragraph's first line.
 fn sentence_problems(text: &str) -> Vec<String> {
     let mut problems = Vec::new();
     let mut in_code = false;

@@ -1,4 +1,4 @@
-//! Checks documents: relative links, headings that they point to, and tables.
+//! Checks documents: relative links, the headings that they refer to, and tables.
 
 use std::fs;
 use std::path::Path;

@@ -6,7 +6,7 @@ use syn::{Attribute, Ident, ItemEnum, ItemMod, ItemStruct, ItemTrait, Meta};
 /// The derives of the command line.
 const CLAP: &[&str] = &["Args", "Parser", "Subcommand", "ValueEnum"];
 
-/// Types and traits without a documentation comment, tests excepted.
+/// Types and traits without a documentation comment, except for tests.
 pub(crate) fn item_problems(text: &str) -> Vec<String> {
     let file = syn::parse_file(text).expect("a source file");
     let mut undocumented = Undocumented(Vec::new());
@@ -18,7 +18,7 @@ struct Undocumented(Vec<String>);
 
 impl Undocumented {
     fn check(&mut self, attributes: &[Attribute], name: &Ident) {
-        // The documentation of a type of the command line is its help, which is elsewhere.
+        // clap uses the documentation of these types as help texts.
         let is_exempt = attributes.iter().any(|attribute| match &attribute.meta {
             Meta::NameValue(value) => value.path.is_ident("doc"),
             Meta::List(list) => {

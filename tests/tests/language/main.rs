@@ -66,7 +66,7 @@ fn check_sources(is_checked: impl Fn(&Path) -> bool, check: impl Fn(&str) -> Vec
     assert!(problems.is_empty(), "{}", problems.join("\n"));
 }
 
-/// Whether the file is part of a library or binary and contains no tests only.
+/// Whether the file is part of a library or binary, and not only of tests.
 fn is_product(path: &Path) -> bool {
     let folders: Vec<_> = path.iter().filter_map(|part| part.to_str()).collect();
     folders.get(1) == Some(&"src") && !folders.contains(&"tests") && !path.ends_with("tests.rs")

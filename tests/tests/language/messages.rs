@@ -4,7 +4,7 @@
 use syn::visit::{self, Visit};
 use syn::{Arm, Attribute, ItemImpl, LitStr, Macro, Meta, Pat};
 
-/// Marks of advice in a message.
+/// Texts that indicate advice in a message.
 const ADVICE: &[&str] = &[
     "?",
     "; ",
@@ -35,7 +35,7 @@ pub(crate) fn message_problems(text: &str) -> Vec<String> {
     messages.0
 }
 
-/// What is wrong with a message.
+/// The violations of the rules in a message.
 fn violations(message: &str) -> Vec<String> {
     // `{name:?}` is a format, not a question.
     let text = message.replace(":?}", "}");
@@ -99,7 +99,7 @@ impl<'ast> Visit<'ast> for Messages {
     }
 }
 
-/// Counts the arms `_`, with which a new variant of an error would have no hint.
+/// Counts the arms `_`. They would let a new variant of an error have no hint.
 struct Wildcards(usize);
 
 impl<'ast> Visit<'ast> for Wildcards {

@@ -1,10 +1,10 @@
 //! Checks the names of tests and of trials, which are sentences.
 
-/// First words of a test name that do not name its subject.
+/// First words of a test name that do not name a subject.
 const BANNED_TEST_OPENINGS: &[&str] =
     &["a", "an", "the", "it", "what", "who", "whoever", "whose", "whom", "whatever", "of", "how"];
 
-/// First words of a trial's name, which is a sentence, that do not name its subject.
+/// First words of a trial's name, which is a sentence, that do not name a subject.
 const BANNED_TRIAL_OPENINGS: &[&str] =
     &["it", "what", "who", "whoever", "whose", "whatever", "of", "how", "so", "nor", "and", "they"];
 

@@ -1,5 +1,5 @@
-//! End-to-end tests of stop and restart: connections, rules and the pod. Failing starts are in
-//! `start`.
+//! End-to-end tests of stop and restart: connections, rules and the pod. `start` tests failing
+//! starts.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod start;
@@ -18,11 +18,17 @@ fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test("a stopping proxy is unready and lets open connections end", drains);
     suite.test("connections are reset at the drain deadline", drain_deadline);
-    suite.test("a second stop signal ends the drain", stopped_twice);
-    suite.test("a draining proxy accepts no new connection", takes_nothing_new);
-    suite.test("a proxy stops when its parent ends", parent_ends);
-    suite.test("a pod without its proxy is closed, inbound and outbound", closed_without_proxy);
-    suite.test_both("with on_exit: remove, no rules remain and traffic is direct", removed_on_exit);
+    suite.test("a second stop signal ends the drain", second_stop_ends_drain);
+    suite.test("a draining proxy accepts no new connection", draining_accepts_nothing);
+    suite.test("a proxy stops when its parent ends", stops_with_parent);
+    suite.test(
+        "the rules refuse inbound and outbound connections of a pod without its proxy",
+        closed_without_proxy,
+    );
+    suite.test_both(
+        "with on_exit: remove, no rules remain and traffic is direct",
+        rules_removed_on_exit,
+    );
     suite.test("a restart after a kill installs every rule once", killed_and_restarted);
     suite.test("a restarted proxy serves again", restarted_serves);
     suite.test("`underpass rules remove` removes everything and reports it", rules_remove);
@@ -70,7 +76,7 @@ async fn drain_deadline() {
     }
 }
 
-async fn stopped_twice() {
+async fn second_stop_ends_drain() {
     let scene = Scene::new().await;
     // Longer than the timeout of a trial.
     let settings = scene.client_settings().set("timeouts.drain=10m");
@@ -86,7 +92,7 @@ async fn stopped_twice() {
     assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset));
 }
 
-async fn takes_nothing_new() {
+async fn draining_accepts_nothing() {
     let (scene, mut proxy, _server) = Scene::with_proxies().await;
     let app = scene.server.listen(APP);
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
@@ -103,7 +109,7 @@ async fn takes_nothing_new() {
     exchange(&mut client, &mut server).await;
 }
 
-async fn parent_ends() {
+async fn stops_with_parent() {
     let (_scene, mut proxy, _server) = Scene::with_proxies().await;
     assert_eq!(proxy.stop().await.code(), Some(0));
     proxy.line(&["stopping", "standard input ended"]).await;
@@ -119,7 +125,7 @@ async fn closed_without_proxy() {
         let out = scene.client.dial(scene.app(family)).await;
         assert_eq!(out.map(drop).map_err(|error| error.kind()), Err(ErrorKind::ConnectionRefused));
     }
-    // Without the client pod's rules, its connections reach the server pod's.
+    // Without the client pod's rules, its connections reach the rules of the server's pod.
     tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
     for family in Family::BOTH {
         for port in [APP, HBONE] {
@@ -133,7 +139,7 @@ async fn closed_without_proxy() {
     assert!(!app.is_reached(), "the application was reached without a proxy");
 }
 
-async fn removed_on_exit(family: Family) {
+async fn rules_removed_on_exit(family: Family) {
     let scene = Scene::new().await;
     let before = scene.client.traces().await;
     let settings = scene.client_settings().set("interception.on_exit=remove");

@@ -1,4 +1,4 @@
-//! Starts that fail: one clear error, the right exit code, and an unchanged pod.
+//! Tests of starts that fail: one clear error, the right exit code, and an unchanged pod.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use underpass::spawn::SpawnError;
 use underpass_tests::{APP, CLIENT, Family, Pod, SERVER, Scene, Settings, Suite, exchange, tool};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a port in use is reported with its setting", taken_ports);
+    suite.test("a port in use is reported with its setting", port_in_use);
     suite.test("all mistakes in the settings are reported at once with exit code 2", bad_settings);
     suite.test("a broken mesh file is reported with its location and exit code 2", bad_mesh);
     suite.test("a missing or expired certificate is reported with its file", bad_certificate);
@@ -18,7 +18,7 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// The exit code and output of a proxy that must fail to start. The pod must be without rules.
-async fn fails(pod: &Pod, settings: &Settings) -> (Option<i32>, String) {
+async fn failed_start(pod: &Pod, settings: &Settings) -> (Option<i32>, String) {
     let started = pod.try_proxy(settings).await;
     ended(pod, started.err()).await
 }
@@ -40,12 +40,12 @@ async fn ended(pod: &Pod, error: Option<SpawnError>) -> (Option<i32>, String) {
     (code, log)
 }
 
-/// The lines on standard error that are no log lines, which start with a timestamp.
+/// The lines on standard error that are not log lines, which start with a timestamp.
 fn errors(log: &str) -> Vec<&str> {
     log.lines().filter(|line| !line.starts_with("20")).collect()
 }
 
-async fn taken_ports() {
+async fn port_in_use() {
     let scene = Scene::new().await;
     let settings = [
         (15001, "proxy.outbound_port"),
@@ -56,7 +56,7 @@ async fn taken_ports() {
     ];
     for (port, setting) in settings {
         let _taken = scene.client.listen(port);
-        let (code, log) = fails(&scene.client, &scene.client_settings()).await;
+        let (code, log) = failed_start(&scene.client, &scene.client_settings()).await;
         assert_eq!(code, Some(1), "{log}");
         let [error, hint] = errors(&log)[..] else { unreachable!("not two lines:\n{log}") };
         assert!(error.starts_with("error: cannot listen on"), "{error}");
@@ -94,7 +94,7 @@ async fn bad_settings() {
         .set("proxy.workers=none")
         .set("nonsense.key=1")
         .set("timeouts.drain=5");
-    let (code, log) = fails(&scene.client, &settings).await;
+    let (code, log) = failed_start(&scene.client, &settings).await;
     assert_eq!(code, Some(2), "{log}");
     for part in ["3 mistakes", "proxy.workers", "nonsense", "timeouts.drain"] {
         assert!(log.contains(part), "{part:?} is not in {log}");
@@ -108,13 +108,13 @@ async fn bad_mesh() {
         "workloads:\n- {name: a, workloadIps: [10.0.0.300]}\n- {name: b, protocol: QUIC}\n",
     )
     .expect("written");
-    let (code, log) = fails(&scene.client, &scene.client_settings()).await;
+    let (code, log) = failed_start(&scene.client, &scene.client_settings()).await;
     assert_eq!(code, Some(2), "{log}");
     for part in ["mesh.yaml:2:", "10.0.0.300", "mesh.yaml:3:", "QUIC"] {
         assert!(log.contains(part), "{part:?} is not in {log}");
     }
     fs::remove_file(&scene.mesh).expect("removed");
-    let (code, log) = fails(&scene.client, &scene.client_settings()).await;
+    let (code, log) = failed_start(&scene.client, &scene.client_settings()).await;
     assert_eq!(code, Some(2), "{log}");
     assert!(log.contains("mesh.yaml: cannot be read"), "{log}");
 }
@@ -133,7 +133,7 @@ async fn bad_certificate() {
     ];
     for (files, file, reason) in cases {
         let settings = Settings::new(CLIENT).identity(&files).mesh(&scene.mesh);
-        let (code, log) = fails(&scene.client, &settings).await;
+        let (code, log) = failed_start(&scene.client, &settings).await;
         assert_eq!(code, Some(1), "{log}");
         let [error, hint] = errors(&log)[..] else { unreachable!("not two lines:\n{log}") };
         assert!(hint.starts_with("hint: "), "{hint}");
@@ -143,7 +143,7 @@ async fn bad_certificate() {
 
 async fn without_net_admin() {
     let scene = Scene::new().await;
-    // Check that the program exists, since a failure of `exec` would be less clear.
+    // Check that the program exists, because a failure of `exec` would be less clear.
     tool(&scene.client, "setpriv", &["--version"]).await.ok();
     let script =
         "exec setpriv --bounding-set -net_admin --inh-caps -net_admin \"$UNDERPASS\" \"$@\"";

@@ -1,5 +1,5 @@
-//! Exhaustion of file descriptors: accepting pauses and the proxy is unready before none are left,
-//! and it recovers.
+//! Tests of the exhaustion of file descriptors: before none are left, accepting pauses and the
+//! proxy is unready, and it recovers.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -17,12 +17,12 @@ pub(crate) fn add(suite: &mut Suite) {
         accepting_pauses,
     );
     suite.test(
-        "a stream beyond its source's share of descriptors is answered 503, and the proxy stays ready",
+        "a stream beyond its source's share of descriptors gets status 503, and the proxy stays ready",
         streams,
     );
     suite.test(
         "one source leaves descriptors to other sources and to outbound connections",
-        of_one_source,
+        source_leaves_descriptors,
     );
     suite.test(
         "a connection that fails without a free descriptor is logged with the reason",
@@ -37,7 +37,7 @@ pub(crate) fn add(suite: &mut Suite) {
 }
 
 /// A proxy with this limit of open files.
-async fn limited(pod: &Pod, files: usize, settings: &Settings) -> Proxy {
+async fn proxy_with_file_limit(pod: &Pod, files: usize, settings: &Settings) -> Proxy {
     let script = format!("ulimit -n {files}\nexec \"$UNDERPASS\" \"$@\"");
     pod.try_proxy_through(&script, settings).await.expect("the proxy starts")
 }
@@ -66,11 +66,11 @@ async fn accepting_pauses() {
     let scene = Scene::new().await;
     let settings =
         scene.client_settings().set(&format!("mesh.file={}", scene.empty_mesh().display()));
-    let mut proxy = limited(&scene.client, 100, &settings).await;
+    let mut proxy = proxy_with_file_limit(&scene.client, 100, &settings).await;
     let echo = Server::echo(&scene.server, APP);
     let mut burst = Vec::new();
     for _ in 0..BURST {
-        // Unaccepted connections wait in the kernel's queue.
+        // Connections wait in the accept queue.
         burst.push(scene.client.dial(scene.app(Family::V4)).await.expect("it listens"));
     }
     let warning = proxy.line(&["WARN", "accepting pauses", "ulimit -n", "LimitNOFILE"]).await;
@@ -96,7 +96,7 @@ async fn accepting_pauses() {
 
 async fn streams() {
     let scene = Scene::new().await;
-    let mut proxy = limited(&scene.server, 100, &scene.server_settings()).await;
+    let mut proxy = proxy_with_file_limit(&scene.server, 100, &scene.server_settings()).await;
     let mut client = scene.client.proxy(&scene.client_settings()).await;
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
@@ -114,9 +114,9 @@ async fn streams() {
     .await;
 }
 
-async fn of_one_source() {
+async fn source_leaves_descriptors() {
     let scene = Scene::new().await;
-    let mut proxy = limited(&scene.server, 200, &scene.server_settings()).await;
+    let mut proxy = proxy_with_file_limit(&scene.server, 200, &scene.server_settings()).await;
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
     let attacker = add_address(&scene.client, "10.1.0.77/24").await;
@@ -128,7 +128,7 @@ async fn of_one_source() {
     assert!(held.len() > 10, "{} connections", held.len());
     proxy.line(&["WARN", "connections are refused", "ulimit -n", "last=10.1.0.77"]).await;
     assert_eq!(refused(&scene.server, "descriptors_share", "inbound").await, Some(1.0));
-    // Others are served in plain and through tunnels, and the pod's applications are.
+    // Other sources are served in plaintext and through tunnels, and so are the pod's applications.
     let _client = scene.client.proxy(&scene.client_settings()).await;
     let plain = Dial { mark: Some(0x539), ..Dial::default() };
     for dial in [plain, Dial::default()] {
@@ -160,12 +160,13 @@ async fn set_limit(pod: &Pod, proxy: &Proxy, files: usize) {
 }
 
 /// Connects repeatedly with `free` unused descriptors until the proxy logs `parts`. Several
-/// attempts are needed, as the proxy itself may open or close one, for example to verify its rules.
+/// attempts are needed, because the proxy itself may open or close one, for example to verify its
+/// rules.
 async fn connect_until_logged(scene: &Scene, proxy: &Proxy, free: usize, parts: &[&str]) {
     let mut held = Vec::new();
     until("the proxy has logged it", async || {
         leave_free(&scene.client, proxy, free).await;
-        // An accepted connection may be reset at once.
+        // The proxy may reset an accepted connection at once.
         held.extend(scene.client.dial(scene.app(Family::V4)).await);
         proxy.count(parts) > 0
     })
@@ -180,21 +181,21 @@ async fn is_served_again(scene: &Scene) {
     .await;
 }
 
-const OUT: [&str; 4] =
+const NO_DESCRIPTOR_LEFT: [&str; 4] =
     ["connection failed", "reason=\"out_of_descriptors\"", "ulimit -n", "LimitNOFILE"];
 
 async fn cannot_dial() {
     let (scene, proxy) = Scene::with_plain_client(&[]).await;
     let _echo = Server::echo(&scene.server, APP);
-    // One for the accepted connection.
-    connect_until_logged(&scene, &proxy, 1, &OUT).await;
+    // One descriptor is for the accepted connection.
+    connect_until_logged(&scene, &proxy, 1, &NO_DESCRIPTOR_LEFT).await;
     is_served_again(&scene).await;
 }
 
 async fn cannot_tunnel() {
     let (scene, client, _server) = Scene::with_proxies().await;
     let _echo = Server::echo(&scene.server, APP);
-    connect_until_logged(&scene, &client, 1, &OUT).await;
+    connect_until_logged(&scene, &client, 1, &NO_DESCRIPTOR_LEFT).await;
     is_served_again(&scene).await;
 }
 

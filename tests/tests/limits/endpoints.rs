@@ -1,4 +1,4 @@
-//! Readiness and metrics while clients keep connections busy or idle.
+//! Tests of readiness and metrics while clients keep connections busy or idle.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -41,7 +41,7 @@ async fn busy() {
 
 async fn idle() {
     const CLIENTS: usize = 200;
-    /// Of a kubelet's probe.
+    /// The timeout of a kubelet's probe.
     const TIMEOUT: Duration = Duration::from_secs(1);
     let (scene, _proxy) = Scene::with_plain_client(&[]).await;
     for (endpoint, path) in [(READINESS, "/healthz/ready"), (METRICS, "/metrics")] {

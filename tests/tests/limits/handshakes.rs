@@ -1,4 +1,4 @@
-//! TLS handshakes: waiting, refusals, and clients that do not complete theirs.
+//! Tests of TLS handshakes: waiting, refusals, and clients that do not complete theirs.
 
 use tokio::net::TcpStream;
 use underpass_tests::{Dial, Family, HBONE, Pod, Scene, Suite, TlsClient, until};
@@ -7,9 +7,18 @@ use crate::sources::add_address;
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test("a handshake beyond limits.handshakes waits", waiting);
-    suite.test("a connection without a ClientHello does not count as a handshake", silent);
-    suite.test("a source that completes no handshake does not delay another source", unfinished);
-    suite.test("a peer that exceeded a limit of its tunnel gets two handshakes at a time", penalty);
+    suite.test(
+        "a connection without a ClientHello does not count as a handshake",
+        silent_connections,
+    );
+    suite.test(
+        "a source that completes no handshake does not delay another source",
+        unfinished_handshakes,
+    );
+    suite.test(
+        "a peer that exceeded a limit of its tunnel gets two handshakes at a time",
+        penalized_peer,
+    );
 }
 
 async fn sum(pod: &Pod, metric: &str) -> Option<f64> {
@@ -28,7 +37,7 @@ async fn refused(pod: &Pod) -> Option<f64> {
     sum(pod, "underpass_handshakes_refused_total").await
 }
 
-/// A connection of the client's pod to the server's listener for tunnels.
+/// Opens a connection from the client's pod to the server's listener for tunnels.
 async fn dial(scene: &Scene, dial: Dial) -> TcpStream {
     scene.client.dial_as(scene.server.at(Family::V4, HBONE), dial).await.expect("it listens")
 }
@@ -51,14 +60,14 @@ async fn waiting() {
     assert_eq!(refused(server).await, None);
 }
 
-async fn silent() {
+async fn silent_connections() {
     let scene = Scene::new().await;
     let server = &scene.server;
     let settings = scene.server_settings().set("limits.handshakes=1");
     let _server = server.proxy(&settings.set("limits.handshakes_per_source=1")).await;
-    let mut silent = Vec::new();
+    let mut silent_connections = Vec::new();
     for _ in 0..100 {
-        silent.push(dial(&scene, Dial::default()).await);
+        silent_connections.push(dial(&scene, Dial::default()).await);
     }
     let client = TlsClient::new(Some(&scene.client_files));
     let connected = client.connect(dial(&scene, Dial::default()).await).await;
@@ -66,20 +75,20 @@ async fn silent() {
     assert_eq!((waited(server).await, refused(server).await), (None, None));
 }
 
-async fn unfinished() {
-    const BEGUN: usize = 20;
+async fn unfinished_handshakes() {
+    const STARTED_HANDSHAKES: usize = 20;
     let scene = Scene::new().await;
     let server = &scene.server;
     let _server = server.proxy(&scene.server_settings().set("limits.handshakes=8")).await;
     let client = TlsClient::new(Some(&scene.client_files));
     let other = add_address(&scene.client, "10.1.0.77/24").await;
     let mut begun = Vec::new();
-    for _ in 0..BEGUN {
+    for _ in 0..STARTED_HANDSHAKES {
         begun.push(client.begin(dial(&scene, other).await).await.expect("it listens"));
     }
     until("all have begun or wait", async || {
         let (under_way, waited) = (under_way(server).await, waited(server).await);
-        under_way.unwrap_or_default() + waited.unwrap_or_default() == BEGUN as f64
+        under_way.unwrap_or_default() + waited.unwrap_or_default() == STARTED_HANDSHAKES as f64
     })
     .await;
     let before = waited(server).await;
@@ -88,7 +97,7 @@ async fn unfinished() {
     assert_eq!(waited(server).await, before);
 }
 
-async fn penalty() {
+async fn penalized_peer() {
     let scene = Scene::new().await;
     let server = &scene.server;
     let _server = server.proxy(&scene.server_settings().set("timeouts.frame=300ms")).await;

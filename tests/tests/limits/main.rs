@@ -20,11 +20,11 @@ use underpass_tests::{APP, Dial, Family, Pod, Proxy, Scene, Server, Suite, until
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test(
-        "a connection beyond limits.connections_per_worker of all workers is reset until another ends",
+        "a connection is reset while all workers are at limits.connections_per_worker",
         per_worker,
     );
     suite.test("refused connections of a storm are logged once per second and all counted", storm);
-    suite.test("a stream beyond limits.connections_per_worker is answered 503", streams_per_worker);
+    suite.test("a stream beyond limits.connections_per_worker gets status 503", streams_per_worker);
     suite.test("connections beyond limits.accepts_per_second wait and are served", rate);
     endpoints::add(&mut suite);
     handshakes::add(&mut suite);
@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     suite.run()
 }
 
-/// A connection to an echo that returned a byte; `None` if it was reset.
+/// A connection to an echo server that has returned a byte; `None` if it was reset.
 async fn served(pod: &Pod, to: SocketAddr, dial: Dial) -> Option<TcpStream> {
     let mut stream = pod.dial_as(to, dial).await.ok()?;
     let there_and_back = async {
@@ -151,7 +151,7 @@ async fn rate() {
     let began = Instant::now();
     let mut held = Vec::new();
     for _ in 0..14 {
-        // All wait in the kernel's queue.
+        // All connections wait in the accept queue.
         held.push(scene.client.dial(to).await.expect("it listens"));
     }
     for stream in &mut held {

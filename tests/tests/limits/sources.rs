@@ -1,4 +1,5 @@
-//! `limits.connections_per_source`: by listener, by address and /64, for streams and handshakes.
+//! Tests of `limits.connections_per_source`: by listener, by address and /64, for streams and
+//! handshakes.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,15 +10,18 @@ use crate::{refused, served, served_until_full};
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both(
         "a client beyond limits.connections_per_source is reset while others are served",
-        of_clients,
+        limit_of_clients,
     );
-    suite.test("IPv6 addresses of one /64 are one source", of_a_subscriber);
+    suite.test("IPv6 addresses of one /64 are one source", limit_of_ipv6_prefix);
     suite.test(
         "an application that never closes connections is reset by its own proxy",
-        of_the_application,
+        limit_of_application,
     );
-    suite.test("a stream counts for the client of its tunnel", of_streams);
-    suite.test("connections for HBONE count before their handshake", of_handshakes);
+    suite.test("a stream counts for the source address of its tunnel", limit_of_streams);
+    suite.test(
+        "HBONE connections count for their source before their handshake",
+        limit_of_handshakes,
+    );
     suite.test("without limits.connections_per_source, one address is not limited", unlimited);
 }
 
@@ -33,7 +37,7 @@ pub(crate) async fn add_address(pod: &Pod, address: &str) -> Dial {
     Dial { source: Some(SocketAddr::new(ip, 0)), ..Dial::default() }
 }
 
-async fn of_clients(family: Family) {
+async fn limit_of_clients(family: Family) {
     let scene = Scene::new().await;
     let _echo = Server::echo(&scene.server, APP);
     let settings = scene.server_settings().set("limits.connections_per_source=3");
@@ -60,7 +64,7 @@ async fn of_clients(family: Family) {
     .await;
 }
 
-async fn of_a_subscriber() {
+async fn limit_of_ipv6_prefix() {
     let scene = Scene::new().await;
     let _echo = Server::echo(&scene.server, APP);
     let settings = scene.server_settings().set("limits.connections_per_source=1");
@@ -72,7 +76,7 @@ async fn of_a_subscriber() {
     drop(held);
 }
 
-async fn of_the_application() {
+async fn limit_of_application() {
     let (scene, _proxy) = Scene::with_plain_client(&["limits.connections_per_source=3"]).await;
     let _echo = Server::echo(&scene.server, APP);
     let held = served_until_full(&scene.client, scene.app(Family::V4)).await;
@@ -81,7 +85,7 @@ async fn of_the_application() {
     assert_eq!(counted, Some(1.0));
 }
 
-async fn of_streams() {
+async fn limit_of_streams() {
     let scene = Scene::new().await;
     let _echo = Server::echo(&scene.server, APP);
     let settings = scene.server_settings().set("limits.connections_per_source=3");
@@ -97,7 +101,7 @@ async fn of_streams() {
     assert_eq!(counted, Some(1.0));
 }
 
-async fn of_handshakes() {
+async fn limit_of_handshakes() {
     let scene = Scene::new().await;
     let settings = scene.server_settings().set("limits.connections_per_source=2");
     let _server = scene.server.proxy(&settings).await;

@@ -1,5 +1,5 @@
-//! The private memory that a peer's streams hold when an application, or the peer itself, has
-//! stopped reading.
+//! Tests of the private memory that a peer's streams hold while an application, or the peer itself,
+//! does not read.
 
 use std::net::SocketAddr;
 
@@ -18,12 +18,18 @@ const END_HEADERS: u8 = 4;
 const ACK: u8 = 1;
 /// The port of an application that accepts no connection.
 const STALLED: u16 = 9001;
-/// docs/hbone.md: what a tunnel holds beside unread bytes, which are some 1 MiB here.
-const MOST: u64 = 41 << 20;
+/// The memory of a tunnel besides unread bytes, which are about 1 MiB here (docs/hbone.md).
+const MAX_MEMORY: u64 = 41 << 20;
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("bytes that an application does not read hold no buffers beside them", received);
-    suite.test("answers that a peer does not read hold no buffers beside them", unsent);
+    suite.test(
+        "the proxy holds no more memory than the bytes that an application does not read",
+        unread_by_application,
+    );
+    suite.test(
+        "the proxy holds no more memory than the answers that a peer does not read",
+        unread_by_peer,
+    );
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -44,8 +50,8 @@ fn connect(stream: u32, to: SocketAddr) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, stream, &block)
 }
 
-/// Memory that a proxy shares with no other process, in bytes.
-fn private(proxy: &Proxy) -> u64 {
+/// The memory in bytes that a proxy shares with no other process.
+fn private_memory(proxy: &Proxy) -> u64 {
     let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", proxy.pid()));
     let rollup = rollup.expect("a running process");
     let fields = rollup.lines().filter(|line| line.starts_with("Private_"));
@@ -57,7 +63,7 @@ async fn send(tunnel: &mut TlsStream<TcpStream>, bytes: &[u8]) {
     within("the proxy reads", tunnel.write_all(bytes)).await.expect("the tunnel is open");
 }
 
-/// The next frame's type and payload.
+/// Reads the next frame. Returns its type and payload.
 async fn read_frame(tunnel: &mut TlsStream<TcpStream>) -> (u8, Vec<u8>) {
     let mut head = [0; 9];
     within("a frame", tunnel.read_exact(&mut head)).await.expect("the tunnel is open");
@@ -67,7 +73,7 @@ async fn read_frame(tunnel: &mut TlsStream<TcpStream>) -> (u8, Vec<u8>) {
     (head[3], payload)
 }
 
-/// Reads frames until so many bytes of DATA have come.
+/// Reads frames until this number of bytes of DATA has arrived.
 async fn read_data(tunnel: &mut TlsStream<TcpStream>, mut bytes: usize) {
     while bytes > 0 {
         if let (DATA, payload) = read_frame(tunnel).await {
@@ -76,7 +82,7 @@ async fn read_data(tunnel: &mut TlsStream<TcpStream>, mut bytes: usize) {
     }
 }
 
-/// A tunnel of which both sides know the windows. Ours never close.
+/// Opens a tunnel and waits until both sides know the windows. The test's windows never close.
 async fn settled(scene: &Scene) -> TlsStream<TcpStream> {
     let client = TlsClient::new(Some(&scene.pki.issue("peer")));
     let mut tunnel = tunnel(scene, &client).await.expect("a handshake");
@@ -93,8 +99,9 @@ async fn server_proxy(scene: &Scene) -> Proxy {
     scene.server.proxy(&scene.server_settings().set("logging.filter=warn")).await
 }
 
-/// A byte for the stalled application between every 8 KiB that an echo takes and returns.
-async fn received() {
+/// Sends a byte to the stalled application between every 8 KiB that an echo server receives and
+/// returns.
+async fn unread_by_application() {
     const BATCH: usize = 32;
     const BATCHES: usize = 400;
     const FILLER: usize = 8100;
@@ -105,22 +112,22 @@ async fn received() {
     let at = |port| scene.server.at(Family::V4, port);
     let mut tunnel = settled(&scene).await;
     send(&mut tunnel, &[connect(1, at(STALLED)), connect(3, at(APP))].concat()).await;
-    // More than the sockets of both applications take.
+    // More than the capacity of the sockets of both applications.
     for _ in 0..64 {
         send(&mut tunnel, &frame(DATA, 0, 1, &[0; 16 << 10])).await;
     }
     let batch = [frame(DATA, 0, 1, &[0]), frame(DATA, 0, 3, &[0; FILLER])].concat().repeat(BATCH);
-    let before = private(&proxy);
+    let before = private_memory(&proxy);
     for _ in 0..BATCHES {
         send(&mut tunnel, &batch).await;
         read_data(&mut tunnel, BATCH * FILLER).await;
-        let held = private(&proxy).saturating_sub(before);
-        assert!(held < MOST, "{} KiB are held", held >> 10);
+        let held = private_memory(&proxy).saturating_sub(before);
+        assert!(held < MAX_MEMORY, "{} KiB are held", held >> 10);
     }
 }
 
-/// Small answers of echoes to a peer that reads none of them.
-async fn unsent() {
+/// Echo servers send small answers to a peer that reads none of them.
+async fn unread_by_peer() {
     const STREAMS: u32 = 200;
     const ROUNDS: usize = 200;
     let scene = Scene::new().await;
@@ -133,15 +140,15 @@ async fn unsent() {
     send(&mut tunnel, &open.collect::<Vec<u8>>()).await;
     let data: Vec<u8> = streams().flat_map(|stream| frame(DATA, 0, stream, &[0; 1100])).collect();
     exchange_bytes(&mut tunnel, STREAMS).await;
-    let before = private(&proxy);
+    let before = private_memory(&proxy);
     for _ in 0..ROUNDS {
         send(&mut tunnel, &data).await;
-        let held = private(&proxy).saturating_sub(before);
-        assert!(held < MOST, "{} KiB are held", held >> 10);
+        let held = private_memory(&proxy).saturating_sub(before);
+        assert!(held < MAX_MEMORY, "{} KiB are held", held >> 10);
     }
 }
 
-/// Waits until every stream works: a byte has gone to its echo and has come back.
+/// Waits until every stream works: a byte has reached the echo server and has come back.
 async fn exchange_bytes(tunnel: &mut TlsStream<TcpStream>, streams: u32) {
     let bytes = (0..streams).flat_map(|index| frame(DATA, 0, 2 * index + 1, &[0]));
     send(tunnel, &bytes.collect::<Vec<u8>>()).await;

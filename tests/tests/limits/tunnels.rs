@@ -1,4 +1,5 @@
-//! Limits of tunnels without streams, for a peer with a valid certificate that every policy denies.
+//! Tests of limits of tunnels without streams, for a peer with a valid certificate that every
+//! policy denies.
 
 use std::time::Duration;
 
@@ -12,16 +13,18 @@ use underpass_tests::{
 use crate::refused;
 
 /// The client preface (RFC 9113 section 3.4) with empty SETTINGS.
-const BEGIN: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 const GOAWAY: u8 = 7;
-/// A tenth of the memory of a container with 512 MiB: one peer may use no more.
-const MOST_MEMORY: u64 = 50 << 20;
+/// A tenth of the memory of a container with 512 MiB, as the maximum for one peer.
+const MAX_MEMORY: u64 = 50 << 20;
 const TUNNELS: usize = 100;
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite
-        .test("a tunnel beyond limits.tunnels_per_source is reset before its handshake", of_source);
-    suite.test("a tunnel beyond limits.tunnels_per_identity gets GOAWAY", of_identity);
+    suite.test(
+        "a tunnel beyond limits.tunnels_per_source is reset before its handshake",
+        limit_of_source,
+    );
+    suite.test("a tunnel beyond limits.tunnels_per_identity gets GOAWAY", limit_of_identity);
     suite.test(
         "unfinished header blocks hold little memory and end after timeouts.frame",
         header_blocks,
@@ -33,18 +36,18 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("a tunnel without streams is closed after timeouts.tunnel_idle", idle);
 }
 
-/// A tunnel of a client with a certificate; `None` if it was reset.
+/// Opens a tunnel as a client with a certificate; `None` if it was reset.
 pub(crate) async fn tunnel(scene: &Scene, client: &TlsClient) -> Option<TlsStream<TcpStream>> {
     let hbone = scene.server.at(Family::V4, HBONE);
-    // With the proxy's mark, since the pod's other connections are captured.
+    // With the proxy's mark, because the pod's other connections are captured.
     let marked = Dial { mark: Some(0x539), ..Dial::default() };
     let stream = scene.client.dial_as(hbone, marked).await.ok()?;
     let mut tunnel = client.connect(stream).await.ok()?;
-    tunnel.write_all(BEGIN).await.ok()?;
+    tunnel.write_all(PREFACE).await.ok()?;
     Some(tunnel)
 }
 
-/// Reads until the proxy ends the tunnel. Returns true if it sent GOAWAY.
+/// Reads until the proxy ends the tunnel. Returns whether it sent GOAWAY.
 async fn ended_with_goaway(tunnel: &mut TlsStream<TcpStream>) -> bool {
     let mut seen = false;
     loop {
@@ -66,7 +69,7 @@ async fn closed(scene: &Scene, reason: &str) -> Option<f64> {
     metrics.sum("underpass_tunnels_closed_total", &[("reason", reason)])
 }
 
-async fn of_source() {
+async fn limit_of_source() {
     let scene = Scene::new().await;
     let settings = scene.server_settings().set("limits.tunnels_per_source=2");
     let mut server = scene.server.proxy(&settings).await;
@@ -80,7 +83,7 @@ async fn of_source() {
     until("there is room again", async || tunnel(&scene, &client).await.is_some()).await;
 }
 
-async fn of_identity() {
+async fn limit_of_identity() {
     let scene = Scene::new().await;
     let settings = scene.server_settings().set("limits.tunnels_per_identity=1");
     let _server = scene.server.proxy(&settings).await;
@@ -98,7 +101,7 @@ async fn of_identity() {
     tunnel(&scene, &other).await.expect("another identity has its own");
 }
 
-/// Resident memory of a proxy in bytes.
+/// The resident memory of a proxy in bytes.
 fn resident(proxy: &Proxy) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", proxy.pid()));
     let status = status.expect("a running process");
@@ -109,14 +112,14 @@ fn resident(proxy: &Proxy) -> u64 {
 
 /// Sends the head of a frame without its payload.
 pub(crate) async fn unfinished_frame(tunnel: &mut TlsStream<TcpStream>) {
-    tunnel.write_all(BEGIN).await.expect("an open tunnel");
+    tunnel.write_all(PREFACE).await.expect("an open tunnel");
     // DATA of 8 bytes.
     tunnel.write_all(&[0, 0, 8, 0, 0, 0, 0, 0, 1]).await.expect("an open tunnel");
 }
 
-/// Opens tunnels, sends `bytes` in each as far as the proxy accepts them, and expects all to be
+/// Opens tunnels, sends as many of `bytes` in each as the proxy accepts, and expects all to be
 /// closed while another peer is served.
-async fn hold(bytes: &[u8], reason: &str) {
+async fn assert_held_tunnels_end(bytes: &[u8], reason: &str) {
     let scene = Scene::new().await;
     let settings = scene.server_settings().set("timeouts.frame=3s").set("logging.filter=warn");
     let server = scene.server.proxy(&settings).await;
@@ -133,7 +136,7 @@ async fn hold(bytes: &[u8], reason: &str) {
         tunnels.push(tunnel);
     }
     let held = resident(&server).saturating_sub(before);
-    assert!(held < MOST_MEMORY, "{TUNNELS} tunnels hold {} KiB", held >> 10);
+    assert!(held < MAX_MEMORY, "{TUNNELS} tunnels hold {} KiB", held >> 10);
     scene.echoed().await;
     for tunnel in &mut tunnels {
         ended_with_goaway(tunnel).await;
@@ -145,25 +148,25 @@ async fn hold(bytes: &[u8], reason: &str) {
     scene.echoed().await;
 }
 
-/// HEADERS and four CONTINUATION frames of 1 MiB without END_HEADERS. They exhausted the memory of
-/// a proxy that allows frames of 1 MiB.
+/// Sends HEADERS and four CONTINUATION frames of 1 MiB without END_HEADERS. They would exhaust the
+/// memory of a proxy that allows frames of 1 MiB.
 async fn header_blocks() {
     let mut bytes = Vec::new();
     for kind in [1, 9, 9, 9, 9] {
         bytes.extend([0x10, 0, 0, kind, 0, 0, 0, 0, 1]);
         bytes.extend(vec![0; 1 << 20]);
     }
-    hold(&bytes, "header_block").await;
+    assert_held_tunnels_end(&bytes, "header_block").await;
     // The maximum accepted frame size.
     let mut bytes = vec![0, 0xf0, 0, 1, 0, 0, 0, 0, 1];
     bytes.extend(vec![0; 0xf000 - 1]);
-    hold(&bytes, "unfinished_frame").await;
+    assert_held_tunnels_end(&bytes, "unfinished_frame").await;
 }
 
 async fn data_frames() {
     let mut bytes = vec![4, 0, 0, 0, 0, 0, 0, 0, 1];
     bytes.extend(vec![0; (256 << 10) - 1]);
-    hold(&bytes, "unfinished_frame").await;
+    assert_held_tunnels_end(&bytes, "unfinished_frame").await;
 }
 
 async fn idle() {

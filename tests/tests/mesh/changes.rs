@@ -1,4 +1,4 @@
-//! Changes of the mesh file: applied, rejected, and their effect on open connections.
+//! Tests of changes of the mesh file: applied, rejected, and their effect on open connections.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,16 +10,24 @@ use underpass_tests::{
 use crate::{change, from_client, proxies, usual};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a peer whose identity changes is no longer connected to", other_identity);
-    suite.test("a peer that gets HBONE is no longer connected to in plaintext", other_protocol);
+    suite.test(
+        "a change of a peer's identity in the mesh refuses connections to it",
+        other_identity,
+    );
+    suite.test(
+        "a change of a peer's protocol to HBONE refuses plaintext connections to it",
+        other_protocol,
+    );
     suite.test(
         "an invalid document is reported with its location, and the previous one stays",
         bad_document,
     );
     suite.test("`config check` reports an invalid document", config_check);
-    suite
-        .test("the files of a folder form one mesh, which follows the swap of a ConfigMap", folder);
-    suite.test("a deleted mesh file changes nothing", deleted_file);
+    suite.test(
+        "the files of a folder form one mesh, which is reloaded when a ConfigMap changes",
+        folder,
+    );
+    suite.test("deleting the mesh file keeps the last mesh", deleted_file);
 }
 
 async fn other_identity() {
@@ -130,7 +138,7 @@ async fn folder() {
     let _app = Server::echo(&scene.server, APP);
     scene.echoed().await;
     version("..2", &Mesh::default().policy("deny-all", "Allow", "[]").text());
-    server.line(&["the change is in force", "generation=2"]).await;
+    server.line(&["the change of the mesh is in force", "generation=2"]).await;
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     server.line(&["connection failed", "policy_denied"]).await;
 }

@@ -1,4 +1,4 @@
-//! Intermediate proxies: waypoints, and the gateway of another network.
+//! Tests of intermediate proxies: waypoints, and the gateway of another network.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -25,7 +25,10 @@ pub(crate) fn add(suite: &mut Suite) {
         "a workload's waypoint that is named by its hostname receives a PROXY header",
         workload_waypoint,
     );
-    suite.test("another network is reached through its gateway by a nested tunnel", other_network);
+    suite.test(
+        "a pod in another network is reached through its gateway by a nested tunnel",
+        other_network,
+    );
 }
 
 /// The content of a PROXY protocol header, version 2.
@@ -165,7 +168,7 @@ async fn other_network() {
         let inner = inner.clone();
         async move {
             ProxyHeader::read(&mut stream).await;
-            // The proxy's mark exempts it from capture.
+            // The proxy's mark exempts the connection from capture.
             let dial = Dial { mark: Some(PROXY_MARK), ..Dial::default() };
             let mut onward = inner.dial_as(behind, dial).await?;
             copy_bidirectional(&mut stream, &mut onward).await.map(drop)

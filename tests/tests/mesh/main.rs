@@ -28,13 +28,14 @@ fn usual(scene: &Scene) -> Mesh {
     Mesh::default().hbone(&scene.client).hbone(&scene.server)
 }
 
-/// The same with additional fields of the server.
+/// The mesh of the usual scene, with additional fields of the server.
 fn with_server(scene: &Scene, more: &str) -> Mesh {
     let ips: Vec<IpAddr> = scene.server.ips();
     Mesh::default().hbone(&scene.client).workload_with(SERVER, &ips, "HBONE", more)
 }
 
-/// The scene with a proxy in each pod (client's, server's) that use `mesh`.
+/// The scene with a proxy in each pod that uses `mesh`. Returns the client's and the server's
+/// proxy.
 async fn proxies(mesh: impl FnOnce(&Scene) -> Mesh) -> (Scene, Proxy, Proxy) {
     let scene = Scene::new().await;
     scene.set_mesh(&mesh(&scene));
@@ -45,7 +46,7 @@ async fn proxies(mesh: impl FnOnce(&Scene) -> Mesh) -> (Scene, Proxy, Proxy) {
 
 /// Replaces the mesh file, and waits until `proxies` have applied it.
 async fn change(scene: &Scene, mesh: &Mesh, proxies: &mut [&mut Proxy]) {
-    const IN_FORCE: &[&str] = &["the change is in force"];
+    const IN_FORCE: &[&str] = &["the change of the mesh is in force"];
     let before: Vec<_> = proxies.iter().map(|proxy| proxy.count(IN_FORCE)).collect();
     scene.set_mesh(mesh);
     for (proxy, before) in proxies.iter_mut().zip(before) {

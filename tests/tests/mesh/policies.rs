@@ -1,4 +1,4 @@
-//! Policies: allowed and denied connections, and the effect of changes on open ones.
+//! Tests of policies: allowed and denied connections, and the effect of changes on open ones.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -22,9 +22,12 @@ pub(crate) fn add(suite: &mut Suite) {
         "changing an attached policy terminates denied connections, removing it allows new ones",
         change_and_remove,
     );
-    suite.test("an unrelated change terminates no connection", unrelated_change);
-    suite.test("the last of several rapid changes is applied", last_change_applies);
-    suite.test("no byte that is sent after a policy is in force arrives", rapid_policy_changes);
+    suite.test("an unrelated change of the mesh terminates no connection", unrelated_change);
+    suite.test("the last of several rapid changes of the mesh is applied", last_change_applies);
+    suite.test(
+        "bytes that are sent after a denying policy is in force do not arrive",
+        rapid_policy_changes,
+    );
 }
 
 const ANY_PEER: &str = "[[[]]]";
@@ -82,7 +85,7 @@ async fn dry_run() {
     server.line(&["policy", "default/no-client", "sa/client"]).await;
 }
 
-/// A connection through both proxies on which bytes were exchanged.
+/// A connection through both proxies, after an exchange of bytes.
 async fn open(scene: &Scene, app: &Listener) -> (tokio::net::TcpStream, tokio::net::TcpStream) {
     let (mut one, mut other, _) = scene.client.meet(app, scene.app(Family::V4)).await;
     exchange(&mut one, &mut other).await;
@@ -131,13 +134,13 @@ async fn unrelated_change() {
         .workload("another", &["10.99.0.1".parse().expect("an address")], "HBONE");
     change(&scene, &elsewhere, both).await;
     exchange(&mut one, &mut other).await;
-    // Allowed by another policy than before.
+    // Another policy than before allows the connection.
     change(&scene, &usual(&scene).policy("other", "Allow", ANY_PEER), both).await;
     exchange(&mut one, &mut other).await;
 }
 
-/// Changes the file twice as fast as it is read: intermediate states may be skipped, the last one
-/// must be applied.
+/// Changes the file twice as fast as it is read: intermediate states may be skipped, but the last
+/// one must be applied.
 async fn last_change_applies() {
     let (scene, _client, mut server) = proxies(usual).await;
     let app = scene.server.listen(APP);
@@ -161,9 +164,9 @@ async fn last_change_applies() {
 }
 
 /// The first byte from the application.
-const OPEN: u8 = b'o';
+const FIRST_BYTE: u8 = b'o';
 
-/// The content of every byte: its sending time, counted in states of the policy. Odd states deny.
+/// The value of every byte: its sending time, counted in states of the policy. Odd states deny.
 #[derive(Debug, Default)]
 struct Clock(AtomicU64);
 
@@ -177,7 +180,7 @@ async fn rapid_policy_changes() {
     let _app = Server::start(&scene.server, APP, move |mut stream, _| {
         let (carried, forbidden) = counts.clone();
         async move {
-            stream.write_u8(OPEN).await?;
+            stream.write_u8(FIRST_BYTE).await?;
             loop {
                 let sent_at = stream.read_u64().await?;
                 let count = if sent_at % 2 == 1 { &forbidden } else { &carried };
@@ -204,8 +207,8 @@ async fn rapid_policy_changes() {
     assert_eq!(forbidden.load(SeqCst), 0);
 }
 
-/// Connects repeatedly, and sends the time once the connection is open end to end. Data that is
-/// sent earlier waits for the decision, and may arrive if the policy has changed by then.
+/// Connects repeatedly, and sends the time once the connection is open end to end. Data sent
+/// earlier would wait for the decision, and could arrive under another policy.
 async fn send(scene: Arc<Scene>, clock: Arc<Clock>) {
     let to = scene.app(Family::V4);
     loop {

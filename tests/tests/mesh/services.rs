@@ -1,4 +1,4 @@
-//! Services: addresses, ports, and the selection of endpoints.
+//! Tests of services: addresses, ports, and the selection of endpoints.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use underpass_tests::{APP, Family, Mesh, Scene, Server, Suite, exchange};
 
 use crate::{proxies, with_server};
 
-/// The port of the service. Its endpoints serve it at [`APP`].
+/// The port of the service. Its endpoints listen on [`APP`].
 const PORT: u16 = 80;
 const SERVICE: &str = "name: web, hostname: web.example, vips: [\"/10.96.0.1\", \"/fd96::1\"], \
                        cidrVips: [\"/10.97.0.0/16\"], ports: {80: 8080}";
@@ -16,10 +16,10 @@ const ENDPOINT: &str = ", services: {default/web.example: {80: 8080}}";
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both("a service's address leads through the tunnel to its endpoint's port", vip);
     suite.test("any address in a service's CIDR leads to its endpoint", cidr_vip);
-    suite.test("a connection to an undefined port of a service gets RST", no_such_port);
+    suite.test("a connection to an undefined port of a service gets RST", undefined_port);
     suite.test("an unhealthy endpoint gets no connection", unhealthy);
     suite.test("an unreachable endpoint is ejected without a failed connection", ejected);
-    suite.test("a hostname is resolved", hostname);
+    suite.test("a workload without an address is reached by its hostname", hostname);
 }
 
 fn service(family: Family, port: u16) -> SocketAddr {
@@ -56,7 +56,7 @@ async fn cidr_vip() {
     proxy.line(&["dst.service=\"web.example\"", "dst.workload=\"server\""]).await;
 }
 
-async fn no_such_port() {
+async fn undefined_port() {
     let (scene, mut proxy, _server) = proxies(mesh).await;
     let app = scene.server.listen(APP);
     scene.client.dial_and_see_reset(service(Family::V4, 81)).await;
@@ -73,7 +73,7 @@ async fn unhealthy() {
     scene.client.dial_and_see_reset(service(Family::V4, PORT)).await;
     proxy.line(&["connection failed", "web.example"]).await;
     assert!(!app.is_reached(), "the application was reached");
-    // It stays reachable by its own address.
+    // The workload stays reachable by its own address.
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut client, &mut server).await;
 }
@@ -95,7 +95,7 @@ async fn ejected() {
     }
     // The first endpoint is random: 32 connections miss the missing one once in 2^32 runs.
     proxy.line(&["ejected", "gone"]).await;
-    // The timeout exceeds the test: each worker tries it at most once.
+    // The ejection outlasts the test: each worker tries the endpoint at most once.
     assert!(proxy.count(&["ejected", "gone"]) <= 8, "{}", proxy.log());
 }
 

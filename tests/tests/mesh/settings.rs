@@ -1,4 +1,4 @@
-//! The settings `egress` and `mtls`: destinations outside of the mesh, and inbound plaintext.
+//! Tests of the settings `egress` and `mtls`: destinations outside the mesh, and inbound plaintext.
 
 use std::io::ErrorKind;
 use std::net::IpAddr;
@@ -10,15 +10,15 @@ use crate::change;
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test_both(
-        "with egress mesh-only, destinations outside of the mesh are not reached",
+        "with egress: mesh-only, connections to destinations outside the mesh are refused",
         mesh_only,
     );
-    suite.test("an exception allows a network or a port", exceptions);
-    suite.test("with mtls strict, plaintext is refused and a tunnel is accepted", strict);
-    suite.test("mtls can be overridden for a port", strict_but_for_a_port);
+    suite.test("an exception of egress: mesh-only allows a network or a port", exceptions);
+    suite.test("strict mtls refuses plaintext and accepts a tunnel", strict);
+    suite.test("mtls can be overridden for a port", strict_except_for_port);
     suite.test("an exempt kubelet probe is accepted with any mtls mode", probe);
     suite.test_both(
-        "with mtls strict, the probe address is refused unless probes are exempt",
+        "strict mtls refuses plaintext from the probe address unless probes are exempt",
         unexempted_probe,
     );
 }
@@ -60,7 +60,7 @@ async fn strict() {
     scene.echoed().await;
 }
 
-async fn strict_but_for_a_port() {
+async fn strict_except_for_port() {
     let scene = Scene::new().await;
     let settings = scene
         .server_settings()
@@ -85,7 +85,7 @@ async fn unexempted_probe(family: Family) {
     for settings in [strict.clone(), strict.set("interception.kubelet_probes=8081")] {
         let mut server = scene.server.proxy(&settings).await;
         let to = scene.app(family);
-        // The proxy accepts before it decides, so the RST may follow the handshake.
+        // The proxy accepts before it decides, so RST may follow the handshake.
         match scene.client.dial_as(to, Dial { source, ..Dial::default() }).await {
             Ok(mut stream) => assert_eq!(read_to_end(&mut stream).await, (Vec::new(), End::Reset)),
             Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset),

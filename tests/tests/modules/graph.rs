@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use crate::resolve;
 use crate::source::Crate;
 
-/// Which file uses which, and the first name that makes it so.
+/// The files that each file uses, each with the first name that causes the edge.
 pub(crate) struct Graph(BTreeMap<String, BTreeMap<String, String>>);
 
 impl Graph {
-    /// That of a crate. Uses of an ancestor are left out.
+    /// The graph of a crate. Uses of an ancestor are omitted.
     pub(crate) fn of(files: &Crate) -> Self {
         let mut edges: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
         for (module, target) in resolve::uses(files) {
@@ -45,7 +45,8 @@ impl Graph {
         cycles
     }
 
-    /// The files of a shortest cycle through `start`, which stands first and not last.
+    /// The files of a shortest cycle through `start`, from `start` on. `start` is not repeated at
+    /// the end.
     fn shortest_cycle<'a>(&'a self, start: &'a String) -> Option<Vec<&'a String>> {
         let mut came_from: BTreeMap<&String, &String> = BTreeMap::new();
         let mut queue = VecDeque::from([start]);

@@ -1,11 +1,12 @@
-//! The modules of every crate form a directed acyclic graph, and none imports from its crate root.
+//! Checks that the modules of every crate form a directed acyclic graph, and that none imports from
+//! its crate root.
 //!
-//! An edge leads from a file to each file that defines a name which it mentions. Re-exports are
-//! followed to the definition, so that moving a name through a parent hides no cycle. Two kinds of
-//! edges are left out: to an ancestor (children may use their parent), and out of test code.
+//! Each file has an edge to every file that defines a name it mentions. Re-exports are followed to
+//! the definition, so that they hide no cycle. Edges to an ancestor are omitted, because children
+//! may use their parent, and so are edges from test code.
 //!
-//! In reading order: `source` reads files into modules, `paths` finds what they mention, `resolve`
-//! follows each path to its definition, `graph` finds cycles.
+//! In reading order: `source` reads files into modules, `paths` finds the mentioned paths,
+//! `resolve` follows each path to its definition, `graph` finds cycles.
 #![expect(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod graph;
@@ -73,7 +74,7 @@ fn cycles(files: &[(&str, &str)]) -> Vec<String> {
     Graph::of(&Crate::parse(&files.iter().map(own).collect::<Vec<_>>())).cycles()
 }
 
-/// A crate of the modules `a` and `b`, in which `b` uses `a`.
+/// The cycles of a crate with the modules `a` and `b`, where `b` uses `a`.
 fn two(a: &str) -> Vec<String> {
     cycles(&[
         ("lib.rs", "mod a; mod b;"),
@@ -86,7 +87,7 @@ fn two(a: &str) -> Vec<String> {
 }
 
 #[test]
-fn finds_cycle_however_path_is_written() {
+fn module_check_finds_cycle_for_any_form_of_path() {
     for a in [
         "pub struct A; use crate::b::B;",
         "pub struct A; use super::b::B;",
@@ -113,7 +114,7 @@ fn finds_cycle_however_path_is_written() {
 }
 
 #[test]
-fn accepts_modules_without_cycle() {
+fn module_check_accepts_modules_without_cycle() {
     for a in [
         "pub struct A;",
         "pub struct A; // use crate::b::B;\n/// See [`crate::b::B`].\npub struct D;",
@@ -128,7 +129,7 @@ fn accepts_modules_without_cycle() {
 }
 
 #[test]
-fn follows_reexport_to_file_that_defines_the_name() {
+fn module_check_follows_reexport_to_defining_file() {
     for lib in [
         "mod a; mod b; mod facade { pub use crate::b::B; }",
         "mod a; mod b; mod facade { pub use super::b::*; }",
@@ -144,7 +145,7 @@ fn follows_reexport_to_file_that_defines_the_name() {
 }
 
 #[test]
-fn follows_reexport_of_parent_to_sibling() {
+fn module_check_follows_reexport_of_parent_to_sibling() {
     let files = [
         ("lib.rs", "mod node;"),
         ("node.rs", "mod pod; mod seat; pub use pod::Pod; pub use self::seat::Seat;"),
@@ -157,7 +158,7 @@ fn follows_reexport_of_parent_to_sibling() {
 }
 
 #[test]
-fn names_every_file_of_a_long_cycle_and_its_imports() {
+fn module_check_names_every_file_of_a_long_cycle() {
     let files = [
         ("lib.rs", "mod a; mod b; mod c; mod d;"),
         ("a.rs", "use crate::b::B; pub struct A;"),
@@ -170,7 +171,7 @@ fn names_every_file_of_a_long_cycle_and_its_imports() {
 }
 
 #[test]
-fn lets_children_use_their_parent() {
+fn module_check_lets_children_use_their_parent() {
     let files = [
         ("lib.rs", "mod node;"),
         ("node.rs", "mod pod; pub struct Node(pod::Pod);"),
@@ -180,7 +181,7 @@ fn lets_children_use_their_parent() {
 }
 
 #[test]
-fn leaves_out_files_of_tests() {
+fn module_check_ignores_files_of_tests() {
     let files = [
         ("lib.rs", "mod a; mod b;"),
         ("a.rs", "pub struct A; #[cfg(test)] mod tests;"),
@@ -192,7 +193,7 @@ fn leaves_out_files_of_tests() {
 }
 
 #[test]
-fn finds_import_from_crate_root() {
+fn module_check_finds_import_from_crate_root() {
     let of = |text: &str| {
         let files = [("lib.rs", "mod a; mod b; pub use b::B; pub struct Root;"), ("a.rs", text)];
         let own = |(name, text): (&str, &str)| (name.to_owned(), text.to_owned());

@@ -7,8 +7,8 @@ use syn::{Attribute, ImplItemFn, Item, ItemMod, ItemUse, Macro};
 
 use crate::source::{attributes, imports, is_test};
 
-/// The paths that `items` mention, those of inline modules left out. A path of one segment names
-/// something that was imported or is defined here, so that only the others are of interest.
+/// The paths that `items` mention, without inline modules. Paths of one segment are omitted: they
+/// name an import or a local definition.
 pub(crate) fn mentioned(items: &[Item]) -> Vec<Vec<String>> {
     let mut mentions = Mentions::default();
     items.iter().for_each(|item| mentions.visit_item(item));
@@ -35,11 +35,11 @@ impl<'ast> Visit<'ast> for Mentions {
 
     fn visit_item_mod(&mut self, _: &'ast ItemMod) {}
 
-    // Documentation links to what code does not use.
+    // Documentation may link to items that the code does not use.
     fn visit_attribute(&mut self, _: &'ast Attribute) {}
 
     fn visit_item_use(&mut self, item: &'ast ItemUse) {
-        // Of a glob the path is that of the module.
+        // The path of a glob import is that of the module.
         self.paths.extend(imports(&[], &item.tree).into_iter().map(|(name, mut path)| {
             if name.is_none() {
                 path.push("*".to_owned());
@@ -62,7 +62,7 @@ impl<'ast> Visit<'ast> for Mentions {
 }
 
 impl Mentions {
-    /// Adds what looks like a path: names joined by `::`.
+    /// Adds the tokens that form a path: names joined by `::`.
     fn add_tokens(&mut self, tokens: TokenStream) {
         let mut path: Vec<String> = Vec::new();
         let mut colons = 0;

@@ -1,4 +1,4 @@
-//! Follows a path to the file that defines what it names.
+//! Follows a path to the file that defines its item.
 
 use std::collections::BTreeSet;
 
@@ -40,7 +40,7 @@ pub(crate) fn uses(of: &Crate) -> BTreeSet<(ModulePath, Target)> {
     found
 }
 
-/// Where a module names something by way of the crate root: `file: path`.
+/// The paths that a module imports from the crate root, as `file: path`.
 pub(crate) fn mentions_of_root(of: &Crate) -> Vec<String> {
     let mut found = BTreeSet::new();
     for body in of.bodies.iter().filter(|body| !body.module.is_empty()) {
@@ -56,7 +56,8 @@ pub(crate) fn mentions_of_root(of: &Crate) -> Vec<String> {
     found.into_iter().collect()
 }
 
-/// The module that a path starts in, and its rest; none if it starts with a name in scope.
+/// The module in which a path starts, and the rest of the path; `None` if it starts with a name in
+/// scope.
 fn anchor<'a>(module: &ModulePath, path: &'a [String]) -> Option<(ModulePath, &'a [String])> {
     let mut start = match path.first()?.as_str() {
         "crate" => Vec::new(),
@@ -77,7 +78,7 @@ fn anchor<'a>(module: &ModulePath, path: &'a [String]) -> Option<(ModulePath, &'
 
 struct Resolver<'a> {
     of: &'a Crate,
-    /// The lookups in progress: ends the resolution of cyclic imports.
+    /// The lookups in progress, to end the resolution of cyclic imports.
     open: BTreeSet<(ModulePath, String)>,
 }
 
@@ -86,7 +87,7 @@ impl<'a> Resolver<'a> {
         Self { of, open: BTreeSet::new() }
     }
 
-    /// The targets of `path` in `module`; none if it is in another crate. A glob has every name
+    /// The targets of `path` in `module`; empty if it leads to another crate. A glob has every name
     /// that it imports as a target.
     fn targets(&mut self, module: &ModulePath, path: &[String]) -> Vec<Target> {
         match path.split_last() {

@@ -1,20 +1,20 @@
-//! Reads the files of a crate into modules: what each one defines, imports and declares.
+//! Reads the files of a crate into modules: the items that each one defines, imports and declares.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use syn::{Attribute, Item, ItemMod, Meta, UseTree};
 
-/// A module's path from the crate root; the root's is empty.
+/// A module's path from the crate root; empty for the root.
 pub(crate) type ModulePath = Vec<String>;
 
 /// The modules of a crate, without those of its tests.
 pub(crate) struct Crate {
     pub(crate) modules: BTreeMap<ModulePath, Module>,
-    /// The product's items of each file, for its paths to be collected.
+    /// The items of each file outside tests, whose paths are collected.
     pub(crate) bodies: Vec<Body>,
 }
 
-/// Items of one module, as they stand in a file.
+/// The items of one module in a file.
 pub(crate) struct Body {
     pub(crate) module: ModulePath,
     pub(crate) items: Vec<Item>,
@@ -22,18 +22,18 @@ pub(crate) struct Body {
 
 #[derive(Default)]
 pub(crate) struct Module {
-    /// The file that the module stands in, which for an inline module is that of its parent.
+    /// The file of the module. An inline module has the file of its parent.
     pub(crate) file: String,
-    /// Names that the module defines, modules left out.
+    /// The names that the module defines, except for modules.
     pub(crate) items: BTreeSet<String>,
-    /// Imported names: (name here, path there).
+    /// Imported names, as (local name, imported path).
     pub(crate) imports: Vec<(String, Vec<String>)>,
-    /// Paths of which all names are imported.
+    /// Paths of glob imports.
     pub(crate) globs: Vec<Vec<String>>,
 }
 
 impl Crate {
-    /// Of its files: (path below `src`, text).
+    /// Parses files, given as (path below `src`, text).
     pub(crate) fn parse(files: &[(String, String)]) -> Self {
         let mut parsed: BTreeMap<ModulePath, (String, Vec<Item>)> = BTreeMap::new();
         for (file, text) in files {
@@ -46,7 +46,7 @@ impl Crate {
         found
     }
 
-    /// Adds the module whose file is at `path`, with those that it declares.
+    /// Adds the module with the file at `path`, and the modules that it declares.
     fn add(&mut self, path: &ModulePath, parsed: &BTreeMap<ModulePath, (String, Vec<Item>)>) {
         let (file, items) = parsed.get(path).unwrap_or_else(|| panic!("no file for {path:?}"));
         self.add_items(path, file, items, parsed);
@@ -91,8 +91,7 @@ impl Crate {
 }
 
 impl Module {
-    /// Adds an import, also one that stands inside of a function: its name is taken to be the
-    /// module's.
+    /// Adds an import. An import inside a function counts as the module's.
     pub(crate) fn import(&mut self, prefix: &[String], tree: &UseTree) {
         for (name, path) in imports(prefix, tree) {
             match name {
@@ -123,7 +122,8 @@ pub(crate) fn imports(prefix: &[String], tree: &UseTree) -> Vec<(Option<String>,
     }
 }
 
-/// The module that a file is; none for a program's `main.rs`, which uses the library as others do.
+/// The module of a file; `None` for a program's `main.rs`, which uses the library like other
+/// programs.
 fn module_path(file: &str) -> Option<ModulePath> {
     match file.strip_suffix(".rs")? {
         "main" => None,
@@ -132,7 +132,7 @@ fn module_path(file: &str) -> Option<ModulePath> {
     }
 }
 
-/// Whether an item is compiled for tests only.
+/// Whether an item is compiled only for tests.
 pub(crate) fn is_test(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| match &attribute.meta {
         Meta::List(list) if list.path.is_ident("cfg") => {

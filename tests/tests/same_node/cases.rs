@@ -1,5 +1,5 @@
-//! The truth table of policies, certificates and settings: a pod of the node is reached without a
-//! tunnel exactly when it is reached by a tunnel, with equal records and metrics.
+//! A table of policies, certificates and settings: a pod of the node is reached without a tunnel
+//! exactly when it is reached by a tunnel, with equal records and metrics.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,11 +12,17 @@ use underpass_tests::{
 use crate::scene::{AccessLog, MODES, Scene, since};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test_both("policies decide alike with and without a tunnel", policies);
-    suite.test("certificates decide alike with and without a tunnel", certificates);
-    suite.test("settings decide alike with and without a tunnel", settings);
-    suite.test("a route by a service or through a waypoint is as with a tunnel", routes);
-    suite.test("a pod that the mesh does not name takes a tunnel", unnamed);
+    suite.test_both("policies have the same effect with and without a tunnel", policies);
+    suite.test("certificates have the same effect with and without a tunnel", certificates);
+    suite.test("settings have the same effect with and without a tunnel", settings);
+    suite.test(
+        "routes by a service or through a waypoint are the same with and without a tunnel",
+        routes,
+    );
+    suite.test(
+        "a connection to a pod that is missing in the mesh takes a tunnel",
+        pod_missing_in_mesh,
+    );
 }
 
 /// The observable facts of one connection.
@@ -33,7 +39,7 @@ struct Case {
     mesh: Mesh,
     settings: [Settings; 2],
     reached: bool,
-    /// The destination if it is not the application at `b` itself.
+    /// The destination, if it is not the application of `b`.
     to: Option<SocketAddr>,
     /// Whether the destination records the connection too.
     recorded: bool,
@@ -134,7 +140,7 @@ async fn certificates() {
     let row = |name, reached| Case::new(scene, name, reached);
     let identity = |pod: &str, pki: &Pki, of: &str| scene.settings(pod).identity(&pki.issue(of));
 
-    // Without a certificate there is no destination pod that proves the workload.
+    // Without a certificate no destination pod proves the workload.
     let mut case = Case { direct: false, recorded: false, ..row("source without one", false) };
     case.settings[0] = scene.settings("a");
     case.check(scene, Family::V4).await;
@@ -202,7 +208,7 @@ async fn routes() {
     case.check(scene, Family::V4).await;
 }
 
-async fn unnamed() {
+async fn pod_missing_in_mesh() {
     let scene = &Scene::new().await;
     let mut case = Case { direct: false, ..Case::new(scene, "renamed pod", true) };
     case.settings[1] = case.settings[1].clone().set("workload.name=unknown");

@@ -1,4 +1,5 @@
-//! Every change that terminates a stream of a tunnel terminates a connection without one.
+//! Tests that every change that terminates a stream of a tunnel also terminates a connection
+//! without one.
 
 use std::time::{Duration, SystemTime};
 
@@ -11,13 +12,13 @@ pub(crate) fn add(suite: &mut Suite) {
     suite.test("a policy that forbids an open connection terminates it", policy);
     suite.test("revocation of either certificate terminates an open connection", revocation);
     suite.test("a rotation to another trust terminates an open connection", rotation);
-    suite.test("expiry of a certificate refuses new connections and ends no open one", expiry);
+    suite.test("an expired certificate refuses new connections and keeps open ones", expiry);
     suite.test("removing either pod terminates an open connection", removal);
-    suite.test("a draining pod is no longer reached", draining);
+    suite.test("a draining pod accepts no connection", draining);
 }
 
-/// The time for which the certificates of a trial are valid.
-const SHORT: Duration = Duration::from_secs(3);
+/// The lifetime of the certificates of a trial.
+const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(3);
 
 async fn open(scene: &Scene, app: &Listener) -> (TcpStream, TcpStream) {
     let (mut client, mut server, _) = scene.a.meet(app, scene.b.at(Family::V4, APP)).await;
@@ -39,7 +40,7 @@ async fn policy() {
     let app = scene.b.listen(APP);
     for mode in MODES {
         scene.set_mesh(&scene.mesh());
-        let served = scene.usual(mode).await;
+        let served = scene.valid_node(mode).await;
         let before = served.direct_connections();
         let ends = open(&scene, &app).await;
         assert_mode(&served, mode, before);
@@ -75,11 +76,11 @@ async fn rotation() {
     for mode in MODES {
         let scene = Scene::new().await;
         let app = scene.b.listen(APP);
-        let served = scene.usual(mode).await;
+        let served = scene.valid_node(mode).await;
         let before = served.direct_connections();
         let ends = open(&scene, &app).await;
         assert_mode(&served, mode, before);
-        // Another authority with the same name takes over the files of `b`.
+        // Another authority with the same name replaces the files of `b`.
         let other = Pki::of(scene.world.folder(), "cluster.local", "other-roots");
         let _renewed = other.issue("b");
         std::fs::copy(other.roots(), scene.pki.roots()).expect("replaced");
@@ -93,14 +94,17 @@ async fn expiry() {
     let app = scene.b.listen(APP);
     for mode in MODES {
         let issued = SystemTime::now();
-        let a = scene.settings("a").identity(&scene.pki.issue_expiring("a", SHORT));
+        let a = scene.settings("a").identity(&scene.pki.issue_expiring("a", CERTIFICATE_LIFETIME));
         let served = scene.node(mode, a, scene.with_identity("b")).await;
         let before = served.direct_connections();
         let (mut client, mut server) = open(&scene, &app).await;
         assert_mode(&served, mode, before);
-        // Verification counts whole seconds, so that the second of the expiry is still valid.
+        // Verification counts whole seconds, so the certificate is still valid in the second of its
+        // expiry.
         until("the certificate has expired", async || {
-            issued.elapsed().is_ok_and(|elapsed| elapsed > SHORT + Duration::from_secs(1))
+            issued
+                .elapsed()
+                .is_ok_and(|elapsed| elapsed > CERTIFICATE_LIFETIME + Duration::from_secs(1))
         })
         .await;
         exchange(&mut client, &mut server).await;
@@ -123,7 +127,7 @@ async fn removal() {
     let app = scene.b.listen(APP);
     for mode in MODES {
         for removed in ["a", "b"] {
-            let served = scene.usual(mode).await;
+            let served = scene.valid_node(mode).await;
             let before = served.direct_connections();
             let ends = open(&scene, &app).await;
             assert_mode(&served, mode, before);
@@ -142,14 +146,14 @@ async fn draining() {
     let scene = Scene::new().await;
     let app = scene.b.listen(APP);
     for mode in MODES {
-        let Served { node, a, b } = scene.usual(mode).await;
+        let Served { node, a, b } = scene.valid_node(mode).await;
         let (client, server) = open(&scene, &app).await;
         let removing = async {
             let removed = node.remove_pod(b, Duration::from_secs(60)).await;
             removed.expect("removed")
         };
         let using = async {
-            // Its listeners are closed as soon as it drains: no tunnel could be opened either.
+            // A draining pod has closed its listeners, so a tunnel could not be opened either.
             until("the pod is not reached", async || {
                 let Ok(mut client) = scene.connect(Family::V4).await else { return true };
                 tokio::select! {

@@ -1,5 +1,5 @@
-//! `proxy.same_node`: connects two pods of one process with and without a tunnel, and compares
-//! decisions, records, metrics, and terminations after a change.
+//! Tests of `proxy.same_node`: two pods of one process are connected with and without a tunnel, and
+//! decisions, records, metrics and terminations are compared.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod cases;

@@ -1,4 +1,4 @@
-//! Two pods of one node in the process of the test, and what the node logs and counts.
+//! Two pods of one node in the process of the test, and the node's log and counters.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -11,9 +11,9 @@ use tracing_subscriber::fmt::MakeWriter;
 use underpass::testing::{TestNode, TestPod};
 use underpass_tests::{APP, Family, Mesh, Pki, Pod, Settings, World, until};
 
-/// How long the connections of a pod that is removed may go on.
+/// The maximum duration of a removed pod's drain.
 pub(crate) const DRAIN: Duration = Duration::from_millis(300);
-/// How the node connects its pods: the values of `proxy.same_node`.
+/// The values of `proxy.same_node`.
 pub(crate) const MODES: [&str; 2] = ["tunnel", "direct"];
 
 /// Two wired pods without proxies.
@@ -22,14 +22,15 @@ pub(crate) struct Scene {
     pub(crate) b: Pod,
     pub(crate) pki: Pki,
     pub(crate) world: World,
-    /// The metrics and log lines of the process are those of one trial at a time.
+    /// Serializes the trials: the metrics and log lines of the process belong to one trial at a
+    /// time.
     _turn: tokio::sync::MutexGuard<'static, ()>,
 }
 
 impl Scene {
     pub(crate) async fn new() -> Self {
-        static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-        let turn = TURN.lock().await;
+        static TRIAL_LOCK: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+        let turn = TRIAL_LOCK.lock().await;
         let mut world = World::new();
         let (mut a, mut b) = (world.pod("a").await, world.pod("b").await);
         world.wire(&mut a, &mut b).await;
@@ -39,7 +40,7 @@ impl Scene {
         scene
     }
 
-    /// Both pods without policies.
+    /// A mesh with both pods and without policies.
     pub(crate) fn mesh(&self) -> Mesh {
         Mesh::default().hbone(&self.a).hbone(&self.b)
     }
@@ -72,7 +73,7 @@ impl Scene {
     }
 
     /// A node with two valid pods.
-    pub(crate) async fn usual(&self, mode: &str) -> Served {
+    pub(crate) async fn valid_node(&self, mode: &str) -> Served {
         self.node(mode, self.with_identity("a"), self.with_identity("b")).await
     }
 
@@ -127,7 +128,7 @@ pub(crate) struct AccessLog;
 static LINES: Mutex<Vec<u8>> = Mutex::new(Vec::new());
 
 impl AccessLog {
-    /// Starts to log; forgets the lines so far.
+    /// Starts to record the log, and drops earlier lines.
     pub(crate) fn start() {
         static STARTED: OnceLock<()> = OnceLock::new();
         STARTED.get_or_init(|| {
@@ -141,8 +142,8 @@ impl AccessLog {
         lines().clear();
     }
 
-    /// The next `count` records without what differs between two connections of the same kind:
-    /// ports, trace and duration.
+    /// The next `count` records, without the fields that differ between similar connections: ports,
+    /// trace and duration.
     pub(crate) async fn records(count: usize) -> Vec<String> {
         until("the records of a connection", async || {
             lines().iter().filter(|byte| **byte == b'\n').count() >= count
@@ -160,7 +161,7 @@ fn lines() -> MutexGuard<'static, Vec<u8>> {
 }
 
 fn comparable(line: &str) -> String {
-    // Which end of a broken handshake closes first differs.
+    // The side that closes a failed handshake first varies.
     let line = line.split(" error=\"the tunnel failed: TLS failed").next().unwrap_or(line);
     let kept = line.split(' ').filter_map(|word| match word.split_once('=') {
         Some(("duration" | "trace_id", _)) => None,

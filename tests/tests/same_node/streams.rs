@@ -1,4 +1,5 @@
-//! The ends of connections, bulk in both directions, and no packet of a tunnel.
+//! Tests of the ends of connections, of bulk in both directions, and that no packet of a tunnel is
+//! sent.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use underpass_interception::TcpSegment;
@@ -8,18 +9,18 @@ use underpass_tests::{
 
 use crate::scene::Scene;
 
-/// More than a connection moves before it is spliced.
+/// More than the bytes after which a connection is spliced.
 const BULK: usize = 16 << 20;
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("an abort stays an abort, and a half-closed connection goes on", ends);
+    suite.test("an abort arrives as an abort, and a half-closed connection continues", ends);
     suite.test_both("bulk arrives whole, and no packet crosses the wire", bulk);
 }
 
 async fn ends() {
     let scene = Scene::new().await;
     let app = scene.b.listen(APP);
-    let served = scene.usual("direct").await;
+    let served = scene.valid_node("direct").await;
     let to = scene.b.at(Family::V4, APP);
 
     let (client, mut server, _) = scene.a.meet(&app, to).await;
@@ -42,7 +43,7 @@ async fn ends() {
 async fn bulk(family: Family) {
     let scene = Scene::new().await;
     let app = scene.b.listen(APP);
-    let served = scene.usual("direct").await;
+    let served = scene.valid_node("direct").await;
     let mut captures = [scene.a.capture(), scene.b.capture()];
     let (mut client, mut server, peer) = scene.a.meet(&app, scene.b.at(family, APP)).await;
     assert_eq!(peer.ip(), scene.a.ip(family));

@@ -1,4 +1,4 @@
-//! Failing takeovers: the old process continues unaffected.
+//! Tests of failing take-overs: the old process continues unaffected.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -11,13 +11,19 @@ use underpass_interception::{BoundListener, Handover};
 use underpass_tests::{APP, Family, Proxy, Scene, Server, Settings, Suite, tool, until, within};
 
 pub(crate) fn add(suite: &mut Suite) {
-    suite.test("a process with different settings is refused with the difference", another_kind);
-    suite.test("a process that does not start leaves the old one as it was", does_not_start);
-    suite.test("a process that leaves half-way fails no connection", leaves_half_way);
-    suite.test("rules that a process changed before it left are restored", rules_restored);
-    suite.test("invalid messages at the socket have no effect", invalid_messages);
-    suite.test("a second process without --take-over gets the advice to use it", second_process);
-    suite.test_with_users("a process of another user gets no listener", another_user);
+    suite.test(
+        "a take-over with different settings is refused, and the error names the difference",
+        different_settings,
+    );
+    suite.test(
+        "a take-over by a process that fails to start does not disturb the old process",
+        does_not_start,
+    );
+    suite.test("a take-over that is aborted half-way fails no connection", aborted_half_way);
+    suite.test("the old process restores rules that a failed take-over changed", rules_restored);
+    suite.test("invalid messages on the take-over socket have no effect", invalid_messages);
+    suite.test("the error of a second process suggests --take-over", second_process);
+    suite.test_with_users("a take-over by a process of another user is refused", another_user);
 }
 
 /// A client's proxy with a known socket, and a server with an echo.
@@ -62,12 +68,12 @@ impl Running {
         self.scene.echoed().await;
     }
 
-    /// Connects to the running process as a stranger.
+    /// Connects to the running process without the product's client.
     async fn connect(&self) -> Handover {
         Handover::new(UnixStream::connect(&self.socket).await.expect("connected"))
     }
 
-    /// The same, up to the point where the listeners were passed.
+    /// Connects, and performs the protocol until the listeners were passed.
     async fn receive_listeners(&self) -> (Handover, Vec<BoundListener>) {
         let stranger = self.connect().await;
         stranger.send("who are you?", &[]).await.expect("said");
@@ -95,7 +101,7 @@ async fn ask(conversation: &Handover, what: &str) {
     assert_eq!(answer.expect("an answer").0, "ok");
 }
 
-async fn another_kind() {
+async fn different_settings() {
     let mut running = Running::new().await;
     for (setting, told) in [
         ("proxy.outbound_port=15011", "ports 15011 15006 15008"),
@@ -121,7 +127,7 @@ async fn does_not_start() {
     let mut running = Running::new().await;
     let settings = [
         "identity.certificate=/nowhere.pem",
-        // Detected after the rules were replaced: there is no CA at this address.
+        // The failure is detected after the rules were replaced: there is no CA at this address.
         "identity={istio_ca: {address: \"https://127.0.0.1:1\", roots: /nowhere.pem, token: /nowhere}}",
     ];
     for setting in settings {
@@ -134,7 +140,7 @@ async fn does_not_start() {
     running.assert_continues().await;
 }
 
-async fn leaves_half_way() {
+async fn aborted_half_way() {
     let mut running = Running::new().await;
     for asked in [&["rules"][..], &["rules", "accept"]] {
         let (conversation, listeners) = running.receive_listeners().await;

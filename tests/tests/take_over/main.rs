@@ -1,5 +1,5 @@
 //! End-to-end tests of hot restart: a process takes over from another without failing a connection.
-//! Failures are in `failures`.
+//! `failures` tests failing take-overs.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 mod failures;
@@ -22,18 +22,26 @@ fn main() -> ExitCode {
         "open connections stay in the old process, and new ones go to the new process",
         both_serve,
     );
-    suite.test("the old process exits after its last connection and keeps the rules", old_one_ends);
-    suite.test("repeated takeovers under load fail no connection", repeated_takeovers);
-    suite.test("the server's proxy hands over while clients have tunnels", tunnels_go_on);
-    suite.test("readiness and metrics are served by the new process", seen_from_outside);
+    suite.test(
+        "the old process exits after its last connection and keeps the rules",
+        old_process_exits,
+    );
+    suite.test("repeated take-overs under load fail no connection", repeated_takeovers);
+    suite.test(
+        "a take-over of the server's proxy fails no stream of clients' tunnels",
+        tunnels_continue,
+    );
+    suite.test("readiness and metrics are served by the new process", endpoints_of_new_process);
     suite.test(
         "connections in the old process are reset at timeouts.handover_drain",
         handover_drain_deadline,
     );
-    suite.test("the old process stops on a signal", old_one_stopped);
-    suite
-        .test("with on_exit: remove, only the last process removes the rules", removed_by_the_last);
-    suite.test_with_users("proxies of sidecar and osm hand over", by_user);
+    suite.test("a stop signal stops the old process after a take-over", old_process_stopped);
+    suite.test(
+        "with on_exit: remove, only the last process removes the rules",
+        last_process_removes_rules,
+    );
+    suite.test_with_users("take-overs work with the profiles sidecar and osm", profiles_by_user);
     suite.test("--take-over without a running process starts normally", without_running_process);
     failures::add(&mut suite);
     suite.run()
@@ -64,7 +72,7 @@ async fn both_serve(family: Family) {
     server.access_lines(1).await;
 }
 
-async fn old_one_ends() {
+async fn old_process_exits() {
     let (scene, mut old, _server) = Scene::with_proxies().await;
     let (mut client, mut peer) = scene.connected(Family::V4).await;
     let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
@@ -79,7 +87,7 @@ async fn old_one_ends() {
     scene.connected(Family::V4).await;
 }
 
-/// Opens connections in a loop until stopped; every one must succeed.
+/// Opens connections in a loop until stopped. Every one must succeed.
 struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicUsize>,
@@ -103,7 +111,7 @@ impl Load {
     }
 
     /// Waits until `more` further connections were served.
-    async fn go_on(&self, more: usize) {
+    async fn await_connections(&self, more: usize) {
         let goal = self.done.load(Relaxed) + more;
         underpass_tests::until("connections are served", async || {
             tokio::task::yield_now().await;
@@ -127,10 +135,10 @@ async fn repeated_takeovers() {
     let scene = Arc::new(scene);
     let load = Load::start(&scene, 8);
     for _ in 0..4 {
-        load.go_on(30).await;
+        load.await_connections(30).await;
         let new = succeed(&scene.client, &mut client_proxy, &scene.client_settings()).await;
         let mut old = std::mem::replace(&mut client_proxy, new);
-        load.go_on(30).await;
+        load.await_connections(30).await;
         let new = succeed(&scene.server, &mut server_proxy, &scene.server_settings()).await;
         let mut old_server = std::mem::replace(&mut server_proxy, new);
         assert!(old.ended().await.success(), "{}", old.log());
@@ -138,11 +146,11 @@ async fn repeated_takeovers() {
         assert_eq!(old.count(&["connection failed"]), 0, "{}", old.log());
         assert_eq!(old_server.count(&["connection failed"]), 0, "{}", old_server.log());
     }
-    load.go_on(30).await;
+    load.await_connections(30).await;
     load.end().await;
 }
 
-async fn tunnels_go_on() {
+async fn tunnels_continue() {
     let (scene, mut client_proxy, mut old) = Scene::with_proxies().await;
     let app = scene.server.listen(APP);
     let (mut first, mut first_peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
@@ -164,7 +172,7 @@ async fn tunnels_go_on() {
     assert!(old.ended().await.success(), "{}", old.log());
 }
 
-async fn seen_from_outside() {
+async fn endpoints_of_new_process() {
     let (scene, mut old, _server) = Scene::with_proxies().await;
     let (mut client, mut peer) = scene.connected(Family::V4).await;
     let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
@@ -189,7 +197,7 @@ async fn handover_drain_deadline() {
     old.line(&["connection failed", "reason=\"drained\""]).await;
 }
 
-async fn old_one_stopped() {
+async fn old_process_stopped() {
     let scene = Scene::new().await;
     let settings = scene.client_settings().set("timeouts.drain=200ms");
     let mut old = scene.client.proxy(&settings).await;
@@ -202,7 +210,7 @@ async fn old_one_stopped() {
     assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset));
 }
 
-async fn removed_by_the_last() {
+async fn last_process_removes_rules() {
     let scene = Scene::new().await;
     let without = scene.client.traces().await;
     let settings = scene.client_settings().set("interception.on_exit=remove");
@@ -215,7 +223,7 @@ async fn removed_by_the_last() {
     assert_eq!(scene.client.traces().await, without);
 }
 
-async fn by_user() {
+async fn profiles_by_user() {
     for profile in ["sidecar", "osm"] {
         let scene = Scene::new().await;
         let settings = scene.client_settings().set(&format!("interception.profile={profile}"));
@@ -232,7 +240,7 @@ async fn by_user() {
             exchange(&mut client, &mut peer).await;
             drop((second, second_peer));
             new.access_lines(1).await;
-            // The first one still serves. The next takeover is from the second one.
+            // The first process still serves. The next take-over is from the second one.
             std::mem::swap(&mut old, &mut new);
             std::mem::forget(new);
         }
@@ -243,7 +251,7 @@ async fn without_running_process() {
     let scene = Scene::new().await;
     let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;
     proxy.line(&["no running process to take over from"]).await;
-    // The same with the socket file of a killed process.
+    // Repeat with the socket file of a killed process.
     proxy.signal(Signal::SIGKILL);
     proxy.ended().await;
     let mut proxy = scene.client.proxy(&scene.client_settings().take_over()).await;

@@ -17,9 +17,9 @@ fn main() -> ExitCode {
         "tunnels that are retired under load fail no connection and are replaced",
         retirement,
     );
-    suite.test("a restarted proxy serves connections at once", restarted_proxy);
-    suite.test("handshakes per source are limited, and slow ones time out", handshakes);
-    suite.test("both sides log one trace", trace);
+    suite.test("peers of a restarted proxy open new tunnels at once", restarted_proxy);
+    suite.test("handshakes are limited per source, and slow ones time out", handshakes);
+    suite.test("both proxies log the same trace id", trace);
     malformed::add(&mut suite);
     scripted::add(&mut suite);
     suite.run()
@@ -44,7 +44,7 @@ async fn retirement() {
         () = turned_over => {}
         () = traffic => {}
     }
-    // The same when the server stops.
+    // Repeat with a server that stops.
     client.stop().await;
     client = scene.client.proxy(&scene.client_settings()).await;
     server.stop().await;
@@ -91,7 +91,7 @@ async fn handshakes() {
         match fourth {
             Ok(mut fourth) if refused => drop(read_to_end(&mut fourth).await),
             Ok(_) => {}
-            // The RST may come with the connection.
+            // RST may arrive while connecting.
             Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}"),
         }
         refused

@@ -1,4 +1,4 @@
-//! Malformed input from a peer: it ends that peer's connection and affects no other.
+//! Tests of malformed input from a peer: it ends that peer's connection and affects no other.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use underpass_tests::{
@@ -49,8 +49,8 @@ fn request(fields: &[(&str, &[u8])]) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, 1, &fields)
 }
 
-/// Data after the preface, each on a connection of its own.
-fn abuses(app: &str) -> Vec<(&'static str, Vec<u8>)> {
+/// Data after the preface, each on a separate connection.
+fn malformed_inputs(app: &str) -> Vec<(&'static str, Vec<u8>)> {
     let connect: &[(&str, &[u8])] = &[(":method", b"CONNECT"), (":authority", app.as_bytes())];
     let with = |name, value| request(&[connect, &[(name, value)]].concat());
     let panicking = [b"00-".as_slice(), &[b'0'; 52]].concat();
@@ -113,10 +113,11 @@ async fn others_unaffected() {
     let hbone = scene.server.at(Family::V4, HBONE);
     let target = scene.app(Family::V4).to_string();
     let no_preface = (b"GET / HTTP/1.1\r\n\r\n".repeat(4), "no preface");
-    let abuses = abuses(&target).into_iter();
-    let abuses = abuses.map(|(what, bytes)| ([PREFACE, SETTINGS, &bytes].concat(), what));
-    for (bytes, what) in abuses.chain([no_preface]) {
-        // With the proxy's mark, since the pod's other connections are captured.
+    let malformed_inputs = malformed_inputs(&target).into_iter();
+    let malformed_inputs =
+        malformed_inputs.map(|(what, bytes)| ([PREFACE, SETTINGS, &bytes].concat(), what));
+    for (bytes, what) in malformed_inputs.chain([no_preface]) {
+        // With the proxy's mark, because the pod's other connections are captured.
         let marked = Dial { mark: Some(0x539), ..Dial::default() };
         let stream = scene.client.dial_as(hbone, marked).await.expect("it listens");
         let mut tunnel = rogue.connect(stream).await.expect("a handshake");
@@ -146,9 +147,9 @@ async fn malformed_requests_logged() {
         ("CONNECT to a name without a port", [refused, "authority=example", "NAME:PORT"]),
         ("HEADERS on stream 0", ["tunnel failed: HTTP/2 was violated", "error=", "protocol error"]),
     ];
-    let abuses = abuses(&target);
+    let malformed_inputs = malformed_inputs(&target);
     for (what, parts) in lines {
-        let (_, bytes) = abuses.iter().find(|(name, _)| *name == what).expect("an abuse");
+        let (_, bytes) = malformed_inputs.iter().find(|(name, _)| *name == what).expect("an abuse");
         let stream = scene.client.dial(scene.server.at(Family::V4, HBONE)).await;
         let mut tunnel = rogue.connect(stream.expect("it listens")).await.expect("a handshake");
         let bytes = [PREFACE, SETTINGS, bytes].concat();

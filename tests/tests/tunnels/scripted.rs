@@ -1,4 +1,4 @@
-//! A scripted tunnel server: the proxy retries only where no data can have been lost.
+//! Tests with a scripted tunnel server: the proxy retries only where no data can have been lost.
 
 use h2::Reason;
 use h2::server::SendResponse;
@@ -12,12 +12,9 @@ use underpass_tests::{
 
 pub(crate) fn add(suite: &mut Suite) {
     suite.test("a stream refused with REFUSED_STREAM is retried once on a new connection", refused);
-    suite.test(
-        "a stream beyond GOAWAY's last stream is retried once on a new connection",
-        going_away,
-    );
-    suite.test("a stream that is refused twice fails", refused_twice);
-    suite.test("a stream that is reset otherwise is not retried", reset);
+    suite.test("a stream beyond GOAWAY's last stream is retried once on a new connection", goaway);
+    suite.test("a stream that is refused twice fails its connection", refused_twice);
+    suite.test("a stream that is reset for another reason is not retried", reset);
     suite.test("a request that is answered with an error is not retried", denied);
     suite.test(
         "small writes to a stalled reader do not close another stream of the tunnel",
@@ -95,7 +92,7 @@ async fn refused() {
     }
 }
 
-async fn going_away() {
+async fn goaway() {
     let script = Script::new().await;
     let server = async {
         let mut first = script.tunnel().await;
@@ -203,7 +200,7 @@ async fn small_writes() {
         let mut neighbour = script.scene.client.dial(to).await.expect("the proxy accepts");
         for _ in 1..BYTES {
             stalled.write_u8(0).await.expect("it is open");
-            // Its echo arrives after the proxy has read the byte before it.
+            // The echo arrives after the proxy has read the byte before it.
             neighbour.write_u8(7).await.expect("it is open");
             assert_eq!(within("an echo", neighbour.read_u8()).await.expect("an echo"), 7);
         }

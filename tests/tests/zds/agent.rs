@@ -1,5 +1,5 @@
-//! A node agent's side of ZDS. It encodes the messages by hand, so that an error in the product's
-//! description of them is seen.
+//! A node agent's side of ZDS. It encodes the messages by hand, so that a mistake in the product's
+//! definition of them is detected.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd as _;
@@ -15,7 +15,7 @@ const DEL: u8 = 2;
 const SNAPSHOT_SENT: u8 = 3;
 const KEEP: u8 = 5;
 
-/// An agent that listens.
+/// A listening agent.
 pub(crate) struct Agent {
     listener: SeqPacketListener,
     path: PathBuf,
@@ -40,7 +40,7 @@ impl Agent {
         connection
     }
 
-    /// Ends, and lets its connections end.
+    /// Stops the agent and closes its connection.
     pub(crate) fn stop(self, connection: Connection) {
         drop((self.listener, connection));
         fs::remove_file(self.path).expect("removed");
@@ -57,7 +57,7 @@ impl Connection {
         self.response().await
     }
 
-    /// The same with another descriptor than the pod's namespace.
+    /// Passes a pod with another descriptor than that of its namespace.
     pub(crate) async fn add_with(&self, pod: &Pod, descriptor: &File) -> String {
         let request = add(pod.name(), pod.name());
         self.0.send(&request, &[descriptor.as_fd()]).await.expect("sent");

@@ -21,13 +21,13 @@ use crate::agent::{Agent, Connection};
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test_both("pods of the agent reach each other through tunnels", traffic);
-    suite.test("removing a pod leaves the other's connections, and no namespace", removal);
+    suite.test("removing a pod keeps the connections of others, and frees its namespace", removal);
     suite.test("pods and their connections survive a restart of the agent", restart);
-    suite.test("a rejected request has a reason and harms no pod", rejections);
+    suite.test("a rejected request gets a reason and changes no pod", rejections);
     suite.run()
 }
 
-/// Three pods of one node, wired to each other, with the rules that the agent installs.
+/// Three pods of one node, all wired to each other, with the rules that the agent installs.
 struct Scene {
     world: World,
     host: Pod,
@@ -78,7 +78,8 @@ impl Scene {
     }
 }
 
-/// A connection over which bytes have gone both ways; the source that the application saw.
+/// Opens a connection and exchanges bytes in both directions. Also returns the source address that
+/// the application saw.
 async fn connect(from: &Pod, app: &Listener, to: SocketAddr) -> (TcpStream, TcpStream, SocketAddr) {
     let (mut client, mut server, source) = from.meet(app, to).await;
     exchange(&mut client, &mut server).await;

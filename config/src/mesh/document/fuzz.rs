@@ -38,7 +38,7 @@ services:
 policies: []
 "#;
 
-/// The mesh or the errors of a document. Deterministic.
+/// The mesh or the errors of a document, as text. Reading twice must have the same outcome.
 fn outcome(text: &str) -> String {
     match Mesh::from_text("mesh.yaml", text) {
         Ok(mesh) => format!("{:?} {:?}", mesh.workloads(), mesh.services()),
@@ -74,7 +74,7 @@ fn reads_or_rejects_truncated_document() {
 
 proptest! {
     #[test]
-    fn reads_or_rejects_flipped_bytes(
+    fn reads_or_rejects_document_with_flipped_bytes(
         flips in prop::collection::vec((0..VALID_DOCUMENT.len(), any::<u8>()), 1..8),
     ) {
         let mut bytes = VALID_DOCUMENT.as_bytes().to_vec();
@@ -85,7 +85,7 @@ proptest! {
     }
 
     #[test]
-    fn reads_or_rejects_swapped_words(swaps in prop::collection::vec((0..200_usize, 0..200_usize), 1..6)) {
+    fn reads_or_rejects_document_with_swapped_words(swaps in prop::collection::vec((0..200_usize, 0..200_usize), 1..6)) {
         let mut words: Vec<_> = VALID_DOCUMENT.split_inclusive([' ', ',', '\n']).collect();
         for (one, other) in swaps {
             let count = words.len();
@@ -95,7 +95,7 @@ proptest! {
     }
 
     #[test]
-    fn reads_or_rejects_value_of_other_kind(
+    fn reads_or_rejects_document_with_value_of_other_type(
         line in 0..VALID_DOCUMENT.lines().count(),
         value in prop::sample::select(vec!["~", "[]", "{}", "[~]", "'x'", "-1", "99999999999", "*here", "!t x", "|\n   x", "&a [*a]"]),
     ) {

@@ -5,7 +5,7 @@ use crate::mesh::names::Set;
 use crate::mesh::{Gateway, GatewayDestination, NamespacedHostname, NetworkAddress, PortMap};
 use crate::yaml::read::{Cursor, parse_port};
 
-/// The default port of a gateway for tunnels: HBONE's.
+/// The default port of a gateway's tunnels: that of HBONE.
 const HBONE_PORT: u16 = 15008;
 
 /// Reads a gateway or waypoint, if present.
@@ -19,7 +19,7 @@ pub(super) fn gateway(section: Cursor<'_>, shared: &mut Shared) -> Option<Gatewa
     Some(Gateway { destination: destination(section.key("destination"), shared)?, hbone_port })
 }
 
-/// Reads an address or a hostname. As in ztunnel, everything that does not parse as an address is a
+/// Reads an address or a hostname. As in ztunnel, a text that does not parse as an address is a
 /// hostname.
 fn destination(given: Cursor<'_>, shared: &mut Shared) -> Option<GatewayDestination> {
     if !given.is_given() {

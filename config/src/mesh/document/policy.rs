@@ -30,8 +30,8 @@ const EXPECTED_MATCH: &str = "must name one kind of match: !Exact TEXT, !Prefix 
 
 type Read = fn(Cursor<'_>) -> Values;
 
-/// The conditions of a match: key, key of the negation, and reader.
-const FIELDS: &[(&str, &str, Read)] = &[
+/// The conditions of a match: the key, the key of the negation, and the reader.
+const CONDITION_KEYS: &[(&str, &str, Read)] = &[
     ("namespaces", "notNamespaces", |list| Values::Namespaces(list.items(string_match))),
     ("serviceAccounts", "notServiceAccounts", |list| {
         Values::ServiceAccounts(list.items(service_account))
@@ -68,7 +68,8 @@ pub(super) fn policy(item: Cursor<'_>, names: &mut Names) -> Option<Policy> {
     })
 }
 
-/// Checks a required key. Without it, the policy could apply to other workloads, or to none.
+/// Checks that a required key is present. Without it, the policy could apply to other workloads, or
+/// to none.
 fn require(cursor: &Cursor<'_>) -> bool {
     let reason = match cursor.tag() {
         Some(_) => "must have no tag",
@@ -79,7 +80,7 @@ fn require(cursor: &Cursor<'_>) -> bool {
     false
 }
 
-/// A part of `namespace/name`, by which workloads reference the policy.
+/// Reads a name or namespace, which form `namespace/name` in workloads' references.
 fn label<'a>(cursor: Cursor<'a>) -> Option<&'a str> {
     let text = require(&cursor).then(|| cursor.text())??;
     if text.contains('/') {
@@ -102,7 +103,8 @@ fn nested<T>(list: Cursor<'_>, read: impl FnMut(Cursor<'_>) -> Option<T>) -> Opt
 
 fn one_match(item: Cursor<'_>) -> Option<Match> {
     let entries = entries(item, "must be what must apply, such as {destinationPorts: [80]}")?;
-    let keys: Vec<&str> = FIELDS.iter().flat_map(|(key, opposite, _)| [*key, *opposite]).collect();
+    let keys: Vec<&str> =
+        CONDITION_KEYS.iter().flat_map(|(key, opposite, _)| [*key, *opposite]).collect();
     item.only(&keys);
     for (key, value) in entries {
         if value.value == Value::Null {
@@ -110,13 +112,13 @@ fn one_match(item: Cursor<'_>) -> Option<Match> {
             item.key(key).problem(Reason::with_hint("has no values", hint));
         }
     }
-    let conditions = FIELDS.iter().flat_map(|(key, opposite, read)| {
+    let conditions = CONDITION_KEYS.iter().flat_map(|(key, opposite, read)| {
         [Condition::any_of(read(item.key(key))), Condition::none_of(read(item.key(opposite)))]
     });
     Some(conditions.collect())
 }
 
-/// Reads `!Exact text` as of ztunnel, or `exact: text`.
+/// Reads ztunnel's `!Exact text`, or `exact: text`.
 fn string_match(item: Cursor<'_>) -> Option<StringMatch> {
     if let Some(tag) = item.tag() {
         return tagged(item, tag);
@@ -143,7 +145,7 @@ fn string_match(item: Cursor<'_>) -> Option<StringMatch> {
     }
 }
 
-/// The entries of an untagged mapping; anything else is the mistake `expected`.
+/// The entries of an untagged mapping. Any other value is a mistake; `expected` is for its message.
 fn entries<'a>(item: Cursor<'a>, expected: &str) -> Option<&'a [(String, Node)]> {
     match item.node() {
         Some(Node { value: Value::Mapping(entries), tag: None, .. }) => Some(entries),
@@ -182,8 +184,8 @@ fn given_text(cursor: Cursor<'_>) -> Option<String> {
     require(&cursor).then(|| cursor.text().map(str::to_owned))?
 }
 
-/// An identity as Istio writes it. With the scheme it would match no connection, so a deny policy
-/// would have no effect.
+/// Reads an identity in Istio's form. With the scheme it would match no connection, so a deny
+/// policy would have no effect.
 fn principal(item: Cursor<'_>) -> Option<StringMatch> {
     let found = string_match(item)?;
     let text = match &found {

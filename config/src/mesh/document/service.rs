@@ -64,8 +64,8 @@ fn hostname(given: Cursor<'_>, shared: &mut Shared) -> Option<Name> {
     }
 }
 
-/// Rejects endpoints. ztunnel reads them here, but they are also part of each workload
-/// (`services`), and the two could contradict.
+/// Rejects endpoints. ztunnel reads them here, but workloads list their services too, and the two
+/// lists could contradict.
 fn refuse_endpoints(section: Cursor<'_>) {
     if !section.entries().is_empty() {
         let hint = "name the service in `services` of each workload";
@@ -82,8 +82,8 @@ fn vips(list: Cursor<'_>, shared: &mut Shared) -> Box<[NetworkAddress]> {
     vips.into()
 }
 
-/// Reads ranges. In ztunnel's document they are mappings; the text form of virtual addresses is
-/// accepted too.
+/// Reads address ranges. In ztunnel's document they are mappings; the text form of virtual
+/// addresses is accepted too.
 fn cidr_vips(list: Cursor<'_>, shared: &mut Shared) -> Box<[NetworkCidr]> {
     let ranges = list.items(|item| {
         item.given_or("must be {network: NETWORK, cidr: ADDRESS/LENGTH}")?;

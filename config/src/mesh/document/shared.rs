@@ -23,7 +23,7 @@ impl Shared {
         self.ports.retain(PortMap::is_shared);
         self.gateways.drop_unused();
         self.localities.drop_unused();
-        // The values above contain names.
+        // The values above refer to names, so drop the names last.
         self.names.drop_unused();
     }
 

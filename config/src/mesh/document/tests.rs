@@ -23,7 +23,7 @@ fn pair(workload: &str, service: &str) -> Result<Mesh, ConfigErrors> {
     ))
 }
 
-/// A workload with every key of ztunnel except references.
+/// A workload with all of ztunnel's keys except references.
 const WORKLOAD: &str = r#"
 workloads:
 - uid: cluster1//v1/Pod/default/local
@@ -319,14 +319,14 @@ policies:
 }
 
 #[test]
-fn accepts_explicitly_empty_mesh() {
+fn accepts_document_with_empty_lists() {
     for text in ["workloads: []", "{}", "workloads:\nservices: ~\npolicies: []\n"] {
         assert!(mesh(text).unwrap().workloads().is_empty(), "{text}");
     }
 }
 
 #[test]
-fn mistake_in_one_item_causes_no_other() {
+fn mistake_in_one_item_causes_no_mistakes_in_other_items() {
     let text = "workloads: [{name: a, workloadIps: [10.0.0.1], services: {default/s: {}}}]\n\
                 services: [{hostname: s, canonical: maybe}]\n";
     assert_eq!(
@@ -336,7 +336,7 @@ fn mistake_in_one_item_causes_no_other() {
 }
 
 #[test]
-fn reports_first_mistakes_and_counts_others() {
+fn reports_first_mistakes_and_number_of_the_rest() {
     let text = format!("workloads:\n{}", "- {name: a}\n".repeat(100_000));
     let errors = mesh(&text).unwrap_err();
     assert_eq!((errors.problems.len(), errors.more), (1000, 99_000));
@@ -359,9 +359,9 @@ fn accepts_anchors_and_json() {
     assert_eq!(&*mesh(dense).unwrap().workloads()[0].name, "ab");
 }
 
-/// Equivalent to `examples/localhost.yaml` of ztunnel, except for policies.
+/// The document is that of ztunnel's `examples/localhost.yaml`, except for policies.
 #[test]
-fn services_have_selected_workloads_as_endpoints() {
+fn workloads_become_endpoints_of_their_services() {
     let workload = |name: &str, address: &str| {
         format!(
             "- {{name: {name}, workloadIps: [{address}], services: {{default/example.com: {{80: 8080}}, \

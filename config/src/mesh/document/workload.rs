@@ -46,7 +46,7 @@ const KEYS: &[&str] = &[
 /// Reads a workload. A mistake is reported and rejects the document.
 pub(super) fn workload(item: Cursor<'_>, shared: &mut Shared) -> Option<WorkloadDraft> {
     item.only(KEYS);
-    // Ignored: it means that the workload itself supports HBONE, which `protocol` expresses.
+    // Ignored: it means that the workload itself supports HBONE, like `protocol`.
     item.key("nativeTunnel").flag();
     let name = item.key("name").text().unwrap_or_default();
     let namespace = text(item.key("namespace"), "default", shared);
@@ -153,7 +153,7 @@ fn locality(section: Cursor<'_>, shared: &mut Shared) -> Arc<Locality> {
     shared.localities.shared(Locality { region, zone, subzone })
 }
 
-/// Reads the addresses. Without one, a workload must be reachable by hostname or gateway.
+/// Reads the addresses. A workload without an address must have a hostname or a gateway.
 fn addresses(item: Cursor<'_>) -> Box<[IpAddr]> {
     let list = item.key("workloadIps");
     let no_items = list.node().is_none_or(|node| node.value == Value::Sequence(Vec::new()));

@@ -15,11 +15,11 @@ use program::Program;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rules(Program);
 
-/// Conditions that must all hold. Without conditions, it matches nothing.
+/// Conditions that must all hold. A match without conditions matches nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Match(Vec<Condition>);
 
-/// Values of one kind, one of which must match, or none of which may match.
+/// Values of one kind. One of them must match, or none of them may match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Condition {
     values: Values,
@@ -47,11 +47,11 @@ pub enum Values {
 /// A condition on a string.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StringMatch {
-    /// Equal to this.
+    /// Equal to this text.
     Exact(String),
-    /// Starts with this.
+    /// Starts with this text.
     Prefix(String),
-    /// Ends with this.
+    /// Ends with this text.
     Suffix(String),
     /// Not empty.
     Presence,
@@ -64,26 +64,26 @@ impl Rules {
 }
 
 impl From<Vec<Vec<Vec<Match>>>> for Rules {
-    /// From a list of rules. Each rule is a list of clauses, and each clause a list of matches.
+    /// Each rule is a list of clauses, and each clause a list of matches.
     fn from(rules: Vec<Vec<Vec<Match>>>) -> Self {
         Self(Program::of(rules))
     }
 }
 
 impl FromIterator<Condition> for Match {
-    /// A condition without values is ignored.
+    /// Ignores conditions without values.
     fn from_iter<T: IntoIterator<Item = Condition>>(conditions: T) -> Self {
         Self(conditions.into_iter().filter(|condition| !condition.values.is_empty()).collect())
     }
 }
 
 impl Condition {
-    /// One of `values` must match.
+    /// A condition that holds if one of `values` matches.
     pub fn any_of(values: Values) -> Self {
         Self { values, negated: false }
     }
 
-    /// None of `values` may match.
+    /// A condition that holds if none of `values` matches.
     pub fn none_of(values: Values) -> Self {
         Self { values, negated: true }
     }

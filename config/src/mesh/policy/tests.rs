@@ -1,5 +1,4 @@
-//! Tests of rules: a truth table, and a second evaluator derived from Istio's and ztunnel's
-//! documentation.
+//! Tests of rules: a truth table, and a second evaluator after Istio's and ztunnel's documentation.
 
 use proptest::prelude::*;
 
@@ -20,9 +19,9 @@ const CONNECTIONS: &[(&str, Option<&str>, &str, &str)] = &[
 const ALL: &str = "web foreign teller odd plain web6 mapped";
 const PEERS: &str = "web foreign teller odd web6";
 
-/// Rules, and the connections that they match.
+/// Rules, and the names of the connections that they match.
 const TRUTH_TABLE: &[(&str, &str)] = &[
-    // Emptiness.
+    // Empty rules, clauses and matches.
     ("[]", ""),
     ("[[]]", ALL),
     ("[[[]]]", ALL),
@@ -42,7 +41,7 @@ const TRUTH_TABLE: &[(&str, &str)] = &[
     ("[[[{notSourceIps: [10.1.0.1, 10.0.0.1]}]]]", "foreign odd plain web6 mapped"),
     ("[[[{sourceIps: [10.0.0.0/16], notSourceIps: [10.0.0.2, 10.0.0.3]}]]]", "web plain"),
     ("[[[{sourceIps: [10.0.0.1], notSourceIps: [10.0.0.0/8]}]]]", ""),
-    // Namespaces: empty without an identity or with one of another form.
+    // Namespaces: empty without an identity, or with an identity of another form.
     ("[[[{namespaces: [!Exact shop]}]]]", "web foreign web6"),
     ("[[[{notNamespaces: [!Exact shop]}]]]", "teller odd plain mapped"),
     ("[[[{namespaces: [!Prefix s]}]]]", "web foreign web6"),
@@ -103,13 +102,13 @@ const TRUTH_TABLE: &[(&str, &str)] = &[
     ("[[[{destinationPorts: [1, 8080, 80]}]]]", ALL),
     ("[[[{notDestinationPorts: [8080, 80]}]]]", ""),
     ("[[[{destinationPorts: [80], notDestinationPorts: [80]}]]]", ""),
-    // All together.
+    // Several conditions together.
     (
         "[[[{namespaces: [!Exact shop], principals: [!Prefix td/], sourceIps: [10.0.0.0/8], destinationPorts: [80]}]]]",
         "web",
     ),
     ("[[[{destinationPorts: [80], notPrincipals: [!Presence []]}]]]", "plain"),
-    // Without tags.
+    // Values without tags.
     ("[[[{namespaces: [{exact: shop}]}]]]", "web foreign web6"),
     ("[[[{principals: [{prefix: td/ns}, {suffix: path}]}]]]", "web teller odd web6"),
     ("[[[{principals: [{presence: true}]}]]]", PEERS),
@@ -127,7 +126,7 @@ fn policy(rules: &str) -> Policy {
 }
 
 #[test]
-fn rules_match_as_table_states() {
+fn policy_rules_match_connections_of_truth_table() {
     for (rules, expected) in TRUTH_TABLE {
         let policy = policy(rules);
         let mut matched = Vec::new();
@@ -147,15 +146,15 @@ fn rules_match_as_table_states() {
     }
 }
 
-/// Rules, and the connections that they match: of the service account web in the namespace shop
-/// with a certificate of `td`, or of `old`, an alias.
+/// Rules, and the trust domains in which they match the service account web of the namespace shop.
+/// `old` is an alias of `td`.
 const ALIAS_TABLE: &[(&str, &str)] = &[
     // The policy may use either name of the peer's trust domain.
     ("{principals: [!Exact td/ns/shop/sa/web]}", "td old"),
     ("{principals: [!Exact old/ns/shop/sa/web]}", "td old"),
     ("{notPrincipals: [!Exact td/ns/shop/sa/web]}", ""),
     ("{notPrincipals: [!Exact old/ns/shop/sa/web]}", ""),
-    // Of another account, or of another trust domain.
+    // Identities of another account or trust domain.
     ("{principals: [!Exact td/ns/shop/sa/we]}", ""),
     ("{principals: [!Exact old/ns/shop/sa/webb]}", ""),
     ("{principals: [!Exact other/ns/shop/sa/web]}", ""),
@@ -177,14 +176,14 @@ const ALIAS_TABLE: &[(&str, &str)] = &[
     ("{principals: [!Suffix old/ns/shop/sa/web]}", "td old"),
     ("{principals: [!Suffix told/ns/shop/sa/web]}", ""),
     ("{notPrincipals: [!Suffix old/ns/shop/sa/web]}", ""),
-    // Without a trust domain.
+    // Conditions without a trust domain.
     ("{principals: [!Presence []]}", "td old"),
     ("{notPrincipals: [!Presence []]}", ""),
     ("{namespaces: [!Exact shop]}", "td old"),
     ("{notNamespaces: [!Exact shop]}", ""),
     ("{serviceAccounts: [{namespace: shop, serviceAccount: web}]}", "td old"),
     ("{notServiceAccounts: [{namespace: shop, serviceAccount: web}]}", ""),
-    // With several values.
+    // Several values.
     ("{principals: [!Exact td/x, !Exact old/ns/shop/sa/web]}", "td old"),
     ("{principals: [!Presence []], notPrincipals: [!Exact old/ns/shop/sa/web]}", ""),
 ];
@@ -241,18 +240,18 @@ fn sets_of_different_snapshots_are_equal_if_they_decide_equally() {
     assert_ne!(one.policies("n", None), one.policies("m", None));
 }
 
-/// One field of a match: positive and negative values.
+/// One field of a match: its positive and negative values.
 type WrittenField = (Vec<Values>, Vec<Values>);
 
-/// Evaluates Istio's definition: rules OR, clauses AND, matches OR, fields AND, values OR, positive
-/// AND not negative.
+/// Evaluates Istio's definition: rules, matches and values are alternatives; clauses and fields are
+/// conjunctions; a field needs a positive match and no negative one.
 fn matches_by_definition(
     rules: &[Vec<Vec<Vec<WrittenField>>>],
     connection: &Connection<'_>,
 ) -> bool {
     let field = |(positive, negative): &WrittenField| {
-        (positive.is_empty() || positive.iter().any(|value| is(value, connection)))
-            && !negative.iter().any(|value| is(value, connection))
+        (positive.is_empty() || positive.iter().any(|value| matches_value(value, connection)))
+            && !negative.iter().any(|value| matches_value(value, connection))
     };
     let is_empty =
         |fields: &[WrittenField]| fields.iter().all(|(p, n)| p.is_empty() && n.is_empty());
@@ -261,8 +260,8 @@ fn matches_by_definition(
     rules.iter().any(|rule| rule.iter().all(clause))
 }
 
-/// Returns true if the single value matches.
-fn is(value: &Values, connection: &Connection<'_>) -> bool {
+/// Whether the single value matches.
+fn matches_value(value: &Values, connection: &Connection<'_>) -> bool {
     let text = |expected: &StringMatch, text: &str| match expected {
         StringMatch::Exact(exact) => text == exact,
         StringMatch::Prefix(prefix) => text.starts_with(prefix.as_str()),

@@ -8,8 +8,8 @@ use super::*;
 use crate::mesh::PolicyAction;
 use crate::testing::Folder;
 
-/// Longer than the interval of polling. The clock is paused and advances by itself.
-const BOUND: Duration = Duration::from_secs(100);
+/// Longer than the polling interval. The clock is paused and advances by itself.
+const LONGER_THAN_POLL_INTERVAL: Duration = Duration::from_secs(100);
 
 fn workload(name: &str, address: u8) -> String {
     format!("workloads: [{{name: {name}, workloadIps: [10.0.0.{address}]}}]\n")
@@ -28,7 +28,7 @@ fn at_once(work: Box<dyn FnOnce() + Send>) {
 }
 
 async fn next(source: &mut MeshSource) -> Result<Arc<Mesh>, ConfigErrors> {
-    timeout(BOUND, source.changed()).await.expect("a change is reported")
+    timeout(LONGER_THAN_POLL_INTERVAL, source.changed()).await.expect("a change is reported")
 }
 
 async fn next_names(source: &mut MeshSource) -> Vec<String> {
@@ -37,7 +37,7 @@ async fn next_names(source: &mut MeshSource) -> Vec<String> {
 }
 
 async fn stays_silent(source: &mut MeshSource) {
-    timeout(BOUND, source.changed()).await.expect_err("no change is reported");
+    timeout(LONGER_THAN_POLL_INTERVAL, source.changed()).await.expect_err("no change is reported");
 }
 
 #[tokio::test(start_paused = true)]
@@ -108,7 +108,7 @@ async fn mistakes_across_documents_name_file() {
     let errors = Mesh::from_file(&folder.path("mesh")).unwrap_err().to_string();
     let place = "b.yaml:2:13: workloads[0].workloadIps: 10.0.0.1 already belongs to default/a";
     assert!(errors.ends_with(place), "{errors}");
-    // A link to nowhere is a document that is missing, not one that is not meant.
+    // A broken link is a missing document, which is an error.
     folder.swap("nowhere", "mesh/b.yaml");
     let errors = Mesh::from_file(&folder.path("mesh")).unwrap_err().to_string();
     assert!(errors.contains("b.yaml: cannot be read"), "{errors}");
@@ -124,7 +124,8 @@ async fn unchanged_files_are_not_read_again() {
     let second = next(&mut source).await.unwrap();
     assert_eq!(names(&second), ["a", "c"]);
     assert!(Arc::ptr_eq(&first.workloads()[0], &second.workloads()[0]));
-    // Nor are they when others had mistakes in the meantime, alone or in the light of theirs.
+    // Unchanged documents are not read again either after other documents had mistakes, of their
+    // own or in combination.
     folder.write("mesh/b.yaml", "nonsense");
     next(&mut source).await.unwrap_err();
     folder.write("mesh/b.yaml", &workload("d", 1));
@@ -135,7 +136,7 @@ async fn unchanged_files_are_not_read_again() {
     let third = next(&mut source).await.unwrap();
     assert_eq!(names(&third), ["d", "a"]);
     assert!(Arc::ptr_eq(&first.workloads()[0], &third.workloads()[1]));
-    // The same text is another document once it is in another file.
+    // The same text in another file is another document.
     fs::remove_file(folder.path("mesh/0.yaml")).unwrap();
     folder.rename("mesh/a.yaml", "mesh/c.yaml");
     folder.write("mesh/d.yaml", &workload("a", 2));
@@ -169,7 +170,7 @@ async fn references_follow_changes_in_other_files() {
     let errors = next(&mut source).await.unwrap_err().to_string();
     let place = "a.yaml:1:13: workloads[0].authorizationPolicies: there is no policy shop/p";
     assert!(errors.ends_with(place), "{errors}");
-    // The service moves, and gets a waypoint.
+    // The service moves to another document, and gets a waypoint.
     let moved = "services: [{hostname: s, waypoint: {destination: /10.0.0.1}}]\n";
     folder.write("mesh/policies.yaml", &(policy("Deny") + moved));
     fs::remove_file(folder.path("mesh/services.yaml")).unwrap();
@@ -200,11 +201,11 @@ async fn missing_file_is_error_at_start_and_later() {
 async fn mesh_without_file_stays_empty() {
     let (mut source, mesh) = MeshSource::open(None, &FileWatcher::default(), at_once).unwrap();
     assert!(mesh.workloads().is_empty());
-    timeout(BOUND * 1000, source.changed()).await.expect_err("nothing to tell");
+    timeout(LONGER_THAN_POLL_INTERVAL * 1000, source.changed()).await.expect_err("nothing to tell");
 }
 
 #[tokio::test(start_paused = true)]
-async fn invalid_content_is_reported_each_time_without_snapshot() {
+async fn invalid_content_is_reported_at_each_change() {
     let folder = Folder::of_test();
     folder.write("mesh.yaml", &workload("a", 1));
     let (mut source, _) = open(&folder, "mesh.yaml");
@@ -232,11 +233,14 @@ async fn change_survives_cancelled_wait() {
             }
         }
     };
-    assert_eq!(names(&timeout(BOUND, impatient).await.expect("it is reported")), ["b"]);
+    assert_eq!(
+        names(&timeout(LONGER_THAN_POLL_INTERVAL, impatient).await.expect("it is reported")),
+        ["b"]
+    );
 }
 
 #[tokio::test(start_paused = true)]
-async fn lost_read_is_error_and_next_change_is_read() {
+async fn failed_background_read_is_error_and_next_change_is_read() {
     let folder = Folder::of_test();
     folder.write("mesh.yaml", &workload("a", 1));
     let watcher = FileWatcher::default();
@@ -251,7 +255,7 @@ async fn lost_read_is_error_and_next_change_is_read() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn retired_snapshot_is_freed_when_unused() {
+async fn replaced_snapshot_is_freed_when_unused() {
     let mesh = Arc::new(Mesh::from_text("mesh", &workload("a", 1)).unwrap());
     let kept = mesh.workloads()[0].clone();
     let (source, _) = MeshSource::open(None, &FileWatcher::default(), at_once).unwrap();
@@ -259,6 +263,6 @@ async fn retired_snapshot_is_freed_when_unused() {
     sleep(RETIRE_POLL_INTERVAL * 2).await;
     assert!(!retirement.is_finished());
     drop(mesh);
-    timeout(BOUND, retirement).await.unwrap().unwrap();
+    timeout(LONGER_THAN_POLL_INTERVAL, retirement).await.unwrap().unwrap();
     assert_eq!(&*kept.name, "a");
 }

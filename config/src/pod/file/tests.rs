@@ -1,4 +1,4 @@
-//! Valid, invalid and random pod files.
+//! Tests of valid, invalid and random pod files.
 
 use proptest::prelude::*;
 
@@ -75,7 +75,7 @@ fn reports_every_mistake_with_its_place() {
 }
 
 #[test]
-fn rejects_document_that_is_no_pod() {
+fn rejects_document_that_is_not_a_pod() {
     for text in ["", "[]", "a", "uid: [", "ips: []", "ips: ", "ips: ''"] {
         assert!(!mistakes(text).is_empty(), "{text}");
     }
@@ -83,7 +83,7 @@ fn rejects_document_that_is_no_pod() {
     assert_eq!(mistakes(&no_ips).len(), 1);
 }
 
-/// The file or the errors. Deterministic, and without a file there is an error.
+/// Checks that parsing is deterministic, and returns either a file or an error.
 fn check(text: &str) {
     let [first, second] = [(); 2].map(|()| PodFile::parse("a.yaml", text));
     assert_eq!(first, second);

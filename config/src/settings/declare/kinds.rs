@@ -106,7 +106,7 @@ pub(crate) const CIDRS: Kind<Vec<IpNet>> =
 pub(crate) const PORTS: Kind<Vec<PortRange>> =
     list("list of ports", |cursor, _| given_list(cursor, port_range));
 
-/// One word of a fixed set.
+/// A kind for one word of a fixed set.
 pub(crate) const fn word<T: Word>(name: &'static str) -> Kind<T> {
     Kind {
         name,
@@ -116,7 +116,7 @@ pub(crate) const fn word<T: Word>(name: &'static str) -> Kind<T> {
     }
 }
 
-/// A list of items that `read` parses.
+/// A kind for a list of items, which `read` parses.
 pub(crate) const fn list<T: ToString>(
     name: &'static str,
     read: fn(Cursor<'_>, super::Files<'_>) -> Option<Vec<T>>,
@@ -124,8 +124,8 @@ pub(crate) const fn list<T: ToString>(
     Kind { name, is_list: true, read, write: |items| Written::list(items) }
 }
 
-/// A list of included items; `None`: all. An empty list counts as absent: only the word for nothing
-/// includes nothing.
+/// A kind for a list of included items; `None` means all. An empty list counts as absent, and a
+/// special word means an empty selection.
 pub(crate) const fn included<T: ToString>(
     name: &'static str,
     read: fn(Cursor<'_>, super::Files<'_>) -> Option<Option<Vec<T>>>,
@@ -138,7 +138,7 @@ pub(crate) const fn included<T: ToString>(
     Kind { name, is_list: true, read, write }
 }
 
-/// The items of the list in the document.
+/// Reads the items of the list in the document.
 pub(crate) fn given_list<T: Clone + Eq + Hash>(
     cursor: Cursor<'_>,
     read: impl Fn(&str) -> Result<T, String>,
@@ -146,7 +146,7 @@ pub(crate) fn given_list<T: Clone + Eq + Hash>(
     cursor.is_given().then(|| cursor.list(read))
 }
 
-/// The value in the document for [`included`].
+/// Reads the value in the document for [`included`].
 pub(crate) fn given_included<T: Clone + Eq + Hash>(
     cursor: Cursor<'_>,
     read: impl Fn(&str) -> Result<T, String>,

@@ -1,4 +1,4 @@
-//! Environment variables: distinguishes settings from variables that Kubernetes defines.
+//! Environment variables: tells settings from variables that Kubernetes defines.
 
 use std::ffi::OsString;
 
@@ -11,8 +11,8 @@ const PREFIX: &str = "UNDERPASS_";
 /// The variable that names the settings file if there is no `--config`.
 pub(super) const CONFIG_FILE: &str = "UNDERPASS_CONFIG";
 
-/// The variables of this process with our prefix. A value that is not UTF-8 becomes one that no key
-/// accepts.
+/// The variables of this process with our prefix. A value that is not UTF-8 is replaced by one that
+/// no key accepts.
 #[expect(clippy::disallowed_methods, reason = "the one place that reads the environment")]
 pub(super) fn of_process() -> Vec<(String, String)> {
     let text = |(name, value): (OsString, OsString)| {
@@ -25,11 +25,11 @@ pub(super) fn of_process() -> Vec<(String, String)> {
 /// The meaning of a variable.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
-    /// It sets this key.
+    /// The variable sets this key.
     Key(&'static str),
-    /// Not a setting: another program's variable, or one that Kubernetes defines.
+    /// The variable is not a setting: it belongs to another program, or Kubernetes defines it.
     Nothing,
-    /// Our prefix, but no known key.
+    /// The variable has our prefix, but no known key.
     Unknown,
 }
 
@@ -73,8 +73,9 @@ pub(super) fn variable(key: &str) -> String {
     name
 }
 
-/// Kubernetes adds variables of this form to every pod for each Service of its namespace
-/// (`enableServiceLinks`). A Service called `underpass` must not make the start fail.
+/// Whether the variable is a service link: Kubernetes adds such variables to every pod for each
+/// Service of its namespace (`enableServiceLinks`). A Service called `underpass` must not make the
+/// start fail.
 fn is_service_link(name: &str) -> bool {
     name.ends_with("_SERVICE_HOST")
         || name.ends_with("_SERVICE_PORT")
@@ -86,14 +87,14 @@ fn is_service_link(name: &str) -> bool {
             .is_some_and(|(_, rest)| is_port_and_transport(rest))
 }
 
-/// A service link with the name of a key, such as `UNDERPASS_PROXY_OUTBOUND_PORT`. The value of a
-/// key is never a URL.
+/// Whether a variable with the name of a key is a service link, such as
+/// `UNDERPASS_PROXY_OUTBOUND_PORT`. The value of a key is never a URL.
 fn is_service_url(name: &str, value: &str) -> bool {
     let schemes = ["tcp://", "udp://", "sctp://"];
     name.ends_with("_PORT") && schemes.iter().any(|scheme| value.starts_with(scheme))
 }
 
-/// `80_TCP`, `80_TCP_ADDR`, `80_TCP_PORT`, `80_TCP_PROTO`.
+/// Whether the text has the form `80_TCP`, `80_TCP_ADDR`, `80_TCP_PORT` or `80_TCP_PROTO`.
 fn is_port_and_transport(text: &str) -> bool {
     let mut words = text.split('_');
     let is_port = words.next().is_some_and(|word| word.parse::<u16>().is_ok());

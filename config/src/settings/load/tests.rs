@@ -1,4 +1,4 @@
-//! Valid and invalid settings from files, variables and flags.
+//! Tests of valid and invalid settings from files, variables and flags.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -12,7 +12,7 @@ struct Given {
 }
 
 impl Given {
-    /// A settings file in a folder of its own.
+    /// Writes a settings file in a new folder.
     fn file(name: &str, text: &str) -> (Self, PathBuf) {
         let folder =
             std::env::temp_dir().join(format!("underpass-config-{}-{name}", std::process::id()));
@@ -258,7 +258,7 @@ fn ignores_service_links_of_kubernetes() {
 }
 
 #[test]
-fn reads_keys_whose_variables_end_like_service_links() {
+fn reads_settings_whose_variables_look_like_service_links() {
     let environment =
         [("UNDERPASS_PROXY_OUTBOUND_PORT", "16001"), ("UNDERPASS_PROXY_DNS_PORT", "16053")];
     let proxy = load("", &environment, &[]).unwrap().proxy;

@@ -10,23 +10,21 @@ use crate::settings::{
 };
 
 settings! {
-    /// whether plaintext reaches the application: `permissive`: if policies allow it; `strict`:
-    /// never, only tunnels do (needs an identity)
+    /// whether plaintext connections to the application are accepted: `permissive`: if policies
+    /// allow them; `strict`: never, only tunnels (needs an identity)
     MTLS: Mtls = "proxy.mtls", word("`permissive`, `strict`"),
         Fallback::Is(|| Mtls::Permissive), |s| Some(s.proxy.mtls.default);
-    /// where it is otherwise: `NAMESPACE/NAME=MODE`, `NAMESPACE/NAME:PORT=MODE`, `:PORT=MODE`, see
-    /// below
+    /// exceptions from `proxy.mtls`: `NAMESPACE/NAME=MODE`, `NAMESPACE/NAME:PORT=MODE`,
+    /// `:PORT=MODE`, see below
     MTLS_OVERRIDES: Vec<MtlsOverride> = "proxy.mtls_overrides", OVERRIDES,
         Fallback::Is(Vec::new), |s| Some(s.proxy.mtls.overrides.clone());
-    /// connections to destinations that the mesh does not know: `allow`: passed through;
-    /// `mesh-only`: refused
+    /// connections to destinations outside the mesh: `allow`: passed through; `mesh-only`: refused
     EGRESS: Egress = "egress", word("`allow`, `mesh-only`"),
         Fallback::Is(|| Egress::Allow), |s| Some(s.egress.mode);
-    /// with `mesh-only`: connections to these addresses are passed through all the same
+    /// with `mesh-only`: connections to these addresses are passed through
     EGRESS_CIDRS: Vec<IpNet> = "egress_exceptions.cidrs", CIDRS,
         Fallback::Is(Vec::new), |s| Some(s.egress.cidrs.clone());
-    /// with `mesh-only`: connections to these ports are passed through all the same, wherever they
-    /// go
+    /// with `mesh-only`: connections to these ports are passed through, to any address
     EGRESS_PORTS: Vec<PortRange> = "egress_exceptions.ports", PORTS,
         Fallback::Is(Vec::new), |s| Some(s.egress.ports.clone());
 }
@@ -50,7 +48,8 @@ pub(super) fn egress(document: Document<'_>) -> Option<EgressSettings> {
     Some(settings)
 }
 
-/// Rejects strict mTLS without an identity, since there would be no tunnels.
+/// Reads the settings of mTLS. Rejects strict mTLS without an identity, because there would be no
+/// tunnels.
 pub(super) fn mtls(document: Document<'_>, has_identity: bool) -> Option<MtlsSettings> {
     let settings =
         MtlsSettings { default: MTLS.read(document)?, overrides: MTLS_OVERRIDES.read(document)? };
@@ -67,7 +66,7 @@ pub(super) fn mtls(document: Document<'_>, has_identity: bool) -> Option<MtlsSet
 fn refuse_contradictions(document: Document<'_>, overrides: &[MtlsOverride]) {
     for (index, one) in overrides.iter().enumerate() {
         let mut before = overrides.iter().take(index);
-        if let Some(other) = before.find(|other| other.is_of_same(one)) {
+        if let Some(other) = before.find(|other| other.has_same_target(one)) {
             let reason = format!("{other} and {one} contradict each other");
             MTLS_OVERRIDES.problem(document, &reason);
         }

@@ -1,5 +1,4 @@
-//! The settings `identity` and `trust`. Whether a file exists and is valid is checked by the hbone
-//! crate.
+//! The settings `identity` and `trust`. The hbone crate checks the files.
 
 use std::collections::BTreeSet;
 use std::net::Ipv6Addr;
@@ -18,70 +17,72 @@ use crate::settings::{
 };
 use crate::yaml::read::Cursor;
 
-/// As in Istio. Renewal is at half of it, so that an outage of the CA overnight is harmless.
+/// As in Istio. Certificates are renewed after half of this time, so that an outage of the CA
+/// overnight is harmless.
 const DEFAULT_TTL: Duration = Duration::from_secs(24 * 3600);
 /// X.509 and Istio's CA protocol express validity in whole seconds (RFC 5280 section 4.1.2.5).
 const MIN_TTL: Duration = Duration::from_secs(1);
 
 settings! {
-    /// PEM: the leaf, then the chain below the root
+    /// PEM: the leaf certificate, then the chain below the root
     CERTIFICATE: PathBuf = "identity.certificate", PATH,
         Fallback::Varies("none: HBONE is off"),
         |s| files_of(s).map(|files| files.certificate.clone());
-    /// PEM: the leaf's private key
+    /// PEM: the private key of the leaf certificate
     KEY: PathBuf = "identity.key", PATH,
         Fallback::Varies("with `certificate`"), |s| files_of(s).map(|files| files.key.clone());
-    /// PEM: the roots that peers must chain to
+    /// PEM: the roots that verify peers
     ROOTS: PathBuf = "identity.roots", PATH,
         Fallback::Varies("with `certificate`"), |s| files_of(s).map(|files| files.roots.clone());
-    /// a directory that `underpass ca init` made: the proxy issues its own certificates
+    /// a folder created by `underpass ca init`: the proxy issues its own certificates
     LOCAL_CA: PathBuf = "identity.local_ca", PATH,
         Fallback::Varies("none"), |s| local_ca_of(s).map(|ca| ca.dir.clone());
     /// `https://HOST:PORT` of istiod or `underpass ca serve`, which issues the certificates
     CA_ADDRESS: String = "identity.istio_ca.address", HTTPS,
         Fallback::Varies("none"), |s| istio_ca_of(s).map(|ca| ca.address.clone());
-    /// the name in the CA's own certificate
+    /// the name in the CA server's certificate
     CA_SERVER_NAME: String = "identity.istio_ca.server_name", HOST,
         Fallback::Varies("the host of `address`"),
         |s| istio_ca_of(s).and_then(|ca| ca.server_name.clone());
-    /// PEM: the roots that the CA's own certificate chains to
+    /// PEM: the roots that verify the CA server's certificate
     CA_ROOTS: PathBuf = "identity.istio_ca.roots", PATH,
         Fallback::Varies("with `address`"), |s| istio_ca_of(s).map(|ca| ca.roots.clone());
-    /// the file of the token that tells the CA who asks; read for every request
+    /// the file with the token that authenticates requests to the CA; read for every request
     CA_TOKEN: PathBuf = "identity.istio_ca.token", PATH,
         Fallback::Varies("with `address`"), |s| istio_ca_of(s).map(|ca| ca.token.clone());
-    /// what the CA calls our cluster
+    /// the CA's name of this cluster
     CLUSTER_ID: String = "identity.istio_ca.cluster_id", CLUSTER,
         Fallback::Is(|| "Kubernetes".to_owned()),
         |s| istio_ca_of(s).map(|ca| ca.cluster_id.clone());
-    /// `true`: the token is a node's, and asks in the name of its workloads
+    /// `true`: the token is a node's, with which the proxy requests certificates for its pods
     IMPERSONATE: bool = "identity.istio_ca.impersonate", FLAG,
         Fallback::Is(|| false), |s| istio_ca_of(s).map(|ca| ca.impersonate);
     /// the Unix socket of a SPIRE agent, which issues the certificates: a path, or `unix:///PATH`
     SPIRE_SOCKET: PathBuf = "identity.spire.socket", SOCKET,
         Fallback::Varies("none"), |s| spire_of(s).map(|spire| spire.socket.clone());
-    /// with `local_ca` and `istio_ca`: how long a certificate is valid (a CA may decide otherwise);
-    /// renewed at half of it
+    /// with `local_ca` and `istio_ca`: the lifetime of a certificate (a CA may choose another); it
+    /// is renewed after half of it
     TTL: Duration = "identity.ttl", LIFETIME, Fallback::Is(|| DEFAULT_TTL), ttl_of;
-    /// other names of our own trust domain: its roots vouch for these too
+    /// aliases of the own trust domain: its roots verify these too
     ALIASES: Vec<TrustDomain> = "trust.aliases",
         list("list of trust domains", |cursor, _| given_list(cursor, trust_domain)),
         Fallback::Is(Vec::new), |s| Some(s.trust.aliases.clone());
     /// federation: the roots of other trust domains, each as `TRUSTDOMAIN=FILE` (PEM)
     BUNDLES: Vec<BundleFile> = "trust.bundles", list("list of `TRUSTDOMAIN=FILE`", bundles),
         Fallback::Is(Vec::new), |s| Some(s.trust.bundles.clone());
-    /// files of revocation lists (PEM); with one, a certificate whose issuer has none is refused
+    /// files of certificate revocation lists (PEM); with any, a certificate whose issuer has no
+    /// list is refused
     CRLS: Vec<PathBuf> = "trust.crls", PATHS,
         Fallback::Is(Vec::new), |s| Some(s.trust.crls.clone());
-    /// what tunnels may be encrypted with, the preferred first; `aes-256-gcm` alone where a rule
-    /// book asks for 256 bits: a peer without it is refused
+    /// the ciphers of tunnels, the preferred one first; `aes-256-gcm` alone for regulations that
+    /// require 256 bits: peers without it are refused
     CIPHERS: Vec<Cipher> = "trust.ciphers", list("list of ciphers", ciphers),
         Fallback::Is(|| Cipher::ALL.to_vec()), |s| Some(s.trust.ciphers.clone());
 }
 
 const HTTPS: Kind<String> = Kind { name: "`https://HOST:PORT`", read: https_address, ..TEXT };
 const HOST: Kind<String> = Kind { name: "host name", read: server_name, ..TEXT };
-/// The value is sent as a header: only visible ASCII is portable (RFC 9110 section 5.5).
+/// A header carries the value: only visible ASCII is portable (RFC 9110 section 5.5).
 const CLUSTER: Kind<String> = Kind { read: cluster_id, ..TEXT };
 const SOCKET: Kind<PathBuf> = Kind { read: socket, ..PATH };
 const LIFETIME: Kind<Duration> = Kind { read: ttl, ..DURATION };
@@ -99,7 +100,7 @@ const PATHS: Kind<Vec<PathBuf>> = Kind {
 
 type Read = fn(Document<'_>) -> Option<IdentitySettings>;
 
-/// Every source of a certificate: its name in messages, the keys that select it, and its parser.
+/// Every source of a certificate: its name for messages, the keys that select it, and its parser.
 const SOURCES: &[(&str, &[&str], Read)] = &[
     ("certificate, key and roots", &["certificate", "key", "roots"], identity_files),
     ("local_ca", &["local_ca"], local_ca),
@@ -107,7 +108,7 @@ const SOURCES: &[(&str, &[&str], Read)] = &[
     ("spire", &["spire"], spire),
 ];
 
-/// Parses `identity`; `None` if it is absent, or after a mistake in it.
+/// Parses `identity`. Returns `None` if it is absent, or after a mistake in it.
 pub(super) fn identity(document: Document<'_>) -> Option<IdentitySettings> {
     let section = document.root.key("identity");
     if !section.is_given() {
@@ -133,7 +134,7 @@ pub(super) fn identity(document: Document<'_>) -> Option<IdentitySettings> {
 }
 
 fn identity_files(document: Document<'_>) -> Option<IdentitySettings> {
-    refuse_ttl(document, "the certificate is issued elsewhere");
+    reject_ttl(document, "the certificate is issued elsewhere");
     let needed = |setting: &Setting<PathBuf>| {
         setting.needed(document, "is needed: certificate, key and roots go together")
     };
@@ -165,12 +166,12 @@ fn istio_ca(document: Document<'_>) -> Option<IdentitySettings> {
 }
 
 fn spire(document: Document<'_>) -> Option<IdentitySettings> {
-    refuse_ttl(document, "SPIRE decides it");
+    reject_ttl(document, "SPIRE decides it");
     let socket = SPIRE_SOCKET.needed(document, "is needed to ask the SPIRE agent")?;
     Some(IdentitySettings::Spire(SpireSettings { socket }))
 }
 
-fn refuse_ttl(document: Document<'_>, why: &str) {
+fn reject_ttl(document: Document<'_>, why: &str) {
     if TTL.is_given(document) {
         let reason = format!("has a meaning with local_ca and istio_ca only: here {why}");
         TTL.problem(document, &reason);
@@ -253,8 +254,8 @@ fn ttl(cursor: Cursor<'_>, _: Files<'_>) -> Option<Duration> {
     Some(ttl)
 }
 
-/// The path of a Unix socket, or a URI as in SPIFFE_ENDPOINT_SOCKET, with an absolute path and no
-/// host (SPIFFE Workload Endpoint section 4).
+/// Parses the path of a Unix socket, or a URI as in SPIFFE_ENDPOINT_SOCKET, with an absolute path
+/// and no host (SPIFFE Workload Endpoint section 4).
 fn socket(cursor: Cursor<'_>, files: Files<'_>) -> Option<PathBuf> {
     let text = cursor.text()?;
     let socket = match text.strip_prefix("unix:") {
@@ -299,7 +300,7 @@ fn cluster_id(cursor: Cursor<'_>, _: Files<'_>) -> Option<String> {
     Some(id.to_owned())
 }
 
-/// A name, an IPv4 address, or an IPv6 address in brackets.
+/// Whether the text is a name, an IPv4 address, or an IPv6 address in brackets.
 fn is_host(text: &str) -> bool {
     match text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
         Some(address) => address.parse::<Ipv6Addr>().is_ok(),

@@ -15,9 +15,9 @@ use crate::settings::{
 };
 use crate::yaml::read::Cursor;
 
-/// The user and group that Istio's sidecar runs as.
+/// The user and group of Istio's sidecar.
 const ISTIO_PROXY: u32 = 1337;
-/// The user that OSM's sidecar runs as.
+/// The user of OSM's sidecar.
 const OSM_PROXY: u32 = 1500;
 /// IFNAMSIZ without its final NUL (`include/uapi/linux/if.h`).
 const MAX_INTERFACE_BYTES: usize = 15;
@@ -27,111 +27,113 @@ const NO_ID: u32 = u32::MAX;
 const LOOPBACK: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::LOCALHOST, 32);
 
 settings! {
-    /// whose traffic scheme the rules follow: `ambient` and `sidecar`: Istio's; `osm`: Open Service
-    /// Mesh's; `none`: another program installs the rules, and client addresses are not imitated
+    /// the mesh whose rules are imitated: `ambient` and `sidecar`: Istio's; `osm`: Open Service
+    /// Mesh's; `none`: another program installs the rules, and client addresses are not kept
     PROFILE: Profile = "interception.profile", word("`ambient`, `sidecar`, `osm`, `none`"),
         Fallback::Is(|| Profile::Ambient), |s| Some(s.interception.profile);
-    /// what installs the rules: `nftables` (over netlink), `iptables` (its nft variant),
-    /// `iptables-legacy`; `auto`: nftables, and where the kernel has none iptables, legacy first
+    /// the tool that installs the rules: `nftables` (over netlink), `iptables` (its nft variant),
+    /// `iptables-legacy`; `auto`: nftables, or iptables (preferably legacy) if the kernel lacks it
     BACKEND: Backend = "interception.backend",
         word("`auto`, `nftables`, `iptables`, `iptables-legacy`"),
         Fallback::Is(|| Backend::Auto), |s| Some(s.interception.backend);
-    /// `true`: only the rules that Istio or OSM have, without the ones that we add to make them
-    /// safer
+    /// `true`: only the rules of Istio or OSM, without the additional safety rules of underpass
     EXACT: bool = "interception.exact", FLAG,
         Fallback::Is(|| false), |s| Some(s.interception.exact);
-    /// `false`: `underpass rules install` does it before (an init container); `run` then installs,
-    /// repairs and removes none, and needs no privilege for it
+    /// `false`: `underpass rules install` installs the rules before (in an init container); `run`
+    /// then neither installs, repairs nor removes rules, and needs no privilege for them
     INSTALL: bool = "interception.install", FLAG,
         Fallback::Is(|| true), |s| Some(s.interception.install);
-    /// put back what another tool changed in the rules, and follow changed settings; `false` (with
-    /// `on_exit: keep`): in `sidecar` and `osm` the proxy keeps no capability
+    /// whether the proxy restores rules that another program changed, and applies changed settings;
+    /// with `false` and `on_exit: keep`, the proxy keeps no capability in `sidecar` and `osm`
     REPAIR: bool = "interception.repair", FLAG,
         Fallback::Is(|| true), |s| Some(s.interception.repair);
-    /// `capture`: as IPv4, whether IPv6 is enabled now or later; `reject`: refused, so that clients
-    /// take IPv4; `bypass`: goes its way uncaught and unencrypted
+    /// `capture`: like IPv4, even if IPv6 is enabled later; `reject`: refused, so that clients use
+    /// IPv4; `bypass`: neither captured nor encrypted
     IPV6: Ipv6 = "interception.ipv6", word("`capture`, `reject`, `bypass`"),
         Fallback::Is(|| Ipv6::Capture), |s| Some(s.interception.ipv6);
     /// `keep`: the rules stay, so without a proxy connections are refused (fail closed); `remove`:
-    /// traffic goes direct and plain (fail open)
+    /// traffic is then direct and in plaintext (fail open)
     ON_EXIT: OnExit = "interception.on_exit", word("`keep`, `remove`"),
         Fallback::Is(|| OnExit::Keep), |s| Some(s.interception.on_exit);
     /// whether rules may be installed in the host's own network namespace
     ALLOW_HOST: bool = "interception.allow_host", FLAG,
         Fallback::Is(|| false), |s| Some(s.interception.allow_host);
-    /// connections to these addresses go direct
+    /// connections to these addresses are not captured
     EXCLUDE_CIDRS: Vec<IpNet> = "interception.outbound.exclude_cidrs", CIDRS,
         Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_cidrs.clone());
-    /// only connections to these addresses are caught, and those to `include_ports`
+    /// only connections to these addresses, and those to `include_ports`, are captured
     INCLUDE_CIDRS: Option<Vec<IpNet>> = "interception.outbound.include_cidrs",
         included("list of CIDRs, `*`, `none`", |cursor, _| given_included(cursor, cidr)),
         Fallback::Varies("`\"*\"`: all; `none` if `include_ports` is given"),
         |s| Some(s.interception.outbound.include_cidrs.clone());
-    /// connections to these ports go direct
+    /// connections to these ports are not captured
     EXCLUDE_PORTS: Vec<PortRange> = "interception.outbound.exclude_ports", PORTS,
         Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_ports.clone());
-    /// connections to these ports are caught, wherever they go; alone: only these
+    /// connections to these ports are captured, to any address; without `include_cidrs`: only these
     INCLUDE_PORTS: Vec<PortRange> = "interception.outbound.include_ports", PORTS,
         Fallback::Is(Vec::new), |s| Some(s.interception.outbound.include_ports.clone());
-    /// connections that leave through these interfaces go direct
+    /// connections that leave through these interfaces are not captured
     EXCLUDE_INTERFACES: Vec<String> = "interception.outbound.exclude_interfaces", INTERFACES,
         Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_interfaces.clone());
-    /// connections of these users go direct
+    /// connections of these users are not captured
     EXCLUDE_UIDS: Vec<u32> = "interception.outbound.exclude_uids", UIDS,
         Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_uids.clone());
-    /// connections of these groups go direct
+    /// connections of these groups are not captured
     EXCLUDE_GIDS: Vec<u32> = "interception.outbound.exclude_gids", GIDS,
         Fallback::Is(Vec::new), |s| Some(s.interception.outbound.exclude_gids.clone());
-    /// only connections of these groups are caught (`sidecar`; not with `exclude_gids`)
+    /// only connections of these groups are captured (`sidecar`; not with `exclude_gids`)
     INCLUDE_GIDS: Vec<u32> = "interception.outbound.include_gids", GIDS,
         Fallback::Called(Vec::new, "all"), |s| Some(s.interception.outbound.include_gids.clone());
-    /// `redirect`: the destination is rewritten; `tproxy`: it is not, and the application can see
-    /// the client's address (`sidecar`)
+    /// `redirect`: the destination is rewritten; `tproxy`: the destination is kept, and the
+    /// application can see the client's address (`sidecar`)
     INBOUND_MODE: InboundMode = "interception.inbound.mode", word("`redirect`, `tproxy`"),
         Fallback::Is(InboundMode::default), |s| Some(s.interception.inbound.mode);
-    /// only plaintext connections to these ports are caught; `none`: to no port
+    /// only plaintext connections to these ports are captured; `none`: to no port
     INBOUND_PORTS: Option<Vec<PortRange>> = "interception.inbound.include_ports",
         included("list of ports, `*`, `none`", |cursor, _| given_included(cursor, port_range)),
         Fallback::Called(|| None, "`\"*\"`: all"),
         |s| Some(s.interception.inbound.include_ports.clone());
-    /// connections to these ports go straight to the application (only when all are included)
+    /// connections to these ports are not captured (only if all ports are included)
     INBOUND_EXCLUDE_PORTS: Vec<PortRange> = "interception.inbound.exclude_ports", PORTS,
         Fallback::Is(Vec::new), |s| Some(s.interception.inbound.exclude_ports.clone());
-    /// what comes in through these interfaces goes straight to the application
+    /// connections that arrive through these interfaces are not captured
     INBOUND_EXCLUDE_INTERFACES: Vec<String> = "interception.inbound.exclude_interfaces", INTERFACES,
         Fallback::Is(Vec::new), |s| Some(s.interception.inbound.exclude_interfaces.clone());
-    /// interfaces of VMs and nested containers: what comes in there is outbound traffic (not `osm`)
+    /// interfaces of VMs and nested containers: connections that arrive there are treated as
+    /// outbound (not `osm`)
     VIRTUAL_INTERFACES: Vec<String> = "interception.virtual_interfaces", INTERFACES,
         Fallback::Is(Vec::new), |s| Some(s.interception.virtual_interfaces.clone());
-    /// the users that the proxy runs as: their connections are the proxy's own, and never caught
+    /// the users of the proxy, whose connections are never captured
     PROXY_UIDS: Vec<u32> = "interception.proxy_uids", UIDS,
         Fallback::Varies("`sidecar` 1337, `osm` 1500"), |s| Some(s.interception.proxy_uids.clone());
-    /// the same for groups (`sidecar`); not empty together with `proxy_uids`
+    /// the groups of the proxy, whose connections are never captured (`sidecar`); may be empty
+    /// unless `proxy_uids` is
     PROXY_GIDS: Vec<u32> = "interception.proxy_gids", GIDS,
         Fallback::Varies("`sidecar` 1337"), |s| Some(s.interception.proxy_gids.clone());
-    /// `capture`: DNS queries are led to `proxy.dns_port` (not `osm`)
+    /// `capture`: DNS queries are redirected to `proxy.dns_port` (not `osm`)
     DNS: Dns = "interception.dns", word("`off`, `capture`"),
         Fallback::Is(|| Dns::Off), |s| Some(s.interception.dns);
-    /// with `dns: capture`: only queries to these addresses
+    /// with `dns: capture`: only queries to these servers are captured
     DNS_SERVERS: Vec<IpAddr> = "interception.dns_servers",
         list("list of addresses", |cursor, _| given_list(cursor, server)),
         Fallback::Called(Vec::new, "all"), |s| Some(s.interception.dns_servers.clone());
-    /// drop packets that fit no connection (conntrack's `INVALID`), which would otherwise reset one
+    /// drop packets that belong to no connection (conntrack's `INVALID`), which could otherwise
+    /// reset one
     DROP_INVALID: bool = "interception.drop_invalid", FLAG,
         Fallback::Is(|| false), |s| Some(s.interception.drop_invalid);
-    /// the workload is an ingress gateway: connections that reach it in plain are not caught
+    /// the workload is an ingress gateway: inbound plaintext connections are not captured
     /// (`ambient`)
     INGRESS: bool = "interception.ingress", FLAG,
         Fallback::Is(|| false), |s| Some(s.interception.ingress);
-    /// whether connections from 169.254.7.127 and fd16:9254:7127:1337:ffff:ffff:ffff:ffff bypass
-    /// the proxy, and with it mTLS and policies: `off`; `on`: to every port; ports and ranges: to
-    /// these (`ambient`). Only for a node whose agent rewrites the kubelet's probes to that source:
-    /// see [interception.md](interception.md#kubelet-probes)
+    /// connections from 169.254.7.127 and fd16:9254:7127:1337:ffff:ffff:ffff:ffff that bypass the
+    /// proxy, and so mTLS and policies: `off`: none; `on`: to every port; ports and ranges: to
+    /// these (`ambient`). Only for a node whose agent rewrites the source of the kubelet's probes
+    /// to these addresses: see [interception.md](interception.md#kubelet-probes)
     KUBELET_PROBES: KubeletProbes = "interception.kubelet_probes", PROBES,
         Fallback::Varies("`off`; with `exact` or `node.probes: translate`: `on`"),
         |s| Some(s.interception.kubelet_probes.clone());
-    /// what the application sends to these addresses of its own is left alone; inside 127.0.0.0/8
-    /// (`sidecar`)
+    /// the application's connections to these loopback addresses are not captured; inside
+    /// 127.0.0.0/8 (`sidecar`)
     LOOPBACK_CIDR: Ipv4Net = "interception.loopback_cidr", LOOPBACK_NET,
         Fallback::Is(|| LOOPBACK), |s| Some(s.interception.loopback_cidr);
 }
@@ -152,7 +154,7 @@ const PROBES: Kind<KubeletProbes> = Kind {
     },
 };
 
-/// Parses the whole section. Reports each mistake at its key; the result is unusable then.
+/// Parses the whole section. Reports each mistake at its key; the result is then unusable.
 pub(super) fn settings(document: Document<'_>) -> Option<InterceptionSettings> {
     // After a mistake in the profile, contradictions cannot be determined.
     let profile = PROFILE.read_sound(document).unwrap_or(Profile::None);
@@ -220,7 +222,7 @@ fn probe_port(text: &str) -> Result<PortRange, String> {
 
 fn outbound(document: Document<'_>) -> Option<OutboundCapture> {
     let include_ports = INCLUDE_PORTS.read(document)?;
-    // Included ports without CIDRs mean these ports only.
+    // Included ports without CIDRs mean only these ports.
     let only_ports = (!include_ports.is_empty()).then(Vec::new);
     Some(OutboundCapture {
         include_cidrs: INCLUDE_CIDRS.read(document).unwrap_or(only_ports),
@@ -311,7 +313,7 @@ fn refuse_contradictions(document: Document<'_>, settings: &InterceptionSettings
     }
 }
 
-/// Parses the name of an interface by the kernel's rules (`dev_valid_name` in `net/core/dev.c`).
+/// Parses the name of an interface according to the kernel (`dev_valid_name` in `net/core/dev.c`).
 /// Rejects characters that iptables and nft read as a pattern or as the end of the name.
 fn interface(text: &str) -> Result<String, String> {
     let refused = |c: char| {
@@ -362,7 +364,7 @@ fn loopback(cursor: Cursor<'_>, _: Files<'_>) -> Option<Ipv4Net> {
     }
 }
 
-/// Accepts digits only: `parse` alone would accept "+80".
+/// Parses digits only. The standard parser would accept "+80".
 fn number<T: FromStr>(text: &str) -> Option<T> {
     text.parse().ok().filter(|_| text.bytes().all(|c| c.is_ascii_digit()))
 }

@@ -1,4 +1,4 @@
-//! The settings `node`, and which other settings a node daemon refuses.
+//! The settings `node`, and the settings that a node daemon refuses.
 
 use std::path::PathBuf;
 
@@ -11,14 +11,14 @@ use crate::settings::{
     NodeSettings, PodSourceSettings, Profile, Settings,
 };
 
-/// The hint about an identity that all pods would share.
+/// The hint for an identity that all pods would share.
 const SHARED_IDENTITY: &str = "use istio_ca or local_ca";
 
 settings! {
     /// the name of this node in the log
     NAME: String = "node.name", NAME_OF_NODE,
         Fallback::Varies("none"), |s| s.node.name.clone();
-    /// `underpass node`: the Unix socket of the agent of istio-cni (or Cilium), which sends the
+    /// `underpass node`: the Unix socket of the agent of istio-cni (or Cilium), which reports the
     /// pods (ZDS) and installs their rules
     ZDS: PathBuf = "node.pods.zds", PATH, Fallback::Varies("none"), |s| pods_of(s, "zds");
     /// `underpass node`: the Unix socket for the CNI plugin `underpass cni`
@@ -28,21 +28,21 @@ settings! {
         Fallback::Varies("none"), |s| pods_of(s, "directory");
     /// with `node.pods.cni`: the runtime's folder of network configurations, such as
     /// `/etc/cni/net.d`. The daemon adds the plugin to the first one, and again after another
-    /// program rewrites it; meanwhile it is not ready
+    /// program rewrites it; until then the node is not ready
     NET_DIR: PathBuf = "node.cni_install.net_dir", PATH,
         Fallback::Varies("none: `underpass cni install` does it"),
         |s| s.node.cni_install.as_ref().map(|folders| folders.net_dir.clone());
     /// with `net_dir`: the runtime's folder of plugins, such as `/opt/cni/bin`
     BIN_DIR: PathBuf = "node.cni_install.bin_dir", PATH, Fallback::Varies("none"),
         |s| s.node.cni_install.as_ref().map(|folders| folders.bin_dir.clone());
-    /// namespaces whose pods are never enrolled: those without which no pod starts; none with
+    /// namespaces whose pods are never enrolled, because other pods need these to start; none with
     /// `node.pods.zds`, whose agent selects the pods
     EXEMPT_NAMESPACES: Vec<String> = "node.exempt_namespaces",
         list("list of namespaces", |cursor, _| given_list(cursor, namespace)),
         Fallback::Is(default_exempt_namespaces), |s| Some(s.node.exempt_namespaces.clone());
     /// `translate`: rules in the host's network namespace give the node's own connections to its
-    /// pods, such as the kubelet's probes, the source that `interception.kubelet_probes` exempts;
-    /// that setting is then `on` by default
+    /// pods, such as the kubelet's probes, the source address that `interception.kubelet_probes`
+    /// exempts; that setting is then `on` by default
     PROBES: NodeProbes = "node.probes", word("`translate`, `off`"),
         Fallback::Is(|| NodeProbes::Off), |s| Some(s.node.probes);
 }
@@ -115,7 +115,8 @@ fn cni_install(document: Document<'_>) -> Option<CniInstallSettings> {
     }
 }
 
-/// None with an agent: a pod that it has selected has its rules, and is cut off without its proxy.
+/// The default is empty with an agent: it has installed the rules of the pods that it selected,
+/// which cuts them off without a proxy.
 fn exempt_namespaces(
     document: Document<'_>,
     pods: Option<&PodSourceSettings>,
@@ -146,7 +147,7 @@ fn pods(document: Document<'_>) -> Option<PodSourceSettings> {
     first
 }
 
-/// Reports the settings that contradict `node.pods`.
+/// Rejects settings that contradict `node.pods`.
 pub(super) fn refuse_settings_of_one_pod(document: Document<'_>) {
     let workload = document.root.key("workload");
     for key in ["name", "namespace", "serviceAccount"] {
@@ -157,7 +158,7 @@ pub(super) fn refuse_settings_of_one_pod(document: Document<'_>) {
     }
 }
 
-/// Reports an identity that is not each pod's own.
+/// Rejects an identity that all pods would share.
 pub(super) fn refuse_shared_identity(document: Document<'_>, identity: &IdentitySettings) {
     let section = document.root.key("identity");
     match identity {
@@ -177,7 +178,7 @@ pub(super) fn refuse_shared_identity(document: Document<'_>, identity: &Identity
 }
 
 /// The interception settings of a node daemon, or of one of its pods. Those of a proxy for one pod
-/// stay as they are.
+/// are unchanged.
 pub(super) fn interception(
     document: Document<'_>,
     settings: InterceptionSettings,
@@ -186,7 +187,7 @@ pub(super) fn interception(
     let Some(pods) = &node.pods else { return settings };
     let section = document.root.key("interception");
     if settings.profile != Profile::Ambient {
-        // The other profiles recognize the proxy by its user, which a node's pods may have too.
+        // The other profiles identify the proxy by its user, which pods of a node may have too.
         section.key("profile").problem("must be ambient with node.pods");
     }
     if settings.allow_host {

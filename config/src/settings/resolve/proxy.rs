@@ -6,28 +6,30 @@ use crate::settings::declare::{Document, Fallback, Kind, PORT, Written, settings
 use crate::settings::{MtlsSettings, PacedConnections, Profile, ProxySettings, SameNode};
 
 settings! {
-    /// where caught outbound connections arrive
+    /// the listener for captured outbound connections
     OUTBOUND_PORT: u16 = "proxy.outbound_port", PORT,
         Fallback::Is(|| 15001), |s| Some(s.proxy.outbound_port);
-    /// where caught plaintext inbound connections arrive
+    /// the listener for captured inbound plaintext connections
     INBOUND_PORT: u16 = "proxy.inbound_port", PORT,
         Fallback::Varies("15006; `osm` 15003"), |s| Some(s.proxy.inbound_port);
-    /// where peers connect with HBONE, here and on every peer
+    /// the HBONE port of this proxy and of every peer
     HBONE_PORT: u16 = "proxy.hbone_port", PORT,
         Fallback::Is(|| 15008), |s| Some(s.proxy.hbone_port);
-    /// where caught DNS queries arrive
+    /// the listener for captured DNS queries
     DNS_PORT: u16 = "proxy.dns_port", PORT, Fallback::Is(|| 15053), |s| Some(s.proxy.dns_port);
-    /// data threads; `auto`: as many as CPUs this process may use, cgroup limits included
+    /// the number of data threads; `auto`: the number of CPUs that this process may use, cgroup
+    /// limits included
     WORKERS: Option<usize> = "proxy.workers", THREADS,
         Fallback::Is(|| None), |s| Some(s.proxy.workers);
-    // A tunnel within a region that paces takes a third more CPU time in bulk.
-    /// if `net.ipv4.tcp_congestion_control` is BBR, the connections that use it, and so send each
-    /// segment from a timer: `distant`: those to peers that take 5 ms or more to answer, which
+    // Pacing a tunnel within a region takes a third more CPU time for bulk.
+    /// with BBR in `net.ipv4.tcp_congestion_control`, the connections that use it, and so pace each
+    /// segment by a timer: `distant`: those to peers with a round-trip time of 5 ms or more, which
     /// saves CPU time; `all`
     PACING: PacedConnections = "proxy.pacing", word("`distant`, `all`"),
         Fallback::Is(|| PacedConnections::Distant), |s| Some(s.proxy.pacing);
-    /// connections between two pods of this process: `tunnel`: as to any other pod; `direct`:
-    /// without encryption inside the node, unseen by the CNI's NetworkPolicy and flow logs
+    /// connections between two pods of this process: `tunnel`: like those to any other pod;
+    /// `direct`: without encryption inside the node, invisible to the CNI's NetworkPolicy and flow
+    /// logs
     SAME_NODE: SameNode = "proxy.same_node", word("`tunnel`, `direct`"),
         Fallback::Is(|| SameNode::Tunnel), |s| Some(s.proxy.same_node);
 }

@@ -9,19 +9,18 @@ use crate::settings::declare::{
 use crate::settings::{LogFilter, LogFormat, Logging, ProxySettings, SeriesSettings};
 
 settings! {
-    /// `/metrics`, for Prometheus
+    /// the address of `/metrics`, for Prometheus
     METRICS: SocketAddr = "metrics.address", ADDRESS,
         Fallback::Is(|| on_all_addresses(15020)), |s| Some(s.metrics);
-    /// sets of labels of connections at most, some 4 KiB of `/metrics` each; connections beyond are
-    /// counted with labels that say `overflow`
+    /// the maximum number of label sets of connections, about 4 KiB of `/metrics` each; further
+    /// connections are counted in a set whose labels are `overflow`
     LABEL_SETS: usize = "metrics.label_sets", COUNT,
         Fallback::Is(|| SeriesSettings::default().limit), |s| Some(s.series.limit);
-    /// for which nothing is counted in a set of labels before it is removed; that of an open
-    /// connection stays
+    /// the time without counts after which a label set is removed, unless it has an open connection
     SERIES_IDLE: Duration = "metrics.idle", DURATION,
         Fallback::Is(|| SeriesSettings::default().idle), |s| Some(s.series.idle);
-    /// `/healthz/ready`: 200 when ready, 503 while starting or draining, out of file descriptors,
-    /// or while another program fights over the rules
+    /// the address of `/healthz/ready`: 200 when ready; 503 while starting or draining, without
+    /// file descriptors, or while another program fights over the rules
     READINESS: SocketAddr = "readiness.address", ADDRESS,
         Fallback::Is(|| on_all_addresses(15021)), |s| Some(s.readiness);
     /// levels by target in tracing's syntax: `info,access=off`, `debug`; levels are `off`, `error`,

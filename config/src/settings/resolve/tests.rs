@@ -1,4 +1,4 @@
-//! Checks of all declarations.
+//! Tests of all declarations.
 
 use std::collections::BTreeSet;
 
@@ -18,7 +18,7 @@ fn every_setting_is_declared_once_with_type_default_and_help() {
 }
 
 #[test]
-fn default_in_the_reference_is_the_value_of_settings_without_it() {
+fn documented_default_is_the_value_of_an_absent_setting() {
     let settings = settings_of("identity: {local_ca: /ca}").unwrap();
     for setting in declared() {
         let default = setting.reference().default;
@@ -30,7 +30,7 @@ fn default_in_the_reference_is_the_value_of_settings_without_it() {
             Some(Written::Scalar(text)) if text.is_empty() => "\"\"".to_owned(),
             Some(Written::Scalar(text)) => text,
             Some(Written::List(items)) => format!("[{}]", items.join(", ")),
-            // The setting belongs to another identity source.
+            // The setting belongs to another source of the identity.
             None => continue,
         };
         // The description of a varying default begins with a word.

@@ -10,63 +10,63 @@ use crate::settings::{TakeOver, Timeouts};
 const HOUR: u64 = 3600;
 
 settings! {
-    // As long as ztunnel waits; a SYN is sent four times in it (after 1, 3 and 7 s).
-    /// for a TCP connection to be established
+    // As in ztunnel. The kernel sends four SYNs in this time (again after 1, 3 and 7 s).
+    /// timeout of a TCP connect
     CONNECT: Duration = "timeouts.connect", DURATION,
         Fallback::Is(|| Duration::from_secs(10)), |s| Some(s.timeouts.connect);
-    /// for a TLS and HTTP/2 handshake, as client and as server
+    /// timeout of a TLS and HTTP/2 handshake, as client and as server
     HANDSHAKE: Duration = "timeouts.handshake", DURATION,
         Fallback::Is(|| Duration::from_secs(10)), |s| Some(s.timeouts.handshake);
-    /// for a peer's first SETTINGS, and for a header block, control frame or (in a tunnel without
-    /// streams) DATA frame to arrive whole; then the tunnel is closed
+    /// timeout for a peer's first SETTINGS, and for a complete header block, control frame or (in a
+    /// tunnel without streams) DATA frame; then the tunnel is closed
     FRAME: Duration = "timeouts.frame", DURATION,
         Fallback::Is(|| Duration::from_secs(10)), |s| Some(s.timeouts.frame);
-    // The peer answers after it has connected to its application, so this must outlast the peer's
-    // own connect deadline.
-    /// for the answer to a CONNECT request (the peer connects to its application first)
+    // The peer responds after it has connected to its application, so this must exceed the peer's
+    // connect timeout.
+    /// timeout for the response to a CONNECT request (the peer first connects to its application)
     REPLY: Duration = "timeouts.reply", DURATION,
         Fallback::Is(|| Duration::from_secs(15)), |s| Some(s.timeouts.reply);
-    // Applications keep connections open that carry nothing for days, and rely on it. Keepalive
-    // detects a peer that is gone.
-    /// for a byte to move in a connection; then it is reset
+    // Applications rely on connections that carry no data for days. Keepalive detects a lost peer.
+    /// the time without data after which a connection is reset
     IDLE: Option<Duration> = "timeouts.idle", DURATION_OR_OFF,
         Fallback::Is(|| None), |s| Some(s.timeouts.idle);
-    // A side that has ended its direction waits for an answer. If it is gone, keepalive detects it
-    // sooner.
-    /// the same once one side has ended its direction; `off`: for ever
+    // A side that has ended its direction waits for an answer. If the other side is lost, keepalive
+    // detects it sooner.
+    /// the time without data after which a half-closed connection is reset; `off`: never
     HALF_CLOSE: Option<Duration> = "timeouts.half_close", DURATION_OR_OFF,
         Fallback::Is(|| Some(Duration::from_secs(HOUR))), |s| Some(s.timeouts.half_close);
-    // NAT gateways and load balancers on the way forget a silent connection after as little as 240
-    // s.
-    /// for a byte from either side, before the kernel asks whether that side is still there (9
-    /// times, as far apart)
+    // NAT gateways and load balancers forget a silent connection after as little as 240 s.
+    /// the time without data from either side before the kernel sends keepalive probes to it (9
+    /// probes, at this interval)
     KEEPALIVE: Duration = "timeouts.keepalive", DURATION,
         Fallback::Is(|| Duration::from_secs(180)), |s| Some(s.timeouts.keepalive);
     // Kubernetes gives a pod 30 s by default; this leaves most of it to the application.
-    /// for connections to end by themselves once the proxy was told to stop; then they are reset
+    /// the time for open connections to end after a stop signal; the rest is reset
     DRAIN: Duration = "timeouts.drain", DURATION,
         Fallback::Is(|| Duration::from_secs(5)), |s| Some(s.timeouts.drain);
-    // The process that was taken over costs some memory; ending it early costs connections.
-    /// the same once another process has taken over (`underpass run --take-over`)
+    // The old process costs some memory, but ending it early would cost connections.
+    /// the time for open connections to end after another process has taken over (`underpass run
+    /// --take-over`)
     HANDOVER_DRAIN: Duration = "timeouts.handover_drain", DURATION,
         Fallback::Is(|| Duration::from_secs(HOUR)), |s| Some(s.timeouts.handover_drain);
-    /// for a tunnel of ours without streams before it is closed
+    /// the time without streams after which an own tunnel is closed
     POOL_IDLE: Duration = "timeouts.pool_idle", DURATION,
         Fallback::Is(|| Duration::from_secs(300)), |s| Some(s.timeouts.pool_idle);
-    // Longer than ztunnel (`POOL_UNUSED_RELEASE_TIMEOUT`) and our own pool keep a tunnel: they
-    // close it first.
-    /// the same for a peer's tunnel; longer than peers keep theirs (a stock ztunnel:
-    /// `POOL_UNUSED_RELEASE_TIMEOUT`, 300 s), for a request that meets GOAWAY may fail there
+    // Longer than ztunnel (`POOL_UNUSED_RELEASE_TIMEOUT`) and our own pool keep a tunnel, so that
+    // they close it first.
+    /// the time without streams after which a peer's tunnel is closed; longer than peers keep
+    /// theirs (ztunnel: `POOL_UNUSED_RELEASE_TIMEOUT`, 300 s), because a request that crosses
+    /// GOAWAY may fail there
     TUNNEL_IDLE: Duration = "timeouts.tunnel_idle", DURATION,
         Fallback::Is(|| Duration::from_secs(600)), |s| Some(s.timeouts.tunnel_idle);
-    // As long as one attempt may take: an endpoint that does not answer then delays each caller
-    // once.
-    /// for which an endpoint that could not be connected to is selected last
+    // The maximum duration of one attempt: an endpoint that does not respond then delays each
+    // caller only once.
+    /// the time for which an endpoint is selected last after a failed connect
     EJECTION: Duration = "timeouts.ejection", DURATION,
         Fallback::Is(|| Duration::from_secs(10)), |s| Some(s.timeouts.ejection);
-    /// the Unix socket at which a process that is to take over asks for the listeners; `auto`:
-    /// `/run/underpass/take-over-N.sock`, where N is the number of the network namespace; `off`:
-    /// none can
+    /// the Unix socket on which a new process requests the listeners to take over; `auto`:
+    /// `/run/underpass/take-over-N.sock`, where N is the number of the network namespace; `off`: no
+    /// take-over
     SOCKET: TakeOver = "take_over.socket", TAKE_OVER,
         Fallback::Is(|| TakeOver::Auto), |s| Some(s.take_over.clone());
 }

@@ -7,27 +7,27 @@ use crate::settings::declare::{Document, Fallback, Kind, PATH, TEXT, Written, se
 use crate::settings::{Settings, WorkloadSettings};
 
 settings! {
-    /// what the mesh and logs call the workload ([mesh.md](mesh.md), "The pod's own workload")
+    /// the workload's name in the mesh and in logs ([mesh.md](mesh.md), "The pod's own workload")
     NAME: String = "workload.name", TEXT,
         Fallback::Varies("the service account"), |s| of_one_pod(s, &s.workload.name);
-    /// its namespace
+    /// the namespace of the workload
     NAMESPACE: String = "workload.namespace", TEXT,
         Fallback::Is(|| "default".to_owned()), |s| of_one_pod(s, &s.workload.namespace);
-    /// the service account its certificate is issued to
+    /// the service account in the identity of the workload
     SERVICE_ACCOUNT: String = "workload.serviceAccount", TEXT,
         Fallback::Is(|| "default".to_owned()), |s| of_one_pod(s, &s.workload.service_account);
-    /// the trust domain of its identity
+    /// the trust domain of the identity
     TRUST_DOMAIN: TrustDomain = "workload.trustDomain", TRUST_DOMAIN_NAME,
         Fallback::Is(TrustDomain::cluster_local), |s| Some(s.workload.trust_domain.clone());
-    /// the network in which its addresses mean something: those of the mesh are looked up in it
+    /// the network of the workload's addresses, in which addresses are looked up in the mesh
     NETWORK: String = "workload.network", NETWORK_NAME,
         Fallback::Is(String::new), |s| Some(s.workload.network.clone());
-    /// the mesh file ([mesh.md](mesh.md)), or a folder of such files, which together are one
+    /// the mesh file ([mesh.md](mesh.md)), or a folder of files that together describe the mesh
     MESH_FILE: PathBuf = "mesh.file", PATH,
         Fallback::Varies("none: no other workload is known"), |s| s.mesh_file.clone();
 }
 
-/// A value that does not apply to a node daemon, each of whose pods has its own.
+/// A value that a node daemon does not have: each of its pods has its own.
 fn of_one_pod(settings: &Settings, value: &str) -> Option<String> {
     settings.node.pods.is_none().then(|| value.to_owned())
 }
@@ -39,7 +39,7 @@ const TRUST_DOMAIN_NAME: Kind<TrustDomain> = Kind {
     write: |trust_domain| Written::scalar(trust_domain),
 };
 
-/// A network name without a slash: the mesh file writes addresses as `network/address`.
+/// A network name without a slash, because the mesh file writes addresses as `network/address`.
 const NETWORK_NAME: Kind<String> = Kind {
     read: |cursor, _| {
         let name = cursor.text()?;

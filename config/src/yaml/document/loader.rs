@@ -8,10 +8,10 @@ use super::{Node, Origin, Part, SyntaxError, Value};
 
 /// The maximum nesting, which also limits the recursion of the loader.
 const MAX_DEPTH: usize = 32;
-/// The number of nodes that aliases (`*name`) may add, plus one per byte of the text. It prevents a
-/// small file from expanding to a huge tree.
+/// The maximum number of nodes that aliases (`*name`) may add, plus one per byte of the text. It
+/// prevents a small file from expanding to a huge tree.
 const MAX_ALIASED_NODES: usize = 100_000;
-/// Mappings with more keys are checked for duplicates by a hash set.
+/// Mappings with more keys use a hash set to find duplicates.
 const MAX_LINEARLY_SEARCHED_KEYS: usize = 16;
 
 /// Builds the tree of a document from the events of the YAML parser.
@@ -69,7 +69,7 @@ impl<'a> Loader<'a> {
             }
             let (event, span) = self.next()?;
             tell(Part::Key(&key, self.place(&span)));
-            // An anchored list may be repeated by an alias, so it is read as a whole.
+            // An alias may repeat a list with an anchor, so it is read as a whole.
             if !matches!(event, Event::SequenceStart(0, _)) {
                 match self.node(event, &span, 1)? {
                     Node { value: Value::Sequence(items), .. } => items
@@ -90,7 +90,7 @@ impl<'a> Loader<'a> {
         Ok(())
     }
 
-    /// The first event of the document, if it is not empty.
+    /// The first event of the document; `None` if it is empty.
     fn begin(&mut self) -> Result<Option<(Event<'a>, Span)>, SyntaxError> {
         loop {
             match self.next()? {
@@ -136,7 +136,7 @@ impl<'a> Loader<'a> {
         (self.origin)(span.start.line(), span.start.col() + 1)
     }
 
-    /// The node that starts with `event`.
+    /// Builds the node that starts with `event`.
     fn node(&mut self, event: Event<'a>, span: &Span, depth: usize) -> Result<Node, SyntaxError> {
         if depth > MAX_DEPTH {
             return Err(self.error(span, "nested too deeply"));
@@ -204,7 +204,7 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// Returns true if the key is new. `many` contains the keys of a large mapping.
+/// Whether the key is new. `many` contains the keys of a large mapping.
 fn is_new(key: &str, entries: &[(String, Node)], many: &mut HashSet<String>) -> bool {
     if entries.len() < MAX_LINEARLY_SEARCHED_KEYS {
         return !entries.iter().any(|(known, _)| known == key);

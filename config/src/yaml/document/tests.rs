@@ -30,7 +30,7 @@ fn empty_document_is_empty_mapping() {
 }
 
 #[test]
-fn alias_repeats_anchor() {
+fn yaml_alias_repeats_its_anchor() {
     let root = parse("a: &x [1, 2]\nb: *x\n").unwrap();
     let Value::Mapping(entries) = &root.value else { panic!("{root:?}") };
     assert_eq!(entries[0].1.value, entries[1].1.value);
@@ -58,7 +58,7 @@ fn rejects_hostile_documents_without_expansion() {
 }
 
 #[test]
-fn set_replaces_value_and_creates_path() {
+fn setting_a_value_replaces_it_or_creates_its_path() {
     let mut root = parse("proxy: {workers: 1, hbone_port: 15008}\n").unwrap();
     let node = |text| Node { origin: Origin::Flag, ..parse(text).unwrap() };
     root.set(&["proxy", "workers"], node("4"));

@@ -1,4 +1,4 @@
-//! Typed values and mistakes in small documents.
+//! Tests of typed values and mistakes in small documents.
 
 use super::*;
 

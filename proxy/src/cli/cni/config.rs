@@ -1,4 +1,4 @@
-//! The plugin's configuration, as the runtime writes it to standard input.
+//! The plugin's configuration, which the runtime writes to standard input.
 //!
 //! ```json
 //! {
@@ -9,8 +9,8 @@
 //! }
 //! ```
 //!
-//! `name`, `cniVersion`, `prevResult` and the attachments of GC are the runtime's. Unknown keys are
-//! ignored, because runtimes add keys of their own.
+//! The runtime adds `name`, `cniVersion`, `prevResult`, and the attachments for GC. Other keys are
+//! ignored, because runtimes may add more.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,15 +24,15 @@ use super::plugin_error::{LATEST, PluginError, VERSIONS};
 use crate::pods::cni::attachment::{Attachment, NetworkName};
 use crate::pods::cni::install::DEFAULT_SOCKET;
 
-/// The default deadline of a call, well below the kubelet's two minutes.
+/// The default timeout of a call, well below the kubelet's two minutes.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
-/// The longest deadline that leaves the kubelet time to read the answer.
+/// The maximum timeout, which leaves the kubelet time to read the answer.
 const MAX_TIMEOUT: Duration = Duration::from_secs(100);
 
-/// The attachments that remain after GC.
+/// The attachments that GC keeps.
 const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
 
-/// The keys of a configuration, each with its text.
+/// The keys of a configuration, each with its JSON text.
 #[derive(Debug)]
 pub(super) struct Config<'a> {
     keys: BTreeMap<String, &'a RawValue>,
@@ -40,7 +40,7 @@ pub(super) struct Config<'a> {
 }
 
 impl<'a> Config<'a> {
-    /// Reads a configuration of a supported version.
+    /// Parses a configuration of a supported version.
     pub(super) fn parse(text: &'a [u8]) -> Result<Self, PluginError> {
         let keys: BTreeMap<String, &'a RawValue> = serde_json::from_slice(text)?;
         let mut config = Self { keys, version: LATEST };
@@ -50,12 +50,13 @@ impl<'a> Config<'a> {
         Ok(config)
     }
 
-    /// The version of a configuration that may be invalid otherwise; the latest one if it has none.
+    /// The version of a configuration that may be invalid in other respects; the latest one if it
+    /// has none.
     pub(super) fn version_of(text: &[u8]) -> &'static str {
         Config::parse(text).map_or(LATEST, |config| config.version)
     }
 
-    /// Refuses a command that the configuration's version does not have.
+    /// Rejects a command that the configuration's version does not have.
     pub(super) fn require(
         &self,
         since: &'static str,
@@ -82,7 +83,7 @@ impl<'a> Config<'a> {
         Ok(path)
     }
 
-    /// The deadline of a call.
+    /// The timeout of a call.
     pub(super) fn timeout(&self) -> Result<Duration, PluginError> {
         let Some(text) = self.text("timeout")? else { return Ok(DEFAULT_TIMEOUT) };
         let timeout = parse_duration(&text).filter(|timeout| *timeout <= MAX_TIMEOUT);
@@ -95,7 +96,7 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// The text of the previous plugin's result.
+    /// The JSON text of the previous plugin's result.
     pub(super) fn previous(&self) -> Result<&'a RawValue, PluginError> {
         let found = self.keys.get("prevResult").copied();
         found.filter(|value| value.get() != "null").ok_or_else(|| {
@@ -104,7 +105,7 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// A value of `args.underpass`, for runtimes that name no pod.
+    /// A value of `args.underpass`, which names the pod if the runtime does not.
     pub(super) fn argument(&self, key: &str) -> Result<Option<String>, PluginError> {
         let Some(args) = self.keys.get("args") else { return Ok(None) };
         let args: Value = serde_json::from_str(args.get())?;
@@ -115,7 +116,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// The attachments of the network that remain.
+    /// The attachments of the network that GC keeps.
     pub(super) fn valid_attachments(&self) -> Result<Vec<Attachment>, PluginError> {
         let invalid = |reason: &str| PluginError::config(VALID_ATTACHMENTS, reason);
         let text = self.keys.get(VALID_ATTACHMENTS).ok_or_else(|| invalid("is missing"))?;

@@ -22,7 +22,7 @@ pub(super) struct Daemon {
 }
 
 impl Daemon {
-    /// Connects. All requests together have `timeout`.
+    /// Connects to the daemon. `timeout` limits all requests together.
     pub(super) async fn connect(socket: PathBuf, timeout: Duration) -> Result<Self, PluginError> {
         let deadline = Instant::now() + timeout;
         let unreachable = |source| PluginError::Unreachable { socket: socket.clone(), source };
@@ -36,7 +36,7 @@ impl Daemon {
         Ok(Self { connection, socket, timeout, deadline })
     }
 
-    /// Sends a request, with the descriptor of a namespace if it has one, and waits for its answer.
+    /// Sends a request, with the descriptor of a namespace if necessary, and waits for the answer.
     pub(super) async fn ask(
         &self,
         request: &Request,
@@ -70,7 +70,7 @@ impl Daemon {
     }
 }
 
-/// Whether the daemon ended or closed the connection.
+/// Whether the error means that the daemon closed the connection.
 fn is_end(error: &io::Error) -> bool {
     let kinds = [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset, ErrorKind::UnexpectedEof];
     kinds.contains(&error.kind())

@@ -1,4 +1,4 @@
-//! The environment of a call: the variables that the runtime sets.
+//! The environment variables of a call, which the runtime sets.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -40,7 +40,7 @@ pub(crate) struct Environment {
 }
 
 impl Environment {
-    /// The variables of this process.
+    /// Reads the variables of this process.
     #[expect(
         clippy::disallowed_methods,
         reason = "the protocol of CNI is environment variables, not settings"
@@ -99,7 +99,7 @@ impl Environment {
         self.get(variable)?.ok_or(PluginError::NoVariable { variable })
     }
 
-    /// The value; `None` if it is empty, as in the specification.
+    /// The value of a variable; `None` if it is empty, as the specification says.
     fn get(&self, variable: &'static str) -> Result<Option<&str>, PluginError> {
         let Some(value) = self.variables.get(&OsString::from(variable)) else { return Ok(None) };
         let reason = || "it is not UTF-8".to_owned();

@@ -1,7 +1,7 @@
-//! The plugin: performs the call that its environment and its configuration describe.
+//! The plugin: performs the call that its environment and configuration describe.
 //!
-//! ADD, CHECK, STATUS and GC ask the daemon; nothing of a pod is changed here. Standard output has
-//! nothing but the result or the error, which runtimes parse.
+//! ADD, CHECK, STATUS and GC call the daemon; the plugin itself changes nothing in a pod. Standard
+//! output has only the result or the error, which runtimes parse.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
@@ -19,29 +19,29 @@ use crate::pods::cni::attachment::{AttachedPod, Attachment, PodReference};
 use crate::pods::cni::namespace_file::OpenNamespace;
 use crate::pods::cni::protocol::{ATTACHMENTS_PER_LINE, Request};
 
-/// The maximum length of a configuration in bytes: one with the attachments of a large node.
-const MAX_CONFIG: u64 = 16 << 20;
+/// The maximum length of a configuration in bytes: that of GC on a large node.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
-/// The remedy for a pod without a name.
+/// The hint for a pod without a name.
 const NAME_HINT: &str = "runtimes outside Kubernetes name no pod: set args.underpass.namespace and args.underpass.name in the \
      plugin's configuration, or CNI_ARGS=K8S_POD_NAMESPACE=…;K8S_POD_NAME=…";
 const CONTAINER_HINT: &str = "the runtime calls the plugin for another container than that of the pod's sandbox; the runtime tries again";
 
-/// The text for standard output, and the error whose text it is.
+/// The text for standard output, and the error that it describes.
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) text: String,
     pub(super) error: Option<PluginError>,
 }
 
-/// Performs a call whose configuration is on standard input.
+/// Performs a call. Its configuration is on standard input.
 pub(super) async fn call(
     environment: &Environment,
     stdin: impl io::Read,
     open: OpenNamespace,
 ) -> Outcome {
     let mut config = Vec::new();
-    let read = stdin.take(MAX_CONFIG).read_to_end(&mut config);
+    let read = stdin.take(MAX_CONFIG_BYTES).read_to_end(&mut config);
     let result = match read {
         Ok(_) => perform(environment, &config, open).await,
         Err(error) => Err(PluginError::Input(error)),
@@ -70,13 +70,13 @@ async fn perform(
     }
 }
 
-/// The supported versions, in a result of the version that the runtime asks in.
+/// The supported versions, as a result in the version of the request.
 fn versions(config: &[u8]) -> String {
     let version = Config::version_of(config);
     json!({ "cniVersion": version, "supportedVersions": VERSIONS }).to_string()
 }
 
-/// Enrols the pod, and passes the previous result on.
+/// Enrols the pod, and returns the previous result unchanged.
 async fn add(
     environment: &Environment,
     config: &Config<'_>,
@@ -101,13 +101,13 @@ async fn check(
     Ok(String::new())
 }
 
-/// Removes the pod. A daemon that is down or a broken configuration must not keep the runtime
-/// from removing a pod: the daemon drops pods whose namespace is gone.
+/// Removes the pod. Succeeds even if the daemon is down or the configuration is broken, so that the
+/// runtime can remove the pod. The daemon removes pods whose namespace no longer exists.
 async fn delete(environment: &Environment, config: &[u8]) -> Result<String, PluginError> {
     let attachment = environment.attachment()?;
     if let Err(error) = ask_to_delete(attachment, config).await {
         let error = chain(&error);
-        // Standard error is the runtime's log.
+        // Standard error goes to the runtime's log.
         writeln!(io::stderr(), "underpass: cannot tell the daemon that a pod ends: {error}").ok();
     }
     Ok(String::new())
@@ -132,7 +132,7 @@ async fn status(config: &Config<'_>) -> Result<String, PluginError> {
     }
 }
 
-/// Removes the pods of this network that the runtime does not name.
+/// Removes the pods of this network that are not in the runtime's list.
 async fn collect(config: &Config<'_>) -> Result<String, PluginError> {
     config.require("1.1.0", "GC")?;
     let (network, valid) = (config.network()?, config.valid_attachments()?);
@@ -162,8 +162,8 @@ fn pod(environment: &Environment, config: &Config<'_>) -> Result<AttachedPod, Pl
     })
 }
 
-/// The pod's names: of `CNI_ARGS`, else of the configuration. A container without a pod uid is its
-/// own.
+/// The pod's names from `CNI_ARGS`, or else from the configuration. Without a pod uid, the
+/// container id is used.
 fn pod_reference(
     environment: &Environment,
     config: &Config<'_>,
@@ -193,7 +193,7 @@ fn pod_reference(
         .map_err(|source| PluginError::Variable { variable: "CNI_ARGS", source })
 }
 
-/// The pod's network namespace, which must not be the runtime's own.
+/// Opens the pod's network namespace, which must not be the runtime's own.
 fn open_namespace(
     environment: &Environment,
     open: OpenNamespace,

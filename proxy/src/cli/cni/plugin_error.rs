@@ -1,4 +1,4 @@
-//! Errors of the plugin, with the codes of CNI's specification, as runtimes read them.
+//! Errors of the plugin, with the codes of CNI's specification.
 
 use std::io;
 use std::path::PathBuf;
@@ -20,13 +20,13 @@ pub(super) const LATEST: &str = "1.1.0";
 pub(crate) enum PluginError {
     #[error("the configuration has cniVersion {version:?}, which is not one of {}", VERSIONS.join(", "))]
     Version { version: String },
-    #[error("cniVersion {version} has no {command}")]
+    #[error("version {version} of CNI has no command {command}")]
     CommandVersion { command: &'static str, version: String },
-    #[error("{variable} is not set")]
+    #[error("the variable the variable {variable} is not set")]
     NoVariable { variable: &'static str },
-    #[error("{variable} is invalid")]
+    #[error("the variable {variable} is invalid")]
     Variable { variable: &'static str, source: InvalidName },
-    #[error("{variable} is invalid: {reason}")]
+    #[error("the variable the variable {variable} is invalid: {reason}")]
     Environment { variable: &'static str, reason: String },
     #[error("CNI_NETNS {path} cannot be opened", path = path.display())]
     OpenNamespace { path: PathBuf, source: InterceptionError },
@@ -38,7 +38,7 @@ pub(crate) enum PluginError {
     Json(#[from] serde_json::Error),
     #[error("the configuration is invalid: {key}: {reason}")]
     Config { key: &'static str, reason: String },
-    #[error("the network is called by an invalid name")]
+    #[error("the name of the network is invalid")]
     Network(#[source] InvalidName),
     /// A fact about the pod is missing or contradicts another one.
     #[error("{message}")]
@@ -51,7 +51,7 @@ pub(crate) enum PluginError {
     Late { socket: PathBuf, seconds: u64 },
     #[error("the daemon at {socket} closed the connection without an answer", socket = socket.display())]
     Closed { socket: PathBuf },
-    #[error("the daemon at {socket} sent an answer that this plugin cannot read: {reason}", socket = socket.display())]
+    #[error("the daemon at {socket} sent a malformed answer: {reason}", socket = socket.display())]
     Answer { socket: PathBuf, reason: String },
     /// The names and addresses of the pod do not fit a message.
     #[error("the names and addresses of the pod are too long")]
@@ -63,7 +63,7 @@ pub(crate) enum PluginError {
     NotReady { message: String, hint: String },
 }
 
-/// Remedies.
+/// The hints.
 mod hint {
     pub(super) const DAEMON: &str = "start `underpass node` on this node, or take the plugin away with \
          `underpass cni uninstall`; the runtime tries again";
@@ -98,13 +98,12 @@ impl PluginError {
             | Self::Late { .. }
             | Self::Closed { .. }
             | Self::Answer { .. } => code::TRY_AGAIN,
-            Self::HostNamespace { .. } => code::NAMESPACE,
+            Self::HostNamespace { .. } => code::INVALID_NAMESPACE,
             Self::NotReady { .. } => code::NOT_READY,
             Self::Refused(refusal) => refusal.code,
         }
     }
 
-    /// The remedy.
     pub(super) fn hint(&self) -> &str {
         match self {
             Self::Version { .. } => "set a supported cniVersion in the network's configuration",

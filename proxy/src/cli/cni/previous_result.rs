@@ -1,7 +1,7 @@
-//! The result of the previous plugin: the pod's addresses.
+//! The pod's addresses according to the result of the previous plugin.
 //!
-//! The plugin passes the result on without a change, and reads only the addresses of interfaces
-//! inside the pod. A result also lists interfaces of the host, such as the bridge.
+//! The plugin passes the result on unchanged, and reads only the addresses of interfaces inside the
+//! pod. A result also lists interfaces of the host, such as the bridge.
 
 use std::net::IpAddr;
 
@@ -9,10 +9,10 @@ use serde_json::Value;
 
 use super::plugin_error::PluginError;
 
-/// The remedy for a result that cannot be used.
-const HINT: &str = "the plugin before underpass-cni must report an address of an interface inside the pod; the runtime tries again";
+/// The hint for an unusable result.
+const NO_ADDRESS_HINT: &str = "the plugin before underpass-cni must report an address of an interface inside the pod; the runtime tries again";
 
-/// The addresses of the interfaces inside the pod, each once.
+/// The addresses of the interfaces inside the pod, without duplicates.
 pub(super) fn addresses(result: &str) -> Result<Vec<IpAddr>, PluginError> {
     let invalid = |reason: &str| PluginError::config("prevResult", reason);
     let result: Value =
@@ -32,7 +32,7 @@ pub(super) fn addresses(result: &str) -> Result<Vec<IpAddr>, PluginError> {
     }
     if addresses.is_empty() {
         let message = "prevResult has no address of an interface inside the pod".to_owned();
-        return Err(PluginError::Fact { message, hint: HINT });
+        return Err(PluginError::Fact { message, hint: NO_ADDRESS_HINT });
     }
     Ok(addresses)
 }
@@ -45,8 +45,8 @@ fn list<'a>(result: &'a Value, key: &str) -> Result<&'a [Value], PluginError> {
     }
 }
 
-/// Whether an address belongs to an interface inside the pod. The specification lets a plugin omit
-/// the interface if it lists none.
+/// Whether an address belongs to an interface inside the pod. A plugin may omit the interface if
+/// the result lists no interfaces.
 fn is_inside(entry: &Value, interfaces: &[Value]) -> Result<bool, PluginError> {
     let index = match entry.get("interface") {
         None | Some(Value::Null) => return Ok(true),
@@ -59,7 +59,7 @@ fn is_inside(entry: &Value, interfaces: &[Value]) -> Result<bool, PluginError> {
     let Some(interface) = interface else {
         let message =
             format!("prevResult has an address of interface {index}, which it does not list");
-        return Err(PluginError::Fact { message, hint: HINT });
+        return Err(PluginError::Fact { message, hint: NO_ADDRESS_HINT });
     };
     let sandbox = interface.get("sandbox").and_then(Value::as_str).unwrap_or_default();
     Ok(!sandbox.is_empty())
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn unusable_results_are_errors() {
+    fn unusable_previous_result_is_an_error() {
         use serde_json::json;
         let host = json!({"interfaces": [{"name": "cni0"}], "ips": [{"interface": 0, "address": "10.0.0.1/24"}]});
         for (result, error) in [

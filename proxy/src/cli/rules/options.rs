@@ -1,6 +1,6 @@
-//! Defines flags for the settings of `interception:`, the same for every `rules` command.
+//! Defines flags for the settings of `interception:`, shared by all `rules` commands.
 //!
-//! Each flag sets one or two keys and overrides the file and the environment. The settings validate
+//! Each flag sets one or two keys, and precedes the file and the environment. The settings validate
 //! the values.
 
 use clap::parser::ValueSource;
@@ -154,7 +154,7 @@ pub(in crate::cli) struct RuleOptions {
 }
 
 impl RuleOptions {
-    /// Whether the command line names no file and sets nothing.
+    /// Whether the command line names no settings file and no setting.
     pub(super) fn are_empty(&self) -> bool {
         self.assignments.is_empty() && self.settings.are_empty()
     }

@@ -6,14 +6,14 @@ use underpass_config::Profile;
 use underpass_interception::{Difference, Effect, ForeignRule};
 
 use super::options::RuleOptions;
-use super::subject::{Source, Subject};
+use super::sourced_settings::{Source, SourcedSettings};
 use super::{Output, differences, prepare, print_json};
 use crate::cli::print;
 use crate::process::command_error::CommandError;
 
 /// The result of the comparison.
 struct Outcome {
-    subject: Subject,
+    sourced: SourcedSettings,
     difference: Option<Difference>,
     foreign: Vec<ForeignRule>,
     /// Whether the blackhole is installed.
@@ -21,13 +21,13 @@ struct Outcome {
 }
 
 pub(super) async fn run(options: RuleOptions, output: Output) -> Result<(), CommandError> {
-    let subject = Subject::of(options).await?;
-    let interception = prepare(&subject.settings).await?;
+    let sourced = SourcedSettings::of(options).await?;
+    let interception = prepare(&sourced.settings).await?;
     let outcome = Outcome {
         difference: interception.verify().await?,
         foreign: interception.foreign_rules().await?,
         blocked: interception.is_blocked().await?,
-        subject,
+        sourced,
     };
     match output {
         Output::Json => print_json(&outcome.json())?,
@@ -44,7 +44,7 @@ impl Outcome {
         let foreign = self.foreign.iter().map(|ForeignRule { location, rule, effect }| {
             json!({ "location": location, "rule": rule, "effect": effect.name() })
         });
-        self.subject.with(json!({
+        self.sourced.with(json!({
             "same": self.difference.is_none(),
             "differences": self.difference.as_ref().map(differences).unwrap_or_default(),
             "foreign": foreign.collect::<Vec<_>>(),
@@ -53,7 +53,7 @@ impl Outcome {
     }
 
     fn text(&self) -> String {
-        let whose = match &self.subject.source {
+        let whose = match &self.sourced.source {
             Source::Given => "the settings".to_owned(),
             Source::Running(running) => format!("the running proxy ({running})"),
             Source::Defaults => "the default settings".to_owned(),
@@ -71,7 +71,7 @@ impl Outcome {
                 "the workload's TCP is blocked by ip rules (priorities 1 to 3) until the rules stand\n",
             );
         }
-        if let Source::Running(running) = &self.subject.source
+        if let Source::Running(running) = &self.sourced.source
             && running.readiness != "ready"
         {
             text.push_str(&format!("the running proxy is {}\n", running.readiness));
@@ -83,15 +83,15 @@ impl Outcome {
         text
     }
 
-    /// Why traffic bypasses the proxy although the rules are intact.
+    /// The reason why traffic bypasses the proxy although the rules are intact.
     fn bypass(&self) -> Option<String> {
-        if let Source::Running(running) = &self.subject.source
+        if let Source::Running(running) = &self.sourced.source
             && running.self_test_failed
         {
             return Some("the last self-test of the running proxy failed".to_owned());
         }
         // Other profiles do not identify the proxy by its mark.
-        let by_mark = self.subject.settings.interception.profile == Profile::Ambient;
+        let by_mark = self.sourced.settings.interception.profile == Profile::Ambient;
         let mut foreign = self.foreign.iter().filter(|_| by_mark);
         foreign.find(|rule| rule.effect == Effect::SetsProxyMark).map(ToString::to_string)
     }

@@ -54,7 +54,7 @@ const NOT_ALLOWED: &str = "allow policies exist, but none allowed";
 fn evaluates_policies_in_istios_order() {
     for (policies, decision) in [
         ("", "allowed"),
-        // Rules: `[[]]` matches everything, `[]` nothing.
+        // In the rules, `[[]]` matches everything, `[]` nothing.
         ("deny shop/a Namespace []", "allowed"),
         ("deny shop/a Namespace [[]]", "explicitly denied by: shop/a"),
         ("allow shop/a Namespace []", NOT_ALLOWED),
@@ -68,7 +68,7 @@ fn evaluates_policies_in_istios_order() {
         ("deny shop/a Namespace []; allow shop/b Namespace []", NOT_ALLOWED),
         ("deny shop/a Namespace []; allow shop/b Namespace [[]]", "allowed"),
         ("deny shop/a Namespace []; deny shop/b Namespace [[]]", "explicitly denied by: shop/b"),
-        // Scopes.
+        // Policies of other scopes do not apply.
         ("deny root/a Global [[]]", "explicitly denied by: root/a"),
         ("allow root/a Global []", NOT_ALLOWED),
         ("deny bank/a Namespace [[]]", "allowed"),
@@ -83,7 +83,7 @@ fn evaluates_policies_in_istios_order() {
         ("allow shop/a Namespace [[[{namespaces: [!Exact shop]}]]]", NOT_ALLOWED),
         ("deny shop/a Namespace [[[{destinationPorts: [80]}]]]", "explicitly denied by: shop/a"),
         ("deny shop/a Namespace [[[{notDestinationPorts: [80]}]]]", "allowed"),
-        // Dry runs.
+        // Dry runs do not change the decision.
         ("deny! shop/a Namespace [[]]", "allowed"),
         ("allow! shop/a Namespace []", "allowed"),
         ("allow shop/a Namespace []; allow! shop/b Namespace [[]]", NOT_ALLOWED),
@@ -132,11 +132,11 @@ fn workload_selects_policies_of_any_scope_and_namespace() {
 
 #[test]
 fn dry_run_policies_report_their_decisions() {
-    const NONE: &[&str] = &[];
+    const NO_DECISIONS: &[&str] = &[];
     for (policies, expected) in [
-        ("", NONE),
-        ("deny shop/a Namespace [[]]; allow shop/b Namespace [[]]", NONE),
-        ("deny! shop/a Namespace []", NONE),
+        ("", NO_DECISIONS),
+        ("deny shop/a Namespace [[]]; allow shop/b Namespace [[]]", NO_DECISIONS),
+        ("deny! shop/a Namespace []", NO_DECISIONS),
         ("deny! shop/a Namespace [[]]", &["dry run: would be denied by: shop/a"]),
         (
             "deny! shop/a Namespace [[]]; deny! shop/b Namespace [[]]",
@@ -148,10 +148,10 @@ fn dry_run_policies_report_their_decisions() {
             "allow! shop/a Namespace []; allow! shop/b Namespace [[]]",
             &["dry run: would be allowed by: shop/b"],
         ),
-        // An enforced ALLOW policy decides already.
-        ("allow! shop/a Namespace []; allow shop/b Namespace [[]]", NONE),
-        ("allow! shop/a Namespace []; allow shop/b Namespace []", NONE),
-        // DENY first; ALLOW only if no enforced policy denies.
+        // An enforced ALLOW policy matches, so the dry-run ALLOW policy is not reported.
+        ("allow! shop/a Namespace []; allow shop/b Namespace [[]]", NO_DECISIONS),
+        ("allow! shop/a Namespace []; allow shop/b Namespace []", NO_DECISIONS),
+        // DENY is reported first; ALLOW only if no enforced policy denies.
         (
             "allow! shop/a Namespace [[]]; deny! shop/b Namespace [[]]",
             &["dry run: would be denied by: shop/b", "dry run: would be allowed by: shop/a"],
@@ -165,7 +165,7 @@ fn dry_run_policies_report_their_decisions() {
             &["dry run: would be denied by: shop/b"],
         ),
         // Policies of other scopes are not reported.
-        ("deny! bank/a Namespace [[]]; deny! shop/a WorkloadSelector [[]]", NONE),
+        ("deny! bank/a Namespace [[]]; deny! shop/a WorkloadSelector [[]]", NO_DECISIONS),
     ] {
         assert_eq!(evaluate(&mesh(policies)).dry_run, expected, "{policies}");
     }

@@ -68,7 +68,7 @@ async fn terminated_connection_forwards_nothing_before_wake() {
 }
 
 #[tokio::test]
-async fn termination_checks_updated_subject() {
+async fn connection_is_terminated_according_to_its_updated_subject() {
     let registry = Registry::default();
     let registration = registry.register(1);
     let ones = |number: &usize| if *number == 1 { forbid(number) } else { Ok(()) };
@@ -79,7 +79,7 @@ async fn termination_checks_updated_subject() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn end_times_out_for_connection_that_does_not_end() {
+async fn waiting_for_terminated_connections_times_out() {
     let registry = Registry::default();
     let _registration = registry.register(1);
     let began = Instant::now();
@@ -89,7 +89,7 @@ async fn end_times_out_for_connection_that_does_not_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn end_waits_only_for_the_connections_of_its_call() {
+async fn termination_waits_only_for_its_own_connections() {
     let registry = Registry::default();
     let first = registry.register(1);
     let ones = mark(&registry, |number| if *number == 1 { forbid(number) } else { Ok(()) }).await;
@@ -145,6 +145,6 @@ async fn other_tasks_run_while_many_connections_are_terminated() {
     };
     let (terminated, turns) = tokio::join!(terminate(&registry, forbid), turns);
     assert_eq!(terminated, 10_000);
-    // The task of both futures is polled once for several of their wake-ups.
+    // One poll can serve several wake-ups of both futures, so the limit has a factor of 4.
     assert!(turns >= (10_000 / CHECK_AT_ONCE + 10_000 / WAKE_AT_ONCE) / 4, "{turns}");
 }

@@ -1,4 +1,4 @@
-//! The settings of a pod on which policy decisions depend.
+//! The settings of a pod that policy decisions depend on.
 
 use underpass_config::{
     EgressSettings, KubeletProbes, MtlsSettings, Profile, Settings, WorkloadSettings,
@@ -8,7 +8,7 @@ use underpass_interception::Ports;
 use crate::decide::snapshot::Snapshot;
 use crate::error::ProxyError;
 
-/// The settings of one pod on which its permits depend.
+/// The settings of one pod that its permits depend on.
 #[derive(Debug)]
 pub(crate) struct PolicyContext {
     pub(crate) ports: Ports,
@@ -16,8 +16,8 @@ pub(crate) struct PolicyContext {
     pub(crate) own: WorkloadSettings,
     pub(crate) egress: EgressSettings,
     pub(crate) mtls: MtlsSettings,
-    /// Whether the mesh must have the pod's own workload: on a node the mesh may learn of a pod
-    /// later than the node does.
+    /// Whether permits require the pod's own workload in the mesh. On a node the mesh may learn of
+    /// a pod later than the node does.
     pub(crate) must_be_in_mesh: bool,
     /// The ports at which `mtls: strict` accepts connections from the kubelet's probe address.
     pub(crate) probes: KubeletProbes,
@@ -38,7 +38,7 @@ impl PolicyContext {
 }
 
 impl PolicyContext {
-    /// Fails if the mesh must have the pod's own workload, with its identity, and does not.
+    /// Fails if permits require the pod's own workload, and the mesh has none with its identity.
     pub(crate) fn check_own(&self, snapshot: &Snapshot) -> Result<(), ProxyError> {
         if !self.must_be_in_mesh {
             return Ok(());

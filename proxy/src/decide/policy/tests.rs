@@ -120,7 +120,7 @@ fn mesh_only_egress_reaches_mesh_and_exceptions_only() {
 }
 
 #[test]
-fn strict_refuses_plaintext_except_probes_and_overrides() {
+fn strict_mtls_refuses_plaintext_except_probes_and_overrides() {
     let strict = ["proxy.mtls=strict"];
     let by_port = ["proxy.mtls=strict", "proxy.mtls_overrides=default/server:8080=permissive"];
     assert_eq!(decided(&in_plain("10.0.0.9:1"), &[]), Ok(()));
@@ -131,7 +131,7 @@ fn strict_refuses_plaintext_except_probes_and_overrides() {
 }
 
 #[test]
-fn deny_by_principal_applies_to_peer_of_alias() {
+fn deny_policy_by_principal_applies_to_peer_under_trust_domain_alias() {
     let decided = |context: &PolicyContext, action: &str, principal: &str| {
         let rule = format!("[[[{{principals: [{{exact: {principal}}}]}}]]]");
         let subject = from_peer("spiffe://old/ns/default/sa/client", &["cluster.local", "old"]);
@@ -150,7 +150,7 @@ fn deny_by_principal_applies_to_peer_of_alias() {
 }
 
 #[test]
-fn strict_admits_probes_to_exempt_ports_only() {
+fn strict_mtls_admits_probes_only_to_exempt_ports() {
     let with = |probes| ["proxy.mtls=strict", probes];
     for source in ["169.254.7.127:1", "[fd16:9254:7127:1337:ffff:ffff:ffff:ffff]:1"] {
         let probe = in_plain(source);
@@ -187,14 +187,14 @@ fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str>
 }
 
 #[test]
-fn change_forbids_connection_that_was_allowed() {
+fn mesh_change_terminates_connection_that_it_forbids() {
     let (open, closed) = (snapshot(1, ""), snapshot(2, &deny_client()));
     assert_eq!(after(&open, &closed, 1), Err("policy_denied"));
     assert_eq!(after(&open, &snapshot(2, &policy("Allow", "[[]]")), 1), Ok(()));
 }
 
 #[test]
-fn connection_from_skipped_generation_is_decided_again() {
+fn connection_permitted_by_skipped_generation_is_decided_again() {
     // The second generation allowed it; the first and the third forbid it. A worker may skip the
     // second.
     let (first, third) = (snapshot(1, &deny_client()), snapshot(3, &deny_client()));
@@ -202,14 +202,14 @@ fn connection_from_skipped_generation_is_decided_again() {
 }
 
 #[test]
-fn unrelated_change_does_not_recheck_connection() {
-    // A second check would refuse it: the old mesh denies it already.
+fn unrelated_mesh_change_does_not_check_connection_again() {
+    // The old mesh already denies it, so a check against the new one would refuse it.
     let (old, new) = (snapshot(1, &deny_client()), snapshot(2, &deny_client()));
     assert_eq!(after(&old, &new, 1), Ok(()));
 }
 
 #[test]
-fn change_skips_connection_permitted_by_newer_generation() {
+fn mesh_change_skips_connection_permitted_by_newer_generation() {
     // Generation 3 permits the connection; generation 2, which forbids it, is still being enforced.
     let (first, second) = (snapshot(1, ""), snapshot(2, &deny_client()));
     assert_eq!(after(&first, &second, 3), Ok(()));
@@ -225,7 +225,7 @@ async fn terminated(pod: &Pod, old: &Snapshot, new: &Snapshot) -> usize {
 }
 
 #[tokio::test]
-async fn permit_is_noted_in_registration_of_its_connection() {
+async fn permit_is_stored_in_registration_of_its_connection() {
     let (old, new) = (Arc::new(snapshot(1, "")), Arc::new(snapshot(2, &deny_client())));
     let (sender, mesh) = watch::channel(old.clone());
     let pod = pod(&[]);
@@ -242,7 +242,7 @@ async fn permit_is_noted_in_registration_of_its_connection() {
 
 /// Both pods have the same address, in two namespaces.
 #[tokio::test]
-async fn change_is_checked_in_context_of_each_pod() {
+async fn mesh_change_is_checked_separately_for_each_pod() {
     let (old, new) = (Arc::new(snapshot(1, "")), snapshot(2, &deny_client()));
     let (_sender, mesh) = watch::channel(old.clone());
     let pods = [pod(&[]), pod(&["workload.namespace=other", "workload.name=other"])];

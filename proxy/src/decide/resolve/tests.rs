@@ -64,7 +64,7 @@ async fn resolve(resolver: &Resolver) -> Result<String, ResolveError> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn address_needs_no_lookup() {
+async fn next_hop_with_address_needs_no_dns_lookup() {
     let dns = Dns::new(&[]);
     let address = "10.0.0.1:80".parse().unwrap();
     let found = dns.resolver().resolve(&NextHop::Address(address), DEADLINE).await;
@@ -102,7 +102,7 @@ async fn addresses_are_used_for_thirty_seconds() {
     let resolver = dns.resolver();
     resolve(&resolver).await.unwrap();
     dns.answers(Some(&["10.0.0.2"]));
-    advance(FRESH - Duration::from_secs(2)).await;
+    advance(FRESH_TIME - Duration::from_secs(2)).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
     advance(Duration::from_secs(1)).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.2:80");
@@ -110,7 +110,7 @@ async fn addresses_are_used_for_thirty_seconds() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn connections_share_lookup_even_if_first_gives_up() {
+async fn connections_share_dns_lookup_even_if_first_one_closes() {
     let dns = Dns::new(&["10.0.0.1"]);
     let resolver = dns.resolver();
     let hop = hop("a.example", IpFamilies::Any, false);
@@ -133,7 +133,7 @@ async fn failure_is_cached_for_two_seconds() {
         assert_eq!(dns.lookups(), expected);
     }
     dns.answers(Some(&["10.0.0.1"]));
-    advance(FAILED).await;
+    advance(FAILURE_CACHE_TIME).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
     assert_eq!(dns.lookups(), 2);
 }
@@ -144,14 +144,14 @@ async fn uses_stale_addresses_when_lookup_fails_or_is_slow() {
     let resolver = dns.resolver();
     resolve(&resolver).await.unwrap();
     dns.answers(None);
-    advance(FRESH).await;
+    advance(FRESH_TIME).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
     dns.delays(Duration::from_mins(1));
-    advance(FAILED).await;
+    advance(FAILURE_CACHE_TIME).await;
     let begun = Instant::now();
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
     assert_eq!(begun.elapsed(), ATTEMPT_TIMEOUT);
-    advance(STALE).await;
+    advance(MAX_STALE_TIME).await;
     let error = resolve(&resolver).await.unwrap_err();
     assert!(matches!(error, ResolveError::Timeout { .. }), "{error}");
 }
@@ -163,7 +163,7 @@ async fn abandoned_lookup_is_restarted() {
     let hop = hop("a.example", IpFamilies::Any, false);
     resolver.resolve(&hop, Duration::from_millis(500)).await.unwrap_err();
     dns.answers(Some(&["10.0.0.2"]));
-    advance(FRESH).await;
+    advance(FRESH_TIME).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.2:80");
     assert_eq!(dns.lookups(), 2);
 }
@@ -184,7 +184,7 @@ async fn evicts_least_recently_requested_name() {
 }
 
 #[tokio::test]
-async fn asks_system_resolver() {
+async fn resolver_queries_the_system() {
     let hop = hop("127.0.0.1", IpFamilies::Any, false);
     let found = Resolver::system(Handle::current()).resolve(&hop, DEADLINE).await.unwrap();
     assert_eq!(found, SocketAddr::from(([127, 0, 0, 1], 80)));

@@ -9,7 +9,7 @@ use underpass_config::{GatewayDestination, Hint, Name, Service, Workload};
 
 use super::Target;
 
-/// Why a connection cannot be routed.
+/// The reason why a connection cannot be routed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum RouteError {
     #[error("service {service} has no port {port}")]
@@ -100,31 +100,31 @@ impl Hint for RouteError {
     }
 }
 
-/// Why a workload cannot be used, in the order of the checks. For a service, the error reports the
-/// reason of the endpoint that passed the most checks.
+/// The reason why a workload cannot be used, in the order of the checks. For a service, the error
+/// reports the reason of the endpoint that passed the most checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Error)]
 pub(crate) enum Unusable {
-    #[error("it has no healthy workload")]
+    #[error("the service has no healthy workload")]
     NoHealthyWorkload,
     #[error("the port is named, and no endpoint defines its number")]
     NoPort,
-    #[error("it accepts no connections: its `capacity` is 0")]
+    #[error("the workload accepts no connections: its `capacity` is 0")]
     NoCapacity,
-    #[error("it has neither an address nor a hostname")]
+    #[error("the workload has neither an address nor a hostname")]
     NoAddress,
-    #[error("it has no address of the service's families (`ipFamilies`)")]
+    #[error("the workload has no address of the service's families (`ipFamilies`)")]
     NoAddressOfFamily,
-    #[error("it is in another network, in which only services are reachable")]
+    #[error("the workload is in another network, in which only services are reachable")]
     OtherNetwork,
-    #[error("it is in another network and has no gateway")]
+    #[error("the workload is in another network and has no gateway")]
     NoGateway,
     #[error(
-        "it is in another network, and the service has no `subjectAltNames`, which identify a peer behind a gateway"
+        "the workload is in another network, and the service has no `subjectAltNames`, which identify a peer behind a gateway"
     )]
     NoSubjectAltNames,
-    #[error("it does not match all preferences of a service in Strict mode")]
+    #[error("the workload does not match all preferences of a service in Strict mode")]
     NotNear,
-    #[error("connecting to it failed before")]
+    #[error("the workload is ejected: an earlier connection failed")]
     Tried,
 }
 

@@ -23,11 +23,10 @@ pub(crate) struct InboundTarget {
     pub(crate) service: Option<Arc<Service>>,
 }
 
-/// The target of a CONNECT request for `authority` in a tunnel that ends at `here`. The local
-/// workload is in `namespace` and `network`; `local` is its entry in the mesh.
+/// Determines the target of a CONNECT request for `authority` in a tunnel that ends at `here`. The
+/// local workload is in `namespace` and `network`; `local` is its entry in the mesh.
 ///
-/// # Errors
-/// Why the local workload does not serve the requested destination.
+/// # Errors The local workload does not serve the requested destination.
 pub(crate) fn inbound(
     authority: &Target,
     here: SocketAddr,
@@ -63,8 +62,8 @@ impl<'a> InboundRouter<'a> {
         let tunnel = self.local.and_then(|local| local.application_tunnel);
         // The workload's own address does not identify one of its services.
         let owner = if own { None } else { self.owner(requested.ip()) };
-        let in_front_of = if own { None } else { self.in_front_of(requested.ip()) };
-        if !own && tunnel.is_none() && in_front_of.is_none() {
+        let destination_behind = if own { None } else { self.destination_behind(requested.ip()) };
+        if !own && tunnel.is_none() && destination_behind.is_none() {
             return Err(RouteError::NotHere {
                 requested: Target::Address(requested),
                 here: self.here,
@@ -72,7 +71,7 @@ impl<'a> InboundRouter<'a> {
         }
         let port = tunnel.and_then(|tunnel| tunnel.port).unwrap_or_else(|| requested.port());
         let header = tunnel.filter(|tunnel| tunnel.header == TunnelHeader::Proxy);
-        let service = match in_front_of.or(owner) {
+        let service = match destination_behind.or(owner) {
             Some(Destination::Service(service)) => Some(service.clone()),
             Some(Destination::Workload(_)) | None => None,
         };
@@ -80,9 +79,9 @@ impl<'a> InboundRouter<'a> {
         Ok(InboundTarget { address, header: header.map(|_| requested), service })
     }
 
-    /// The service with a hostname that several services may share. Served ones come first, then
-    /// those of which the local workload is the waypoint, then the best match. Visibility limits
-    /// clients only.
+    /// The service with this hostname, which several services may share. Prefers services with this
+    /// workload as an endpoint, then those with it as the waypoint, then the best match. Visibility
+    /// limits only clients.
     fn named(&self, hostname: &str) -> Option<&'a Arc<Service>> {
         let best = self.mesh.service_by_hostname(hostname, self.namespace);
         let all = || best.into_iter().chain(self.mesh.services_named(hostname));
@@ -115,29 +114,29 @@ impl<'a> InboundRouter<'a> {
         let header = tunnel.filter(|tunnel| tunnel.header == TunnelHeader::Proxy);
         Ok(InboundTarget {
             address: SocketAddr::new(self.here.ip(), target),
-            header: header.map(|_| self.vip(service, port)).transpose()?,
+            header: header.map(|_| self.service_address(service, port)).transpose()?,
             service: Some(service.clone()),
         })
     }
 
-    /// Whether the workload is, or was when healthy, an endpoint: a peer may have selected it
-    /// before.
+    /// Whether the workload is an endpoint of the service. Health does not matter: a peer may have
+    /// selected it while it was healthy.
     fn serves(&self, service: &Service) -> bool {
         self.local.is_some_and(|local| {
             service.endpoint(local).is_some() || local.services.contains(&service.key())
         })
     }
 
-    /// The owner of this address: a workload before a service whose range contains it.
+    /// The owner of this address: preferably a workload, else the service whose range contains it.
     fn owner(&self, address: IpAddr) -> Option<Destination<'a>> {
         let workload = self.mesh.workload(self.network, address).map(Destination::Workload);
         let service = || self.mesh.service(self.network, address, self.namespace);
         workload.or_else(|| service().map(Destination::Service))
     }
 
-    /// The destination at this address whose waypoint is the local workload, visible or not.
-    /// Different clients may mean different services at one address.
-    fn in_front_of(&self, address: IpAddr) -> Option<Destination<'a>> {
+    /// The destination at this address whose waypoint is the local workload, visible or not. For
+    /// different clients an address may belong to different services.
+    fn destination_behind(&self, address: IpAddr) -> Option<Destination<'a>> {
         let services = self.mesh.services_at(self.network, address).map(Destination::Service);
         let mut all = self.owner(address).into_iter().chain(services);
         all.find(|destination| self.is_waypoint_of(*destination))
@@ -167,7 +166,7 @@ impl<'a> InboundRouter<'a> {
     }
 
     /// The service address in a PROXY header: preferably of this network, then IPv4.
-    fn vip(&self, service: &Arc<Service>, port: u16) -> Result<SocketAddr, RouteError> {
+    fn service_address(&self, service: &Arc<Service>, port: u16) -> Result<SocketAddr, RouteError> {
         let best = service.vips.iter().min_by_key(|vip| {
             let elsewhere = *vip.network != *self.network;
             (elsewhere, vip.address.is_ipv6() && !elsewhere)

@@ -11,8 +11,7 @@ use super::{ForwardVia, NextHop, Route, Target, inbound};
 const WORKLOADS: u8 = 6;
 const SERVICES: u8 = 4;
 
-/// A line for a workload. Its address is its own, one that several workloads of a node share, or
-/// none.
+/// A line for a workload. Its address is its own, shared with other workloads, or missing.
 fn workload(index: u8) -> impl Strategy<Value = String> {
     let address = prop_oneof![
         4 => Just(format!("ip=10.0.0.{index}")),
@@ -33,7 +32,7 @@ fn workload(index: u8) -> impl Strategy<Value = String> {
     })
 }
 
-/// A line for a service. Its address may be that of a workload, or a range that contains one.
+/// A line for a service. Its address may equal that of a workload, or be a range that contains one.
 fn service(index: u8) -> impl Strategy<Value = String> {
     let vip = prop_oneof![
         4 => Just(format!("vip=/10.1.0.{index},/fd01::{index}")),
@@ -124,7 +123,8 @@ proptest! {
     }
 }
 
-/// An endpoint: its network, region, zone and capacity, and whether it is ejected or was tried.
+/// An endpoint: whether it is in another network, its region, zone and capacity, and whether it is
+/// ejected or was tried.
 type EndpointCase = (bool, u8, u8, u32, bool, bool);
 
 fn endpoint_case() -> impl Strategy<Value = EndpointCase> {

@@ -1,7 +1,7 @@
-//! Selects the endpoint of a service: the less loaded of two that are drawn by capacity among the
-//! nearest ones.
+//! Selects the endpoint of a service: two of the nearest are drawn by capacity, and the less loaded
+//! one is selected.
 //!
-//! Open connections and ejections are counted in `endpoint_health.rs`.
+//! `endpoint_health.rs` counts open connections and ejections.
 
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ pub(crate) trait SelectionInputs {
     fn is_excluded(&self, uid: &Name, port: u16) -> bool;
 }
 
-/// Selects by the health of the endpoints and the thread's random numbers.
+/// Selects by the health of the endpoints and with random numbers.
 #[derive(Debug)]
 pub(crate) struct EndpointSelector<'a> {
     /// The open connections and ejections of all endpoints.
@@ -68,7 +68,7 @@ impl SelectionInputs for EndpointSelector<'_> {
 
 /// The role of the selected endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
+pub(super) enum EndpointRole {
     /// The destination of the connection.
     Service,
     /// The waypoint of a service.
@@ -100,7 +100,7 @@ struct Tier {
 pub(super) fn select<'m>(
     service: &'m Arc<Service>,
     port: u16,
-    purpose: Purpose,
+    purpose: EndpointRole,
     caller: &Caller<'_>,
     choose: &mut impl SelectionInputs,
 ) -> Result<Candidate<'m>, RouteError> {
@@ -109,7 +109,7 @@ pub(super) fn select<'m>(
     let mut found = None;
     let mut examined = 0;
     for matched in selection.levels() {
-        let near = service.nearest(matched, |scope| selection.part_of_caller(scope));
+        let near = service.nearest(matched, |scope| selection.caller_locality(scope));
         if near.len() == examined {
             continue;
         }
@@ -127,7 +127,7 @@ pub(super) fn select<'m>(
 struct Selection<'m, 'a> {
     service: &'m Arc<Service>,
     port: u16,
-    purpose: Purpose,
+    purpose: EndpointRole,
     caller: &'a Caller<'a>,
 }
 
@@ -140,8 +140,8 @@ impl<'m> Selection<'m, '_> {
         Err(RouteError::NoPort { service: self.service.clone(), port: self.port })
     }
 
-    /// The numbers of leading preferences to match: first all, then fewer. Strict mode requires
-    /// all.
+    /// The numbers of leading preferences to match, in the order of attempts: all, then fewer.
+    /// Strict mode requires all.
     fn levels(&self) -> impl Iterator<Item = usize> {
         let preferences = self.preferences().len();
         let least = if self.is_strict() { preferences } else { 0 };
@@ -149,7 +149,7 @@ impl<'m> Selection<'m, '_> {
     }
 
     /// Draws among the endpoints that match the first `matched` preferences until it has two of the
-    /// best tier, without examining all. `None` after too many draws, as when many endpoints are
+    /// best tier. Returns `None` after too many draws, for example because many endpoints are
     /// unusable.
     fn draw(
         &self,
@@ -204,7 +204,7 @@ impl<'m> Selection<'m, '_> {
         }
     }
 
-    /// The error for a service without a usable endpoint.
+    /// The error of a service without a usable endpoint.
     fn explain(&self, choose: &mut impl SelectionInputs) -> RouteError {
         let endpoints = self.service.endpoints.iter();
         let nearest = endpoints.filter_map(|endpoint| self.candidate(endpoint, choose).err()).max();
@@ -251,16 +251,16 @@ impl<'m> Selection<'m, '_> {
     }
 
     fn is_for_waypoint(&self) -> bool {
-        matches!(self.purpose, Purpose::ServiceWaypoint | Purpose::WorkloadWaypoint)
+        matches!(self.purpose, EndpointRole::ServiceWaypoint | EndpointRole::WorkloadWaypoint)
     }
 
     fn check_reachable(&self, workload: &Workload) -> Result<(), Unusable> {
         let here = *workload.network == *self.caller.network;
         match self.purpose {
-            Purpose::Service | Purpose::ServiceWaypoint if !here => {
+            EndpointRole::Service | EndpointRole::ServiceWaypoint if !here => {
                 check_behind_gateway(workload, Some(self.service))
             }
-            Purpose::WorkloadWaypoint if !here => Err(Unusable::OtherNetwork),
+            EndpointRole::WorkloadWaypoint if !here => Err(Unusable::OtherNetwork),
             _ => check_address(workload, self.service),
         }
     }
@@ -272,7 +272,7 @@ impl<'m> Selection<'m, '_> {
     /// preferences.
     fn rank(&self, workload: &Workload) -> usize {
         let matched = |scopes: &[Scope]| {
-            let near = |scope: &&Scope| **scope.of(workload) == *self.part_of_caller(**scope);
+            let near = |scope: &&Scope| **scope.of(workload) == *self.caller_locality(**scope);
             scopes.iter().take_while(near).count()
         };
         match (matched(self.preferences()), self.preferences()) {
@@ -299,7 +299,7 @@ impl<'m> Selection<'m, '_> {
     }
 
     /// The caller's value of `scope`. As in ztunnel, two unknown values are equal.
-    fn part_of_caller(&self, scope: Scope) -> &str {
+    fn caller_locality(&self, scope: Scope) -> &str {
         match (scope, self.caller.workload) {
             (Scope::Network, _) => self.caller.network,
             (_, Some(workload)) => scope.of(workload),
@@ -353,13 +353,13 @@ fn take_by_capacity<'m>(
     index.map(|index| candidates.swap_remove(index))
 }
 
-/// The candidate with fewer connections per capacity; the first if they are equal.
+/// The candidate with fewer connections relative to its capacity; the first if they are equal.
 fn less_loaded<'m>(
     first: Candidate<'m>,
     second: Candidate<'m>,
     choose: &impl SelectionInputs,
 ) -> Candidate<'m> {
-    // Multiply by the other's capacity: compares the ratios without a division.
+    // Multiplying by the other's capacity compares the ratios without a division.
     let load = |one: Candidate<'_>, other: Candidate<'_>| {
         let open = choose.open_connections(&one.workload.uid, one.port);
         u64::from(open) * u64::from(other.workload.capacity)

@@ -10,7 +10,7 @@ use underpass_config::{
 };
 use underpass_interception::OriginalDestination;
 
-use super::load_balancing::{self, Purpose, SelectionInputs};
+use super::load_balancing::{self, EndpointRole, SelectionInputs};
 use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, Target, Unusable};
 use crate::decide::endpoint_health::EndpointKey;
 
@@ -21,7 +21,8 @@ pub(crate) struct Alternatives<'a, C> {
     pub(crate) others: FurtherRoutes<'a, C>,
 }
 
-/// The routes after the best one. Each avoids the endpoints before it, and is computed on demand.
+/// The routes after the best one. Each is computed on demand, and avoids the endpoints of earlier
+/// ones.
 #[derive(Debug)]
 pub(crate) struct FurtherRoutes<'a, C> {
     destination: OriginalDestination,
@@ -43,11 +44,10 @@ impl<C: SelectionInputs> Iterator for FurtherRoutes<'_, C> {
     }
 }
 
-/// The routes to `destination`, an address of the caller's network, ranked.
+/// Computes the routes to `destination`, an address of the caller's network, best first.
 ///
-/// # Errors
-/// Why there is no route; the caller then closes the connection. An HBONE workload is never reached
-/// by plain TCP.
+/// # Errors There is no route; the caller then closes the connection. An HBONE workload is never
+/// reached by plain TCP.
 pub(crate) fn outbound<'a, C: SelectionInputs>(
     destination: OriginalDestination,
     mesh: &'a Mesh,
@@ -75,7 +75,7 @@ pub(super) fn route(
     if let (Some(service), None) = (service, workload)
         && let Some(waypoint) = waypoint_of(service, router.choose)
     {
-        return router.through_waypoint(waypoint, Purpose::ServiceWaypoint, Some(service));
+        return router.through_waypoint(waypoint, EndpointRole::ServiceWaypoint, Some(service));
     }
     let balanced =
         |service: &&Arc<Service>| service.load_balancing.mode != LoadBalancingMode::Passthrough;
@@ -91,7 +91,7 @@ pub(super) fn route(
     }
 }
 
-/// A waypoint drawn by weight, or else the only one.
+/// The waypoint of a service: drawn by weight if there are several.
 fn waypoint_of<'m>(service: &'m Service, choose: &mut impl SelectionInputs) -> Option<&'m Gateway> {
     let weighted = &service.weighted_waypoints;
     let all: u64 = weighted.iter().map(|waypoint| u64::from(waypoint.weight)).sum();
@@ -107,7 +107,7 @@ fn waypoint_of<'m>(service: &'m Service, choose: &mut impl SelectionInputs) -> O
     drawn.map(|waypoint| &waypoint.gateway)
 }
 
-/// The next workload on the route: the destination or a proxy in front of it, with its port.
+/// The next workload on the route, with its port: the destination, or a proxy in front of it.
 struct Upstream<'m> {
     workload: &'m Arc<Workload>,
     port: u16,
@@ -115,8 +115,8 @@ struct Upstream<'m> {
     service: Option<&'m Arc<Service>>,
     /// Set if the service has other endpoints.
     endpoint: Option<EndpointKey>,
-    /// The requested address: used if the workload has it; else one of the same family is
-    /// preferred.
+    /// The requested address. It is used if the workload has it; otherwise an address of the same
+    /// family is preferred.
     requested: IpAddr,
 }
 
@@ -176,7 +176,7 @@ struct Router<'m, 'a, C> {
 }
 
 impl<'m, C: SelectionInputs> Router<'m, '_, C> {
-    /// Routes to the original destination, which is unknown in the mesh or an address of a
+    /// Routes to the original destination itself: it is unknown in the mesh, or belongs to a
     /// passthrough service.
     fn pass_through(&self, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
         let address = self.destination.ip();
@@ -195,10 +195,11 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
         owner: Option<&'m Arc<Workload>>,
     ) -> Result<Route, RouteError> {
         let (requested, port) = (self.destination.ip(), self.destination.port());
-        let upstream = match (self.endpoint(service, port, Purpose::Service, requested), owner) {
+        let upstream = match (self.endpoint(service, port, EndpointRole::Service, requested), owner)
+        {
             (Ok(upstream), _) => upstream,
-            // Without a usable endpoint the address means its workload. ztunnel connects to it by
-            // plain TCP, without its waypoint or tunnel.
+            // The service has no usable endpoint, so the address means the workload. Like ztunnel,
+            // connect by plain TCP, without its waypoint or tunnel.
             (Err(error), Some(owner)) if error.has_no_endpoint_for_port() => {
                 let upstream = Upstream::workload(owner, self.destination);
                 return self.by_workload(&upstream, None, true);
@@ -211,8 +212,8 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
         self.by_workload(&upstream, Some(service), owner.is_some())
     }
 
-    /// Routes to a workload of this network. `by_address`: the client used the workload's own
-    /// address, so that its waypoint applies.
+    /// Routes to a workload of this network. `by_address` means that the client used the workload's
+    /// own address, so its waypoint applies.
     fn by_workload(
         &mut self,
         upstream: &Upstream<'m>,
@@ -221,7 +222,7 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
     ) -> Result<Route, RouteError> {
         let waypoint = upstream.workload.waypoint.as_deref().filter(|_| by_address);
         if let Some(waypoint) = waypoint.filter(|waypoint| !self.comes_from(waypoint)) {
-            return self.through_waypoint(waypoint, Purpose::WorkloadWaypoint, service);
+            return self.through_waypoint(waypoint, EndpointRole::WorkloadWaypoint, service);
         }
         let via = match upstream.workload.protocol {
             Protocol::Tcp => ForwardVia::Plain { to: upstream.hop(upstream.port)? },
@@ -250,13 +251,13 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
     fn through_waypoint(
         &mut self,
         waypoint: &Gateway,
-        purpose: Purpose,
+        purpose: EndpointRole,
         service: Option<&Arc<Service>>,
     ) -> Result<Route, RouteError> {
         let unknown = || RouteError::UnknownWaypoint { waypoint: waypoint.destination.clone() };
         let upstream = self.proxy(waypoint, purpose)?.ok_or_else(unknown)?;
         if self.is_in_other_network(&upstream) {
-            return match service.filter(|_| purpose == Purpose::ServiceWaypoint) {
+            return match service.filter(|_| purpose == EndpointRole::ServiceWaypoint) {
                 Some(service) => self.through_gateway(upstream, service),
                 None => Err(unusable(&upstream, Unusable::OtherNetwork)),
             };
@@ -284,12 +285,12 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
         let gateway = upstream.workload.network_gateway.as_deref();
         let gateway = gateway.ok_or_else(|| unusable(&upstream, Unusable::NoGateway))?;
         let unknown = || RouteError::UnknownGateway { gateway: gateway.destination.clone() };
-        let next = self.proxy(gateway, Purpose::NetworkGateway)?.ok_or_else(unknown)?;
+        let next = self.proxy(gateway, EndpointRole::NetworkGateway)?.ok_or_else(unknown)?;
         let via = ForwardVia::DoubleTunnel {
             gateway: next.hop(next.port)?,
             gateway_peers: next.peers(),
-            // The gateway selects the endpoint, so only the service's names identify the peer
-            // behind it.
+            // The gateway selects the endpoint, so only the service's `subjectAltNames` identify
+            // the peer behind it.
             peers: chosen_for.map(|service| &*service.subject_alt_names).unwrap_or_default().into(),
             authority: Target::Hostname(service.hostname.clone(), self.destination.port()),
         };
@@ -307,7 +308,7 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
     fn proxy(
         &mut self,
         gateway: &Gateway,
-        purpose: Purpose,
+        purpose: EndpointRole,
     ) -> Result<Option<Upstream<'m>>, RouteError> {
         // A waypoint given by name is dialled at an address of the client's family.
         let requested = match &gateway.destination {
@@ -341,7 +342,7 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
         &mut self,
         service: &'m Arc<Service>,
         port: u16,
-        purpose: Purpose,
+        purpose: EndpointRole,
         requested: IpAddr,
     ) -> Result<Upstream<'m>, RouteError> {
         let chosen = load_balancing::select(service, port, purpose, self.caller, self.choose)?;
@@ -351,7 +352,7 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
         Ok(Upstream { workload: chosen.workload, port: chosen.port, service, endpoint, requested })
     }
 
-    /// Whether the caller is the waypoint itself, which has processed the connection already.
+    /// Whether the caller is the waypoint itself, which has already processed the connection.
     fn comes_from(&self, waypoint: &Gateway) -> bool {
         let is_caller = |workload: &Workload| {
             self.caller.identity == Some(&workload.identity)

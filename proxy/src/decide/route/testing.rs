@@ -22,7 +22,7 @@ use super::outbound::route;
 use super::{Authority, Caller, ForwardVia, NextHop, Route, RouteError, SelectionInputs};
 use crate::decide::endpoint_health::EndpointKey;
 
-/// Makes the mesh that `text` describes.
+/// Parses the mesh that `text` describes.
 pub(super) fn mesh(text: &str) -> Mesh {
     let mut builder = MeshBuilder::default();
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {

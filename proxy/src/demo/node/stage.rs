@@ -58,12 +58,12 @@ impl DemoPod {
         (self.address, HTTP_PORT).into()
     }
 
-    /// How many connections have reached the HTTP server.
+    /// The number of connections that have reached the HTTP server.
     pub(super) fn requests(&self) -> usize {
         self.server.requests()
     }
 
-    /// The pod file of a node daemon.
+    /// The content of the pod's file for a node daemon.
     fn file(&self) -> String {
         let Self { name, address, .. } = self;
         let path = self.namespace.path().display();
@@ -178,7 +178,7 @@ impl Stage {
         Ok(Self { a, b, client, web, store, guest, token: setup::token() })
     }
 
-    /// Stops the daemons; the namespaces end with the process.
+    /// Stops the daemons. The namespaces end with the process.
     pub(in crate::demo) async fn take_down(&mut self) {
         for node in [&mut self.a, &mut self.b] {
             setup::stop(&mut node.daemon).await;

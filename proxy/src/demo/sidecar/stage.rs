@@ -56,7 +56,7 @@ impl Stage {
         Ok(Self { client, server, stranger, proxies, web, identities, token, client_credentials })
     }
 
-    /// Stops the proxies; the namespaces end with the process.
+    /// Stops the proxies. The namespaces end with the process.
     pub(in crate::demo) async fn take_down(&mut self) {
         for proxy in &mut self.proxies {
             setup::stop(proxy).await;
@@ -80,17 +80,17 @@ impl Stage {
         (SERVER_FOR_STRANGER, port).into()
     }
 
-    /// The identities that the proxies must have authenticated: source, destination.
+    /// The identities that the proxies must have authenticated: source and destination.
     pub(super) fn identities(&self) -> &(SpiffeId, SpiffeId) {
         &self.identities
     }
 
-    /// A unique token in the request.
+    /// The unique token in the request.
     pub(super) fn token(&self) -> &str {
         &self.token
     }
 
-    /// How many connections have reached the HTTP server.
+    /// The number of connections that have reached the HTTP server.
     pub(super) fn requests(&self) -> usize {
         self.web.requests()
     }
@@ -100,7 +100,7 @@ impl Stage {
         &self.client_credentials
     }
 
-    /// Commands to enter the pods.
+    /// The commands to enter the pods.
     pub(in crate::demo) fn enter_commands(&self, sandbox: Sandbox) -> String {
         let [client, server] = [&self.client, &self.server].map(|pod| enter_command(sandbox, pod));
         format!(
@@ -114,7 +114,8 @@ impl Stage {
     }
 }
 
-/// Certificates, the mesh file and the settings of both pods.
+/// Writes certificates, the mesh file and the settings of both pods. Returns the identities of
+/// client and server.
 fn write_files(folder: &Path) -> Result<(SpiffeId, SpiffeId), DemoError> {
     let failed = |source| DemoError::Io { doing: "write the settings", source };
     let ca = CertificateAuthority::init(folder, setup::trust_domain()?)

@@ -6,7 +6,7 @@ use crate::node::testing::settings;
 const SOURCE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
 const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
 
-/// Limits of two workers with these settings and this limit of open files.
+/// The limits of two workers with the settings `more` and this limit of open files.
 fn limits(files: usize, more: &[&str]) -> Limits {
     let mut limits = Limits::new(&settings(more).limits, 2);
     limits.descriptors = super::super::Descriptors::new(files, 0, 0);

@@ -115,14 +115,14 @@ impl Published {
                 generation,
                 terminated,
                 ?took,
-                "the change was superseded by a newer one"
+                "a newer change of the mesh has superseded this one"
             );
             return;
         }
         metrics::mesh_applied(size, generation);
         if let Some(took) = took {
             size.log("mesh changed");
-            tracing::info!(generation, terminated, ?took, "the change is in force");
+            tracing::info!(generation, terminated, ?took, "the change of the mesh is in force");
         }
     }
 }
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn generation_is_in_force_when_last_worker_has_applied_it() {
+    fn mesh_generation_is_in_force_when_last_worker_has_applied_it() {
         let mut ledger = ledger(2, 2);
         assert_eq!(applied(&mut ledger, 0, 1, 0), []);
         assert_eq!(applied(&mut ledger, 0, 2, 3), []);
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn overlapping_generations_keep_their_own_terminated_connections() {
+    fn overlapping_generations_count_terminated_connections_separately() {
         let mut ledger = ledger(2, 3);
         for (generation, terminated) in [(1, 0), (2, 1500), (3, 0)] {
             assert_eq!(applied(&mut ledger, 0, generation, terminated), []);
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn ended_worker_delays_no_generation() {
+    fn worker_that_has_ended_delays_no_generation() {
         let mut ledger = ledger(2, 2);
         applied(&mut ledger, 0, 1, 0);
         applied(&mut ledger, 0, 2, 5);

@@ -57,7 +57,7 @@ async fn unless_starved(starved: &Cell<bool>, work: impl Future<Output = ()>) {
 }
 
 #[tokio::test]
-async fn overlapping_generations_are_accounted_once_under_starved_worker() {
+async fn overlapping_mesh_generations_are_counted_once_with_a_starved_worker() {
     let (current, mesh) = watch::channel(generation(1));
     let (node, pod) = (node_in(2, mesh), pod(&[]));
     let workers = [0, 1].map(|index| Worker::new(node.clone(), index, Arc::default()));

@@ -1,4 +1,4 @@
-//! A pod whose listeners are bound.
+//! A pod with bound listeners.
 
 use std::io;
 use std::sync::Arc;
@@ -16,20 +16,18 @@ use crate::rules::capture::Capture;
 use crate::rules::health::RulesHealth;
 use crate::traffic::listeners::{Listeners, NamedListeners};
 
-/// A pod to serve.
+/// The parts from which a pod is bound.
 #[derive(Debug)]
 pub(crate) struct PodSpec {
     pub(crate) settings: Arc<Settings>,
-    /// The pod's network namespace.
     pub(crate) access: NamespaceAccess,
-    /// The interception settings, which may change.
+    /// The current interception settings; a reload changes them.
     pub(crate) interception: watch::Receiver<InterceptionSettings>,
     /// Receives the state of the rules.
     pub(crate) health: RulesHealth,
 }
 
-/// A pod whose listeners are bound in its namespace. Nothing else is changed: dropping it leaves
-/// nothing.
+/// A pod whose listeners are bound in its namespace. Dropping it leaves no trace.
 #[derive(Debug)]
 pub(crate) struct BoundPod {
     pod: PodToServe,
@@ -38,8 +36,8 @@ pub(crate) struct BoundPod {
 }
 
 impl BoundPod {
-    /// Checks the preconditions of the rules, and binds the listeners that are not `handed` over by
-    /// another process.
+    /// Checks the preconditions of the rules, and binds the listeners except those that another
+    /// process has `handed` over.
     ///
     /// # Errors
     ///
@@ -57,7 +55,7 @@ impl BoundPod {
         Ok(Self { pod, capture, health })
     }
 
-    /// Its listeners with descriptors of their own, to hand over.
+    /// Duplicates the listeners' descriptors, to hand them over.
     ///
     /// # Errors
     ///
@@ -70,7 +68,7 @@ impl BoundPod {
     ///
     /// # Errors
     ///
-    /// The kernel refused, and the rules are as they were.
+    /// The kernel rejected them; the earlier rules are unchanged.
     pub(crate) async fn guard(self, owner: RulesOwner) -> Result<GuardedPod, PodError> {
         let Self { pod, capture, health } = self;
         capture.install().await?;

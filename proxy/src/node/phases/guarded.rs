@@ -1,4 +1,4 @@
-//! A pod whose rules are installed.
+//! A pod with installed rules.
 
 use std::time::Duration;
 
@@ -8,23 +8,23 @@ use super::serving::ServingPod;
 use crate::node::data_plane::{DataPlane, PodToServe};
 use crate::node::pod_error::PodError;
 use crate::process::pause_gate::PauseGate;
-use crate::rules::capture::{Capture, Probes};
+use crate::rules::capture::{Capture, SelfTestSockets};
 use crate::rules::health::RulesHealth;
 use crate::rules::watch::Subscriptions;
 
-/// A pod whose rules are installed: its connections wait in the accept queues of its listeners.
+/// A pod whose rules are installed. Its connections wait in the accept queues of its listeners.
 /// Dropping it leaves the rules.
 #[derive(Debug)]
 pub(crate) struct GuardedPod {
     pod: PodToServe,
     rules: OwnedRules,
-    probes: Probes,
+    probes: SelfTestSockets,
     health: RulesHealth,
 }
 
 impl GuardedPod {
-    /// Opens the sockets of the self-test, which must happen before the process becomes the proxy's
-    /// user.
+    /// Opens the sockets of the self-test. They need privileges, so this precedes the change to the
+    /// proxy's user.
     pub(super) async fn new(
         pod: PodToServe,
         rules: OwnedRules,
@@ -36,19 +36,19 @@ impl GuardedPod {
         }
     }
 
-    /// The rules and the means to change them.
     pub(crate) fn capture(&self) -> &Capture {
         &self.rules.capture
     }
 
-    /// Gives the listeners to the data plane, which accepts connections from now on.
+    /// Gives the listeners to the data plane, which then accepts connections.
     ///
     /// # Errors
     ///
-    /// Changes of the rules cannot be watched, or the data plane cannot accept; the rules are left.
+    /// Changes of the rules cannot be watched, or the data plane cannot accept. The rules are kept
+    /// or removed.
     pub(crate) async fn open(self, data_plane: &dyn DataPlane) -> Result<OpenPod, PodError> {
         let Self { pod, rules, probes, health } = self;
-        // Subscribes before the self-test, so that no change after the test is missed.
+        // Subscribe before the self-test, so that no change after the test is missed.
         let subscribed = match Subscriptions::new(&rules.capture).await {
             Ok(subscribed) => subscribed,
             Err(error) => return Err(rules.leave_after(error).await),
@@ -63,7 +63,8 @@ impl GuardedPod {
     ///
     /// # Errors
     ///
-    /// The rules do not catch the traffic: the connections are terminated and the rules are left.
+    /// The rules do not catch the traffic. The connections are terminated, and the rules are kept
+    /// or removed.
     pub(crate) async fn serve(
         self,
         data_plane: &dyn DataPlane,
@@ -80,14 +81,14 @@ impl GuardedPod {
     ///
     /// # Errors
     ///
-    /// The rules cannot be left as `interception.on_exit` says.
+    /// The rules cannot be kept or removed according to `interception.on_exit`.
     pub(crate) async fn leave(self) -> Result<(), PodError> {
         let rules = self.close();
         let on_exit = rules.capture.on_exit();
         rules.leave(on_exit).await
     }
 
-    /// Closes the listeners, and keeps or removes the rules, after `error`, which is returned.
+    /// Closes the listeners, and keeps or removes the rules. Returns `error`, the reason.
     pub(crate) async fn abandon<E>(self, error: E) -> E {
         self.close().leave_after(error).await
     }

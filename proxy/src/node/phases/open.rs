@@ -1,4 +1,4 @@
-//! A pod that accepts connections, and whose rules are not tested yet.
+//! A pod that accepts connections, before the self-test of its rules.
 
 use std::time::Duration;
 
@@ -10,23 +10,23 @@ use crate::node::data_plane::ServedPod;
 use crate::node::pod_error::PodError;
 use crate::process::pause_gate::PauseGate;
 use crate::process::supervise;
-use crate::rules::capture::Probes;
+use crate::rules::capture::SelfTestSockets;
 use crate::rules::health::RulesHealth;
 use crate::rules::kubelet_probes;
 use crate::rules::watch::{RuleWatch, Subscriptions};
 
-/// A pod that accepts connections, and whose rules are not tested yet.
+/// A pod that accepts connections, before the self-test of its rules.
 #[derive(Debug)]
 pub(crate) struct OpenPod {
     pub(super) served: Box<dyn ServedPod>,
     pub(super) rules: OwnedRules,
-    pub(super) probes: Probes,
+    pub(super) probes: SelfTestSockets,
     pub(super) subscribed: Subscriptions,
     pub(super) health: RulesHealth,
 }
 
 impl OpenPod {
-    /// Tests that the rules lead connections to the listeners.
+    /// Tests whether the rules direct connections to the listeners.
     ///
     /// # Errors
     ///
@@ -35,12 +35,13 @@ impl OpenPod {
         self.rules.capture.test_at_start(&*self.served.arrivals(), &self.probes).await
     }
 
-    /// Makes this process the owner of the rules: the process that it takes over from has agreed.
+    /// Makes this process the owner of the rules, after the process that it takes over from has
+    /// agreed.
     pub(crate) fn own_rules(&mut self) {
         self.rules.owner = RulesOwner::ThisProcess;
     }
 
-    /// Watches the rules from now on. `gate` pauses their repair.
+    /// Starts to watch the rules. `gate` pauses their repair.
     pub(crate) fn watch(self, gate: PauseGate) -> ServingPod {
         let Self { served, rules, probes, subscribed, health } = self;
         kubelet_probes::warn(&rules.capture.current_settings().borrow());
@@ -52,8 +53,8 @@ impl OpenPod {
         ServingPod::new(served, rules, task)
     }
 
-    /// Drains the connections until `deadline`, and leaves the rules, after `error`, which is
-    /// returned.
+    /// Drains the connections until `deadline`, and keeps or removes the rules. Returns `error`,
+    /// the reason.
     pub(crate) async fn abandon<E>(self, deadline: Duration, error: E) -> E {
         let Self { served, rules, .. } = self;
         served.stop_accepting().await;

@@ -1,15 +1,15 @@
-//! The installed rules of a pod, and which process they belong to.
+//! The installed rules of a pod, and the process that owns them.
 
 use underpass_config::{Hint as _, OnExit};
 
 use crate::node::pod_error::PodError;
 use crate::rules::capture::Capture;
 
-/// Which process keeps or removes the rules at its end.
+/// The process that keeps or removes the rules at its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RulesOwner {
     ThisProcess,
-    /// The process that this one takes over from, or that has taken over from this one.
+    /// The other process of a take-over.
     OtherProcess,
 }
 
@@ -26,19 +26,23 @@ impl OwnedRules {
         match self.owner {
             RulesOwner::ThisProcess => self.capture.leave(on_exit).await,
             RulesOwner::OtherProcess => {
-                tracing::info!("the rules belong to another process, and stay");
+                tracing::info!("keeping the rules: another process owns them");
                 Ok(())
             }
         }
     }
 
-    /// Leaves the rules as `interception.on_exit` says, after `cause`, which is returned.
+    /// Keeps or removes the rules according to `interception.on_exit`. Returns `cause`, the reason.
     pub(super) async fn leave_after<E>(self, cause: E) -> E {
         let on_exit = self.capture.on_exit();
         if let Err(left) = self.leave(on_exit).await {
             let (error, hint) = (crate::error::chain(&left), left.hint());
             let hint = hint.as_deref();
-            tracing::error!(error, hint, "cannot leave the rules as interception.on_exit says");
+            tracing::error!(
+                error,
+                hint,
+                "cannot keep or remove the rules according to interception.on_exit"
+            );
         }
         cause
     }

@@ -1,4 +1,4 @@
-//! A pod that is served: its rules are tested and watched.
+//! A pod in service: its rules are tested and watched.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use crate::node::pod_error::PodError;
 use crate::process::supervise::Task;
 use crate::rules::capture::Capture;
 
-/// A pod that is served. Dropping it closes its listeners and leaves the rules.
+/// A pod in service. Dropping it closes its listeners and leaves the rules.
 #[derive(Debug)]
 pub(crate) struct ServingPod {
     served: Box<dyn ServedPod>,
     rules: OwnedRules,
-    /// Repairs and tests the rules; `None` once the pod drains.
+    /// The task that repairs and tests the rules; `None` once the pod drains.
     watch: Option<Task>,
 }
 
@@ -24,22 +24,21 @@ impl ServingPod {
         Self { served, rules, watch: Some(watch) }
     }
 
-    /// The state of its certificate.
+    /// The state of the pod's certificate.
     pub(crate) fn certificate(&self) -> CertificateState {
         self.served.certificate()
     }
 
-    /// The rules and the means to change them.
     pub(crate) fn capture(&self) -> &Capture {
         &self.rules.capture
     }
 
-    /// Fails if the rules are not those of the current settings.
+    /// Fails if the installed rules differ from the current settings.
     pub(crate) async fn verify(&self) -> Result<(), PodError> {
         self.rules.capture.verify().await
     }
 
-    /// Installs the rules again if they differ.
+    /// Installs the rules again if they differ from the current settings.
     ///
     /// # Errors
     ///
@@ -53,31 +52,31 @@ impl ServingPod {
         self.rules.owner = RulesOwner::OtherProcess;
     }
 
-    /// Closes the listeners and stops watching the rules. Open connections go on; tunnels take no
-    /// new streams.
+    /// Closes the listeners and stops watching the rules. Open connections continue; tunnels accept
+    /// no new streams.
     pub(crate) async fn stop_accepting(&mut self) {
         self.watch = None;
         self.served.stop_accepting().await;
     }
 
-    /// Waits until `deadline` for the end of the connections, and terminates the rest. Returns how
-    /// many. Cancel-safe until the deadline.
+    /// Waits until `deadline` for the end of the connections, and terminates the rest. Returns the
+    /// number of terminated ones. Cancel-safe until the deadline.
     pub(crate) async fn drain(&self, deadline: Duration) -> usize {
         self.served.drain(deadline).await
     }
 
-    /// Terminates the connections that are left, closes the tunnels and sockets, and keeps or
-    /// removes the rules.
+    /// Terminates the remaining connections, closes the tunnels and sockets, and keeps or removes
+    /// the rules.
     ///
     /// # Errors
     ///
-    /// The rules cannot be left as `interception.on_exit` says.
+    /// The rules cannot be kept or removed according to `interception.on_exit`.
     pub(crate) async fn leave(self) -> Result<(), PodError> {
         let on_exit = self.rules.capture.on_exit();
         self.leave_with(on_exit).await
     }
 
-    /// As [`leave`](Self::leave), with another treatment of the rules than that of the settings.
+    /// Like [`leave`](Self::leave), with `on_exit` instead of the setting.
     ///
     /// # Errors
     ///

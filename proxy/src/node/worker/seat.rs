@@ -31,40 +31,39 @@ use crate::node::worker::Worker;
 use crate::observe::party::{Claim, Party};
 use crate::traffic::accepted::Source;
 
-/// For how long a pool remembers a failed dial, rounded up: its longest back-off with jitter, and
-/// the time in which another failure makes the next back-off longer (hbone/src/pool/state.rs).
+/// The maximum time that a pool remembers a failed dial, rounded up: its longest back-off with
+/// jitter, and the time in which another failure lengthens the next back-off
+/// (hbone/src/pool/state.rs).
 const FAILURE_REMEMBERED: Duration = Duration::from_secs(13);
-/// For how long the kernel's answer that an address is the pod's own is cached.
+/// The lifetime of a cached answer of the kernel that an address is the pod's own.
 const CACHE_TTL: Duration = Duration::from_secs(1);
 /// The maximum number of cached addresses; a pod has a few.
 const MAX_CACHED_ADDRESSES: usize = 16;
 
-/// A pod on a worker. The pod's connections and tunnels on the worker own it, and the worker does
-/// not, so it ends with the last of them.
+/// A pod on a worker. Only the pod's connections and tunnels on the worker own it, so it ends with
+/// the last of them.
 #[derive(Debug)]
 pub(crate) struct Seat {
     pub(crate) worker: Arc<Worker>,
     pub(crate) pod: Arc<Pod>,
-    /// The connections, tunnels and streams of the pod on the worker.
     pub(crate) registry: Arc<ConnectionRegistry<Decision>>,
-    /// The tunnels that this seat has opened.
+    /// The tunnels from this seat.
     pub(crate) pool: Pool<TunnelDialer>,
-    /// The pods of the process that it has connected to without a tunnel.
+    /// The pods of this process to which the seat has connected without a tunnel.
     pub(crate) neighbours: Neighbours,
-    /// Opens and accepts tunnels; unset without a certificate.
+    /// The client and the server of tunnels; unset until the first certificate.
     endpoints: OnceLock<TunnelEndpoints>,
     /// Whether a task keeps the seat because its pool remembers failed dials.
     kept: AtomicBool,
-    /// Whether a dial has failed since that task looked.
+    /// Whether a dial has failed since that task last checked.
     failed: AtomicBool,
-    /// Counts the seats of the pod.
     _counted: TaskTrackerToken,
-    /// Addresses of the pod with the times of the kernel's answers. Only the worker's thread locks
-    /// it, so that workers do not contend for the lock of [`Pod::local`].
+    /// The pod's own addresses, each with the time of the kernel's answer. Only the worker's thread
+    /// locks it, so that workers do not contend for the lock of [`Pod::local`].
     local: Mutex<Vec<(IpAddr, Instant)>>,
 }
 
-/// Opens and accepts the tunnels of a pod.
+/// The client and the server of a pod's tunnels.
 #[derive(Debug)]
 pub(crate) struct TunnelEndpoints {
     pub(crate) connector: Connector,
@@ -117,12 +116,12 @@ impl Seat {
         &self.pod.context
     }
 
-    /// Opens and accepts the pod's tunnels. Waits for its first certificate, at most for
-    /// `timeouts.handshake`.
+    /// The client and the server of the pod's tunnels. Waits for the first certificate, at most for
+    /// `timeouts.handshake`. `peer` is for the error.
     ///
     /// # Errors
     ///
-    /// There is none, for a connection with `peer`.
+    /// No certificate was issued in time.
     pub(crate) async fn tunnel_endpoints(
         &self,
         peer: SocketAddr,
@@ -134,19 +133,19 @@ impl Seat {
         let Timeouts { handshake: after, frame, .. } = self.node().timeouts;
         match timeout(after, lease.first()).await {
             Ok(Ok(own)) => Ok(self.endpoints.get_or_init(|| TunnelEndpoints::new(own, frame))),
-            // The error of a rotation is logged when it happens.
+            // The rotation's error was logged when it happened.
             Ok(Err(_)) => Err(ProxyError::NoIdentity(peer)),
             Err(_) => Err(ProxyError::CertificateAwaited { id: lease.identity(), after }),
         }
     }
 
-    /// Whether [`tunnel_endpoints`](Self::tunnel_endpoints) need not wait.
+    /// Whether [`tunnel_endpoints`](Self::tunnel_endpoints) returns without waiting.
     pub(crate) fn has_tunnel_endpoints(&self) -> bool {
         self.endpoints.get().is_some()
     }
 
-    /// The current mesh. Waits until it has the pod's own workload if it must, at most for
-    /// `timeouts.connect`.
+    /// The current mesh. If policies require the pod's own workload, waits until the mesh has it,
+    /// at most for `timeouts.connect`.
     pub(crate) async fn mesh(&self) -> Result<Arc<Snapshot>, ProxyError> {
         let current = self.node().mesh.borrow().clone();
         let Err(error) = self.context().check_own(&current) else { return Ok(current) };
@@ -163,7 +162,7 @@ impl Seat {
         self.registry.register(Decision::default())
     }
 
-    /// Decides on a registered connection of the pod.
+    /// Decides whether a registered connection of the pod is permitted.
     pub(crate) fn permit<'a>(
         &'a self,
         subject: Subject,
@@ -172,8 +171,8 @@ impl Seat {
         policy::permit(subject, &self.pod, &self.worker.node.mesh, registration)
     }
 
-    /// The workload that opened an outbound connection: the pod's own. Only if the mesh does not
-    /// have it by its name, an address of the pod makes it the workload there, which must have its
+    /// The workload of an outbound connection: the pod's own. If the mesh has no workload with the
+    /// pod's name, it is the workload at the source address, provided that it has the pod's
     /// identity.
     pub(crate) fn caller<'a>(
         &self,
@@ -188,8 +187,8 @@ impl Seat {
         })
     }
 
-    /// The pod as one end of a connection, at one of its own addresses: the workload that the mesh
-    /// has by the pod's name, or the one at that address with the pod's identity.
+    /// The pod as one party of a connection, at one of its own addresses. It is the workload with
+    /// the pod's name, or the one at that address with the pod's identity.
     pub(crate) fn own_party(&self, snapshot: &Snapshot, address: SocketAddr) -> Party {
         let named = snapshot.named(&self.context().own);
         let at_address = || snapshot.workload(address.ip());
@@ -202,8 +201,8 @@ impl Seat {
         Party { workload, claim, ..Party::at(address) }
     }
 
-    /// The pod as the source of a connection that comes from another address: of a virtual machine
-    /// in it, or of a client that it is the gateway of.
+    /// The pod as the source of a connection from another address: of a virtual machine in it, or
+    /// of a client of an ingress gateway.
     pub(crate) fn party_behind(&self, snapshot: &Snapshot, address: SocketAddr) -> Party {
         Party { workload: snapshot.named(&self.context().own).cloned(), ..Party::at(address) }
     }
@@ -212,7 +211,7 @@ impl Seat {
     ///
     /// # Errors
     ///
-    /// The kernel does not answer.
+    /// The kernel did not answer.
     pub(crate) fn is_local(&self, address: IpAddr) -> io::Result<bool> {
         let address = address.to_canonical();
         let now = Instant::now();
@@ -238,8 +237,8 @@ impl Seat {
         self.local.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps the seat for as long as its pool remembers a dial that failed just now: without it the
-    /// next connection would dial again at once.
+    /// Keeps the seat while its pool remembers the dial that failed. Otherwise the next connection
+    /// would create a new pool and dial at once.
     pub(crate) fn keep_after_failure(self: &Arc<Self>) {
         self.failed.store(true, Relaxed);
         if self.kept.swap(true, Relaxed) {

@@ -1,6 +1,6 @@
-//! The gauge of the expiry of certificates, with a series for each identity.
+//! The gauge of certificates' expiry times, with a series for each identity.
 //!
-//! The recorder keeps a series for ever; those of removed pods must end.
+//! The recorder would keep a series forever, but the series of a removed pod must end.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,11 +11,11 @@ use underpass_config::SpiffeId;
 
 const CERTIFICATE_EXPIRY: &str = "underpass_certificate_expiry_timestamp_seconds";
 const HELP: &str = "When a certificate of the proxy expires, in seconds since 1970.";
-/// The maximum number of series: of more certificates, those that expire first have one.
-const SERIES: usize = 256;
+/// The maximum number of series. The certificates that expire first have one.
+const MAX_SERIES: usize = 256;
 
-/// The identity and the expiry of each workload's current certificate. The recorder of the process
-/// is global too.
+/// The identity and the expiry of each workload's current certificate. Global like the recorder of
+/// the process.
 static CURRENT: Mutex<BTreeMap<SpiffeId, (SpiffeId, SystemTime)>> = Mutex::new(BTreeMap::new());
 
 fn current() -> MutexGuard<'static, BTreeMap<SpiffeId, (SpiffeId, SystemTime)>> {
@@ -23,12 +23,12 @@ fn current() -> MutexGuard<'static, BTreeMap<SpiffeId, (SpiffeId, SystemTime)>> 
     CURRENT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A certificate of `identity` came into use for `workload`.
+/// Records that `workload` uses a certificate of `identity`.
 pub(super) fn in_use(workload: &SpiffeId, identity: &SpiffeId, expires: SystemTime) {
     current().insert(workload.clone(), (identity.clone(), expires));
 }
 
-/// `workload` no longer has a certificate.
+/// Records that `workload` no longer has a certificate.
 pub(super) fn ended(workload: &SpiffeId) {
     current().remove(workload);
 }
@@ -41,7 +41,7 @@ pub(super) fn render(text: &mut String) {
     certificates.sort_by(|(a, first), (b, second)| (first, a).cmp(&(second, b)));
     // Writing to a String cannot fail.
     write!(text, "# HELP {CERTIFICATE_EXPIRY} {HELP}\n# TYPE {CERTIFICATE_EXPIRY} gauge\n").ok();
-    for (identity, expires) in certificates.iter().take(SERIES) {
+    for (identity, expires) in certificates.iter().take(MAX_SERIES) {
         let since_1970 = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         // An identity has no character that needs to be escaped.
         let (name, seconds) = (CERTIFICATE_EXPIRY, since_1970.as_secs());
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn series_ends_with_its_workload() {
+    fn certificate_series_is_removed_with_its_workload() {
         let id: SpiffeId = "spiffe://td/ns/metrics/sa/test".parse().unwrap();
         in_use(&id, &id, SystemTime::UNIX_EPOCH + Duration::from_millis(1500));
         let rendered = || {

@@ -1,4 +1,4 @@
-//! The series that one worker has counted in, found without the registry's lock.
+//! A worker's cache of series, which avoids the registry's lock.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -8,9 +8,9 @@ use foldhash::fast::RandomState;
 use super::registry::SeriesRegistry;
 use super::series::{Labels, Series};
 
-/// The maximum number of series in a worker's cache, about 200 bytes each. Beyond it, the cache is
+/// The maximum number of cached series, about 200 bytes each. When it is exceeded, the cache is
 /// cleared.
-const CACHED_AT_MOST: usize = 1024;
+const MAX_CACHED: usize = 1024;
 
 /// The cache of one worker.
 #[derive(Debug, Default)]
@@ -25,16 +25,18 @@ impl KnownSeries {
         Self { registry, cached: Mutex::default() }
     }
 
-    /// The series of these labels. The caller owns it while it counts, so that it does not expire.
+    /// The series with these labels. The caller owns it while it counts, so that it does not
+    /// expire.
     pub(crate) fn get(&self, labels: Labels) -> Arc<Series> {
         let mut cached = self.lock();
         if let Some(series) = cached.get(&labels).and_then(Weak::upgrade) {
             return series;
         }
         let series = self.registry.get(&labels);
-        // An overflow series is looked up again: there may be room for its own by then.
+        // An overflow series is not cached, because the registry may have room for a separate
+        // series later.
         if !series.is_overflow() {
-            if cached.len() >= CACHED_AT_MOST {
+            if cached.len() >= MAX_CACHED {
                 cached.clear();
             }
             cached.insert(labels, Arc::downgrade(&series));
@@ -61,7 +63,7 @@ mod tests {
     use crate::observe::metrics::series::put;
     use crate::observe::party::{Direction, Party};
 
-    /// The workload in a newly read mesh.
+    /// The same workload, as read into a new mesh.
     fn workload() -> Arc<Workload> {
         let mesh = Mesh::from_text("mesh", "workloads: [{name: a, workloadIps: [10.0.0.1]}]");
         mesh.unwrap().workloads()[0].clone()
@@ -73,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn series_is_shared_by_connections_with_equal_labels() {
+    fn connections_with_equal_labels_share_a_series() {
         let known = KnownSeries::default();
         let (here, again) = (workload(), workload());
         let first = known.get(to(&here));
@@ -87,9 +89,9 @@ mod tests {
     }
 
     #[test]
-    fn cache_is_bounded_and_releases_old_mesh() {
+    fn series_cache_is_bounded_and_releases_old_mesh() {
         let known = KnownSeries::default();
-        let workloads: Vec<_> = (0..=CACHED_AT_MOST).map(|_| workload()).collect();
+        let workloads: Vec<_> = (0..=MAX_CACHED).map(|_| workload()).collect();
         workloads.iter().for_each(|one| drop(known.get(to(one))));
         assert_eq!(known.lock().len(), 1);
         known.forget();

@@ -2,7 +2,7 @@
 //!
 //! Peers control most labels, so the registry bounds the number of series. A series expires after
 //! `metrics.idle` without counts and connections. Beyond `metrics.label_sets`, connections are
-//! counted in a series whose labels are `overflow`.
+//! counted in a series with the label value `overflow`.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -16,7 +16,7 @@ use super::series::{Labels, Metric, Series};
 use crate::observe::party::Direction;
 
 const OPEN: &str = "istio_tcp_sockets_open";
-/// The minimum interval of searches for expired series in a full registry, since each visits all
+/// The minimum interval of searches for expired series in a full registry. Each search visits all
 /// series.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -24,14 +24,14 @@ const EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct SeriesRegistry {
     settings: SeriesSettings,
-    /// Locked by a worker on a miss of its cache, and by a scrape.
+    /// Locked by a worker whose cache lacks a series, and by a scrape.
     registered: Mutex<Registered>,
 }
 
 #[derive(Debug)]
 struct Registered {
     all: HashMap<Arc<str>, Entry>,
-    /// The overflow series by direction and security policy; they do not expire.
+    /// The overflow series by direction and security policy. They do not expire.
     overflow: HashMap<Arc<str>, Arc<Series>>,
     expired_at: Instant,
     /// Whether the log has reported that the limit is reached.
@@ -63,7 +63,7 @@ impl SeriesRegistry {
         Self { settings, registered: Mutex::new(registered) }
     }
 
-    /// The series of these labels; the overflow series if there are too many.
+    /// The series with these labels, or the overflow series if there are too many.
     pub(super) fn get(&self, labels: &Labels) -> Arc<Series> {
         let text = labels.text();
         let mut registered = self.lock();
@@ -86,7 +86,7 @@ impl SeriesRegistry {
         series
     }
 
-    /// All series in Prometheus' text format, without those that have expired.
+    /// All unexpired series in Prometheus' text format.
     pub(crate) fn render(&self) -> String {
         let all: Vec<Arc<Series>> = {
             let mut registered = self.lock();
@@ -104,7 +104,7 @@ impl SeriesRegistry {
         for (direction, reporter) in
             [(Direction::Inbound, "destination"), (Direction::Outbound, "source")]
         {
-            // No series with an open connection expires, so that the sum is complete.
+            // A series with an open connection does not expire, so the sum is complete.
             let of_direction = all.iter().filter(|series| series.direction == direction);
             let open: u64 = of_direction.map(|series| series.open()).sum();
             line(&mut text, format_args!("{OPEN}{{reporter=\"{reporter}\"}} {open}"));
@@ -124,7 +124,7 @@ impl SeriesRegistry {
 }
 
 impl Registered {
-    /// Removes the series in which nothing was counted for `idle`, and that no connection holds.
+    /// Removes the series that have counted nothing for `idle` and have no open connection.
     fn expire(&mut self, now: Instant, idle: Duration) {
         self.expired_at = now;
         let mut expired = Vec::new();
@@ -138,8 +138,8 @@ impl Registered {
         }
         for labels in expired {
             let Some(Entry { series, events, .. }) = self.all.remove(&labels) else { continue };
-            // Fails if a worker has found it in its cache meanwhile; otherwise no worker can find
-            // it later.
+            // Fails if a worker has found the series in its cache meanwhile. Otherwise no worker
+            // can find it later.
             let kept = match Arc::try_unwrap(series) {
                 Ok(series) if series.events() == events => continue,
                 Ok(series) => Arc::new(series),
@@ -208,7 +208,7 @@ mod tests {
         series.closed(ResponseFlags::None);
     }
 
-    /// The value of a metric for one peer; `None`: the metric has no such line.
+    /// The value of a metric for one peer; `None` if the metric has no such line.
     fn value(text: &str, metric: Metric, label: &str) -> Option<u64> {
         let wanted = format!("{}{{", metric.name());
         let mut lines = text.lines().filter(|l| l.starts_with(&wanted) && l.contains(label));
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn series_beyond_limit_are_counted_as_overflow() {
+    async fn connections_beyond_series_limit_are_counted_as_overflow() {
         let registry = registry();
         let known = KnownSeries::new(registry.clone());
         (0..2000).for_each(|peer| serve(&known, peer));
@@ -234,7 +234,7 @@ mod tests {
         let lines = text.lines().filter(|line| line.starts_with("istio_tcp_connections_opened"));
         assert_eq!(lines.count(), LIMIT + 1);
         assert!(text.len() < 4 * 1024 * (LIMIT + 1), "{}", text.len());
-        // After the expiry of the flood's series, a new peer gets its own series again.
+        // After the flood's series have expired, a new peer gets its own series again.
         advance(IDLE).await;
         registry.render();
         advance(IDLE).await;
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn repeated_connections_keep_series() {
+    async fn metric_series_survives_between_repeated_connections() {
         let registry = registry();
         let known = KnownSeries::new(registry.clone());
         for count in 1..=5 {
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn failure_counts_without_opened_series() {
+    async fn failed_connection_is_counted_without_an_opened_connection() {
         let registry = registry();
         KnownSeries::new(registry.clone()).get(from(1)).failed(ResponseFlags::TlsFailure);
         let text = registry.render();

@@ -1,8 +1,9 @@
 //! The counters of connections: ztunnel's `istio_tcp_*` with their labels.
 //!
-//! A [`Series`] has all counters of one set of labels. Finding one is the most expensive part of
-//! counting a connection, so each worker has a cache (`known.rs`). The cache has weak references,
-//! so that a connection after the expiry in `registry.rs` registers a new series.
+//! A [`Series`] has all counters of one set of labels. Looking up a series is the most expensive
+//! part of counting a connection, so each worker has a cache (`known.rs`). The cache has weak
+//! references: after a series has expired in `registry.rs`, the next connection registers a new
+//! one.
 
 use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
@@ -17,25 +18,25 @@ use crate::observe::party::{Direction, Party};
 /// The value of an unknown label, as in ztunnel.
 const UNKNOWN: &str = "unknown";
 
-/// The sources of a connection's labels. Workloads and services are compared by pointer; the labels
+/// The sources of a connection's labels. Workloads and services are compared by pointer. The labels
 /// own them, so that no other value gets the same address.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Labels {
     pub(super) direction: Direction,
-    pub(super) source: Side,
-    pub(super) destination: Side,
+    pub(super) source: EndLabels,
+    pub(super) destination: EndLabels,
     pub(super) service: Value<Service>,
     pub(super) mutual_tls: bool,
 }
 
 /// The labels of one end of a connection: its source or its destination.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) struct Side {
+pub(super) struct EndLabels {
     workload: Value<Workload>,
     identity: Option<SpiffeId>,
 }
 
-/// A value that is compared by its address.
+/// A value that is compared by its memory address.
 #[derive(Debug, Clone)]
 pub(super) struct Value<T>(Option<Arc<T>>);
 
@@ -67,7 +68,7 @@ impl Labels {
         service: Option<&Arc<Service>>,
         mutual_tls: bool,
     ) -> Self {
-        let side = |party: &Party| Side {
+        let side = |party: &Party| EndLabels {
             workload: Value(party.workload.clone()),
             identity: party.identity.clone(),
         };
@@ -137,7 +138,7 @@ const DESTINATION: [&str; 8] = [
     "destination_principal",
 ];
 
-impl Side {
+impl EndLabels {
     fn put(&self, text: &mut String, names: &[&str; 8]) {
         let workload = self.workload.0.as_deref();
         let of = |field: fn(&Workload) -> &Name| workload.map(|workload| &**field(workload));
@@ -221,7 +222,7 @@ impl Series {
         self.received.fetch_add(bytes, Relaxed);
     }
 
-    /// Counts an opened connection as closed.
+    /// Counts the end of an opened connection.
     pub(crate) fn closed(&self, flags: ResponseFlags) {
         self.closed.of(flags).fetch_add(1, Relaxed);
     }
@@ -233,7 +234,7 @@ impl Series {
 
     /// How many connections are open.
     pub(super) fn open(&self) -> u64 {
-        // Read first: every closed connection was counted as opened before.
+        // Read this first: every closed connection was counted as opened before.
         let closed = self.closed.sum();
         self.opened.load(Relaxed).saturating_sub(closed)
     }
@@ -263,7 +264,7 @@ impl Series {
             }
         };
         for (flags, count) in by_flags.all() {
-            // With opened connections but no closed one, the counter is 0, not absent.
+            // With opened but no closed connections, the counter is 0, not absent.
             let is_expected =
                 metric == Metric::Closed && flags == ResponseFlags::None && opened > 0;
             if count > 0 || is_expected {

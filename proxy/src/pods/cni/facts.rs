@@ -1,7 +1,7 @@
-//! The facts about a pod: those of the plugin, and the service account that the mesh names.
+//! The facts about a pod: those from the plugin, and the service account from the mesh.
 //!
-//! The plugin knows no service account, labels or annotations. The mesh has the service account of
-//! a workload with the pod's namespace and name; labels and annotations stay empty.
+//! The plugin knows neither service account nor labels nor annotations. The service account is that
+//! of the workload with the pod's namespace and name; labels and annotations stay empty.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -16,16 +16,16 @@ use super::attachment::{AttachedPod, PodReference};
 use crate::decide::snapshot::Snapshot;
 use crate::pods::facts::PodFacts;
 
-/// Finds the facts about pods.
+/// Finds the facts about pods in the mesh.
 #[derive(Debug)]
 pub(super) struct FactFinder {
     mesh: watch::Receiver<Arc<Snapshot>>,
-    /// The node's: trust domain and network.
+    /// The node's own workload, with its trust domain and network.
     own: WorkloadSettings,
     exempt_namespaces: Vec<String>,
 }
 
-/// A missing or contradictory fact.
+/// A fact about a pod that is missing, or that contradicts the mesh.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(super) enum FactProblem {
     #[error("the mesh has no workload {namespace}/{name}, so the pod's service account is unknown")]
@@ -36,7 +36,7 @@ pub(super) enum FactProblem {
         listed(pod)
     )]
     Addresses { namespace: String, name: String, workload: Vec<IpAddr>, pod: Vec<IpAddr> },
-    #[error("the pod has the address {address}, which is that of {namespace}/{name} in the mesh")]
+    #[error("the pod has the address {address}, which belongs to {namespace}/{name} in the mesh")]
     AddressOfAnother { address: IpAddr, namespace: String, name: String },
 }
 
@@ -60,12 +60,11 @@ impl FactFinder {
         Self { mesh, own: settings.workload.clone(), exempt_namespaces }
     }
 
-    /// Whether the pods of this namespace are never enrolled.
+    /// Whether the pod's Kubernetes namespace is exempt from enrolment.
     pub(super) fn is_exempt(&self, pod: &PodReference) -> bool {
         self.exempt_namespaces.contains(&pod.namespace)
     }
 
-    /// The facts about a pod.
     pub(super) fn find(&self, attached: &AttachedPod) -> Result<PodFacts, FactProblem> {
         let (snapshot, pod) = (self.mesh.borrow().clone(), &attached.pod);
         let (namespace, name) = (pod.namespace.clone(), pod.name.clone());
@@ -99,7 +98,7 @@ impl FactFinder {
         })
     }
 
-    /// The mesh, whose changes may add facts.
+    /// The mesh. A change of it may add missing facts.
     pub(super) fn mesh(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.mesh.clone()
     }
@@ -141,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_and_contradictory_facts_are_problems_with_remedies() {
+    fn missing_and_contradictory_facts_are_errors_with_hints() {
         for (name, address, problem) in [
             (
                 "other",

@@ -5,8 +5,8 @@
 //! uninstall  entry ─▶ binary
 //! ```
 //!
-//! Each step replaces one file at once, and a step that is done already changes nothing. The daemon
-//! repeats the installation when another program rewrites the configuration (`upkeep.rs`).
+//! Each step replaces one file atomically, and is skipped if it is already done. The daemon repeats
+//! the installation when another program rewrites the configuration (`upkeep.rs`).
 
 mod conflist;
 mod files;
@@ -22,43 +22,40 @@ use thiserror::Error;
 use underpass_config::Hint;
 
 use self::conflist::{Conflist, ConflistError};
-use self::files::Found;
+use self::files::NetworkConfig;
 
-/// The name of the plugin's binary, which is its type in network configurations.
-pub(crate) const PLUGIN: &str = "underpass-cni";
-/// The daemon's default socket.
+/// The name of the plugin's binary, which is also its `type` in network configurations.
+pub(crate) const PLUGIN_NAME: &str = "underpass-cni";
 pub(crate) const DEFAULT_SOCKET: &str = "/run/underpass/cni.sock";
 
-/// This binary, also after it was replaced.
+/// A path to the running binary that also works after its file was replaced.
 const OWN_BINARY: &str = "/proc/self/exe";
-/// The name of the drop-in.
+/// The file name of the drop-in.
 const DROP_IN: &str = "underpass.conf";
 
-/// Where the plugin is installed.
+/// The paths and the form of an installation of the plugin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Installation {
-    /// The folder of the network configurations.
     pub(crate) network_folder: PathBuf,
-    /// The folder of the plugins.
+    /// The folder of the plugins' binaries.
     pub(crate) program_folder: PathBuf,
-    /// The daemon's socket.
     pub(crate) socket: PathBuf,
-    /// Whether the entry is a file of its own instead of a part of the list.
+    /// Whether the entry is a separate drop-in file instead of a part of the list.
     pub(crate) drop_in: bool,
 }
 
-/// A change of one file.
+/// A change of one file, which installs or removes the plugin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Change {
-    /// Copy this binary.
+    /// Copies the running binary.
     CopyProgram(PathBuf),
-    /// Replace the content.
+    /// Replaces the content of a file.
     Write {
         path: PathBuf,
         text: String,
     },
     Remove(PathBuf),
-    /// Create and remove a file, because containerd does not watch folders of drop-ins.
+    /// Creates and removes a file, because containerd does not watch folders of drop-ins.
     Touch(PathBuf),
 }
 
@@ -75,7 +72,7 @@ pub(crate) enum InstallError {
     #[error("the network configuration {path} cannot be edited", path = path.display())]
     Configuration { path: PathBuf, source: ConflistError },
     #[error(
-        "{path} is not a list of plugins, for which runtimes read no drop-in",
+        "the runtime reads no drop-in for {path}, which is not a list of plugins",
         path = path.display()
     )]
     DropInOfSingle { path: PathBuf },
@@ -95,7 +92,7 @@ impl Hint for InstallError {
 }
 
 impl Installation {
-    /// The changes that install the plugin; none if it is installed.
+    /// The changes that install the plugin; empty if it is installed.
     pub(crate) fn install(&self) -> Result<Vec<Change>, InstallError> {
         let mut changes = Vec::new();
         if !self.has_program() {
@@ -105,7 +102,7 @@ impl Installation {
         Ok(changes)
     }
 
-    /// The changes that remove the plugin; none if nothing of it is left.
+    /// The changes that remove the plugin; empty if no part of it is left.
     pub(crate) fn uninstall(&self) -> Result<Vec<Change>, InstallError> {
         let mut changes = self.remove_drop_ins()?;
         for found in self.found()? {
@@ -122,30 +119,31 @@ impl Installation {
     }
 
     fn program(&self) -> PathBuf {
-        self.program_folder.join(PLUGIN)
+        self.program_folder.join(PLUGIN_NAME)
     }
 
-    /// A program that cannot be read is replaced.
+    /// Whether the installed binary equals the running one. An unreadable binary is replaced.
     fn has_program(&self) -> bool {
         files::are_equal(Path::new(OWN_BINARY), &self.program()).unwrap_or(false)
     }
 
-    /// The changes that put the entry into the configuration that runtimes use: the first one.
+    /// The changes that add the entry to the configuration that runtimes use: the first one by
+    /// name.
     fn entry(&self) -> Result<Vec<Change>, InstallError> {
         let mut changes = Vec::new();
         for found in self.found()? {
             match found {
-                Found::Orphan(path) => changes.push(Change::Remove(path)),
+                NetworkConfig::Orphan(path) => changes.push(Change::Remove(path)),
                 found if self.drop_in => {
                     changes.extend(self.add_drop_in(found)?);
                     return Ok(changes);
                 }
-                Found::List(path) => {
+                NetworkConfig::List(path) => {
                     changes.extend(self.add_to_list(path)?);
                     changes.extend(self.remove_drop_ins()?);
                     return Ok(changes);
                 }
-                Found::Single { source, list } => {
+                NetworkConfig::Single { source, list } => {
                     changes.extend(self.add_list(&source, list)?);
                     changes.extend(self.remove_drop_ins()?);
                     return Ok(changes);
@@ -155,8 +153,8 @@ impl Installation {
         Err(InstallError::NoConfiguration { folder: self.network_folder.clone() })
     }
 
-    fn found(&self) -> Result<Vec<Found>, InstallError> {
-        match Found::all(&self.network_folder) {
+    fn found(&self) -> Result<Vec<NetworkConfig>, InstallError> {
+        match NetworkConfig::all(&self.network_folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             found => found.map_err(failed("read", &self.network_folder)),
         }
@@ -175,11 +173,12 @@ impl Installation {
         Ok((!is_there).then_some(Change::Write { path: list, text }))
     }
 
-    /// Adds the file that libcni 1.3 and later append to the list, then removes the inline entry.
-    fn add_drop_in(&self, found: Found) -> Result<Vec<Change>, InstallError> {
+    /// Writes the drop-in, which libcni 1.3 and later append to the list. Then removes the entry
+    /// from the list.
+    fn add_drop_in(&self, found: NetworkConfig) -> Result<Vec<Change>, InstallError> {
         let path = match found {
-            Found::List(path) => path,
-            Found::Single { source: path, .. } | Found::Orphan(path) => {
+            NetworkConfig::List(path) => path,
+            NetworkConfig::Single { source: path, .. } | NetworkConfig::Orphan(path) => {
                 return Err(InstallError::DropInOfSingle { path });
             }
         };
@@ -194,7 +193,7 @@ impl Installation {
             changes.push(Change::Write { path: file, text: entry });
             changes.push(Change::Touch(self.network_folder.clone()));
         }
-        changes.extend(remove_entry(Found::List(path))?);
+        changes.extend(remove_entry(NetworkConfig::List(path))?);
         Ok(changes)
     }
 
@@ -218,14 +217,14 @@ impl Installation {
     }
 }
 
-fn remove_entry(found: Found) -> Result<Option<Change>, InstallError> {
+fn remove_entry(found: NetworkConfig) -> Result<Option<Change>, InstallError> {
     match found {
-        Found::Orphan(path) => Ok(Some(Change::Remove(path))),
-        Found::Single { list, .. } => Ok(list.exists().then_some(Change::Remove(list))),
-        Found::List(path) => {
+        NetworkConfig::Orphan(path) => Ok(Some(Change::Remove(path))),
+        NetworkConfig::Single { list, .. } => Ok(list.exists().then_some(Change::Remove(list))),
+        NetworkConfig::List(path) => {
             let text = read_text(&path)?;
-            // Another file of the runtime may be invalid.
-            if !text.contains(PLUGIN) {
+            // Other files of the runtime may be invalid, which does not matter without an entry.
+            if !text.contains(PLUGIN_NAME) {
                 return Ok(None);
             }
             let edited = Conflist::parse(&text).and_then(|list| list.without_entry());
@@ -257,7 +256,7 @@ impl Change {
     }
 }
 
-/// The alternate form has the new text.
+/// The alternate format includes the new content.
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

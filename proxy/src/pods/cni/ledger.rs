@@ -1,7 +1,7 @@
-//! The attachments of the node: which pod each belongs to, and what a call changes.
+//! Tracks the attachments of the node, and the pod of each.
 //!
 //! A pod is in the registry as long as it has an attachment. The store has the attachments whose
-//! addition has been answered.
+//! `ADD` was answered with success.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,7 +23,7 @@ use crate::pods::enrolment::EnrolError;
 use crate::pods::registry::{PodRegistry, Removal};
 use crate::pods::status::PodState;
 
-/// The attachments of the node.
+/// The attachments of the node. Shared by the calls of the plugin.
 #[derive(Debug)]
 pub(super) struct Ledger {
     registry: PodRegistry,
@@ -40,42 +40,42 @@ struct Known {
     next_call: u64,
 }
 
-/// An attachment.
+/// The state of one attachment.
 #[derive(Debug)]
 struct Entry {
-    /// The addition that made it. A later one of the same attachment takes it over.
+    /// The number of the `ADD` call that created it, or of a later call for the same attachment.
     call: u64,
     progress: Progress,
     uid: PodUid,
     network: NetworkName,
     namespace: NamespaceId,
-    /// The namespace's file; `None` if this process cannot see it.
+    /// The file of the namespace; `None` if this process cannot open it.
     path: Option<Box<Path>>,
 }
 
-/// How far an attachment is.
+/// The progress of an `ADD` call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
-    /// The plugin waits for its answer.
+    /// The plugin waits for the answer.
     Adding,
-    /// Stored.
+    /// The pod is served and stored.
     Enrolled,
 }
 
-/// The remedy for a namespace that this process cannot see.
+/// The hint for a namespace whose file this process cannot open.
 const MOUNT_HINT: &str = "mount the runtime's folder of namespaces, such as /run/netns, with HostToContainer propagation";
 
-/// A successful addition, which is undone unless the plugin gets the answer.
+/// A successful `ADD`. Dropping it undoes the addition, unless the plugin has received the answer.
 #[derive(Debug)]
 #[must_use]
 pub(super) struct Addition<'a> {
     ledger: &'a Ledger,
-    /// `None` for an exempt pod, and once it is kept.
+    /// The attachment and its call; `None` for an exempt pod, and after [`keep`](Self::keep).
     undo: Option<(Attachment, u64)>,
 }
 
 impl Addition<'_> {
-    /// Keeps the pod enrolled.
+    /// Keeps the pod enrolled after the drop.
     pub(super) fn keep(mut self) {
         self.undo = None;
     }
@@ -99,7 +99,7 @@ impl Ledger {
         Self { registry, facts, store, open, known: Mutex::default() }
     }
 
-    /// Enrols a pod. Returns once it is served. Undone if the future or its result is dropped.
+    /// Enrols a pod, and returns once it is served. Dropping the future or its result undoes this.
     pub(super) async fn add(
         &self,
         pod: AttachedPod,
@@ -107,7 +107,7 @@ impl Ledger {
     ) -> Result<Addition<'_>, Refusal> {
         if self.facts.is_exempt(&pod.pod) {
             let pod = format!("{}/{}", pod.pod.namespace, pod.pod.name);
-            tracing::info!(pod, "pod left alone: node.exempt_namespaces has its namespace");
+            tracing::info!(pod, "pod not enrolled: its namespace is in node.exempt_namespaces");
             return Ok(Addition { ledger: self, undo: None });
         }
         let facts = self.facts.find(&pod).map_err(Refusal::from)?;
@@ -167,7 +167,8 @@ impl Ledger {
         }
     }
 
-    /// Removes a pod. `None` if nothing has to end.
+    /// Removes an attachment, and the pod with its last one. Returns `None` if no pod has to be
+    /// drained.
     pub(super) fn delete(&self, attachment: &Attachment) -> Option<Removal> {
         self.remove_locked(&mut self.known(), attachment)
     }
@@ -193,31 +194,33 @@ impl Ledger {
         let known = self.known().entries.get(&pod.attachment).map(|entry| entry.namespace);
         match known {
             None => return Err(unknown(&pod.attachment)),
-            Some(enrolled) if enrolled != namespace => return Err(other_namespace(enrolled)),
+            Some(enrolled) if enrolled != namespace => {
+                return Err(other_namespace_refusal(enrolled));
+            }
             Some(_) => {}
         }
         match self.registry.check(&pod.pod.uid).await {
-            Err(_) if self.is_left_alone(&pod.pod.uid) => Ok(()),
+            Err(_) if self.is_pod_exempt(&pod.pod.uid) => Ok(()),
             Err(error) => Err(Refusal { code: code::CHECK_FAILED, ..Refusal::from(&error) }),
             Ok(()) => Ok(()),
         }
     }
 
-    fn is_left_alone(&self, uid: &PodUid) -> bool {
+    fn is_pod_exempt(&self, uid: &PodUid) -> bool {
         let status = self.registry.status();
         let mut own = status.iter().filter(|pod| pod.uid == *uid);
-        own.any(|pod| matches!(pod.state, PodState::LeftAlone(_)))
+        own.any(|pod| matches!(pod.state, PodState::Exempt(_)))
     }
 
-    /// Removes the attachments of a network that are not `valid`.
+    /// Removes the attachments of a network that are not in `valid`.
     pub(super) fn collect(&self, network: &NetworkName, valid: &BTreeSet<Attachment>) {
         self.remove_where(|attachment, entry| {
             entry.network == *network && !valid.contains(attachment)
         });
     }
 
-    /// Removes the pods whose namespace the runtime has removed. Not every runtime calls GC, and
-    /// a DEL finds no daemon while it restarts.
+    /// Removes the pods whose namespace no longer exists. Not every runtime calls GC, and a DEL
+    /// gets lost while the daemon restarts.
     pub(super) fn sweep(&self) {
         self.remove_where(|_, entry| {
             let (device, inode) = (entry.namespace.device(), entry.namespace.inode());
@@ -227,7 +230,7 @@ impl Ledger {
 
     fn remove_where(&self, is_gone: impl Fn(&Attachment, &Entry) -> bool) {
         let mut known = self.known();
-        // An addition ends by itself.
+        // An `ADD` in progress has its own end.
         let entries = known.entries.iter();
         let enrolled = entries.filter(|(_, entry)| entry.progress == Progress::Enrolled);
         let gone = enrolled.filter(|(attachment, entry)| is_gone(attachment, entry));
@@ -238,7 +241,8 @@ impl Ledger {
         }
     }
 
-    /// Enrols the pods of an earlier process again. Returns those whose facts are missing.
+    /// Enrols the stored pods of an earlier process. Returns those for which the mesh has no facts
+    /// yet.
     pub(super) fn resume(&self) -> io::Result<Vec<AttachedPod>> {
         let mut incomplete = Vec::new();
         for StoredPod { pod, device, inode } in self.store.load()? {
@@ -258,7 +262,7 @@ impl Ledger {
                 Ok(_) | Err(_) => {
                     tracing::info!(
                         attachment = %pod.attachment, path = pod.namespace_path,
-                        "a stored pod has ended: its namespace is gone"
+                        "removing a stored pod: its namespace no longer exists"
                     );
                     self.store.remove(&pod.attachment)?;
                     continue;
@@ -266,7 +270,7 @@ impl Ledger {
             };
             self.begin(&pod, namespace.id(), Progress::Enrolled);
             match self.facts.find(&pod) {
-                // The registry tries again for as long as it fails.
+                // The registry retries failed enrolments.
                 Ok(facts) => drop(self.registry.add(facts, namespace)),
                 Err(_) => incomplete.push(pod),
             }
@@ -274,7 +278,7 @@ impl Ledger {
         Ok(incomplete)
     }
 
-    /// Enrols a pod of an earlier process once the mesh has its facts. Ends with the attachment.
+    /// Enrols a stored pod once the mesh has its facts. Ends when the attachment is removed.
     pub(super) async fn resume_late(&self, pod: AttachedPod) {
         let mut mesh = self.facts.mesh();
         let mut logged = None;
@@ -317,8 +321,8 @@ impl Ledger {
     }
 }
 
-/// Whether the namespace is no longer at the path: there is no file, or that of another namespace.
-/// After other errors it may still be there.
+/// Whether the path no longer leads to the namespace: the file is missing, or belongs to another
+/// namespace. Other errors do not count.
 fn has_left(path: &Path, device: u64, inode: u64) -> bool {
     match fs::metadata(path) {
         Ok(file) => (file.dev(), file.ino()) != (device, inode),
@@ -326,7 +330,7 @@ fn has_left(path: &Path, device: u64, inode: u64) -> bool {
     }
 }
 
-/// Whether the file is that of the namespace.
+/// Whether the file at `path` is that of `namespace`.
 fn leads_to(path: &Path, namespace: NamespaceId) -> bool {
     let same =
         |file: fs::Metadata| (file.dev(), file.ino()) == (namespace.device(), namespace.inode());
@@ -343,7 +347,9 @@ impl From<FactProblem> for Refusal {
 impl From<&EnrolError> for Refusal {
     fn from(error: &EnrolError) -> Self {
         let code = match error {
-            EnrolError::NamespaceInUse(_) | EnrolError::ForeignNamespace(_) => code::NAMESPACE,
+            EnrolError::NamespaceInUse(_) | EnrolError::ForeignNamespace(_) => {
+                code::INVALID_NAMESPACE
+            }
             _ => code::TRY_AGAIN,
         };
         let message = format!("the pod is not enrolled: {}", chain(error));
@@ -360,9 +366,9 @@ fn unknown(attachment: &Attachment) -> Refusal {
     }
 }
 
-fn other_namespace(enrolled: NamespaceId) -> Refusal {
+fn other_namespace_refusal(enrolled: NamespaceId) -> Refusal {
     Refusal {
-        code: code::NAMESPACE,
+        code: code::INVALID_NAMESPACE,
         message: format!("the pod is enrolled in {enrolled}, which is not CNI_NETNS"),
         hint: "create the pod again".to_owned(),
     }

@@ -1,19 +1,20 @@
-//! Opens the files of pods' network namespaces, whose paths come from the runtime.
+//! Opens the files of pods' network namespaces, at paths from the container runtime.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use underpass_interception::{InterceptionError, Namespace};
 
-/// Opens a namespace. Tests open kinds of namespaces that need no privilege.
+/// Opens a namespace. Tests open other kinds of namespaces, which need no privilege.
 pub(crate) type OpenNamespace = fn(&Path) -> Result<Namespace, InterceptionError>;
 
-/// Opens the namespace at `path`, which only root can have changed.
+/// Opens the namespace at `path`, all parts of which must belong to root.
 pub(crate) fn open(path: &Path) -> Result<Namespace, InterceptionError> {
     Namespace::open_guarded(&without_link(path))
 }
 
-/// Runtimes name `/var/run`, which is a link of root's to `/run`, and links are refused.
+/// Runtimes use `/var/run`, which is root's link to `/run`. Links are rejected, so the path is
+/// changed.
 fn without_link(path: &Path) -> PathBuf {
     let target = fs::read_link("/var/run").unwrap_or_default();
     let is_link = ["/run", "../run"].iter().any(|run| target == Path::new(run));
@@ -28,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_of_runtimes_have_no_link() {
+    fn var_run_is_replaced_by_run_in_namespace_paths() {
         let linked = fs::read_link("/var/run").is_ok();
         let expected = if linked { "/run/netns/cni-1" } else { "/var/run/netns/cni-1" };
         assert_eq!(without_link(Path::new("/var/run/netns/cni-1")), Path::new(expected));
@@ -36,7 +37,7 @@ mod tests {
     }
 
     #[test]
-    fn link_of_a_process_is_refused() {
+    fn namespace_path_through_a_link_is_refused() {
         let error = open(Path::new("/proc/self/ns/net")).unwrap_err();
         assert!(format!("{error:?}").contains("symbolic link"), "{error:?}");
     }

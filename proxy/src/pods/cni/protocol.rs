@@ -6,10 +6,10 @@
 //!                  {"version":1,"code":11,"message":"…","hint":"…"}
 //! ```
 //!
-//! Each request has one answer. The version comes first: both sides refuse any other one, because
-//! plugin and daemon are the same binary and differ only between two steps of an upgrade.
+//! Each request has one answer. The version comes first, and both sides refuse any other version:
+//! plugin and daemon are the same binary, except during an upgrade.
 //! The descriptor of `add` and `check` is the pod's network namespace (`SCM_RIGHTS`, unix(7)).
-//! The daemon's store has the same objects.
+//! The daemon's store contains the same objects.
 
 use std::net::IpAddr;
 
@@ -18,34 +18,33 @@ use thiserror::Error;
 
 use super::attachment::{AttachedPod, Attachment, InvalidName, NetworkName, PodReference};
 
-/// The version of these messages.
 const VERSION: u64 = 1;
 /// The maximum number of addresses of a pod.
 const MAX_ADDRESSES: usize = 16;
-/// The maximum length of the path of a namespace in bytes, so that a message fits its line.
-const MAX_PATH: usize = 1024;
-/// The maximum length of a refusal's texts in bytes, so that a message fits its line.
-const MAX_TEXT: usize = 900;
-/// The number of attachments that always fit one line.
+/// In bytes, for the path of a namespace, so that a message fits its line.
+const MAX_PATH_BYTES: usize = 1024;
+/// In bytes, for the texts of a refusal, so that a message fits its line.
+const MAX_TEXT_BYTES: usize = 900;
+/// The number of attachments that fit one line, whatever their length.
 pub(crate) const ATTACHMENTS_PER_LINE: usize = 12;
 
 /// A request of the plugin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Request {
-    /// Enrol the pod whose namespace is attached.
+    /// Enrols the pod whose namespace is the descriptor.
     Add(Box<AttachedPod>),
-    /// Verify the listeners and the rules of a pod.
+    /// Verifies the listeners and the rules of a pod.
     Check(Box<AttachedPod>),
-    /// Remove a pod. Also done if it is unknown.
+    /// Removes an attachment. Succeeds also if it is unknown.
     Delete(Attachment),
-    /// Report whether pods can be added.
+    /// Asks whether pods can be added.
     Status,
-    /// Remove the pods of a network that are not named. A long list has several lines.
+    /// Removes the attachments of a network that are not listed. A long list has several messages.
     Collect {
         network: NetworkName,
-        /// Attachments that remain.
+        /// The attachments that are kept.
         valid: Vec<Attachment>,
-        /// Whether the list ends here.
+        /// Whether this message ends the list.
         last: bool,
     },
 }
@@ -57,7 +56,7 @@ pub(crate) enum Answer {
     Refused(Refusal),
 }
 
-/// A CNI error: what failed, and what to do about it.
+/// A CNI error with its code and a hint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Refusal {
     pub(crate) code: u32,
@@ -65,18 +64,17 @@ pub(crate) struct Refusal {
     pub(crate) hint: String,
 }
 
-/// Error codes, from CNI's specification and, above 99, our own.
+/// Error codes: up to 99 from CNI's specification, above that our own.
 pub(crate) mod code {
-    /// The container is unknown.
     pub(crate) const UNKNOWN_CONTAINER: u32 = 3;
-    /// A temporary failure: the runtime tries again.
+    /// A temporary failure: the runtime retries.
     pub(crate) const TRY_AGAIN: u32 = 11;
-    /// No pod can be added now.
+    /// The daemon cannot add pods at present.
     pub(crate) const NOT_READY: u32 = 50;
-    /// `CHECK`: the pod's listeners or rules are not as they should be.
+    /// `CHECK` failed: the pod's listeners or rules are wrong.
     pub(crate) const CHECK_FAILED: u32 = 100;
-    /// The network namespace is not one that a pod may have.
-    pub(crate) const NAMESPACE: u32 = 101;
+    /// The network namespace cannot be a pod's.
+    pub(crate) const INVALID_NAMESPACE: u32 = 101;
 }
 
 /// A pod in the daemon's store, with the identity of its namespace.
@@ -231,7 +229,7 @@ fn decode_attachment(message: &Map<String, Value>) -> Result<Attachment, Protoco
 fn decode_pod(message: &Map<String, Value>) -> Result<AttachedPod, ProtocolError> {
     let pod = message.get("pod").and_then(Value::as_object).ok_or(ProtocolError::Field("pod"))?;
     let path = text(message, "namespace_path")?;
-    if path.len() > MAX_PATH {
+    if path.len() > MAX_PATH_BYTES {
         return Err(ProtocolError::Field("namespace_path"));
     }
     Ok(AttachedPod {
@@ -273,7 +271,7 @@ fn text<'a>(message: &'a Map<String, Value>, key: &'static str) -> Result<&'a st
     message.get(key).and_then(Value::as_str).ok_or(ProtocolError::Field(key))
 }
 
-/// Panics if a message that decodes does not survive its encoding.
+/// Decodes a line, and panics if the message changes when it is encoded and decoded again.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn check_line(line: &[u8]) {
     let Ok(line) = std::str::from_utf8(line) else { return };
@@ -292,10 +290,10 @@ pub(crate) fn check_line(line: &[u8]) {
     }
 }
 
-/// The text without control characters, cut to what fits a message.
+/// The text without control characters, cut to the length that fits a message.
 fn printable(text: &str) -> String {
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    text.get(..text.floor_char_boundary(MAX_TEXT)).unwrap_or_default().to_owned()
+    text.get(..text.floor_char_boundary(MAX_TEXT_BYTES)).unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-//! Answers the calls of the plugin.
+//! Answers the calls of the CNI plugin.
 //!
-//! Each request of a call has a deadline. A plugin that ends before its answer, for example because
-//! the runtime killed it, undoes its addition.
+//! Each request of a call has a deadline. If the plugin exits before its answer, for example
+//! because the runtime killed it, its addition is undone.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -22,33 +22,33 @@ use crate::error::chain;
 use crate::pods::registry::Removal;
 use crate::process::take_over::control_socket::ControlSocket;
 
-/// The maximum number of concurrent calls. Further ones wait in the queue of the socket.
-const CALLS: usize = 128;
+/// The maximum number of concurrent calls. Further ones wait in the accept queue.
+const MAX_CONCURRENT_CALLS: usize = 128;
 /// Timeout for receiving a request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Timeout for enrolling a pod, below the plugin's.
+/// Timeout for enrolling a pod, below the plugin's own timeout.
 const ADD_TIMEOUT: Duration = Duration::from_secs(25);
 /// Timeout for verifying a pod.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(20);
-/// The longest that a runtime waits for the end of a pod's connections. They end anyway.
+/// The maximum time that a runtime waits for the drain of a pod, which continues afterwards.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The maximum number of attachments that a garbage collection names.
-const MAX_VALID: usize = 10_000;
-/// How often namespaces are looked for that the runtime has removed.
+/// The maximum number of attachments that a GC request lists.
+const MAX_VALID_ATTACHMENTS: usize = 10_000;
+/// The interval of the search for pods whose namespace no longer exists.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
-/// The pause after a failed accept, for example without file descriptors.
-const ACCEPT_RETRY: Duration = Duration::from_secs(1);
+/// The delay after a failed accept, for example without file descriptors.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Why pods cannot be added now; `None` if they can.
+/// The reason why pods cannot be added at present; `None` if they can.
 pub(super) type NotReady = watch::Receiver<Option<String>>;
 
-/// Answers calls on `socket`, for ever.
+/// Answers calls on `socket`. Never returns.
 pub(super) async fn serve(
     socket: ControlSocket,
     ledger: Arc<Ledger>,
     not_ready: NotReady,
 ) -> Infallible {
-    let calls = Arc::new(Semaphore::new(CALLS));
+    let calls = Arc::new(Semaphore::new(MAX_CONCURRENT_CALLS));
     let mut tasks = JoinSet::new();
     let mut sweep = interval(SWEEP_INTERVAL);
     sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -69,7 +69,7 @@ pub(super) async fn serve(
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a call of the CNI plugin");
-                    sleep(ACCEPT_RETRY).await;
+                    sleep(ACCEPT_RETRY_DELAY).await;
                 }
             },
             _ = sweep.tick() => ledger.sweep(),
@@ -88,7 +88,7 @@ async fn answer(connection: &Handover, ledger: &Ledger, not_ready: &NotReady) {
 async fn converse(connection: &Handover, ledger: &Ledger, not_ready: &NotReady) -> io::Result<()> {
     let peer = connection.peer()?;
     if !peer.is_trusted() {
-        let refusal = untrusted(peer.uid);
+        let refusal = untrusted_refusal(peer.uid);
         tracing::warn!(
             uid = peer.uid,
             pid = peer.pid,
@@ -103,7 +103,7 @@ async fn converse(connection: &Handover, ledger: &Ledger, not_ready: &NotReady) 
             Ok(Request::Add(pod)) => {
                 let added = tokio::select! {
                     added = add(ledger, *pod, descriptors) => added,
-                    // The plugin has ended, or does not wait for its answer.
+                    // The plugin has exited, or has sent a request before its answer.
                     _ = connection.receive() => return Ok(()),
                 };
                 match added {
@@ -137,7 +137,7 @@ async fn add<'a>(
     let namespace = namespace(descriptors)?;
     timeout(ADD_TIMEOUT, ledger.add(pod, namespace))
         .await
-        .unwrap_or_else(|_| Err(late("enrolled", ADD_TIMEOUT)))
+        .unwrap_or_else(|_| Err(timeout_refusal("enrolled", ADD_TIMEOUT)))
 }
 
 /// Performs a request other than an addition.
@@ -149,12 +149,12 @@ async fn perform(
     not_ready: &NotReady,
 ) -> Result<(), Refusal> {
     match request {
-        // Answered by the caller, which undoes it.
+        // The caller answers an addition, because it may have to be undone.
         Ok(Request::Add(_)) => Ok(()),
         Ok(Request::Check(pod)) => {
             let namespace = namespace(descriptors)?.id();
             let checked = timeout(CHECK_TIMEOUT, ledger.check(&pod, namespace)).await;
-            checked.unwrap_or_else(|_| Err(late("verified", CHECK_TIMEOUT)))
+            checked.unwrap_or_else(|_| Err(timeout_refusal("verified", CHECK_TIMEOUT)))
         }
         Ok(Request::Delete(attachment)) => {
             let gone = ledger.delete(&attachment).map(Removal::gone);
@@ -172,7 +172,7 @@ async fn perform(
         Ok(Request::Collect { network, valid: more, last }) => {
             collect(&network, more, last, valid, ledger)
         }
-        Err(error) => Err(malformed(&error)),
+        Err(error) => Err(malformed_refusal(&error)),
     }
 }
 
@@ -186,10 +186,10 @@ fn collect(
     ledger: &Ledger,
 ) -> Result<(), Refusal> {
     valid.extend(more);
-    if valid.len() > MAX_VALID {
+    if valid.len() > MAX_VALID_ATTACHMENTS {
         return Err(Refusal {
             code: code::TRY_AGAIN,
-            message: format!("more than {MAX_VALID} attachments remain"),
+            message: format!("more than {MAX_VALID_ATTACHMENTS} attachments remain"),
             hint: "the daemon removes removed pods by itself".to_owned(),
         });
     }
@@ -199,10 +199,10 @@ fn collect(
     Ok(())
 }
 
-/// The one namespace of a message.
+/// The network namespace of a request, which must be its only descriptor.
 fn namespace(descriptors: Vec<OwnedFd>) -> Result<Namespace, Refusal> {
     let refusal = |message: String| Refusal {
-        code: code::NAMESPACE,
+        code: code::INVALID_NAMESPACE,
         message,
         hint: "CNI_NETNS must be the file of a network namespace".to_owned(),
     };
@@ -212,7 +212,7 @@ fn namespace(descriptors: Vec<OwnedFd>) -> Result<Namespace, Refusal> {
     Namespace::from_descriptor(descriptor).map_err(|error| refusal(chain(&error)))
 }
 
-fn late(done: &str, limit: Duration) -> Refusal {
+fn timeout_refusal(done: &str, limit: Duration) -> Refusal {
     Refusal {
         code: code::TRY_AGAIN,
         message: format!("the pod was not {done} within {} s", limit.as_secs()),
@@ -221,7 +221,7 @@ fn late(done: &str, limit: Duration) -> Refusal {
     }
 }
 
-fn malformed(error: &ProtocolError) -> Refusal {
+fn malformed_refusal(error: &ProtocolError) -> Refusal {
     Refusal {
         code: code::TRY_AGAIN,
         message: format!("the daemon cannot read the request: {}", chain(error)),
@@ -230,7 +230,7 @@ fn malformed(error: &ProtocolError) -> Refusal {
     }
 }
 
-fn untrusted(uid: u32) -> Refusal {
+fn untrusted_refusal(uid: u32) -> Refusal {
     Refusal {
         code: code::TRY_AGAIN,
         message: format!("the plugin runs as user {uid}, not as root"),

@@ -1,8 +1,9 @@
-//! The enrolled pods on disk, from which a restarted daemon learns them: a runtime adds a pod once.
+//! Stores the enrolled pods on disk for a restarted daemon, because a runtime adds each pod only
+//! once.
 //!
-//! The folder has one JSON file for each attachment, beside the socket in /run, so that nothing
-//! outlives a reboot. A file is written at once and names the pod's namespace by its path, device
-//! and inode: a path that leads to another namespace meanwhile is not the pod's.
+//! The folder has one JSON file for each attachment. It is beside the socket in /run, so that a
+//! reboot empties it. Files are written atomically. A file contains the path, device and inode of
+//! the pod's namespace: another namespace at the same path is not the pod's.
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
@@ -15,7 +16,7 @@ use underpass_interception::{NamespaceId, Peer};
 use super::attachment::{AttachedPod, Attachment};
 use super::protocol::{ProtocolError, StoredPod};
 
-/// The end of a file's name.
+/// The extension of a pod's file.
 const EXTENSION: &str = "pod";
 
 /// The folder of the enrolled pods.
@@ -29,12 +30,12 @@ pub(super) struct Store {
 pub(crate) enum StoreError {
     #[error("cannot {operation} {path}", path = path.display())]
     Io { operation: &'static str, path: PathBuf, source: io::Error },
-    #[error("{path} belongs to user {owner}, or others may write to it", path = path.display())]
+    #[error("{path} is not private: user {owner} owns it, or other users may write to it", path = path.display())]
     Unsafe { path: PathBuf, owner: u32 },
 }
 
 impl Store {
-    /// Opens the folder, which is created if it does not exist. Only this user may write to it.
+    /// Opens the folder, or creates it. Only this user may have write access.
     pub(super) fn open(folder: PathBuf) -> Result<Self, StoreError> {
         let failed = |operation| {
             let path = folder.clone();
@@ -55,7 +56,7 @@ impl Store {
         Ok(Self { folder })
     }
 
-    /// The stored pods. A file that cannot be read is reported and removed.
+    /// The stored pods. An unreadable file is logged and removed.
     pub(super) fn load(&self) -> io::Result<Vec<StoredPod>> {
         let mut pods = Vec::new();
         for entry in fs::read_dir(&self.folder)? {
@@ -66,14 +67,14 @@ impl Store {
                     Err(error) => discard(&path, &error),
                 }
             } else {
-                // A file that was being written when the daemon was killed.
+                // An unfinished file of a daemon that was killed.
                 fs::remove_file(&path)?;
             }
         }
         Ok(pods)
     }
 
-    /// Stores a pod, in one step.
+    /// Stores a pod atomically.
     pub(super) fn save(&self, pod: &AttachedPod, namespace: NamespaceId) -> io::Result<()> {
         let path = self.file(&pod.attachment);
         let new = path.with_extension("new");
@@ -81,7 +82,7 @@ impl Store {
         fs::rename(&new, &path)
     }
 
-    /// Removes a pod; done as well if there is none.
+    /// Removes a pod if it is stored.
     pub(super) fn remove(&self, attachment: &Attachment) -> io::Result<()> {
         match fs::remove_file(self.file(attachment)) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
@@ -90,7 +91,7 @@ impl Store {
     }
 
     fn file(&self, attachment: &Attachment) -> PathBuf {
-        // Neither name contains a slash.
+        // An attachment's names contain no slash.
         self.folder.join(format!("{attachment}.{EXTENSION}"))
     }
 }

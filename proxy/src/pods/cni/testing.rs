@@ -1,4 +1,4 @@
-//! Folders and pods for the tests of this module.
+//! Folders and pods for the tests of the CNI source.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ pub(crate) struct Folder(PathBuf);
 
 impl Folder {
     pub(crate) fn new() -> Self {
-        // Short, because the path of a socket has at most 107 bytes.
+        // A short name, because the path of a Unix socket has at most 107 bytes.
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (process, number) = (std::process::id(), NEXT.fetch_add(1, Relaxed));
         let path = std::env::temp_dir().join(format!("underpass-cni-{process}-{number}"));
@@ -50,8 +50,7 @@ pub(super) fn attached(name: &str, addresses: &[&str]) -> AttachedPod {
     }
 }
 
-/// A namespace of this process, of a kind that is not the network's: it can be opened without a
-/// privilege, and cannot be entered.
+/// A namespace of this process of another kind, such as `uts`. Opening it needs no privilege.
 pub(super) fn namespace(kind: &str) -> Namespace {
     Namespace::open(namespace_path(kind)).unwrap()
 }

@@ -1,8 +1,7 @@
 //! Keeps the plugin installed while the daemon runs.
 //!
-//! Other programs rewrite the network configuration: network plugins at their start, and other
-//! chained plugins. Without our entry a new pod bypasses the mesh, so the node is not ready until
-//! the entry is back.
+//! Network plugins and other chained plugins rewrite the network configuration. Without our entry a
+//! new pod bypasses the mesh, so the node is unready until the entry is restored.
 
 use std::time::Duration;
 
@@ -14,19 +13,19 @@ use super::install::{InstallError, Installation};
 use crate::error::chain;
 use crate::pods::source::SourceHealth;
 
-/// The pause after a repair, so that a fight with another program costs little.
-const AFTER_REPAIR: Duration = Duration::from_millis(200);
-/// The pause between attempts without events of the folder.
-const RETRY: Duration = Duration::from_secs(5);
+/// The pause after a repair, which limits the cost of a conflict with another program.
+const DELAY_AFTER_REPAIR: Duration = Duration::from_millis(200);
+/// The interval of checks while the folder cannot be watched, or an attempt failed.
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Installs the plugin, and again whenever it is missing.
+/// Installs the plugin again whenever it is missing.
 #[derive(Debug)]
 pub(super) struct Upkeep {
     installation: Installation,
     watcher: FileWatcher,
 }
 
-/// Reports whether pods can be added: to readiness, and to `STATUS` of the plugin.
+/// Reports whether pods can be added: to readiness, and to the plugin's `STATUS`.
 #[derive(Debug)]
 pub(super) struct Report {
     health: SourceHealth,
@@ -39,7 +38,7 @@ impl Report {
         Self { health, not_ready }
     }
 
-    /// Reports why no pod can be added; `None` if pods can.
+    /// Reports the reason why pods cannot be added; `None` if they can.
     pub(super) fn set(&self, reason: Option<String>) {
         self.health.set_ready(reason.is_none());
         self.not_ready.send_replace(reason);
@@ -55,13 +54,13 @@ impl Upkeep {
         Self { installation, watcher }
     }
 
-    /// Runs for ever.
+    /// Never returns.
     pub(super) async fn run(self, report: Report) {
         let mut was_installed = false;
         let mut logged = None;
         let mut watch = None;
         loop {
-            // Watched before it is read, so that no change is missed.
+            // Watch the folder before reading it, so that no change is missed.
             let watched = watch.get_or_insert_with(|| self.watch());
             match self.install() {
                 Ok(changes) => {
@@ -70,7 +69,7 @@ impl Upkeep {
                     let is_repair = std::mem::replace(&mut was_installed, true);
                     log_changes(changes, is_repair);
                     if changes > 0 && is_repair {
-                        sleep(AFTER_REPAIR).await;
+                        sleep(DELAY_AFTER_REPAIR).await;
                     }
                 }
                 Err(error) => {
@@ -90,7 +89,7 @@ impl Upkeep {
             match watched {
                 Some(watched) => watched.settled().await,
                 None => {
-                    sleep(RETRY).await;
+                    sleep(CHECK_INTERVAL).await;
                     watch = None;
                 }
             }
@@ -102,7 +101,7 @@ impl Upkeep {
         watch.inspect_err(|error| tracing::warn!("{error}")).ok()
     }
 
-    /// Installs what is missing; returns the number of changes.
+    /// Performs the missing steps of the installation; returns the number of changes.
     fn install(&self) -> Result<usize, InstallError> {
         let changes = self.installation.install()?;
         for change in &changes {
@@ -116,7 +115,10 @@ fn log_changes(changes: usize, is_repair: bool) {
     match changes {
         0 => {}
         _ if is_repair => {
-            tracing::warn!(changes, "the CNI plugin had been removed or changed: installed again");
+            tracing::warn!(
+                changes,
+                "installed the CNI plugin again: another program had removed or changed it"
+            );
         }
         _ => tracing::info!(changes, "installed the CNI plugin"),
     }
@@ -129,13 +131,13 @@ mod tests {
     use underpass_interception::Inotify;
 
     use super::*;
-    use crate::pods::cni::install::PLUGIN;
+    use crate::pods::cni::install::PLUGIN_NAME;
     use crate::pods::cni::testing::Folder;
 
     const LIST: &str = r#"{"name":"a","cniVersion":"1.0.0","plugins":[{"type":"bridge"}]}"#;
 
     #[tokio::test]
-    async fn entry_that_is_lost_is_repaired_and_the_node_is_unready_without_it() {
+    async fn removed_entry_makes_node_unready_until_it_is_restored() {
         let folder = Folder::new();
         for name in ["net.d", "bin"] {
             fs::create_dir(folder.path(name)).unwrap();
@@ -158,7 +160,7 @@ mod tests {
         for _ in 0..2 {
             fs::write(&list, LIST).unwrap();
             not_ready.wait_for(|reason| reason.is_none()).await.unwrap();
-            while !fs::read_to_string(&list).unwrap().contains(PLUGIN) {
+            while !fs::read_to_string(&list).unwrap().contains(PLUGIN_NAME) {
                 tokio::task::yield_now().await;
             }
             fs::remove_file(&list).unwrap();

@@ -1,5 +1,5 @@
-//! A folder of pod files, with namespaces and an enroller in memory. Time is paused: the folder is
-//! polled.
+//! Tests with a folder of pod files, and with namespaces and an enroller in memory. Paused time
+//! drives the polling.
 
 use std::collections::HashMap;
 use std::fs::{self, Permissions};
@@ -9,14 +9,13 @@ use std::sync::Mutex;
 use underpass_interception::testing::stand_in_namespace;
 
 use super::*;
-use crate::pods::enrolment::Departure;
+use crate::pods::enrolment::LeaveReason;
 use crate::pods::status::PodState;
 use crate::pods::testing::FakeEnroller;
 
-/// Longer than the folder and the namespaces are polled.
-const POLLED: Duration = Duration::from_secs(60);
+/// Longer than the intervals at which the folder and the namespaces are polled.
+const LONGER_THAN_POLL: Duration = Duration::from_secs(60);
 
-/// A folder, and the source that follows it.
 struct Fixture {
     folder: PathBuf,
     namespaces: Arc<Mutex<HashMap<PathBuf, Namespace>>>,
@@ -51,7 +50,7 @@ impl Fixture {
         Self { folder, namespaces, enroller, registry, health }
     }
 
-    /// Makes a namespace, or replaces it.
+    /// Creates or replaces a namespace.
     fn namespace(&self, name: &str) {
         let namespace = stand_in_namespace().unwrap();
         self.namespaces.lock().unwrap().insert(format!("/run/netns/{name}").into(), namespace);
@@ -64,12 +63,12 @@ impl Fixture {
     async fn write(&self, file: &str, text: &str) {
         fs::write(self.folder.join(".staged"), text).unwrap();
         fs::rename(self.folder.join(".staged"), self.folder.join(file)).unwrap();
-        tokio::time::sleep(POLLED).await;
+        tokio::time::sleep(LONGER_THAN_POLL).await;
     }
 
     async fn remove(&self, file: &str) {
         fs::remove_file(self.folder.join(file)).unwrap();
-        tokio::time::sleep(POLLED).await;
+        tokio::time::sleep(LONGER_THAN_POLL).await;
     }
 
     fn serving(&self) -> Vec<String> {
@@ -90,7 +89,7 @@ fn pod(name: &str, more: &str) -> String {
 }
 
 #[tokio::test(start_paused = true)]
-async fn file_enrols_its_pod_and_its_removal_removes_it() {
+async fn pod_file_enrols_its_pod_and_removing_the_file_removes_the_pod() {
     let fixture = Fixture::new("enrols");
     ["a", "b"].iter().for_each(|name| fixture.namespace(name));
     fixture.write("a.yaml", &pod("a", "")).await;
@@ -104,7 +103,7 @@ async fn file_enrols_its_pod_and_its_removal_removes_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn wrong_file_leaves_the_others_and_its_own_pod_alone() {
+async fn invalid_pod_file_changes_no_pod() {
     let fixture = Fixture::new("wrong");
     ["a", "b"].iter().for_each(|name| fixture.namespace(name));
     fixture.write("a.yaml", &pod("a", "")).await;
@@ -119,7 +118,7 @@ async fn wrong_file_leaves_the_others_and_its_own_pod_alone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn changed_file_changes_its_pod() {
+async fn changed_pod_file_updates_or_replaces_its_pod() {
     let fixture = Fixture::new("changed");
     ["a", "b"].iter().for_each(|name| fixture.namespace(name));
     fixture.write("a.yaml", &pod("a", "")).await;
@@ -128,15 +127,15 @@ async fn changed_file_changes_its_pod() {
     assert_eq!((fixture.serving(), fixture.enroller.left().len()), (vec!["a".to_owned()], 0));
     fixture.write("a.yaml", &pod("a", "annotations: {x: y}")).await;
     assert_eq!((fixture.serving(), fixture.enroller.left().len()), (vec!["a".to_owned()], 1));
-    // Another pod in the same file.
+    // The same file describes another pod.
     fixture.write("a.yaml", &pod("b", "")).await;
     assert_eq!(fixture.serving(), ["b"]);
-    let departures = [Departure::EnrolledAgain, Departure::Removed];
+    let departures = [LeaveReason::EnrolledAgain, LeaveReason::Removed];
     assert_eq!(fixture.enroller.departures(), departures, "only the first pod's rules stay");
 }
 
 #[tokio::test(start_paused = true)]
-async fn repeated_uid_is_refused_until_the_first_file_is_gone() {
+async fn duplicate_uid_is_refused_until_the_first_file_is_removed() {
     let fixture = Fixture::new("repeated");
     fixture.namespace("a");
     fixture.write("b.yaml", &pod("a", "labels: {from: b}")).await;
@@ -148,27 +147,27 @@ async fn repeated_uid_is_refused_until_the_first_file_is_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pod_waits_for_its_namespace_and_leaves_a_deleted_one() {
+async fn pod_is_served_once_its_namespace_exists_and_removed_with_it() {
     let fixture = Fixture::new("namespace");
     fixture.write("a.yaml", &pod("a", "")).await;
     let failed = |state| matches!(state, Some(PodState::Failed(EnrolError::Namespace(_))));
     assert!(failed(fixture.state("a")));
     fixture.namespace("a");
-    tokio::time::sleep(POLLED).await;
+    tokio::time::sleep(LONGER_THAN_POLL).await;
     assert_eq!(fixture.serving(), ["a"]);
     fixture.delete_namespace("a");
-    tokio::time::sleep(POLLED).await;
+    tokio::time::sleep(LONGER_THAN_POLL).await;
     assert!(fixture.serving().is_empty() && failed(fixture.state("a")));
     fixture.namespace("a");
-    tokio::time::sleep(POLLED).await;
+    tokio::time::sleep(LONGER_THAN_POLL).await;
     // Another namespace with the same name.
     fixture.namespace("a");
-    tokio::time::sleep(POLLED).await;
+    tokio::time::sleep(LONGER_THAN_POLL).await;
     assert_eq!((fixture.serving(), fixture.enroller.left().len()), (vec!["a".to_owned()], 2));
 }
 
 #[tokio::test(start_paused = true)]
-async fn second_pod_of_a_namespace_is_refused_until_the_first_is_gone() {
+async fn second_pod_of_a_namespace_is_refused_until_the_first_is_removed() {
     let fixture = Fixture::new("shared");
     fixture.namespace("a");
     fixture.write("a.yaml", &pod("a", "")).await;
@@ -181,17 +180,17 @@ async fn second_pod_of_a_namespace_is_refused_until_the_first_is_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pods_stay_while_the_folder_is_away() {
+async fn pods_stay_enrolled_while_the_folder_is_missing() {
     let fixture = Fixture::new("away");
     fixture.namespace("a");
     fixture.write("a.yaml", &pod("a", "")).await;
     let away = fixture.folder.with_extension("away");
     fs::rename(&fixture.folder, &away).unwrap();
-    tokio::time::sleep(POLLED).await;
+    tokio::time::sleep(LONGER_THAN_POLL).await;
     assert!(!fixture.health.is_ready());
     assert_eq!(fixture.serving(), ["a"]);
     fs::rename(&away, &fixture.folder).unwrap();
-    tokio::time::sleep(POLLED).await;
+    tokio::time::sleep(LONGER_THAN_POLL).await;
     assert!(fixture.health.is_ready());
     assert_eq!((fixture.serving(), fixture.enroller.left().len()), (vec!["a".to_owned()], 0));
 }

@@ -1,11 +1,11 @@
-//! A registry with an enroller in memory.
+//! Tests of the registry with an enroller in memory.
 
 use std::time::Duration;
 
 use underpass_interception::testing::stand_in_namespace;
 
 use super::*;
-use crate::pods::enrolment::Departure;
+use crate::pods::enrolment::LeaveReason;
 use crate::pods::facts::tests::facts;
 use crate::pods::status::PodState;
 use crate::pods::testing::FakeEnroller;
@@ -67,22 +67,22 @@ async fn removal_continues_when_source_does_not_wait() {
     drop(leaving);
     registry.stop().gone().await;
     assert_eq!(enroller.left(), [uid]);
-    assert_eq!(enroller.departures(), [Departure::Removed]);
+    assert_eq!(enroller.departures(), [LeaveReason::Removed]);
     assert!(registry.status().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
-async fn departure_decides_whether_rules_stay() {
+async fn leave_reason_decides_whether_rules_are_kept() {
     let enroller = FakeEnroller::default();
     let registry = enroller.registry();
     let (here, there) = (namespace(), namespace());
     registry.add(pod("web"), here.clone()).first_outcome().await.unwrap();
-    // The fake pod does not follow a new name.
+    // The fake pod cannot apply a new name.
     let renamed = PodFacts { name: "other".to_owned(), ..pod("web") };
     registry.add(renamed.clone(), here).first_outcome().await.unwrap();
     registry.add(renamed, there).first_outcome().await.unwrap();
     registry.stop().gone().await;
-    let expected = [Departure::EnrolledAgain, Departure::Removed, Departure::DaemonStops];
+    let expected = [LeaveReason::EnrolledAgain, LeaveReason::Removed, LeaveReason::DaemonStops];
     assert_eq!(enroller.departures(), expected);
 }
 
@@ -102,13 +102,13 @@ async fn status_names_pod_and_cause() {
     let is_tried = matches!(&status[1].state, PodState::Pending { error: Some(error), .. } if error.to_string() == cause);
     assert!(is_tried, "{status:?}");
     let lines = "shop/one a pending for 0 s: enrolling\n\
-        shop/two b pending for 0 s: waiting to try again: the attempt to enrol it panicked\n";
+        shop/two b pending for 0 s: waiting for the next attempt: the attempt to enrol the pod panicked\n";
     assert_eq!(registry.report(), lines);
     drop(held);
 }
 
 #[tokio::test(start_paused = true)]
-async fn panic_of_an_attempt_is_an_error_of_its_pod() {
+async fn panicking_attempt_is_an_error_of_its_pod() {
     #[derive(Debug)]
     struct Panics;
     impl Enroller for Panics {

@@ -1,4 +1,4 @@
-//! Settings of pods from facts, labels and annotations.
+//! Tests of pods' settings from facts, labels and annotations.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ fn annotated(annotations: &[(&str, &str)]) -> PodFacts {
 fn enrolled(node_settings: &str, pod: &PodFacts) -> Settings {
     match pod_settings(&node(node_settings), pod).unwrap() {
         PodSettings::Enrolled(settings) => *settings,
-        PodSettings::NotEnrolled(reason) => panic!("not enrolled: {reason}"),
+        PodSettings::Exempt(reason) => panic!("not enrolled: {reason}"),
     }
 }
 
@@ -49,7 +49,7 @@ fn identity_is_that_of_the_pods_own_service_account() {
 }
 
 #[test]
-fn rejects_names_that_make_no_identity() {
+fn rejects_names_that_are_invalid_in_an_identity() {
     let pod = PodFacts { namespace: "..".to_owned(), ..facts() };
     let error = pod_settings(&node(""), &pod).unwrap_err();
     assert!(matches!(error, FactsError::Identity { .. }), "{error}");
@@ -66,9 +66,9 @@ fn label_and_sidecar_exclude_a_pod() {
     let opted_out = PodFacts { labels: map(&[("istio.io/dataplane-mode", "none")]), ..facts() };
     let has_sidecar = annotated(&[("sidecar.istio.io/status", "{}")]);
     for (pod, reason) in
-        [(opted_out, NotEnrolled::OptedOut), (has_sidecar, NotEnrolled::HasSidecar)]
+        [(opted_out, ExemptReason::OptedOut), (has_sidecar, ExemptReason::HasSidecar)]
     {
-        assert_eq!(pod_settings(&node(""), &pod).unwrap(), PodSettings::NotEnrolled(reason));
+        assert_eq!(pod_settings(&node(""), &pod).unwrap(), PodSettings::Exempt(reason));
     }
     let enrolled_by_label =
         PodFacts { labels: map(&[("istio.io/dataplane-mode", "ambient")]), ..facts() };
@@ -78,7 +78,7 @@ fn label_and_sidecar_exclude_a_pod() {
 #[test]
 fn exempt_namespace_excludes_a_pod_unless_an_agent_selects_it() {
     let pod = PodFacts { namespace: "kube-system".to_owned(), ..facts() };
-    let exempt = PodSettings::NotEnrolled(NotEnrolled::ExemptNamespace);
+    let exempt = PodSettings::Exempt(ExemptReason::ExemptNamespace);
     assert_eq!(pod_settings(&node(""), &pod).unwrap(), exempt);
     enrolled("node: {exempt_namespaces: []}", &pod);
     enrolled("node: {pods: {zds: /run/zds.sock}}", &pod);

@@ -1,4 +1,4 @@
-//! Random sources against the state machine, and its rules one by one.
+//! Tests of the state machine: its rules one by one, and random sources.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -6,14 +6,14 @@ use fastrand::Rng;
 use underpass_interception::testing::stand_in_namespace;
 
 use super::*;
-use crate::pods::enrolment::{Operation, Trouble};
+use crate::pods::enrolment::{Operation, PodProblem};
 use crate::pods::facts::tests::facts;
 
-/// A served pod that follows changed labels alone.
+/// A served pod that applies changes of labels only.
 #[derive(Debug)]
 struct Served {
     facts: Arc<PodFacts>,
-    /// Counts the pods that exist.
+    /// Counts the served pods that exist.
     alive: Arc<AtomicUsize>,
 }
 
@@ -24,11 +24,11 @@ impl Drop for Served {
 }
 
 impl EnrolledPod for Served {
-    fn follow(&self, facts: &PodFacts) -> Result<(), Departure> {
+    fn follow(&self, facts: &PodFacts) -> Result<(), LeaveReason> {
         match facts.name.as_str() {
-            "exempt" => Err(Departure::Removed),
+            "exempt" => Err(LeaveReason::Removed),
             name if name == self.facts.name => Ok(()),
-            _ => Err(Departure::EnrolledAgain),
+            _ => Err(LeaveReason::EnrolledAgain),
         }
     }
 
@@ -36,11 +36,11 @@ impl EnrolledPod for Served {
         Box::pin(async { Ok(()) })
     }
 
-    fn trouble(&self) -> Option<Trouble> {
+    fn problem(&self) -> Option<PodProblem> {
         None
     }
 
-    fn leave(self: Box<Self>, _: Departure) -> Operation<()> {
+    fn leave(self: Box<Self>, _: LeaveReason) -> Operation<()> {
         Box::pin(async {})
     }
 }
@@ -57,14 +57,14 @@ fn namespace() -> Namespace {
     stand_in_namespace().unwrap()
 }
 
-/// The state machine with a clock, and what its owner has started.
+/// The state machine with a clock, and the started actions.
 #[derive(Default)]
 struct Node {
     pods: Pods,
     now: Option<Instant>,
     attempts: Vec<(AttemptId, Arc<PodFacts>, NamespaceId)>,
     leaving: Vec<(NamespaceId, PodUid, Box<dyn EnrolledPod>)>,
-    departures: Vec<Departure>,
+    departures: Vec<LeaveReason>,
     alive: Arc<AtomicUsize>,
 }
 
@@ -136,7 +136,7 @@ impl Node {
         status.into_iter().find(|pod| pod.uid == *uid).map(|pod| pod.state)
     }
 
-    /// The number of pods that are served, in any state of the machine.
+    /// The number of served pods that exist, in any state.
     fn alive(&self) -> usize {
         self.alive.load(Relaxed)
     }
@@ -222,7 +222,7 @@ fn pod_removed_during_enrolment_leaves_after_it() {
 }
 
 #[test]
-fn failed_pod_is_tried_again_with_back_off() {
+fn failed_pod_is_retried_with_back_off() {
     let (mut node, web, here) = (Node::default(), pod("web"), namespace());
     let mut first = node.add(&web, &here);
     let mut pauses = Vec::new();
@@ -238,7 +238,7 @@ fn failed_pod_is_tried_again_with_back_off() {
     assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000]);
     assert!(matches!(first.try_recv().unwrap(), Err(EnrolError::Panicked)));
     node.end(0, Err(retryable()));
-    // A source that adds the pod again does not wait for the back-off.
+    // Adding the pod again skips the back-off.
     let mut again = node.add(&web, &here);
     node.end(0, Ok(()));
     again.try_recv().unwrap().unwrap();
@@ -261,7 +261,7 @@ fn permanent_failure_is_kept_and_frees_namespace() {
 }
 
 #[test]
-fn changed_facts_are_followed_or_enrolled_again() {
+fn changed_facts_are_applied_or_the_pod_is_enrolled_again() {
     let (mut node, web, here) = (Node::default(), pod("web"), namespace());
     node.add(&web, &here);
     node.end(0, Ok(()));
@@ -272,9 +272,9 @@ fn changed_facts_are_followed_or_enrolled_again() {
     let renamed = Arc::new(PodFacts { name: "renamed".to_owned(), ..(*web).clone() });
     let mut added = node.add(&renamed, &here);
     assert!(node.attempts.is_empty() && node.leaving.len() == 1);
-    assert_eq!(node.departures, [Departure::EnrolledAgain]);
+    assert_eq!(node.departures, [LeaveReason::EnrolledAgain]);
     node.end_leaving(0);
-    // Another change during the attempt.
+    // The facts change again during the attempt.
     let mut back = node.add(&web, &here);
     node.end(0, Ok(()));
     assert!(added.try_recv().is_err() && node.leaving.len() == 1);
@@ -292,11 +292,11 @@ fn pod_that_becomes_exempt_leaves_without_its_rules() {
     node.end(0, Ok(()));
     let exempt = Arc::new(PodFacts { name: "exempt".to_owned(), ..(*web).clone() });
     node.add(&exempt, &here);
-    assert_eq!(node.departures, [Departure::Removed]);
+    assert_eq!(node.departures, [LeaveReason::Removed]);
 }
 
 #[test]
-fn retain_removes_unnamed_pods_at_once() {
+fn end_of_snapshot_removes_unnamed_pods_at_once() {
     let mut node = Node::default();
     for name in ["a", "b", "c"] {
         node.add(&pod(name), &namespace());
@@ -309,7 +309,7 @@ fn retain_removes_unnamed_pods_at_once() {
 }
 
 #[test]
-fn stop_removes_all_and_refuses_new_pods() {
+fn stopping_removes_all_pods_and_refuses_new_ones() {
     let (mut node, here) = (Node::default(), namespace());
     let mut enrolling = node.add(&pod("a"), &namespace());
     node.add(&pod("b"), &here);
@@ -330,19 +330,19 @@ fn stop_removes_all_and_refuses_new_pods() {
 #[test]
 fn attempts_are_bounded_and_in_order() {
     let mut node = Node::default();
-    let names: Vec<_> = (0..ATTEMPTS + 2).map(|n| format!("pod-{n}")).collect();
+    let names: Vec<_> = (0..MAX_CONCURRENT_ATTEMPTS + 2).map(|n| format!("pod-{n}")).collect();
     for name in &names {
         node.add(&pod(name), &namespace());
     }
     let started: Vec<_> = node.attempts.iter().map(|(_, facts, _)| facts.name.clone()).collect();
-    assert_eq!(started, names[..ATTEMPTS]);
+    assert_eq!(started, names[..MAX_CONCURRENT_ATTEMPTS]);
     let now = node.now();
     assert_eq!(node.pods.next_due(now), None, "the end of an attempt wakes the owner");
     node.end(0, Err(retryable()));
-    assert_eq!(node.attempts.last().unwrap().1.name, names[ATTEMPTS]);
+    assert_eq!(node.attempts.last().unwrap().1.name, names[MAX_CONCURRENT_ATTEMPTS]);
 }
 
-/// Checks what holds after every step.
+/// Checks the invariants after a step.
 fn check(node: &Node) {
     let mut active: Vec<_> = node.attempts.iter().map(|(_, _, namespace)| *namespace).collect();
     active.extend(node.leaving.iter().map(|(namespace, ..)| *namespace));
@@ -353,18 +353,18 @@ fn check(node: &Node) {
     active.extend(serving);
     let distinct: BTreeSet<_> = active.iter().collect();
     assert_eq!(distinct.len(), active.len(), "a namespace has one active pod");
-    for (namespace, uid) in &node.pods.claims {
+    for (namespace, uid) in &node.pods.pod_by_namespace {
         assert_eq!(node.pods.pods[uid].namespace(), Some(*namespace));
     }
     for (turn, uid) in &node.pods.queue {
         let phase = &node.pods.pods[uid].phase;
         assert!(matches!(phase, Phase::Waiting { turn: own, .. } if own == turn), "{phase:?}");
     }
-    assert!(node.attempts.len() <= ATTEMPTS);
+    assert!(node.attempts.len() <= MAX_CONCURRENT_ATTEMPTS);
 }
 
 #[test]
-fn random_sources_leave_one_pod_per_namespace_and_one_answer_per_add() {
+fn random_actions_keep_one_pod_per_namespace_and_one_answer_per_add() {
     for seed in 0..300 {
         let mut random = Rng::with_seed(seed);
         let mut node = Node::default();
@@ -413,8 +413,8 @@ fn random_sources_leave_one_pod_per_namespace_and_one_answer_per_add() {
         assert!(ends.into_iter().all(|mut end| end.try_recv().is_ok()), "seed {seed}");
         assert!(outcomes.into_iter().all(|mut outcome| outcome.try_recv().is_ok()), "seed {seed}");
         assert_eq!(node.alive(), 0, "seed {seed}: every pod has left");
-        let Pods { pods, claims, queue, attempts, leaving, actions, .. } = &node.pods;
-        assert!(pods.is_empty() && claims.is_empty() && queue.is_empty(), "seed {seed}");
+        let Pods { pods, pod_by_namespace, queue, attempts, leaving, actions, .. } = &node.pods;
+        assert!(pods.is_empty() && pod_by_namespace.is_empty() && queue.is_empty(), "seed {seed}");
         assert!(attempts.is_empty() && leaving.is_empty() && actions.is_empty(), "seed {seed}");
     }
 }

@@ -1,4 +1,4 @@
-//! One connection to a node agent: performs its requests in the registry, and answers each.
+//! One connection to a node agent: performs its requests in the registry, and sends the responses.
 
 use std::borrow::Cow;
 use std::convert::Infallible;
@@ -16,11 +16,11 @@ use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
 use crate::pods::zds::session::{self, Command, RequestError, Session};
 
-/// The timeout of an enrolment before the response. istio-cni waits 5 s for the response, and its
-/// plugin 5 s for everything that adding a pod needs. Enrolment continues afterwards.
+/// Timeout of an enrolment before the response. istio-cni waits 5 s for the response, and its
+/// plugin 5 s for the whole addition of a pod. Enrolment continues afterwards.
 const ENROL_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// A connection, and the registry that it changes.
+/// A connection, and the registry that its requests change.
 #[derive(Debug)]
 pub(super) struct Connection {
     socket: SeqPacket,
@@ -28,14 +28,14 @@ pub(super) struct Connection {
     session: Session,
 }
 
-/// Why a connection ended.
+/// The reason why a connection ended.
 #[derive(Debug, Error)]
 pub(super) enum ConnectionError {
     #[error("the node agent closed the connection")]
     Closed,
     #[error("cannot exchange messages with the node agent")]
     Io(#[source] io::Error),
-    #[error("cannot understand the node agent")]
+    #[error("the node agent's message is malformed")]
     Protocol(#[source] RequestFailure),
 }
 
@@ -49,7 +49,7 @@ impl Hint for ConnectionError {
     }
 }
 
-/// Why a request is answered with an error.
+/// The error that a response reports to the agent.
 #[derive(Debug, Error)]
 pub(super) enum RequestFailure {
     #[error("cannot receive the message")]
@@ -82,8 +82,7 @@ impl Connection {
         Self { socket, registry, session: Session::new() }
     }
 
-    /// Performs requests until the connection ends. Calls `on_snapshot` once the agent has sent all
-    /// pods.
+    /// Performs requests until the connection ends. Calls `on_snapshot` at the end of a snapshot.
     pub(super) async fn serve(mut self, on_snapshot: impl FnMut()) -> ConnectionError {
         match self.exchange(on_snapshot).await {
             Ok(never) => match never {},
@@ -114,7 +113,7 @@ impl Connection {
             if failure.ends_connection() {
                 return Err(ConnectionError::Protocol(failure));
             }
-            // The registry reports failed enrolments.
+            // The registry logs failed enrolments.
             if !matches!(failure, RequestFailure::Enrol { .. }) {
                 tracing::warn!(%error, "rejected a request of the node agent");
             }

@@ -1,24 +1,23 @@
-//! The messages of ZDS (protobuf package `istio.workload.zds`), which passes the pods of a node
-//! from its agent to its proxy. Each travels as one datagram.
+//! The messages of ZDS (protobuf package `istio.workload.zds`), in which a node agent passes the
+//! pods of its node. Each message is one datagram.
 
-/// The only version of the protocol.
 pub(super) const V1: i32 = 1;
 
-/// The first message of the proxy.
+/// The first message, from the proxy.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct ZdsHello {
     #[prost(int32, tag = "1")]
     pub(super) version: i32,
 }
 
-/// A message of the agent, which waits for the response before it sends the next.
+/// A request of the agent, which waits for the response before it sends the next.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct WorkloadRequest {
     #[prost(oneof = "Payload", tags = "1, 2, 3, 5")]
     pub(super) payload: Option<Payload>,
 }
 
-/// A request of the node agent.
+/// The kinds of requests.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub(super) enum Payload {
     #[prost(message, tag = "1")]
@@ -31,7 +30,7 @@ pub(super) enum Payload {
     Keep(KeepWorkload),
 }
 
-/// A pod, with its network namespace as the only descriptor.
+/// Adds a pod. The only descriptor of the datagram is its network namespace.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct AddWorkload {
     #[prost(string, tag = "1")]
@@ -51,21 +50,21 @@ pub(super) struct WorkloadInfo {
     pub(super) service_account: String,
 }
 
-/// A pod whose namespace the agent does not know, before [`SnapshotSent`] only.
+/// Keeps a pod whose namespace the agent does not know. Only allowed before [`SnapshotSent`].
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct KeepWorkload {
     #[prost(string, tag = "1")]
     pub(super) uid: String,
 }
 
-/// A pod that ended.
+/// Removes a pod.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct DelWorkload {
     #[prost(string, tag = "2")]
     pub(super) uid: String,
 }
 
-/// All existing pods were sent.
+/// Ends the snapshot: all existing pods were sent.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct SnapshotSent {}
 
@@ -76,14 +75,14 @@ pub(super) struct WorkloadResponse {
     pub(super) payload: Option<Response>,
 }
 
-/// An answer to the node agent.
+/// The kinds of responses.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub(super) enum Response {
     #[prost(message, tag = "1")]
     Ack(Ack),
 }
 
-/// The result of a request.
+/// The outcome of a request.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Ack {
     /// Empty if the request succeeded.

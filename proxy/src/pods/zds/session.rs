@@ -7,11 +7,12 @@
 //!                       <──      Keep (pod, the agent has no descriptor) ┘ of the node
 //!                       <──      SnapshotSent: other pods have ended
 //!                       <──      Add, Del: changes
-//! Ack                   ──>      exactly one per request; the agent sends no request before
+//! Ack                   ──>      exactly one per request, before the agent sends the next
 //! ```
 //!
-//! An `Ack` carries no reference to its request. So an omitted, late or unsolicited one would be
-//! taken for that of another request.
+//! An `Ack` does not name its request. A missing, late or extra `Ack` would be attributed to
+//! another
+//! request.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,7 +30,7 @@ use crate::pods::zds::messages::{
 };
 
 /// The maximum length of the reason in a response, in bytes. istio-cni reads at most 1024 bytes.
-const MAX_REASON: usize = 900;
+const MAX_REASON_BYTES: usize = 900;
 
 /// The state of a connection.
 #[derive(Debug)]
@@ -45,21 +46,21 @@ pub(super) enum Command<D> {
         facts: Box<PodFacts>,
         namespace: D,
     },
-    /// The pod exists. Its namespace is unknown, unless an earlier connection passed it.
+    /// Keeps a pod. Its namespace is unknown, unless an earlier connection passed it.
     Keep(PodUid),
     Remove(PodUid),
-    /// The snapshot is complete: other pods have ended.
+    /// Ends the snapshot: pods that are not in it have ended.
     Retain(BTreeSet<PodUid>),
 }
 
-/// Why a request is rejected.
+/// The reason for rejecting a request.
 #[derive(Debug, Error)]
 pub(super) enum RequestError {
     #[error("the message is not a WorkloadRequest: the agent may speak another protocol")]
     Malformed(#[source] DecodeError),
     #[error("the kind of request is unknown: the agent may be newer")]
     Unknown,
-    #[error("uid {uid:?}")]
+    #[error("the uid {uid:?} is invalid")]
     Uid { uid: String, source: PodUidError },
     #[error(transparent)]
     Facts(#[from] FactsError),
@@ -76,8 +77,8 @@ pub(super) enum RequestError {
 }
 
 impl RequestError {
-    /// Returns true if later messages of the connection cannot be understood either. After other
-    /// errors the next request is independent, because each is one datagram.
+    /// Whether later messages cannot be parsed either. After other errors the next request is
+    /// independent, because each is one datagram.
     pub(super) fn ends_connection(&self) -> bool {
         matches!(self, Self::Malformed(_))
     }
@@ -90,9 +91,8 @@ impl Session {
 
     /// Interprets a datagram. Drops, and so closes, the descriptors of a rejected request.
     ///
-    /// # Errors
-    /// The request must be rejected. A rejected request still names its pod for the snapshot: an
-    /// error of the agent must not remove a pod that it names.
+    /// # Errors The request is rejected. The snapshot then still contains its pod, so that a
+    /// mistake of the agent removes no pod.
     pub(super) fn receive<D>(
         &mut self,
         bytes: &[u8],
@@ -151,7 +151,7 @@ fn uid(text: String) -> Result<PodUid, RequestError> {
     text.parse().map_err(|source| RequestError::Uid { uid: text, source })
 }
 
-/// The agent knows more, and has acted on it: it selects the pods and installs their rules.
+/// The facts of ZDS. Labels are missing, because the agent has already selected the pods.
 fn facts(uid: PodUid, info: WorkloadInfo) -> PodFacts {
     PodFacts {
         uid,
@@ -174,13 +174,15 @@ pub(super) fn hello() -> Vec<u8> {
     ZdsHello { version: V1 }.encode_to_vec()
 }
 
-/// The response to a request: success, or the reason of the failure.
+/// A response: success, or the reason of the failure.
 pub(super) fn response(failure: Option<&str>) -> Vec<u8> {
     let error = match failure {
         None => "",
-        // An empty reason would read as success.
+        // The agent would read an empty reason as success.
         Some("") => "unknown error",
-        Some(reason) => reason.get(..reason.floor_char_boundary(MAX_REASON)).unwrap_or_default(),
+        Some(reason) => {
+            reason.get(..reason.floor_char_boundary(MAX_REASON_BYTES)).unwrap_or_default()
+        }
     };
     let ack = Ack { error: error.to_owned() };
     WorkloadResponse { payload: Some(Response::Ack(ack)) }.encode_to_vec()

@@ -1,4 +1,4 @@
-//! A scripted agent over real sockets, and a registry whose pods need no namespace of their own.
+//! Tests with a scripted agent over real sockets, and a registry with an enroller in memory.
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -32,14 +32,14 @@ fn uid(text: &str) -> PodUid {
 struct Agent(SeqPacket);
 
 impl Agent {
-    /// Checks the first message of the proxy.
+    /// Receives and checks the first message of the proxy.
     async fn greeted(socket: SeqPacket) -> Self {
         let hello = socket.receive().await.expect("received").expect("a message");
         assert_eq!(ZdsHello::decode(hello.bytes.as_slice()), Ok(ZdsHello { version: 1 }));
         Self(socket)
     }
 
-    /// Sends a request without waiting.
+    /// Sends a request without waiting for the response.
     async fn send(&self, request: &[u8], descriptors: &[BorrowedFd<'_>]) {
         self.0.send(request, descriptors).await.expect("sent");
     }
@@ -74,13 +74,13 @@ impl Agent {
         self.request(&script::snapshot_sent(), &[]).await
     }
 
-    /// The connection is open, and has no message in the next minute.
+    /// Checks that the open connection has no message in the next minute.
     async fn receives_nothing(&self) {
         timeout(Duration::from_secs(60), self.0.receive()).await.expect_err("a message");
     }
 }
 
-/// A proxy without its reconnects.
+/// The proxy's end of one connection, without reconnects.
 struct Proxy {
     enroller: FakeEnroller,
     registry: PodRegistry,
@@ -93,7 +93,7 @@ impl Proxy {
         Self { enroller, registry }
     }
 
-    /// A connection that is served until it ends.
+    /// Serves a connection until it ends.
     async fn connect(&self) -> (Agent, JoinHandle<ConnectionError>) {
         let (ours, theirs) = seqpacket_pair().expect("a pair");
         let connection = Connection::new(ours, self.registry.clone());
@@ -111,7 +111,7 @@ impl Proxy {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_request_has_one_response_and_pods_follow() {
+async fn each_request_has_one_response_and_changes_its_pod() {
     let proxy = Proxy::new();
     let (agent, _serving) = proxy.connect().await;
     agent.receives_nothing().await;
@@ -126,7 +126,7 @@ async fn each_request_has_one_response_and_pods_follow() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn answers_requests_in_order_that_did_not_wait() {
+async fn requests_sent_without_waiting_are_answered_in_order() {
     let proxy = Proxy::new();
     let (agent, _serving) = proxy.connect().await;
     agent.send(&script::add("a"), &[namespace(0).as_fd()]).await;
@@ -283,7 +283,7 @@ async fn disconnect_during_enrolment_does_not_abort_it() {
     proxy.serves(&["a"]).await;
 }
 
-/// A proxy that connects to an agent at a path.
+/// A proxy that connects to an agent at a path, and reconnects.
 struct Connecting {
     proxy: Proxy,
     health: SourceHealth,

@@ -6,11 +6,11 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use underpass_config::LogFormat;
 
-/// The maximum length of a line in bytes: above the length of any legitimate message, and far below
-/// the size of the queue.
-const MAX_LINE: usize = 32 << 10;
+/// The maximum length of a line in bytes: above that of any legitimate message, and far below the
+/// size of the queue.
+const MAX_LINE_BYTES: usize = 32 << 10;
 
-/// The format of lines.
+/// Formats log lines as plain text or JSON.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lines {
     format: LogFormat,
@@ -21,22 +21,23 @@ impl Lines {
         Self { format }
     }
 
-    /// The line as it is written: in the plain format with every control character but the last
-    /// newline escaped, and cut if it is too long.
+    /// Cuts an overlong line. In the plain format, also escapes control characters, so that a
+    /// message cannot forge a second line.
     pub(super) fn bounded<'a>(&self, line: &'a [u8]) -> Cow<'a, [u8]> {
         match self.format {
             LogFormat::Plain => plain(line),
-            LogFormat::Json if line.len() <= MAX_LINE => Cow::Borrowed(line),
+            LogFormat::Json if line.len() <= MAX_LINE_BYTES => Cow::Borrowed(line),
             // Truncated JSON would be invalid.
             LogFormat::Json => {
-                let start = String::from_utf8_lossy(line.get(..MAX_LINE / 4).unwrap_or_default());
+                let start =
+                    String::from_utf8_lossy(line.get(..MAX_LINE_BYTES / 4).unwrap_or_default());
                 let fields = [("bytes", line.len().into()), ("start", start.into())];
                 Cow::Owned(json("a log line was too long", fields))
             }
         }
     }
 
-    /// The line that reports the number of lost lines.
+    /// Formats the line that reports the number of lost lines.
     pub(super) fn lost(&self, lines: u64) -> Vec<u8> {
         match self.format {
             LogFormat::Plain => {
@@ -56,14 +57,14 @@ fn plain(line: &[u8]) -> Cow<'_, [u8]> {
         Some(body) => (body, &b"\n"[..]),
         None => (line, &b""[..]),
     };
-    // The other control characters and line separators begin with these bytes in UTF-8.
+    // In UTF-8, C1 control characters begin with 0xc2, and line separators with 0xe2.
     let is_suspect = |byte: &u8| byte.is_ascii_control() || matches!(byte, 0xc2 | 0xe2);
-    if body.len() <= MAX_LINE && !body.iter().any(is_suspect) {
+    if body.len() <= MAX_LINE_BYTES && !body.iter().any(is_suspect) {
         return Cow::Borrowed(line);
     }
-    let mut written = Vec::with_capacity(body.len().min(MAX_LINE) + 64);
+    let mut written = Vec::with_capacity(body.len().min(MAX_LINE_BYTES) + 64);
     for character in String::from_utf8_lossy(body).chars() {
-        if written.len() >= MAX_LINE {
+        if written.len() >= MAX_LINE_BYTES {
             let cut = format!("... (cut, {} bytes)", body.len());
             written.extend_from_slice(cut.as_bytes());
             break;
@@ -78,7 +79,7 @@ fn plain(line: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(written)
 }
 
-/// A line with the same fields as the formatter's.
+/// A JSON line with the same fields as the formatter's.
 fn json<const N: usize>(message: &str, fields: [(&str, serde_json::Value); N]) -> Vec<u8> {
     let mut object = serde_json::Map::new();
     object.insert("timestamp".to_owned(), time().into());
@@ -95,7 +96,7 @@ fn json<const N: usize>(message: &str, fields: [(&str, serde_json::Value); N]) -
 
 fn time() -> String {
     let mut text = String::new();
-    // Writing to a String cannot fail, only the clock can: then the line has no time.
+    // Writing to a String cannot fail; a failure of the clock leaves the time empty.
     let _untimed = SystemTime.format_time(&mut Writer::new(&mut text));
     text
 }
@@ -132,7 +133,7 @@ mod tests {
     fn cuts_long_plain_line() {
         let line = format!("start {}\n", "\u{e9}".repeat(200_000));
         let cut = PLAIN.bounded(line.as_bytes()).into_owned();
-        assert!(cut.len() < MAX_LINE + 100 && cut.starts_with(b"start "), "{}", cut.len());
+        assert!(cut.len() < MAX_LINE_BYTES + 100 && cut.starts_with(b"start "), "{}", cut.len());
         assert!(String::from_utf8(cut).unwrap().ends_with("... (cut, 400006 bytes)\n"));
     }
 
@@ -140,7 +141,7 @@ mod tests {
     fn replaces_long_json_line_by_valid_json() {
         let line = format!("{{\"message\":\"{}\"}}\n", "\\\"".repeat(100_000));
         let cut = JSON.bounded(line.as_bytes()).into_owned();
-        assert!(cut.len() < MAX_LINE && cut.ends_with(b"}\n"));
+        assert!(cut.len() < MAX_LINE_BYTES && cut.ends_with(b"}\n"));
         let object: serde_json::Value = serde_json::from_slice(&cut).unwrap();
         assert_eq!(object["bytes"], line.len());
         assert!(object["start"].as_str().unwrap().starts_with("{\"message\":"));

@@ -19,23 +19,23 @@ use crate::observe::metrics;
 
 /// The maximum number of bytes that are queued or being written.
 const MAX_BYTES: usize = 1 << 20;
-/// How long the thread rests after a write. A thread that logs meanwhile need not wake it, which
-/// saves two of the 30 system calls of a connection.
+/// The thread's rest after a write. Lines that are pushed meanwhile need not wake it, which saves
+/// two of the 30 system calls of a connection.
 const WRITE_INTERVAL: Duration = Duration::from_millis(10);
-/// This many queued bytes end the rest.
+/// The number of queued bytes that ends the rest early.
 const BATCH_BYTES: usize = 64 << 10;
-/// The pause after a failed write before the next attempt to report lost lines.
-const RETRY: Duration = Duration::from_secs(1);
-/// How long the end of the process waits for queued lines to be written.
+/// The delay after a failed write before the next attempt to report lost lines.
+const WRITE_RETRY_DELAY: Duration = Duration::from_secs(1);
+/// The maximum time that the end of the process waits for queued lines to be written.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The queued lines.
+/// The queue of log lines, shared with the writer thread.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     state: Mutex<State>,
-    /// Wakes the thread.
+    /// Wakes the writer thread.
     work: Condvar,
-    /// Wakes the guard.
+    /// Wakes the drop of [`QueueGuard`], which waits for the thread's end.
     ended: Condvar,
 }
 
@@ -44,13 +44,13 @@ struct State {
     waiting: Vec<u8>,
     /// The number of bytes that the thread is writing.
     in_flight: usize,
-    /// Lines lost since the thread last took lines.
+    /// Lines lost since the thread last took the queued lines.
     lost: u64,
     thread: ThreadState,
     closed: bool,
 }
 
-/// The activity of the thread, which decides whether `push` must wake it.
+/// The state of the writer thread. `push` wakes it only if necessary.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum ThreadState {
     #[default]
@@ -62,7 +62,7 @@ enum ThreadState {
     Ended,
 }
 
-/// Writes the queued lines on drop.
+/// Closes the queue on drop, after the thread has written the queued lines.
 #[derive(Debug)]
 pub(crate) struct QueueGuard(Arc<Queue>);
 
@@ -75,7 +75,7 @@ pub(super) fn start<W: Write + Send + 'static>(
     let mut writer = Output { to: output, lines, unreported: 0, within_line: false };
     let reader = queue.clone();
     let write = move || {
-        // A panic loses the lines that were being written, which are counted as one.
+        // A panic loses the lines of the current write, which count as one lost line.
         while catch_unwind(AssertUnwindSafe(|| write_lines(&reader, &mut writer))).is_err() {
             metrics::log_lines_lost(1);
             writer.unreported += 1;
@@ -87,7 +87,7 @@ pub(super) fn start<W: Write + Send + 'static>(
 }
 
 impl Queue {
-    /// Adds a line, unless it exceeds the bound: then it is lost and counted.
+    /// Queues a line. A line that exceeds the bound is lost and counted.
     pub(super) fn push(&self, line: &[u8]) {
         let mut state = self.state();
         if state.waiting.len() + state.in_flight + line.len() > MAX_BYTES || state.closed {
@@ -109,8 +109,8 @@ impl Queue {
         }
     }
 
-    /// Waits for lines or `timeout`, and takes all lines. Returns the number of lines lost after
-    /// them; `None` when the queue is closed and empty.
+    /// Waits for lines, at most for `timeout`, and moves all of them to `lines`. Returns the number
+    /// of lines lost since; `None` when the queue is closed and empty.
     fn take(&self, lines: &mut Vec<u8>, timeout: Option<Duration>) -> Option<u64> {
         lines.clear();
         let mut state = self.state();
@@ -168,10 +168,10 @@ impl Drop for QueueGuard {
 fn write_lines<W: Write>(queue: &Queue, output: &mut Output<W>) {
     let mut lines = Vec::new();
     loop {
-        let retry = (output.unreported > 0).then_some(RETRY);
+        let retry = (output.unreported > 0).then_some(WRITE_RETRY_DELAY);
         let Some(lost) = queue.take(&mut lines, retry) else { break };
         output.write(&lines, lost);
-        // Free the memory that a burst needed.
+        // Free the memory of a burst.
         lines.clear();
         lines.shrink_to(BATCH_BYTES);
         queue.rest();
@@ -180,18 +180,18 @@ fn write_lines<W: Write>(queue: &Queue, output: &mut Output<W>) {
     queue.ended.notify_one();
 }
 
-/// The output, and the number of lines that it did not take.
+/// The log's output, and the number of lines that it did not take.
 struct Output<W> {
     to: W,
     lines: Lines,
     /// Lost lines that the log has not reported yet.
     unreported: u64,
-    /// Whether the last written byte is within a line.
+    /// Whether the last written byte is inside a line.
     within_line: bool,
 }
 
 impl<W: Write> Output<W> {
-    /// Writes lines, then the number of lost ones.
+    /// Writes lines, then a line with the number of lost ones.
     fn write(&mut self, lines: &[u8], lost: u64) {
         let unwritten = self.write_lines(lines);
         let failed = unwritten.iter().filter(|byte| **byte == b'\n').count() as u64;
@@ -228,7 +228,7 @@ impl<W: Write> Output<W> {
                 Ok(written) => done = bytes.len().min(done + written),
                 Err(error) => match error.kind() {
                     ErrorKind::Interrupted => {}
-                    // Another process has made the pipe non-blocking, and it is full.
+                    // The output is a full pipe that another process has made non-blocking.
                     ErrorKind::WouldBlock => thread::park_timeout(WRITE_INTERVAL),
                     _ => break,
                 },

@@ -1,4 +1,4 @@
-//! The process with every socket bound, and mesh and certificate files loaded.
+//! The process with its sockets bound, and mesh and certificate files loaded.
 
 use std::sync::Arc;
 
@@ -23,12 +23,11 @@ use crate::process::instance::{Instance, Status};
 use crate::process::pause_gate::Gates;
 use crate::process::reload::Reload;
 use crate::process::supervise::Supervisor;
-use crate::process::take_over::{HandedOver, TakeoverClient, TakeoverServer};
+use crate::process::take_over::{ReceivedSockets, TakeoverClient, TakeoverServer};
 use crate::rules::health::RulesHealth;
 use crate::traffic::listeners::Listeners;
 
-/// The process with every socket bound. It has changed nothing that stays: dropping it leaves
-/// nothing.
+/// The process with its sockets bound. Dropping it leaves no trace.
 pub(crate) struct Bound {
     core: Core,
     pod: BoundPod,
@@ -37,13 +36,13 @@ pub(crate) struct Bound {
     publisher: Publisher,
     reload: Reload,
     takeovers: TakeoverServer,
-    /// The connection to the process that this one takes over from.
+    /// The connection to the process that is being taken over.
     client: Option<TakeoverClient>,
 }
 
 impl Bound {
-    /// Binds the sockets, or takes over those of a running process, and loads the files that the
-    /// settings name. Reloads the settings from `sources` when they change.
+    /// Binds the sockets, or receives those of a running process, and loads the mesh and
+    /// certificate files. Reloads the settings from `sources` when they change.
     pub(crate) async fn bind(
         settings: Settings,
         sources: Sources,
@@ -85,7 +84,7 @@ impl Bound {
             interception: reload.subscribe(),
             health,
         };
-        let HandedOver { listeners: handed, control_socket, .. } = &mut handed;
+        let ReceivedSockets { listeners: handed, control_socket, .. } = &mut handed;
         let pod = BoundPod::bind(spec, handed).await?;
         let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
         let mut offered = pod.duplicate_listeners().map_err(CommandError::Start)?;
@@ -111,7 +110,7 @@ impl Bound {
         Ok(Self { core, pod, credentials, publisher, reload, takeovers, client })
     }
 
-    /// Installs the rules. A running process has stopped repairing its own.
+    /// Installs the rules. Before that, a running process stops repairing its own.
     pub(crate) async fn guard(self) -> Result<Guarded, CommandError> {
         let Self { core, pod, credentials, publisher, reload, takeovers, client } = self;
         let owner = match &client {
@@ -126,12 +125,12 @@ impl Bound {
     }
 }
 
-/// The connection to the running process and its sockets; `None` without `--take-over` or without
-/// a running process.
+/// Connects to the running process and receives its sockets. Returns `None` without `--take-over`
+/// or without a running process.
 async fn connect_to_running(
     settings: &Settings,
     take_over: bool,
-) -> Result<Option<(TakeoverClient, HandedOver)>, CommandError> {
+) -> Result<Option<(TakeoverClient, ReceivedSockets)>, CommandError> {
     if !take_over {
         return Ok(None);
     }

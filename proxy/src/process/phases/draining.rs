@@ -1,4 +1,4 @@
-//! The end of the process: its drain, and what becomes of its rules.
+//! The end of the process: drains the connections, and keeps or removes the rules.
 
 use std::time::Duration;
 
@@ -10,13 +10,12 @@ use crate::process::notify;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::Task;
 
-/// Timeout for the end of the workers: the end of the process frees the resources of one that does
-/// not stop in time.
-const WORKERS_END: Duration = Duration::from_secs(1);
+/// A worker that has not stopped by then is abandoned: the end of the process frees its resources.
+const WORKER_STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why the proxy stops serving.
+/// The reason why the proxy stops serving.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum End {
+pub(super) enum StopReason {
     Stopped(&'static str),
     /// Another process has taken over.
     HandedOver {
@@ -24,20 +23,20 @@ pub(super) enum End {
     },
 }
 
-/// The process when it serves no longer.
+/// The process after it has stopped serving.
 pub(crate) struct Draining {
     core: Core,
     pod: ServingPod,
     threads: WorkerThreads,
     tasks: Vec<Task>,
-    /// Each further stop signal selects the next deadline.
+    /// The drain deadlines. Each further stop signal selects the next one.
     deadlines: [Duration; 3],
 }
 
 impl Draining {
-    /// Reports that the proxy is not ready any longer, and why.
+    /// Reports the proxy unready, with the reason.
     pub(super) fn new(
-        end: End,
+        end: StopReason,
         mut core: Core,
         mut pod: ServingPod,
         threads: WorkerThreads,
@@ -46,12 +45,12 @@ impl Draining {
         core.endpoints.readiness.draining();
         let (timeouts, connections) = (&core.settings.timeouts, core.node.pods.connections());
         let deadlines = match end {
-            End::Stopped(why) => {
+            StopReason::Stopped(why) => {
                 notify::stopping();
                 tracing::info!(why, connections, deadline = ?timeouts.drain, "stopping");
                 [timeouts.drain, Duration::ZERO, Duration::ZERO]
             }
-            End::HandedOver { pid } => {
+            StopReason::HandedOver { pid } => {
                 pod.disown_rules();
                 core.endpoints.close();
                 notify::succeeded_by(pid);
@@ -63,7 +62,7 @@ impl Draining {
         Self { core, pod, threads, tasks, deadlines }
     }
 
-    /// Drains, keeps or removes the rules, and ends the workers.
+    /// Drains, keeps or removes the rules, and stops the workers.
     pub(crate) async fn finish(mut self, stop: &mut StopSignal) -> Result<(), CommandError> {
         self.pod.stop_accepting().await;
         let drain = self.core.node.drain.clone();
@@ -72,16 +71,17 @@ impl Draining {
         tracing::info!(terminated, "drained");
         let Self { pod, threads, tasks, .. } = self;
         let left = pod.leave().await;
-        // Policy enforcement ran until the drain completed, and so did certificate renewal: the pod
-        // held it.
+        // These tasks enforce policies, and the pod renews its certificate: both until the drain is
+        // complete.
         drop(tasks);
         drain.end();
-        tokio::time::timeout(WORKERS_END, threads.join()).await.ok();
+        tokio::time::timeout(WORKER_STOP_TIMEOUT, threads.join()).await.ok();
         tracing::info!("stopped");
         Ok(left?)
     }
 
-    /// Drains until the first deadline; each further stop signal selects the next, shorter one.
+    /// Drains until the first deadline. Each further stop signal selects the next, shorter one.
+    /// Returns the number of terminated connections.
     async fn drain(&self, stop: &mut StopSignal) -> usize {
         let [first, second, last] = self.deadlines;
         for deadline in [first, second] {

@@ -1,4 +1,4 @@
-//! The tasks that answer for the process: readiness, metrics and the instance socket.
+//! The tasks that report on the process: readiness, metrics and the instance socket.
 
 use underpass_interception::BoundListener;
 
@@ -36,13 +36,13 @@ impl Endpoints {
         Self { readiness, serving }
     }
 
-    /// Answers queries for the proxy of this network namespace.
+    /// Answers queries on the instance socket.
     pub(in crate::process) fn answer(&mut self, instance: Instance, status: Status) {
         let answering = move || instance.clone().serve(status.clone());
         self.serving.push(restarting("instance socket", answering));
     }
 
-    /// Closes the listeners, which the process that has taken over shares.
+    /// Stops serving, so that only the process that has taken over accepts on the shared listeners.
     pub(in crate::process) fn close(&mut self) {
         self.serving.clear();
     }

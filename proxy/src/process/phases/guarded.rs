@@ -18,20 +18,19 @@ use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::restarting;
 use crate::process::take_over::{TakeoverClient, TakeoverServer};
 
-/// The process with its rules installed; no worker runs yet. If it ends, the rules stay.
+/// The process with its rules installed; no worker runs yet. The rules stay if it is dropped.
 pub(crate) struct Guarded {
     pub(super) core: Core,
     pub(super) pod: GuardedPod,
-    /// Keeps the first certificate until the pod has a lease of its own.
+    /// Keeps the first certificate until the pod has its own lease.
     pub(super) credentials: Option<CredentialLease>,
     pub(super) publisher: Publisher,
     pub(super) reload: Reload,
     pub(super) takeovers: TakeoverServer,
-    /// The connection to the process that this one takes over from.
+    /// The connection to the process that is being taken over.
     pub(super) client: Option<TakeoverClient>,
 }
 
-/// The running workers.
 struct Started {
     workers: Workers,
     threads: WorkerThreads,
@@ -39,12 +38,12 @@ struct Started {
 }
 
 impl Guarded {
-    /// Drops privileges, waits for the certificate, starts the workers and tests the rules. `None`
-    /// if stopped before the certificate is there.
+    /// Drops privileges, waits for the certificate, starts the workers and tests the rules. Returns
+    /// `None` if stopped while it waits for the certificate.
     ///
     /// # Errors
     ///
-    /// The rules are kept or removed, as `interception.on_exit` says.
+    /// The rules are kept or removed according to `interception.on_exit`.
     pub(crate) async fn serve(
         mut self,
         stop: &mut StopSignal,
@@ -59,7 +58,7 @@ impl Guarded {
         }
     }
 
-    /// Everything before the workers accept. `None` if stopped.
+    /// Performs every step before the workers accept. Returns `None` if stopped.
     async fn prepare(&mut self, stop: &mut StopSignal) -> Result<Option<Started>, CommandError> {
         let Core { settings, supervisor, node, identities, .. } = &self.core;
         self.pod.capture().warn_of_bypassing().await;
@@ -83,9 +82,9 @@ impl Guarded {
         Ok(Some(Started { workers, threads, reports }))
     }
 
-    /// Becomes the user by which the rules identify the proxy, if they do. Drops all capabilities
-    /// of the calling thread, which its later threads inherit. The namespaces thread keeps those
-    /// that it needs.
+    /// Changes to the user by which the rules identify the proxy, if the profile has one. Drops all
+    /// capabilities of the calling thread, and so of the threads that it starts. The namespaces
+    /// thread keeps those that it needs.
     async fn confine(&self) -> Result<(), CommandError> {
         let (thread, capture) = (&self.core.thread, self.pod.capture());
         let kept = capture.kept();
@@ -117,7 +116,7 @@ impl Guarded {
             drop(client);
             return Err(open.abandon(core.settings.timeouts.drain, error).await);
         }
-        // Nothing fails from here on: the other process does not resume.
+        // No step fails from here on, so the other process does not resume.
         open.own_rules();
         takeovers.own();
         let pod = open.watch(core.node.gates.rules.clone());
@@ -132,7 +131,7 @@ impl Guarded {
     }
 }
 
-/// Tests the rules, and takes over what the running process still does.
+/// Tests the rules, then completes the take-over.
 async fn complete(open: &OpenPod, client: Option<&TakeoverClient>) -> Result<(), CommandError> {
     open.test().await?;
     if let Some(client) = client {
@@ -141,7 +140,8 @@ async fn complete(open: &OpenPod, client: Option<&TakeoverClient>) -> Result<(),
     Ok(())
 }
 
-/// The credentials of the workload; `None` without certificates. Waits until one is issued.
+/// Leases the workload's credentials and waits for the first certificate; `None` without a source
+/// of certificates.
 pub(super) async fn lease(
     identities: Option<&Identities>,
     settings: &Settings,

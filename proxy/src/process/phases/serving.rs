@@ -1,6 +1,6 @@
 //! The process while it serves.
 
-use super::draining::{Draining, End};
+use super::draining::{Draining, StopReason};
 use super::{Core, workers};
 use underpass_config::Hint as _;
 use underpass_interception::Ports;
@@ -12,18 +12,17 @@ use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::Task;
 use crate::process::take_over::{TakeoverOutcome, TakeoverServer};
 
-/// The process while it serves. If it is dropped, its rules stay.
+/// The process while it serves. Dropping it leaves the rules.
 pub(crate) struct Serving {
     core: Core,
     pod: ServingPod,
     threads: WorkerThreads,
     takeovers: TakeoverServer,
-    /// Tasks that run until the drain completes: among them the enforcement of policies.
+    /// Tasks that run until the drain completes, such as the enforcement of policies.
     tasks: Vec<Task>,
 }
 
 impl Serving {
-    /// Reports that the proxy is ready.
     pub(super) fn new(
         core: Core,
         pod: ServingPod,
@@ -41,16 +40,16 @@ impl Serving {
         Self { core, pod, threads, takeovers, tasks }
     }
 
-    /// Serves until a stop signal, or until another process has taken over. Stop signals wait while
-    /// a take-over is in progress.
+    /// Serves until a stop signal, or until another process has taken over. A stop signal waits for
+    /// the end of a take-over in progress.
     pub(crate) async fn until_end(mut self, stop: &mut StopSignal) -> Draining {
         let end = loop {
             let conversation = tokio::select! {
-                why = stop.wait() => break End::Stopped(why),
+                why = stop.wait() => break StopReason::Stopped(why),
                 conversation = self.takeovers.accept() => conversation,
             };
             match self.takeovers.answer(conversation).await {
-                TakeoverOutcome::Completed { pid } => break End::HandedOver { pid },
+                TakeoverOutcome::Completed { pid } => break StopReason::HandedOver { pid },
                 TakeoverOutcome::Abandoned => self.restore_rules().await,
             }
         };
@@ -58,8 +57,8 @@ impl Serving {
         Draining::new(end, core, pod, threads, tasks)
     }
 
-    /// The process that failed to take over may have changed the rules. The reconciler verifies
-    /// them now; without one they are installed here.
+    /// Restores the rules, which a failed take-over may have changed: the reconciler verifies them
+    /// now, and without a reconciler they are installed again.
     async fn restore_rules(&self) {
         if self.core.settings.interception.repair {
             return;

@@ -10,12 +10,12 @@ use underpass_interception::{BoundListener, Handover};
 
 use super::control_socket::{self, ControlSocket};
 use super::{
-    ACCEPT, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE, LISTENERS, OK, READY, REFUSED, RULES, Role,
-    TakeOverError,
+    ACCEPT, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS, OK, READY, REFUSED, RULES,
+    Role, TakeOverError,
 };
 
-/// A connection to the running process. Dropping it before [`ready`](Self::ready) succeeds cancels
-/// the take-over.
+/// The connection to the running process. Dropping it before [`ready`](Self::ready) succeeds
+/// cancels the take-over.
 #[derive(Debug)]
 pub(crate) struct TakeoverClient {
     conversation: Handover,
@@ -24,12 +24,11 @@ pub(crate) struct TakeoverClient {
 
 /// The sockets received from the running process.
 #[derive(Debug, Default)]
-pub(crate) struct HandedOver {
-    /// Listeners with their names.
+pub(crate) struct ReceivedSockets {
     pub(crate) listeners: Vec<(String, BoundListener)>,
-    /// The socket that accepts take-overs.
+    /// The socket on which the running process accepts take-overs.
     pub(crate) control_socket: Option<ControlSocket>,
-    /// The socket that marks the proxy of the network namespace (`instance.rs`).
+    /// The socket that identifies the proxy of the network namespace (`instance.rs`).
     pub(crate) instance: Option<OwnedFd>,
 }
 
@@ -37,7 +36,7 @@ impl TakeoverClient {
     /// Connects to the running process and receives its sockets; `None` if none is running.
     pub(crate) async fn connect(
         settings: &Settings,
-    ) -> Result<Option<(Self, HandedOver)>, TakeOverError> {
+    ) -> Result<Option<(Self, ReceivedSockets)>, TakeOverError> {
         let Some(socket) =
             control_socket::path(&settings.take_over).map_err(TakeOverError::Namespace)?
         else {
@@ -53,30 +52,31 @@ impl TakeoverClient {
             return Err(TakeOverError::UntrustedUser { socket, uid: peer.uid });
         }
         let role = Role::of(settings).map_err(TakeOverError::Namespace)?;
-        let client = Self::over(conversation, socket.clone());
+        let client = Self::new(conversation, socket.clone());
         let (names, sockets) = client.ask("hello", &role.to_string()).await?;
-        let mut handed = HandedOver::default();
+        let mut handed = ReceivedSockets::default();
         for (name, socket) in names.split(' ').zip(sockets) {
             handed.add(name, socket, &client.socket).map_err(failed)?;
         }
         Ok(Some((client, handed)))
     }
 
-    pub(super) fn over(conversation: Handover, socket: PathBuf) -> Self {
+    pub(super) fn new(conversation: Handover, socket: PathBuf) -> Self {
         Self { conversation, socket }
     }
 
-    /// Takes over the rules: the running process stops repairing them.
+    /// Requests that the running process stop repairing the rules.
     pub(crate) async fn rules(&self) -> Result<(), TakeOverError> {
         self.ask(RULES, RULES).await.map(|_| ())
     }
 
-    /// Takes over accepting: the running process stops accepting.
+    /// Requests that the running process stop accepting.
     pub(crate) async fn accept(&self) -> Result<(), TakeOverError> {
         self.ask(ACCEPT, ACCEPT).await.map(|_| ())
     }
 
-    /// Completes the take-over: the other process drains. Succeeds too if that process has exited.
+    /// Completes the take-over: the running process starts its drain. An exit of that process is a
+    /// success too.
     pub(crate) async fn ready(&self) -> Result<(), TakeOverError> {
         match self.ask(READY, READY).await {
             Err(TakeOverError::Closed { .. }) if self.is_gone().await => Ok(()),
@@ -88,7 +88,7 @@ impl TakeoverClient {
         matches!(control_socket::connect(&self.socket).await, Ok(None))
     }
 
-    /// Sends `line`, which errors name `request`, and returns the payload of the positive answer.
+    /// Sends `line` and returns the payload of a positive answer. Errors contain `request`.
     async fn ask(
         &self,
         request: &'static str,
@@ -114,16 +114,16 @@ impl TakeoverClient {
     }
 }
 
-/// Whether the peer exited before it read the request.
+/// Whether the error means that the peer has closed the connection.
 fn is_end(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset)
 }
 
-impl HandedOver {
+impl ReceivedSockets {
     fn add(&mut self, name: &str, socket: OwnedFd, path: &Path) -> io::Result<()> {
         if name == CONTROL_SOCKET {
             self.control_socket = Some(ControlSocket::share(path, socket)?);
-        } else if name == INSTANCE {
+        } else if name == INSTANCE_SOCKET {
             self.instance = Some(socket);
         } else {
             self.listeners.push((name.to_owned(), BoundListener::try_from(socket)?));

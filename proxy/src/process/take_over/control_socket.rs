@@ -1,9 +1,9 @@
-//! A Unix socket on which this process accepts trusted local processes: take-overs, and the CNI
-//! plugin.
+//! A Unix socket on which this process accepts trusted local processes: for take-overs, and for the
+//! CNI plugin.
 //!
-//! It is a file, because every process of the network namespace, the workload included, could
-//! connect to an abstract name. That of take-overs is handed over with the listeners, because a
-//! proxy that has dropped its privileges cannot make a new one.
+//! It has a file, because every process of the network namespace, the workload included, could
+//! connect to an abstract name. A take-over hands over the control socket too: the new process has
+//! no privilege to create it.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
@@ -30,7 +30,7 @@ pub(crate) struct ControlSocket {
 
 impl ControlSocket {
     /// Listens at `path`, replacing an earlier listener. `user` is the user that the process
-    /// becomes later.
+    /// changes to later.
     pub(crate) fn bind(path: &Path, user: Option<ProxyUser>) -> io::Result<Self> {
         if path.parent() == Some(Path::new(FOLDER)) {
             create_folder(user)?;
@@ -43,7 +43,7 @@ impl ControlSocket {
         Ok(Self { listener, path: path.to_owned(), owned: true })
     }
 
-    /// Waits for a process. Cancel-safe.
+    /// Waits for a trusted process to connect. Cancel-safe.
     pub(crate) async fn accept(&self) -> io::Result<Handover> {
         Ok(Handover::new(self.listener.accept().await?.0))
     }
@@ -66,14 +66,14 @@ impl Drop for ControlSocket {
         if self.owned
             && let Err(error) = remove(&self.path)
         {
-            // Another user made it. The leftover does no harm: a new listener replaces it.
+            // Another user owns the folder. The leftover is harmless: a new listener replaces it.
             tracing::debug!(%error, socket = %self.path.display(), "cannot remove a socket");
         }
     }
 }
 
-/// Creates the folder, owned by the user that the process becomes, so that it can remove the
-/// socket.
+/// Creates the folder, owned by the user that the process changes to, so that the process can
+/// remove the socket later.
 fn create_folder(user: Option<ProxyUser>) -> io::Result<()> {
     match (DirBuilder::new().mode(0o755).create(FOLDER), user) {
         (Ok(()), Some(ProxyUser { uid, gid })) => chown(FOLDER, Some(uid), Some(gid)),
@@ -94,7 +94,7 @@ pub(super) fn path(settings: &TakeOver) -> io::Result<Option<PathBuf>> {
     match settings {
         TakeOver::Off => Ok(None),
         TakeOver::At(path) => Ok(Some(path.clone())),
-        // Several network namespaces may share a file system.
+        // The inode keeps paths apart: several network namespaces may share a file system.
         TakeOver::Auto => {
             let name = format!("take-over-{}.sock", super::namespace().map_err(io::Error::other)?);
             Ok(Some(Path::new(FOLDER).join(name)))
@@ -106,7 +106,7 @@ pub(super) fn path(settings: &TakeOver) -> io::Result<Option<PathBuf>> {
 pub(super) async fn connect(path: &Path) -> io::Result<Option<UnixStream>> {
     match UnixStream::connect(path).await {
         Ok(stream) => Ok(Some(stream)),
-        // A killed process leaves its file without a listener.
+        // The socket file of a killed process has no listener.
         Err(error)
             if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) =>
         {

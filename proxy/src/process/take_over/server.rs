@@ -10,20 +10,20 @@ use underpass_interception::{Handover, Peer, ProxyUser};
 
 use super::control_socket::{self, ControlSocket};
 use super::{
-    ACCEPT, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE, LISTENERS, OK, PREPARE_TIMEOUT, READY,
+    ACCEPT, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS, OK, PREPARE_TIMEOUT, READY,
     REFUSED, RULES, Role, SWITCH_TIMEOUT, TakeOverError,
 };
 use crate::process::instance::Instance;
 use crate::process::pause_gate::Gates;
 use crate::traffic::listeners::NamedListeners;
 
-/// The pause after a failed accept, for example without file descriptors.
-const ACCEPT_RETRY: Duration = Duration::from_secs(1);
+/// The delay after a failed accept, for example without file descriptors.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Accepts take-overs of this process.
+/// Accepts requests of new processes to take over from this one.
 #[derive(Debug)]
 pub(crate) struct TakeoverServer {
-    /// `None` if take-over is off or the socket cannot be made.
+    /// `None` if take-over is off or the socket cannot be created.
     control_socket: Option<ControlSocket>,
     listeners: NamedListeners,
     instance: Option<Instance>,
@@ -40,10 +40,9 @@ pub(crate) enum TakeoverOutcome {
     Abandoned,
 }
 
-/// Why an attempt to take over failed.
 #[derive(Debug, thiserror::Error)]
 enum ConversationError {
-    #[error("the other process is user {0}, neither root nor the proxy's user")]
+    #[error("the other process runs as user {0}, neither root nor the proxy's user")]
     UntrustedUser(u32),
     #[error("the other process has a different role")]
     Refused,
@@ -58,7 +57,7 @@ enum ConversationError {
 }
 
 impl TakeoverServer {
-    /// Listens on the socket that was handed over, else on the one of the settings. With
+    /// Listens on the socket that was handed over, or else at the path from the settings. With
     /// `take_over.socket: auto` a failure to listen is only logged.
     pub(crate) fn listen(
         settings: &Settings,
@@ -74,19 +73,19 @@ impl TakeoverServer {
         Ok(Self { control_socket, listeners, instance: None, role, gates })
     }
 
-    /// Also hands over the instance socket.
+    /// Adds the instance socket to the sockets that are handed over.
     pub(crate) fn with_instance(self, instance: Option<Instance>) -> Self {
         Self { instance, ..self }
     }
 
-    /// Makes this process the owner of the socket's file, which it removes when it ends.
+    /// Makes this process the owner of the socket's file, which it then removes at its end.
     pub(crate) fn own(&mut self) {
         if let Some(socket) = &mut self.control_socket {
             socket.own(true);
         }
     }
 
-    /// Waits for a process that wants to take over. Cancel-safe.
+    /// Waits for a process that requests a take-over. Cancel-safe.
     pub(crate) async fn accept(&self) -> Handover {
         let Some(socket) = &self.control_socket else {
             return std::future::pending().await;
@@ -96,13 +95,13 @@ impl TakeoverServer {
                 Ok(connection) => return connection,
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a take-over");
-                    tokio::time::sleep(ACCEPT_RETRY).await;
+                    tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
                 }
             }
         }
     }
 
-    /// Performs the take-over within its timeouts. Cancelling it leaves gates closed.
+    /// Performs the take-over within its timeouts. If this future is dropped, gates stay closed.
     pub(crate) async fn answer(&mut self, conversation: Handover) -> TakeoverOutcome {
         let peer = conversation.peer();
         let outcome = match &peer {
@@ -147,7 +146,7 @@ impl TakeoverServer {
             self.control_socket.as_ref().map(|socket| (CONTROL_SOCKET, socket.listener.as_fd()));
         let listeners = self.listeners.iter();
         let instance =
-            self.instance.as_ref().map(|instance| (INSTANCE, instance.listener().as_fd()));
+            self.instance.as_ref().map(|instance| (INSTANCE_SOCKET, instance.listener().as_fd()));
         let sockets = listeners.map(|(name, listener)| (*name, listener.as_fd()));
         let sockets = sockets.chain(control).chain(instance);
         let (names, sockets): (Vec<_>, Vec<_>) = sockets.unzip();

@@ -38,7 +38,7 @@ async fn exchange(conversation: &Handover, lines: &[&str]) {
 }
 
 #[tokio::test]
-async fn complete_exchange_takes_over_and_keeps_gates_closed() {
+async fn completed_take_over_keeps_gates_closed() {
     let (mut server, gates, ours, theirs) = server();
     let role = role(&[]);
     let lines = [role.as_str(), RULES, ACCEPT, READY];
@@ -51,7 +51,7 @@ async fn complete_exchange_takes_over_and_keeps_gates_closed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn silent_peer_times_out_and_gates_reopen() {
+async fn silent_new_process_times_out_and_gates_reopen() {
     let role = role(&[]);
     let turns: [(&[&str], Duration); 4] = [
         (&[], ANSWER_TIMEOUT),
@@ -71,7 +71,7 @@ async fn silent_peer_times_out_and_gates_reopen() {
 }
 
 #[test]
-fn refusal_names_both_roles() {
+fn refused_take_over_names_both_roles() {
     let own = Role::of(&settings(&[])).unwrap();
     assert_eq!(own.refusal(&role(&["proxy.workers=3", "limits.handshakes=7"])), None);
     for flag in [
@@ -91,7 +91,7 @@ fn refusal_names_both_roles() {
 #[tokio::test(start_paused = true)]
 async fn client_times_out_when_running_process_is_silent() {
     let (ours, _theirs) = UnixStream::pair().unwrap();
-    let client = TakeoverClient::over(Handover::new(ours), PathBuf::from("/nowhere.sock"));
+    let client = TakeoverClient::new(Handover::new(ours), PathBuf::from("/nowhere.sock"));
     let began = Instant::now();
     let outcome = client.rules().await;
     assert!(matches!(outcome, Err(TakeOverError::NoAnswer { request: RULES })), "{outcome:?}");
@@ -99,11 +99,11 @@ async fn client_times_out_when_running_process_is_silent() {
 }
 
 #[tokio::test]
-async fn ready_succeeds_if_old_process_has_exited() {
+async fn take_over_succeeds_if_old_process_has_exited() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let client = TakeoverClient::over(Handover::new(ours), PathBuf::from("/nowhere.sock"));
+    let client = TakeoverClient::new(Handover::new(ours), PathBuf::from("/nowhere.sock"));
     drop(theirs);
-    // Before `ready`, an exit of the running process is an error.
+    // An exit of the running process before `ready` is an error.
     let outcome = client.accept().await;
     assert!(matches!(outcome, Err(TakeOverError::Closed { request: ACCEPT })), "{outcome:?}");
     client.ready().await.unwrap();

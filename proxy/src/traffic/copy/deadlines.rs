@@ -1,6 +1,6 @@
-//! Idle deadlines of a connection, and probes that keep a half-closed one in conntrack.
+//! Idle deadlines of a connection, and keepalive probes that keep a half-closed one in conntrack.
 //!
-//! Nothing here runs per byte: a timer compares the connection's byte counter with its last value.
+//! No code here runs per byte: a timer compares the connection's byte counter with its last value.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -13,10 +13,10 @@ use underpass_interception::probe_every;
 
 use crate::error::ProxyError;
 
-/// Number of checks within an idle deadline, which is late by at most one interval between them.
-const CHECKS: u32 = 4;
+/// The number of checks per idle deadline. The deadline fires at most one check interval late.
+const CHECKS_PER_DEADLINE: u32 = 4;
 
-/// How long a connection may stay without moving a byte.
+/// The maximum times without a moved byte.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deadlines {
     pub(crate) idle: Option<Duration>,
@@ -24,25 +24,25 @@ pub(crate) struct Deadlines {
     pub(crate) probes: Probes,
 }
 
-/// When and how often the sockets of a half-closed connection send TCP keepalive probes.
+/// The times of TCP keepalive probes on a half-closed connection.
 ///
 /// After a FIN, conntrack removes a connection that is silent for 60 s
-/// (`nf_conntrack_tcp_timeout_close_wait`), and with it the translation of a redirected connection:
-/// later packets are lost (ztunnel #1699). A probe and its answer end the silence. Probes also
-/// detect a peer that closed its socket instead of only shutting it down: its kernel forgets the
-/// connection after 60 s (`tcp_fin_timeout`) and answers the next probe with RST.
+/// (`nf_conntrack_tcp_timeout_close_wait`). The address translation of a redirected connection is
+/// then lost, and so are later packets (ztunnel #1699). A probe and its answer end the silence.
+/// Probes also detect a peer that closed its socket instead of only shutting it down: its kernel
+/// forgets the connection after 60 s (`tcp_fin_timeout`) and answers the next probe with RST.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Probes {
-    /// Delay after the first FIN: most connections have ended by then.
+    /// The delay after the first FIN. Most connections have ended by then.
     pub(crate) after: Duration,
-    /// Silence before the first probe; together with `after` half of conntrack's timeout.
+    /// The silence before the first probe. With `after` it is half of conntrack's timeout.
     pub(crate) first: Duration,
-    /// Interval between probes.
+    /// The interval between probes.
     pub(crate) every: Duration,
 }
 
 impl Probes {
-    /// For Linux's default timeouts.
+    /// The times for Linux's default timeouts.
     pub(crate) const CONNTRACK: Self = Self {
         after: Duration::from_secs(10),
         first: Duration::from_secs(20),
@@ -65,7 +65,7 @@ impl Deadlines {
         Some(IdleTimer::new(Some(deadline), None, self.probes))
     }
 
-    /// The timer of a connection that is half-closed from now on; it also starts the probes.
+    /// The timer of a connection that is half-closed from now on. It also starts the probes.
     pub(super) fn half_closed(&self, moved: u64) -> Box<IdleTimer> {
         let half_close = self.half_close.filter(|limit| self.idle.is_none_or(|idle| *limit < idle));
         let deadline = match (half_close, self.idle) {
@@ -87,7 +87,7 @@ fn half_close_timeout(after: Duration) -> ProxyError {
 
 /// The deadline of a connection and the start of its probes, on one timer.
 pub(super) struct IdleTimer {
-    /// Set for the earlier of the next check and `probe_at`.
+    /// Fires at the earlier of the next check and `probe_at`.
     timer: Pin<Box<Sleep>>,
     deadline: Option<IdleDeadline>,
     probe_at: Option<Instant>,
@@ -101,7 +101,7 @@ struct IdleDeadline {
     check_at: Instant,
     /// The byte counter at the last check.
     moved: u64,
-    /// Number of checks in a row at which the counter was unchanged.
+    /// The number of consecutive checks with an unchanged counter.
     idle_checks: u32,
 }
 
@@ -111,7 +111,7 @@ impl IdleTimer {
         Box::new(Self { timer: Box::pin(sleep_until(due)), deadline, probe_at, probes })
     }
 
-    /// Ready when the deadline has expired for a connection that has moved `moved` bytes so far.
+    /// Ready when the deadline has expired. `moved` is the connection's byte counter.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -140,18 +140,24 @@ impl IdleTimer {
 
 impl IdleDeadline {
     fn new(limit: Duration, moved: u64, error: fn(Duration) -> ProxyError) -> Self {
-        Self { limit, error, check_at: Instant::now() + limit / CHECKS, moved, idle_checks: 0 }
+        Self {
+            limit,
+            error,
+            check_at: Instant::now() + limit / CHECKS_PER_DEADLINE,
+            moved,
+            idle_checks: 0,
+        }
     }
 
     /// Compares the byte counter with its last value. Expires up to a quarter of the limit late.
     fn is_expired(&mut self, now: Instant, moved: u64) -> bool {
         self.idle_checks = if moved == self.moved { self.idle_checks + 1 } else { 0 };
-        (self.moved, self.check_at) = (moved, now + self.limit / CHECKS);
-        self.idle_checks == CHECKS
+        (self.moved, self.check_at) = (moved, now + self.limit / CHECKS_PER_DEADLINE);
+        self.idle_checks == CHECKS_PER_DEADLINE
     }
 }
 
-/// When the timer has to fire next.
+/// The next time at which the timer must fire.
 fn next_due(deadline: Option<&IdleDeadline>, probe_at: Option<Instant>) -> Option<Instant> {
     [deadline.map(|deadline| deadline.check_at), probe_at].into_iter().flatten().min()
 }

@@ -1,5 +1,5 @@
-//! The application of another pod of the process as one side of a relay: its TCP connection, which
-//! that pod can terminate too.
+//! The application of another pod of this process as one side of a relay: a TCP connection that the
+//! other pod can terminate too.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -15,9 +15,9 @@ use crate::error::ProxyError;
 /// A connection between two pods of this process, without a tunnel.
 pub(super) struct Delivered<'a> {
     pub(super) app: Tcp<'a>,
-    /// The destination pod's.
+    /// The termination signal of the destination pod.
     pub(super) termination: &'a Termination,
-    /// Of the destination by the source, and of the source by the destination.
+    /// The source's revocation by the destination, and the reverse.
     pub(super) revocations: [RevocationSignal; 2],
 }
 

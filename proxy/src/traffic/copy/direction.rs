@@ -1,5 +1,4 @@
-//! One direction of a relayed connection: from a source to a sink, each a TCP connection or a
-//! stream of a tunnel.
+//! One direction of a relayed connection, from a source to a sink.
 
 use std::task::{Context, Poll, ready};
 
@@ -14,14 +13,15 @@ use crate::error::ProxyError;
 pub(super) struct Direction {
     /// Bytes that were read and are not written yet.
     pending: Bytes,
-    /// Present while the direction moves bulk between two TCP connections. Boxed: most connections
-    /// never do.
+    /// Present while the direction moves bulk between two TCP connections. Boxed, because most
+    /// connections never do.
     splice: Option<Box<Splice>>,
 }
 
 impl Direction {
-    /// Moves bytes until it must wait; `count` gets the number of bytes of each write. Ready after
-    /// a clean end of `source`, which was then passed on. `watch_sink`: no direction reads `sink`.
+    /// Moves bytes until it must wait. `count` receives the number of bytes of each write. Ready
+    /// when `source` has ended cleanly and the end was forwarded. `watch_sink` means that no
+    /// direction reads `sink`.
     pub(super) fn poll<'a>(
         &mut self,
         source: &mut impl Source<'a>,
@@ -52,8 +52,8 @@ impl Direction {
         Poll::Ready(sink.finish())
     }
 
-    /// Moves one piece; false at a clean end. Each piece polls the readiness of a socket at least
-    /// once, which consumes the task's budget in tokio: so a busy connection yields to others.
+    /// Moves one piece; false at a clean end. Each piece polls a socket's readiness at least once,
+    /// which consumes tokio's task budget: a busy connection yields to others.
     pub(super) fn poll_piece<'a>(
         &mut self,
         source: &mut impl Source<'a>,
@@ -78,7 +78,8 @@ impl Direction {
         while !self.pending.is_empty() {
             match sink.poll_write(cx, &mut self.pending, last)? {
                 Poll::Ready(written) => count(written),
-                // Reading would report an abort of the source, but must wait for this write.
+                // Watch the source for an abort. It cannot be read until the sink has taken the
+                // pending data.
                 Poll::Pending => return source.poll_aborted(cx).map(Err),
             }
         }

@@ -1,6 +1,6 @@
 //! Zero-copy forwarding of bulk between two TCP connections: splice(2) through a pipe.
 //!
-//! `tcp.rs` decides whether a connection is bulk, and `direction.rs` ends a direction.
+//! `tcp.rs` detects bulk, and `direction.rs` ends a direction.
 
 use std::cell::RefCell;
 use std::io;
@@ -17,15 +17,15 @@ use crate::error::ProxyError;
 use crate::limits::{Buffers, FdPermit};
 use crate::observe::metrics::buffer_refused;
 
-/// Size of a pipe, in bytes. A quarter of it cost an eighth more CPU in bulk; four times of it
+/// The size of a pipe in bytes. A quarter of it cost an eighth more CPU for bulk; four times of it
 /// gained less than a tenth. An unprivileged user may have 64 MiB in pipes
 /// (`fs.pipe-user-pages-soft`).
 const PIPE: usize = 256 * 1024;
 /// A move of fewer bytes is small.
 const SMALL_MOVE: usize = 16 * 1024;
-/// After so many small moves in a row the connection is no longer bulk, and is copied.
+/// The number of consecutive small moves after which a connection is no longer bulk, and is copied.
 const MAX_SMALL_MOVES: u32 = 8;
-/// Maximum number of empty pipes that a worker keeps.
+/// The maximum number of empty pipes that a worker keeps.
 const MAX_SPARE: usize = 64;
 
 thread_local! {
@@ -33,23 +33,23 @@ thread_local! {
     static POOL: RefCell<PipePool> = const { RefCell::new(PipePool { spare: Vec::new(), members: 0 }) };
 }
 
-/// A direction that moves bulk. It holds a pipe only while there are bytes to move. The pipe is
-/// always empty before it is filled: so EAGAIN identifies the connection to wait for, and the bytes
-/// that leave the pipe are the bytes that were moved.
+/// A direction that moves bulk. It holds a pipe only while bytes are in it. The pipe is always
+/// empty before it is filled, so EAGAIN identifies the connection to wait for, and the bytes that
+/// leave the pipe are the moved bytes.
 pub(super) struct Splice {
     pipe: Option<Pipe>,
-    /// Number of small moves in a row.
+    /// The number of consecutive small moves.
     small_moves: u32,
-    _member: Member,
+    _member: SplicingDirection,
 }
 
 impl Splice {
     pub(super) fn new() -> Self {
-        Self { pipe: None, small_moves: 0, _member: Member::new() }
+        Self { pipe: None, small_moves: 0, _member: SplicingDirection::new() }
     }
 
-    /// True after FIN, once all bytes are written. False when the direction must be copied again:
-    /// it is no longer bulk, or there is no pipe.
+    /// Moves bytes until it must wait. True after FIN, when all bytes are written. False when the
+    /// direction must be copied again, because it is no longer bulk or there is no pipe.
     pub(super) fn poll(
         &mut self,
         source: &mut Tcp<'_>,
@@ -79,7 +79,8 @@ impl Splice {
                     return Poll::Ready(Ok(false));
                 }
             }
-            // Polled for every piece: this consumes the task's budget, so that the task yields.
+            // Polling readiness for every piece consumes tokio's task budget, so that the task
+            // yields.
             let ready = source.stream.poll_read_ready(cx);
             let mut fill = || source.stream.try_io(Interest::READABLE, || pipe.fill(source.stream));
             match ready.map(|ready| ready.and_then(|()| fill())) {
@@ -104,7 +105,7 @@ impl Splice {
     }
 }
 
-/// Replaces the buffer by a pipe, if there is memory for one.
+/// Frees the read buffer and takes a pipe, if the limits allow one.
 fn take_pipe(source: &mut Tcp<'_>) -> Option<Pipe> {
     source.restart_detection();
     if !source.share.resize(PIPE) {
@@ -137,7 +138,7 @@ fn poll_empty(
     Poll::Ready(Ok(()))
 }
 
-/// A pipe in use. Dropped empty, it is kept for reuse; otherwise it is closed.
+/// A pipe in use. On drop an empty pipe is kept for reuse, another one is closed.
 struct Pipe {
     pooled: Arc<PooledPipe>,
     filled: usize,
@@ -185,8 +186,8 @@ impl Drop for Pipe {
     }
 }
 
-/// Empty pipes, at most one for each direction that splices: none stays open after the last of
-/// them.
+/// Empty pipes, at most one for each splicing direction. They are closed with the last such
+/// direction.
 struct PipePool {
     spare: Vec<Arc<PooledPipe>>,
     members: usize,
@@ -200,17 +201,17 @@ impl PipePool {
     }
 }
 
-/// Counts one direction that splices.
-struct Member;
+/// Counts one splicing direction until it is dropped.
+struct SplicingDirection;
 
-impl Member {
+impl SplicingDirection {
     fn new() -> Self {
         POOL.with_borrow_mut(|pool| pool.members += 1);
         Self
     }
 }
 
-impl Drop for Member {
+impl Drop for SplicingDirection {
     fn drop(&mut self) {
         let _ending = POOL.try_with(|pool| {
             let mut pool = pool.borrow_mut();
@@ -221,13 +222,13 @@ impl Drop for Member {
     }
 }
 
-/// Number of directions that this worker splices.
+/// The number of directions that this worker splices.
 #[cfg(test)]
 pub(super) fn members() -> usize {
     POOL.with_borrow(|pool| pool.members)
 }
 
-/// Number of empty pipes that this worker keeps.
+/// The number of empty pipes that this worker keeps.
 #[cfg(test)]
 pub(super) fn spare() -> usize {
     POOL.with_borrow(|pool| pool.spare.len())

@@ -14,19 +14,20 @@ use super::{Side, Sink, Source};
 use crate::error::ProxyError;
 use crate::limits::{BufferShare, Buffers};
 
-/// Size of a connection's first read, in bytes: most requests fit, and thousands of idle
-/// connections stay small.
+/// The size of a connection's first read in bytes: most requests fit, and idle connections stay
+/// small.
 const FIRST_READ: usize = 4 * 1024;
-/// Size of a busy connection's reads, in bytes: large enough to make system calls rare, small
-/// enough to stay in the L2 cache. Half of it cost a fifth more CPU in bulk, twice of it gained
+/// The size of a busy connection's reads in bytes: large enough to make system calls rare, small
+/// enough to stay in the L2 cache. Half of it cost a fifth more CPU for bulk; twice of it gained
 /// nothing measurable.
 const LARGEST_READ: usize = 128 * 1024;
-/// Bytes that a connection moves before it counts as bulk, if its reads have the largest size then.
+/// The number of bytes after which a connection counts as bulk, if its reads have the largest size.
 const BULK: usize = 1 << 20;
-/// Full reads after which a connection that was refused a larger buffer asks for one again.
+/// The number of full reads after which a connection that was refused a larger buffer requests one
+/// again.
 const GROW_AFTER_FULL_READS: u32 = 256;
 
-/// Wraps an error of a connection as the client's or the upstream's.
+/// Wraps an I/O error as an error of the client or of the upstream.
 pub(super) type IntoError = fn(io::Error) -> ProxyError;
 
 /// A connection, read into a buffer that grows while the connection is busy and is freed while it
@@ -35,19 +36,19 @@ pub(super) struct Tcp<'a> {
     pub(super) stream: &'a TcpStream,
     pub(super) into_error: IntoError,
     buffer: BytesMut,
-    /// Size of the next buffer.
+    /// The size of the next buffer.
     size: usize,
     /// The buffer's memory beyond a first read.
     pub(super) share: BufferShare<'a>,
-    /// Full reads that remain until a larger buffer is asked for.
+    /// The number of full reads before the next request for a larger buffer.
     full_reads_left: u32,
-    /// Bytes that were read since the connection began, or was last found not to be bulk.
+    /// The number of bytes read since the start of the connection or the last restart of detection.
     read: usize,
-    /// The last read filled its buffer.
+    /// Whether the last read filled its buffer.
     full: bool,
-    /// The end that follows the bytes read last, once it is known: FIN or an error.
+    /// The known end that follows the bytes of the last read: FIN or an error.
     pending_end: Option<io::Result<()>>,
-    /// Present while this side is watched for an abort. Boxed: few connections are.
+    /// Present while this side is watched for an abort. Boxed, because few connections are watched.
     abort_watch: Option<AbortWatch<'a>>,
 }
 
@@ -69,7 +70,7 @@ impl<'a> Tcp<'a> {
         }
     }
 
-    /// Whether the connection sends so much, and so much at a time, that splicing pays.
+    /// Whether the connection sends so much, in reads so large, that splicing pays.
     pub(super) fn is_bulk(&self) -> bool {
         self.read >= BULK && self.full && self.size == LARGEST_READ
     }
@@ -80,8 +81,8 @@ impl<'a> Tcp<'a> {
         self.release();
     }
 
-    /// Makes room for a read, and returns how much. Normally the bytes of the last read are written
-    /// by now, and their memory is reused.
+    /// Reserves room for a read, and returns its size. Normally the bytes of the last read are
+    /// already written, and their memory is reused.
     fn make_room(&mut self) -> usize {
         if self.buffer.capacity() < self.size / 2 {
             if !self.share.resize(self.size - FIRST_READ) {
@@ -94,7 +95,7 @@ impl<'a> Tcp<'a> {
         self.buffer.capacity()
     }
 
-    /// Doubles the size after a read that filled its room, halves it after one of less than a
+    /// Doubles the buffer size after a full read, and halves it after a read of less than a
     /// quarter.
     fn adapt(&mut self, read: usize, room: usize) {
         self.read = self.read.saturating_add(read);
@@ -158,7 +159,7 @@ impl<'a> Tcp<'a> {
         }
     }
 
-    /// Frees everything that an idle connection does not need. Inlined, because it runs whenever a
+    /// Frees the memory that an idle connection does not need. Inlined, because it runs whenever a
     /// read waits.
     #[inline]
     fn release(&mut self) {

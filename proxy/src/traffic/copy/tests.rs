@@ -1,5 +1,5 @@
-//! Flows between real TCP connections, and through tunnels in memory: ends, aborts, and the memory
-//! that they hold.
+//! Tests of flows between TCP connections, and through tunnels in memory: ends, aborts and memory
+//! use.
 
 mod blocked;
 mod bulk;
@@ -11,13 +11,13 @@ mod testing;
 
 use underpass_interception::reset_on_close;
 
-use self::testing::{End, Scene, Side, Way};
+use self::testing::{End, FlowKind, Scene, Side};
 use super::{Relay, Tcp, Tunnelled};
 use crate::error::ProxyError;
 
 #[tokio::test]
-async fn fin_follows_all_data_and_answer_follows_fin() {
-    for way in Way::ALL {
+async fn fin_arrives_after_all_data_and_allows_an_answer() {
+    for way in FlowKind::ALL {
         let mut scene = Scene::new(way).await;
         scene.client.send(b"question").await;
         scene.client.finish().await;
@@ -35,7 +35,7 @@ async fn fin_follows_all_data_and_answer_follows_fin() {
 
 #[tokio::test]
 async fn server_ends_before_client() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::new(way).await;
         scene.server.send(b"banner").await;
         scene.server.finish().await;
@@ -49,7 +49,7 @@ async fn server_ends_before_client() {
 
 #[tokio::test]
 async fn abort_of_one_side_aborts_other_side() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::new(way).await;
         scene.exchange().await;
         scene.client.abort();
@@ -65,11 +65,11 @@ async fn abort_of_one_side_aborts_other_side() {
 
 #[tokio::test]
 async fn lost_tunnel_resets_socket() {
-    for way in [Way::IntoTunnel, Way::OutOfTunnel] {
+    for way in [FlowKind::IntoTunnel, FlowKind::OutOfTunnel] {
         let mut scene = Scene::new(way).await;
         scene.exchange().await;
         scene.lose_tunnel().await;
-        let side = if way == Way::IntoTunnel { &mut scene.client } else { &mut scene.server };
+        let side = if way == FlowKind::IntoTunnel { &mut scene.client } else { &mut scene.server };
         assert_eq!(side.read().await, (vec![], End::Reset), "{way:?}");
         assert!(matches!(scene.ended().await.0, Err(ProxyError::Tunnel(_))), "{way:?}");
     }
@@ -84,12 +84,12 @@ async fn data_before_reset_is_delivered() {
     drop(theirs);
     let mut scene = Scene::plain(ours).await;
     assert_eq!(scene.server.read().await, (b"last words".to_vec(), End::Reset));
-    Way::Plain.assert_client_aborted(scene.ended().await.0);
+    FlowKind::Plain.assert_client_aborted(scene.ended().await.0);
 }
 
 #[tokio::test]
-async fn pending_end_is_sent_with_last_data() {
-    let mut scene = Scene::new(Way::IntoTunnel).await;
+async fn known_fin_is_sent_with_last_data() {
+    let mut scene = Scene::new(FlowKind::IntoTunnel).await;
     scene.exchange().await;
     scene.client.send(b"last words").await;
     scene.client.finish().await;
@@ -102,7 +102,7 @@ async fn pending_end_is_sent_with_last_data() {
     scene.ended().await.0.unwrap();
 }
 
-/// A relay is most of what an idle connection holds (docs/architecture.md).
+/// A relay is most of an idle connection's memory (docs/architecture.md).
 #[test]
 fn relay_stays_within_384_bytes() {
     let plain = size_of::<Relay<'_, Tcp<'_>, Tcp<'_>>>();

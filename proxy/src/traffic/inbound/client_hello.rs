@@ -1,4 +1,4 @@
-//! Waits until a client has sent its ClientHello, without reading it: a silent connection holds no
+//! Waits for a client's ClientHello without reading it, so that a silent connection holds no
 //! handshake state.
 
 use std::io;
@@ -7,16 +7,16 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use underpass_interception::peek;
 
-/// The number of bytes to peek at. A ClientHello has a few hundred bytes, with post-quantum keys
-/// about 2 KiB. The handshake reads the rest of a longer one.
+/// The number of bytes to peek at. A ClientHello has a few hundred bytes, or about 2 KiB with
+/// post-quantum keys. The handshake reads the rest of a longer one.
 const PEEK_BYTES: usize = 4096;
 /// RFC 8446 section 5.1: type, version (2), length (2).
 const RECORD_HEAD: usize = 5;
 /// The type of a record with a handshake message.
 const HANDSHAKE: u8 = 22;
 
-/// Waits until the first record has arrived, the first bytes are no ClientHello, or the client has
-/// closed the connection. In the last two cases the handshake fails at once.
+/// Waits until the first record is complete, the first bytes are no ClientHello, or the client has
+/// closed the connection. The latter two fail the handshake at once.
 pub(super) async fn client_hello(stream: &TcpStream) -> io::Result<()> {
     loop {
         let ready = stream.ready(Interest::READABLE).await?;
@@ -25,7 +25,7 @@ pub(super) async fn client_hello(stream: &TcpStream) -> io::Result<()> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             seen => return seen,
         }
-        // No more bytes will arrive; tokio keeps reporting the end.
+        // The client has sent FIN, so no more bytes will arrive.
         if ready.is_read_closed() {
             return Ok(());
         }
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn stops_at_other_data_and_overlong_record() {
+    async fn wait_for_client_hello_ends_at_other_data_and_overlong_record() {
         let longest = [&[HANDSHAKE, 3, 1, 0x40, 0][..], &[0; PEEK_BYTES]].concat();
         for bytes in [&b"GET / HTTP/1.1"[..], &longest] {
             let (mut client, server) = pair().await;
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn wait_ends_with_connection() {
+    async fn wait_for_client_hello_ends_with_connection() {
         for begun in [&[][..], &[HANDSHAKE, 3, 1]] {
             let (mut client, server) = pair().await;
             client.write_all(begun).await.unwrap();

@@ -1,7 +1,7 @@
-//! Delivers a connection of another pod of this process to the application, as if it had come
-//! through a tunnel: the same decision, records and counts.
+//! Delivers a connection from another pod of this process to the application, as if through a
+//! tunnel: the same decision, records and counts.
 //!
-//! `traffic/outbound/same_node.rs` chooses such connections, and relays their bytes.
+//! `traffic/outbound/same_node.rs` selects such connections, and relays their bytes.
 
 use std::net::SocketAddr;
 use std::pin::pin;
@@ -29,16 +29,16 @@ use crate::traffic::copy::Neighbour;
 /// A request for a connection to the application of a pod, from another pod of this process.
 pub(in crate::traffic) struct DeliveryRequest {
     pub(in crate::traffic) target: Target,
-    /// The headers of a CONNECT request.
+    /// The headers that a CONNECT request would have.
     pub(in crate::traffic) headers: HeaderMap,
     pub(in crate::traffic) client: SocketAddr,
-    /// The destination pod's HBONE listener.
+    /// The HBONE listener of the destination pod.
     pub(in crate::traffic) here: SocketAddr,
     pub(in crate::traffic) trust: Arc<MutualTrust>,
 }
 
 /// The destination pod's part of an open connection.
-// In this order: the socket is closed before its counts are released.
+// Fields are dropped in this order: the socket is closed before its counts are released.
 pub(in crate::traffic) struct Delivery {
     app: TcpStream,
     record: ConnectionRecord,
@@ -48,7 +48,7 @@ pub(in crate::traffic) struct Delivery {
     trust: Arc<MutualTrust>,
 }
 
-/// Records that the destination pod has rejected the source's certificate, or the other way round.
+/// Records that one pod has rejected the other's certificate.
 pub(in crate::traffic) fn record_distrust(
     seat: &Seat,
     client: SocketAddr,
@@ -60,8 +60,7 @@ pub(in crate::traffic) fn record_distrust(
 
 /// Connects to the application of the pod of `seat`, and creates the pod's record.
 ///
-/// # Errors
-/// The status of the response to a CONNECT request that fails in the same way.
+/// # Errors The status of the response to a CONNECT request that fails in the same way.
 pub(in crate::traffic) async fn deliver(
     seat: Arc<Seat>,
     DeliveryRequest { target, headers, client, here, trust }: DeliveryRequest,
@@ -91,7 +90,7 @@ pub(in crate::traffic) async fn deliver(
     }
 }
 
-/// A connection that is not open yet. Dropped, it is recorded as aborted by its client.
+/// A connection that is not open yet. Dropping it records an abort by its client.
 struct Unopened<'a> {
     seat: &'a Seat,
     accepted_at: Instant,
@@ -146,8 +145,8 @@ impl Delivery {
         }
     }
 
-    /// Closes the record with the outcome that the destination pod of a tunnel would have, and
-    /// returns the outcome of the source, whose handle for its termination is `source`.
+    /// Closes the destination pod's record with the outcome that it would have for a tunnel.
+    /// Returns the outcome of the source pod. `source` is the source's termination signal.
     pub(in crate::traffic) fn close(
         self,
         outcome: Result<(), ProxyError>,
@@ -157,7 +156,7 @@ impl Delivery {
         let (at_source, here) = match outcome {
             Ok(()) => (Ok(()), Ok(())),
             Err(error) => {
-                // If both revoke the other one, the relay ended by the source's revocation.
+                // If both pods revoke each other, the source's revocation has ended the relay.
                 let by_destination = self.trust.server_revocation().now_or_never().is_none();
                 let (at_source, here) = split(error, source, own, by_destination);
                 (Err(at_source), Err(here))
@@ -168,8 +167,8 @@ impl Delivery {
     }
 }
 
-/// The errors of the source and of the destination of a connection that ended with `error`: one of
-/// them is its cause, and the other one sees a stream or a tunnel that its peer has aborted.
+/// Derives the errors of both pods from the `error` that ended the connection. One pod sees the
+/// cause, the other one a stream or tunnel aborted by its peer.
 fn split(
     error: ProxyError,
     source: &Termination,
@@ -185,7 +184,8 @@ fn split(
         ProxyError::Upstream(_) => (aborted(), error),
         ProxyError::Tunnel(_) if by_destination => (lost(), error),
         ProxyError::Tunnel(_) => (error, lost()),
-        // A registry has terminated it, or both have. The reason that ended the relay was taken.
+        // One or both registries have terminated the connection. The relay has already taken the
+        // reason.
         _ => {
             let (of_source, of_destination) = (source.take_reason(), destination.take_reason());
             let is_of_source = match (&of_source, &of_destination) {
@@ -215,13 +215,13 @@ mod tests {
         io::ErrorKind::ConnectionReset.into()
     }
 
-    /// The codes of both records.
+    /// The reason codes of both records.
     fn codes((source, destination): (ProxyError, ProxyError)) -> [&'static str; 2] {
         [source.reason().code, destination.reason().code]
     }
 
     #[tokio::test]
-    async fn each_record_gets_the_error_that_its_end_of_a_tunnel_would_have() {
+    async fn delivery_records_have_the_errors_of_tunnel_ends() {
         let registry = Registries::<()>::new(1);
         let (source, destination) = (registry.of(0).register(()), registry.of(0).register(()));
         let of = |error, by_destination| {
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn reason_of_termination_is_recorded_at_its_end() {
+    async fn termination_reason_is_recorded_for_the_terminating_pod() {
         let denied = || ProxyError::NoLongerAllowed(Box::new(ProxyError::Dropped));
         for (at_source, at_destination, expected) in [
             (true, false, ["no_longer_allowed", "reset"]),

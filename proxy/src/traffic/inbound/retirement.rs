@@ -1,6 +1,6 @@
 //! Retires peers' tunnels by GOAWAY: before the first of both certificates expires, at the maximum
-//! age, after a long time without streams, or when the proxy closes. A peer of this implementation
-//! stops using a tunnel at the same age by itself.
+//! age, after a long time without streams, or when the proxy closes. A peer that also runs
+//! underpass stops using a tunnel at the same age.
 //!
 //! ztunnel fails a request that it sends while GOAWAY is on its way. So GOAWAY waits for a moment
 //! without streams, when a new one is least likely. A tunnel that always has streams gets it after
@@ -18,12 +18,12 @@ use underpass_hbone::{Incoming, ServerTunnel};
 use crate::node::Node;
 use crate::observe::metrics;
 
-/// The interval of checks of a tunnel that is due.
+/// The interval of checks once a tunnel is due.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// The interval while the proxy closes, and the duration of such checks.
+/// The interval of checks while the proxy closes. Such checks last as long.
 const CLOSING_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 const CLOSING_DURATION: Duration = Duration::from_secs(1);
-/// The number of checks per idle timeout: a tunnel retires at most this fraction of it late.
+/// The number of checks per idle timeout. A tunnel retires at most one check interval late.
 const IDLE_CHECKS: u32 = 8;
 
 /// The retirement timer of one tunnel.
@@ -61,7 +61,7 @@ impl Retirement {
         Self { timer, plan, closing: false, drained: false }
     }
 
-    /// The next CONNECT request. Sends GOAWAY when the tunnel is due.
+    /// Waits for the next CONNECT request. Sends GOAWAY when the tunnel is due.
     pub(super) async fn next_request(
         &mut self,
         closing: &CancellationToken,
@@ -93,9 +93,9 @@ impl Retirement {
 }
 
 impl Plan {
-    /// A plan for certificates that are `valid` for this time. A tenth of that time, or of the age,
-    /// is left before expiry to find a moment without streams. Half of that is for the peer to
-    /// acknowledge.
+    /// A plan for certificates that are `valid` for this time. It leaves a tenth of that time, or
+    /// of the age, to find a moment without streams. Half of that is for the peer's
+    /// acknowledgement.
     fn new(valid: Duration, max_age: Duration, idle: Duration) -> Self {
         let now = Instant::now();
         let margin = max_age / 10;
@@ -145,7 +145,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
     const DAY: Duration = Duration::from_secs(24 * 3600);
 
-    /// The time and the reason at which a tunnel without streams since `idle_from` retires.
+    /// The time and the reason of the retirement of a tunnel without streams since `idle_from`.
     fn retires(plan: &Plan, start: Instant, idle_from: Duration) -> (Duration, &'static str) {
         let mut now = start + plan.idle.min(plan.due - start);
         loop {

@@ -1,8 +1,8 @@
 //! Delivers connections to pods of this process without a tunnel (`proxy.same_node: direct`).
 //!
 //! A connection is delivered directly only if a tunnel would end at a pod of this process and carry
-//! the same facts. Everything else takes a tunnel. `traffic/inbound/delivery.rs` is the destination
-//! pod's part.
+//! the same facts. Other connections take a tunnel. `traffic/inbound/delivery.rs` is the
+//! destination pod's part.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ fn issued(pod: &Pod) -> Option<&watch::Receiver<Credentials>> {
 
 impl OutboundConnect<'_> {
     /// The seat, on this worker, of the pod at which a tunnel to `hop` for `target` would end;
-    /// `None` if it takes a tunnel.
+    /// `None` if the connection must take a tunnel.
     pub(super) fn neighbour(
         &self,
         route: &Route,
@@ -38,7 +38,7 @@ impl OutboundConnect<'_> {
         target: &Target,
     ) -> Option<Arc<Seat>> {
         let node = self.seat.node();
-        // A waypoint or a gateway is asked for another address than its own.
+        // A waypoint or a gateway forwards to another address than its own.
         let ends_there = matches!(target, Target::Address(target) if target.ip() == hop.ip());
         if node.same_node != SameNode::Direct || !ends_there || !self.has_one_address() {
             return None;
@@ -49,12 +49,12 @@ impl OutboundConnect<'_> {
             return None;
         }
         let seat = self.seat.worker.seat(&pod);
-        // Its namespace confirms the address of the mesh.
+        // The pod's namespace confirms that the mesh has the right address.
         seat.is_local(hop.ip()).is_ok_and(|is_local| is_local).then_some(seat)
     }
 
-    /// Whether the destination of a tunnel would see the client's own address: that of the pod,
-    /// whose identity proves its workload and which has no other address of this family.
+    /// Whether the destination of a tunnel would see the client's own address. This requires that
+    /// the workload's identity is proven, and that the pod has no other address of this family.
     fn has_one_address(&self) -> bool {
         let Source::Own(address) = self.source else { return false };
         let is_only = |workload: &Arc<Workload>| {

@@ -7,7 +7,7 @@ fn mistakes(text: &str) -> Vec<String> {
     problems.iter().map(ToString::to_string).collect()
 }
 
-/// The single mistake of a policy with this match, without the location.
+/// The only mistake of a policy with this match, without the location.
 fn mistake_in(one_match: &str) -> String {
     let text = format!(
         "policies:\n- {{name: p, namespace: n, scope: Global, action: Deny, rules: [[[{one_match}]]]}}\n"

@@ -1,7 +1,7 @@
 //! Compiled rules: a sequence of conditions, each with the next step for both outcomes.
 //!
 //! All values of a policy are in a few contiguous allocations. The program is read for every
-//! connection and is usually not in the cache if there are many policies. Evaluation allocates
+//! connection and usually not in the CPU cache if there are many policies. Evaluation allocates
 //! nothing.
 
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use super::{Condition, Connection, Match, StringMatch, Values};
 use crate::cidr;
 use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
-/// The result of a match. No step has these indexes.
+/// The end of the program with a match. No step has this index.
 const MATCH: usize = usize::MAX;
 const NO_MATCH: usize = usize::MAX - 1;
 
@@ -24,7 +24,7 @@ pub(super) struct Program {
     start: usize,
     steps: Vec<Step>,
     ports: Vec<u16>,
-    /// First and last addresses. Ranges of one step are sorted and disjoint.
+    /// The first and last addresses of ranges. Those of one step are sorted and disjoint.
     ranges: Vec<(IpAddr, IpAddr)>,
     texts: Vec<Text>,
     /// The concatenation of all texts.
@@ -36,11 +36,11 @@ pub(super) struct Program {
 struct Step {
     field: Field,
     negated: bool,
-    /// The indexes of its values in `ports`, `ranges` or `texts`.
+    /// The indexes of the step's values in `ports`, `ranges` or `texts`.
     values: Range<usize>,
-    /// The next step if it holds.
+    /// The next step if the condition holds.
     then: usize,
-    /// The next step if it does not hold.
+    /// The next step if the condition does not hold.
     otherwise: usize,
 }
 
@@ -54,7 +54,7 @@ enum Field {
     Principal,
 }
 
-/// A [`StringMatch`].
+/// A [`StringMatch`] whose text is in `letters`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Text {
     kind: Kind,
@@ -87,7 +87,8 @@ impl Program {
             letters: String::new(),
         };
         for rule in rules.into_iter().rev() {
-            // If a rule fails, the next one is evaluated; if all its clauses match, it matches.
+            // If a rule fails, the next one is evaluated. If all its clauses match, the policy
+            // matches.
             let otherwise = program.start;
             program.start = MATCH;
             for clause in rule.into_iter().rev().filter(|clause| !clause.is_empty()) {
@@ -101,11 +102,11 @@ impl Program {
     /// Adds a clause, and returns its first step.
     fn clause(&mut self, matches: Vec<Match>, then: usize, mut otherwise: usize) -> usize {
         for Match(mut conditions) in matches.into_iter().rev() {
-            // A match without conditions fails, so the next one is evaluated.
+            // A match without conditions fails, so the next match is evaluated.
             if conditions.is_empty() {
                 continue;
             }
-            // Added from last to first: cheap conditions are evaluated first.
+            // Steps are added from last to first, so that cheap conditions are evaluated first.
             conditions.sort_by_key(|condition| std::cmp::Reverse(cost(&condition.values)));
             let first = conditions
                 .into_iter()
@@ -128,7 +129,7 @@ impl Program {
             Values::DestinationIps(cidrs) => (Field::DestinationIp, self.add_ranges(cidrs)),
             Values::Namespaces(matches) => (Field::Namespace, self.add_texts(matches)),
             Values::ServiceAccounts(accounts) => {
-                // Names contain no '/', so two accounts never give the same text.
+                // Names contain no '/', so two accounts never have the same text.
                 let path =
                     |(namespace, name)| StringMatch::Exact(format!("/ns/{namespace}/sa/{name}"));
                 (Field::ServiceAccount, self.add_texts(accounts.into_iter().map(path).collect()))
@@ -225,7 +226,7 @@ impl Program {
     pub(super) fn matches(&self, connection: &Connection<'_>) -> bool {
         let facts = Facts::of(connection);
         let mut at = self.start;
-        // Steps lead only to steps that were added before, so this terminates.
+        // Steps refer only to steps that were added before, so the loop terminates.
         while let Some(step) = self.steps.get(at) {
             let holds = self.applies(step, &facts) != step.negated;
             at = if holds { step.then } else { step.otherwise };
@@ -233,7 +234,7 @@ impl Program {
         at == MATCH
     }
 
-    /// Returns true if the connection matches one of the step's values.
+    /// Whether the connection matches one of the step's values.
     fn applies(&self, step: &Step, facts: &Facts<'_>) -> bool {
         match step.field {
             Field::DestinationPort => values(&self.ports, step).binary_search(&facts.port).is_ok(),
@@ -250,9 +251,9 @@ impl Program {
         }
     }
 
-    /// Returns true if one of the step's texts matches the identity under another trust domain.
-    /// Istio instead compiles each principal for each alias (`pilot/pkg/trustdomain`), with the
-    /// same result.
+    /// Whether one of the step's texts matches the identity under another trust domain. Istio
+    /// instead compiles each principal for each alias (`pilot/pkg/trustdomain`), with the same
+    /// result.
     fn any_alias(&self, step: &Step, alias: &TrustDomain, identity: &SpiffeId) -> bool {
         let (domain, path) = (alias.as_str().as_bytes(), identity.path().as_bytes());
         values(&self.texts, step).iter().any(|Text { kind, letters }| {

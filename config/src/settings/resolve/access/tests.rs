@@ -1,4 +1,4 @@
-//! Valid and invalid settings of egress and mTLS.
+//! Tests of valid and invalid settings of egress and mTLS.
 
 use crate::settings::load::settings_of;
 use crate::settings::{EgressSettings, Mtls, MtlsOverride, MtlsSettings};
@@ -29,7 +29,7 @@ fn defaults_allow_all_egress_and_plaintext_inbound() {
 }
 
 #[test]
-fn mesh_only_permits_exceptions_only() {
+fn mesh_only_egress_permits_only_exceptions() {
     let text = "egress: mesh-only\negress_exceptions: {cidrs: [10.0.0.0/8, '2001:db8::/32'], ports: [53, 8000-8100]}";
     let permitted = |destination: &str| egress(text).permits(destination.parse().unwrap());
     for destination in
@@ -60,7 +60,7 @@ fn rejects_egress_exceptions_in_allow_mode() {
 }
 
 #[test]
-fn most_specific_mtls_override_wins_in_any_order() {
+fn most_specific_mtls_override_applies_in_any_order() {
     let rising = "mtls: strict, mtls_overrides: [':80=permissive', shop/web=strict, 'shop/web:80=permissive', shop/db=permissive]";
     let falling = "mtls: strict, mtls_overrides: [shop/db=permissive, 'shop/web:80=permissive', shop/web=strict, ':80=permissive']";
     for text in [rising, falling] {

@@ -1,4 +1,4 @@
-//! Valid and invalid settings of identity, trust and tunnels.
+//! Tests of valid and invalid settings of identity, trust and tunnels.
 
 use super::*;
 use crate::error::ConfigErrors;

@@ -1,4 +1,4 @@
-//! Lists, defaults by profile, and contradictions in the section `interception`.
+//! Tests of lists, of defaults by profile, and of contradictions in the section `interception`.
 
 use super::*;
 use crate::error::ConfigErrors;

@@ -1,4 +1,4 @@
-//! Valid and invalid settings of limits, timeouts and hot restart.
+//! Tests of valid and invalid settings of limits, timeouts and hot restart.
 
 use std::time::Duration;
 

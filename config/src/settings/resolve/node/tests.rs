@@ -1,4 +1,4 @@
-//! Valid and invalid settings of a node daemon.
+//! Tests of valid and invalid settings of a node daemon.
 
 use super::*;
 use crate::settings::load::settings_of;
@@ -10,7 +10,7 @@ fn mistakes(text: &str) -> Vec<String> {
     errors.problems.into_iter().map(|p| format!("{}: {}", p.key, p.reason)).collect()
 }
 
-/// Asserts that a node daemon with these other settings has exactly one mistake, at `key`.
+/// Asserts that the settings of a node daemon with `more` have exactly one mistake, at `key`.
 fn is_refused(source: &str, more: &str, key: &str) {
     let text = format!("node: {{pods: {{{source}: /run/x}}}}\n{more}\n");
     let found = mistakes(&text);
@@ -50,7 +50,7 @@ fn settings_without_source_are_those_of_one_pod() {
 }
 
 #[test]
-fn installation_of_the_plugin_has_both_folders() {
+fn plugin_installation_requires_both_folders() {
     let text = "node: {pods: {cni: /a}, cni_install: {net_dir: /n, bin_dir: /b}}";
     let install = settings_of(text).unwrap().node.cni_install.unwrap();
     assert_eq!((install.net_dir.to_str(), install.bin_dir.to_str()), (Some("/n"), Some("/b")));
@@ -83,7 +83,7 @@ fn rejects_settings_of_one_pod() {
 }
 
 #[test]
-fn rejects_rules_of_another_installer() {
+fn node_daemon_rejects_rules_of_another_installer() {
     is_refused("zds", "interception: {install: true}", "interception.install");
     for source in ["cni", "directory"] {
         is_refused(source, "interception: {install: false}", "interception.install");
@@ -93,7 +93,7 @@ fn rejects_rules_of_another_installer() {
 }
 
 #[test]
-fn rejects_identity_that_is_not_each_pods_own() {
+fn rejects_identity_shared_by_all_pods() {
     let files = "identity: {certificate: c, key: k, roots: r}";
     is_refused("cni", files, "identity");
     is_refused("cni", "identity: {spire: {socket: /s}}", "identity.spire");
@@ -116,7 +116,7 @@ fn rejects_unusable_names() {
 }
 
 #[test]
-fn translated_probes_are_exempt_by_default() {
+fn kubelet_probes_are_exempt_by_default_with_translation() {
     let probes = |more: &str| {
         let text = format!("node: {{probes: translate, pods: {{cni: /run/x}}}}\n{more}");
         settings_of(&text).unwrap().interception.kubelet_probes
@@ -127,7 +127,7 @@ fn translated_probes_are_exempt_by_default() {
 }
 
 #[test]
-fn rejects_translated_probes_of_another_agent_or_without_pods() {
+fn rejects_probe_translation_with_agent_or_without_pods() {
     for pods in ["pods: {zds: /run/x}, ", ""] {
         let found = mistakes(&format!("node: {{{pods}probes: translate}}"));
         assert_eq!(found.len(), 1, "{found:?}");

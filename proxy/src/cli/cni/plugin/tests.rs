@@ -14,7 +14,7 @@ use super::*;
 use crate::pods::cni::protocol::{Answer, Refusal};
 use crate::pods::cni::testing::Folder;
 
-/// The variables of an ADD by a kubelet.
+/// The variables of a kubelet's ADD.
 const KUBERNETES: [(&str, &str); 5] = [
     ("CNI_COMMAND", "ADD"),
     ("CNI_CONTAINERID", "9f86d081"),
@@ -57,7 +57,7 @@ async fn outcome(changes: &[(&str, &str)], config: &str) -> Outcome {
     call(&environment(changes), config.as_bytes(), |path| Namespace::open(path)).await
 }
 
-/// Code, message and hint of a failed call.
+/// The code, message and hint of a failed call.
 async fn failure(changes: &[(&str, &str)], config: &str) -> (u64, String, String) {
     let outcome = outcome(changes, config).await;
     outcome.error.expect("an error");
@@ -66,7 +66,7 @@ async fn failure(changes: &[(&str, &str)], config: &str) -> (u64, String, String
     (error["code"].as_u64().unwrap(), text("msg"), text("details"))
 }
 
-/// A daemon that gives every request this answer.
+/// A daemon that answers every request with the same answer.
 struct Daemon {
     folder: Folder,
     requests: JoinHandle<Vec<(Request, Vec<OwnedFd>)>>,
@@ -107,7 +107,7 @@ fn refusal(code: u32) -> Answer {
 }
 
 #[tokio::test]
-async fn add_sends_facts_and_namespace_and_passes_result_on() {
+async fn add_command_sends_facts_and_namespace_and_returns_previous_result() {
     let daemon = Daemon::answering(1, Answer::Done);
     let outcome = outcome(&[], &daemon.config(json!({}))).await;
     assert_eq!(outcome.text, previous().to_string());
@@ -124,7 +124,7 @@ async fn add_sends_facts_and_namespace_and_passes_result_on() {
     assert_eq!(pod.addresses, [std::net::IpAddr::from([10, 0, 0, 1])]);
 }
 
-/// A result with the order, the numbers and the white space of its author.
+/// A result with arbitrary order, numbers and white space.
 fn result() -> impl Strategy<Value = String> {
     let number = prop_oneof![Just("1.50e3"), Just("1"), Just("-0"), Just("12345678901234567890")];
     let key = "[ -!#-\\[\\]-~]{0,8}";
@@ -144,7 +144,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn any_previous_result_is_passed_on_byte_for_byte(result in result()) {
+    fn previous_result_is_returned_byte_for_byte(result in result()) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let text = runtime.block_on(async {
             let daemon = Daemon::answering(1, Answer::Done);
@@ -158,7 +158,7 @@ proptest! {
 }
 
 #[tokio::test]
-async fn refusal_of_the_daemon_is_the_result() {
+async fn refusal_by_the_daemon_becomes_the_plugins_result() {
     for code in [11, 101] {
         let daemon = Daemon::answering(1, refusal(code));
         let (found, message, hint) = failure(&[], &daemon.config(json!({}))).await;
@@ -180,7 +180,7 @@ async fn add_fails_closed_while_the_daemon_is_down() {
 }
 
 #[tokio::test]
-async fn daemon_that_ends_during_a_call_fails_it() {
+async fn call_fails_if_the_daemon_ends_during_it() {
     let daemon = Daemon::answering(0, Answer::Done);
     let (code, message, _) = failure(&[], &daemon.config(json!({}))).await;
     assert_eq!(code, 11);
@@ -189,7 +189,7 @@ async fn daemon_that_ends_during_a_call_fails_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn daemon_that_is_silent_fails_the_call_in_time() {
+async fn call_times_out_if_the_daemon_is_silent() {
     let folder = Folder::new();
     let socket = folder.path("cni.sock");
     let _listener = UnixListener::bind(&socket).unwrap();
@@ -211,7 +211,7 @@ async fn namespace_of_the_host_is_refused() {
 }
 
 #[tokio::test]
-async fn malformed_environment_is_named() {
+async fn malformed_environment_variable_is_named_in_the_error() {
     let long = "a".repeat(201);
     let cases: [(&[(&str, &str)], &str); 12] = [
         (&[("CNI_COMMAND", "")], "CNI_COMMAND is not set"),
@@ -248,7 +248,7 @@ async fn malformed_environment_is_named() {
 }
 
 #[tokio::test]
-async fn malformed_configuration_is_named() {
+async fn malformed_configuration_key_is_named_in_the_error() {
     for (text, code, expected) in [
         (String::new(), 6, "the configuration is not JSON"),
         ("[]".to_owned(), 6, "the configuration is not JSON"),
@@ -262,8 +262,8 @@ async fn malformed_configuration_is_named() {
             7,
             "the configuration is invalid: cniVersion: must be a text",
         ),
-        (config(json!({"name": ""})), 7, "the network is called by an invalid name"),
-        (config(json!({"name": "a/b"})), 7, "the network is called by an invalid name"),
+        (config(json!({"name": ""})), 7, "the name of the network is invalid"),
+        (config(json!({"name": "a/b"})), 7, "the name of the network is invalid"),
         (
             config(json!({"socket": "cni.sock"})),
             7,
@@ -298,7 +298,7 @@ async fn malformed_configuration_is_named() {
 }
 
 #[tokio::test]
-async fn missing_and_contradictory_facts_ask_to_try_again() {
+async fn missing_and_contradictory_facts_return_a_retryable_error() {
     for (arguments, expected) in [
         ("", "the pod's namespace is unknown"),
         ("K8S_POD_NAMESPACE=shop", "the pod's name is unknown"),
@@ -315,7 +315,7 @@ async fn missing_and_contradictory_facts_ask_to_try_again() {
 }
 
 #[tokio::test]
-async fn runtime_without_pods_takes_names_of_the_configuration() {
+async fn pod_names_come_from_configuration_if_runtime_names_no_pod() {
     let daemon = Daemon::answering(1, Answer::Done);
     let args = json!({"args": {"underpass": {"namespace": "shop", "name": "db"}, "other": 1}});
     let config = daemon.config(args);
@@ -331,7 +331,7 @@ async fn runtime_without_pods_takes_names_of_the_configuration() {
 }
 
 #[tokio::test]
-async fn delete_succeeds_whatever_happens() {
+async fn delete_command_succeeds_despite_any_failure() {
     let delete = ("CNI_COMMAND", "DEL");
     for config in [config(json!({})), "{".to_owned(), config(json!({"prevResult": null}))] {
         let outcome = outcome(&[delete, ("CNI_NETNS", ""), ("CNI_ARGS", "")], &config).await;
@@ -347,7 +347,7 @@ async fn delete_succeeds_whatever_happens() {
 }
 
 #[tokio::test]
-async fn check_asks_the_daemon() {
+async fn check_command_queries_the_daemon() {
     let check = ("CNI_COMMAND", "CHECK");
     let daemon = Daemon::answering(1, Answer::Done);
     let outcome = outcome(&[check], &daemon.config(json!({}))).await;
@@ -361,7 +361,7 @@ async fn check_asks_the_daemon() {
 }
 
 #[tokio::test]
-async fn status_is_50_unless_the_daemon_is_ready() {
+async fn status_command_fails_with_code_50_unless_the_daemon_is_ready() {
     let status = ("CNI_COMMAND", "STATUS");
     let variables = [status, ("CNI_CONTAINERID", ""), ("CNI_IFNAME", ""), ("CNI_NETNS", "")];
     let daemon = Daemon::answering(1, Answer::Done);
@@ -381,7 +381,7 @@ async fn status_is_50_unless_the_daemon_is_ready() {
 }
 
 #[tokio::test]
-async fn collection_names_remaining_attachments_in_lines() {
+async fn garbage_collection_sends_remaining_attachments_in_several_messages() {
     let variables = [("CNI_COMMAND", "GC"), ("CNI_CONTAINERID", ""), ("CNI_IFNAME", "")];
     let valid: Vec<_> =
         (0..30).map(|i| json!({"containerID": format!("c{i}"), "ifname": "eth0"})).collect();
@@ -429,7 +429,7 @@ async fn version_lists_supported_versions() {
 }
 
 #[tokio::test]
-async fn errors_have_the_version_of_the_configuration() {
+async fn error_results_have_the_version_of_the_configuration() {
     for (config, version) in
         [(config(json!({"cniVersion": "0.4.0"})), "0.4.0"), ("{".to_owned(), "1.1.0")]
     {

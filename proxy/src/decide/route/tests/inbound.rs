@@ -1,4 +1,4 @@
-//! A table of local workload, CONNECT request, and target.
+//! Tests of inbound routing: a table of local workload, CONNECT request and target.
 
 use std::net::SocketAddr;
 
@@ -79,8 +79,8 @@ const TABLE: &[(&str, &str, &str)] = &[
     ("way", "by-innerway.example:80", "10.0.0.3:8080 for by-innerway.example"),
     ("web", "10.1.0.6:80", "not_here"),
     ("web", "10.1.0.9:80", "not_here"),
-    // Several services with one hostname: the served one, else the one behind this waypoint, else
-    // the best match.
+    // Several services with one hostname: preferably one that this workload serves, then one behind
+    // this waypoint, then the best match.
     ("web", "twice.example:80", "10.0.0.1:2222 for twice.example"),
     ("web", "inner.example:80", "10.0.0.1:8080 for inner.example"),
     ("way", "twice.example:80", "10.0.0.3:3333 for twice.example"),

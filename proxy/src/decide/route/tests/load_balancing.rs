@@ -1,4 +1,4 @@
-//! Tests of the shares of connections that endpoints get.
+//! Tests of the distribution of connections over endpoints.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -16,8 +16,8 @@ fn route(mesh: &Mesh, choose: &mut FixedInputs) -> Result<Route, RouteError> {
     best_route(([10, 1, 0, 1], 80).into(), mesh, &caller, choose)
 }
 
-/// Selects an endpoint for 10,000 connections, each of which closes at once. Returns how many each
-/// workload gets.
+/// Selects an endpoint for 10,000 connections, each of which closes at once. Returns the number for
+/// each workload.
 fn shares(mesh: &Mesh, choose: &mut FixedInputs) -> BTreeMap<String, u32> {
     let mut shares = BTreeMap::new();
     for _ in 0..10_000 {
@@ -33,12 +33,12 @@ fn assert_shares(mesh: &Mesh, choose: &mut FixedInputs, expected: &[(&str, u32)]
     let expected_names: Vec<&str> = expected.iter().map(|(name, _)| *name).collect();
     assert_eq!(names, expected_names);
     for (name, share) in expected {
-        // Four standard deviations of 10,000 draws are 200 at the most.
+        // Four standard deviations of 10,000 draws are at most 200.
         assert!(shares[*name].abs_diff(*share) < 200, "{shares:?}");
     }
 }
 
-/// The service at 10.1.0.1 in some mode, and workloads `a`, `b`, .. with these words.
+/// The service at 10.1.0.1 in this mode, with workloads `a`, `b` and so on with these attributes.
 fn service(mode: &str, workloads: &[&str]) -> Mesh {
     let mut text = format!(
         "workload client ip=10.0.0.1 region=r zone=z node=n
@@ -58,7 +58,7 @@ fn idle_endpoints_share_connections_by_capacity() {
     assert_shares(&service("mode=failover", &three), &mut FixedInputs::new(2), &expected);
     let idle = ["ip=10.0.1.1 capacity=0", "ip=10.0.1.2", "ip=10.0.1.3"];
     assert_shares(&service("", &idle), &mut FixedInputs::new(3), &[("b", 5000), ("c", 5000)]);
-    // One endpoint has almost all of the capacity, so that draws hardly ever find a second one.
+    // One endpoint has almost all of the capacity, so draws hardly ever find a second one.
     let uneven = ["ip=10.0.1.1 capacity=4000000000", "ip=10.0.1.2"];
     assert_shares(&service("", &uneven), &mut FixedInputs::new(4), &[("a", 10_000)]);
 }
@@ -102,7 +102,8 @@ fn selects_nearest_endpoints_and_others_when_those_fail() {
         "ip=10.0.1.1 region=r zone=z node=n",
         "ip=10.0.1.2 region=r zone=z",
         "ip=10.0.1.3 region=r zone=other",
-        // Preferences are compared in their order: a zone of another region is another zone.
+        // Preferences are compared in order: a zone with the same name in another region is another
+        // zone.
         "ip=10.0.1.4 region=other zone=z",
     ];
     let failover = service("mode=failover prefer=region,zone,node", &workloads);
@@ -125,7 +126,7 @@ fn standard_mode_ignores_distance() {
     let mut choose = FixedInputs::new(14);
     let all = [("a", 3333), ("b", 3333), ("c", 3333)];
     assert_shares(&mesh, &mut choose, &all);
-    // All endpoints are examined then.
+    // Now all endpoints are examined.
     choose.ejected = vec!["a".into(), "b".into(), "c".into()];
     assert_shares(&mesh, &mut choose, &all);
 }

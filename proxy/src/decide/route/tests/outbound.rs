@@ -1,5 +1,5 @@
-//! A table of caller, destination and route, for each step of ztunnel's decisions and each
-//! difference from them.
+//! Tests of outbound routing: a table of caller, destination and route, for each step of ztunnel's
+//! decisions and each difference from them.
 
 use crate::decide::route::testing::{FixedInputs, best_route, caller, mesh, named, show};
 use crate::decide::route::{Authority, Caller, Target};
@@ -130,7 +130,7 @@ const NETWORKS: &str = "
 
 #[rustfmt::skip]
 const TABLE: &[(&str, &str, &str, &str)] = &[
-    // No service: a workload by its address, or an unknown address.
+    // A destination without a service: a workload's address, or an unknown address.
     (PLAIN, "client", "192.0.2.1:443", "plain 192.0.2.1:443"),
     (PLAIN, "client", "[2001:db8::1]:443", "plain [2001:db8::1]:443"),
     (PLAIN, "client", "10.0.0.2:80", "plain 10.0.0.2:80 @plain"),
@@ -178,8 +178,8 @@ const TABLE: &[(&str, &str, &str, &str)] = &[
     (SERVICES, "client", "10.0.0.10:80", "tunnel 10.0.0.10:15008 > 10.0.0.10:80 by web @web for pass.example"),
     (SERVICES, "client", "10.1.0.19:80", "tunnel 10.0.0.11:15008 > 10.1.0.19:80 by old @old for passway.example"),
     (SERVICES, "client", "10.8.1.2:443", "tunnel 10.0.0.11:15008 > 10.8.1.2:443 by old @old for range.example"),
-    // An address of a service and a workload: the workload if the service has no endpoint for the
-    // port.
+    // An address of both a service and a workload: the workload, if the service has no endpoint for
+    // the port.
     (SERVICES, "client", "10.0.0.21:80", "plain 10.0.0.24:8080 @elsewhere for itself.example"),
     (SERVICES, "client", "10.0.0.21:81", "tunnel 10.0.0.21:15008 > 10.0.0.21:81 by itself @itself"),
     (SERVICES, "client", "10.0.0.21:82", "tunnel 10.0.0.21:15008 > 10.0.0.21:82 by itself @itself"),

@@ -1,4 +1,4 @@
-//! Opens the connections below the tunnels of a seat.
+//! Opens the TCP connections below the tunnels of a seat.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,10 +16,10 @@ use crate::limits::{FdPermit, WorkerTunnel};
 use crate::observe::metrics;
 use crate::observe::metrics::GaugeGuard;
 
-/// Opens the connections below the tunnels of one seat, from the sockets of its pod.
+/// Opens the TCP connections below the tunnels of one seat, with the sockets of its pod.
 #[derive(Debug)]
 pub(crate) struct TunnelDialer {
-    /// Weak: the seat owns the pool that owns this.
+    /// Weak: the seat owns the pool, which owns this.
     seat: Weak<Seat>,
 }
 
@@ -33,7 +33,7 @@ impl Dial for TunnelDialer {
     type Io = TunnelSocket;
 
     async fn dial(&self, address: SocketAddr) -> io::Result<TunnelSocket> {
-        // The dial outlives the connection that asked for it, and keeps the seat from here on.
+        // The dial may outlive the connection that requested it, so it owns the seat.
         let gone = || io::Error::other("the pod has no connection that needs the tunnel");
         let seat = self.seat.upgrade().ok_or_else(gone)?;
         let descriptor = seat.pod.limits.hold_outbound();
@@ -42,7 +42,7 @@ impl Dial for TunnelDialer {
             connected = sockets.connect(address) => connected?,
             () = sockets.closed() => return Err(gone()),
         };
-        // A connection ends by TLS close_notify, so that closing the socket needs no reset.
+        // TLS close_notify marks a complete end, so closing this socket need not send RST.
         end_on_close(&stream);
         let held = seat.node().limits.balance.tunnel(seat.worker.index, address.ip());
         Ok(TunnelSocket {
@@ -55,8 +55,8 @@ impl Dial for TunnelDialer {
     }
 }
 
-/// A connection below a tunnel. It keeps the seat whose pool has the tunnel, and counts the tunnel
-/// in the balance.
+/// A TCP connection below a tunnel. It owns the seat whose pool has the tunnel, and counts the
+/// tunnel in the balance.
 #[derive(Debug)]
 pub(crate) struct TunnelSocket {
     stream: TcpStream,

@@ -1,5 +1,5 @@
-//! The trust between a pod and other pods of the process, verified once for many connections like
-//! that of the ends of a tunnel.
+//! The mutual trust between a pod and other pods of the process. It is verified once for many
+//! connections, like that between the ends of a tunnel.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -12,15 +12,15 @@ use underpass_hbone::{Credentials, Distrust, MutualTrust};
 
 use crate::node::pod::{Pod, PodId};
 
-/// For how long a failed verification is not repeated. Certificates that are not valid yet, and
-/// revocation lists, depend on the time.
+/// The time before a failed verification is repeated. The outcome can change with time: a
+/// certificate becomes valid, or a revocation list is replaced.
 const FAILURE_REMEMBERED: Duration = Duration::from_secs(1);
 
-/// The pods to which a seat has connected directly.
+/// The pods to which a seat has connected without a tunnel.
 #[derive(Debug, Default)]
 pub(crate) struct Neighbours(Mutex<HashMap<Key, Neighbour>>);
 
-/// A pod, and the identities of which it must prove one.
+/// A destination pod, and the identities of which it must prove one.
 type Key = (PodId, Arc<[SpiffeId]>);
 
 #[derive(Debug)]
@@ -36,17 +36,17 @@ struct Failure {
     distrust: Distrust,
 }
 
-/// Why two pods do not trust each other.
+/// The reason why two pods do not trust each other.
 #[derive(Debug)]
 pub(crate) struct Untrusted {
     pub(crate) distrust: Distrust,
-    /// Whether it was verified just now, so that the destination has to record it.
+    /// Whether it was verified just now, so that the destination records it.
     pub(crate) is_new: bool,
 }
 
 impl Neighbours {
-    /// The trust between a pod with the credentials `own` and `pod` with the credentials `its`,
-    /// which must prove one of `expected`.
+    /// Verifies the mutual trust between a pod with the credentials `own` and `pod` with the
+    /// credentials `its`. `pod` must prove one of the identities `expected`.
     pub(crate) fn trust(
         &self,
         own: &watch::Receiver<Credentials>,
@@ -54,7 +54,8 @@ impl Neighbours {
         its: &watch::Receiver<Credentials>,
         expected: &Arc<[SpiffeId]>,
     ) -> Result<Arc<MutualTrust>, Box<Untrusted>> {
-        // Only the worker's thread locks it, and never across an await. No code panics meanwhile.
+        // Only the worker's thread locks it, and never across an await. No code panics while it
+        // holds the lock.
         let mut neighbours = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (pod.id, expected.clone());
         let generations = || [own.borrow().clone(), its.borrow().clone()];
@@ -78,7 +79,7 @@ impl Neighbours {
 }
 
 impl Neighbour {
-    /// The known outcome of a verification now; `None` if it may have changed.
+    /// The cached outcome of a verification; `None` if it may have changed.
     fn trust_now(
         &self,
         [own, its]: [Credentials; 2],

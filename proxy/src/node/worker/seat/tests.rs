@@ -1,4 +1,4 @@
-//! The life of a seat, what it knows of its pod, and what its connections wait for.
+//! Tests of a seat: its lifetime, its workload, and the waits of its connections.
 
 use std::net::Ipv4Addr;
 use std::sync::Weak;
@@ -46,7 +46,7 @@ async fn pod_at_neighbours_address_keeps_its_identity() {
     for source in [Source::Own(neighbour), Source::Other] {
         assert_eq!(caller("server", source).as_deref(), Some("server"), "{source:?}");
     }
-    // A pod that the mesh does not name is only known by its address.
+    // The mesh has no workload named `unnamed`: the address decides.
     assert_eq!(caller("unnamed", Source::Own(neighbour)).as_deref(), Some("neighbour"));
     assert_eq!(caller("unnamed", Source::Other), None);
 }
@@ -80,17 +80,17 @@ async fn connections_of_new_pod_wait_until_mesh_has_it() {
     permitted().unwrap();
 }
 
-/// Never issues a certificate.
+/// An issuer that never issues a certificate.
 #[derive(Debug)]
-struct Silent;
+struct SilentIssuer;
 
-impl IdentitySource for Silent {
+impl IdentitySource for SilentIssuer {
     fn next(&mut self) -> NextIdentity<'_> {
         Box::pin(std::future::pending())
     }
 }
 
-impl Issuer for Silent {
+impl Issuer for SilentIssuer {
     fn source(&self, _: &SpiffeId) -> Box<dyn IdentitySource> {
         Box::new(Self)
     }
@@ -103,10 +103,11 @@ impl Issuer for Silent {
 }
 
 #[tokio::test(start_paused = true)]
-async fn wait_for_first_certificate_is_bounded() {
+async fn wait_for_first_certificate_times_out() {
     let (trust, supervisor) = (TrustSettings::default(), Supervisor::new().0);
     let identities =
-        Identities::new(Arc::new(Silent), &trust, &FileWatcher::default(), supervisor).unwrap();
+        Identities::new(Arc::new(SilentIssuer), &trust, &FileWatcher::default(), supervisor)
+            .unwrap();
     let worker = Worker::new(node(1), 0, Arc::default());
     let mut pod = Arc::into_inner(pod(&[])).unwrap();
     let id = pod.context.own.spiffe_id.clone();

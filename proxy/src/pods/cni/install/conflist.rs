@@ -1,7 +1,7 @@
-//! Edits the text of a network configuration: adds the plugin's entry, and takes it away again.
+//! Edits the text of a network configuration: adds and removes the plugin's entry.
 //!
-//! The edit works on the text, not on parsed values. So everything else keeps its order, numbers
-//! and white space, and taking the entry away restores the original byte for byte.
+//! An edit changes only its part of the text, so that order, numbers and white space of the rest
+//! stay. Removing the entry restores the original byte for byte.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -13,11 +13,10 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use underpass_config::Hint;
 
-use super::{DEFAULT_SOCKET, PLUGIN};
+use super::{DEFAULT_SOCKET, PLUGIN_NAME};
 use crate::pods::cni::attachment::{InvalidName, NetworkName};
 
-/// Versions of the specification without a `prevResult`. A configuration without a version is
-/// 0.1.0.
+/// CNI versions without `prevResult`. A configuration without a version means 0.1.0.
 const UNSUPPORTED_VERSIONS: [&str; 4] = ["", "0.1.0", "0.2.0", "0.3.0"];
 
 /// Why a network configuration cannot be edited.
@@ -33,7 +32,7 @@ pub(crate) enum ConflistError {
     Version(String),
     #[error("it has loadOnlyInlinedPlugins, so the runtime reads no drop-in")]
     InlinedOnly,
-    #[error("it has no other plugin than ours, which must follow one that makes the interface")]
+    #[error("it has no plugin that creates the interface, which ours must follow")]
     Alone,
 }
 
@@ -48,7 +47,7 @@ impl Hint for ConflistError {
     }
 }
 
-/// A list of plugins and the places of its parts in the text.
+/// A list of plugins, and the positions of its parts in the text.
 #[derive(Debug)]
 pub(super) struct Conflist<'a> {
     text: &'a str,
@@ -58,18 +57,18 @@ pub(super) struct Conflist<'a> {
 
 #[derive(Debug)]
 struct Plugin<'a> {
-    /// The place of the entry in the text.
+    /// The position of the entry in the text.
     place: Range<usize>,
     text: &'a str,
     is_ours: bool,
 }
 
-/// The plugin's entry for a daemon at `socket`.
+/// The plugin's entry for the daemon that listens on `socket`.
 pub(super) fn entry(socket: &Path) -> String {
-    json!({ "type": PLUGIN, "socket": socket }).to_string()
+    json!({ "type": PLUGIN_NAME, "socket": socket }).to_string()
 }
 
-/// The list that a single configuration stands for, with the plugin at its end.
+/// Converts a configuration of a single plugin to a list, with our plugin at its end.
 pub(super) fn list_of(single: &str, socket: &Path) -> Result<String, ConflistError> {
     let keys: BTreeMap<String, &RawValue> = serde_json::from_str(single)?;
     check_version(&keys)?;
@@ -99,7 +98,7 @@ impl<'a> Conflist<'a> {
         Ok(NetworkName::new(&name)?)
     }
 
-    /// Fails if the runtime does not read drop-ins for this list.
+    /// Fails if the runtime ignores drop-ins for this list.
     pub(super) fn check_drop_in(&self) -> Result<(), ConflistError> {
         let inlined_only = self.keys.get("loadOnlyInlinedPlugins").map(|value| value.get());
         match inlined_only.map(|value| value.trim_matches('"').to_ascii_lowercase()) {
@@ -108,8 +107,8 @@ impl<'a> Conflist<'a> {
         }
     }
 
-    /// The text with one entry for a daemon at `socket`; `None` if the text has it. The other keys
-    /// of an entry stay unless its socket differs.
+    /// The text with exactly one entry, for a daemon on `socket`; `None` if it is unchanged. Other
+    /// keys of the entry are kept unless its socket differs.
     pub(super) fn with_entry(&self, socket: &Path) -> Result<Option<String>, ConflistError> {
         check_version(&self.keys)?;
         let (Some(first), Some(last)) = (self.plugins.first(), self.plugins.last()) else {
@@ -160,11 +159,11 @@ impl<'a> Conflist<'a> {
 }
 
 impl<'a> Plugin<'a> {
-    /// `plugin` is a part of `text`.
+    /// Creates a plugin from a slice of `text`.
     fn new(text: &'a str, plugin: &'a str) -> Self {
         let start = plugin.as_ptr().addr() - text.as_ptr().addr();
         let value: Value = serde_json::from_str(plugin).unwrap_or_default();
-        let is_ours = value.get("type").and_then(Value::as_str) == Some(PLUGIN);
+        let is_ours = value.get("type").and_then(Value::as_str) == Some(PLUGIN_NAME);
         Self { place: start..start + plugin.len(), text: plugin, is_ours }
     }
 
@@ -175,7 +174,7 @@ impl<'a> Plugin<'a> {
     }
 }
 
-/// Refuses versions without `prevResult`. A list of versions lets the runtime choose a later one.
+/// Rejects versions without `prevResult`. From a list of versions the runtime selects the latest.
 fn check_version(keys: &BTreeMap<String, &RawValue>) -> Result<(), ConflistError> {
     if keys.contains_key("cniVersions") {
         return Ok(());

@@ -1,28 +1,27 @@
-//! Files of the runtime: which network configuration counts, and atomic changes.
+//! Files of the container runtime: selects its network configuration, and changes files atomically.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufRead as _, BufReader, Read};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
-/// The end of the name of a list that stands for a single configuration. `-` sorts before `.`, so
-/// runtimes prefer `10-a-underpass.conflist` to `10-a.conf`.
-const DERIVED: &str = "-underpass.conflist";
-/// The mode of a new file.
-const MODE: u32 = 0o644;
+/// The suffix of a list that is derived from a configuration of a single plugin. `-` sorts before
+/// `.`, so runtimes prefer `10-a-underpass.conflist` to `10-a.conf`.
+const DERIVED_LIST_SUFFIX: &str = "-underpass.conflist";
+const NEW_FILE_MODE: u32 = 0o644;
 
-/// The network configuration that a runtime uses.
+/// A network configuration in the runtime's folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Found {
+pub(super) enum NetworkConfig {
     /// A list of plugins.
     List(PathBuf),
-    /// A single plugin, and the list that stands or will stand for it.
+    /// A configuration of a single plugin, and the path of the list that is derived from it.
     Single { source: PathBuf, list: PathBuf },
-    /// A list whose single configuration was removed.
+    /// A derived list whose single configuration was removed.
     Orphan(PathBuf),
 }
 
-impl Found {
+impl NetworkConfig {
     /// All configurations in the order in which runtimes read them: sorted by name.
     pub(super) fn all(folder: &Path) -> io::Result<Vec<Self>> {
         let mut files = Vec::new();
@@ -39,7 +38,7 @@ impl Found {
     fn of(file: &Path) -> Option<Self> {
         let name = file.file_name()?.to_str()?;
         match file.extension()?.to_str()? {
-            "conflist" => Some(match name.strip_suffix(DERIVED) {
+            "conflist" => Some(match name.strip_suffix(DERIVED_LIST_SUFFIX) {
                 None => Self::List(file.to_owned()),
                 Some(stem) => {
                     let sources =
@@ -52,7 +51,7 @@ impl Found {
             }),
             "conf" | "json" => {
                 let stem = file.file_stem()?.to_str()?;
-                let list = file.with_file_name(format!("{stem}{DERIVED}"));
+                let list = file.with_file_name(format!("{stem}{DERIVED_LIST_SUFFIX}"));
                 Some(Self::Single { source: file.to_owned(), list })
             }
             _ => None,
@@ -60,21 +59,25 @@ impl Found {
     }
 }
 
-/// Replaces the content of `path` in one step, which a reader sees before or after. The owner and
-/// the mode of an existing file stay; a symbolic link keeps leading to it.
+/// Replaces the content of `path` atomically. Keeps owner, mode and symbolic links.
 pub(super) fn write(path: &Path, content: &[u8]) -> io::Result<()> {
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let old = fs::metadata(&path).ok();
     let mut content = content;
-    replace(&path, &mut content, old.as_ref().map_or(MODE, |old| old.mode() & 0o7777), old.as_ref())
+    replace(
+        &path,
+        &mut content,
+        old.as_ref().map_or(NEW_FILE_MODE, |old| old.mode() & 0o7777),
+        old.as_ref(),
+    )
 }
 
-/// Copies an executable file in one step.
+/// Copies an executable file atomically.
 pub(super) fn copy_program(from: &Path, to: &Path) -> io::Result<()> {
     replace(to, &mut File::open(from)?, 0o755, None)
 }
 
-/// Whether two files have the same content. Reads a binary in pieces, because it is large.
+/// Whether two files have the same content. Reads pieces, because a binary is large.
 pub(super) fn are_equal(one: &Path, other: &Path) -> io::Result<bool> {
     let (one, other) = (File::open(one)?, File::open(other)?);
     if one.metadata()?.len() != other.metadata()?.len() {
@@ -102,7 +105,7 @@ fn replace(
     old: Option<&fs::Metadata>,
 ) -> io::Result<()> {
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
-    // Not a name that a runtime reads.
+    // Runtimes ignore names that start with a dot.
     let new = path.with_file_name(format!(".{name}.{}.new", std::process::id()));
     let written = write_new(&new, content, mode, old).and_then(|()| fs::rename(&new, path));
     if written.is_err() {
@@ -127,7 +130,7 @@ fn write_new(
     file.sync_all()
 }
 
-/// Removes a file; done as well if there is none.
+/// Removes a file if it exists.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -136,7 +139,7 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes a change of names survive a crash of the machine.
+/// Syncs the folder, so that renamed and removed files survive a crash of the machine.
 fn sync_folder(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }
@@ -147,9 +150,9 @@ mod tests {
     use crate::pods::cni::testing::Folder;
 
     #[test]
-    fn list_for_single_configuration_precedes_it() {
-        let found = Found::of(Path::new("/net.d/10-a.conf")).unwrap();
-        let Found::Single { source, list } = &found else { panic!("{found:?}") };
+    fn list_derived_from_single_configuration_precedes_it() {
+        let found = NetworkConfig::of(Path::new("/net.d/10-a.conf")).unwrap();
+        let NetworkConfig::Single { source, list } = &found else { panic!("{found:?}") };
         assert_eq!(list.to_str(), Some("/net.d/10-a-underpass.conflist"));
         assert!(list < source);
         let mut names = ["10-a.conf", "10-a-underpass.conflist", "10-a.json", "10-b.conf"];
@@ -158,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn contents_are_compared_to_their_end() {
+    fn file_contents_are_compared_completely() {
         let folder = Folder::new();
         let file = |name: &str, content: &[u8]| {
             fs::write(folder.path(name), content).unwrap();
@@ -182,7 +185,7 @@ mod tests {
     #[test]
     fn files_that_runtimes_ignore_are_ignored() {
         for name in ["10-a.conflist.bak", "README", ".10-a.conflist.7.new", "10-a.yaml"] {
-            assert_eq!(Found::of(&Path::new("/net.d").join(name)), None, "{name}");
+            assert_eq!(NetworkConfig::of(&Path::new("/net.d").join(name)), None, "{name}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Where the container runtimes of known platforms look for CNI plugins and configurations.
+//! The folders of CNI plugins and network configurations on known platforms.
 
 use std::path::Path;
 
-/// A platform with folders of its own.
+/// A platform whose container runtime has its own folders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Platform {
     /// kubeadm, and most others: /etc/cni/net.d and /opt/cni/bin
@@ -16,7 +16,6 @@ pub(crate) enum Platform {
 }
 
 impl Platform {
-    /// The folder of the network configurations.
     pub(crate) fn network_folder(self) -> &'static Path {
         Path::new(match self {
             Self::Kubeadm | Self::Gke => "/etc/cni/net.d",
@@ -25,7 +24,7 @@ impl Platform {
         })
     }
 
-    /// The folder of the plugins.
+    /// The folder of the plugins' binaries.
     pub(crate) fn program_folder(self) -> &'static Path {
         Path::new(match self {
             Self::Kubeadm => "/opt/cni/bin",

@@ -1,4 +1,4 @@
-//! Tests of installing into folders as runtimes have them.
+//! Tests of installing the plugin into temporary folders.
 
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 
@@ -8,7 +8,7 @@ use crate::pods::cni::testing::Folder;
 const LIST: &str = "{\n  \"name\": \"a\",\n  \"cniVersion\": \"1.0.0\",\n  \"plugins\": [\n    {\"type\": \"bridge\"}\n  ]\n}\n";
 const SINGLE: &str = "{\"cniVersion\": \"0.4.0\", \"name\": \"s\", \"type\": \"bridge\"}\n";
 
-/// The folders of a runtime.
+/// A runtime's folders for configurations and plugins.
 struct Runtime(Folder);
 
 impl Runtime {
@@ -45,7 +45,7 @@ impl Runtime {
         fs::read_to_string(self.file(name)).unwrap()
     }
 
-    /// The files of the network folder and their contents.
+    /// The names and contents of the files in the folder of network configurations.
     fn files(&self) -> Vec<(String, String)> {
         let entries = fs::read_dir(self.0.path("net.d")).unwrap();
         let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -56,11 +56,11 @@ impl Runtime {
     }
 
     fn program(&self) -> PathBuf {
-        self.0.path("bin").join(PLUGIN)
+        self.0.path("bin").join(PLUGIN_NAME)
     }
 }
 
-/// Makes the changes and returns them as printed.
+/// Applies the changes, and returns each as it is printed.
 fn apply(changes: Result<Vec<Change>, InstallError>) -> Vec<String> {
     let changes = changes.unwrap();
     changes.iter().for_each(|change| change.apply().unwrap());
@@ -77,7 +77,7 @@ fn installs_binary_before_entry_and_removes_it_after() {
     let (program, list_name) = (runtime.program(), list.display().to_string());
     let copied = format!("copy this binary to {}", program.display());
     assert_eq!(apply(installation.install()), [copied, format!("write {list_name}")]);
-    assert!(runtime.read("10-a.conflist").contains(PLUGIN));
+    assert!(runtime.read("10-a.conflist").contains(PLUGIN_NAME));
     assert_eq!(fs::read_to_string(later).unwrap(), LIST, "only the first list counts");
     assert_eq!(fs::metadata(&list).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(fs::metadata(&program).unwrap().permissions().mode() & 0o777, 0o755);
@@ -97,7 +97,7 @@ fn repairs_list_that_another_program_rewrote() {
     apply(installation.install());
     let list = runtime.write("10-a.conflist", &LIST.replace("bridge", "ptp"));
     assert_eq!(apply(installation.install()), [format!("write {}", list.display())]);
-    assert!(runtime.read("10-a.conflist").contains(PLUGIN));
+    assert!(runtime.read("10-a.conflist").contains(PLUGIN_NAME));
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn single_configuration_gets_list_beside_it() {
     assert_eq!(runtime.read("10-a.conf"), SINGLE);
     assert!(runtime.read("10-a-underpass.conflist").contains(SINGLE.trim()));
     assert!(installation.install().unwrap().is_empty());
-    // The list follows the configuration that it stands for.
+    // A changed single configuration changes the derived list.
     runtime.write("10-a.conf", &SINGLE.replace("bridge", "ptp"));
     apply(installation.install());
     assert!(runtime.read("10-a-underpass.conflist").contains("ptp"));
@@ -138,13 +138,13 @@ fn single_configuration_gets_list_beside_it() {
 }
 
 #[test]
-fn drop_in_leaves_list_alone() {
+fn drop_in_does_not_change_the_list() {
     let runtime = Runtime::new();
     runtime.write("10-a.conflist", LIST);
     apply(runtime.installation().install());
     let changes = apply(runtime.drop_in().install());
     assert_eq!(runtime.read("10-a.conflist"), LIST, "the entry moves to the drop-in");
-    assert!(runtime.read("a/underpass.conf").contains(PLUGIN), "{changes:?}");
+    assert!(runtime.read("a/underpass.conf").contains(PLUGIN_NAME), "{changes:?}");
     assert!(runtime.drop_in().install().unwrap().is_empty());
     apply(runtime.installation().install());
     assert!(!runtime.file("a/underpass.conf").exists(), "and back to the list");
@@ -163,7 +163,7 @@ fn drop_in_is_refused_for_single_configuration() {
 }
 
 #[test]
-fn symbolic_link_keeps_leading_to_the_list() {
+fn symbolic_link_to_the_list_is_kept() {
     let runtime = Runtime::new();
     let target = runtime.0.path("list");
     fs::write(&target, LIST).unwrap();
@@ -171,11 +171,11 @@ fn symbolic_link_keeps_leading_to_the_list() {
     symlink(&target, &link).unwrap();
     apply(runtime.installation().install());
     assert_eq!(fs::read_link(&link).unwrap(), target);
-    assert!(fs::read_to_string(&target).unwrap().contains(PLUGIN));
+    assert!(fs::read_to_string(&target).unwrap().contains(PLUGIN_NAME));
 }
 
 #[test]
-fn folder_without_configuration_is_an_error_with_a_remedy() {
+fn folder_without_configuration_is_an_error_with_a_hint() {
     let runtime = Runtime::new();
     let error = runtime.installation().install().unwrap_err();
     assert_eq!(error.hint().as_deref(), Some("install the network plugin of the cluster first"));
@@ -185,7 +185,7 @@ fn folder_without_configuration_is_an_error_with_a_remedy() {
 }
 
 #[test]
-fn invalid_configuration_is_left_alone() {
+fn invalid_configuration_is_not_changed() {
     let runtime = Runtime::new();
     let list = runtime.write("10-a.conflist", "{");
     let error = runtime.installation().install().unwrap_err();

@@ -11,7 +11,7 @@ use crate::pods::cni::attachment::PodReference;
 use crate::pods::cni::testing::{Folder, attached, facts, namespace, namespace_path, snapshot};
 use crate::pods::testing::FakeEnroller;
 
-/// A daemon with the pods of a folder.
+/// A daemon that stores pods in a folder.
 struct Daemon {
     ledger: Arc<Ledger>,
     enroller: FakeEnroller,
@@ -42,7 +42,7 @@ impl Daemon {
         self.enroller.serving().iter().map(ToString::to_string).collect()
     }
 
-    /// Waits until these pods are served.
+    /// Waits until exactly these pods are served.
     async fn serves(&self, uids: &[&str]) {
         while self.serving() != uids {
             tokio::task::yield_now().await;
@@ -54,7 +54,7 @@ impl Daemon {
     }
 }
 
-/// The pod in another sandbox.
+/// The same pod in another container, with this interface.
 fn in_container(pod: &AttachedPod, container: &str, interface: &str) -> AttachedPod {
     let attachment = Attachment::new(container, interface).unwrap();
     AttachedPod { attachment, ..pod.clone() }
@@ -75,7 +75,7 @@ async fn pod_is_served_and_stored_until_it_is_deleted() {
 }
 
 #[tokio::test]
-async fn addition_is_undone_unless_it_is_kept() {
+async fn addition_is_undone_unless_the_plugin_got_the_answer() {
     let folder = Folder::new();
     let daemon = Daemon::start(&folder);
     let web = attached("web", &["10.0.0.1"]);
@@ -116,13 +116,13 @@ async fn failed_addition_leaves_nothing() {
     daemon.enroller.fail_next(&web.pod.uid, EnrolError::Panicked);
     let refusal = daemon.add(&web, "uts").await.unwrap_err();
     assert_eq!(refusal.code, 11);
-    assert_eq!(refusal.message, "the pod is not enrolled: the attempt to enrol it panicked");
+    assert_eq!(refusal.message, "the pod is not enrolled: the attempt to enrol the pod panicked");
     assert!(!daemon.ledger.registry.keep(&web.pod.uid));
     assert_eq!(daemon.stored(), 0);
 }
 
 #[tokio::test]
-async fn pod_that_the_mesh_does_not_have_is_refused() {
+async fn pod_that_is_missing_in_the_mesh_is_refused() {
     let folder = Folder::new();
     let daemon = Daemon::start(&folder);
     let refusal = daemon.add(&attached("other", &[]), "uts").await.unwrap_err();
@@ -132,7 +132,7 @@ async fn pod_that_the_mesh_does_not_have_is_refused() {
 }
 
 #[tokio::test]
-async fn exempt_pod_is_let_through() {
+async fn addition_of_exempt_pod_succeeds_without_enrolment() {
     let folder = Folder::new();
     let daemon = Daemon::start(&folder);
     let pod = PodReference::new("core", "dns", "uid-of-dns").unwrap();
@@ -163,7 +163,7 @@ async fn deletion_ends_addition_in_progress() {
 }
 
 #[tokio::test]
-async fn late_deletion_of_old_sandbox_spares_the_new_one() {
+async fn late_deletion_of_old_container_keeps_the_new_one() {
     let folder = Folder::new();
     let daemon = Daemon::start(&folder);
     let old = attached("web", &["10.0.0.1"]);
@@ -191,7 +191,7 @@ async fn pod_stays_until_its_last_interface_is_deleted() {
 }
 
 #[tokio::test]
-async fn collection_spares_valid_and_foreign_attachments() {
+async fn garbage_collection_keeps_valid_and_foreign_attachments() {
     let folder = Folder::new();
     let daemon = Daemon::start(&folder);
     let (web, db) = (attached("web", &["10.0.0.1"]), attached("db", &["10.0.0.2"]));
@@ -215,14 +215,14 @@ async fn collection_spares_valid_and_foreign_attachments() {
 }
 
 #[tokio::test]
-async fn sweep_removes_pods_whose_namespace_is_gone() {
+async fn sweep_removes_pods_whose_namespace_no_longer_exists() {
     let folder = Folder::new();
     let daemon = Daemon::start(&folder);
     let path = folder.path("netns");
     std::os::unix::fs::symlink(namespace_path("uts"), &path).unwrap();
     let mut web = attached("web", &["10.0.0.1"]);
     web.namespace_path = path.display().to_string();
-    // A path in another mount namespace, which this process cannot see.
+    // A path that exists only in another mount namespace.
     let hidden = folder.path("hidden").display().to_string();
     let db = AttachedPod { namespace_path: hidden, ..attached("db", &["10.0.0.2"]) };
     daemon.add(&web, "uts").await.unwrap();
@@ -243,7 +243,7 @@ async fn restarted_daemon_enrols_pods_that_still_exist() {
     {
         let daemon = Daemon::start(&folder);
         daemon.add(&web, "uts").await.unwrap();
-        // Its path leads to another namespace.
+        // The stored path leads to another namespace.
         daemon.add(&db, "ipc").await.unwrap();
     }
     let daemon = Daemon::start(&folder);
@@ -272,7 +272,7 @@ async fn restarted_daemon_waits_for_facts_about_a_pod() {
 }
 
 #[tokio::test]
-async fn deleted_pod_is_not_enrolled_late() {
+async fn pod_deleted_while_facts_are_missing_is_not_enrolled() {
     let folder = Folder::new();
     let web = attached("web", &["10.0.0.1"]);
     Daemon::start(&folder).add(&web, "uts").await.unwrap();

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// The longest line that a connection carries (`Handover`), without the line break.
+/// The maximum length of a line of a connection (`Handover`), without the line break.
 const LONGEST_LINE: usize = 4095;
 
 fn attachment() -> impl Strategy<Value = Attachment> {
@@ -41,14 +41,14 @@ fn request() -> impl Strategy<Value = Request> {
 
 proptest! {
     #[test]
-    fn requests_survive_encoding(request in request()) {
+    fn requests_are_unchanged_by_encoding_and_decoding(request in request()) {
         let line = request.encode();
         prop_assert!(line.len() <= LONGEST_LINE && !line.contains('\n'), "{} bytes", line.len());
         prop_assert_eq!(Request::decode(&line).unwrap(), request);
     }
 
     #[test]
-    fn refusals_survive_encoding(code in any::<u32>(), message in ".{0,3000}", hint in ".{0,3000}") {
+    fn refusals_are_unchanged_by_encoding_and_decoding(code in any::<u32>(), message in ".{0,3000}", hint in ".{0,3000}") {
         let line = Answer::Refused(Refusal { code, message: message.clone(), hint }).encode();
         prop_assert!(line.len() <= LONGEST_LINE && !line.contains('\n'), "{} bytes", line.len());
         let Answer::Refused(decoded) = Answer::decode(&line).unwrap() else {
@@ -64,7 +64,7 @@ proptest! {
         prop_assert!(Answer::decode(&line).is_err());
     }
 
-    /// A message whose values are replaced is an error or another message, never a panic.
+    /// Replacing a value of a message gives an error or another message, never a panic.
     #[test]
     fn changed_messages_never_panic(request in request(), key in 0..8usize, value in ".{0,20}") {
         let mut message: Map<String, Value> = serde_json::from_str(&request.encode()).unwrap();
@@ -76,7 +76,7 @@ proptest! {
 }
 
 #[test]
-fn malformed_requests_are_named() {
+fn malformed_request_field_is_named_in_the_error() {
     for (line, error) in [
         ("", "the message is not JSON"),
         ("[]", "the message is not an object"),
@@ -112,7 +112,7 @@ fn message_with_too_many_addresses_is_refused() {
 }
 
 #[test]
-fn answers_are_distinct() {
+fn success_and_refusal_have_distinct_encodings() {
     assert_eq!(Answer::decode(&Answer::Done.encode()).unwrap(), Answer::Done);
     assert_eq!(Answer::Done.encode(), r#"{"done":true,"version":1}"#);
     Answer::decode(r#"{"version":1,"done":false}"#).unwrap_err();

@@ -12,7 +12,7 @@ use crate::pods::cni::testing::{Folder, attached, facts, namespace};
 use crate::pods::source::{PodSource as _, SourceEnd, SourceHealth};
 use crate::pods::testing::FakeEnroller;
 
-/// A daemon that listens, and is cancelled on drop.
+/// A listening daemon, stopped on drop.
 struct Daemon {
     folder: Folder,
     enroller: FakeEnroller,
@@ -72,7 +72,7 @@ fn add(name: &str) -> Request {
 }
 
 #[tokio::test]
-async fn calls_of_a_pods_life_are_answered() {
+async fn add_check_and_delete_of_a_pod_succeed() {
     let daemon = Daemon::start().await;
     let namespace = namespace("uts");
     let check = Request::Check(Box::new(attached("web", &[])));
@@ -90,7 +90,7 @@ async fn calls_of_a_pods_life_are_answered() {
 }
 
 #[tokio::test]
-async fn plugin_that_is_killed_undoes_its_addition() {
+async fn killing_the_plugin_undoes_its_addition() {
     let daemon = Daemon::start().await;
     let (pod, namespace) = (attached("web", &[]), namespace("uts"));
     let held = daemon.enroller.hold_next(&pod.pod.uid);
@@ -100,7 +100,7 @@ async fn plugin_that_is_killed_undoes_its_addition() {
         tokio::task::yield_now().await;
     }
     drop(connection);
-    // Until the daemon has noticed it, the pod is known.
+    // The daemon knows the pod until it notices that the plugin has exited.
     let check = Request::Check(Box::new(pod));
     while code(daemon.ask(&check, &[namespace.as_fd()]).await) != 3 {}
     drop(held);
@@ -129,7 +129,7 @@ async fn wrong_descriptors_are_refused() {
 }
 
 #[tokio::test]
-async fn malformed_request_is_refused_and_the_connection_goes_on() {
+async fn malformed_request_is_refused_and_the_connection_stays_open() {
     let daemon = Daemon::start().await;
     let connection = daemon.connect().await;
     for line in ["{", r#"{"version":9,"command":"status"}"#] {
@@ -143,7 +143,7 @@ async fn malformed_request_is_refused_and_the_connection_goes_on() {
 }
 
 #[tokio::test]
-async fn collection_takes_effect_with_its_last_line() {
+async fn garbage_collection_takes_effect_with_its_last_message() {
     let daemon = Daemon::start().await;
     for (name, kind) in [("web", "uts"), ("db", "ipc")] {
         assert_eq!(daemon.ask(&add(name), &[namespace(kind).as_fd()]).await, Answer::Done);
@@ -186,12 +186,12 @@ async fn many_calls_at_once_are_answered() {
     let daemon = Daemon::start().await;
     let connections: Vec<Handover> = {
         let mut connections = Vec::new();
-        for _ in 0..2 * CALLS {
+        for _ in 0..2 * MAX_CONCURRENT_CALLS {
             connections.push(daemon.connect().await);
         }
         connections
     };
-    // The last ones are accepted once the first ones have ended.
+    // The last calls are accepted when the first ones have ended.
     for connection in connections {
         let answer = exchange(&connection, &Request::Status.encode(), &[]).await;
         assert_eq!(answer, Answer::Done);

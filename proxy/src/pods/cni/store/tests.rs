@@ -1,4 +1,4 @@
-//! Tests of the stored pods.
+//! Tests of storing pods.
 
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -10,7 +10,7 @@ fn permit(path: &Path, mode: u32) {
 }
 
 #[test]
-fn stored_pods_survive_until_they_are_removed() {
+fn pods_stay_stored_until_they_are_removed() {
     let folder = Folder::new();
     let id = namespace("uts").id();
     let (web, db) = (attached("web", &["10.0.0.1", "fd00::1"]), attached("db", &[]));
@@ -41,7 +41,7 @@ fn broken_and_unfinished_files_are_discarded() {
 }
 
 #[test]
-fn folder_that_others_may_write_to_is_refused() {
+fn folder_writable_by_other_users_is_refused() {
     let folder = Folder::new();
     let path = folder.path("pods");
     drop(Store::open(path.clone()).unwrap());

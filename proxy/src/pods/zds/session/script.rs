@@ -1,7 +1,7 @@
-//! The body of the fuzz target and of the property test: interprets bytes as requests of an agent,
-//! and checks the session against a model.
+//! The body of the fuzz target and the property test: interprets bytes as requests of an agent, and
+//! compares the session with a model.
 //!
-//! A script is a list of steps: one octet for the request, one for the pod, one for the number of
+//! A script is a list of steps: one octet each for the request, the pod and the number of
 //! descriptors. A step can also be an arbitrary message, whose length is its first octet.
 
 use std::collections::BTreeSet;
@@ -20,7 +20,7 @@ pub(crate) fn run(script: &[u8]) {
     let mut rest = script;
     while let [kind, pod, count, after @ ..] = rest {
         rest = after;
-        // Pods 0 to 6 are valid, and one is not.
+        // Pods 0 to 6 are valid; pod 7 is not.
         let pod = if pod % 8 == 7 { "a/b".to_owned() } else { format!("pod-{}", pod % 8) };
         let count = usize::from(count % 3);
         match kind % 6 {
@@ -86,7 +86,7 @@ impl Model {
     }
 }
 
-/// Any message is interpreted or rejected. Only one with exactly one descriptor can add a pod.
+/// Sends any message. Only a message with exactly one descriptor may add a pod.
 fn arbitrary(message: &[u8], count: usize) {
     if let Ok(Command::Add { facts, .. }) = Session::new().receive(message, vec![(); count]) {
         assert_eq!(count, 1, "{facts:?}");

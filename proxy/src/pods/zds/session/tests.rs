@@ -1,4 +1,4 @@
-//! Requests that are valid, out of order, or wrong, against the protocol without I/O.
+//! Tests of the protocol without I/O: valid, misordered and invalid requests.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::script::{self, add, del, encode, info, keep, snapshot_sent};
 use super::*;
 
-/// A descriptor.
+/// Stands for a descriptor.
 type Fd = u8;
 
 /// The reason of the rejection.
@@ -23,7 +23,7 @@ fn retained(session: &mut Session) -> Vec<String> {
 }
 
 #[test]
-fn messages_have_the_bytes_of_the_reference() {
+fn zds_messages_have_the_bytes_of_the_reference_encoder() {
     assert_eq!(hello(), [0x08, 0x01]);
     assert_eq!(response(None), [0x0a, 0x00]);
     assert_eq!(response(Some("no")), b"\x0a\x04\x0a\x02no");
@@ -48,7 +48,7 @@ fn response_is_bounded_and_failure_has_reason() {
 }
 
 #[test]
-fn add_has_pod_and_its_namespace() {
+fn add_request_contains_pod_and_its_namespace() {
     let command = Session::new().receive(&add("pod-a"), vec![7]).expect("valid");
     let Command::Add { facts, namespace } = command else { panic!("{command:?}") };
     assert_eq!((facts.uid.as_str(), namespace), ("pod-a", 7));
@@ -57,7 +57,7 @@ fn add_has_pod_and_its_namespace() {
 }
 
 #[test]
-fn snapshot_retains_added_and_kept_pods_only() {
+fn snapshot_retains_only_added_and_kept_pods() {
     let mut session = Session::new();
     session.receive(&add("a"), vec![1]).expect("valid");
     session.receive::<Fd>(&keep("b"), Vec::new()).expect("valid");
@@ -108,7 +108,7 @@ fn rejects_incomplete_and_hostile_descriptions() {
             assert!(matches!(error, RequestError::Uid { .. }), "{uid:?}: {error:?}");
         }
     }
-    // It would end the path of the identity.
+    // The slashes would add segments to the path of the identity.
     let info = WorkloadInfo { service_account: "web/../admin".to_owned(), ..info() };
     let hostile = AddWorkload { uid: "b".to_owned(), workload_info: Some(info) };
     let error = rejected(&mut session, &encode(Payload::Add(hostile)), &[1]);
@@ -127,7 +127,7 @@ fn malformed_message_ends_connection_and_unknown_one_does_not() {
 
 proptest! {
     #[test]
-    fn interprets_any_script(script in vec(any::<u8>(), 0..600)) {
+    fn session_agrees_with_model_for_any_script(script in vec(any::<u8>(), 0..600)) {
         script::run(&script);
     }
 }

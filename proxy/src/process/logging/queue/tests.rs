@@ -4,28 +4,27 @@ use underpass_config::LogFormat;
 
 use super::*;
 
-/// An output that records writes and can stall or fail.
+/// An output that records writes. Tests make it stall, fail or panic.
 #[derive(Debug, Clone, Default)]
-struct Sink(Arc<(Mutex<Behaviour>, Condvar)>);
+struct FakeOutput(Arc<(Mutex<Behaviour>, Condvar)>);
 
 #[derive(Debug, Default)]
 struct Behaviour {
     written: Vec<Vec<u8>>,
     stalled: bool,
-    /// Whether the next write panics.
     panics: bool,
-    /// The number of bytes that can be written before writes fail.
+    /// The number of bytes that it still accepts; later writes fail.
     room: Option<usize>,
     attempts: usize,
 }
 
-impl Sink {
+impl FakeOutput {
     fn set(&self, change: impl FnOnce(&mut Behaviour)) {
         change(&mut self.0.0.lock().unwrap());
         self.0.1.notify_all();
     }
 
-    /// Waits until the output is as `expected`.
+    /// Waits until the recorded state meets the condition.
     fn until(&self, expected: impl Fn(&Behaviour) -> bool) {
         let state = self.0.0.lock().unwrap();
         drop(self.0.1.wait_while(state, |state| !expected(state)).unwrap());
@@ -36,7 +35,7 @@ impl Sink {
     }
 }
 
-impl Write for Sink {
+impl Write for FakeOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let (state, changed) = &*self.0;
         let mut state = state.lock().unwrap();
@@ -62,18 +61,18 @@ impl Write for Sink {
     }
 }
 
-fn started(sink: &Sink) -> (Arc<Queue>, QueueGuard) {
+fn started(sink: &FakeOutput) -> (Arc<Queue>, QueueGuard) {
     start(sink.clone(), Lines::new(LogFormat::Plain)).unwrap()
 }
 
-/// The number of lost lines that the log reports.
+/// The sum of the lost lines that the log reports.
 fn reported(text: &str) -> u64 {
     text.lines().filter_map(|line| line.split_once("log lines lost: ")?.1.parse::<u64>().ok()).sum()
 }
 
 #[test]
 fn writes_every_line_before_guard_drop_returns() {
-    let sink = Sink::default();
+    let sink = FakeOutput::default();
     let (queue, guard) = started(&sink);
     for _ in 0..10_000 {
         queue.push(b"line\n");
@@ -86,7 +85,7 @@ fn writes_every_line_before_guard_drop_returns() {
 
 #[test]
 fn stalled_output_bounds_memory_and_reports_lost_lines() {
-    let sink = Sink::default();
+    let sink = FakeOutput::default();
     sink.set(|sink| sink.stalled = true);
     let (queue, guard) = started(&sink);
     let line = [&[b'x'; 999][..], b"\n"].concat();
@@ -111,14 +110,14 @@ fn stalled_output_bounds_memory_and_reports_lost_lines() {
 
 #[test]
 fn reports_lost_lines_when_full_output_has_room_again() {
-    let sink = Sink::default();
-    // Room for one line and a part of the next one.
+    let sink = FakeOutput::default();
+    // The room suffices for one line and a part of the next.
     sink.set(|sink| sink.room = Some(13));
     let (queue, guard) = started(&sink);
     queue.push(b"line one\nline two\nline three\n");
     sink.until(|sink| sink.room == Some(0) && sink.attempts >= 2);
     sink.set(|sink| sink.room = None);
-    // No further line is logged.
+    // No later write adds a line.
     sink.until(|sink| sink.written.len() >= 3);
     drop(guard);
     let text = sink.text();
@@ -128,7 +127,7 @@ fn reports_lost_lines_when_full_output_has_room_again() {
 
 #[test]
 fn stalled_output_does_not_block_exit() {
-    let sink = Sink::default();
+    let sink = FakeOutput::default();
     sink.set(|sink| sink.stalled = true);
     let (queue, guard) = started(&sink);
     queue.push(b"line\n");
@@ -139,7 +138,7 @@ fn stalled_output_does_not_block_exit() {
 
 #[test]
 fn panic_of_the_output_loses_only_the_lines_of_that_write() {
-    let sink = Sink::default();
+    let sink = FakeOutput::default();
     sink.set(|sink| sink.panics = true);
     let (queue, guard) = started(&sink);
     queue.push(b"lost\n");

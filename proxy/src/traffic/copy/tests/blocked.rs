@@ -1,13 +1,14 @@
-//! Ends and aborts that arrive while the direction that would read them is blocked in writing.
+//! Tests of ends and aborts that arrive while the direction that would read them is blocked in
+//! writing.
 //!
-//! The clock is paused: a connection that does not notice fails its test at once.
+//! The clock is paused, so a connection that misses its event fails the test at once.
 
 use std::time::Duration;
 
 use tokio::time::timeout;
 
 use super::super::splice;
-use super::testing::{End, Scene, Side, Way};
+use super::testing::{End, FlowKind, Scene, Side};
 use crate::error::ProxyError;
 
 /// The side that sends until it is blocked.
@@ -26,16 +27,16 @@ impl Sender {
     }
 }
 
-/// A flow in which one side has sent until nothing more is taken, because the other does not read.
-async fn blocked(way: Way, sender: Sender) -> Scene {
+/// A flow in which one side has sent until it is blocked, because the other side does not read.
+async fn blocked(way: FlowKind, sender: Sender) -> Scene {
     let mut scene = Scene::new(way).await;
     scene.exchange().await;
     sender.sides(&mut scene).0.send_until_it_blocks().await;
     scene
 }
 
-/// Asserts that the flow resets the side that does not read, because `sender` aborted.
-async fn assert_aborted(mut scene: Scene, way: Way, sender: Sender) {
+/// Asserts that the flow resets the reading side after an abort by `sender`.
+async fn assert_aborted(mut scene: Scene, way: FlowKind, sender: Sender) {
     let buffers = scene.buffers.clone();
     let reader = sender.sides(&mut scene).1;
     let end = timeout(Duration::from_secs(60), reader.end_of_writing()).await;
@@ -50,7 +51,7 @@ async fn assert_aborted(mut scene: Scene, way: Way, sender: Sender) {
 
 #[tokio::test(start_paused = true)]
 async fn abort_of_source_resets_destination_that_does_not_read() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         for sender in Sender::BOTH {
             let mut scene = blocked(way, sender).await;
             sender.sides(&mut scene).0.abort();
@@ -61,7 +62,7 @@ async fn abort_of_source_resets_destination_that_does_not_read() {
 
 #[tokio::test(start_paused = true)]
 async fn abort_after_fin_of_source_resets_destination_that_does_not_read() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         for sender in Sender::BOTH {
             let mut scene = blocked(way, sender).await;
             let source = sender.sides(&mut scene).0;
@@ -76,7 +77,7 @@ async fn abort_after_fin_of_source_resets_destination_that_does_not_read() {
 #[tokio::test(start_paused = true)]
 async fn abort_of_source_resets_destination_of_full_pipe() {
     for sender in Sender::BOTH {
-        let mut scene = Scene::new(Way::Plain).await;
+        let mut scene = Scene::new(FlowKind::Plain).await;
         let data = vec![b'b'; 8 << 20];
         let (source, destination) = sender.sides(&mut scene);
         let ((), received) = tokio::join!(source.send(&data), destination.receive(data.len()));
@@ -84,14 +85,16 @@ async fn abort_of_source_resets_destination_of_full_pipe() {
         source.send_until_it_blocks().await;
         assert_eq!(splice::members(), 1, "the direction is spliced");
         source.abort();
-        assert_aborted(scene, Way::Plain, sender).await;
+        assert_aborted(scene, FlowKind::Plain, sender).await;
         assert_eq!((splice::members(), splice::spare()), (0, 0));
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn lost_tunnel_resets_socket_that_does_not_read() {
-    for (way, sender) in [(Way::IntoTunnel, Sender::Server), (Way::OutOfTunnel, Sender::Client)] {
+    for (way, sender) in
+        [(FlowKind::IntoTunnel, Sender::Server), (FlowKind::OutOfTunnel, Sender::Client)]
+    {
         let mut scene = blocked(way, sender).await;
         scene.lose_tunnel().await;
         let reader = sender.sides(&mut scene).1;
@@ -103,7 +106,7 @@ async fn lost_tunnel_resets_socket_that_does_not_read() {
 
 #[tokio::test(start_paused = true)]
 async fn fin_of_source_is_delivered_after_all_data_once_destination_reads() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         for sender in Sender::BOTH {
             let mut scene = Scene::new(way).await;
             let (source, destination) = sender.sides(&mut scene);

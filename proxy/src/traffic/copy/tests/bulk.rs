@@ -1,10 +1,11 @@
-//! Bulk, spliced or copied: every byte arrives once and in order, and no memory is held afterwards.
+//! Tests of bulk, spliced or copied: every byte arrives once and in order, and no memory is held
+//! afterwards.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::super::splice;
-use super::testing::{End, Scene, Way};
+use super::testing::{End, FlowKind, Scene};
 
 /// Bytes that each depend on their position in the stream.
 fn pattern(from: usize, len: usize) -> Vec<u8> {
@@ -24,8 +25,8 @@ async fn send(stream: &mut TcpStream, total: usize) {
     stream.shutdown().await.unwrap();
 }
 
-/// Reads to FIN in pieces of varying size, yielding now and then: the number of bytes, and whether
-/// any were spliced.
+/// Reads until FIN in pieces of varying size, and yields at times. Returns the number of bytes, and
+/// whether any were spliced.
 async fn receive(stream: &mut TcpStream) -> (usize, bool) {
     let (mut received, mut piece, mut spliced) = (0, 1, false);
     loop {
@@ -46,7 +47,7 @@ async fn receive(stream: &mut TcpStream) -> (usize, bool) {
 
 const TOTAL: usize = 24 << 20;
 
-/// Sends bulk in both directions, and returns whether any was spliced.
+/// Sends bulk in both directions. Returns whether any was spliced.
 async fn both_ways(client: &mut TcpStream, server: &mut TcpStream) -> bool {
     let ((), upload) = tokio::join!(send(client, TOTAL), receive(server));
     let ((), download) = tokio::join!(send(server, TOTAL + 1), receive(client));
@@ -56,7 +57,7 @@ async fn both_ways(client: &mut TcpStream, server: &mut TcpStream) -> bool {
 
 #[tokio::test]
 async fn spliced_bulk_arrives_whole_and_is_counted_exactly() {
-    let mut scene = Scene::new(Way::Plain).await;
+    let mut scene = Scene::new(FlowKind::Plain).await;
     let (mut client, mut server) = scene.take_sockets();
     assert!(both_ways(&mut client, &mut server).await, "it is spliced");
     let (outcome, moved) = scene.ended().await;
@@ -67,7 +68,7 @@ async fn spliced_bulk_arrives_whole_and_is_counted_exactly() {
 
 #[tokio::test]
 async fn bulk_is_copied_in_small_pieces_at_buffer_limit() {
-    let mut scene = Scene::with_buffers(Way::Plain, 4096).await;
+    let mut scene = Scene::with_buffers(FlowKind::Plain, 4096).await;
     let (mut client, mut server) = scene.take_sockets();
     let buffers = scene.buffers.clone();
     assert!(!both_ways(&mut client, &mut server).await, "there is no memory for a pipe");
@@ -77,18 +78,18 @@ async fn bulk_is_copied_in_small_pieces_at_buffer_limit() {
 
 #[tokio::test]
 async fn aborted_bulk_leaves_no_data_in_reused_pipe() {
-    let mut aborted = Scene::new(Way::Plain).await;
-    let mut healthy = Scene::new(Way::Plain).await;
+    let mut aborted = Scene::new(FlowKind::Plain).await;
+    let mut healthy = Scene::new(FlowKind::Plain).await;
     aborted.bulk_to_client().await;
     healthy.bulk_to_client().await;
     assert_eq!(splice::members(), 2);
-    // The client does not read, so that the pipe is full; then the client aborts.
+    // The client does not read, so that the pipe fills; then the client aborts.
     aborted.server.send_until_it_blocks().await;
     assert!(aborted.buffers.used() >= 256 * 1024, "{}", aborted.buffers.used());
     aborted.client.abort();
     assert_eq!(aborted.server.end_of_writing().await, End::Reset);
     let buffers = aborted.buffers.clone();
-    Way::Plain.assert_client_aborted(aborted.ended().await.0);
+    FlowKind::Plain.assert_client_aborted(aborted.ended().await.0);
     assert_eq!(buffers.used(), 0);
     let next = pattern(0, 4 << 20);
     let ((), received) =
@@ -98,7 +99,7 @@ async fn aborted_bulk_leaves_no_data_in_reused_pipe() {
 
 #[tokio::test]
 async fn spliced_direction_is_copied_again_after_small_messages() {
-    let mut scene = Scene::new(Way::Plain).await;
+    let mut scene = Scene::new(FlowKind::Plain).await;
     scene.bulk_to_client().await;
     assert_eq!(splice::members(), 1);
     for _ in 0..20 {
@@ -110,7 +111,7 @@ async fn spliced_direction_is_copied_again_after_small_messages() {
 
 #[tokio::test]
 async fn tunnel_carries_bulk_and_holds_no_buffer_when_idle() {
-    for way in [Way::IntoTunnel, Way::OutOfTunnel] {
+    for way in [FlowKind::IntoTunnel, FlowKind::OutOfTunnel] {
         let mut scene = Scene::new(way).await;
         let data = pattern(0, 8 << 20);
         for client_sends in [true, false] {

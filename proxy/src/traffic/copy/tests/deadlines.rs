@@ -1,4 +1,4 @@
-//! Idle and half-close deadlines, on a paused clock.
+//! Tests of idle and half-close deadlines, on a paused clock.
 
 use std::time::Duration;
 
@@ -6,14 +6,14 @@ use tokio::time::{Instant, sleep};
 use underpass_interception::KEEPALIVE_PROBES;
 use underpass_interception::testing::{Keepalive, keepalive};
 
-use super::testing::{End, Scene, Way};
+use super::testing::{End, FlowKind, Scene};
 use crate::error::ProxyError;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
 #[tokio::test(start_paused = true)]
 async fn idle_connection_is_reset_after_deadline() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
         scene.exchange().await;
         let began = Instant::now();
@@ -27,7 +27,7 @@ async fn idle_connection_is_reset_after_deadline() {
 
 #[tokio::test(start_paused = true)]
 async fn byte_in_either_direction_restarts_deadline() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
         for turn in 0..10 {
             sleep(MINUTE * 9 / 10).await;
@@ -40,7 +40,7 @@ async fn byte_in_either_direction_restarts_deadline() {
 
 #[tokio::test(start_paused = true)]
 async fn half_closed_connection_is_reset_after_deadline_without_data() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::with(way, |deadlines| deadlines.half_close = Some(MINUTE)).await;
         sleep(MINUTE * 10).await;
         scene.client.finish().await;
@@ -61,7 +61,7 @@ async fn half_closed_connection_is_reset_after_deadline_without_data() {
 
 #[tokio::test(start_paused = true)]
 async fn shorter_deadline_applies_to_half_closed_connection() {
-    let mut scene = Scene::with(Way::Plain, |deadlines| {
+    let mut scene = Scene::with(FlowKind::Plain, |deadlines| {
         deadlines.idle = Some(MINUTE);
         deadlines.half_close = Some(MINUTE * 60);
     })
@@ -73,7 +73,7 @@ async fn shorter_deadline_applies_to_half_closed_connection() {
 
 #[tokio::test(start_paused = true)]
 async fn blocked_connection_is_reset_after_idle_deadline() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::with(way, |deadlines| deadlines.idle = Some(MINUTE)).await;
         scene.client.send_until_it_blocks().await;
         let (outcome, _) = scene.ended().await;
@@ -83,7 +83,7 @@ async fn blocked_connection_is_reset_after_idle_deadline() {
 
 #[tokio::test(start_paused = true)]
 async fn connection_without_deadlines_stays_open_for_days() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::new(way).await;
         sleep(MINUTE * 60 * 24 * 3).await;
         scene.exchange().await;

@@ -1,12 +1,12 @@
-//! Aborts of a half-closed connection: no direction reads the side that ended, and its abort is
-//! still detected.
+//! Tests of aborts of a half-closed connection: they are detected although no direction reads the
+//! ended side.
 
-use super::testing::{End, Scene, Way};
+use super::testing::{End, FlowKind, Scene};
 use crate::error::ProxyError;
 
 #[tokio::test]
 async fn abort_of_ended_client_is_detected_without_a_write() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::new(way).await;
         scene.exchange().await;
         scene.client.finish().await;
@@ -19,7 +19,7 @@ async fn abort_of_ended_client_is_detected_without_a_write() {
 
 #[tokio::test]
 async fn abort_of_ended_server_is_detected_without_a_write() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::new(way).await;
         scene.exchange().await;
         scene.server.finish().await;
@@ -32,7 +32,7 @@ async fn abort_of_ended_server_is_detected_without_a_write() {
 
 #[tokio::test]
 async fn abort_of_side_that_still_sends_is_detected() {
-    for way in Way::ALL {
+    for way in FlowKind::ALL {
         let mut scene = Scene::new(way).await;
         scene.exchange().await;
         scene.client.finish().await;
@@ -45,7 +45,7 @@ async fn abort_of_side_that_still_sends_is_detected() {
 
 #[tokio::test]
 async fn lost_tunnel_is_detected_after_end_stream_of_either_side() {
-    for way in [Way::IntoTunnel, Way::OutOfTunnel] {
+    for way in [FlowKind::IntoTunnel, FlowKind::OutOfTunnel] {
         for client_ends in [true, false] {
             let mut scene = Scene::new(way).await;
             scene.exchange().await;
@@ -53,7 +53,8 @@ async fn lost_tunnel_is_detected_after_end_stream_of_either_side() {
             one.finish().await;
             assert_eq!(other.read().await, (vec![], End::Fin), "{way:?}");
             scene.lose_tunnel().await;
-            let socket = if way == Way::IntoTunnel { &mut scene.client } else { &mut scene.server };
+            let socket =
+                if way == FlowKind::IntoTunnel { &mut scene.client } else { &mut scene.server };
             assert_eq!(socket.end_of_writing().await, End::Reset, "{way:?}, {client_ends}");
             assert!(matches!(scene.ended().await.0, Err(ProxyError::Tunnel(_))), "{way:?}");
         }
@@ -62,13 +63,13 @@ async fn lost_tunnel_is_detected_after_end_stream_of_either_side() {
 
 #[tokio::test]
 async fn abort_is_detected_by_idle_spliced_direction() {
-    let mut scene = Scene::new(Way::Plain).await;
+    let mut scene = Scene::new(FlowKind::Plain).await;
     scene.client.finish().await;
     assert_eq!(scene.server.read().await, (vec![], End::Fin));
     scene.bulk_to_client().await;
     assert_eq!(super::super::splice::members(), 1, "it is spliced");
     scene.client.abort();
     assert_eq!(scene.server.end_of_writing().await, End::Reset);
-    Way::Plain.assert_client_aborted(scene.ended().await.0);
+    FlowKind::Plain.assert_client_aborted(scene.ended().await.0);
     assert_eq!(super::super::splice::members(), 0);
 }

@@ -1,4 +1,4 @@
-//! A single direction between scripted sides.
+//! Tests of a single direction between scripted sides.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::super::direction::Direction;
 use super::super::{Side, Sink, Source};
 use crate::error::ProxyError;
 
-/// Returns one piece when read, and takes a few bytes per write.
+/// A side that returns one piece per read, and takes a few bytes per write.
 #[derive(Default)]
 struct Scripted {
     piece: Option<Bytes>,
@@ -86,7 +86,7 @@ async fn waiting_direction_holds_no_written_data() {
 }
 
 #[tokio::test]
-async fn last_piece_is_written_as_last() {
+async fn last_piece_is_marked_as_last_write() {
     let piece = Some(Bytes::from_static(b"a piece"));
     let mut from = Scripted { piece, at_end: true, ..Scripted::default() };
     let mut to = Scripted { takes: 4, ..Scripted::default() };

@@ -1,5 +1,5 @@
-//! The behaviour of tokio's readiness that `readiness.rs` depends on: a release of tokio that
-//! changes it fails here.
+//! Tests of the behaviour of tokio's readiness on which `readiness.rs` depends. A release of tokio
+//! that changes it fails here.
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -15,15 +15,15 @@ use underpass_interception::reset_on_close;
 use super::super::readiness::{aborted, mark_drained, read_pending_end};
 use super::testing::pair;
 
-/// Two ends of a connection. tokio assumes that an accepted socket is readable: the first end is no
-/// longer.
+/// Both ends of a connection without data. The first read of the accepted end clears tokio's
+/// initial assumption that it is readable.
 async fn quiet_pair() -> (TcpStream, TcpStream) {
     let (ours, theirs) = pair().await;
     mark_drained(&ours);
     (ours, theirs)
 }
 
-/// Whether tokio would ask the kernel for data now.
+/// Whether tokio would make a system call to read.
 fn asks_kernel(stream: &TcpStream) -> bool {
     let asked = Cell::new(false);
     let _would_block = stream.try_io(Interest::READABLE, || {
@@ -38,7 +38,7 @@ async fn is_readable(stream: &TcpStream) -> bool {
 }
 
 #[tokio::test]
-async fn would_block_clears_read_readiness_until_next_event() {
+async fn wouldblock_error_clears_read_readiness_until_next_event() {
     let (ours, mut theirs) = quiet_pair().await;
     theirs.write_all(b"first").await.unwrap();
     ours.readable().await.unwrap();
@@ -53,7 +53,7 @@ async fn would_block_clears_read_readiness_until_next_event() {
 }
 
 #[tokio::test]
-async fn would_block_keeps_readiness_of_fin() {
+async fn wouldblock_error_keeps_readiness_for_fin() {
     let (ours, mut theirs) = quiet_pair().await;
     theirs.shutdown().await.unwrap();
     assert!(ours.ready(Interest::READABLE).await.unwrap().is_read_closed());
@@ -65,7 +65,7 @@ async fn would_block_keeps_readiness_of_fin() {
 }
 
 #[tokio::test]
-async fn would_block_keeps_readiness_of_reset() {
+async fn wouldblock_error_keeps_readiness_for_reset() {
     let (ours, theirs) = quiet_pair().await;
     reset_on_close(&theirs);
     drop(theirs);

@@ -1,4 +1,4 @@
-//! A running flow and both its ends, each a real connection or a stream of a tunnel in memory.
+//! A running flow and both its ends, each a TCP connection or a stream of a tunnel in memory.
 
 use std::future::poll_fn;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -33,14 +33,14 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 /// The kinds of connections on both sides of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum FlowKind {
     Plain,
     IntoTunnel,
     OutOfTunnel,
     SameNode,
 }
 
-impl Way {
+impl FlowKind {
     pub(super) const ALL: [Self; 4] =
         [Self::Plain, Self::IntoTunnel, Self::OutOfTunnel, Self::SameNode];
 
@@ -71,7 +71,7 @@ fn is_reset(outcome: &Result<(), ProxyError>) -> bool {
     matches!(outcome, Err(ProxyError::Tunnel(HboneError::Reset { .. })))
 }
 
-/// How a direction ended.
+/// The end of a direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
     Fin,
@@ -106,7 +106,7 @@ impl Side {
         }
     }
 
-    /// Sends until nothing more is taken for a while: how many bytes were taken.
+    /// Sends until it is blocked for a while. Returns the number of sent bytes.
     pub(super) async fn send_until_it_blocks(&mut self) -> usize {
         let mut sent = 0;
         while let Ok(taken) = timeout(Duration::from_millis(300), self.send_some()).await {
@@ -115,7 +115,7 @@ impl Side {
         sent
     }
 
-    /// Sends a piece as far as it is taken; cancelled, nothing was sent.
+    /// Sends a part of a piece. If cancelled, no byte was sent.
     async fn send_some(&mut self) -> usize {
         let mut data = Bytes::from_static(&[b'x'; 65536]);
         match self {
@@ -176,7 +176,7 @@ impl Side {
         received
     }
 
-    /// How the direction ends that this side writes; it does not read.
+    /// The end that this side observes in the direction that it writes. It does not read.
     pub(super) async fn end_of_writing(&mut self) -> End {
         match self {
             Self::Socket(stream) => {
@@ -213,7 +213,7 @@ pub(super) async fn pair() -> (TcpStream, TcpStream) {
 }
 
 /// Both ends of a stream in a tunnel, and the tunnel's connections.
-struct Carried {
+struct TunnelledStream {
     near: TunnelStream,
     far: TunnelStream,
     tunnel: Tunnel,
@@ -236,7 +236,7 @@ fn expected() -> [SpiffeId; 1] {
     ["spiffe://td/ns/default/sa/server".parse().unwrap()]
 }
 
-async fn carried() -> Carried {
+async fn carried() -> TunnelledStream {
     let [client, server] = credentials();
     let mut client_settings = ClientSettings::default();
     let mut server_settings = ServerSettings::default();
@@ -263,7 +263,7 @@ async fn carried() -> Carried {
     let (near, far) = tokio::join!(tunnel.connect(request, MINUTE), async {
         requests.recv().await.unwrap().accept(HeaderMap::new())
     });
-    Carried { near: near.unwrap(), far: far.unwrap(), tunnel, driver }
+    TunnelledStream { near: near.unwrap(), far: far.unwrap(), tunnel, driver }
 }
 
 /// The connections on both sides of a flow.
@@ -284,22 +284,22 @@ pub(super) struct Scene {
 }
 
 impl Scene {
-    /// Without deadlines, and with enough memory for all buffers.
-    pub(super) async fn new(way: Way) -> Self {
+    /// Starts a flow without deadlines, with enough memory for all buffers.
+    pub(super) async fn new(way: FlowKind) -> Self {
         Self::with(way, |_| {}).await
     }
 
-    pub(super) async fn with(way: Way, change: impl FnOnce(&mut Deadlines)) -> Self {
+    pub(super) async fn with(way: FlowKind, change: impl FnOnce(&mut Deadlines)) -> Self {
         let mut deadlines = NO_DEADLINES;
         change(&mut deadlines);
         Self::build(way, deadlines, Buffers::of(64 << 20)).await
     }
 
-    pub(super) async fn with_buffers(way: Way, bytes: usize) -> Self {
+    pub(super) async fn with_buffers(way: FlowKind, bytes: usize) -> Self {
         Self::build(way, NO_DEADLINES, Buffers::of(bytes)).await
     }
 
-    /// A plain flow whose client's connection is `client`.
+    /// Starts a plain flow whose client's connection is `client`.
     pub(super) async fn plain(client: TcpStream) -> Self {
         let (upstream, server) = pair().await;
         let buffers = Buffers::of(1 << 20);
@@ -307,20 +307,21 @@ impl Scene {
         Self { client: Side::Gone, server: Side::Socket(server), buffers, flow, tunnel: None }
     }
 
-    async fn build(way: Way, deadlines: Deadlines, buffers: Buffers) -> Self {
+    async fn build(way: FlowKind, deadlines: Deadlines, buffers: Buffers) -> Self {
         let (ours, theirs) = pair().await;
         let socket = Side::Socket(theirs);
-        let (ends, client, server, tunnel) = if matches!(way, Way::Plain | Way::SameNode) {
+        let (ends, client, server, tunnel) = if matches!(way, FlowKind::Plain | FlowKind::SameNode)
+        {
             let (upstream, server) = pair().await;
             let ends = match way {
-                Way::SameNode => Ends::SameNode(ours, upstream),
+                FlowKind::SameNode => Ends::SameNode(ours, upstream),
                 _ => Ends::Plain(ours, upstream),
             };
             (ends, socket, Side::Socket(server), None)
         } else {
-            let Carried { near, far, tunnel, driver } = carried().await;
+            let TunnelledStream { near, far, tunnel, driver } = carried().await;
             let tunnel = Some((tunnel, driver));
-            if way == Way::IntoTunnel {
+            if way == FlowKind::IntoTunnel {
                 (Ends::IntoTunnel(ours, near), socket, Side::stream(far), tunnel)
             } else {
                 (Ends::OutOfTunnel(far, ours), Side::stream(near), socket, tunnel)
@@ -330,7 +331,7 @@ impl Scene {
         Self { client, server, buffers, flow, tunnel }
     }
 
-    /// The client and the server, or the server and the client.
+    /// The client and the server, or the reverse order.
     pub(super) fn sides(&mut self, client_first: bool) -> (&mut Side, &mut Side) {
         let Self { client, server, .. } = self;
         if client_first { (client, server) } else { (server, client) }
@@ -357,14 +358,14 @@ impl Scene {
         assert!(received == data);
     }
 
-    /// Drops the tunnel's connection, as the end of its process would.
+    /// Drops the tunnel's connection, like the exit of its process.
     pub(super) async fn lose_tunnel(&mut self) {
         let (_tunnel, driver) = self.tunnel.take().unwrap();
         driver.abort();
         assert!(driver.await.unwrap_err().is_cancelled());
     }
 
-    /// Waits for the end of the flow: its outcome, and the number of bytes counted.
+    /// Waits for the end of the flow. Returns its outcome and the number of counted bytes.
     pub(super) async fn ended(self) -> (Result<(), ProxyError>, u64) {
         self.flow.await.unwrap()
     }

@@ -1,10 +1,10 @@
-//! Tests of editing network configurations, on lists like those of common network plugins.
+//! Tests of editing network configurations, on lists in the style of common network plugins.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// A list as flannel writes it: indented by two spaces.
+/// As flannel writes it: indented by two spaces.
 const FLANNEL: &str = r#"{
   "name": "cbr0",
   "cniVersion": "0.3.1",
@@ -26,13 +26,13 @@ const FLANNEL: &str = r#"{
 }
 "#;
 
-/// A list like calico's: `plugins` first, and a number that a parser could change.
+/// As calico writes it: `plugins` first, and a number that a JSON parser would rewrite.
 const CALICO: &str = r#"{"plugins":[{"type":"calico","mtu":1.50e3,"ipam":{"type":"calico-ipam"}},{"type":"bandwidth","capabilities":{"bandwidth":true}}],"cniVersion":"0.3.1","name":"k8s-pod-network"}"#;
 
-/// A list like cilium's: one plugin, tabs.
+/// As cilium writes it: one plugin, indented by tabs.
 const CILIUM: &str = "{\n\t\"cniVersion\": \"0.3.1\",\n\t\"name\": \"cilium\",\n\t\"plugins\": [\n\t\t{\n\t\t\t\"type\": \"cilium-cni\",\n\t\t\t\"enable-debug\": false\n\t\t}\n\t]\n}";
 
-/// A list like that of containerd's documentation, with another order of keys.
+/// From containerd's documentation: another order of keys.
 const BRIDGE: &str = r#"{
     "cniVersion": "1.0.0",
     "plugins": [ { "type": "bridge", "bridge": "cni0" }, { "type": "firewall" } ],
@@ -52,7 +52,7 @@ fn removed(text: &str) -> Option<String> {
 }
 
 #[test]
-fn entry_is_added_at_the_end_and_removed_without_a_trace() {
+fn entry_is_added_at_the_end_and_removed_byte_for_byte() {
     for text in [FLANNEL, CALICO, CILIUM, BRIDGE] {
         let new = added(text).unwrap().unwrap();
         let list: Value = serde_json::from_str(&new).unwrap();
@@ -89,7 +89,7 @@ fn entry_of_another_socket_is_replaced_in_its_place() {
 }
 
 #[test]
-fn keys_that_the_operator_added_to_the_entry_stay() {
+fn keys_that_the_operator_added_to_the_entry_are_kept() {
     let own =
         r#"{"type":"underpass-cni","timeout":"60s","args":{"underpass":{"namespace":"default"}}}"#;
     let text = format!(r#"{{"name":"n","cniVersion":"1.0.0","plugins":[{{"type":"a"}},{own}]}}"#);
@@ -97,7 +97,7 @@ fn keys_that_the_operator_added_to_the_entry_stay() {
 }
 
 #[test]
-fn wrong_places_of_the_entry_are_repaired() {
+fn misplaced_entry_is_moved_to_the_end() {
     let wanted =
         format!(r#"{{"name":"n","cniVersion":"1.0.0","plugins":[{{"type":"a"}},{ENTRY}]}}"#);
     for plugins in [
@@ -122,8 +122,7 @@ fn unsuitable_configurations_are_refused() {
         (r#"{"cniVersion":"1.0.0","name":"n"}"#, "it has no `plugins`".to_owned()),
         (
             r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"underpass-cni"}]}"#,
-            "it has no other plugin than ours, which must follow one that makes the interface"
-                .to_owned(),
+            "it has no plugin that creates the interface, which ours must follow".to_owned(),
         ),
     ] {
         assert_eq!(added(text).unwrap_err().to_string(), error, "{text}");
@@ -184,7 +183,7 @@ fn json() -> impl Strategy<Value = Value> {
 
 proptest! {
     #[test]
-    fn any_list_is_restored_byte_for_byte(
+    fn removal_of_the_entry_restores_the_list_byte_for_byte(
         plugins in proptest::collection::vec(json(), 1..5), extra in json(), pretty in any::<bool>(),
     ) {
         let list = json!({"cniVersion": "1.1.0", "name": "n", "plugins": plugins, "x": extra});

@@ -1,4 +1,4 @@
-//! Selects the settings of `rules verify` and `rules explain`: the given ones, else those of the
+//! Selects the settings of `rules verify` and `rules explain`: the given ones, or else those of the
 //! running proxy.
 
 use std::io::{self, Write as _};
@@ -13,7 +13,7 @@ use crate::process::instance::Running;
 
 /// Settings and their source.
 #[derive(Debug)]
-pub(super) struct Subject {
+pub(super) struct SourcedSettings {
     pub(super) settings: Settings,
     pub(super) source: Source,
 }
@@ -21,16 +21,17 @@ pub(super) struct Subject {
 /// The origin of the settings of a command.
 #[derive(Debug)]
 pub(super) enum Source {
-    /// The options of the command line.
+    /// The command line.
     Given,
     /// The proxy that runs in this network namespace.
     Running(Box<Running>),
-    /// Neither options nor a running proxy.
+    /// The defaults: there are neither options nor a running proxy.
     Defaults,
 }
 
-impl Subject {
-    /// Without options, queries the running proxy. Warns on standard error if defaults are assumed.
+impl SourcedSettings {
+    /// Queries the running proxy if there are no options. Warns on standard error if defaults are
+    /// used.
     pub(super) async fn of(options: RuleOptions) -> Result<Self, CommandError> {
         if !options.are_empty() {
             return Ok(Self { settings: options.load()?, source: Source::Given });
@@ -47,7 +48,7 @@ impl Subject {
         Ok(Self { settings: options.load()?, source: Source::Defaults })
     }
 
-    /// Adds `"settings"`, and `"proxy"` if one was queried.
+    /// Adds `"settings"`, and `"proxy"` if a proxy was queried.
     pub(super) fn with(&self, mut result: Value) -> Value {
         let (name, proxy) = match &self.source {
             Source::Given => ("given", Value::Null),
