@@ -42,7 +42,7 @@ pub use settings::{
     KubeletProbes, Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls,
     MtlsOverride, MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit,
     OutboundCapture, PacedConnections, PodSourceSettings, PortRange, PortRangeError, Profile,
-    ProxySettings, SameNode, SeriesSettings, Settings, SpireSettings, TakeOver, Timeouts,
+    ProxySettings, SameNode, SeriesSettings, Settings, SpireApi, SpireSettings, TakeOver, Timeouts,
     TrustSettings, TunnelSettings, WorkloadSettings,
 };
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 pub use egress::{Egress, EgressSettings};
 pub use identity::{
     BundleFile, Cipher, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings,
-    SpireSettings, TrustSettings, TunnelSettings,
+    SpireApi, SpireSettings, TrustSettings, TunnelSettings,
 };
 pub use interception::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,

@@ -38,8 +38,8 @@ pub use identity::Identity;
 pub use identity::credentials::Credentials;
 pub use identity::rotation::{CredentialRotator, CredentialsEvent, FirstIdentity};
 pub use identity::source::{
-    FileSource, IdentitySource, IstioCa, IstioCaSource, LocalCaSource, NextIdentity, Priority,
-    SpireSource,
+    DelegatedIdentitySource, FileSource, IdentitySource, IstioCa, IstioCaSource, LocalCaSource,
+    NextIdentity, Priority, WorkloadApiSource,
 };
 pub use limits::log_limit::LogLimit;
 pub use limits::{

@@ -17,7 +17,7 @@ pub enum IdentitySettings {
     LocalCa(LocalCaSettings),
     /// Istio's CA protocol: istiod, or `underpass ca serve`.
     IstioCa(IstioCaSettings),
-    /// A SPIRE agent's Workload API.
+    /// A SPIRE agent.
     Spire(SpireSettings),
 }
 
@@ -60,11 +60,22 @@ pub struct IstioCaSettings {
     pub ttl: Duration,
 }
 
-/// The address of a SPIRE agent.
+/// A SPIRE agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SpireSettings {
-    /// The path of its Unix socket.
+    /// The API that issues the certificates.
+    pub api: SpireApi,
+    /// The path of the API's Unix socket.
     pub socket: PathBuf,
+}
+
+/// An API of a SPIRE agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpireApi {
+    /// The Workload API, which has the identities of the calling process.
+    Workload,
+    /// The Delegated Identity API, which has the identities of the workloads of its node.
+    DelegatedIdentity,
 }
 
 /// Trust in addition to the roots of our certificate's source.

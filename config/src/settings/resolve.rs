@@ -65,6 +65,8 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     if node.pods.is_some() {
         node::refuse_settings_of_one_pod(document);
         identity.iter().for_each(|identity| node::refuse_shared_identity(document, identity));
+    } else {
+        identity.iter().for_each(|identity| node::refuse_identities_of_pods(document, identity));
     }
     let mtls = access::mtls(document, root.key("identity").is_given())?;
     let proxy = proxy::proxy(document, interception.profile, mtls);

@@ -143,7 +143,10 @@ identity: {local_ca: /ca}
 interception: {profile: osm, outbound: {include_ports: [80]}, inbound: {include_ports: none}}
 ";
     const SPIRE: &str = "identity: {spire: {socket: /run/spire/agent.sock}}";
-    const ZDS: &str = "node: {pods: {zds: /run/ztunnel.sock}}";
+    const ZDS: &str = r"
+node: {pods: {zds: /run/ztunnel.sock}}
+identity: {spire: {admin_socket: /run/spire/admin.sock}}
+";
     const CNI: &str = r"
 node: {pods: {cni: /run/cni.sock}, cni_install: {net_dir: /net.d, bin_dir: /bin}}
 identity: {local_ca: /ca}

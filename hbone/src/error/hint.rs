@@ -142,11 +142,20 @@ impl Hint for IssuerProblem {
             }
             Self::Unavailable(_) => "check that identity.istio_ca.address is the CA's",
             Self::Refused { .. } | Self::EmptyResponse(_) | Self::Answer(_) => "read the CA's log",
-            Self::WrongIdentity { .. } => "check whose token identity.istio_ca.token contains",
-            Self::Agent => {
-                "check that the SPIRE agent runs and that identity.spire.socket is its socket"
+            Self::WrongIdentity { .. } => {
+                "check whose token identity.istio_ca.token contains, or the SPIFFE ID of the registration entry in SPIRE"
             }
-            Self::NotRegistered => "add a registration entry whose selectors match this process",
+            Self::Agent => {
+                "check that the SPIRE agent runs, and that identity.spire.socket is its socket, or identity.spire.admin_socket its \
+                 admin socket"
+            }
+            Self::NotRegistered => {
+                "add a registration entry whose selectors match this process, or with identity.spire.admin_socket the pod \
+                 (k8s:ns:NAMESPACE and k8s:sa:ACCOUNT)"
+            }
+            Self::NotDelegate(_) => {
+                "add the SPIFFE ID of this process to authorized_delegates in the agent's settings"
+            }
             Self::Lost | Self::ReplyTimeout(_) | Self::AgentTimeout(_) | Self::AgentClosed => {
                 return None;
             }

@@ -84,9 +84,12 @@ pub enum IssuerProblem {
     /// The agent does not answer.
     #[error("the SPIRE agent did not answer in {0:?}")]
     AgentTimeout(Duration),
-    /// The agent has no identity for this process.
-    #[error("the SPIRE agent has no identity for this process")]
+    /// The agent has no identity for the workload.
+    #[error("the SPIRE agent has no identity for the workload")]
     NotRegistered,
+    /// The agent gives this process no identities of other workloads.
+    #[error("the SPIRE agent does not accept this process as a delegate ({0:?})")]
+    NotDelegate(Quoted),
     /// The agent's stream ended.
     #[error("the SPIRE agent closed its stream")]
     AgentClosed,

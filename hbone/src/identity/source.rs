@@ -20,7 +20,7 @@ use crate::identity::Identity;
 pub use self::files::FileSource;
 pub use self::istio_ca::{IstioCa, IstioCaSource};
 pub use self::local_ca::LocalCaSource;
-pub use self::spire::SpireSource;
+pub use self::spire::{DelegatedIdentitySource, WorkloadApiSource};
 
 /// The result of [`IdentitySource::next`].
 pub type NextIdentity<'a> = Pin<Box<dyn Future<Output = Result<Identity, HboneError>> + Send + 'a>>;

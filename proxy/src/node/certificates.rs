@@ -10,11 +10,11 @@ use std::time::{Duration, SystemTime};
 
 use underpass_config::{
     FileWatcher, Hint as _, IdentityFiles, IdentitySettings, LocalCaSettings, Quoted, Settings,
-    SpiffeId, SpireSettings,
+    SpiffeId, SpireApi, SpireSettings,
 };
 use underpass_hbone::{
-    CredentialsEvent, FileSource, HboneError, Identity, IdentitySource, IstioCa, IstioCaSource,
-    LocalCaSource, Priority, SpireSource,
+    CredentialsEvent, DelegatedIdentitySource, FileSource, HboneError, Identity, IdentitySource,
+    IstioCa, IstioCaSource, LocalCaSource, Priority, WorkloadApiSource,
 };
 use underpass_interception::{NamespaceAccess, Sockets};
 
@@ -112,7 +112,12 @@ impl Issuer for Certificates {
             Origin::IstioCa(ca) => {
                 Box::new(IstioCaSource::new(ca.clone(), id.clone(), Priority::RealTime))
             }
-            Origin::Spire(spire) => Box::new(SpireSource::new(spire.clone(), id.clone())),
+            Origin::Spire(spire) => match spire.api {
+                SpireApi::Workload => Box::new(WorkloadApiSource::new(spire.clone(), id.clone())),
+                SpireApi::DelegatedIdentity => {
+                    Box::new(DelegatedIdentitySource::new(spire.clone(), id.clone()))
+                }
+            },
         }
     }
 

@@ -13,7 +13,7 @@ use crate::settings::declare::{
 };
 use crate::settings::{
     BundleFile, Cipher, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings,
-    Settings, SpireSettings, TrustSettings,
+    Settings, SpireApi, SpireSettings, TrustSettings,
 };
 use crate::yaml::read::Cursor;
 
@@ -59,7 +59,11 @@ settings! {
         Fallback::Is(|| false), |s| istio_ca_of(s).map(|ca| ca.impersonate);
     /// the Unix socket of a SPIRE agent, which issues the certificates: a path, or `unix:///PATH`
     SPIRE_SOCKET: PathBuf = "identity.spire.socket", SOCKET,
-        Fallback::Varies("none"), |s| spire_of(s).map(|spire| spire.socket.clone());
+        Fallback::Varies("none"), |s| spire_socket_of(s, SpireApi::Workload);
+    /// for `underpass node`: the admin socket of a SPIRE agent, whose Delegated Identity API issues
+    /// the pods' certificates
+    SPIRE_ADMIN_SOCKET: PathBuf = "identity.spire.admin_socket", SOCKET,
+        Fallback::Varies("none"), |s| spire_socket_of(s, SpireApi::DelegatedIdentity);
     /// with `local_ca` and `istio_ca`: the lifetime of a certificate (a CA may choose another); it
     /// is renewed after half of it
     TTL: Duration = "identity.ttl", LIFETIME, Fallback::Is(|| DEFAULT_TTL), ttl_of;
@@ -167,8 +171,18 @@ fn istio_ca(document: Document<'_>) -> Option<IdentitySettings> {
 
 fn spire(document: Document<'_>) -> Option<IdentitySettings> {
     reject_ttl(document, "SPIRE decides it");
-    let socket = SPIRE_SOCKET.needed(document, "is needed to ask the SPIRE agent")?;
-    Some(IdentitySettings::Spire(SpireSettings { socket }))
+    let is_delegate = SPIRE_ADMIN_SOCKET.is_given(document);
+    if is_delegate && SPIRE_SOCKET.is_given(document) {
+        let reason = "cannot be used with socket: the one is for `underpass node`, the other for `underpass run`";
+        SPIRE_ADMIN_SOCKET.problem(document, reason);
+        return None;
+    }
+    let (api, setting) = match is_delegate {
+        true => (SpireApi::DelegatedIdentity, &SPIRE_ADMIN_SOCKET),
+        false => (SpireApi::Workload, &SPIRE_SOCKET),
+    };
+    let socket = setting.needed(document, "is needed to ask the SPIRE agent")?;
+    Some(IdentitySettings::Spire(SpireSettings { api, socket }))
 }
 
 fn reject_ttl(document: Document<'_>, why: &str) {
@@ -199,9 +213,9 @@ fn istio_ca_of(settings: &Settings) -> Option<&IstioCaSettings> {
     }
 }
 
-fn spire_of(settings: &Settings) -> Option<&SpireSettings> {
+fn spire_socket_of(settings: &Settings, api: SpireApi) -> Option<PathBuf> {
     match &settings.identity {
-        Some(IdentitySettings::Spire(spire)) => Some(spire),
+        Some(IdentitySettings::Spire(spire)) if spire.api == api => Some(spire.socket.clone()),
         _ => None,
     }
 }

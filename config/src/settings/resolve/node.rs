@@ -8,11 +8,11 @@ use crate::settings::declare::{
 };
 use crate::settings::{
     CniInstallSettings, IdentitySettings, InterceptionSettings, KubeletProbes, NodeProbes,
-    NodeSettings, PodSourceSettings, Profile, Settings,
+    NodeSettings, PodSourceSettings, Profile, Settings, SpireApi,
 };
 
 /// The hint for an identity that all pods would share.
-const SHARED_IDENTITY: &str = "use istio_ca or local_ca";
+const SHARED_IDENTITY: &str = "use istio_ca, local_ca or spire.admin_socket";
 
 settings! {
     /// the name of this node in the log
@@ -166,14 +166,30 @@ pub(super) fn refuse_shared_identity(document: Document<'_>, identity: &Identity
             "certificate, key and roots are of one identity, but each pod of node.pods has its own",
             SHARED_IDENTITY,
         )),
-        IdentitySettings::Spire(_) => section.key("spire").problem(Reason::with_hint(
-            "a SPIRE agent issues no identities of other workloads, but each pod of node.pods has its own",
-            SHARED_IDENTITY,
-        )),
+        IdentitySettings::Spire(spire) if spire.api == SpireApi::Workload => {
+            section.key("spire").key("socket").problem(Reason::with_hint(
+                "the Workload API has the identities of one process, but each pod of node.pods has its own",
+                "set admin_socket instead, for the Delegated Identity API",
+            ));
+        }
         IdentitySettings::IstioCa(ca) if !ca.impersonate => section.key("istio_ca").problem(
             "impersonate must be true with node.pods: the daemon asks in the name of its pods",
         ),
-        IdentitySettings::IstioCa(_) | IdentitySettings::LocalCa(_) => {}
+        IdentitySettings::IstioCa(_)
+        | IdentitySettings::LocalCa(_)
+        | IdentitySettings::Spire(_) => {}
+    }
+}
+
+/// Reports a source of identities that only a node daemon can use.
+pub(super) fn refuse_identities_of_pods(document: Document<'_>, identity: &IdentitySettings) {
+    if let IdentitySettings::Spire(spire) = identity
+        && spire.api == SpireApi::DelegatedIdentity
+    {
+        document.root.key("identity").key("spire").key("admin_socket").problem(Reason::with_hint(
+            "the Delegated Identity API is for the pods of a node (node.pods)",
+            "set socket instead, for the Workload API",
+        ));
     }
 }
 

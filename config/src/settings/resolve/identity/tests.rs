@@ -165,6 +165,18 @@ fn spire_socket_is_path_or_unix_uri() {
 }
 
 #[test]
+fn admin_socket_of_spire_is_for_node_daemon_only() {
+    let text = "identity: {spire: {admin_socket: /run/admin.sock}}\n";
+    is_refused(text, "identity.spire.admin_socket");
+    is_refused("identity: {spire: {socket: s, admin_socket: a}}\n", "identity.spire.admin_socket");
+    let node = format!("node: {{pods: {{directory: /pods}}}}\n{text}");
+    let identity = read(&node).unwrap().identity;
+    let expected =
+        SpireSettings { api: SpireApi::DelegatedIdentity, socket: "/run/admin.sock".into() };
+    assert_eq!(identity, Some(IdentitySettings::Spire(expected)));
+}
+
+#[test]
 fn parses_trust_settings() {
     let text = "trust: {aliases: 'a.org,b.org', bundles: ['c.org=c.pem', 'd.org=/d=.pem', 'c.org=c.pem'], \
                 crls: [x.crl, y.crl]}\n";

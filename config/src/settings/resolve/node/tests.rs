@@ -96,7 +96,7 @@ fn node_daemon_rejects_rules_of_another_installer() {
 fn rejects_identity_shared_by_all_pods() {
     let files = "identity: {certificate: c, key: k, roots: r}";
     is_refused("cni", files, "identity");
-    is_refused("cni", "identity: {spire: {socket: /s}}", "identity.spire");
+    is_refused("cni", "identity: {spire: {socket: /s}}", "identity.spire.socket");
     let istio = |more| {
         format!("identity: {{istio_ca: {{address: 'https://ca:1', roots: r, token: t{more}}}}}")
     };

@@ -1,29 +1,22 @@
 //! A scripted SPIRE agent on a socket of its own.
 
 use std::collections::HashMap;
-use std::convert::Infallible;
-use std::future::{Ready, ready};
 use std::sync::Mutex;
+use std::time::Duration;
 
-use futures_util::stream;
-use hyper::server::conn::http2;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use rustls_pki_types::pem::PemObject as _;
-use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tonic::server::{Grpc, ServerStreamingService};
-use tonic::{Request, Response, Status};
+use tonic::Status;
+use tonic::server::Grpc;
 use tonic_prost::ProstCodec;
-
-use underpass_config::Hint as _;
+use underpass_config::{Hint as _, SpireApi};
 
 use super::*;
 use crate::ca::CertificateAuthority;
 use crate::ca::tests::TempDir;
 use crate::error::Fault;
-use crate::testing::{CLIENT, HOUR, SERVER, authority, id};
+use crate::identity::source::spire::testing::{Streaming, Updates, der, issue, serve};
+use crate::testing::{CLIENT, SERVER, authority, id};
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct SvidRequest {}
@@ -51,56 +44,32 @@ struct Svid {
 type Update = Result<SvidResponse, Status>;
 
 /// The agent's updates on the next connections, one list for each.
-type Script = Arc<Mutex<mpsc::UnboundedReceiver<mpsc::UnboundedReceiver<Update>>>>;
+type Script = Arc<Mutex<mpsc::UnboundedReceiver<Updates<SvidResponse>>>>;
 
 struct Agent {
     dir: TempDir,
-    connections: mpsc::UnboundedSender<mpsc::UnboundedReceiver<Update>>,
+    connections: mpsc::UnboundedSender<Updates<SvidResponse>>,
     _serving: JoinHandle<()>,
-}
-
-struct Fetch(Script);
-
-impl ServerStreamingService<SvidRequest> for Fetch {
-    type Response = SvidResponse;
-    type ResponseStream = Pin<Box<dyn Stream<Item = Update> + Send>>;
-    type Future = Ready<Result<Response<Self::ResponseStream>, Status>>;
-
-    fn call(&mut self, request: Request<SvidRequest>) -> Self::Future {
-        if request.metadata().get("workload.spiffe.io").is_none() {
-            return ready(Err(Status::invalid_argument("security header missing")));
-        }
-        let Ok(updates) = self.0.lock().unwrap().try_recv() else {
-            return ready(Err(Status::permission_denied("no identity issued")));
-        };
-        let updates = stream::unfold(updates, async |mut updates| {
-            updates.recv().await.map(|update| (update, updates))
-        });
-        ready(Ok(Response::new(Box::pin(updates))))
-    }
 }
 
 impl Agent {
     fn new(name: &str) -> Self {
         let dir = TempDir::new(name);
-        let listener = UnixListener::bind(dir.0.join("agent.sock")).unwrap();
         let (connections, script) = mpsc::unbounded_channel();
         let script: Script = Arc::new(Mutex::new(script));
-        let serving = tokio::spawn(async move {
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
-                let script = script.clone();
-                let answer = service_fn(move |request: http::Request<_>| {
-                    let script = script.clone();
-                    async move {
-                        assert_eq!(request.uri().path(), "/SpiffeWorkloadAPI/FetchX509SVID");
-                        let mut grpc = Grpc::new(ProstCodec::default());
-                        Ok::<_, Infallible>(grpc.server_streaming(Fetch(script), request).await)
+        let serving = serve(&dir.0.join("agent.sock"), move |request| {
+            let script = script.clone();
+            async move {
+                assert_eq!(request.uri().path(), "/SpiffeWorkloadAPI/FetchX509SVID");
+                let updates = move |request: tonic::Request<SvidRequest>| {
+                    if request.metadata().get("workload.spiffe.io").is_none() {
+                        return Err(Status::invalid_argument("security header missing"));
                     }
-                });
-                let connection = http2::Builder::new(TokioExecutor::new())
-                    .serve_connection(TokioIo::new(stream), answer);
-                tokio::spawn(async { connection.await.ok() });
+                    let next = script.lock().unwrap().try_recv();
+                    next.map_err(|_| Status::permission_denied("no identity issued"))
+                };
+                let mut grpc = Grpc::new(ProstCodec::default());
+                grpc.server_streaming(Streaming(updates), request).await
             }
         });
         Self { dir, connections, _serving: serving }
@@ -113,32 +82,23 @@ impl Agent {
         updates
     }
 
-    fn source(&self) -> SpireSource {
+    fn source(&self) -> WorkloadApiSource {
         let socket = self.dir.0.join("agent.sock");
-        SpireSource::new(SpireSettings { socket }, id(CLIENT))
+        WorkloadApiSource::new(SpireSettings { api: SpireApi::Workload, socket }, id(CLIENT))
     }
-}
-
-fn der(pem: &str) -> Vec<u8> {
-    CertificateDer::from_pem_slice(pem.as_bytes()).unwrap().to_vec()
 }
 
 fn svid(authority: &CertificateAuthority, who: &str) -> Svid {
-    let issued = authority.issue(&id(who), HOUR).unwrap();
-    let key = PrivateKeyDer::from_pem_slice(issued.key_pem.as_bytes()).unwrap();
-    Svid {
-        spiffe_id: who.to_owned(),
-        x509_svid: der(&issued.chain_pem),
-        x509_svid_key: key.secret_der().to_vec(),
-        bundle: der(authority.roots_pem()),
-    }
+    let (x509_svid, x509_svid_key) = issue(authority, who);
+    let bundle = der(authority.roots_pem());
+    Svid { spiffe_id: who.to_owned(), x509_svid, x509_svid_key, bundle }
 }
 
 fn of(svids: Vec<Svid>) -> SvidResponse {
     SvidResponse { svids, federated_bundles: HashMap::new() }
 }
 
-async fn problem(source: &mut SpireSource) -> IssuerProblem {
+async fn problem(source: &mut WorkloadApiSource) -> IssuerProblem {
     let error = source.next().await.unwrap_err();
     assert_eq!(error.fault(), Fault::Peer, "{error}");
     let HboneError::Issuer { what, .. } = error else { panic!("{error}") };
@@ -205,8 +165,8 @@ async fn reports_agent_refusal_and_retries() {
 #[tokio::test(start_paused = true)]
 async fn missing_agent_is_retried_with_back_off() {
     let dir = TempDir::new("spire-absent");
-    let settings = SpireSettings { socket: dir.0.join("absent.sock") };
-    let mut source = SpireSource::new(settings, id(CLIENT));
+    let settings = SpireSettings { api: SpireApi::Workload, socket: dir.0.join("absent.sock") };
+    let mut source = WorkloadApiSource::new(settings, id(CLIENT));
     let start = tokio::time::Instant::now();
     for _ in 0..4 {
         let what = problem(&mut source).await;
