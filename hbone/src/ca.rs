@@ -1,8 +1,7 @@
-//! A small file-based certificate authority, for meshes without one: `underpass ca init`, `issue`
-//! and `serve`.
+//! A small file-based certificate authority: `underpass ca init`, `issue` and `serve`.
 //!
-//! A process that can read the directory can issue any identity. Others request certificates from
-//! the [`CaServer`].
+//! A process that can read the CA's directory can issue any identity. Other processes request
+//! certificates from the [`CaServer`].
 
 mod clients;
 mod files;
@@ -45,7 +44,7 @@ const CERTIFICATE_FILE: &str = "ca.pem";
 const KEY_FILE: &str = "ca.key";
 
 const CA_LIFETIME: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
-/// The maximum lag of a peer's clock.
+/// Certificates are valid from this long before now, because a peer's clock may be behind.
 const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
 
 const BOTH_USAGES: [ExtendedKeyUsagePurpose; 2] =
@@ -66,14 +65,15 @@ pub struct CertificateAuthority {
 /// A workload's certificate and key in PEM.
 #[derive(Clone)]
 pub struct IssuedCertificate {
-    /// The leaf, followed by intermediates (none if the root issued it).
+    /// The leaf certificate, followed by intermediates. The root issues leaves directly: no
+    /// intermediates.
     pub chain_pem: String,
     /// The private key of the leaf, PKCS#8.
     pub key_pem: String,
 }
 
 impl CertificateAuthority {
-    /// Creates an authority in memory.
+    /// Creates a certificate authority in memory.
     ///
     /// # Errors
     /// [`HboneError::Credential`] if the key or certificate cannot be generated.
@@ -81,12 +81,12 @@ impl CertificateAuthority {
         generate(trust_domain).map_err(|what| HboneError::credential(CERTIFICATE_FILE, what))
     }
 
-    /// Creates an authority in `dir`, which is created if missing: `roots.pem` and `ca.pem`
-    /// readable for all, `ca.key` only for the owner.
+    /// Creates a certificate authority in `dir`, and `dir` if it is missing. Writes `roots.pem` and
+    /// `ca.pem` readable for all users, and `ca.key` readable only for the owner. Does not replace
+    /// existing files.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] with the file that cannot be written. Existing files are not
-    /// replaced.
+    /// [`HboneError::Credential`] with the file that cannot be written.
     pub fn init(dir: &Path, trust_domain: TrustDomain) -> Result<Self, HboneError> {
         fs::create_dir_all(dir).map_err(|error| HboneError::file(dir, error))?;
         for name in [KEY_FILE, CERTIFICATE_FILE, ROOTS_FILE] {
@@ -96,14 +96,14 @@ impl CertificateAuthority {
             }
         }
         let authority = Self::generate(trust_domain)?;
-        // The key first: of several processes, the one that creates it owns the directory.
+        // Create the key first: if several processes run `ca init`, the one that creates it wins.
         create(&dir.join(KEY_FILE), &authority.issuer.key().serialize_pem(), PRIVATE)?;
         create(&dir.join(CERTIFICATE_FILE), &authority.certificate_pem, PUBLIC)?;
         create(&dir.join(ROOTS_FILE), &authority.certificate_pem, PUBLIC)?;
         Ok(authority)
     }
 
-    /// Opens an authority that [`CertificateAuthority::init`] created in `dir`.
+    /// Opens a certificate authority that [`CertificateAuthority::init`] created in `dir`.
     ///
     /// # Errors
     /// [`HboneError::Credential`] with the file that cannot be read or used.
@@ -117,7 +117,7 @@ impl CertificateAuthority {
         let mut authority = from_parts(certificate_pem, key_pair)
             .map_err(|what| HboneError::credential(certificate, what))?;
         let roots = dir.join(ROOTS_FILE);
-        // During a rotation, the file contains the old and the new root.
+        // During a rotation of the root, the file contains the old and the new root.
         if roots.symlink_metadata().is_ok() {
             authority.roots_pem = read(&roots)?;
             Bundle::from_pem(&roots, authority.roots_pem.as_bytes())?;
@@ -125,7 +125,7 @@ impl CertificateAuthority {
         Ok(authority)
     }
 
-    /// The trust domain of its identities.
+    /// The trust domain of the certificates that this authority issues.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
     }
@@ -165,8 +165,8 @@ impl CertificateAuthority {
             .map_err(|error| HboneError::credential(id.to_string(), issue(error)))
     }
 
-    /// Issues a certificate for the host names and addresses of a server that is no workload, with
-    /// a new key.
+    /// Issues a certificate and a new key for a server that is not a workload, such as `ca serve`.
+    /// `names` are host names and IP addresses.
     ///
     /// # Errors
     /// [`HboneError::Credential`] with the invalid name, or for a `ttl` beyond the year 9999.
@@ -250,7 +250,7 @@ impl IssuedCertificate {
 }
 
 impl std::fmt::Debug for IssuedCertificate {
-    /// Omits the key.
+    /// Omits the private key.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("IssuedCertificate")
             .field("chain_pem", &self.chain_pem)
@@ -315,9 +315,9 @@ fn leaf_params(
     Ok(params)
 }
 
-/// The validity: from slightly in the past (clock skew) for `ttl` from now. The margin depends on
-/// `ttl`, because ztunnel renews at half of the total validity, and would loop if a short
-/// certificate was already past it.
+/// The validity of a certificate: `ttl` from now, and a margin for clock skew before now. The
+/// margin depends on `ttl`: ztunnel renews at half of the total validity, and a margin longer than
+/// `ttl` would make it renew in a loop.
 fn lifetime(what: &impl ToString, ttl: Duration) -> Result<(SystemTime, SystemTime), HboneError> {
     let now = clock::now();
     let skew = CLOCK_SKEW.min(ttl / 10);

@@ -1,17 +1,16 @@
-//! The wall clock. In tests it follows tokio's paused time.
+//! The wall clock. In tests it follows tokio's paused clock.
 
 use std::time::SystemTime;
 
 use rustls::time_provider::TimeProvider;
 use rustls_pki_types::UnixTime;
 
-/// The current time.
 #[cfg(not(test))]
 pub(crate) fn now() -> SystemTime {
     SystemTime::now()
 }
 
-/// The current time: a fixed start plus the elapsed time of tokio's clock.
+/// The current time in tests: a fixed start plus the elapsed time of tokio's clock.
 #[cfg(test)]
 #[expect(clippy::disallowed_types, reason = "a start that no test's paused clock has moved")]
 pub(crate) fn now() -> SystemTime {
@@ -22,16 +21,16 @@ pub(crate) fn now() -> SystemTime {
         LazyLock::new(|| (SystemTime::now(), Instant::now()));
     let (wall, start) = *START;
     let instant = tokio::time::Instant::now().into_std();
-    // A runtime that was paused before the first call is behind the start.
+    // A runtime that was paused before the first call has an earlier instant than `start`.
     wall + instant.saturating_duration_since(start) - start.saturating_duration_since(instant)
 }
 
-/// Converts to the type of the certificate libraries. Times before 1970 become 1970.
+/// Converts to the time type of rustls. Times before 1970 become 1970.
 pub(crate) fn unix(time: SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
 
-/// The time source of rustls, backed by [`now`].
+/// The wall clock for rustls.
 #[derive(Debug)]
 pub(crate) struct WallClock;
 

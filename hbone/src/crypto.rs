@@ -6,10 +6,10 @@ use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
 use underpass_config::Cipher;
 
-/// AES-GCM, and a key exchange that also resists quantum computers.
+/// Cryptography for TLS: AES-GCM, and a key exchange that also resists quantum computers.
 ///
-/// The order is the server's preference. AES-128 comes first by default: it costs a quarter less
-/// CPU than AES-256, and a search through 2^128 keys is out of reach (NIST, Post-Quantum
+/// The order of `ciphers` is the server's preference. AES-128 comes first by default: it needs a
+/// quarter less CPU than AES-256, and a search of 2^128 keys is infeasible (NIST, Post-Quantum
 /// Cryptography FAQ).
 pub(crate) fn provider(ciphers: &[Cipher]) -> Arc<CryptoProvider> {
     let suite = |cipher: &Cipher| match cipher {

@@ -1,7 +1,6 @@
-//! The errors of tunnels and certificates, as messages for the operator.
+//! The errors of tunnels and certificates. Their messages are for the operator.
 //!
-//! Not here: the HTTP status or log reason of a failure. Callers derive it from
-//! [`HboneError::kind`].
+//! Callers derive HTTP status and log reason from [`HboneError::kind`].
 
 mod credential;
 mod hint;
@@ -27,28 +26,28 @@ pub use self::credential::{CredentialProblem, RequestProblem};
 pub use self::issuer::IssuerProblem;
 pub use self::svid::SvidProblem;
 
-/// The reason why a tunnel could not be opened or used, or a certificate not be read or issued.
+/// The failure of a tunnel, or of reading or issuing a certificate.
 ///
-/// Cloneable, because all waiting callers receive the error of a failed dial.
+/// Cloneable: when a dial fails, all connections that wait for it receive its error.
 #[derive(Debug, Clone, Error)]
 pub enum HboneError {
-    /// No connection to the peer's HBONE port.
+    /// Connecting to the peer's HBONE port failed.
     #[error("{} {address}", dial(source))]
     Dial {
         /// The dialled address.
         address: SocketAddr,
-        /// The cause; `TimedOut` after our own timeout.
+        /// The cause. `TimedOut` if our own timeout expired.
         #[source]
         source: Arc<io::Error>,
     },
-    /// No new attempt, because the last one failed recently.
+    /// Connecting was not attempted, because the last attempt failed recently.
     #[error("{address} is not dialled for another {remaining:?}, because it just failed")]
     BackingOff {
         /// The address in back-off.
         address: SocketAddr,
         /// The remaining back-off.
         remaining: Duration,
-        /// Why the last dial or handshake failed.
+        /// The failure of the last attempt.
         #[source]
         source: Arc<Self>,
     },
@@ -57,7 +56,7 @@ pub enum HboneError {
     BehindGateway {
         /// The gateway's address.
         gateway: SocketAddr,
-        /// The failure behind it.
+        /// The failure of the inner tunnel.
         #[source]
         source: Arc<Self>,
     },
@@ -67,7 +66,7 @@ pub enum HboneError {
         /// The timeout.
         after: Duration,
     },
-    /// TLS failed for a reason without a variant of its own.
+    /// TLS failed for a reason that has no other variant.
     #[error("TLS failed")]
     Tls {
         /// The error of rustls or of the connection.
@@ -82,51 +81,51 @@ pub enum HboneError {
         /// The verified identity of the peer.
         presented: Quoted,
     },
-    /// The peer's certificate is not a workload's.
+    /// The peer's certificate is not a workload's certificate.
     #[error("the peer's certificate is not an X.509-SVID: {problem}")]
     NotSvid {
-        /// The problem.
+        /// The violated rule of the standard.
         problem: SvidProblem,
     },
-    /// The peer's chain is invalid for a reason without a variant of its own.
+    /// The peer's certificate chain is invalid for a reason that has no other variant.
     #[error("the peer's certificate is invalid: {reason}")]
     InvalidCertificate {
-        /// webpki's error.
+        /// The error of webpki.
         reason: Quoted,
     },
-    /// The peer's certificate, or one in its chain, is no longer valid.
+    /// A certificate in the peer's chain has expired.
     #[error("the peer's certificate expired at {}", utc(*expired))]
     PeerCertificateExpired {
         /// The end of its validity.
         expired: SystemTime,
     },
-    /// We have no roots of the peer's trust domain.
+    /// No roots are configured for the peer's trust domain.
     #[error("there are no roots of the peer's trust domain {trust_domain}")]
     UntrustedDomain {
         /// The trust domain without roots.
         trust_domain: TrustDomain,
     },
-    /// The peer's certificate, or one in its chain, is on a revocation list.
+    /// A certificate in the peer's chain is on a revocation list.
     #[error("the peer's certificate, or one in its chain, is revoked by a list in trust.crls")]
     Revoked,
-    /// Revocation lists are configured, but none of this issuer.
+    /// Revocation lists are configured, but none is from this issuer.
     #[error("there is no revocation list of the peer's issuer {issuer}")]
     RevocationUnknown {
-        /// The issuer without a list, as a distinguished name.
+        /// The distinguished name of the issuer without a revocation list.
         issuer: Quoted,
     },
     /// A revocation list is past its `nextUpdate`.
     #[error("{}: the revocation list of the peer's issuer expired at {}", file.display(), utc(*expired))]
     RevocationListExpired {
-        /// The list's file.
+        /// The file of the revocation list.
         file: PathBuf,
-        /// When it should have been replaced.
+        /// The list's `nextUpdate`.
         expired: SystemTime,
     },
     /// A revocation list has an invalid signature, or its issuer may not sign lists.
     #[error("the revocation list of the peer's issuer cannot be verified")]
     RevocationListUntrusted {
-        /// The problem.
+        /// The error of webpki.
         #[source]
         source: webpki::Error,
     },
@@ -136,17 +135,17 @@ pub enum HboneError {
     /// The peer rejected our certificate.
     #[error("the peer refused our certificate (TLS alert {alert})")]
     CertificateRefused {
-        /// The alert's name, as in RFC 8446 section 6.2.
+        /// The name of the TLS alert (RFC 8446 section 6.2).
         alert: String,
     },
     /// A violation of HTTP/2 by the peer or by us.
     #[error("HTTP/2 failed")]
     H2 {
-        /// h2's error.
+        /// The error of h2.
         #[source]
         source: Arc<h2::Error>,
     },
-    /// The status of the answer to CONNECT was not 200.
+    /// The peer answered CONNECT with a status other than 200.
     #[error("the peer refused the CONNECT request with status {status}")]
     Refused {
         /// The status.
@@ -161,20 +160,20 @@ pub enum HboneError {
     /// The peer aborted the stream.
     #[error("the peer aborted the stream ({reason})")]
     Reset {
-        /// The code of its RST_STREAM.
+        /// The error code of RST_STREAM.
         reason: Reason,
     },
-    /// The connection ended before END_STREAM, or GOAWAY excluded the stream.
+    /// The connection ended before the stream, or the peer's GOAWAY excluded the stream.
     #[error("the connection to the peer was lost")]
     Lost {
-        /// h2's error, if any.
+        /// The error of h2. `None` if the connection ended without an error.
         #[source]
         source: Option<Arc<h2::Error>>,
     },
     /// The peer does not answer PING.
     #[error("the peer sent nothing for {silent:?}, and did not answer a PING")]
     Unresponsive {
-        /// The time without received data.
+        /// The time since the last received data.
         silent: Duration,
     },
     /// The tunnel was closed because the peer exceeded a limit.
@@ -183,59 +182,59 @@ pub enum HboneError {
         /// The limit.
         limit: TunnelLimit,
     },
-    /// A stream was requested in a tunnel with an expired certificate. Nothing was sent.
+    /// The tunnel's certificates have expired, so the request was not sent.
     #[error("the certificates of the tunnel expired at {}", utc(*expired))]
     TunnelExpired {
-        /// The earliest expiry.
+        /// The earlier expiry of both certificates.
         expired: SystemTime,
     },
-    /// An authority without host and port.
+    /// The authority of a request is not `HOST:PORT`.
     #[error("{authority:?} is not an authority of the form ADDRESS:PORT or NAME:PORT")]
     InvalidAuthority {
         /// The authority.
         authority: Quoted,
     },
-    /// A certificate, key or roots that cannot be used, read or written.
+    /// A certificate, key or roots file cannot be used, read or written.
     #[error("{}: {what}", file.display())]
     Credential {
-        /// The file, or a description of the content if it came from memory.
+        /// The path. A description if the content came from memory.
         file: PathBuf,
-        /// The problem.
+        /// The problem of the file.
         what: CredentialProblem,
     },
-    /// A file of credentials cannot be watched.
+    /// Watching a credential file for changes failed.
     #[error("cannot watch a certificate, key, bundle or revocation list for changes")]
     Watch {
-        /// The path, and the reason.
+        /// The path and the reason.
         #[source]
         source: ConfigErrors,
     },
-    /// A CA or an agent issued no certificate.
+    /// A CA or a SPIRE agent issued no certificate.
     #[error("{issuer}: {what}")]
     Issuer {
         /// The address of the CA or agent.
         issuer: String,
-        /// The problem.
+        /// The reason.
         what: IssuerProblem,
-        /// The error of the connection or of a library.
+        /// The error of the connection or of a library. `None` if the answer itself is the problem.
         #[source]
         source: Option<Arc<io::Error>>,
     },
-    /// The task that obtains and renews a certificate has panicked.
+    /// The task that obtains and renews the certificate panicked.
     #[error(
         "the task that obtains the certificate has ended by an internal error, which the log has"
     )]
     RotationEnded,
-    /// The clients file of `ca serve`, or one of its sockets.
+    /// The clients file of `underpass ca serve` or one of its token files is invalid.
     #[error("the clients file cannot be used")]
     Clients {
-        /// All mistakes.
+        /// All mistakes in the file.
         #[source]
         source: ConfigErrors,
     },
 }
 
-/// The party that caused an error.
+/// The party responsible for an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The peer, or the network.
@@ -249,15 +248,15 @@ pub enum Fault {
 /// The expected identity of a peer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExpectedPeer {
-    /// A server: one of these.
+    /// A server must have one of these identities.
     OneOf(Arc<[SpiffeId]>),
-    /// A client: any identity of our trust domain, or of another one with known roots.
+    /// A client may have any identity in this trust domain or in another domain with known roots.
     MemberOf(TrustDomain),
 }
 
 impl HboneError {
-    /// The error of the stream that carries another tunnel; `None` if the I/O error has another
-    /// cause.
+    /// The error of the outer tunnel, if `error` comes from a stream of one. `None` for other
+    /// causes.
     pub(crate) fn carried_by(error: &io::Error) -> Option<Self> {
         error.get_ref()?.downcast_ref().cloned()
     }
@@ -267,7 +266,7 @@ impl HboneError {
         Self::Reset { reason: Reason::CONNECT_ERROR }
     }
 
-    /// The party that caused this error.
+    /// The party responsible for this error.
     pub fn fault(&self) -> Fault {
         match self {
             Self::CertificateRefused { .. }
@@ -278,8 +277,8 @@ impl HboneError {
             | Self::Watch { .. }
             | Self::Clients { .. } => Fault::Configuration,
             Self::Issuer { what, .. } => what.fault(),
-            // A peer's invalid authority is answered by the server itself: this error concerns our
-            // own request.
+            // This error is about our own request: a server answers an invalid authority of a peer
+            // itself.
             Self::InvalidAuthority { .. } | Self::RotationEnded => Fault::Us,
             Self::BackingOff { source, .. } | Self::BehindGateway { source, .. } => source.fault(),
             Self::H2 { source } if !source.is_remote() && !source.is_library() => Fault::Us,
@@ -287,7 +286,7 @@ impl HboneError {
         }
     }
 
-    /// A short label for metrics and logs. Stable, since dashboards depend on it.
+    /// A short label for metrics and logs. Dashboards depend on it: do not change it.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Dial { source, .. } if source.kind() == io::ErrorKind::TimedOut => {
@@ -295,7 +294,7 @@ impl HboneError {
             }
             Self::Dial { .. } => "connect",
             Self::BackingOff { .. } => "backing_off",
-            // The connection record names the gateway; metrics count the failure behind it.
+            // The connection record names the gateway; metrics count the inner failure.
             Self::BehindGateway { source, .. } => source.kind(),
             Self::HandshakeTimeout { .. } => "handshake_timeout",
             Self::Tls { .. } => "tls",
@@ -353,7 +352,7 @@ impl fmt::Display for ExpectedPeer {
     }
 }
 
-/// The beginning of the message of a failed dial.
+/// The beginning of the message about a failed connect.
 fn dial(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::TimedOut => "no answer from",

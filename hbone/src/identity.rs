@@ -1,6 +1,6 @@
-//! The own identity: certificate, key and the roots that came with them, checked before use.
+//! A workload's identity: its certificate, key and roots, checked before use.
 //!
-//! `trust` contains further trusted domains, and `tls` authenticates peers.
+//! `trust` adds further trust domains, and `tls` authenticates peers.
 
 pub(crate) mod credentials;
 pub(crate) mod files;
@@ -29,7 +29,7 @@ use crate::identity::files::warn_if_exposed;
 use crate::identity::svid::workload_id;
 use crate::trust::bundle::Bundle;
 
-/// A generation of the own certificate. Cheap to clone.
+/// A certificate with its key and roots. Never changes; a renewal creates another. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Identity(Arc<IdentityParts>);
 
@@ -40,7 +40,7 @@ struct IdentityParts {
     bundles: BTreeMap<TrustDomain, Bundle>,
 }
 
-/// The relevant fields of a leaf.
+/// The fields of a leaf certificate that this crate reads.
 #[derive(Debug)]
 struct Leaf {
     spiffe_id: SpiffeId,
@@ -48,7 +48,7 @@ struct Leaf {
     expires: SystemTime,
 }
 
-/// The PEM of an identity, with names for errors.
+/// The PEM texts of an identity, each with a name for errors.
 struct PemParts<'a> {
     certificate: &'a Path,
     chain: Vec<CertificateDer<'static>>,
@@ -57,8 +57,9 @@ struct PemParts<'a> {
 }
 
 impl Identity {
-    /// Creates an identity from the leaf with intermediates, the leaf's key, and the roots of trust
-    /// domains, which must include the leaf's. Errors use `name`.
+    /// Creates an identity from a certificate chain (leaf first), its key, and roots by trust
+    /// domain. The roots must include those of the leaf's trust domain. Errors use `name` as the
+    /// file.
     ///
     /// # Errors
     /// [`HboneError::Credential`] with the reason.
@@ -78,7 +79,7 @@ impl Identity {
         parts.assemble(leaf, bundles)
     }
 
-    /// Reads and checks the files. A key that other users can read is accepted with a warning.
+    /// Reads and checks the files. Logs a warning if other users can read the key.
     ///
     /// # Errors
     /// [`HboneError::Credential`] with the file and the reason.
@@ -95,7 +96,7 @@ impl Identity {
         )
     }
 
-    /// Creates an identity from PEM: the leaf with intermediates, the leaf's key, the roots.
+    /// Creates an identity from PEM: a certificate chain (leaf first), its key, and roots.
     ///
     /// # Errors
     /// [`HboneError::Credential`], with `certificate`, `key` or `roots` as the file.
@@ -114,23 +115,23 @@ impl Identity {
         Self::check((certificate_name, certificate), (key_name, key), (roots_name, roots), now)
     }
 
-    /// The SPIFFE identity.
+    /// The SPIFFE ID in the certificate.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.0.leaf.spiffe_id
     }
 
-    /// The start of the leaf's validity.
+    /// The start of the certificate's validity.
     pub fn not_before(&self) -> SystemTime {
         self.0.leaf.not_before
     }
 
-    /// The end of the leaf's validity.
+    /// The end of the certificate's validity.
     pub fn expires(&self) -> SystemTime {
         self.0.leaf.expires
     }
 
-    /// Checks that the identity's roots verify the certificate at the time `now`, as peers with the
-    /// same roots do. Revocation is not checked.
+    /// Verifies the certificate with its own roots at the time `now`, as peers with the same roots
+    /// do. Does not check revocation.
     pub(crate) fn verify(&self, name: &Path, now: SystemTime) -> Result<(), HboneError> {
         let [leaf, intermediates @ ..] = self.0.certified_key.cert.as_slice() else {
             return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));
@@ -149,7 +150,7 @@ impl Identity {
         })
     }
 
-    /// The leaf, followed by its intermediates.
+    /// The certificate chain: the leaf, then intermediates.
     pub(crate) fn chain(&self) -> &[CertificateDer<'static>] {
         &self.0.certified_key.cert
     }
@@ -158,18 +159,17 @@ impl Identity {
         self.0.certified_key.clone()
     }
 
-    /// The roots that came with the certificate, including those of its trust domain.
+    /// The roots that came with the certificate, by trust domain.
     pub(crate) fn bundles(&self) -> &BTreeMap<TrustDomain, Bundle> {
         &self.0.bundles
     }
 
-    /// The roots of its trust domain.
+    /// The roots of the certificate's own trust domain.
     #[cfg(test)]
     pub(crate) fn roots(&self) -> &[rustls_pki_types::TrustAnchor<'static>] {
         self.bundles()[self.spiffe_id().trust_domain()].anchors()
     }
 
-    /// Parses and checks named PEM texts.
     fn check(
         certificate: (&Path, &[u8]),
         key: (&Path, &[u8]),

@@ -61,11 +61,11 @@ pub use tunnel::settings::{ClientSettings, Http2Settings, KeepaliveSettings, Ser
 pub use tunnel::stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
 pub use tunnel::tunnel_state::RevocationSignal;
 
-/// Entry points for the fuzz targets in `fuzz/` only.
+/// Entry points for the fuzz targets in `fuzz/`.
 #[cfg(feature = "fuzz")]
 pub mod fuzz {
-    /// Runs a script of a peer against the record layer. Panics if the record layer differs from
-    /// its model.
+    /// Runs a script of a peer's TLS records against the record layer. Panics if the record layer
+    /// differs from its model.
     pub fn record_layer(script: &[u8]) {
         crate::tls::run_script(script);
     }

@@ -1,9 +1,9 @@
-//! A pool of open tunnels, shared by all connections to the same peer.
+//! A pool of open tunnels, which connections to the same peer share.
 //!
 //! `state` makes all decisions without waiting; this file executes them. A pool belongs to one
-//! runtime; its lock is never held across an await.
+//! runtime. Its lock is never held across an await.
 //!
-//! Not here: sockets, which [`Dial`] opens.
+//! [`Dial`] opens the sockets.
 
 mod load;
 mod retry;
@@ -30,9 +30,9 @@ use crate::tunnel::client::{ConnectRequest, Connector, Tunnel};
 use crate::tunnel::stream::TunnelStream;
 use crate::tunnel::tunnel_state::{OpenStream, TunnelState};
 
-/// Opens the connection under a tunnel, with its marks and source address.
+/// Opens the TCP connection of a tunnel.
 pub trait Dial: Send + Sync + 'static {
-    /// The transport of a tunnel.
+    /// The type of the connection.
     type Io: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static;
 
     /// Connects to `address`. The pool sets the deadline.
@@ -42,53 +42,52 @@ pub trait Dial: Send + Sync + 'static {
 /// The pool's deadlines and limits.
 #[derive(Debug, Clone)]
 pub struct PoolSettings {
-    /// Timeout of connecting.
+    /// The timeout of the TCP connect.
     pub dial: Duration,
-    /// Timeout of the TLS and HTTP/2 handshake.
+    /// The timeout of the TLS and HTTP/2 handshake.
     pub handshake: Duration,
-    /// Timeout of the answer to a CONNECT request.
+    /// The timeout of the answer to a CONNECT request.
     pub reply: Duration,
-    /// Idle timeout of a tunnel without streams, with a jitter of a tenth. A surplus tunnel closes
-    /// after a tenth of it.
+    /// The idle timeout of a tunnel without streams, with a jitter of a tenth. While another tunnel
+    /// to the peer has capacity, a tenth of this timeout applies.
     pub idle: Duration,
-    /// The age, less up to a tenth at random, after which a tunnel takes no new streams. It closes
-    /// with its last stream.
+    /// The age after which a tunnel takes no new streams and closes with its last stream. A random
+    /// part of up to a tenth is subtracted.
     pub max_age: Duration,
-    /// Maximum number of streams in a tunnel; the peer may allow fewer.
+    /// The maximum number of streams in a tunnel. The peer may allow fewer.
     pub streams_per_tunnel: usize,
-    /// Maximum number of tunnels with the same key that are opened because others are half full or
-    /// busy. If all are full, another one is opened in any case.
+    /// The number of tunnels to one peer up to which the pool opens another one because the
+    /// existing tunnels are half full or busy. Full tunnels always lead to another one.
     pub tunnels_per_peer: usize,
 }
 
-/// The properties that connections in one tunnel share: source identity, address, and expected
-/// peers.
+/// The properties that all streams of a tunnel share: source identity, address, and expected peers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
     /// The identity of the client.
     pub source: SpiffeId,
     /// The address of the server.
     pub address: SocketAddr,
-    /// The expected identities of the server; if empty, none is accepted.
+    /// The expected identities of the server. An empty list accepts no server.
     pub peers: Arc<[SpiffeId]>,
 }
 
-/// The current numbers of a pool.
+/// The current number of tunnels, streams and dials of a pool.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PoolStatistics {
-    /// Tunnels that take new streams.
+    /// The number of tunnels that take new streams.
     pub tunnels: usize,
-    /// Tunnels that close with their last stream.
+    /// The number of tunnels that take no new streams and close with their last stream.
     pub retired: usize,
-    /// Streams in open and retired tunnels.
+    /// The number of streams in all tunnels.
     pub streams: usize,
-    /// Dials in progress.
+    /// The number of dials in progress.
     pub dialing: usize,
-    /// Destinations in back-off.
+    /// The number of peers in back-off.
     pub backing_off: usize,
 }
 
-/// A pool of tunnels. After it is dropped, each tunnel closes with its last stream.
+/// A pool of tunnels. When it is dropped, each tunnel closes with its last stream.
 #[derive(Debug)]
 pub struct Pool<D>(Arc<Shared<D>>);
 
@@ -97,23 +96,23 @@ struct Shared<D> {
     dial: D,
     settings: PoolSettings,
     state: Mutex<PoolState<Pooled, Dialing>>,
-    /// Ends the dials in progress.
+    /// Notified when the pool drains: aborts the dials in progress.
     drained: Notify,
 }
 
-/// The outcome of a dial for all waiting callers; no value while it is in progress.
+/// The outcome of a dial, for all connections that wait for it. `None` while the dial is in
+/// progress.
 type Dialing = watch::Receiver<Option<Outcome>>;
 type Outcome = Result<(TunnelId, Pooled), HboneError>;
 
-/// The pool's handle of a tunnel.
+/// A tunnel in the pool.
 #[derive(Debug, Clone)]
 struct Pooled {
-    /// `None` after release.
+    /// `None` after the pool released the tunnel.
     tunnel: Option<Tunnel>,
     tunnel_state: Arc<TunnelState>,
 }
 
-/// A reservation for one stream in a tunnel.
 #[derive(Debug)]
 struct StreamSlot {
     tunnel: Tunnel,
@@ -121,20 +120,20 @@ struct StreamSlot {
 }
 
 impl<D: Dial> Pool<D> {
-    /// A pool that dials with `dial`.
+    /// Creates a pool that opens connections with `dial`.
     pub fn new(dial: D, settings: PoolSettings) -> Self {
         let state = Mutex::new(PoolState::new(settings.clone(), fastrand::u64(..)));
         Self(Arc::new(Shared { dial, settings, state, drained: Notify::new() }))
     }
 
-    /// Opens a stream in a tunnel to `key`. `request` creates the request of each attempt. If a
-    /// tunnel must be dialled, `connector`, which has the identity `key.source`, opens it.
+    /// Opens a stream in a tunnel to `key`. Calls `request` for the request of each attempt. If a
+    /// tunnel must be opened, `connector` opens it, whose identity must be `key.source`.
     ///
-    /// A request that the peer has certainly not processed, or that was lost with a pooled tunnel,
-    /// is retried once in a new tunnel. No other request is retried.
+    /// Retries once in a new tunnel, and only if the peer has certainly not processed the request,
+    /// or if the request was lost together with a pooled tunnel.
     ///
     /// # Errors
-    /// The error of the dial, handshake or request; [`HboneError::BackingOff`] without an attempt
+    /// The error of the dial, handshake or request. [`HboneError::BackingOff`] without an attempt,
     /// for up to two seconds after a failed dial or handshake.
     pub async fn connect(
         &self,
@@ -157,24 +156,24 @@ impl<D: Dial> Pool<D> {
         outcome.map_err(|(error, _)| error)
     }
 
-    /// Releases all tunnels: each closes with its last stream. Aborts the dials in progress; their
-    /// callers get [`HboneError::Lost`]. Later streams need a new tunnel.
+    /// Releases all tunnels: each closes with its last stream. Aborts the dials in progress;
+    /// connections that wait for them get [`HboneError::Lost`]. Later streams open new tunnels.
     pub fn drain(&self) {
         self.0.state().drain();
         self.0.drained.notify_waiters();
     }
 
-    /// Number of tunnels that take new streams.
+    /// The number of tunnels that take new streams.
     pub fn tunnels(&self) -> usize {
         self.statistics().tunnels
     }
 
-    /// The current numbers.
+    /// The current number of tunnels, streams and dials.
     pub fn statistics(&self) -> PoolStatistics {
         self.0.state().statistics(Instant::now())
     }
 
-    /// An error includes whether the tunnel existed before.
+    /// Attempts a request once. The error contains whether the tunnel was pooled before.
     async fn attempt(
         &self,
         key: &TunnelKey,
@@ -188,7 +187,7 @@ impl<D: Dial> Pool<D> {
         let answer = tunnel.connect_reserved(request, self.0.settings.reply, open).await;
         let timed_out = matches!(answer, Err(HboneError::ReplyTimeout { .. }));
         if timed_out && tunnel.tunnel_state().last_received() < asked {
-            // The tunnel is silent, not only the answer slow: the peer may be lost, so the next
+            // The whole tunnel is silent, not only this answer: the peer may be lost. The next
             // stream dials.
             self.0.state().retire(key, id);
         }
@@ -211,11 +210,12 @@ impl<D: Dial> Pool<D> {
                 }
             };
             let outcome = dialing.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
-            // The dialling task sends no outcome only if the pool drains, it panics or the runtime
-            // ends.
+            // The dialling task sends no outcome only if the pool drains, the task panics or the
+            // runtime ends.
             let lost = || Err(HboneError::Lost { source: None });
             let (id, tunnel) = outcome.ok().flatten().unwrap_or_else(lost)?;
-            // Reservations of the new tunnel belong to the callers to whom the dial promised them.
+            // The promised streams of the new tunnel are reserved for the connections that waited
+            // for it.
             if promised && let Some(stream_slot) = self.0.state().join(key, &tunnel) {
                 return Ok((id, stream_slot, false));
             }
@@ -235,7 +235,8 @@ impl<D: Dial> Pool<D> {
             dialing
         });
         if let Some((id, done)) = started {
-            // In its own task, so that the dial continues if the first caller is cancelled.
+            // Dial in a separate task: the dial continues when the connection that started it is
+            // cancelled.
             let dial = DialInProgress { pool: self.0.clone(), key: key.clone(), id, done };
             tokio::spawn(log_panic("dial of a tunnel", dial.run(connector.clone())));
         }
@@ -275,7 +276,7 @@ impl Handle for Pooled {
     }
 }
 
-/// A dial in progress. Reports its end to the state even if it is dropped.
+/// A dial in progress. Reports its end to the pool's state, even if it is dropped.
 struct DialInProgress<D: Dial> {
     pool: Arc<Shared<D>>,
     key: TunnelKey,
@@ -283,7 +284,7 @@ struct DialInProgress<D: Dial> {
     done: watch::Sender<Option<Outcome>>,
 }
 
-/// The task that follows a dial.
+/// The work that follows a dial.
 enum DialFollowUp {
     Watch(TunnelId, Arc<TunnelState>),
     RemoveBackoff(Instant),
@@ -293,13 +294,13 @@ impl<D: Dial> DialInProgress<D> {
     async fn run(self, connector: Connector) {
         let outcome = tokio::select! {
             outcome = self.dial(&connector) => outcome,
-            // Dropping `self` removes the dial from the state and wakes its callers.
+            // Dropping `self` removes the dial from the state, and wakes the connections that wait
+            // for it.
             () = self.pool.drained.notified() => return,
         };
         let follow_up = self.finish(outcome);
         let (pool, key) = (Arc::downgrade(&self.pool), self.key.clone());
-        // From here on only the pool and its streams keep the tunnel open, and only its owner keeps
-        // the pool.
+        // Drop these references: from here on the task must not keep the tunnel or the pool alive.
         drop((self, connector));
         match follow_up {
             DialFollowUp::Watch(id, tunnel_state) => {
@@ -343,14 +344,14 @@ impl<D: Dial> Drop for DialInProgress<D> {
     fn drop(&mut self) {
         if self.done.borrow().is_none() {
             // The pool drains, the dialling code panicked, or the runtime ends. Dropping the sender
-            // wakes the waiting callers.
+            // wakes the waiting connections.
             self.pool.state().abandoned(&self.key, self.id);
         }
     }
 }
 
-/// Retires a tunnel when it is too old or idle, and removes it when it is closed. Sleeps between
-/// checks: a tunnel with streams is checked again later, so that streams need not wake this task.
+/// Retires a tunnel when it is too old or idle, and removes it when it is closed. Checks by a
+/// timer: a busy tunnel is checked again later, so that streams need not wake this task.
 async fn watch_tunnel<D>(
     pool: Weak<Shared<D>>,
     key: TunnelKey,
@@ -369,7 +370,8 @@ async fn watch_tunnel<D>(
     if let Some(pool) = pool.upgrade() {
         let mut state = pool.state();
         state.closed(&key, id);
-        // In TLS 1.3 a client learns only after the handshake that its certificate is refused.
+        // In TLS 1.3 the server refuses a client's certificate only after the client's handshake
+        // ended.
         if let refusal @ HboneError::CertificateRefused { .. } = tunnel_state.lost(None) {
             due = Some(state.back_off(&key, Arc::new(refusal), Instant::now()));
         }

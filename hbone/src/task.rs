@@ -1,4 +1,4 @@
-//! Catches panics of tasks, so that they are logged with the name of the task.
+//! Catches panics of tasks, and logs them with the name of the task.
 
 use std::any::Any;
 use std::fmt;
@@ -6,12 +6,12 @@ use std::panic::AssertUnwindSafe;
 
 use futures_util::FutureExt as _;
 
-/// The message of a panic.
+/// The message of a caught panic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Panic(String);
 
 impl Panic {
-    /// The message of a caught panic.
+    /// Reads the message of a caught panic.
     #[must_use]
     pub fn of(payload: &(dyn Any + Send)) -> Self {
         let text = payload.downcast_ref::<&str>().copied();
@@ -31,8 +31,8 @@ pub fn catch_panic<T>(task: impl Future<Output = T>) -> impl Future<Output = Res
     AssertUnwindSafe(task).catch_unwind().map(|ended| ended.map_err(|panic| Panic::of(&*panic)))
 }
 
-/// A task whose panic concerns nothing else, such as that of one connection: it is logged with the
-/// name of the task. Adds no allocation.
+/// Runs a task whose panic affects nothing else, such as one connection, and logs a panic with the
+/// name of the task. Does not allocate.
 pub fn log_panic<T>(name: &'static str, task: impl Future<Output = T>) -> impl Future<Output = ()> {
     AssertUnwindSafe(task).catch_unwind().map(move |ended| {
         if let Err(panic) = ended {

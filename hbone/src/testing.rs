@@ -1,4 +1,5 @@
-//! Shared by unit tests: two workloads of one authority, and in-memory tunnels between them.
+//! Helpers of the unit tests: two workloads with certificates of one CA, and in-memory tunnels
+//! between them.
 
 pub(crate) mod frames;
 pub(crate) mod pki;
@@ -48,12 +49,12 @@ pub(crate) fn identity(authority: &CertificateAuthority, who: &str) -> Identity 
     Identity::from_pem(issued.chain_pem.as_bytes(), issued.key_pem.as_bytes(), roots).unwrap()
 }
 
-/// Credentials that trust their own roots and never change.
+/// Credentials with no trust besides the identity's own roots. They never change.
 pub(crate) fn credentials(identity: &Identity) -> Credentials {
     Credentials::new(identity.clone(), Trust::default()).unwrap()
 }
 
-/// A client and a server with credentials for each other.
+/// A client and a server that trust each other.
 pub(crate) struct Mesh {
     pub(crate) connector: Connector,
     pub(crate) acceptor: Acceptor,
@@ -100,7 +101,7 @@ impl Mesh {
         (client.unwrap(), server.unwrap())
     }
 
-    /// An accepted stream, with both ends and the tunnel.
+    /// Opens a stream. Returns its client end, its server end, and both ends of the tunnel.
     pub(crate) async fn stream(&self) -> (TunnelStream, TunnelStream, Tunnel, Served) {
         let (tunnel, server) = self.tunnel().await;
         let mut served = Served::new(server);
@@ -111,7 +112,7 @@ impl Mesh {
     }
 }
 
-/// A server tunnel that a task runs, and its incoming requests.
+/// A server's end of a tunnel, driven by a task, and its incoming requests.
 pub(crate) struct Served {
     requests: mpsc::UnboundedReceiver<Incoming>,
     driver: JoinHandle<()>,
@@ -132,13 +133,12 @@ impl Served {
         self.requests.recv().await.unwrap()
     }
 
-    /// Drops the connection, like a process that dies.
+    /// Drops the connection without a shutdown, like a process that dies.
     pub(crate) async fn abort(self) {
         self.driver.abort();
         assert!(self.driver.await.unwrap_err().is_cancelled());
     }
 
-    /// Waits for the end of the connection.
     pub(crate) async fn ended(self) {
         self.driver.await.unwrap();
     }
@@ -148,8 +148,8 @@ pub(crate) fn request() -> ConnectRequest {
     ConnectRequest { authority: "10.0.0.1:80".to_owned(), headers: HeaderMap::new() }
 }
 
-/// An I/O wrapper that transfers at most `step` bytes per call, and stops receiving once `stopped`
-/// is set.
+/// An I/O wrapper that transfers at most `step` bytes in each call, and receives nothing while
+/// `stopped` is set.
 pub(crate) struct StepwiseIo<T> {
     pub(crate) io: T,
     pub(crate) step: usize,

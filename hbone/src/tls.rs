@@ -1,7 +1,7 @@
-//! TLS 1.3 with HBONE's parameters: both sides prove a SPIFFE identity, the client sends no SNI,
+//! TLS 1.3 for HBONE: both sides authenticate by SPIFFE identities, the client sends no SNI, and
 //! ALPN is `h2`.
 //!
-//! Not here: the expected identities of a destination, which the caller passes.
+//! The caller passes the expected identities.
 
 mod client;
 mod record;
@@ -27,8 +27,8 @@ pub(crate) use self::verify::{Peer, RejectedPeer};
 
 pub(crate) const ALPN: &[u8] = b"h2";
 
-/// The cause of a connection's error that h2 discards: an alert of the peer, or the error of the
-/// stream that carries the connection.
+/// The cause of a connection's error, which h2 discards: the peer's alert, or the error of the
+/// outer tunnel.
 pub(crate) fn known_error(error: &io::Error) -> Option<HboneError> {
     match inner(error) {
         Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, error)),
@@ -59,12 +59,13 @@ fn handshake_error(error: io::Error) -> HboneError {
     specific.unwrap_or_else(|| HboneError::Tls { source: Arc::new(error) })
 }
 
-/// Converts an error after the handshake.
+/// Converts an error that rustls returns after the handshake.
 pub(crate) fn rejection(error: rustls::Error) -> HboneError {
     handshake_error(io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-/// Converts the error with which a peer rejects our certificate, as we receive it: as an alert.
+/// Converts our reason to reject the peer into the error that the peer reports: it receives only an
+/// alert.
 fn rejection_seen_by_peer(error: &rustls::Error) -> HboneError {
     let alert = match error {
         rustls::Error::InvalidCertificate(invalid) => invalid.clone().into(),
@@ -88,7 +89,7 @@ fn received(alert: AlertDescription, error: &io::Error) -> HboneError {
         | Alert::CertificateUnknown
         | Alert::CertificateRequired
         | Alert::UnknownCA
-        // The root has the same name but another key, as in two meshes called cluster.local.
+        // Two meshes may both be called cluster.local: roots with the same name and different keys.
         | Alert::DecryptError
         | Alert::AccessDenied => HboneError::CertificateRefused {
             alert: format!("{alert:?}"),
@@ -102,7 +103,7 @@ fn received(alert: AlertDescription, error: &io::Error) -> HboneError {
     }
 }
 
-/// RFC 7301 allows a connection without ALPN, but HTTP/1 must not be parsed as HTTP/2.
+/// RFC 7301 allows connections without ALPN. Reject them, because their client may send HTTP/1.
 fn require_h2(connection: &CommonState) -> Result<(), HboneError> {
     match connection.alpn_protocol() {
         Some(ALPN) => Ok(()),

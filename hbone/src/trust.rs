@@ -1,7 +1,7 @@
-//! Trust in addition to that of our certificate's source, from watched files: aliases, roots of
-//! other trust domains, revocation lists, ciphers.
+//! The configured trust, read from watched files: aliases, roots of other trust domains, revocation
+//! lists, and ciphers. It adds to the roots that come with our certificate.
 //!
-//! Not here: verifying a peer (`trust/authorities.rs`), and applying new trust.
+//! `trust::authorities` verifies peers; `identity::rotation` applies new trust.
 
 mod authorities;
 pub(crate) mod bundle;
@@ -24,8 +24,7 @@ use crate::trust::bundle::Bundle;
 
 pub(crate) use self::authorities::Authorities;
 
-/// Trust from the settings, in addition to the roots that come with our certificate; empty by
-/// default. Cheap to clone.
+/// The configured trust. Empty by default. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Trust(Arc<Parts>);
 
@@ -56,8 +55,8 @@ impl TrustFiles {
     /// Reads the files and starts to watch them.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] for a file that is missing or malformed, [`HboneError::Watch`]
-    /// for one that cannot be watched.
+    /// [`HboneError::Credential`] for a missing or malformed file, [`HboneError::Watch`] for a file
+    /// that cannot be watched.
     pub fn open(
         settings: &TrustSettings,
         watcher: &FileWatcher,
@@ -69,7 +68,7 @@ impl TrustFiles {
     }
 
     /// Publishes the trust after each change of a file, until there is no subscriber. After an
-    /// error, which is passed to `report`, the last trust stays.
+    /// error, calls `report` and keeps the last trust.
     pub async fn follow(mut self, trust: watch::Sender<Trust>, report: impl Fn(&HboneError)) {
         loop {
             tokio::select! {
@@ -82,10 +81,12 @@ impl TrustFiles {
         }
     }
 
-    /// Waits for a change, and reads all files again. Without files it waits forever. Cancel-safe.
+    /// Waits for a change, and reads all files again. Never returns if there are no files.
+    /// Cancel-safe.
     ///
     /// # Errors
-    /// Like [`TrustFiles::open`], once per change. The last trust stays valid, so call it again.
+    /// Like [`TrustFiles::open`], once for each change. The last trust stays valid, so the caller
+    /// may call again.
     async fn next(&mut self) -> Result<Trust, HboneError> {
         self.watched.changed().await;
         Trust::read(&self.settings)
@@ -93,11 +94,11 @@ impl TrustFiles {
 }
 
 impl Trust {
-    /// Reads the files of the settings. Fails closed: a missing or malformed file is an error,
-    /// instead of less trust or fewer revocations.
+    /// Reads the files. A missing or malformed file is an error: ignoring it would leave out roots
+    /// or revocations.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] for a file that is missing or malformed.
+    /// [`HboneError::Credential`] for a missing or malformed file.
     pub fn read(settings: &TrustSettings) -> Result<Self, HboneError> {
         let mut bundles = BTreeMap::new();
         for bundle in &settings.bundles {
@@ -112,7 +113,7 @@ impl Trust {
         })))
     }
 
-    /// A receiver of this constant trust, for tests and demos.
+    /// Wraps a trust that never changes, for tests and the demonstration.
     pub fn fixed(self) -> watch::Receiver<Self> {
         watch::channel(self).1
     }
@@ -121,7 +122,7 @@ impl Trust {
         self.0.aliases.contains(trust_domain)
     }
 
-    /// `own` and its aliases; empty if there are no aliases.
+    /// The trust domain `own` with its aliases. Empty if it has no aliases.
     pub(crate) fn with_aliases(&self, own: &TrustDomain) -> Arc<[TrustDomain]> {
         if self.0.aliases.is_empty() {
             return Arc::default();
@@ -143,7 +144,7 @@ impl Trust {
     }
 }
 
-/// Equal if one is a clone of the other.
+/// Two values are equal if one is a clone of the other.
 impl PartialEq for Trust {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)

@@ -1,5 +1,4 @@
-//! HBONE tunnels: CONNECT client and server over any byte stream, their streams, windows and
-//! limits.
+//! HBONE tunnels over any byte stream: client, server, streams, flow-control windows and limits.
 
 pub(crate) mod activity;
 pub(crate) mod authority;

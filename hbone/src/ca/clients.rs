@@ -1,6 +1,7 @@
-//! The clients of the CA and their identities: watches the clients file and its token files.
+//! The clients that may request certificates, and the identities that each may have.
 //!
-//! `underpass_config::CaClients` defines the format.
+//! Watches the clients file and the token files that it names. `underpass_config::CaClients`
+//! defines the format.
 
 use std::fmt;
 use std::fs;
@@ -13,23 +14,23 @@ use underpass_config::{CaClients, CaToken, FileWatcher, IdentityPattern, SpiffeI
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::files::{WatchedFiles, warn_if_exposed};
 
-/// All clients with their identities.
+/// The clients in the clients file, with their tokens and identities.
 #[derive(Debug, Default)]
 pub(super) struct Clients(Vec<Client>);
 
 #[derive(Debug)]
 struct Client {
-    /// SHA-256 of the token, so that comparisons take constant time.
+    /// SHA-256 of the token. Comparing hashes leaks no prefix of the token by its timing.
     token: Vec<u8>,
     identities: Vec<IdentityPattern>,
 }
 
-/// The clients with a presented token, which may be listed several times.
+/// The clients with the token of a request. Several clients may have the same token.
 #[derive(Debug)]
 pub(super) struct ClientsWithToken<'a>(Vec<(usize, &'a Client)>);
 
 impl Clients {
-    /// The clients with `token`. Compares all of them, so that timing reveals nothing.
+    /// Finds the clients with `token`. Compares every client, so that timing reveals nothing.
     pub(super) fn clients_with_token(&self, token: &str) -> Option<ClientsWithToken<'_>> {
         let token = hash(token);
         let has_it = |client: &Client| verify_slices_are_equal(&client.token, &token).is_ok();
@@ -50,14 +51,14 @@ impl ClientsWithToken<'_> {
 }
 
 impl fmt::Display for ClientsWithToken<'_> {
-    /// Prints the position in the clients file: `clients[0]`.
+    /// Prints positions in the clients file, such as `clients[0]`, and no token.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let slots: Vec<_> = self.0.iter().map(|(index, _)| format!("clients[{index}]")).collect();
         f.write_str(&slots.join(" and "))
     }
 }
 
-/// The clients file and the files that it references.
+/// Watches the clients file and the token files that it names.
 #[derive(Debug)]
 pub(super) struct ClientsFile {
     path: PathBuf,
@@ -66,8 +67,8 @@ pub(super) struct ClientsFile {
 
 impl ClientsFile {
     /// # Errors
-    /// [`HboneError::Clients`] with all mistakes in the file, or [`HboneError::Credential`] with a
-    /// token file.
+    /// [`HboneError::Clients`] with all mistakes in the clients file, or [`HboneError::Credential`]
+    /// for an unreadable token file.
     pub(super) fn open(
         path: PathBuf,
         watcher: &FileWatcher,
@@ -77,8 +78,8 @@ impl ClientsFile {
         Ok((file, clients))
     }
 
-    /// Waits for a change. After an error, the previous clients stay valid, and this may be called
-    /// again. Cancel-safe.
+    /// Waits until a file changes, and reads all of them. The caller keeps the previous clients
+    /// after an error, and may call again. Cancel-safe.
     pub(super) async fn next(&mut self) -> Result<Clients, HboneError> {
         self.watched.changed().await;
         self.read()
@@ -105,7 +106,7 @@ impl ClientsFile {
     }
 }
 
-/// Reads the single word in a token file.
+/// Reads a token file, which contains one word.
 pub(crate) fn read_token(file: &Path) -> Result<String, HboneError> {
     let text = fs::read_to_string(file).map_err(|error| HboneError::file(file, error))?;
     let token = text.trim();

@@ -34,7 +34,8 @@ pub(super) fn replace(file: &Path, text: &str, mode: u32) -> Result<(), HboneErr
         .map_err(|error| HboneError::file(file, error))
 }
 
-/// The temporary file has its mode from the start, so that a key is never readable for others.
+/// Writes a temporary file, and passes its path to `publish`. The file is created with its final
+/// mode, so that other users can never read a key.
 fn with_temporary(
     file: &Path,
     text: &str,
@@ -45,7 +46,7 @@ fn with_temporary(
     let options = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary);
     let written = options.and_then(|opened| fill(opened, text)).and_then(|()| publish(&temporary));
     if written.is_err() {
-        // The file may not exist, and the first error is reported.
+        // Ignore the result: the file may not exist, and the earlier error is the one to report.
         let _removed = fs::remove_file(&temporary);
     }
     written

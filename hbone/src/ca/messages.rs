@@ -1,13 +1,12 @@
-//! The messages of Istio's certificate service (`istio.v1.auth`) that are used, for client and
-//! server.
+//! The Protobuf messages of Istio's certificate service (`istio.v1.auth`), for client and server.
 
 use prost_types::Struct;
 
-/// The path of the only method.
+/// The gRPC path of the service's only method.
 pub(crate) const CREATE_CERTIFICATE: &str =
     "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 
-/// The metadata key with the workload for which a node requests a certificate.
+/// The metadata key by which a node names the workload that the certificate is for.
 pub(crate) const IMPERSONATED: &str = "ImpersonatedIdentity";
 
 /// A request for a certificate.
@@ -24,10 +23,10 @@ pub(crate) struct IstioCertificateRequest {
     pub(crate) metadata: Option<Struct>,
 }
 
-/// The issued certificate.
+/// The answer with the issued certificate.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct IstioCertificateResponse {
-    /// PEM: leaf, intermediates, and last the roots, which may be several in one string.
+    /// PEM: the leaf, then intermediates, then the roots. One string may contain several roots.
     #[prost(string, repeated, tag = "1")]
     pub(crate) cert_chain: Vec<String>,
 }

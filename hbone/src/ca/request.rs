@@ -1,7 +1,8 @@
-//! A certificate signing request (RFC 2986): its proven key and the requested identity.
+//! A certificate signing request (RFC 2986): verifies that the sender has the key, and reads the
+//! requested identity.
 //!
-//! All other parts are not read, so they cannot become part of a certificate. The server decides
-//! whether the request is granted.
+//! Ignores all other parts, so that they cannot reach the certificate. The server decides whether
+//! to grant the request.
 
 use rcgen::SubjectPublicKeyInfo;
 use rustls_pki_types::CertificateSigningRequestDer;
@@ -16,7 +17,7 @@ use crate::error::RequestProblem;
 
 const MIN_RSA_BITS: usize = 2048;
 
-/// A request whose sender has proven possession of the key.
+/// A certificate signing request with a verified signature.
 #[derive(Debug, Clone)]
 pub struct CertificateRequest {
     public_key: SubjectPublicKeyInfo,
@@ -24,10 +25,10 @@ pub struct CertificateRequest {
 }
 
 impl CertificateRequest {
-    /// Parses a request and verifies its signature.
+    /// Parses a certificate signing request and verifies its signature.
     ///
     /// # Errors
-    /// The reason why it is invalid.
+    /// The problem that makes the request invalid.
     pub fn from_pem(pem: &str) -> Result<Self, RequestProblem> {
         let malformed = |error: String| RequestProblem::Malformed(error);
         let der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes())
@@ -41,7 +42,7 @@ impl CertificateRequest {
         let key = &request.certification_request_info.subject_pki;
         let strong = match key.parsed() {
             Ok(PublicKey::RSA(rsa)) => rsa.key_size() >= MIN_RSA_BITS,
-            // All other algorithms that rcgen supports are strong.
+            // rcgen supports no other weak algorithm.
             Ok(_) => true,
             Err(_) => false,
         };
@@ -53,7 +54,7 @@ impl CertificateRequest {
         Ok(Self { public_key, spiffe_id: spiffe_id(&request)? })
     }
 
-    /// The requested identity, if any.
+    /// The requested identity. `None` if the request names no identity.
     pub fn spiffe_id(&self) -> Option<&SpiffeId> {
         self.spiffe_id.as_ref()
     }
@@ -96,7 +97,7 @@ mod tests {
     use crate::ca::tests::{TempDir, openssl};
     use crate::testing::{CLIENT, HOUR, authority, id};
 
-    /// A request from openssl with such a key and additional attributes.
+    /// Creates a certificate signing request with openssl, with extra attributes.
     fn csr(dir: &TempDir, key: &[&str], digest: &str) -> String {
         let new = ["req", "-new", "-nodes", "-keyout", "key", "-subj", "/O=evil/CN=evil", digest];
         let san = "subjectAltName=URI:spiffe://td/ns/default/sa/client,DNS:evil.test";
@@ -144,7 +145,7 @@ mod tests {
         let p256 = ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"];
         let secp256k1 = ["ec", "-pkeyopt", "ec_paramgen_curve:secp256k1"];
         CertificateRequest::from_pem(&csr(&dir, &secp256k1, "-sha256")).unwrap_err();
-        // Flips one bit of the signature, at the end of the last full line.
+        // Flip one bit of the signature, which is at the end of the last full line.
         let good = csr(&dir, &p256, "-sha256");
         let der = CertificateSigningRequestDer::from_pem_slice(good.as_bytes()).unwrap();
         let mut bytes = der.to_vec();

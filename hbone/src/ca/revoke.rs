@@ -23,22 +23,22 @@ use super::{
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::pem;
 
-/// The revocation list in the authority's directory.
+/// The file name of the revocation list in the CA's directory.
 const CRL_FILE: &str = "crl.pem";
 
-/// The content of the list: its number, and the revocation time of each serial number.
+/// The content of a revocation list: its number, and the revocation time of each serial number.
 #[derive(Default)]
 struct Revoked {
     number: u64,
     serials: BTreeMap<Serial, OffsetDateTime>,
 }
 
-/// A serial number (RFC 5280 section 4.1.2.2), in the notation of openssl and of the log of `ca
-/// serve`: `0a:1b:2c`.
+/// The serial number of a certificate (RFC 5280 section 4.1.2.2). It is written as openssl and the
+/// log of `ca serve` print it: `0a:1b:2c`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Serial(Vec<u8>);
 
-/// The maximum length (RFC 5280 section 4.1.2.2).
+/// The maximum length of a serial number in bytes (RFC 5280 section 4.1.2.2).
 const MAX_SERIAL: usize = 20;
 
 impl FromStr for Serial {
@@ -72,14 +72,16 @@ impl Serial {
 }
 
 impl CertificateAuthority {
-    /// Adds certificates of this authority (PEM files, the leaf of a chain) and serial numbers to
-    /// `crl.pem` in `dir`, which is created if missing. Returns the length of the list. The list
-    /// expires with the authority: proxies reject all peers with an expired list, and it is
-    /// rewritten only with a revocation.
+    /// Adds certificates and serial numbers to the revocation list `crl.pem` in `dir`, which is
+    /// created if missing. Each file contains a PEM chain, of which the leaf is revoked. Returns
+    /// the number of revoked certificates.
+    ///
+    /// The list expires with the CA's certificate, not earlier: only a revocation rewrites it, and
+    /// proxies reject all peers if the list is expired.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] with the file that cannot be read, belongs to another authority,
-    /// or cannot be written.
+    /// [`HboneError::Credential`] with the file that cannot be read or written, or whose
+    /// certificate another CA issued.
     pub fn revoke<P: AsRef<Path>>(
         &self,
         dir: &Path,
@@ -101,12 +103,12 @@ impl CertificateAuthority {
         Ok(revoked.serials.len())
     }
 
-    /// The serial number of a certificate of this authority.
+    /// Reads the serial number of a certificate, which this CA must have issued.
     fn serial_of(&self, file: &Path) -> Result<Serial, HboneError> {
         let problem = |what| HboneError::credential(file, what);
         let chain = pem::certificates(file, &pem::read(file)?)?;
         let own = pem::certificates(Path::new(CERTIFICATE_FILE), self.certificate_pem.as_bytes())?;
-        // A chain contains at least one certificate.
+        // The parser guarantees that a chain contains at least one certificate.
         let leaf = chain.first().map(AsRef::as_ref).unwrap_or_default();
         let own = own.first().map(AsRef::as_ref).unwrap_or_default();
         let (leaf, own) = (parse(leaf).map_err(problem)?, parse(own).map_err(problem)?);
@@ -146,7 +148,7 @@ fn parse(der: &[u8]) -> Result<X509Certificate<'_>, CredentialProblem> {
         .map_err(|error| CredentialProblem::Certificate(error.to_string()))
 }
 
-/// Reads the list. A missing list is empty.
+/// Reads the revocation list. A missing file is an empty list.
 fn read_list(file: &Path) -> Result<Revoked, HboneError> {
     if !file.try_exists().map_err(|error| HboneError::file(file, error))? {
         return Ok(Revoked::default());

@@ -1,8 +1,8 @@
-//! The server of `underpass ca serve`: Istio's CA protocol over TLS, backed by the authority in a
-//! directory.
+//! The server of `underpass ca serve`: Istio's CA protocol over TLS, with the certificate authority
+//! in a directory.
 //!
-//! The server authenticates by its certificate, clients by a token. `clients` defines the
-//! identities of a token, and `service` answers requests.
+//! The server authenticates by its certificate, clients by a token. `clients` maps tokens to
+//! identities, and `service` answers requests.
 
 mod service;
 
@@ -41,39 +41,41 @@ use crate::task::log_panic;
 use crate::{clock, tls};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The timeout from the handshake to the response to a first request with a listed token.
+/// The time from accepting a connection to the response to its first authenticated request.
 const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// The timeout of a request: receiving and answering it.
+/// The timeout of receiving and answering one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// The maximum age of a connection for new requests. It limits idle connections; clients reconnect.
+/// The age at which a connection accepts no more requests. It limits idle connections; clients
+/// reconnect.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(60);
-/// The time for requests in progress when a connection or the server ends.
+/// The time that requests in progress have to finish when a connection or the server closes.
 const GRACE_PERIOD: Duration = Duration::from_secs(10);
-/// The same for a displaced connection, and for one without a listed token when the server ends.
+/// The grace period of a displaced connection, and of an unauthenticated one at shutdown.
 const SHORT_GRACE_PERIOD: Duration = Duration::from_secs(1);
-/// The pause after a failed accept, for example without free descriptors.
+/// The pause after a failed accept, for example if the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// The maximum number of connections.
 const MAX_CONNECTIONS: usize = 256;
-/// The maximum number of connections per source.
+/// The maximum number of connections from one source address.
 const MAX_PER_SOURCE: usize = 32;
 const STREAMS: u32 = 32;
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 256 << 10;
 const MAX_HEADER_LIST: u32 = 16 << 10;
-/// The validity of the server's own certificate, which is renewed while it runs.
+/// The validity of the server's own TLS certificate, which the server renews while it runs.
 const OWN_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The settings of a [`CaServer`].
 #[derive(Debug, Clone)]
 pub struct CaServerSettings {
-    /// The directory that [`CertificateAuthority::init`] created. It is read for every certificate.
+    /// The directory that [`CertificateAuthority::init`] created. The server reads it again for
+    /// every certificate.
     pub dir: PathBuf,
-    /// The clients file (`underpass_config::CaClients`). Changes are followed.
+    /// The clients file (`underpass_config::CaClients`). The server applies changes while it runs.
     pub clients: PathBuf,
-    /// Host names and addresses of the server, in addition to the address on which it listens.
+    /// Host names and addresses in the server's certificate, besides the listener's address.
     pub names: Vec<String>,
-    /// The maximum validity of a certificate. The default of a request is a day, limited by this.
+    /// The maximum validity of an issued certificate. A request without a validity gets one day, or
+    /// this maximum if it is shorter.
     pub max_ttl: Duration,
 }
 
@@ -89,11 +91,11 @@ pub struct CaServer {
 }
 
 impl CaServer {
-    /// Checks the settings and issues the server's certificate. Serves on `listener`.
+    /// Checks the settings and issues the server's TLS certificate.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] for the authority or a token file, [`HboneError::Clients`] for
-    /// the clients file.
+    /// [`HboneError::Credential`] for an unusable authority or token file, [`HboneError::Clients`]
+    /// for an invalid clients file.
     pub fn new(
         mut settings: CaServerSettings,
         listener: TcpListener,
@@ -111,7 +113,7 @@ impl CaServer {
         Ok(Self { settings, clients, service, tls, renewal, listener })
     }
 
-    /// Serves until `shutdown`, then waits for requests in progress.
+    /// Serves until `shutdown` completes, then waits for requests in progress.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) {
         let slots = ConnectionSlots::new(MAX_CONNECTIONS, MAX_PER_SOURCE);
         let mut connections = JoinSet::new();
@@ -183,8 +185,8 @@ fn warn_if_empty(settings: &CaServerSettings, clients: &Clients) {
     }
 }
 
-/// The addresses by which clients reach the listener. A wildcard address has none; names are
-/// configured instead.
+/// The listener's address, for the server's certificate. Empty for a wildcard address: the setting
+/// `names` must name the server.
 fn own_addresses(listener: SocketAddr) -> Vec<String> {
     match listener.ip() {
         ip if ip.is_unspecified() => {
@@ -194,7 +196,7 @@ fn own_addresses(listener: SocketAddr) -> Vec<String> {
     }
 }
 
-/// The TLS configuration with a new certificate for the server's names.
+/// Issues a TLS certificate for the server's names, and returns the TLS configuration.
 fn own_tls(settings: &CaServerSettings) -> Result<Arc<ServerConfig>, HboneError> {
     let issued =
         CertificateAuthority::open(&settings.dir)?.issue_server(&settings.names, OWN_TTL)?;
@@ -298,7 +300,8 @@ async fn serve_requests<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     }
 }
 
-/// Waits until the connection must accept no more requests. Returns the time for those in progress.
+/// Waits until the connection must accept no more requests. Returns the grace period of its
+/// requests in progress.
 async fn end_of_service(slot: &ConnectionSlot, mut stopped: watch::Receiver<()>) -> Duration {
     let old = async {
         sleep(FIRST_REQUEST_TIMEOUT).await;
@@ -311,7 +314,7 @@ async fn end_of_service(slot: &ConnectionSlot, mut stopped: watch::Receiver<()>)
     select! {
         farewell = old => farewell,
         () = slot.displaced() => SHORT_GRACE_PERIOD,
-        // An error means that the sender is gone, so the server is stopping.
+        // A closed channel also means that the server stops.
         _ = stopped.changed() => if slot.is_authenticated() { GRACE_PERIOD } else { SHORT_GRACE_PERIOD },
     }
 }

@@ -1,4 +1,5 @@
-//! Tests of the authority's files and certificates, verified by another parser.
+//! Tests of the CA's files and certificates. openssl, which shares no code with this crate,
+//! verifies them.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use super::*;
 use crate::identity::svid::workload_id;
 use crate::testing::{CLIENT, HOUR, id};
 
-/// A temporary directory that is removed on drop.
+/// A temporary directory, removed when dropped.
 pub(crate) struct TempDir(pub(crate) PathBuf);
 
 impl TempDir {
@@ -28,7 +29,6 @@ impl Drop for TempDir {
     }
 }
 
-/// Runs openssl, which shares no code with this crate.
 pub(crate) fn openssl(arguments: &[&str], directory: &Path) -> Output {
     let ran = Command::new("openssl").args(arguments).current_dir(directory).output();
     ran.expect("this test needs the openssl command (apt-get install openssl)")
@@ -74,7 +74,7 @@ fn authority_files_are_never_replaced() {
         assert_eq!(file, dir.0.join(existing));
         assert_eq!(names(&dir.0), [existing]);
         assert_eq!(read(&file).unwrap(), "precious");
-        // Also in a race, after the check for existing files.
+        // The same in a race: another process creates the file after the check.
         let raced = create(&file, "other", PRIVATE).unwrap_err();
         assert!(matches!(raced, HboneError::Credential { what: CredentialProblem::Exists, .. }));
         assert_eq!((names(&dir.0).len(), read(&file).unwrap().as_str()), (1, "precious"));
@@ -148,7 +148,7 @@ fn rejects_lifetime_beyond_year_9999() {
 fn writes_certificate_and_private_key_and_replaces_them() {
     let dir = TempDir::new("issue");
     let authority = CertificateAuthority::generate(td()).unwrap();
-    // The part after the dot belongs to the name.
+    // `v1` is part of the prefix, not an extension to replace.
     let prefix = dir.0.join("client.v1");
     for _ in 0..2 {
         let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
@@ -167,7 +167,7 @@ fn issued_certificate_hides_key_in_debug_output() {
     assert!(!format!("{issued:?}{authority:?}").contains("PRIVATE KEY"));
 }
 
-/// ztunnel renews when half of the whole validity has passed.
+/// ztunnel renews when half of the total validity has passed.
 #[test]
 fn backdating_is_less_than_an_eighth_of_validity() {
     let authority = CertificateAuthority::generate(td()).unwrap();

@@ -1,6 +1,6 @@
-//! The problems of certificates, keys, roots and certificate requests.
+//! The problems of certificates, keys, roots and certificate signing requests.
 //!
-//! The error that contains the problem names the file.
+//! The error that contains a problem names the file.
 
 use std::io;
 use std::sync::Arc;
@@ -11,31 +11,31 @@ use underpass_config::{Quoted, SpiffeId, TrustDomain};
 
 use super::{SvidProblem, utc};
 
-/// A problem of a credential. Always shown with its file.
+/// A problem of a certificate, key or roots file. Messages show it after the file's path.
 #[derive(Debug, Clone, Error)]
 pub enum CredentialProblem {
-    /// It cannot be read or written.
+    /// The file cannot be read or written.
     #[error("{0}")]
     Io(Arc<io::Error>),
-    /// The process lacks permission to read or write it.
+    /// The process lacks permission to read or write the file.
     #[error("permission denied")]
     Permission,
-    /// It exists and must not be replaced.
+    /// The file exists and must not be replaced.
     #[error("it exists already and is not overwritten")]
     Exists,
-    /// It is not PEM.
+    /// The file is not well-formed PEM.
     #[error("it is not well-formed PEM ({0})")]
     Pem(String),
-    /// It has no PEM section of the required kind.
+    /// The file has no PEM section of the required kind.
     #[error("it has no PEM section of a {0}")]
     Empty(&'static str),
-    /// A certificate that does not parse.
+    /// The certificate does not parse.
     #[error("it holds a malformed certificate ({0})")]
     Certificate(String),
-    /// A revocation list that does not parse.
+    /// The revocation list does not parse.
     #[error("it holds a malformed or unsupported revocation list ({0})")]
     RevocationList(String),
-    /// The roots of the certificate's own trust domain are missing.
+    /// The roots of the certificate's trust domain are missing.
     #[error("there are no roots of {0}, the certificate's own trust domain")]
     NoRoots(TrustDomain),
     /// The key cannot be used.
@@ -44,45 +44,46 @@ pub enum CredentialProblem {
     /// The key does not match the certificate.
     #[error("the key does not belong to the certificate")]
     KeyMismatch,
-    /// The roots that came with the certificate do not verify it, so peers would refuse it.
+    /// The roots that came with the certificate do not verify it. Peers with the same roots would
+    /// refuse it.
     #[error("the roots do not verify the certificate ({0})")]
     UnknownIssuer(String),
-    /// The certificate is not a workload's.
+    /// The certificate is not a workload's certificate.
     #[error("the certificate is not an X.509-SVID: {0}")]
     Svid(SvidProblem),
-    /// The certificate of a CA names no trust domain.
+    /// The CA's certificate names no trust domain.
     #[error("the CA's certificate names no trust domain: {0}")]
     Authority(SvidProblem),
-    /// The certificate is no longer valid.
+    /// The certificate has expired.
     #[error("the certificate expired at {}", utc(*.0))]
     Expired(SystemTime),
     /// The certificate is not valid yet.
     #[error("the certificate is not valid before {}", utc(*.0))]
     NotYetValid(SystemTime),
-    /// No bearer token.
+    /// The token file does not contain one word.
     #[error("it holds no token, which is one word of visible ASCII")]
     Token,
-    /// An invalid certificate signing request.
+    /// The certificate signing request is invalid.
     #[error("{0}")]
     Request(RequestProblem),
-    /// A server name that is neither a host name nor an address.
+    /// A server name is neither a host name nor an IP address.
     #[error("it is not a host name or an IP address")]
     ServerName,
-    /// The authority was asked for an identity of another trust domain.
+    /// The requested identity belongs to another trust domain than the CA.
     #[error("this authority issues for trust domain {trust_domain}, not for {id}")]
     ForeignId {
-        /// The trust domain of the authority.
+        /// The trust domain of the CA.
         trust_domain: TrustDomain,
         /// The requested identity.
         id: SpiffeId,
     },
-    /// Another authority issued the certificate.
+    /// Another CA issued the certificate.
     #[error("this authority did not issue it and cannot revoke it")]
     ForeignIssuer,
-    /// A lifetime that no certificate can express.
+    /// The validity ends after the year 9999, which X.509 cannot express.
     #[error("the lifetime is out of range")]
     Lifetime,
-    /// Generating or signing failed.
+    /// Generating a key or signing a certificate failed.
     #[error("the certificate could not be generated ({0})")]
     Issue(String),
 }
@@ -90,16 +91,16 @@ pub enum CredentialProblem {
 /// The reason why a certificate signing request is rejected.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum RequestProblem {
-    /// It does not parse.
+    /// The request does not parse.
     #[error("it is not a certificate request in PEM ({0})")]
     Malformed(String),
-    /// The signature does not prove that the sender holds the key.
+    /// The signature does not match the key in the request.
     #[error("its signature is wrong, or of a kind that is not supported ({0})")]
     Signature(String),
-    /// A key that is too weak or of an unsupported type.
+    /// The key is too weak or has an unsupported type.
     #[error("its key must be P-256, P-384, Ed25519, or RSA of at least 2048 bits")]
     Key,
-    /// It asks for more than one identity.
+    /// The request names more than one identity.
     #[error("it must have at most one URI name, a SPIFFE identity, and has: {0}")]
     Names(Quoted),
 }

@@ -1,7 +1,7 @@
-//! The hints of this crate's errors: what the operator can check or change.
+//! The hints of this crate's errors: actions for the operator.
 //!
-//! Some failures have several causes. Their hints depend on the error of the kernel, of rustls or
-//! on the alert of the peer.
+//! A failure with several possible causes has a hint for each, selected by the error of the kernel,
+//! of rustls, or by the peer's alert.
 
 use std::borrow::Cow;
 use std::io;
@@ -164,7 +164,7 @@ impl Hint for IssuerProblem {
     }
 }
 
-/// A hint for a failed connect to a peer's HBONE port.
+/// The hint for a failed connect to a peer's HBONE port.
 fn dial(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::TimedOut => {
@@ -177,7 +177,7 @@ fn dial(error: &io::Error) -> &'static str {
     }
 }
 
-/// A hint for a TLS handshake that failed on our side.
+/// The hint for a TLS handshake that failed on our side.
 fn tls(error: &io::Error) -> &'static str {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
         Some(Error::InvalidMessage(_)) => {
@@ -201,7 +201,7 @@ fn tls(error: &io::Error) -> &'static str {
     }
 }
 
-/// A hint for a refusal by the peer. underpass and ztunnel send the alerts of rustls.
+/// The hint for a handshake that the peer refused with `alert`.
 fn refused(alert: &str) -> &'static str {
     match alert {
         "UnknownCA" | "DecryptError" => {

@@ -1,6 +1,6 @@
-//! The reasons why a CA or an agent issued no certificate, as messages for the operator.
+//! The reasons why a CA or a SPIRE agent issued no certificate.
 //!
-//! Not here: invalid credentials (`CredentialProblem`).
+//! `CredentialProblem` describes certificates that were issued but are invalid.
 
 use std::time::Duration;
 
@@ -9,40 +9,40 @@ use underpass_config::{Quoted, SpiffeId};
 
 use super::{CredentialProblem, Fault};
 
-/// The reason why an issuer returned no certificate. Always shown with the issuer.
+/// The reason why a CA or a SPIRE agent issued no certificate. Messages show it after the address.
 #[derive(Debug, Clone, Error)]
 pub enum IssuerProblem {
-    /// The setting names no server.
+    /// The configured address has no host.
     #[error("its address is not https://HOST or https://HOST:PORT")]
     Address,
-    /// The host in the setting is not a valid server name.
+    /// The host in the address is not a valid server name.
     #[error("{0:?} is not a host name or an IP address")]
     ServerName(String),
-    /// The value of the setting cannot be sent.
+    /// The cluster ID contains characters that a header cannot contain.
     #[error("the cluster ID is not visible ASCII")]
     ClusterId,
-    /// No connection to the CA.
+    /// Connecting to the CA failed.
     #[error("cannot connect")]
     Connect,
-    /// The connect timed out.
+    /// Connecting to the CA timed out.
     #[error("no connection after {0:?}")]
     ConnectTimeout(Duration),
-    /// The CA has the wrong identity, or does not support TLS 1.3 with h2.
+    /// The CA's certificate has the wrong name, or the CA does not support TLS 1.3 with h2.
     #[error("TLS 1.3 with h2 failed")]
     Tls,
-    /// The connection was accepted, then closed before the TLS handshake was complete.
+    /// The CA accepted the connection, then closed it during the TLS handshake.
     #[error("the connection was closed during the TLS handshake")]
     HandshakeReset,
     /// The connection was lost before the answer.
     #[error("the connection was lost before it answered")]
     Lost,
-    /// The answer timed out.
+    /// The CA did not answer in time.
     #[error("no answer after {0:?}")]
     ReplyTimeout(Duration),
-    /// gRPC status 16.
+    /// The CA rejected the token (gRPC status 16).
     #[error("it rejected the token ({0:?})")]
     Unauthenticated(Quoted),
-    /// gRPC status 7.
+    /// The CA refused the identity (gRPC status 7).
     #[error("it refused a certificate of {id} ({message:?})")]
     Denied {
         /// The requested identity.
@@ -50,10 +50,10 @@ pub enum IssuerProblem {
         /// The CA's message.
         message: Quoted,
     },
-    /// gRPC status 14.
+    /// The CA is unavailable (gRPC status 14).
     #[error("it is not available ({0:?})")]
     Unavailable(Quoted),
-    /// Any other gRPC status.
+    /// The CA answered with another gRPC status.
     #[error("it refused with status {status} ({message:?})")]
     Refused {
         /// The name of the gRPC status.
@@ -61,16 +61,16 @@ pub enum IssuerProblem {
         /// The CA's message.
         message: Quoted,
     },
-    /// An answer without a leaf or without a root.
+    /// The answer contains no leaf or no root certificate.
     #[error("it answered with {0} certificates instead of a leaf and at least one root")]
     EmptyResponse(usize),
-    /// An answer that is not a certificate for our key.
+    /// The answer contains no certificate for our key.
     #[error(
         "it answered with a certificate that cannot be used: {}",
         Quoted::bounded(.0, Quoted::MAX_CHAIN_BYTES)
     )]
     Answer(CredentialProblem),
-    /// A certificate of another identity.
+    /// The CA issued a certificate of another identity.
     #[error("it issued a certificate of {got} instead of {requested}")]
     WrongIdentity {
         /// The requested identity.
@@ -78,10 +78,10 @@ pub enum IssuerProblem {
         /// The URI names of the received certificate.
         got: Quoted,
     },
-    /// No SPIRE agent at the socket.
+    /// No SPIRE agent listens at the socket.
     #[error("no SPIRE agent answers")]
     Agent,
-    /// The agent does not answer.
+    /// The SPIRE agent did not answer in time.
     #[error("the SPIRE agent did not answer in {0:?}")]
     AgentTimeout(Duration),
     /// The agent has no identity for the workload.
@@ -99,8 +99,8 @@ impl IssuerProblem {
     pub(crate) fn fault(&self) -> Fault {
         match self {
             Self::Address | Self::ServerName(_) | Self::ClusterId => Fault::Configuration,
-            // All other problems may end without a change of settings: CAs restart, and register
-            // new workloads late.
+            // Other problems may end without a change of settings: a CA restarts, or registers a
+            // workload later.
             _ => Fault::Peer,
         }
     }

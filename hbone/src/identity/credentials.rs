@@ -1,5 +1,5 @@
-//! A generation of credentials: the own identity and the trust in peers, built once and shared by
-//! all tunnels.
+//! A generation of credentials: a workload's identity and its trust in peers, built once and shared
+//! by all tunnels.
 
 use std::sync::Arc;
 
@@ -11,11 +11,10 @@ use crate::identity::Identity;
 use crate::tls::{ClientTls, ServerTls};
 use crate::trust::{Authorities, Trust};
 
-/// An identity, the trusted roots, and the TLS configurations with their session caches. Cheap to
-/// clone.
+/// An identity, trusted roots, and TLS configurations with session caches. Cheap to clone.
 ///
-/// Sessions are resumed only within a generation. A new certificate, root or revocation list starts
-/// a new generation, so no ticket outlives the state in which it was issued.
+/// TLS resumes sessions only within one generation. A new certificate, root or revocation list
+/// starts a new generation, so that a ticket is never accepted under a changed trust.
 #[derive(Debug, Clone)]
 pub struct Credentials(Arc<Generation>);
 
@@ -28,8 +27,8 @@ struct Generation {
 }
 
 impl Credentials {
-    /// Combines both. The identity's own roots take precedence over roots in `trust` for its trust
-    /// domain or an alias of it.
+    /// Combines an identity with the trust in peers. The identity's roots replace roots in `trust`
+    /// for its own trust domain and the aliases of it.
     ///
     /// # Errors
     /// [`HboneError::Tls`] if rustls rejects the identity.
@@ -41,17 +40,17 @@ impl Credentials {
         Ok(Self(Arc::new(Generation { identity, authorities, client, server })))
     }
 
-    /// The own identity.
+    /// The identity that tunnels authenticate with.
     pub fn identity(&self) -> &Identity {
         &self.0.identity
     }
 
-    /// A receiver without updates, for tests and the demonstration.
+    /// Wraps credentials that never change, for tests and the demonstration.
     pub fn fixed(self) -> watch::Receiver<Self> {
         watch::channel(self).1
     }
 
-    /// Whether both are the same generation.
+    /// Returns true if both are the same generation.
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }

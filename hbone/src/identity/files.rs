@@ -1,4 +1,4 @@
-//! Watches groups of files, and warns of files with secrets that other users can read.
+//! Watches groups of files, and warns if other users can read a secret file.
 
 use std::fs;
 use std::future::poll_fn;
@@ -10,7 +10,7 @@ use underpass_config::{FileWatch, FileWatcher};
 
 use crate::error::HboneError;
 
-/// A group of watched files.
+/// A group of files that are watched together.
 #[derive(Debug)]
 pub(crate) struct WatchedFiles {
     watcher: FileWatcher,
@@ -18,15 +18,15 @@ pub(crate) struct WatchedFiles {
 }
 
 impl WatchedFiles {
-    /// An empty group.
+    /// Creates an empty group.
     pub(crate) fn none(watcher: &FileWatcher) -> Self {
         Self { watcher: watcher.clone(), files: Vec::new() }
     }
 
-    /// Replaces the group by these files. Call it before reading them, so that no change is missed.
+    /// Replaces the watched files. Call this before reading the files, so that no change is missed.
     ///
     /// # Errors
-    /// [`HboneError::Watch`] for a file that cannot be watched; the previous group then stays.
+    /// [`HboneError::Watch`] for a file that cannot be watched; the previous group stays.
     pub(crate) fn replace(
         &mut self,
         files: impl IntoIterator<Item = impl AsRef<Path>>,
@@ -39,10 +39,10 @@ impl WatchedFiles {
         Ok(())
     }
 
-    /// Watches another file.
+    /// Adds a file to the group.
     ///
     /// # Errors
-    /// [`HboneError::Watch`] if it cannot be watched.
+    /// [`HboneError::Watch`] if the file cannot be watched.
     pub(crate) fn add(&mut self, file: &Path) -> Result<(), HboneError> {
         let watch = self.watcher.watch(file).map_err(|source| HboneError::Watch { source })?;
         self.files.push(watch);
@@ -53,7 +53,7 @@ impl WatchedFiles {
         self.files.is_empty()
     }
 
-    /// Waits for a change of any file; forever if there are none. Cancel-safe.
+    /// Waits for a change of any file in the group. Never returns for an empty group. Cancel-safe.
     pub(crate) async fn changed(&mut self) {
         let mut changes: Vec<_> =
             self.files.iter_mut().map(|file| Box::pin(file.changed())).collect();

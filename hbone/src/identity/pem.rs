@@ -1,4 +1,4 @@
-//! Reads credentials in PEM; errors contain the file.
+//! Reads credentials in PEM. Errors name the file.
 
 use std::fs;
 use std::path::Path;
@@ -16,7 +16,7 @@ pub(crate) fn read(file: &Path) -> Result<Vec<u8>, HboneError> {
     fs::read(file).map_err(|error| HboneError::file(file, error))
 }
 
-/// All certificates in `pem`, at least one.
+/// Reads all certificates. Fails if there are none.
 pub(crate) fn certificates(
     name: &Path,
     pem: &[u8],
@@ -24,17 +24,17 @@ pub(crate) fn certificates(
     sections(name, pem, CERTIFICATE)
 }
 
-/// The first private key in `pem`.
+/// Reads the first private key.
 pub(crate) fn private_key(name: &Path, pem: &[u8]) -> Result<PrivateKeyDer<'static>, HboneError> {
     PrivateKeyDer::from_pem_slice(pem).map_err(|error| problem(name, &error, KEY))
 }
 
-/// All revocation lists in `bytes`, which is PEM with at least one, or DER of one.
+/// Reads revocation lists: PEM with at least one list, or DER with exactly one.
 pub(crate) fn revocation_lists(
     name: &Path,
     bytes: Vec<u8>,
 ) -> Result<Vec<CertificateRevocationListDer<'static>>, HboneError> {
-    // DER starts with the tag of a SEQUENCE and a length above 127, whose high bit PEM never has.
+    // DER starts with a SEQUENCE tag and a length above 127; PEM never has that byte's high bit.
     if matches!(bytes.as_slice(), [0x30, 0x80..=0xff, ..]) {
         return Ok(vec![bytes.into()]);
     }

@@ -1,7 +1,7 @@
 //! Schedules certificate requests: renewal at half of the remaining validity, and retries with
-//! back-off after failures.
+//! back-off.
 //!
-//! Times are of the wall clock, as in certificates: tokio's clock stops while a machine is
+//! Times are wall-clock times, like those in certificates: tokio's clock stops while a machine is
 //! suspended.
 
 use std::time::{Duration, SystemTime};
@@ -10,29 +10,28 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::clock;
 
-/// Minimum interval of requests, however short the validity is.
+/// The minimum interval between requests, however short the validity.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
-/// Delay after the first consecutive failure; each further one doubles it.
+/// The delay after the first failure. Each further failure doubles it.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(150);
-/// The longest delay while there is no valid certificate, which connections wait for.
+/// The longest delay while there is no valid certificate and connections wait for one.
 const LAST_RETRY_WITHOUT: Duration = Duration::from_secs(15);
 
-/// Jitter, so that proxies that started together do not renew together.
+/// The jitter of a renewal: proxies that start together do not renew together.
 const RENEWAL_JITTER: f64 = 0.1;
 const RETRY_JITTER: f64 = 0.2;
 
-/// Interval at which the wall clock is read again, since it may be set. All waits read it at whole
-/// minutes, so that many of them wake an idle process as often as one.
+/// The interval at which timers read the wall clock again, since it may be set. They all read it at
+/// whole minutes, so that any number of them wakes an idle process once a minute.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The time of the next request.
+/// The time of the next certificate request.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     due: NextRequest,
-    /// Number of consecutive failures.
     failures: u32,
-    /// When the last certificate expires.
+    /// The expiry of the last certificate.
     expires: Option<SystemTime>,
 }
 
@@ -43,7 +42,7 @@ enum NextRequest {
 }
 
 impl Schedule {
-    /// A schedule whose first request is due now.
+    /// Creates a schedule whose first request is due now.
     pub(crate) fn new() -> Self {
         Self { due: NextRequest::Retry(Instant::now()), failures: 0, expires: None }
     }
@@ -87,20 +86,21 @@ pub(crate) async fn reached(time: SystemTime) {
     }
 }
 
-/// The time until the next moment at which all waits read the clock.
+/// The time until the next whole minute, at which all timers read the clock.
 fn until_next_clock_check(now: SystemTime) -> Duration {
     let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let passed = since_1970.as_nanos() % CLOCK_CHECK_INTERVAL.as_nanos();
     CLOCK_CHECK_INTERVAL - Duration::from_nanos(u64::try_from(passed).unwrap_or_default())
 }
 
-/// The delay before renewing a certificate that is valid for `left`; `chance` is from -1 to 1.
+/// The delay before renewing a certificate that is valid for another `left`. `chance`, from -1 to
+/// 1, scales the jitter.
 fn renew_after(left: Duration, chance: f64) -> Duration {
     (left / 2).mul_f64(1.0 + RENEWAL_JITTER * chance).max(MIN_INTERVAL)
 }
 
-/// The delay after `failures` earlier consecutive failures, at most `longest` before jitter;
-/// `chance` is from -1 to 1.
+/// The delay after `failures` earlier consecutive failures, at most `longest` before jitter.
+/// `chance`, from -1 to 1, scales the jitter.
 fn retry_after(failures: u32, longest: Duration, chance: f64) -> Duration {
     let doubled = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(failures));
     doubled.min(longest).mul_f64(1.0 + RETRY_JITTER * chance)
@@ -188,7 +188,6 @@ mod tests {
         schedule.due().await;
         let minutes = start.elapsed().as_secs_f64() / 60.0;
         assert!((27.0..=33.1).contains(&minutes), "{minutes}");
-        // A success resets the count of failures.
         schedule.failed();
         let start = Instant::now();
         schedule.due().await;

@@ -1,5 +1,5 @@
-//! Rotates the credentials of one workload: publishes each new identity and each new trust as one
-//! generation of credentials. The caller derives logs and metrics from its events.
+//! Rotates the credentials of one workload: publishes every new identity and every new trust as a
+//! new generation. The caller derives logs and metrics from the events.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -15,32 +15,32 @@ use crate::identity::renewal::reached;
 use crate::identity::source::IdentitySource;
 use crate::trust::Trust;
 
-/// An event of credential rotation.
+/// An event of credential rotation, for logs and metrics.
 #[derive(Debug)]
 pub enum CredentialsEvent<'a> {
     /// A new certificate is in use.
     Identity(&'a Credentials),
     /// The trust has changed.
     Trust(&'a Credentials),
-    /// A new identity or trust could not be obtained; the last one stays in use.
+    /// Obtaining a new identity or trust failed. The last one stays in use.
     Failed(&'a HboneError),
-    /// The certificate expires soon, and there is no new one yet.
+    /// The certificate expires soon and is not renewed yet.
     Expiring {
-        /// The certificate.
+        /// The credentials with the expiring certificate.
         credentials: &'a Credentials,
-        /// How long it is still valid.
+        /// The remaining validity.
         left: Duration,
     },
-    /// The certificate has expired, and there is no new one: no handshake can succeed.
+    /// The certificate has expired and is not renewed yet, so every handshake fails.
     Expired(&'a HboneError),
 }
 
-/// The consequence of a failure to get the first identity.
+/// The consequence of a failure to obtain the first identity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FirstIdentity {
-    /// The process needs it to start: a mistake that only the operator can remedy is an error.
+    /// The process cannot start without it: fail if only the operator can remedy the error.
     Required,
-    /// One workload of several waits for it: every failure is retried.
+    /// One of several workloads waits for it: retry after every error.
     Awaited,
 }
 
@@ -59,7 +59,7 @@ pub struct CredentialRotator {
 }
 
 impl CredentialRotator {
-    /// Waits for the first identity. Reports failures and retries, at the source's own pace.
+    /// Waits for the first identity. Reports each failure; the source decides when to retry.
     ///
     /// # Errors
     /// With [`FirstIdentity::Required`], errors that only the operator can remedy
@@ -89,7 +89,8 @@ impl CredentialRotator {
         Ok((Self { source, trust, credentials, report: Box::new(report) }, current))
     }
 
-    /// Publishes new credentials until it is dropped. After a failure the last ones stay in use.
+    /// Publishes new credentials until the future is dropped. After a failure the last credentials
+    /// stay in use.
     pub async fn run(self) {
         let Self { mut source, mut trust, credentials, report } = self;
         let current = trust.borrow().clone();
@@ -120,7 +121,7 @@ impl fmt::Debug for CredentialRotator {
     }
 }
 
-/// Waits for new trust; forever if its sender is dropped.
+/// Waits for new trust. Never returns if the sender is dropped.
 async fn changed(trust: &mut watch::Receiver<Trust>) -> Trust {
     if trust.changed().await.is_err() {
         return std::future::pending().await;
@@ -128,7 +129,7 @@ async fn changed(trust: &mut watch::Receiver<Trust>) -> Trust {
     trust.borrow_and_update().clone()
 }
 
-/// The credentials in use, and their publisher.
+/// The credentials in use, and the channel that publishes them.
 struct Published {
     trust: Trust,
     credentials: watch::Sender<Credentials>,
@@ -140,7 +141,8 @@ impl Published {
         self.credentials.borrow().identity().clone()
     }
 
-    /// Puts a new identity into use; returns whether it is usable.
+    /// Publishes credentials with a new identity. Returns false if `identity` is an error or
+    /// unusable.
     fn set_identity(&self, identity: Result<Identity, HboneError>) -> bool {
         let new = identity.and_then(|identity| Credentials::new(identity, self.trust.clone()));
         match new {
@@ -157,7 +159,7 @@ impl Published {
     }
 
     fn set_trust(&mut self, trust: Trust) {
-        // Kept even if it does not fit the certificate: the next one is combined with it.
+        // Keep the trust even if it does not fit the certificate: the next certificate may fit.
         self.trust = trust;
         match Credentials::new(self.identity(), self.trust.clone()) {
             Ok(new) => {
@@ -168,7 +170,7 @@ impl Published {
         }
     }
 
-    /// Reports that the certificate expires soon or has expired. Returns the next reminder.
+    /// Reports that the certificate expires soon or has expired. Returns the next warning.
     fn warn(&self, warning: ExpiryWarning) -> ExpiryWarning {
         let credentials = self.credentials.borrow().clone();
         let expires = credentials.identity().expires();
@@ -192,7 +194,7 @@ impl Published {
     }
 }
 
-/// The next expiry warning: at two thirds of the validity, then daily, and hourly in the last day.
+/// The next expiry warning: at two thirds of the validity, then daily, and hourly on the last day.
 #[derive(Debug, Clone, Copy)]
 enum ExpiryWarning {
     Expiring(SystemTime),
@@ -204,13 +206,13 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
 impl ExpiryWarning {
-    /// The first warning of a certificate, which may be due now.
+    /// The first warning for a certificate. It may be due now.
     fn of(identity: &Identity) -> Self {
         let life = identity.expires().duration_since(identity.not_before()).unwrap_or_default();
         Self::Expiring(identity.expires() - life / 3)
     }
 
-    /// The warning after one that is due now.
+    /// The warning that follows one that is due now.
     fn after(expires: SystemTime) -> Self {
         let now = clock::now();
         let left = expires.duration_since(now).unwrap_or_default();

@@ -1,6 +1,6 @@
-//! The sources of our certificate: files, our own CA, Istio's CA protocol, and SPIRE.
+//! The sources of certificates: files, a local CA, Istio's CA protocol, and SPIRE.
 //!
-//! Not here: publishing it (`rotation`), and selecting the source, which is a setting.
+//! `rotation` publishes the certificates; the caller selects the source.
 
 mod files;
 mod istio_ca;
@@ -25,21 +25,21 @@ pub use self::spire::{DelegatedIdentitySource, WorkloadApiSource};
 /// The result of [`IdentitySource::next`].
 pub type NextIdentity<'a> = Pin<Box<dyn Future<Output = Result<Identity, HboneError>> + Send + 'a>>;
 
-/// A source of our certificate.
+/// A source of a workload's certificates.
 pub trait IdentitySource: Send {
-    /// Returns the first identity, then each new one. Each error is returned once; then the last
-    /// identity stays valid, and the next call retries at the source's own pace. Cancel-safe.
+    /// Returns the first identity, then each new one. Returns each error once, and retries in the
+    /// next call with a back-off. The last identity stays valid after an error. Cancel-safe.
     fn next(&mut self) -> NextIdentity<'_>;
 }
 
 /// The urgency of a certificate request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
-    /// A connection waits for it.
+    /// A connection waits for the certificate.
     RealTime,
-    /// A connection will need it.
+    /// A connection will need the certificate.
     Warmup,
-    /// The previous one is still valid.
+    /// The previous certificate is still valid.
     Background,
 }
 

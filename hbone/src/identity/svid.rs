@@ -1,10 +1,10 @@
 //! Checks that a certificate is the X.509-SVID of a workload (SPIFFE X509-SVID, sections 2 to 4).
 //!
-//! Peers, our own certificate and certificates from a CA are checked by the same rules. Not here:
-//! signatures, validity and extended key usage, which webpki checks.
+//! The same rules apply to peers, to our certificate, and to answers of a CA. webpki checks
+//! signatures, validity and extended key usage.
 //!
-//! Deviations from the standard: a leaf without a keyUsage extension is accepted (the standard
-//! requires one), and so are additional names of other types (DNS, IP), as SPIRE issues them.
+//! Two deviations from the standard: the extension keyUsage may be missing, and additional names of
+//! other types (DNS, IP) are accepted, as SPIRE issues them.
 
 use underpass_config::{Quoted, SpiffeId};
 use x509_parser::certificate::X509Certificate;
@@ -12,7 +12,7 @@ use x509_parser::extensions::GeneralName;
 
 use crate::error::SvidProblem;
 
-/// The identity in a leaf. It proves nothing until the chain is verified.
+/// Reads the identity in a leaf certificate. It proves nothing until the chain is verified.
 pub(crate) fn workload_id(leaf: &[u8]) -> Result<SpiffeId, SvidProblem> {
     let (_, leaf) = x509_parser::parse_x509_certificate(leaf)
         .map_err(|_| SvidProblem::Malformed("certificate"))?;
@@ -25,13 +25,13 @@ pub(crate) fn workload_id(leaf: &[u8]) -> Result<SpiffeId, SvidProblem> {
     }
 }
 
-/// The SPIFFE ID of a leaf or a CA: its only URI name.
+/// Reads the SPIFFE ID of a leaf or CA certificate: its only URI name.
 pub(crate) fn spiffe_id(certificate: &X509Certificate<'_>) -> Result<SpiffeId, SvidProblem> {
     let names = certificate
         .subject_alternative_name()
         .map_err(|_| SvidProblem::Malformed("subjectAltName"))?;
     let names = names.map_or(&[][..], |extension| &extension.value.general_names);
-    // A malformed URI would otherwise not be counted as a URI name.
+    // Otherwise a malformed URI would not count as a URI name.
     if names.iter().any(|name| matches!(name, GeneralName::Invalid(..))) {
         return Err(SvidProblem::Malformed("subjectAltName"));
     }

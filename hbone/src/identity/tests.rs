@@ -1,4 +1,4 @@
-//! Tests of valid and defective credentials.
+//! Tests with valid and invalid credentials.
 
 use std::fs;
 

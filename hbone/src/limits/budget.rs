@@ -1,62 +1,64 @@
-//! A budget limits the use of one resource, by all users and by each part of them.
+//! Limits the use of one resource, in total and for each part, such as a pod or a source.
 //!
-//! Budgets form a tree, for example node, pod, direction, source. Units taken from a part count at
-//! every level above it. A fair part may hold at most 4 · free² / whole, which shrinks with the
-//! free amount. A single part gets three fifths, the second one half of the rest; seventeen parts
-//! that take all they can leave a sixtieth. Newcomers therefore get some, and parts that release
-//! and take again converge to equal use. This requires no list of siblings and evicts nothing.
+//! Budgets form a tree: for example node, pod, direction, source. Units taken from a part count at
+//! every level above it.
 //!
-//! Taking and giving back cost a few atomic operations and no lock.
+//! A fair part may hold at most 4 · free² / total units, which shrinks with the free units. A
+//! single part gets three fifths of the total, and a second one half of the rest. Seventeen parts
+//! that take all they can leave a sixtieth. A new part therefore gets some units, and busy parts
+//! converge to equal use. This needs no list of the parts and revokes no unit.
+//!
+//! Taking and returning units costs a few atomic operations and no lock.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-/// A reserving part leaves one in this many parts of what its siblings do not use.
+/// A reserving part leaves one in this many of the units that the other parts do not use.
 const RESERVED: usize = 4;
-/// The limit of a fair part if everything is free, as a multiple of the whole.
+/// The limit of a fair part while no unit is in use, as a multiple of the total.
 const MAX_MULTIPLE: usize = 4;
-/// Minimum limit of a fair part while anything is free: the two sockets of a connection.
+/// The minimum limit of a fair part while units are free: the two sockets of a connection.
 const MIN_SHARE: usize = 2;
 
-/// A limit on the use of a resource, and the current use.
+/// A limit on the units of a resource, and the number in use.
 #[derive(Debug)]
 pub struct Budget {
     limit: usize,
     used: AtomicUsize,
     whole: Option<(Arc<Self>, Sharing)>,
-    /// Number of its parts that are [`Sharing::Members`].
+    /// The number of parts that are [`Sharing::Members`].
     members: AtomicUsize,
 }
 
-/// The way in which a part shares the whole with other parts.
+/// The rule by which a part shares units with the other parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// It may take everything that is free.
+    /// The part may take every free unit.
     Greedy,
-    /// It leaves a quarter of what its siblings leave: for two or three permanent parts.
+    /// The part leaves a quarter of the free units to others: for two or three permanent parts.
     Reserving,
-    /// All parts are known: a single one may use everything, several share fairly.
+    /// All parts are known: a single part may use everything, several parts share fairly.
     Members,
-    /// New parts may appear at any time: it shares fairly even if it is the only one.
+    /// New parts may appear at any time: the part shares fairly even while it is alone.
     Strangers,
 }
 
-/// The reason why a budget grants no units.
+/// The limit that prevents taking units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exhausted {
-    /// The part has used its share; others may still get some.
+    /// The part has used its share; other parts may still get units.
     Share,
-    /// Nothing is left for any part.
+    /// No unit is free.
     Whole,
 }
 
 impl Budget {
-    /// A root budget of `limit`.
+    /// Creates a budget of `limit` units.
     pub fn new(limit: usize) -> Self {
         Self { limit, used: AtomicUsize::new(0), whole: None, members: 0.into() }
     }
 
-    /// A part of `whole` with a limit of its own.
+    /// Creates a part of `whole` that may use at most `limit` units.
     pub fn part(whole: &Arc<Self>, limit: usize, sharing: Sharing) -> Self {
         if sharing == Sharing::Members {
             whole.members.fetch_add(1, SeqCst);
@@ -65,17 +67,17 @@ impl Budget {
         Self { limit, used: AtomicUsize::new(0), whole, members: 0.into() }
     }
 
-    /// The amount in use.
+    /// The number of units in use.
     pub fn used(&self) -> usize {
         self.used.load(SeqCst)
     }
 
-    /// The amount that can be taken now.
+    /// The number of units that can be taken now.
     pub fn free(&self) -> usize {
         self.bounds().share.saturating_sub(self.used())
     }
 
-    /// Takes `amount` at every level, or nothing.
+    /// Takes `amount` units at every level, or none.
     ///
     /// # Errors
     /// The exhausted limit.
@@ -87,7 +89,7 @@ impl Budget {
             self.used.fetch_sub(amount, SeqCst);
             return Err(if fits(left) { Exhausted::Share } else { Exhausted::Whole });
         }
-        // Each level's bounds are read one after another; only the root's are exact.
+        // Other threads may change a level between two reads. Only the root's limit is exact.
         let Some((whole, _)) = &self.whole else { return Ok(()) };
         whole.take_within_limit(amount).inspect_err(|_| {
             self.used.fetch_sub(amount, SeqCst);
@@ -107,7 +109,7 @@ impl Budget {
         taken
     }
 
-    /// Takes `amount` even above the limits: for resources that exist already.
+    /// Takes `amount` units even above the limits: for resources that exist already.
     pub fn take_beyond_limit(&self, amount: usize) {
         self.used.fetch_add(amount, SeqCst);
         if let Some((whole, _)) = &self.whole {
@@ -115,7 +117,7 @@ impl Budget {
         }
     }
 
-    /// Gives back `amount`.
+    /// Returns `amount` units.
     pub fn give_back(&self, amount: usize) {
         self.used.fetch_sub(amount, SeqCst);
         if let Some((whole, _)) = &self.whole {
@@ -127,8 +129,8 @@ impl Budget {
         let Some((whole, sharing)) = &self.whole else {
             return Bounds { left: self.limit, share: self.limit };
         };
-        // A change between two reads makes the share slightly inaccurate, but never the root's
-        // limit.
+        // Another thread may change the use between two reads: a share is approximate, the root's
+        // limit exact.
         let (all, used) = (whole.bounds().share, self.used());
         let siblings = whole.used().saturating_sub(used);
         let left = all.saturating_sub(siblings);
@@ -143,7 +145,7 @@ impl Budget {
     }
 }
 
-/// The limit of a fair part of `whole`, of which `free` is free.
+/// The limit of a fair part of `whole` while `free` units are free.
 fn fair_share(free: usize, whole: usize) -> usize {
     if whole == usize::MAX {
         return whole;
@@ -160,15 +162,15 @@ impl Drop for Budget {
     }
 }
 
-/// The bounds of a budget's use.
+/// The limits of a part at this moment.
 struct Bounds {
-    /// The amount that its siblings leave.
+    /// The number of units that the other parts leave.
     left: usize,
-    /// Its share of that amount.
+    /// The number of those units that the part may use.
     share: usize,
 }
 
-/// Units of a budget, given back when dropped.
+/// Units taken from a budget, returned when dropped.
 #[derive(Debug)]
 pub struct Share {
     budget: Arc<Budget>,
@@ -176,7 +178,7 @@ pub struct Share {
 }
 
 impl Share {
-    /// Takes `amount` of `budget`.
+    /// Takes `amount` units of `budget`.
     ///
     /// # Errors
     /// The exhausted limit.
@@ -185,7 +187,7 @@ impl Share {
         Ok(Self { budget: budget.clone(), amount })
     }
 
-    /// Takes `amount` of `budget` even above the limits.
+    /// Takes `amount` units of `budget` even above the limits.
     pub fn take_beyond_limit(budget: &Arc<Budget>, amount: usize) -> Self {
         budget.take_beyond_limit(amount);
         Self { budget: budget.clone(), amount }

@@ -8,18 +8,18 @@ use foldhash::quality::RandomState;
 
 use super::budget::{Budget, Exhausted, Share, Sharing};
 
-/// Minimum number of entries before unused ones are removed.
+/// The minimum number of entries before unused entries are removed.
 const FIRST_SWEEP: usize = 64;
 
-/// One value per key while it is in use. There are at most twice as many entries as were ever in
-/// use at the same time.
+/// One value for each key, kept while it is in use. The map has at most twice as many entries as
+/// were ever in use at the same time.
 #[derive(Debug)]
 pub struct ByKey<K, V>(Mutex<Entries<K, V>>);
 
 #[derive(Debug)]
 struct Entries<K, V> {
     values: HashMap<K, Arc<V>, RandomState>,
-    /// Number of entries at which unused ones are removed.
+    /// The number of entries at which unused entries are removed.
     sweep_at: usize,
 }
 
@@ -30,7 +30,7 @@ impl<K, V> Default for ByKey<K, V> {
 }
 
 impl<K: Eq + Hash, V> ByKey<K, V> {
-    /// The value of `key`, created if absent.
+    /// Returns the value of `key`, created by `make` if absent.
     pub fn get(&self, key: K, make: impl FnOnce() -> V) -> Arc<V> {
         // No code panics while it holds the lock.
         let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -47,7 +47,7 @@ impl<K: Eq + Hash, V> ByKey<K, V> {
     }
 }
 
-/// The parts of a budget by key, each with the same limit.
+/// Parts of a budget, one for each key, all with the same limit.
 #[derive(Debug)]
 pub struct KeyedBudget<K> {
     whole: Arc<Budget>,
@@ -57,12 +57,12 @@ pub struct KeyedBudget<K> {
 }
 
 impl<K: Eq + Hash> KeyedBudget<K> {
-    /// Parts of `whole` of at most `each`.
+    /// Creates a map of parts of `whole`. Each part may use at most `each` units.
     pub fn new(whole: Budget, each: usize, sharing: Sharing) -> Self {
         Self { whole: Arc::new(whole), each, sharing, parts: ByKey::default() }
     }
 
-    /// A share of one unit for `key`.
+    /// Takes one unit for `key`.
     ///
     /// # Errors
     /// The exhausted limit.

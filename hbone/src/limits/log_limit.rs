@@ -1,4 +1,4 @@
-//! Limits log lines that peers can cause, so that a storm of refusals does not flood the log.
+//! Limits log lines that peers can cause, so that many refusals do not flood the log.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -8,14 +8,14 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::task::log_panic;
 
-/// The number of logged lines of one reason per [`WINDOW`].
+/// The number of lines with the same reason that are logged per [`WINDOW`].
 const LINES: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// The limit for one kind of log lines, such as failed handshakes, by reason.
+/// A limit for log lines of one kind, such as failed handshakes.
 ///
-/// The first ten lines of a reason per second are logged. The others are counted, and reported in
-/// one line at the end of the second.
+/// Logs the first ten lines of each reason per second. Counts the others, and logs their number at
+/// the end of the second.
 #[derive(Debug)]
 pub struct LogLimit {
     kind: &'static str,
@@ -31,7 +31,7 @@ struct Window {
 }
 
 impl LogLimit {
-    /// A limit for lines about `kind`, which the summary line names.
+    /// Creates a limit. The line that reports suppressed lines contains `kind`.
     pub const fn new(kind: &'static str) -> Self {
         Self { kind, windows: Mutex::new(Vec::new()) }
     }
@@ -41,7 +41,7 @@ impl LogLimit {
         let now = Instant::now();
         let (lines, earlier) = self.count(reason, now);
         self.report(reason, earlier);
-        // Without a runtime, the next line reports the count.
+        // Without a tokio runtime, no timer can report: the next line reports the count.
         if lines == LINES + 1
             && let Ok(runtime) = Handle::try_current()
         {
@@ -54,7 +54,8 @@ impl LogLimit {
         lines <= LINES
     }
 
-    /// Counts a line. Returns its number in this second, and the unreported number of earlier ones.
+    /// Counts a line. Returns its number in this second, and the number of suppressed lines to
+    /// report.
     fn count(&self, reason: &'static str, now: Instant) -> (u32, u64) {
         let mut windows = self.windows();
         let Some(window) = windows.iter_mut().find(|window| window.reason == reason) else {
@@ -86,7 +87,7 @@ impl LogLimit {
     }
 
     fn windows(&self) -> MutexGuard<'_, Vec<Window>> {
-        // No holder panics.
+        // No code panics while it holds the lock.
         self.windows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

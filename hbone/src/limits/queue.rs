@@ -1,6 +1,6 @@
-//! A queue of waiters for a budget: lowest rank first, then first in, first out.
+//! A queue of requests for units of a budget: lowest rank first, then first in, first out.
 //!
-//! Not here: timeouts.
+//! Callers set the timeouts.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,14 +9,14 @@ use tokio::sync::oneshot;
 
 use super::budget::{Budget, Share};
 
-/// The waiters for shares of one budget or of its parts. Clones share the queue.
+/// The requests that wait for units of one budget or of its parts. Clones share the queue.
 #[derive(Debug)]
 pub struct Queue<R: Ord>(Arc<Mutex<WaitList<R>>>);
 
 #[derive(Debug)]
 struct WaitList<R: Ord> {
     waiters: BTreeMap<(R, u64), Waiter<R>>,
-    /// Counter that orders waiters of equal rank.
+    /// A counter that orders requests of equal rank.
     waited: u64,
 }
 
@@ -26,7 +26,7 @@ struct Waiter<R: Ord> {
     turn: oneshot::Sender<QueuePermit<R>>,
 }
 
-/// A share of one unit. Dropping it admits the next waiter.
+/// One unit of the budget. Dropping it admits the next request.
 #[derive(Debug)]
 pub struct QueuePermit<R: Ord> {
     queue: Queue<R>,
@@ -46,7 +46,7 @@ impl<R: Ord> Default for Queue<R> {
 }
 
 impl<R: Ord + Copy> Queue<R> {
-    /// Waits for a unit of `budget`. Calls `waits` if it has to wait. Cancel-safe.
+    /// Waits for one unit of `budget`. Calls `waits` if none is free at once. Cancel-safe.
     pub async fn turn(
         &self,
         budget: &Arc<Budget>,
@@ -71,7 +71,7 @@ impl<R: Ord + Copy> Queue<R> {
         drop(place);
         match given {
             Ok(turn) => turn,
-            // Senders are dropped only with the queue, which `self` keeps.
+            // Unreachable: the queue owns the senders, and `self` keeps the queue.
             Err(_) => std::future::pending().await,
         }
     }
@@ -83,10 +83,10 @@ impl<R: Ord> Queue<R> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Admits waiters from the front while the budget grants shares.
+    /// Admits requests from the front while the budget grants units.
     fn advance(&self) {
         while let Some((waiter, share)) = self.next() {
-            // If the waiter has been cancelled meanwhile, the turn is returned and dropped.
+            // If the waiting caller was cancelled meanwhile, the permit comes back and is dropped.
             let _gone = waiter.turn.send(QueuePermit { queue: self.clone(), share: Some(share) });
         }
     }
@@ -106,7 +106,7 @@ impl<R: Ord> Drop for QueuePermit<R> {
     }
 }
 
-/// An entry in the queue, removed when its waiter is dropped.
+/// A request in the queue, removed when its caller is dropped.
 struct QueueEntry<'a, R: Ord> {
     queue: &'a Queue<R>,
     place: (R, u64),
@@ -115,7 +115,7 @@ struct QueueEntry<'a, R: Ord> {
 impl<R: Ord> Drop for QueueEntry<'_, R> {
     fn drop(&mut self) {
         let left = self.queue.waiting().waiters.remove(&self.place);
-        // The cancelled waiter may have blocked the next one, whose part has units.
+        // The cancelled request may have blocked the next one.
         if left.is_some() {
             self.queue.advance();
         }

@@ -1,10 +1,10 @@
-//! Slots for connections from unauthenticated clients: a total, a limit per source, and
-//! displacement of existing connections.
+//! Limits connections from unauthenticated clients, in total and per source, and displaces existing
+//! ones.
 //!
-//! If no slot is free, a new connection displaces the oldest one of the source with the most.
-//! Candidates are idle unauthenticated connections, then all unauthenticated ones, then idle
-//! authenticated ones. An authenticated one with a request in progress is never displaced. A flood
-//! from any number of sources therefore displaces itself.
+//! If no slot is free, a new connection displaces the oldest connection of the source with the
+//! most. Idle unauthenticated connections are displaced first, then all unauthenticated ones, then
+//! idle authenticated ones. An authenticated connection with a request in progress is never
+//! displaced. A flood from any number of sources therefore displaces only itself.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ use super::budget::{Budget, Exhausted, Share, Sharing};
 use super::keyed::KeyedBudget;
 use super::source::SourceNetwork;
 
-/// All slots. Clones share them.
+/// The slots of a server. Clones share them.
 #[derive(Debug, Clone)]
 pub struct ConnectionSlots(Arc<Mutex<Table>>);
 
@@ -24,7 +24,7 @@ pub struct ConnectionSlots(Arc<Mutex<Table>>);
 struct Table {
     budget: KeyedBudget<SourceNetwork>,
     next: u64,
-    /// By increasing number, so the oldest is first.
+    /// Keys increase with time, so the oldest connection is first.
     occupied: BTreeMap<u64, SlotState>,
 }
 
@@ -45,19 +45,19 @@ pub struct ConnectionSlot {
     displaced: Arc<Notify>,
 }
 
-/// A request in progress.
+/// Marks the connection as busy with a request while this value lives.
 #[derive(Debug)]
 pub struct RequestInProgress<'a>(&'a ConnectionSlot);
 
 impl ConnectionSlots {
-    /// `total` slots, at most `per_source` of them for one source.
+    /// Creates `total` slots. One source may occupy at most `per_source` of them.
     pub fn new(total: usize, per_source: usize) -> Self {
         let budget = KeyedBudget::new(Budget::new(total), per_source, Sharing::Greedy);
         Self(Arc::new(Mutex::new(Table { budget, next: 0, occupied: BTreeMap::new() })))
     }
 
-    /// A slot for a connection from `source`, which may displace another connection; `None` if none
-    /// can be displaced.
+    /// Takes a slot for a connection from `source`, which may displace another connection. `None`
+    /// if no connection can be displaced.
     pub fn take(&self, source: IpAddr) -> Option<ConnectionSlot> {
         let source = SourceNetwork::of(source);
         let mut table = self.table();
@@ -89,7 +89,7 @@ impl ConnectionSlots {
 }
 
 impl Table {
-    /// Frees the slot of one connection that `may_lose` accepts.
+    /// Frees the slot of a connection, among those for which `may_lose` returns true.
     fn displace(&mut self, may_lose: impl Fn(&SlotState) -> bool) -> Option<()> {
         let number =
             [(false, false), (false, true), (true, false)].into_iter().find_map(|rank| {
@@ -116,14 +116,14 @@ impl Table {
 }
 
 impl SlotState {
-    /// Whether it is authenticated, and whether it has a request in progress.
+    /// Connections with a lower rank are displaced first.
     fn rank(&self) -> (bool, bool) {
         (self.authenticated, self.requests > 0)
     }
 }
 
 impl ConnectionSlot {
-    /// Waits until another connection has occupied the slot.
+    /// Waits until another connection takes this slot.
     pub async fn displaced(&self) {
         self.displaced.notified().await;
     }
@@ -133,12 +133,12 @@ impl ConnectionSlot {
         self.change(|occupied| occupied.authenticated = true);
     }
 
-    /// Whether it is authenticated and still has its slot.
+    /// Returns true if the connection is authenticated and not displaced.
     pub fn is_authenticated(&self) -> bool {
         self.slots.table().occupied.get(&self.number).is_some_and(|occupied| occupied.authenticated)
     }
 
-    /// Marks a request as in progress while the value lives.
+    /// Marks the connection as busy while the returned value lives.
     pub fn request(&self) -> RequestInProgress<'_> {
         self.change(|occupied| occupied.requests += 1);
         RequestInProgress(self)

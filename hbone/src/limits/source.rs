@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
-/// Mask of the /64 of an IPv6 address, which is one subscriber's (RFC 6177).
+/// The mask of an IPv6 /64, which belongs to one subscriber (RFC 6177).
 const SUBSCRIBER: u128 = !0 << 64;
 
 /// An IPv4 address, or the /64 of an IPv6 address.
@@ -10,7 +10,7 @@ const SUBSCRIBER: u128 = !0 << 64;
 pub struct SourceNetwork(IpAddr);
 
 impl SourceNetwork {
-    /// The source of a connection from `address`. An IPv4-mapped address counts as IPv4.
+    /// The source network of `address`. An IPv4-mapped address counts as IPv4.
     pub fn of(address: IpAddr) -> Self {
         Self(match address.to_canonical() {
             IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & SUBSCRIBER)),

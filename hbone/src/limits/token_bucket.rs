@@ -1,27 +1,27 @@
 //! A token bucket: allows a burst of events, then a rate.
 //!
-//! Not here: the counted events, and the action when the bucket is empty.
+//! The caller counts the events, and acts when the bucket is empty.
 
-/// Tokens for a peer's requests. Times are milliseconds since the connection was opened.
+/// Tokens for a peer's requests. Times are milliseconds since the connection opened.
 #[derive(Debug)]
 pub(crate) struct TokenBucket {
     size: u64,
     per_second: u64,
     left: u64,
-    /// Time of the last refill, and the tokens that the peer had earned by then.
+    /// The time of the last refill, and the tokens that the peer had earned until then.
     refilled: u64,
     earned: u64,
 }
 
 impl TokenBucket {
-    /// A full bucket of `size` tokens.
+    /// Creates a full bucket of `size` tokens.
     pub(crate) fn new(size: u64, per_second: u64) -> Self {
         Self { size, per_second, left: size, refilled: 0, earned: 0 }
     }
 
-    /// Takes `count` tokens; `false` if there are too few. `earned` is the total of tokens that the
-    /// peer earned by other means than time. The bucket is refilled only when it is empty, which
-    /// most peers never reach.
+    /// Takes `count` tokens. Returns `false` if there are too few. `earned` is the total of tokens
+    /// that the peer has earned, for example by sending data. The bucket is refilled only when it
+    /// is empty, which is rare.
     pub(crate) fn take(&mut self, count: u64, now: u64, earned: u64) -> bool {
         if self.left < count {
             let with_time =

@@ -1,29 +1,29 @@
-//! The load of a tunnel, from which the pool decides whether a stream fits and another dial pays.
+//! The load of a tunnel. It decides whether another stream fits, and whether another dial is
+//! useful.
 
 use tokio::time::Instant;
 
-/// Rate above which new streams use another tunnel: a quarter of a 1 Gbit/s link.
+/// The data rate above which new streams use another tunnel: a quarter of a 1 Gbit/s link.
 pub(super) const BUSY_BYTES_PER_SECOND: u64 = 32 << 20;
 
 /// The load of a tunnel.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Load {
-    /// Whether it takes new streams: it is not closing, and both certificates are valid.
+    /// True if the tunnel takes new streams: it is not closing, and both certificates are valid.
     pub(super) usable: bool,
-    /// Number of reserved streams.
     pub(super) streams: usize,
-    /// Time since there are none.
+    /// The time at which the last stream ended. `None` while there are streams.
     pub(super) idle_since: Option<Instant>,
-    /// Maximum that the peer allows, if it has set one.
+    /// The maximum number of streams that the peer allows. `None` until the peer sets one.
     pub(super) allowed: Option<usize>,
-    /// Data rate of both directions.
+    /// The data rate of both directions together.
     pub(super) bytes_per_second: u64,
 }
 
 impl Load {
-    /// The stream limit of the tunnel. Before the peer's SETTINGS arrive, the limit in its other
-    /// tunnels applies. At least 1, so that a peer that allows none costs a reply timeout instead
-    /// of endless dials.
+    /// The stream limit of the tunnel. `known` is the limit that the peer set in other tunnels; it
+    /// applies until this tunnel receives SETTINGS. At least 1: a peer that allows no stream costs
+    /// a reply timeout instead of endless dials.
     pub(super) fn limit(
         &self,
         streams_per_tunnel: usize,
@@ -37,8 +37,8 @@ impl Load {
         self.bytes_per_second >= BUSY_BYTES_PER_SECOND
     }
 
-    /// Whether the next stream justifies another dial. At half of the limit, the other half serves
-    /// streams that arrive during the dial.
+    /// Returns true if the next stream justifies another dial. At half of the limit: the other half
+    /// serves streams that arrive during the dial.
     pub(super) fn is_crowded(&self, limit: usize) -> bool {
         self.is_busy() || self.streams >= limit.div_ceil(2)
     }

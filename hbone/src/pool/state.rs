@@ -1,14 +1,14 @@
-//! The decisions of the pool: the tunnel of a stream, when to dial, and when to release a tunnel.
+//! The pool's decisions: which tunnel a stream uses, when to dial, and when to release a tunnel.
 //!
 //! ```text
 //!          opened         not usable, too old, idle           closed
-//! dialing ────────▶ open ───────────────────────────▶ retired ────────▶ gone
+//! dialing ────────▶ open ───────────────────────────▶ retired ────────▶ removed
 //!   ▲ │ failed
 //!   │ ▼                    no stream requested for a while
-//! backing off ──────────────────────────────────────▶ gone
+//! backing off ──────────────────────────────────────▶ removed
 //! ```
 //!
-//! Not here: I/O, tasks and clocks. Tunnels are accessed through [`Handle`]; times are arguments.
+//! Pure: no I/O, no tasks, no clock. Tunnels are accessed through [`Handle`]; times are arguments.
 
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -23,40 +23,40 @@ use super::load::Load;
 use super::{PoolSettings, PoolStatistics, TunnelKey};
 use crate::error::HboneError;
 
-/// Back-off after the first failure: at most ten dials a second to a peer that refuses.
+/// The back-off after the first failure: at most ten dials a second to a peer that refuses.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// Maximum back-off: a recovered peer is noticed within two seconds.
+/// The maximum back-off: the pool dials a recovered peer within two seconds.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Jitter of the back-off in thousandths: workers do not dial a recovered peer together.
+/// The jitter of the back-off in thousandths: workers do not dial a recovered peer together.
 const PAUSE_JITTER: RangeInclusive<u32> = 800..=1200;
-/// Time after the back-off in which another failure counts as consecutive.
+/// A failure within this time after a back-off counts as consecutive.
 const FORGET_AFTER: Duration = Duration::from_secs(10);
 
-/// Jitter of the maximum age in thousandths: tunnels opened together do not close together.
+/// The jitter of the maximum age in thousandths: tunnels opened together do not close together.
 const AGE_JITTER: RangeInclusive<u32> = 900..=1000;
-/// Jitter of the idle timeout in thousandths, for the same reason.
+/// The jitter of the idle timeout in thousandths, for the same reason.
 const IDLE_JITTER: RangeInclusive<u32> = 900..=1100;
-/// Divisor of the idle timeout for surplus tunnels: only keeping the last tunnel saves a dial.
+/// Divides the idle timeout of surplus tunnels. Keeping the last tunnel saves a dial, keeping
+/// others does not.
 const SURPLUS_IDLE_PART: u32 = 10;
 
-/// Maximum number of concurrent dials to one peer, below its handshake limit per address.
+/// The maximum number of concurrent dials to one peer. Less than the peer's handshake limit per
+/// address.
 const DIALS_AT_ONCE: usize = 4;
 
-/// Maximum of durations: an [`Instant`] cannot represent every sum.
+/// The upper limit of durations: adding a longer one could overflow an [`Instant`].
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
-/// A tunnel, as the pool uses it.
+/// A tunnel in the pool. Tests replace it.
 pub(super) trait Handle {
-    /// A reservation for one stream in the tunnel.
     type StreamSlot;
 
-    /// Its current load.
     fn load(&self) -> Load;
 
-    /// Reserves one more stream, whatever the load; `None` after release.
+    /// Reserves a stream without checking the load. `None` after [`Handle::release`].
     fn reserve(&self) -> Option<Self::StreamSlot>;
 
-    /// Releases the tunnel: it closes with its last stream.
+    /// Lets the tunnel close with its last stream.
     fn release(&mut self);
 }
 
@@ -68,59 +68,53 @@ pub(super) struct TunnelId(u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DialId(pub(super) u64);
 
-/// Whether a caller accepts an existing tunnel.
+/// Whether a stream may use an existing tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reuse {
-    /// A stream in any tunnel.
+    /// The stream may use any tunnel.
     Allowed,
-    /// A stream in a new tunnel only.
+    /// The stream needs a new tunnel.
     Forbidden,
 }
 
-/// The decision for a caller.
+/// The decision for a stream.
 #[derive(Debug)]
 pub(super) enum Checkout<P, W> {
-    /// Open the stream in a tunnel.
-    Use {
-        /// The tunnel.
-        id: TunnelId,
-        /// The reservation.
-        stream_slot: P,
-    },
+    /// Open the stream in this tunnel.
+    Use { id: TunnelId, stream_slot: P },
     /// Wait for a dial.
     Wait {
         /// The ticket of the dial.
         ticket: W,
-        /// Whether a stream of the new tunnel is promised to the caller. If not, all dials are
-        /// fully promised: ask again after this dial.
+        /// Whether the dial promises a stream to this caller. If false, all promises are given:
+        /// call [`PoolState::checkout`] again after the dial.
         promised: bool,
     },
-    /// Fail, because the last dial failed recently.
+    /// Fail: the last dial failed recently.
     Refuse {
         /// The remaining back-off.
         remaining: Duration,
-        /// The error of the last dial.
         last: Arc<HboneError>,
     },
 }
 
-/// The tunnels `T`, and the dials in progress with the tickets `W` of their callers.
+/// The tunnels `T`, and the dials in progress. A ticket `W` lets its holder wait for a dial.
 #[derive(Debug)]
 pub(super) struct PoolState<T, W> {
     settings: PoolSettings,
-    /// A fast hash is safe: the keys come from the mesh, not from peers.
+    /// A fast hash is safe here: the keys come from the mesh, and no peer can choose them.
     entries: HashMap<TunnelKey, PeerEntry<T, W>, RandomState>,
     opened: u64,
     dialled: u64,
     rng: Rng,
 }
 
-/// The tunnels, dials and back-off of one key. Removed when empty.
+/// The tunnels, dials and back-off for one key. Removed when empty.
 #[derive(Debug)]
 struct PeerEntry<T, W> {
-    /// The oldest first.
+    /// In the order of opening.
     tunnels: Vec<PooledTunnel<T>>,
-    /// The oldest first.
+    /// In the order of starting.
     dials: Vec<DialInProgress<W>>,
     backoff: Option<Backoff>,
 }
@@ -129,7 +123,7 @@ struct PeerEntry<T, W> {
 struct DialInProgress<W> {
     id: DialId,
     ticket: W,
-    /// Number of promised streams.
+    /// The number of streams promised to waiting callers.
     promised: usize,
 }
 
@@ -137,12 +131,12 @@ struct DialInProgress<W> {
 struct PooledTunnel<T> {
     id: TunnelId,
     tunnel: T,
-    /// The load at the last [`PeerEntry::remove_closed`].
+    /// The load when [`PeerEntry::remove_closed`] last ran.
     seen: Load,
     retired: bool,
-    /// The end of its maximum age.
+    /// The time at which the tunnel reaches its maximum age.
     retires: Instant,
-    /// Its idle timeout.
+    /// The idle timeout, with jitter.
     idle: Duration,
 }
 
@@ -154,18 +148,18 @@ struct Backoff {
 }
 
 impl<T: Handle, W: Clone> PoolState<T, W> {
-    /// The same `seed` gives the same jitter.
+    /// Creates an empty pool state. The same `seed` gives the same jitter.
     pub(super) fn new(settings: PoolSettings, seed: u64) -> Self {
         let (opened, dialled) = (0, 0);
         Self { settings, entries: HashMap::default(), opened, dialled, rng: Rng::with_seed(seed) }
     }
 
-    /// Selects a tunnel for a stream. If a dial is necessary, or useful for later streams, it calls
-    /// `dial` for a ticket; [`PoolState::opened`], [`PoolState::failed`] or
-    /// [`PoolState::abandoned`] must follow.
+    /// Selects a tunnel for a stream. If a new tunnel is necessary, or useful for later streams,
+    /// calls `dial` for a ticket. The caller must later report the dial by [`PoolState::opened`],
+    /// [`PoolState::failed`] or [`PoolState::abandoned`].
     ///
-    /// Callers never wait for full tunnels: further ones are dialled even above `tunnels_per_peer`,
-    /// each for as many callers as it can serve. The number of callers bounds them.
+    /// Streams never wait for a place in a full tunnel: if all are full, another one is dialled,
+    /// even above `tunnels_per_peer`. One dial serves as many waiting streams as fit into a tunnel.
     pub(super) fn checkout(
         &mut self,
         key: &TunnelKey,
@@ -208,8 +202,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         Checkout::Wait { ticket, promised: true }
     }
 
-    /// Reserves a stream in the tunnel that a caller waited for; `None` if other callers have
-    /// filled it. If the tunnel is lost already, the stream's request reports why.
+    /// Reserves a stream in the new tunnel that a caller waited for. `None` if other callers have
+    /// filled it. If the tunnel is lost already, the request will report the reason.
     pub(super) fn join(&self, key: &TunnelKey, tunnel: &T) -> Option<T::StreamSlot> {
         let allowed = self.entries.get(key).and_then(PeerEntry::allowed);
         let load = tunnel.load();
@@ -217,7 +211,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         if room { tunnel.reserve() } else { None }
     }
 
-    /// Adds the tunnel that was dialled.
+    /// Adds a tunnel that a dial has opened.
     pub(super) fn opened(
         &mut self,
         key: &TunnelKey,
@@ -238,7 +232,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         id
     }
 
-    /// Records that a dial failed. Returns when [`PoolState::remove_expired_backoff`] is due.
+    /// Records that a dial failed. Returns the time at which to call
+    /// [`PoolState::remove_expired_backoff`].
     pub(super) fn failed(
         &mut self,
         key: &TunnelKey,
@@ -250,7 +245,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         self.back_off(key, error, now)
     }
 
-    /// Records that a dial ended without an outcome.
+    /// Records that a dial was aborted: no tunnel and no failure.
     pub(super) fn abandoned(&mut self, key: &TunnelKey, dial: DialId) {
         if let Some(entry) = self.entries.get_mut(key) {
             entry.ended(dial);
@@ -258,8 +253,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         }
     }
 
-    /// Starts a back-off, longer after each consecutive failure; failures of concurrent dials count
-    /// once. Returns when [`PoolState::remove_expired_backoff`] is due.
+    /// Starts a back-off, longer after each consecutive failure. Failures of concurrent dials count
+    /// once. Returns the time at which to call [`PoolState::remove_expired_backoff`].
     pub(super) fn back_off(
         &mut self,
         key: &TunnelKey,
@@ -281,7 +276,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         forget_at
     }
 
-    /// Forgets a failure after which no dial followed.
+    /// Removes an expired back-off after which no dial followed.
     pub(super) fn remove_expired_backoff(&mut self, key: &TunnelKey, now: Instant) {
         if let Some(entry) = self.entries.get_mut(key) {
             entry.backoff.take_if(|backoff| now >= backoff.until + FORGET_AFTER);
@@ -289,8 +284,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         }
     }
 
-    /// Retires a tunnel that is idle or too old. `None` if it is retired, otherwise the time of the
-    /// next check.
+    /// Retires a tunnel that is idle or too old, and returns `None`. Otherwise returns the time of
+    /// the next check.
     pub(super) fn inspect(
         &mut self,
         key: &TunnelKey,
@@ -331,8 +326,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         }
     }
 
-    /// Retires all tunnels and forgets all failures. A dial in progress stays until it ends, or
-    /// until [`PoolState::abandoned`].
+    /// Retires all tunnels and removes all back-offs. A dial in progress stays until it is
+    /// reported.
     pub(super) fn drain(&mut self) {
         for entry in self.entries.values_mut() {
             entry.open_mut().for_each(PooledTunnel::retire);
@@ -380,7 +375,7 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
         self.tunnels.is_empty() && self.dials.is_empty() && self.backoff.is_none()
     }
 
-    /// Reads the load of every tunnel once, and retires unusable ones.
+    /// Reads the load of every tunnel, and retires unusable tunnels.
     fn remove_closed(&mut self, now: Instant) {
         for pooled in self.open_mut() {
             pooled.seen = pooled.tunnel.load();
@@ -390,14 +385,14 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
         }
     }
 
-    /// The stream limit of the peer, from the tunnels that have received it, including since
-    /// [`PeerEntry::remove_closed`].
+    /// The stream limit that the peer has set in any of its tunnels. Some may have received it
+    /// since [`PeerEntry::remove_closed`] ran.
     fn allowed(&self) -> Option<usize> {
         self.open().filter_map(|pooled| pooled.tunnel.load().allowed).min()
     }
 
-    /// Reserves a stream in the least loaded tunnel with room, and returns whether that tunnel is
-    /// crowded. Prefers the oldest of equals, so that surplus ones become idle.
+    /// Reserves a stream in the least loaded tunnel with capacity, and returns whether that tunnel
+    /// is crowded. Prefers the oldest of equally loaded tunnels, so that the others become idle.
     fn reserve_stream(&self, streams_per_tunnel: usize) -> Option<(TunnelId, T::StreamSlot, bool)> {
         let allowed = self.open().filter_map(|pooled| pooled.seen.allowed).min();
         let (pooled, limit) = self
@@ -408,7 +403,8 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
         Some((pooled.id, pooled.tunnel.reserve()?, pooled.seen.is_crowded(limit)))
     }
 
-    /// The ticket of a dial in progress with an unpromised stream, which is now promised.
+    /// Promises a stream of a dial in progress, and returns the dial's ticket. `None` if all are
+    /// promised.
     fn promise(&mut self, streams_per_tunnel: usize) -> Option<W> {
         let streams = streams_per_tunnel.min(self.allowed().unwrap_or(usize::MAX)).max(1);
         let in_progress = self.dials.iter_mut().find(|dial| dial.promised < streams)?;
@@ -424,7 +420,7 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
         self.dials.is_empty() && self.pause(now).is_none() && self.open().count() < tunnels_per_peer
     }
 
-    /// Whether another tunnel would take a new stream without being crowded.
+    /// Returns true if another tunnel could take a new stream without becoming crowded.
     fn is_surplus(&self, id: TunnelId, streams_per_tunnel: usize) -> bool {
         let allowed = self.allowed();
         self.open().filter(|pooled| pooled.id != id).any(|pooled| {
@@ -433,7 +429,7 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
         })
     }
 
-    /// The remaining back-off, and its cause.
+    /// The remaining back-off, and the error that caused it.
     fn pause(&self, now: Instant) -> Option<(Duration, Arc<HboneError>)> {
         let backoff = self.backoff.as_ref().filter(|backoff| now < backoff.until)?;
         Some((backoff.until - now, backoff.last.clone()))

@@ -1,4 +1,5 @@
-//! Sharing, growth and removal of tunnels, over in-memory connections. `failures` tests failures.
+//! Tests of sharing, opening and closing tunnels, over in-memory connections. `failures` tests
+//! failures.
 
 mod failures;
 
@@ -28,24 +29,24 @@ const SETTINGS: PoolSettings = PoolSettings {
     tunnels_per_peer: 3,
 };
 
-/// Ports with special server behaviour. All other servers accept every request, and keep the stream
-/// until the client ends it.
+/// The ports of servers that misbehave. All other servers accept every request, and keep the stream
+/// open until the client ends it.
 const BLACK_HOLE: u16 = 1;
 const CLOSED: u16 = 2;
-/// Answers the first request only.
+/// The server answers only the first request.
 const MUTE: u16 = 3;
-/// The first connection answers only the first request, and ends with the fifth.
+/// The first connection answers only its first request, and closes at the fifth.
 const DIES: u16 = 4;
-/// Ends the connection at the first request.
+/// The server closes the connection at the first request.
 const NEVER_LIVES: u16 = 5;
-/// Sends GOAWAY after the tenth request of a tunnel.
+/// The server sends GOAWAY after the tenth request of a tunnel.
 const MOVES_ON: u16 = 6;
-/// Answers 503.
+/// The server answers with status 503.
 const UNAVAILABLE: u16 = 7;
-/// Resets each request.
+/// The server resets each stream.
 const RESETS: u16 = 8;
 const PANICS: u16 = 9;
-/// Reads nothing after the handshake.
+/// The server reads nothing after the handshake.
 const STALLED: u16 = 10;
 
 struct Servers {
@@ -119,7 +120,7 @@ async fn serve(
             }
             (MUTE, _) => {
                 accept(incoming);
-                // The answer is queued: poll once more to send it.
+                // Poll once more: h2 sends the queued answer in the next poll.
                 let _none = timeout(SECOND / 10, tunnel.next()).await;
                 std::future::pending::<()>().await;
             }
@@ -128,7 +129,7 @@ async fn serve(
     }
 }
 
-/// Reads until the end, then ends the stream.
+/// Accepts the stream and reads to its end, then ends it.
 fn accept(incoming: Incoming) {
     let Ok(stream) = incoming.accept(HeaderMap::new()) else { return };
     tokio::spawn(async move {
@@ -138,7 +139,7 @@ fn accept(incoming: Incoming) {
     });
 }
 
-/// A pool as the only client of some servers.
+/// A pool, and the servers that it connects to.
 struct Client {
     pool: Pool<Arc<Servers>>,
     connector: Connector,
@@ -195,7 +196,7 @@ impl Client {
         self.servers.connections.lock().unwrap()[index].clone()
     }
 
-    /// Number of requests on each connection.
+    /// The number of requests on each connection.
     fn requests(&self) -> Vec<usize> {
         let connections = self.servers.connections.lock().unwrap();
         connections.iter().map(|one| one.requests.load(Ordering::Relaxed)).collect()
@@ -212,7 +213,7 @@ impl Client {
     }
 }
 
-/// Whether `condition` is fulfilled without advancing the clock: all tasks run in memory on one
+/// Returns true once `condition` holds. Does not advance the clock: all tasks run in memory on one
 /// thread.
 async fn eventually(condition: impl Fn() -> bool) -> bool {
     for _ in 0..100_000 {

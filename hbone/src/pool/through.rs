@@ -1,13 +1,13 @@
-//! A stream through a gateway to a peer behind it: an inner tunnel in a stream of a pooled tunnel
-//! ("double HBONE").
+//! Opens a stream to a peer behind a gateway: an inner tunnel in a stream of a pooled tunnel to the
+//! gateway ("double HBONE").
 //!
 //! ```text
-//! we ═════════════ pooled tunnel ═════════════ gateway ── TCP ── peer
-//!    ───────── its stream: bytes of TLS ─────────     ──────────
-//!    ┄┄┄┄┄┄┄┄┄┄┄ inner tunnel with one stream ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄
+//! client ═════════ pooled tunnel ═════════ gateway ── TCP ── peer
+//!        ─────── its stream: TLS bytes ───────     ──────────
+//!        ┄┄┄┄┄┄┄┄┄ inner tunnel with one stream ┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄
 //! ```
 //!
-//! Not here: selecting the gateway and the expected peers.
+//! The caller selects the gateway and the expected peers.
 
 use std::sync::Arc;
 
@@ -19,23 +19,23 @@ use crate::tunnel::client::{ConnectRequest, Connector};
 use crate::tunnel::stream::TunnelStream;
 
 impl<D: Dial> Pool<D> {
-    /// Opens a stream with the request `inner` at one of `peers`, which `gateway` selects by the
-    /// request `outer`. The gateway sees neither the inner request nor the data; the stream's peer
-    /// is the one behind the gateway.
+    /// Opens a stream to one of `peers` through `gateway`, which selects the peer by the request
+    /// `outer`. The peer receives the request `inner`; the gateway sees neither that request nor
+    /// the data.
     ///
-    /// Only the tunnel to the gateway is shared. The inner tunnel has one stream and ends with it,
-    /// because the gateway selects a peer per stream. It ends at once when the gateway is no longer
-    /// trusted.
+    /// Connections share only the tunnel to the gateway. The inner tunnel has one stream and ends
+    /// with it, because the gateway selects a peer for each stream. It ends at once when the
+    /// gateway is no longer trusted.
     ///
-    /// A session with any of the same `peers` behind the same gateway is resumed if the gateway
-    /// selects the same peer. Another peer cannot decrypt the ticket and makes a full handshake.
-    /// The certificate of a resumed peer is verified again.
+    /// TLS resumes an inner session if the gateway selects the same peer again. Another peer cannot
+    /// decrypt the ticket, and makes a full handshake. A resumed peer's certificate is verified
+    /// again.
     ///
-    /// The inner handshake and answer have the pool's timeouts again.
+    /// The pool's timeouts apply to the outer and again to the inner handshake and answer.
     ///
     /// # Errors
-    /// Like [`Pool::connect`] for the gateway; [`HboneError::BehindGateway`] for failures behind
-    /// it.
+    /// Errors of the gateway as from [`Pool::connect`]. [`HboneError::BehindGateway`] for errors of
+    /// the inner tunnel.
     pub async fn connect_through(
         &self,
         gateway: &TunnelKey,

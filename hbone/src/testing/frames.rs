@@ -1,4 +1,4 @@
-//! Raw HTTP/2 frames, and a TLS client that sends them: for input that h2 would not send.
+//! Raw HTTP/2 frames and a TLS client that sends them, for input that h2 would not send.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 
@@ -17,7 +17,7 @@ pub(crate) const PING: u8 = 6;
 pub(crate) const GOAWAY: u8 = 7;
 pub(crate) const END_HEADERS: u8 = 4;
 
-/// The header of a frame with a payload of `length`.
+/// The header of a frame with `length` bytes of payload.
 pub(crate) fn head(length: usize, kind: u8, flags: u8, stream: u32) -> Vec<u8> {
     let [_, high, middle, low] = u32::try_from(length).unwrap().to_be_bytes();
     [&[high, middle, low, kind, flags][..], &stream.to_be_bytes()].concat()
@@ -27,11 +27,11 @@ pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8>
     [&head(payload.len(), kind, flags, stream), payload].concat()
 }
 
-/// A request to 10.0.0.1:80.
+/// A HEADERS frame with a CONNECT request to 10.0.0.1:80.
 pub(crate) fn connect(stream: u32) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in [(":method", "CONNECT"), (":authority", "10.0.0.1:80")] {
-        // A literal without indexing (RFC 7541 section 6.2.2).
+        // A literal header field without indexing (RFC 7541 section 6.2.2).
         block.push(0);
         for text in [name, value] {
             block.push(u8::try_from(text.len()).unwrap());
@@ -41,13 +41,14 @@ pub(crate) fn connect(stream: u32) -> Vec<u8> {
     frame(HEADERS, END_HEADERS, stream, &block)
 }
 
-/// A client with a certificate that sends arbitrary bytes.
+/// A TLS client with a certificate that sends arbitrary bytes.
 pub(crate) struct RawClient {
     io: TlsStream<Io>,
 }
 
 impl RawClient {
-    /// A client with a certificate that is valid for an hour, and its server.
+    /// Connects a client with a certificate that is valid for an hour. Returns the client and the
+    /// server's end.
     pub(crate) async fn new(settings: ServerSettings) -> (Self, ServerTunnel) {
         let authority = authority("td");
         let server = credentials(&identity(&authority, SERVER));
@@ -65,7 +66,7 @@ impl RawClient {
         (client, server.unwrap())
     }
 
-    /// The same, after sending SETTINGS.
+    /// Like [`new`](Self::new), and sends SETTINGS.
     pub(crate) async fn settled(settings: ServerSettings) -> (Self, ServerTunnel) {
         let (mut client, server) = Self::new(settings).await;
         client.send(&frame(SETTINGS, 0, 0, &[])).await;
@@ -76,12 +77,13 @@ impl RawClient {
         assert!(self.try_send(bytes).await);
     }
 
-    /// Returns true if the server accepts the bytes.
+    /// Sends bytes. Returns true if the server accepts them.
     pub(crate) async fn try_send(&mut self, bytes: &[u8]) -> bool {
         self.io.write_all(bytes).await.is_ok() && self.io.flush().await.is_ok()
     }
 
-    /// Receives frames (type, stream, payload) until the server ends, or until one of type `until`.
+    /// Receives frames (type, stream, payload) until the server closes, or until a frame of type
+    /// `until`.
     pub(crate) async fn receive(&mut self, until: Option<u8>) -> Vec<(u8, u32, Vec<u8>)> {
         let mut frames = Vec::new();
         loop {
@@ -102,7 +104,7 @@ impl RawClient {
         }
     }
 
-    /// The error code of the last GOAWAY before the server ends.
+    /// Receives until the server closes. Returns the error code of the last GOAWAY.
     pub(crate) async fn goaway(&mut self) -> Option<u32> {
         let frames = self.receive(None).await;
         let goaways = frames.iter().rev().filter(|(kind, ..)| *kind == GOAWAY);

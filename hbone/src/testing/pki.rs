@@ -1,5 +1,5 @@
-//! A certificate authority for tests, with arbitrary serial numbers, names and validity, and
-//! revocation.
+//! A certificate authority for tests: arbitrary serial numbers, names and validity, and revocation
+//! lists.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,16 +23,17 @@ use crate::identity::Identity;
 use crate::trust::Trust;
 use crate::trust::bundle::Bundle;
 
-/// A certificate authority of tests.
+/// A root or intermediate certificate authority.
 pub(crate) struct Ca {
     issuer: Issuer<'static, KeyPair>,
-    /// The intermediates, including itself unless it is a root.
+    /// The intermediate certificates. An intermediate CA's own certificate is included, a root's is
+    /// not.
     chain: Vec<CertificateDer<'static>>,
     root: CertificateDer<'static>,
     root_pem: String,
 }
 
-/// Creates the files of [`TrustSettings`].
+/// Writes the files of [`TrustSettings`].
 pub(crate) struct Files {
     dir: TempDir,
     pub(crate) settings: TrustSettings,
@@ -57,7 +58,7 @@ impl Files {
         self
     }
 
-    /// Adds a revocation list in PEM, or in DER if the extension is `der`.
+    /// Adds a revocation list: in DER if the extension of `name` is `der`, otherwise in PEM.
     pub(crate) fn crl(mut self, name: &str, list: &CertificateRevocationList) -> Self {
         let file = match name.ends_with(".der") {
             true => self.write(name, list.der()),
@@ -108,12 +109,12 @@ impl Ca {
         Bundle::from_der(Path::new("roots"), [self.root.clone()]).unwrap()
     }
 
-    /// A leaf with these names, followed by the chain.
+    /// A leaf certificate with these URI names, followed by the intermediates.
     pub(crate) fn chain(&self, names: &[&str], serial: u64) -> Vec<CertificateDer<'static>> {
         self.leaf(names, serial, clock::now() + HOUR).0
     }
 
-    /// An identity with one name that trusts this root in its own trust domain.
+    /// An identity with this URI name, which trusts this CA's root for its own trust domain.
     pub(crate) fn identity(&self, who: &str, serial: u64) -> Identity {
         self.identity_until(who, serial, clock::now() + HOUR)
     }
@@ -134,7 +135,7 @@ impl Ca {
         Identity::new(Path::new(who), chain, key, bundles).unwrap()
     }
 
-    /// A revocation list that is valid from an hour ago for two hours.
+    /// A revocation list that is valid from an hour ago until in an hour.
     pub(crate) fn revoke(&self, serials: &[u64]) -> CertificateRevocationList {
         let now = clock::now();
         self.revoke_between(serials, now - HOUR, now + HOUR)
@@ -164,7 +165,7 @@ impl Ca {
         .unwrap()
     }
 
-    /// A leaf with these names, modified by `change`.
+    /// A leaf certificate with these URI names, changed by `change`.
     pub(crate) fn leaf_with(
         &self,
         names: &[&str],
@@ -216,6 +217,6 @@ fn ca(name: &str) -> CertificateParams {
 }
 
 fn offset(time: SystemTime) -> OffsetDateTime {
-    // Certificates have a resolution of one second.
+    // Certificates contain times in whole seconds.
     OffsetDateTime::from(time).replace_nanosecond(0).unwrap()
 }

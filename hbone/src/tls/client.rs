@@ -1,7 +1,5 @@
-//! The TLS client of one generation of credentials: one configuration per peer, so that peers do
-//! not share sessions.
-//!
-//! Not here: selecting the peer, and dialling.
+//! The TLS client for one generation of credentials. Each peer has its own configuration, so that
+//! peers do not share sessions.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -25,22 +23,23 @@ use crate::identity::Identity;
 use crate::trust::Authorities;
 use crate::tunnel::io::Io;
 
-/// Maximum number of peers with stored sessions.
+/// The maximum number of peers with stored sessions.
 const PEERS: usize = 1024;
 
-/// The client side of one [`Credentials`](crate::Credentials), shared by all its connections.
+/// The TLS client for one [`Credentials`](crate::Credentials), shared by all its connections.
 #[derive(Debug)]
 pub(crate) struct ClientTls {
     authorities: Arc<Authorities>,
-    /// Expiry of our own certificate and all sessions.
+    /// The expiry of our certificate. Sessions end with it.
     expires: SystemTime,
-    /// Configuration without the parts of a peer: it expects no peer and stores no session.
+    /// The common part of all configurations: expects no peer, and stores no sessions.
     template: ClientConfig,
-    /// rustls resumes only with the same verifier and certificate as the original session.
+    /// By peer. rustls resumes a session only if verifier and certificate are the same objects as
+    /// before.
     peers: Mutex<HashMap<PeerKey, Arc<PeerTls>>>,
 }
 
-/// A session is resumed only at the same address with the same expected peers.
+/// A session is resumed only at the same address and with the same expected peers.
 type PeerKey = (SocketAddr, Arc<[SpiffeId]>);
 
 #[derive(Debug)]
@@ -62,7 +61,8 @@ impl ClientTls {
         Ok(tls)
     }
 
-    /// A client that uses the trust of `identity` and presents no certificate.
+    /// Creates a client that verifies servers by the trust of `identity`, but presents no
+    /// certificate.
     pub(crate) fn anonymous(
         identity: &Identity,
         authorities: Arc<Authorities>,
@@ -79,13 +79,13 @@ impl ClientTls {
         template.alpn_protocols = vec![ALPN.to_vec()];
         template.enable_sni = false;
         template.resumption = Resumption::disabled();
-        // The record layer needs the secrets.
+        // The record layer needs the traffic secrets.
         template.enable_secret_extraction = true;
         Ok(Self { authorities, expires: identity.expires(), template, peers: Mutex::default() })
     }
 
-    /// Handshakes with a server that must be one of `expected`; others do not receive our
-    /// certificate.
+    /// Performs a handshake. The server must have one of the `expected` identities; other servers
+    /// do not receive our certificate.
     pub(crate) async fn connect(
         &self,
         io: Io,
@@ -103,8 +103,8 @@ impl ClientTls {
         expected: &[SpiffeId],
     ) -> Result<(FinishedHandshake<UnbufferedClientConnection, Io>, Peer), HboneError> {
         let tls = self.peer((address, expected.into()));
-        // rustls requires a name; an address is never sent as SNI (RFC 6066 section 3), and our
-        // verifier ignores it.
+        // rustls requires a server name. It sends no SNI for an address (RFC 6066 section 3), and
+        // our verifier ignores the name.
         let no_name = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());
         let connection = UnbufferedClientConnection::new(tls.config.clone(), no_name);
         let finished = handshake(connection.map_err(tls_error)?, io)
@@ -125,7 +125,7 @@ impl ClientTls {
         if let Some(known) = peers.get(&key) {
             return known.clone();
         }
-        // Evict any peer: it costs one full handshake if that peer is dialled again.
+        // Evict an arbitrary peer: if it is dialled again, that costs one full handshake.
         if peers.len() >= PEERS
             && let Some(any) = peers.keys().next().cloned()
         {
@@ -150,13 +150,14 @@ impl ClientTls {
 
 #[cfg(test)]
 impl ClientTls {
-    /// A client that offers tickets although its certificate has expired.
+    /// Pretends a later expiry: the client then offers tickets although its certificate has
+    /// expired.
     pub(crate) fn with_later_expiry(mut self) -> Self {
         self.expires += std::time::Duration::from_secs(1 << 20);
         self
     }
 
-    /// Number of peers with stored sessions.
+    /// The number of peers with stored sessions.
     pub(crate) fn peers(&self) -> usize {
         self.peers.lock().unwrap().len()
     }

@@ -1,6 +1,4 @@
-//! The TLS server of one generation of credentials: one configuration for all clients.
-//!
-//! Not here: listening, and authorization.
+//! The TLS server for one generation of credentials. All clients have the same configuration.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,17 +19,17 @@ use crate::identity::Identity;
 use crate::trust::Authorities;
 use crate::tunnel::io::Io;
 
-/// Session tickets per handshake: a client opens one or two tunnels at a time, and uses each ticket
-/// once.
+/// The number of session tickets per handshake. A client opens one or two tunnels at a time, and
+/// uses each ticket once.
 const TICKETS: usize = 2;
 
-/// Time for a refused client to read the alert.
+/// The time that a refused client has to read the alert.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Maximum number of bytes that are read from a refused client: more than a preface and a first
+/// The maximum number of bytes read from a refused client: more than an HTTP/2 preface and a first
 /// request.
 const MAX_DISCARDED: u64 = 64 << 10;
 
-/// The server side of one [`Credentials`](crate::Credentials), shared by all its connections.
+/// The TLS server for one [`Credentials`](crate::Credentials), shared by all its connections.
 #[derive(Debug)]
 pub(crate) struct ServerTls {
     config: Arc<ServerConfig>,
@@ -53,7 +51,7 @@ impl ServerTls {
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity.certified_key())));
         config.alpn_protocols = vec![ALPN.to_vec()];
         config.ignore_client_order = true;
-        // The record layer needs the secrets.
+        // The record layer needs the traffic secrets.
         config.enable_secret_extraction = true;
         config.send_tls13_tickets = TICKETS;
         config.ticketer = Arc::new(Tickets::new(identity.expires())?);
@@ -61,7 +59,7 @@ impl ServerTls {
         Ok(Self { config: Arc::new(config), verifier })
     }
 
-    /// Handshakes with a client that must belong to a trust domain with known roots.
+    /// Performs a handshake. The client's trust domain must have known roots.
     pub(crate) async fn accept(&self, io: Io) -> Result<(TlsStream<Io>, Peer), HboneError> {
         let finished = self.handshake(io).await?;
         require_h2(finished.facts())?;
@@ -91,8 +89,8 @@ impl ServerTls {
     }
 }
 
-/// Lets the client read the alert. A TLS 1.3 client has started to send already: closing with
-/// unread bytes would reset the connection and discard the alert.
+/// Waits until the client has read the alert. A TLS 1.3 client may have sent data already: closing
+/// the socket with unread bytes would send RST, which discards the alert.
 async fn close_gracefully(mut io: impl AsyncRead + AsyncWrite + Unpin) {
     let close = async {
         io.shutdown().await?;

@@ -1,7 +1,7 @@
-//! Session resumption: stores a client's tickets, and creates a server's.
+//! Session resumption: stores the tickets that a client receives, and creates the tickets that a
+//! server issues.
 //!
-//! A client's tickets belong to one peer; those of both sides belong to one generation of
-//! credentials.
+//! A client's tickets belong to one peer. Tickets never outlive their generation of credentials.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,23 +17,23 @@ use super::tls_error;
 use crate::clock;
 use crate::error::HboneError;
 
-/// Maximum number of stored tickets per peer: so many tunnels can be opened at once without a full
-/// handshake.
+/// The maximum number of stored tickets per peer: the number of tunnels that can be opened at once
+/// without a full handshake.
 const TICKETS: usize = 4;
 
-/// Maximum size of a session in a ticket, in bytes. Most of it is the client's chain. Near the
-/// protocol's limit of 64 KiB the ticket would be too long, and cost more than a handshake.
+/// The maximum size of a session in a ticket, in bytes. Most of it is the client's certificate
+/// chain. A ticket near the protocol's limit of 64 KiB would cost more than a handshake.
 const SESSION_BYTES: usize = 16 << 10;
 
-/// The stored sessions of one peer.
+/// The stored sessions with one peer.
 #[derive(Debug)]
 pub(super) struct Sessions(Mutex<SessionState>);
 
 #[derive(Debug)]
 struct SessionState {
-    /// The oldest first. rustls takes each once (RFC 8446 appendix C.4).
+    /// In the order of arrival. rustls uses each ticket once (RFC 8446 appendix C.4).
     tickets: VecDeque<Tls13ClientSessionValue>,
-    /// Earliest expiry of the certificates of the original handshakes.
+    /// The earliest expiry of the certificates of the original handshakes.
     expires: SystemTime,
     group: Option<NamedGroup>,
 }
@@ -43,11 +43,12 @@ impl Sessions {
         Self(Mutex::new(SessionState { tickets: VecDeque::new(), expires, group: None }))
     }
 
-    /// Records a full handshake, whose session may be resumed until one of its certificates
+    /// Records a full handshake. Its session may be resumed until a certificate of either side
     /// expires.
     pub(super) fn record_handshake(&self, expires: SystemTime) {
         let mut state = self.state();
-        // Several servers may share an address, so the tickets may belong to several certificates.
+        // Several servers may share an address, so the stored tickets may belong to different
+        // certificates.
         let others = if state.tickets.is_empty() { expires } else { state.expires };
         state.expires = expires.min(others);
     }
@@ -96,8 +97,8 @@ impl ClientSessionStore for Sessions {
     }
 }
 
-/// Encrypted tickets that contain the session. Unlike stored sessions they use no memory that peers
-/// could fill, and no shared lock. They end with our certificate.
+/// Encrypts sessions into tickets. Unlike sessions stored at the server, tickets use no memory that
+/// peers could exhaust, and no shared lock. They expire with our certificate.
 #[derive(Debug)]
 pub(super) struct Tickets {
     keys: Arc<dyn ProducesTickets>,
@@ -105,12 +106,13 @@ pub(super) struct Tickets {
 }
 
 impl Tickets {
-    /// Tickets with new keys, which rotate every few hours, until `expires`.
+    /// Creates a source of tickets that are valid until `expires`. Their keys rotate every few
+    /// hours.
     pub(super) fn new(expires: SystemTime) -> Result<Self, HboneError> {
         Ok(Self { keys: Ticketer::new().map_err(tls_error)?, expires })
     }
 
-    /// The remaining validity in whole seconds.
+    /// The remaining validity in seconds.
     fn remaining(&self) -> u32 {
         let remaining = self.expires.duration_since(clock::now()).unwrap_or_default();
         u32::try_from(remaining.as_secs()).unwrap_or(u32::MAX)

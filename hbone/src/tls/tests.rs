@@ -1,5 +1,5 @@
-//! Accepted and rejected handshakes. A side that fails the handshake has no tunnel, so no CONNECT
-//! can pass.
+//! Tests of accepted and rejected handshakes. A side that fails the handshake has no tunnel, so
+//! that no CONNECT can pass.
 
 mod interop;
 
@@ -31,7 +31,7 @@ use crate::trust::bundle::Bundle;
 use crate::tunnel::client::Tunnel;
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
-/// The results of the client, at the latest at its first request, and of the server.
+/// The error of the client, at the latest of its first request, and the error of the server.
 async fn handshake_errors(
     client: &Identity,
     server: &Identity,
@@ -99,11 +99,11 @@ async fn both_sides_reject_unknown_authority() {
     let (ours, other) = (authority("td"), authority("td"));
     let (client, server) =
         handshake_errors(&identity(&ours, CLIENT), &identity(&other, SERVER), SERVER).await;
-    // The roots have the same name, as in two meshes that are both called cluster.local.
+    // Both roots have the same name, as in two meshes that are both called cluster.local.
     failed_with(&client, "BadSignature");
     refused_with(&server, "DecryptError");
 
-    // The client trusts both, the server does not.
+    // The client trusts both authorities, the server only its own.
     let roots = format!("{}{}", ours.roots_pem(), other.roots_pem());
     let both = [Usage::ServerAuth, Usage::ClientAuth];
     let client = issued(&other, CLIENT, SystemTime::now() + HOUR, &both, &roots);
@@ -157,7 +157,7 @@ async fn foreign_client_requires_roots_of_its_trust_domain() {
     let foreign_id = "spiffe://other/foreign";
     let federated = Files::new().bundle("td", &ours);
     let client = Credentials::new(other.identity(foreign_id, 1), federated.trust()).unwrap();
-    // Roots of a foreign domain among ours are not enough.
+    // Roots of another domain beside ours are not enough.
     let both = Bundle::from_der(Path::new("both"), [ours.certificate(), other.certificate()]);
     let domain: TrustDomain = "td".parse().unwrap();
     let server =
@@ -183,7 +183,7 @@ async fn rejects_certificate_for_the_other_role() {
     failed_with(&server, "client authentication");
 }
 
-/// Credentials that allow these ciphers in this order.
+/// Credentials that allow these ciphers, in this order of preference.
 fn with_ciphers(identity: &Identity, ciphers: &[Cipher]) -> Credentials {
     let settings = TrustSettings { ciphers: ciphers.to_vec(), ..TrustSettings::default() };
     Credentials::new(identity.clone(), Trust::read(&settings).unwrap()).unwrap()
@@ -198,7 +198,7 @@ async fn tunnel_uses_common_cipher_preferred_by_server() {
     let (client, server) = (identity(&authority, CLIENT), identity(&authority, SERVER));
     for (of_client, of_server, expected) in [
         (&Cipher::ALL[..], &Cipher::ALL[..], small),
-        // The ciphers of a stock ztunnel.
+        // The ciphers of an unmodified ztunnel.
         (&[Aes256Gcm, Aes128Gcm], &Cipher::ALL, small),
         (&Cipher::ALL, &[Aes256Gcm, Aes128Gcm], large),
         (&[Aes256Gcm], &Cipher::ALL, large),
@@ -233,7 +233,7 @@ impl ResolvesClientCert for NoCertificate {
     }
 }
 
-/// A client with any configuration, which stays connected until the server has finished.
+/// Connects with any TLS configuration, and stays connected until `visited` completes.
 async fn visit<T>(config: ClientConfig, visited: impl Future<Output = T>, near: DuplexStream) -> T {
     let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
@@ -241,7 +241,7 @@ async fn visit<T>(config: ClientConfig, visited: impl Future<Output = T>, near: 
     visited
 }
 
-/// The configuration of our client, with another key exchange.
+/// Our client's configuration, with another key exchange.
 fn config(
     authority: &CertificateAuthority,
     groups: &[&'static dyn SupportedKxGroup],
@@ -263,7 +263,7 @@ fn config(
     config
 }
 
-/// The server's error for a client with a changed configuration.
+/// The server's error for a client whose configuration `change` has modified.
 async fn accept_from(change: impl FnOnce(&mut ClientConfig)) -> HboneError {
     let authority = authority("td");
     let mut config = config(&authority, &[kx_group::X25519MLKEM768]);

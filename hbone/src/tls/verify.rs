@@ -1,7 +1,7 @@
-//! Verifies the peer's identity inside the handshake: a wrong server never receives our
-//! certificate, and no HTTP/2 is sent to a wrong peer.
+//! Verifies the peer's identity during the handshake: a wrong server does not receive our
+//! certificate, and a wrong peer receives no HTTP/2.
 //!
-//! Not here: the rules of verification (`trust/authorities.rs`).
+//! `trust::authorities` has the rules.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -23,8 +23,8 @@ use crate::identity::svid::workload_id;
 use crate::identity::system_time;
 use crate::trust::Authorities;
 
-/// A peer's identity, proven in a TLS handshake, or by a chain whose key is in this process. Cheap
-/// to clone.
+/// The verified identity of a peer: proven in a handshake, or by a certificate whose key is in this
+/// process. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PeerIdentity(Arc<VerifiedIdentity>);
 
@@ -34,28 +34,28 @@ struct VerifiedIdentity {
     aliases: Arc<[TrustDomain]>,
 }
 
-/// A peer and its certificate chain, which is verified again when trust changes. rustls limits the
+/// A peer with its certificate chain, which is verified again when trust changes. rustls limits the
 /// chain to 64 KiB.
 #[derive(Debug)]
 pub(crate) struct Peer {
     pub(crate) identity: PeerIdentity,
-    /// The expiry of its leaf.
+    /// The expiry of the leaf certificate.
     pub(crate) expires: SystemTime,
-    /// Whether this handshake resumed an earlier session.
+    /// True if the handshake resumed a session.
     pub(crate) resumed: bool,
     chain: Vec<CertificateDer<'static>>,
     expected: ExpectedPeer,
     proven: UnixTime,
 }
 
-/// The errors of both ends after one has rejected the chain of the other.
+/// The errors of both sides after one side rejected the other's certificate chain.
 #[derive(Debug)]
 pub(crate) struct RejectedPeer {
     pub(crate) reason: HboneError,
     pub(crate) seen_by_peer: HboneError,
 }
 
-/// Verifies the expected servers, or clients of known trust domains.
+/// Verifies a server against the expected identities, or a client against known trust domains.
 #[derive(Debug)]
 pub(super) struct Verifier {
     pub(super) authorities: Arc<Authorities>,
@@ -63,21 +63,21 @@ pub(super) struct Verifier {
 }
 
 impl PeerIdentity {
-    /// The SPIFFE ID in the peer's certificate, even if its trust domain is an alias of ours.
+    /// The SPIFFE ID in the peer's certificate. An alias of our trust domain is not translated.
     pub fn spiffe_id(&self) -> &SpiffeId {
         &self.0.id
     }
 
-    /// All names of the peer's trust domain if it is ours and has aliases. Policies may name the
-    /// peer with each of them.
+    /// All names of the peer's trust domain, if it is ours and has aliases. A policy may use any of
+    /// them.
     pub fn aliases(&self) -> &Arc<[TrustDomain]> {
         &self.0.aliases
     }
 }
 
 impl Peer {
-    /// The peer of a finished handshake. The chain of a resumed session is verified again, since
-    /// time has passed.
+    /// The peer of a finished handshake. Verifies the chain of a resumed session again, since time
+    /// has passed.
     pub(super) fn of(connection: &CommonState, verifier: &Verifier) -> Result<Self, HboneError> {
         let chain = connection.peer_certificates().ok_or(HboneError::NoPeerCertificate)?;
         let (leaf, intermediates) = chain.split_first().ok_or(HboneError::NoPeerCertificate)?;
@@ -103,8 +103,8 @@ impl Peer {
         })
     }
 
-    /// The peer that results from a handshake with another identity of this process, whose
-    /// certificate is the first of `chain`.
+    /// The peer for a connection to another identity of this process. `chain` starts with that
+    /// identity's certificate.
     pub(crate) fn of_chain(
         chain: &[CertificateDer<'static>],
         authorities: &Authorities,
@@ -131,14 +131,14 @@ impl Peer {
         })
     }
 
-    /// The error with which `authorities` would have rejected the peer at its handshake; `None` if
-    /// they would not, or cannot tell. Later expiry is ignored: a tunnel may outlive its
+    /// The error with which a handshake under `authorities` would reject this peer. `None` if it
+    /// would accept the peer, or cannot decide. Ignores expiry: a tunnel may outlive its
     /// certificates.
     pub(crate) fn distrusted(&self, authorities: &Authorities) -> Option<HboneError> {
         let (leaf, intermediates) = self.chain.split_first()?;
         let judged = authorities.judge(leaf, intermediates, &self.expected, self.proven);
         match judged.map_err(rejection).err()? {
-            // An error of the lists, not of the peer. New handshakes are refused for it.
+            // The problem is in the lists, not in the peer: only new handshakes are refused.
             HboneError::RevocationUnknown { .. }
             | HboneError::RevocationListExpired { .. }
             | HboneError::RevocationListUntrusted { .. } => None,
@@ -147,7 +147,8 @@ impl Peer {
     }
 }
 
-/// A malformed leaf is rejected elsewhere; here it counts as expired.
+/// The expiry of a leaf certificate. A malformed one, which verification rejects, counts as
+/// expired.
 fn expiry(leaf: &CertificateDer<'_>) -> SystemTime {
     let parsed = x509_parser::parse_x509_certificate(leaf);
     parsed.map_or(SystemTime::UNIX_EPOCH, |(_, leaf)| system_time(leaf.validity().not_after))
@@ -190,7 +191,8 @@ impl ServerCertVerifier for Verifier {
 }
 
 impl ClientCertVerifier for Verifier {
-    /// None: a client has only one certificate, and our federated domains stay private.
+    /// Sends no names of roots: a client has only one certificate, and the names would disclose
+    /// federated domains.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }

@@ -1,7 +1,7 @@
-//! Verifies a peer: the name in its leaf determines its trust domain, and only that domain's roots
-//! can verify its chain.
+//! Verifies a peer: the name in its certificate determines its trust domain, and only the roots of
+//! that domain can verify its chain.
 //!
-//! Not here: the handshake (`tls`), and authorization.
+//! `tls` performs the handshake; this is not authorization.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ use crate::identity::Identity;
 use crate::identity::svid::workload_id;
 use crate::trust::bundle::Bundle;
 
-/// Everything that one generation of credentials trusts.
+/// All roots and revocation lists of one generation of credentials.
 #[derive(Debug)]
 pub(crate) struct Authorities {
     own: TrustDomain,
-    /// Our own trust domain and its aliases; empty without aliases.
+    /// Our trust domain and its aliases. Empty if there are no aliases.
     aliases: Arc<[TrustDomain]>,
-    /// The bundles that came with our certificate.
+    /// The roots that came with our certificate.
     bundles: BTreeMap<TrustDomain, Bundle>,
     trust: Trust,
     algorithms: WebPkiSupportedAlgorithms,
@@ -50,25 +50,26 @@ impl Authorities {
         &self.algorithms
     }
 
-    /// All names of the trust domain of `id`; empty if it has only one.
+    /// All names of the trust domain of `id`. Empty if it has only one name.
     pub(crate) fn aliases(&self, id: &SpiffeId) -> Arc<[TrustDomain]> {
         if self.is_own(id.trust_domain()) { self.aliases.clone() } else { Arc::default() }
     }
 
-    /// The expectation of a server: a client with an identity of any trust domain with known roots.
+    /// The expectation of a server: a client of any trust domain with known roots.
     pub(crate) fn any_member(&self) -> ExpectedPeer {
         ExpectedPeer::MemberOf(self.own.clone())
     }
 
-    /// Whether `other` has the same trust, without comparing the contents of files.
+    /// Returns true if `other` contains the same roots and lists. Compares references, not file
+    /// contents.
     pub(crate) fn trust_as(&self, other: &Self) -> bool {
         (&self.own, &self.trust, &self.bundles) == (&other.own, &other.trust, &other.bundles)
     }
 
-    /// Verifies a chain at the time `now` (roots, validity, purpose, revocation) and returns the
-    /// identity that it proves.
+    /// Verifies a certificate chain at the time `now`: roots, validity, purpose and revocation.
+    /// Returns the identity that it proves.
     ///
-    /// The name selects the roots, so it is read first. It is neither compared nor quoted in an
+    /// The identity selects the roots, so it is read first. It is not compared or quoted in an
     /// error before the chain is verified.
     pub(crate) fn judge(
         &self,
@@ -89,8 +90,7 @@ impl Authorities {
         }
     }
 
-    /// Whether a verified identity is an expected one. Any member whose trust domain has known
-    /// roots is expected.
+    /// Returns true if a verified identity matches the expectation.
     fn is_expected(&self, id: &SpiffeId, expected: &ExpectedPeer) -> bool {
         match expected {
             ExpectedPeer::OneOf(expected) => expected.iter().any(|one| self.is_same(one, id)),
@@ -98,7 +98,7 @@ impl Authorities {
         }
     }
 
-    /// The roots of a trust domain. Our own domain's never come from other sources.
+    /// The roots of a trust domain. Those of our own domain come only with our certificate.
     fn bundle(&self, trust_domain: &TrustDomain) -> Result<&Bundle, HboneError> {
         let bundle = if self.is_own(trust_domain) {
             self.bundles.get(&self.own)
@@ -145,7 +145,7 @@ impl Authorities {
         Ok(())
     }
 
-    /// Converts an error of webpki like rustls, so that the peer receives the right alert.
+    /// Converts an error of webpki as rustls does, so that the peer receives the right alert.
     fn explain(
         &self,
         error: webpki::Error,
@@ -174,12 +174,12 @@ impl Authorities {
     }
 }
 
-/// Wraps our own error for the handshake; `tls` unwraps it.
+/// Wraps our error in one of rustls. `tls` unwraps it.
 fn rejected(error: HboneError) -> Error {
     CertificateError::Other(OtherError(Arc::new(error))).into()
 }
 
-/// The required key usage: a server is expected by ID, a client by trust domain.
+/// The required key usage. Only servers are expected by identity.
 fn usage(expected: &ExpectedPeer) -> KeyUsage {
     match expected {
         ExpectedPeer::OneOf(_) => KeyUsage::server_auth(),
@@ -187,7 +187,7 @@ fn usage(expected: &ExpectedPeer) -> KeyUsage {
     }
 }
 
-/// webpki's error with a bounded length: it quotes algorithm identifiers, whose length the peer
+/// An error of webpki with a bounded length. It quotes algorithm identifiers, whose length the peer
 /// chooses.
 fn unspecific(error: &webpki::Error) -> CertificateError {
     let error = HboneError::InvalidCertificate { reason: Quoted::new(error) };

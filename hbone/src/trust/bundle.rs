@@ -1,4 +1,4 @@
-//! The roots of one trust domain. `trust` maps trust domains to bundles.
+//! The roots of one trust domain.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,20 +9,20 @@ use rustls_pki_types::{CertificateDer, TrustAnchor};
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::pem;
 
-/// The roots of one trust domain, at least one. Cheap to clone.
+/// The roots of one trust domain. Contains at least one. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Bundle(Arc<RootCertStore>);
 
 impl Bundle {
-    /// Parses certificates in PEM; errors use `name`.
+    /// Parses PEM certificates. Errors use `name` as the file.
     ///
     /// # Errors
-    /// [`HboneError::Credential`] if there is no certificate, or one is malformed.
+    /// [`HboneError::Credential`] if there is no certificate, or if one is malformed.
     pub fn from_pem(name: &Path, pem: &[u8]) -> Result<Self, HboneError> {
         Self::from_der(name, pem::certificates(name, pem)?)
     }
 
-    /// Parses certificates in DER.
+    /// Parses DER certificates.
     ///
     /// # Errors
     /// As [`Bundle::from_pem`].
@@ -51,7 +51,6 @@ impl Bundle {
     }
 }
 
-/// Compares the roots.
 impl PartialEq for Bundle {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0) || self.0.roots == other.0.roots

@@ -1,7 +1,7 @@
-//! The trust between two identities of one process, checked as a handshake between them would check
-//! it. Their connections need no tunnel.
+//! Trust between two identities of one process, whose connections need no tunnel. The checks are
+//! those of a handshake.
 //!
-//! Not here: the verification itself (`trust/authorities.rs`), and authorization.
+//! `trust::authorities` verifies the chains; this is not authorization.
 
 use std::sync::Arc;
 
@@ -16,39 +16,40 @@ use crate::tls::{Peer, PeerIdentity, RejectedPeer};
 use crate::trust::revocation::RevocationMonitor;
 use crate::tunnel::tunnel_state::{RevocationSignal, TunnelState};
 
-/// Two identities that trust each other, like the ends of a tunnel. It ends when either no longer
-/// trusts the other.
+/// Two identities that trust each other, like the ends of a tunnel, until either no longer trusts
+/// the other.
 #[derive(Debug)]
 pub struct MutualTrust {
     generations: [Credentials; 2],
-    /// The server as the client has verified it.
+    /// The server's identity and revocation, as verified by the client.
     server: Arc<TunnelState>,
-    /// The client as the server has verified it.
+    /// The client's identity and revocation, as verified by the server.
     client: Arc<TunnelState>,
     monitoring: AbortHandle,
 }
 
-/// Why two identities do not trust each other, with the error of each as in a handshake.
+/// The reason why two identities do not trust each other. Each side has its own error, as in a
+/// handshake.
 #[derive(Debug, Clone)]
 pub struct Distrust {
-    /// The client's error.
+    /// The error that the client would report.
     pub client: HboneError,
-    /// The server's error.
+    /// The error that the server would report.
     pub server: HboneError,
 }
 
 impl MutualTrust {
-    /// Verifies the server, which must be one of `expected`, and then the client, which must belong
-    /// to a trust domain with known roots. A task on the caller's runtime follows changes of trust.
+    /// Verifies that the server has an `expected` identity, then that the client's trust domain has
+    /// known roots. Spawns a task on the current runtime that follows changes of trust.
     ///
     /// # Errors
-    /// The end that rejects the other, and its reason.
+    /// The errors of both sides.
     pub fn establish(
         client: &watch::Receiver<Credentials>,
         server: &watch::Receiver<Credentials>,
         expected: &Arc<[SpiffeId]>,
     ) -> Result<Self, Box<Distrust>> {
-        // The monitors observe all changes after this point.
+        // Subscribe before verifying, so that the monitors observe all later changes.
         let (mut client, mut server) = (client.clone(), server.clone());
         let [own, other] =
             [&mut client, &mut server].map(|credentials| credentials.borrow_and_update().clone());
@@ -81,30 +82,30 @@ impl MutualTrust {
         })
     }
 
-    /// Whether a connection may start: both ends still have the verified certificates and trust,
-    /// which are still monitored, and no certificate has expired.
+    /// Returns true if a new connection may start: both identities and their trust are unchanged
+    /// since they were verified, are still monitored, and have not expired.
     pub fn is_current(&self, client: &Credentials, server: &Credentials) -> bool {
         let [own, other] = &self.generations;
         let is_same = own.is_same(client) && other.is_same(server);
         is_same && !self.monitoring.is_finished() && !self.server.is_expired()
     }
 
-    /// The identity that the server has proven to the client.
+    /// The server's identity, verified by the client.
     pub fn server(&self) -> &PeerIdentity {
         self.server.peer()
     }
 
-    /// The identity that the client has proven to the server.
+    /// The client's identity, verified by the server.
     pub fn client(&self) -> &PeerIdentity {
         self.client.peer()
     }
 
-    /// Completes when the client no longer trusts the server.
+    /// A signal for the time when the client no longer trusts the server.
     pub fn server_revocation(&self) -> RevocationSignal {
         self.server.revocation()
     }
 
-    /// Completes when the server no longer trusts the client.
+    /// A signal for the time when the server no longer trusts the client.
     pub fn client_revocation(&self) -> RevocationSignal {
         self.client.revocation()
     }
@@ -124,7 +125,7 @@ fn verify(
     Peer::of_chain(peer.identity().chain(), by.authorities(), expected)
 }
 
-/// Signals each end that no longer trusts its peer; both ends after a panic of a monitor.
+/// Revokes each side that the other no longer trusts. Revokes both after a panic of a monitor.
 async fn follow(ends: [(RevocationMonitor, Arc<TunnelState>); 2]) {
     let peers = ends.each_ref().map(|(_, peer)| peer.clone());
     let [client, server] = ends.map(|(mut monitor, peer)| async move {
@@ -132,7 +133,7 @@ async fn follow(ends: [(RevocationMonitor, Arc<TunnelState>); 2]) {
         peer.revoke(reason);
     });
     log_panic("monitor of revocations", async { tokio::join!(client, server) }).await;
-    // Without a panic both are revoked already, and the first reason stays.
+    // If no monitor panicked, both are revoked already, and the first reason stays.
     for peer in peers {
         peer.revoke(HboneError::Lost { source: None });
     }

@@ -1,5 +1,5 @@
-//! Verifies the peer of an open tunnel again when the trust changes, so that a revocation ends the
-//! tunnel. The verification itself is in `trust/authorities.rs`.
+//! Verifies the peer of an open tunnel again when the trust changes, so that a revocation
+//! terminates the tunnel. `trust::authorities` verifies.
 
 use std::fmt;
 use std::future::pending;
@@ -15,12 +15,13 @@ use crate::tls::Peer;
 use crate::trust::Authorities;
 use crate::tunnel::tunnel_state::OpenStream;
 
-/// Monitors one tunnel.
+/// Completes when the peer of one tunnel is no longer trusted.
 pub(crate) struct RevocationMonitor(Pin<Box<dyn Future<Output = HboneError> + Send + Sync>>);
 
 impl RevocationMonitor {
-    /// `credentials` were last read for the handshake with `peer`, which `authorities` verified. A
-    /// tunnel inside `carrier`, a stream of another tunnel, is trusted only as long as that one.
+    /// Creates a monitor for a tunnel whose `peer` was verified by `authorities`, with the last
+    /// value that was read from `credentials`. `carrier` is the outer tunnel, if any: its
+    /// revocation applies to the inner tunnel too.
     pub(crate) fn new(
         credentials: watch::Receiver<Credentials>,
         authorities: Arc<Authorities>,
@@ -39,7 +40,7 @@ impl RevocationMonitor {
         }
     }
 
-    /// A monitor that completes with `reason`.
+    /// Creates a monitor that completes with `reason`.
     #[cfg(test)]
     pub(crate) fn testing(
         reason: impl Future<Output = HboneError> + Send + Sync + 'static,
@@ -47,7 +48,7 @@ impl RevocationMonitor {
         Self(Box::pin(reason))
     }
 
-    /// Ready, once, when the peer is no longer trusted.
+    /// Returns `Ready` once, when the peer is no longer trusted.
     pub(crate) fn poll_distrusted(&mut self, cx: &mut Context<'_>) -> Poll<HboneError> {
         self.0.as_mut().poll(cx)
     }
@@ -66,11 +67,11 @@ async fn until_distrusted(
 ) -> HboneError {
     loop {
         if credentials.changed().await.is_err() {
-            // Without a publisher the trust does not change.
+            // The publisher of credentials is dropped: the trust does not change any more.
             return pending().await;
         }
         let current = credentials.borrow_and_update().authorities().clone();
-        // Our own new certificate changes no peer's trust: skip the signatures.
+        // A renewal of our certificate does not change the trust in peers: do not verify again.
         if !current.trust_as(&authorities)
             && let Some(reason) = peer.distrusted(&current)
         {

@@ -1,8 +1,8 @@
-//! Certificate revocation lists (RFC 5280 section 5): reads them, and selects the lists for a
+//! Reads certificate revocation lists (RFC 5280 section 5), and selects the lists for a certificate
 //! chain.
 //!
-//! Not here: checking certificates and signatures, which webpki does. A list that does not parse is
-//! rejected when it is read.
+//! webpki checks certificates and signatures. A list that does not parse is rejected when it is
+//! read.
 
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -17,8 +17,8 @@ use crate::clock;
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::{pem, system_time};
 
-/// The lists of all files. Without lists nothing is checked; otherwise a certificate without a list
-/// is refused.
+/// The revocation lists of all files. If there are none, revocation is not checked; otherwise a
+/// certificate without a list is refused.
 #[derive(Debug, Default)]
 pub(crate) struct Revocations(Vec<RevocationList>);
 
@@ -34,18 +34,19 @@ struct RevocationList {
 /// The certificates that a list covers. Of two lists with the same scope, the newer one applies.
 #[derive(Debug, PartialEq, Eq)]
 struct Scope {
-    /// The issuer's name in DER.
+    /// The issuer's distinguished name in DER.
     issuer: Vec<u8>,
-    /// The identifier of the signing key, if present: an issuer that changes its key keeps its
+    /// The identifier of the signing key, if present. An issuer that changes its key keeps its
     /// name.
     key: Option<Vec<u8>>,
-    /// The extension that limits it to some of the issuer's certificates.
+    /// The extension that limits the list to some of the issuer's certificates.
     distribution_point: Option<Vec<u8>>,
 }
 
 impl Revocations {
     /// # Errors
-    /// [`HboneError::Credential`] for a file that cannot be read, or contains anything unsupported.
+    /// [`HboneError::Credential`] for a file that cannot be read, or that contains anything
+    /// unsupported.
     pub(super) fn read(files: &[PathBuf]) -> Result<Self, HboneError> {
         let mut lists = Self::default();
         for file in files {
@@ -68,8 +69,8 @@ impl Revocations {
         }
     }
 
-    /// All lists, those with a signing key of this chain first: webpki takes the first list with
-    /// the issuer's name.
+    /// All lists. Those that a key in this chain has signed are first, because webpki uses the
+    /// first list with the issuer's name.
     pub(super) fn for_chain(
         &self,
         leaf: &CertificateDer<'_>,
@@ -88,7 +89,7 @@ impl Revocations {
         lists.into_iter().map(|list| &list.list).collect()
     }
 
-    /// The error of webpki if it concerns the lists; otherwise `None`.
+    /// Converts an error of webpki about the lists. `None` for other errors.
     pub(super) fn explain(
         &self,
         error: &webpki::Error,
@@ -127,7 +128,7 @@ impl Revocations {
         };
         let mut uncovered = parsed(leaf, intermediates).filter(|one| !covered(one));
         uncovered.next().map_or_else(
-            // The issuer has lists, but only for other certificates.
+            // The issuer's lists cover only other certificates.
             || "each distribution point".to_owned(),
             |certificate| certificate.issuer().to_string(),
         )
@@ -163,7 +164,7 @@ impl RevocationList {
     }
 }
 
-/// The certificates of a chain that parse; others are rejected elsewhere.
+/// The certificates of a chain that parse. Verification rejects a chain with any other.
 fn parsed<'a>(
     leaf: &'a CertificateDer<'_>,
     intermediates: &'a [CertificateDer<'_>],
@@ -173,7 +174,7 @@ fn parsed<'a>(
         .filter_map(|der| Some(x509_parser::parse_x509_certificate(der).ok()?.1))
 }
 
-/// The authority key identifier (RFC 5280 sections 4.2.1.1 and 5.2.1).
+/// Reads the authority key identifier (RFC 5280 sections 4.2.1.1 and 5.2.1).
 fn issuer_key(extensions: &[X509Extension<'_>]) -> Option<Vec<u8>> {
     extensions.iter().find_map(|extension| match extension.parsed_extension() {
         ParsedExtension::AuthorityKeyIdentifier(issuer) => {

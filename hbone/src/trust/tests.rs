@@ -1,4 +1,4 @@
-//! Verification by roots, aliases and revocation lists, and changes of files.
+//! Tests of verification by roots, aliases and revocation lists, and of changes of files.
 
 use std::fs;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ fn as_server(
     judge.judge(&chain[0], &chain[1..], &expected, clock::unix(clock::now()))
 }
 
-/// Our error inside the error of rustls.
+/// Unwraps our error from the error of rustls.
 fn ours(result: Result<SpiffeId, rustls::Error>) -> HboneError {
     match result.unwrap_err() {
         rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {
@@ -128,7 +128,7 @@ fn settings_bundles_override_bundles_of_identity() {
     assert_eq!(as_client(&judge, &settings.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
     as_client(&judge, &spire.chain(&[FOREIGN], 2)).unwrap_err();
     assert_eq!(as_client(&judge, &spire.chain(&[third], 2)), Ok(id(third)));
-    // The roots of our own domain come from the identity only.
+    // The roots of our own trust domain come only with the identity.
     assert_eq!(as_client(&judge, &ca.chain(&[CLIENT], 2)), Ok(id(CLIENT)));
     as_client(&judge, &settings.chain(&[CLIENT], 2)).unwrap_err();
 }

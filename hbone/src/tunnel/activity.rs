@@ -1,28 +1,29 @@
-//! Counts a peer's activity on one connection: useful traffic, refused requests, the unfinished
-//! frame, and the exceeded limit.
+//! Counts a peer's activity on a connection: useful traffic, refused requests, the unfinished
+//! frame, and the first exceeded limit.
 //!
-//! The streams count, and the connection's task reads. `inspect.rs` checks frames, `server.rs`
-//! checks requests.
+//! Streams count, and the connection's task reads. `inspect` checks frames, `server` checks
+//! requests.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use crate::tunnel::inspect::{TunnelLimit, UnfinishedFrame};
 
-/// The size in bytes of the parts into which useful data is counted.
+/// Useful data is counted in units of this many bytes.
 const USEFUL_UNIT: usize = 4 << 10;
 
-/// The counters. Streams write them; the task that drives the connection reads them.
+/// The counters of one connection.
 #[derive(Debug, Default)]
 pub(crate) struct PeerActivity {
     useful: AtomicU64,
     refused: AtomicU64,
-    /// 0 if no frame is unfinished; otherwise (time + 1) << 1, with bit 0 set for a DATA frame.
+    /// Zero if no frame is unfinished. Otherwise (time + 1) << 1, with bit 0 set for a DATA frame.
     unfinished: AtomicU64,
     exceeded: OnceLock<TunnelLimit>,
-    /// The cost of sent small DATA frames in the accounting of the peer's h2, as an upper bound.
+    /// The cost of the small DATA frames that were sent, in the accounting of the peer's h2. An
+    /// upper bound.
     small_frame_debt: AtomicU64,
-    /// True if the peer accepts as many small frames as this side.
+    /// True if the peer accepts as many small frames as underpass does.
     accepts_small_frames: AtomicBool,
 }
 
@@ -65,8 +66,7 @@ impl PeerActivity {
     }
 
     pub(crate) fn reduce_small_frame_debt(&self, cost: u64) {
-        // All streams of a connection run on one thread, so load and store need not be atomic
-        // together.
+        // Load and store may be separate: all streams of a connection run on one thread.
         self.small_frame_debt.store(self.small_frame_debt().saturating_sub(cost), Relaxed);
     }
 
@@ -78,7 +78,7 @@ impl PeerActivity {
         self.accepts_small_frames.store(true, Relaxed);
     }
 
-    /// Records the limit that the peer exceeded. Only the first one is kept.
+    /// Records the limit that the peer exceeded. Keeps only the first one.
     pub(crate) fn exceed(&self, limit: TunnelLimit) {
         let _first = self.exceeded.set(limit);
     }

@@ -6,20 +6,20 @@ use std::str::FromStr;
 
 use crate::error::HboneError;
 
-/// The maximum lengths of a host name and a label (RFC 1035 section 2.3.4).
+/// The maximum length of a host name (RFC 1035 section 2.3.4).
 const MAX_NAME_BYTES: usize = 253;
 const MAX_LABEL_BYTES: usize = 63;
 
 /// The destination of a CONNECT request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Authority {
-    /// An IP address and port.
+    /// An IP address and a port.
     Address(SocketAddr),
     /// A host name in lower case, and a port.
     Name {
-        /// The unresolved name.
+        /// The host name, which is not resolved.
         host: String,
-        /// The port, not 0.
+        /// The port, which is not 0.
         port: u16,
     },
 }
@@ -58,7 +58,7 @@ fn parse(text: &str) -> Option<Authority> {
     }
     match host.parse() {
         Ok(IpAddr::V4(ip)) => Some(Authority::Address(SocketAddr::from((ip, port)))),
-        // An IPv6 address requires brackets (RFC 3986 section 3.2.2).
+        // RFC 3986 section 3.2.2: an IPv6 address must be in brackets.
         Ok(IpAddr::V6(_)) => None,
         Err(_) => is_name(host).then(|| Authority::Name { host: host.to_ascii_lowercase(), port }),
     }
@@ -69,7 +69,7 @@ fn is_name(host: &str) -> bool {
         let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_');
         (1..=MAX_LABEL_BYTES).contains(&label.len()) && label.bytes().all(allowed)
     };
-    // Some resolvers treat a numeric last label as part of an IPv4 address: `010.0.0.1`, `10.1`.
+    // Some resolvers read a name with a numeric last label as an IPv4 address: `010.0.0.1`, `10.1`.
     let numeric =
         host.rsplit('.').next().is_some_and(|last| last.bytes().all(|c| c.is_ascii_digit()));
     host.len() <= MAX_NAME_BYTES && host.split('.').all(label) && !numeric

@@ -1,7 +1,5 @@
-//! Tracks whether a connection is blocked on writes. While it is, streams gather small writes
-//! instead of queueing a frame for each.
-//!
-//! Not here: gathering (`stream/gather.rs`).
+//! Tracks whether the peer has stopped reading a connection. While it has, streams gather small
+//! writes (`stream::gather`) instead of queueing a frame for each.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +10,7 @@ use std::task::{Context, Poll, Waker};
 #[derive(Debug, Default)]
 pub(crate) struct BackPressure {
     blocked: AtomicBool,
-    /// By stream, so that a stream has one waker at most, and none after its end.
+    /// One waker for each waiting stream, removed when the stream ends.
     waiting: Mutex<HashMap<u32, Waker>>,
 }
 
@@ -29,14 +27,14 @@ impl BackPressure {
         }
     }
 
-    /// Ready while the connection is not blocked. Otherwise wakes the task of `stream` when it is
-    /// writable again.
+    /// Ready while the connection is not blocked. Otherwise registers the task of `stream` to be
+    /// woken.
     pub(crate) fn poll_writable(&self, stream: u32, cx: &Context<'_>) -> Poll<()> {
         if !self.blocked.load(Ordering::Relaxed) {
             return Poll::Ready(());
         }
         let mut waiting = self.waiting();
-        // Check again under the lock: set_blocked stores the flag before it takes the lock.
+        // Check again under the lock: `set_blocked` stores the flag before it takes the lock.
         if !self.blocked.load(Ordering::SeqCst) {
             return Poll::Ready(());
         }
@@ -44,9 +42,9 @@ impl BackPressure {
         Poll::Pending
     }
 
-    /// Drops the waker of a stream that has ended.
+    /// Removes the waker of a stream that has ended.
     pub(crate) fn remove_stream(&self, stream: u32) {
-        // Drop the waker outside the lock, because that may drop its task.
+        // Drop the waker outside of the lock: dropping it may drop its task.
         let _waker = self.waiting().remove(&stream);
     }
 

@@ -1,6 +1,6 @@
-//! The client of a tunnel: one TLS and HTTP/2 connection, and CONNECT requests in it.
+//! The client of a tunnel: one TLS and HTTP/2 connection, and CONNECT requests on it.
 //!
-//! Not here: dialling and selecting a tunnel (`pool`).
+//! `pool` dials and selects tunnels.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -33,7 +33,7 @@ use crate::tunnel::settings::{ClientSettings, MAX_FRAME_SIZE, SMALL_FRAME_BUDGET
 use crate::tunnel::stream::{TunnelReader, TunnelStream};
 use crate::tunnel::tunnel_state::{Monitored, OpenStream, TunnelState, Windows};
 
-/// Opens tunnels, each with the current [`Credentials`]. Cheap to clone.
+/// Opens tunnels with the current [`Credentials`]. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Connector {
     credentials: watch::Receiver<Credentials>,
@@ -41,14 +41,14 @@ pub struct Connector {
     settings: ClientSettings,
 }
 
-/// A connection to an authenticated server. Clones share it. It ends when neither a clone nor a
-/// stream is left, or when it is lost.
+/// A connection to an authenticated server. Clones share it. It closes with its last clone and
+/// stream, or when it is lost.
 #[derive(Debug, Clone)]
 pub struct Tunnel {
     send: SendRequest<Bytes>,
     tunnel_state: Arc<TunnelState>,
     resumed: bool,
-    /// Whether a certificate had expired before the handshake: then the server refuses ours, and
+    /// True if a certificate had expired before the handshake. The server then refuses ours, and
     /// its alert is more specific than our own check.
     was_expired: bool,
 }
@@ -58,31 +58,31 @@ pub struct Tunnel {
 pub struct ConnectRequest {
     /// The destination: `ADDRESS:PORT` or `NAME:PORT`.
     pub authority: String,
-    /// Further headers.
+    /// Additional headers.
     pub headers: HeaderMap,
 }
 
 impl Connector {
-    /// A connector that opens each tunnel with the current `credentials`.
+    /// Creates a connector. Each tunnel uses the `credentials` that are current when it is opened.
     pub fn new(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
         Self { credentials, anonymous: false, settings }
     }
 
-    /// A connector that uses the trust of `credentials` and presents no certificate, to test that
-    /// servers refuse it.
+    /// Creates a connector that presents no certificate, to test that servers refuse it. It
+    /// verifies servers by the trust of `credentials`.
     pub fn anonymous(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
         Self { credentials, anonymous: true, settings }
     }
 
-    /// Handshakes over `io` with a server at `address` that must be one of `expected`. Spawns a
-    /// task that drives the connection and ends it when later credentials no longer trust the
-    /// server.
+    /// Performs a handshake over `io` with the server at `address`, which must have one of the
+    /// `expected` identities. Spawns a task that drives the connection, and ends it when later
+    /// credentials no longer trust the server.
     ///
-    /// A session with the same address and expected peers is resumed, so pass the same ones for the
-    /// same server.
+    /// TLS resumes a session only for the same `address` and `expected`, so pass the same values
+    /// for the same server.
     ///
-    /// In TLS 1.3 the client finishes first: the server's refusal of our certificate appears at the
-    /// first request.
+    /// In TLS 1.3 the client's handshake ends first: if the server refuses our certificate, the
+    /// first request returns the error.
     ///
     /// # Errors
     /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise the error of TLS or of the
@@ -101,7 +101,7 @@ impl Connector {
         within(deadline, handshake).await
     }
 
-    /// Like [`open`](Self::open), inside another tunnel, for one stream. Also ends when the other
+    /// Like [`open`](Self::open), for an inner tunnel with one stream. It also ends when the outer
     /// tunnel's peer is no longer trusted.
     pub(crate) async fn open_inside(
         &self,
@@ -113,7 +113,8 @@ impl Connector {
         let (io, open) = carrier.into_carrier();
         let handshake = self.handshake(transport(io), address, expected, Some(open));
         let tunnel = within(deadline, handshake).await?;
-        // It closes with its stream; keepalive monitors the closing too.
+        // Release the tunnel, so that it closes with its stream. Keepalive also monitors a closing
+        // tunnel.
         tunnel.tunnel_state.release();
         Ok(tunnel)
     }
@@ -125,7 +126,7 @@ impl Connector {
         expected: &[SpiffeId],
         carrier: Option<Arc<OpenStream>>,
     ) -> Result<Tunnel, HboneError> {
-        // The monitor observes all changes after this point.
+        // Subscribe before the handshake, so that the monitor observes all later changes.
         let mut credentials = self.credentials.clone();
         let current = credentials.borrow_and_update().clone();
         let (stream, peer) = self.tls(&current, io, address, expected).await?;
@@ -193,13 +194,13 @@ impl Tunnel {
         self.connect_reserved(|| request, reply, self.tunnel_state.open_stream()).await
     }
 
-    /// Whether no new stream can be opened: the connection ended, or the peer sent GOAWAY.
+    /// Returns true if no new stream can be opened: the connection ended, or the peer sent GOAWAY.
     pub fn is_closed(&self) -> bool {
         let ready = self.send.clone().poll_ready(&mut Context::from_waker(Waker::noop()));
         self.tunnel_state.is_closed() || matches!(ready, Poll::Ready(Err(_)))
     }
 
-    /// Number of streams that are open or being opened.
+    /// The number of streams that are open or being opened.
     pub fn open_streams(&self) -> usize {
         self.tunnel_state.open_streams()
     }
@@ -209,13 +210,13 @@ impl Tunnel {
         self.tunnel_state.peer()
     }
 
-    /// The earliest expiry of both certificates: open streams continue, but no new ones should
-    /// start.
+    /// The earlier expiry of both certificates. Open streams may continue after it, new ones may
+    /// not start.
     pub fn usable_until(&self) -> SystemTime {
         self.tunnel_state.usable_until()
     }
 
-    /// Whether the handshake resumed an earlier session.
+    /// Returns true if the handshake resumed a session.
     pub fn resumed(&self) -> bool {
         self.resumed
     }
@@ -224,9 +225,10 @@ impl Tunnel {
         &self.tunnel_state
     }
 
-    /// Maximum number of concurrent streams that the peer allows; `None` if it has set none (yet).
+    /// The maximum number of concurrent streams that the peer allows. `None` until the peer sets
+    /// one.
     pub(crate) fn allowed_streams(&self) -> Option<usize> {
-        // h2 assumes this value before the peer's SETTINGS arrive, and if they contain no limit.
+        // h2 returns this value before the peer's SETTINGS arrive, or if they contain no limit.
         Some(self.send.current_max_send_streams()).filter(|allowed| *allowed != usize::MAX)
     }
 
@@ -248,12 +250,11 @@ impl Tunnel {
     ) -> Result<TunnelStream, HboneError> {
         let failed = |error| self.tunnel_state.stream_error(error);
         let mut ready = self.send.clone().ready().await.map_err(failed)?;
-        // Check after the wait, which may have been long.
+        // Check after the wait for the peer's stream limit, which may have been long.
         if self.tunnel_state.is_expired() && !self.was_expired {
             return Err(HboneError::TunnelExpired { expired: self.tunnel_state.usable_until() });
         }
-        // Create the request after the wait, so that waiting callers hold neither a request nor its
-        // sender.
+        // Create the request after the wait, so that waiting streams hold no request.
         let (response, send) = ready.send_request(head(request())?, false).map_err(failed)?;
         drop(ready);
         self.tunnel_state.activity().count_useful(0);
@@ -276,7 +277,7 @@ async fn within(
         .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
 }
 
-/// RFC 9113 section 8.5: `:method` and `:authority`, neither `:scheme` nor `:path`.
+/// RFC 9113 section 8.5: CONNECT has `:method` and `:authority`, but neither `:scheme` nor `:path`.
 fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     let ConnectRequest { authority, headers } = connect;
     let invalid = |authority: String| HboneError::InvalidAuthority { authority: authority.into() };
@@ -290,7 +291,7 @@ fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     Ok(request)
 }
 
-/// The monitors of a connection.
+/// The keepalive and revocation monitors of a connection.
 struct Monitors {
     keepalive: Option<Keepalive>,
     revocation_monitor: RevocationMonitor,
@@ -304,7 +305,8 @@ async fn drive(
     tunnel_state: Arc<TunnelState>,
 ) {
     let ended = poll_fn(|cx| {
-        // Check this first: an untrusted carrier fails too, which would hide the reason.
+        // Poll this first: if the outer tunnel is revoked, the connection fails too, and would hide
+        // the reason.
         if let Poll::Ready(reason) = revocation_monitor.poll_distrusted(cx) {
             tunnel_state.revoke(reason.clone());
             return Poll::Ready(Err(reason));

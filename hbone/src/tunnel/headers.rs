@@ -1,9 +1,7 @@
-//! The headers of a CONNECT request: trace, sender, forwarded connection and network; and of its
-//! response.
+//! The headers of CONNECT requests and responses: trace, sender, forwarded connection and network.
 //!
-//! All are claims of the peer, for logs and metrics only. The peer's identity comes from its
-//! certificate ([`PeerIdentity`](crate::PeerIdentity)), and no authorization may depend on these
-//! headers.
+//! They are unverified claims of the peer, for logs and metrics only: authorization must not use
+//! them. The certificate proves the peer's identity ([`PeerIdentity`](crate::PeerIdentity)).
 
 mod baggage;
 mod forwarded;
@@ -27,54 +25,54 @@ const NETWORK: HeaderName = HeaderName::from_static("x-forwarded-network");
 /// Optional whitespace between the parts of a value (RFC 9110 section 5.6.3).
 const OPTIONAL_WHITESPACE: [char; 2] = [' ', '\t'];
 
-/// The reason why a header cannot be parsed.
+/// The reason why a header does not parse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum HeaderError {
-    /// It contains bytes other than visible ASCII, spaces and tabs.
+    /// The header contains bytes other than visible ASCII, spaces and tabs.
     #[error("the header contains non-ASCII bytes")]
     NotText,
-    /// It exceeds the maximum length.
+    /// The header exceeds the maximum length.
     #[error("the header is longer than {limit} bytes")]
     TooLong {
         /// The limit in bytes.
         limit: usize,
     },
-    /// It contains too many list members.
+    /// The header contains too many list members.
     #[error("the header has more than {limit} members")]
     TooManyMembers {
-        /// The limit.
+        /// The maximum number of members.
         limit: usize,
     },
-    /// A malformed `traceparent`.
+    /// `traceparent` is malformed.
     #[error("a traceparent is VERSION-TRACEID-PARENTID-FLAGS in lower-case hexadecimal")]
     TraceParent,
-    /// A `traceparent` of the reserved version ff.
+    /// `traceparent` has the forbidden version ff.
     #[error("version ff of traceparent is forbidden")]
     TraceVersion,
-    /// A `traceparent` with a zero trace id or parent id.
+    /// `traceparent` has a trace id or parent id of zeros.
     #[error("a traceparent must not contain an id of zeros")]
     TraceIdZero,
-    /// A malformed `forwarded`.
+    /// `forwarded` is malformed.
     #[error("a forwarded header is a list of NAME=VALUE;NAME=VALUE, each name once")]
     Forwarded,
 }
 
-/// The headers of a CONNECT request. Those from a peer are unverified claims.
+/// The headers of a CONNECT request. Those of a peer are unverified claims.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RequestHeaders {
     /// The trace of the connection.
     pub traceparent: Option<TraceParent>,
-    /// The workload that sends the request.
+    /// The workload that sent the request.
     pub baggage: Option<Baggage>,
-    /// The forwarded connection.
+    /// The connection that the tunnel carries.
     pub forwarded: Option<Forwarded>,
-    /// The network of the sender, on the inner request through a gateway. ztunnel compares it
+    /// The network of the sender, in the inner request through a gateway. ztunnel compares it
     /// case-insensitively.
     pub network: Option<Name>,
 }
 
 impl RequestHeaders {
-    /// Parses the headers. Absent, malformed or too long ones are `None`.
+    /// Parses the headers. Missing, malformed and too long headers become `None`.
     pub fn read(headers: &HeaderMap) -> Self {
         Self {
             traceparent: TraceParent::read(headers),
@@ -84,7 +82,7 @@ impl RequestHeaders {
         }
     }
 
-    /// Formats the headers for a [`ConnectRequest`](crate::ConnectRequest). Empty ones are omitted.
+    /// Formats the headers for a [`ConnectRequest`](crate::ConnectRequest). Omits empty ones.
     pub fn into_header_map(self) -> HeaderMap {
         let values = [
             (TRACEPARENT, self.traceparent.map(|trace| never_indexed(trace.to_header()))),
@@ -99,15 +97,15 @@ impl RequestHeaders {
     }
 }
 
-/// Formats a header value of about `length` bytes; `None` if it is empty.
+/// Formats a header value of about `length` bytes. `None` if the value is empty.
 fn header(value: &impl fmt::Display, length: usize) -> Option<HeaderValue> {
     let mut text = String::with_capacity(length);
     write!(text, "{value}").ok()?;
-    // Only control characters are rejected, and no formatted value contains any, which tests check.
+    // Only control characters are invalid. Tests check that no formatted value contains any.
     HeaderValue::try_from(text).ok().filter(|value| !value.is_empty())
 }
 
-/// Marks a unique value as never indexed by HPACK, to keep the tables for others (RFC 7541 section
+/// Excludes a unique value from the HPACK tables, which then keep other values (RFC 7541 section
 /// 7.1.3).
 fn never_indexed(mut value: HeaderValue) -> HeaderValue {
     value.set_sensitive(true);

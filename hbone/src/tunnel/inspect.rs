@@ -1,69 +1,71 @@
-//! Inspects a peer's frame headers (RFC 9113 section 4.1) below h2, and enforces limits that h2
+//! Inspects the frame headers that a peer sends (RFC 9113 section 4.1), and enforces limits that h2
 //! lacks.
 //!
-//! h2 has one SETTINGS_MAX_FRAME_SIZE for all types of frames. Bulk needs large DATA frames. With
-//! the same size for HEADERS and CONTINUATION, an unfinished header block buffers several of them,
-//! and h2 has no deadline for it.
+//! h2 has one SETTINGS_MAX_FRAME_SIZE for all frame types. Bulk transfers need large DATA frames.
+//! With the same size for HEADERS and CONTINUATION, an unfinished header block could occupy several
+//! such frames, and h2 has no deadline for it.
 //!
-//! `overdue.rs` enforces deadlines. Payloads are not inspected. The owner of the connection closes
-//! it, after it has asked [`crate::tunnel::tunnel_state::TunnelState`].
+//! `overdue` enforces deadlines. Payloads are not inspected. The connection's task reads the result
+//! from [`crate::tunnel::tunnel_state::TunnelState`] and closes the connection.
 
 use std::fmt;
 
 use crate::limits::token_bucket::TokenBucket;
 
-/// The size of the client's preface (RFC 9113 section 3.4).
+/// The length of the client's preface (RFC 9113 section 3.4).
 const PREFACE: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
-/// The size of a frame header: length (3), type, flags, stream (4) (RFC 9113 section 4.1).
+/// The length of a frame header: length (3 bytes), type, flags, stream (4 bytes) (RFC 9113 section
+/// 4.1).
 const FRAME_HEADER: usize = 9;
 const END_STREAM: u8 = 0x1;
 const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
-/// The maximum padding: its length byte and the padding (RFC 9113 section 6.1).
+/// The maximum length of padding, including its length byte (RFC 9113 section 6.1).
 const MAX_PADDING: usize = 1 + u8::MAX as usize;
 
-/// The maximum size in bytes of a frame that is neither DATA nor part of a header block: the size
-/// that every peer may send (RFC 9113 section 4.2).
+/// The maximum size in bytes of a frame that is neither DATA nor part of a header block. Every peer
+/// may send this size (RFC 9113 section 4.2).
 const MAX_CONTROL_FRAME: usize = 16 << 10;
-/// The allowed frames without data for an application: a burst, and a rate per second. It is low
-/// because a peer may have hundreds of tunnels.
+/// The allowed number of frames without application data: a burst, and a rate per second. The rate
+/// is low because a peer may have hundreds of tunnels.
 const CONTROL_FRAME_BURST: u64 = 1000;
 const CONTROL_FRAMES_PER_SECOND: u64 = 20;
-/// The additional frames per unit of useful traffic. A receiver may return stream and connection
-/// credit for each frame or for each 4 KiB (Go's net/http2), and measure the path with PING (gRPC).
+/// The number of additional control frames for each unit of useful traffic. A receiver may send
+/// WINDOW_UPDATE for stream and connection after each frame or each 4 KiB (Go's net/http2), and
+/// measure the path with PING (gRPC).
 const CONTROL_FRAMES_PER_USEFUL: u64 = 4;
 
-/// The limit of a tunnel that its peer exceeded.
+/// The limit of a tunnel that the peer exceeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TunnelLimit {
-    /// A header block exceeded the maximum header list.
+    /// A header block exceeds SETTINGS_MAX_HEADER_LIST_SIZE.
     HeaderBlock,
-    /// A frame other than DATA and headers exceeded 16 KiB.
+    /// A control frame exceeds 16 KiB.
     FrameSize,
-    /// More PING, SETTINGS, RST_STREAM, PRIORITY, WINDOW_UPDATE, empty or unknown frames than
-    /// useful traffic justifies.
+    /// PING, SETTINGS, RST_STREAM, PRIORITY, WINDOW_UPDATE, empty or unknown frames are too
+    /// frequent for the useful traffic.
     FrameRate,
-    /// A frame or header block was not finished in time.
+    /// A frame or header block was not complete in time.
     UnfinishedFrame,
-    /// More refused requests than a legitimate client sends.
+    /// Too many requests were refused, more than a legitimate client sends.
     RefusedRequests,
-    /// A second header block on a stream.
+    /// A stream received a second header block.
     Trailers,
 }
 
 /// An unfinished frame or header block of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct UnfinishedFrame {
-    /// Its start, in milliseconds since the connection was opened.
+    /// The time of its first byte, in milliseconds since the connection opened.
     pub(crate) since: u64,
     /// True for a DATA frame, which may take long while a stream is open.
     pub(crate) data: bool,
 }
 
-/// Flow-control credit from a peer.
+/// A WINDOW_UPDATE frame: flow-control credit from the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct WindowUpdate {
-    /// 0 for the connection.
+    /// The stream identifier. 0 for the connection.
     pub(crate) stream: u32,
     pub(crate) increment: u32,
 }
@@ -83,17 +85,17 @@ pub(crate) struct Inspector {
     /// The remaining bytes of the client's preface.
     preface: usize,
     head: [u8; FRAME_HEADER],
-    /// The number of received bytes in `head`.
+    /// The number of bytes in `head`.
     head_length: usize,
     frame: Option<Frame>,
-    /// The start of the current frame.
+    /// The time of the current frame's first byte.
     started: u64,
     block: Option<HeaderBlockProgress>,
-    /// True after the peer's first SETTINGS.
+    /// True once the peer has sent SETTINGS.
     has_settings: bool,
     budget: TokenBucket,
     data_frames: usize,
-    /// The highest stream that the peer has opened, if it is a client.
+    /// The highest stream identifier that the peer has opened, if it is a client.
     last_stream: u32,
 }
 
@@ -101,14 +103,13 @@ pub(crate) struct Inspector {
 struct Frame {
     kind: FrameKind,
     ends_block: bool,
-    /// The remaining bytes of its payload.
+    /// The number of payload bytes that have not arrived.
     left: usize,
     stream: u32,
-    /// The last four payload bytes of a WINDOW_UPDATE, which is its entire payload.
+    /// The last four payload bytes. The payload of a WINDOW_UPDATE has only these.
     increment: u32,
 }
 
-/// An unfinished header block.
 #[derive(Debug, Clone, Copy)]
 struct HeaderBlockProgress {
     since: u64,
@@ -127,7 +128,7 @@ enum FrameKind {
 }
 
 impl FrameKind {
-    /// The kind for a frame type (RFC 9113 section 6).
+    /// Converts a frame type (RFC 9113 section 6).
     fn of(code: u8) -> Self {
         match code {
             0 => Self::Data,
@@ -145,7 +146,7 @@ impl FrameKind {
 }
 
 impl Frame {
-    /// Processes a part of the payload.
+    /// Processes a part of the frame's payload.
     fn add(&mut self, part: &[u8]) {
         self.left -= part.len();
         if self.kind == FrameKind::WindowUpdate {
@@ -157,8 +158,8 @@ impl Frame {
 }
 
 impl Inspector {
-    /// Creates an inspector. `max_header_block` is the limit for compressed header blocks, which
-    /// are never larger than the header list in h2's accounting (RFC 9113 section 6.5.2).
+    /// Creates an inspector. `max_header_block` limits compressed header blocks: they are never
+    /// larger than the header list in h2's accounting (RFC 9113 section 6.5.2).
     pub(crate) fn new(role: PeerRole, max_header_block: u32) -> Self {
         Self {
             role,
@@ -176,13 +177,13 @@ impl Inspector {
         }
     }
 
-    /// The number of DATA frames that have begun.
+    /// The number of DATA frames that have started.
     pub(crate) fn data_frames(&self) -> usize {
         self.data_frames
     }
 
-    /// Inspects the next received `bytes`; `useful` is the amount of useful traffic so far. Calls
-    /// `credited` for each WINDOW_UPDATE. Returns the unfinished frame or header block.
+    /// Inspects the received `bytes`. `useful` is the useful traffic so far. Calls `credited` for
+    /// each WINDOW_UPDATE. Returns the unfinished frame or header block.
     pub(crate) fn inspect(
         &mut self,
         mut bytes: &[u8],
@@ -254,13 +255,13 @@ impl Inspector {
             return Err(TunnelLimit::FrameSize);
         }
         let is_control = match kind {
-            // A frame with only padding carries no data.
+            // A DATA frame with only padding carries no application data.
             FrameKind::Data => {
                 let empty = length == 0 || (flags & PADDED != 0 && length <= MAX_PADDING);
                 empty && flags & END_STREAM == 0
             }
-            // Requests of a client are counted when they are refused. A server sends one response
-            // for each request.
+            // A client's requests are counted when they are refused. A server sends one response
+            // per request.
             FrameKind::Headers => self.role == PeerRole::Server,
             FrameKind::Continuation
             | FrameKind::Settings
@@ -274,13 +275,12 @@ impl Inspector {
         Ok(())
     }
 
-    /// Counts DATA frames, and refuses a client's trailers: RFC 9113 section 8.5 allows only DATA
-    /// on a connected stream, and h2 would hold them until the application has read everything
-    /// before.
+    /// Counts DATA frames. Rejects a client's trailers: RFC 9113 section 8.5 allows only DATA after
+    /// CONNECT, and h2 would buffer trailers until the application has read all data.
     fn check_order(&mut self, kind: FrameKind, stream: u32) -> Result<(), TunnelLimit> {
         match kind {
             FrameKind::Data => self.data_frames += 1,
-            // h2 refuses a header block on stream 0.
+            // h2 rejects a header block on stream 0.
             FrameKind::Headers if self.role == PeerRole::Client && stream > 0 => {
                 if stream <= self.last_stream {
                     return Err(TunnelLimit::Trailers);
@@ -292,7 +292,7 @@ impl Inspector {
         Ok(())
     }
 
-    /// Ends the current frame when its payload is complete.
+    /// Ends the current frame if its payload is complete.
     fn end_frame(&mut self, credited: &mut impl FnMut(WindowUpdate)) {
         let Some(frame) = self.frame.take_if(|frame| frame.left == 0) else { return };
         if frame.ends_block {
@@ -304,8 +304,7 @@ impl Inspector {
         }
     }
 
-    /// The unfinished frame or header block. Before the first SETTINGS, that is the unfinished
-    /// frame.
+    /// The unfinished frame or header block. Before the first SETTINGS, SETTINGS is unfinished.
     pub(crate) fn unfinished(&self) -> Option<UnfinishedFrame> {
         if !self.has_settings {
             return Some(UnfinishedFrame { since: 0, data: false });
@@ -313,7 +312,7 @@ impl Inspector {
         if let Some(block) = self.block {
             return Some(UnfinishedFrame { since: block.since, data: false });
         }
-        // An incomplete frame header may be that of DATA, which is allowed to be slow.
+        // An incomplete frame header may belong to a DATA frame, which may be slow.
         let data = self.frame.is_none_or(|frame| frame.kind == FrameKind::Data);
         let started = self.head_length > 0 || self.frame.is_some();
         started.then_some(UnfinishedFrame { since: self.started, data })
@@ -321,7 +320,7 @@ impl Inspector {
 }
 
 impl TunnelLimit {
-    /// A stable label for metrics and logs.
+    /// A label for metrics and logs. Dashboards depend on it: do not change it.
     pub fn code(self) -> &'static str {
         match self {
             Self::HeaderBlock => "header_block",
@@ -333,7 +332,7 @@ impl TunnelLimit {
         }
     }
 
-    /// The error code of the GOAWAY that ends the tunnel (RFC 9113 section 7).
+    /// The error code of the GOAWAY that closes the tunnel (RFC 9113 section 7).
     pub(crate) fn reason(self) -> h2::Reason {
         match self {
             Self::FrameSize => h2::Reason::FRAME_SIZE_ERROR,

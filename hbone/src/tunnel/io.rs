@@ -1,6 +1,7 @@
-//! The type-erased connection under TLS: TLS and HTTP/2 are compiled once, for all transports.
+//! Erases the type of the connection under TLS, so that TLS and HTTP/2 are compiled once for all
+//! transports.
 //!
-//! Not here: reading and writing records (`tls/record.rs`).
+//! `tls::record` reads and writes the records.
 
 use std::fmt;
 
@@ -11,7 +12,7 @@ pub(crate) trait Transport: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Transport for T {}
 
-/// The transport of TLS.
+/// The connection under TLS.
 pub(crate) type Io = Box<dyn Transport>;
 
 /// Erases the type of a transport.

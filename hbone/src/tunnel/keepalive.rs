@@ -1,7 +1,7 @@
-//! Detects a peer that is silent while streams are open (RFC 9113 section 6.7, PING).
+//! Detects a peer that is silent while streams are open, by PING (RFC 9113 section 6.7).
 //!
-//! The owner of the connection polls [`Keepalive`] after the connection, and drops the connection
-//! when it is ready.
+//! The connection's task polls [`Keepalive`] after the connection, and drops the connection when it
+//! is ready.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ enum State {
     Awaiting { since: Instant },
 }
 
-/// The keepalive of one connection.
+/// The keepalive timer of one connection.
 #[derive(Debug)]
 pub(crate) struct Keepalive {
     settings: KeepaliveSettings,
@@ -39,7 +39,7 @@ pub(crate) struct Keepalive {
 }
 
 impl Keepalive {
-    /// Returns `None` if the connection's only [`PingPong`] was already taken.
+    /// Returns `None` if the connection's only [`PingPong`] is already in use.
     pub(crate) fn new(
         settings: KeepaliveSettings,
         tunnel_state: Arc<TunnelState>,
@@ -49,7 +49,7 @@ impl Keepalive {
         Some(Self { settings, tunnel_state, ping: ping?, timer, state: State::Dormant })
     }
 
-    /// Ready when the peer is dead. Poll it after the connection, so that received data is counted.
+    /// Ready when the peer is dead. Poll it after the connection, which counts received data.
     pub(crate) fn poll_dead(
         &mut self,
         cx: &mut Context<'_>,
@@ -69,7 +69,7 @@ impl Keepalive {
                     } else if self.ping.send_ping(Ping::opaque()).is_ok() {
                         self.await_pong(Instant::now());
                     } else {
-                        // The connection is ending and reports its own error.
+                        // The connection is ending, and reports its own error.
                         return Poll::Pending;
                     }
                 }
@@ -84,8 +84,8 @@ impl Keepalive {
                         let silent = received_at.elapsed();
                         return Poll::Ready(HboneError::Unresponsive { silent });
                     }
-                    // Data arrived without the PONG: the PONG is queued behind data, and the peer
-                    // lives.
+                    // Data arrived, but no PONG: the PONG is queued behind the data, and the peer
+                    // is alive.
                     self.await_pong(received_at);
                 }
             }

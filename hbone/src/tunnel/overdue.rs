@@ -1,7 +1,7 @@
-//! Enforces the deadline for unfinished frames, header blocks and the first SETTINGS of a peer.
+//! Enforces the deadline for unfinished frames, header blocks, and the first SETTINGS of a peer.
 //!
-//! `inspect.rs` finds what is unfinished. The owner of the connection polls [`Overdue`] after the
-//! connection, and closes it.
+//! `inspect` detects them. The connection's task polls [`Overdue`] after the connection, and closes
+//! it.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use tokio::time::{Sleep, sleep_until};
 use crate::tunnel::inspect::TunnelLimit;
 use crate::tunnel::tunnel_state::TunnelState;
 
-/// The deadline for the unfinished frame of a peer.
+/// The deadline for a peer's unfinished frame.
 #[derive(Debug)]
 pub(crate) struct Overdue {
     tunnel_state: Arc<TunnelState>,
     after: Duration,
-    /// Set only while a frame is unfinished.
+    /// Present only while a frame is unfinished.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -27,8 +27,8 @@ impl Overdue {
         Self { tunnel_state, after, timer: None }
     }
 
-    /// Ready when the peer has exceeded a limit, including this deadline. With an open stream, a
-    /// DATA frame may take any time: flow control limits it, and keepalive detects a dead peer.
+    /// Ready when the peer has exceeded a limit or this deadline. While a stream is open, a DATA
+    /// frame may take any time: flow control limits it, and keepalive detects a dead peer.
     pub(crate) fn poll_exceeded(
         &mut self,
         cx: &mut Context<'_>,

@@ -1,6 +1,6 @@
 //! The server of a tunnel: mutual TLS, then CONNECT requests to accept or refuse.
 //!
-//! Not here: listening, and authorization.
+//! The caller listens and authorizes.
 
 mod drain;
 
@@ -34,7 +34,7 @@ use crate::tunnel::settings::{MAX_FRAME_SIZE, SMALL_FRAME_BUDGET, ServerSettings
 use crate::tunnel::stream::{TunnelReader, TunnelStream};
 use crate::tunnel::tunnel_state::{Monitored, TunnelState, Windows};
 
-/// Accepts tunnels, each with the current [`Credentials`]. Cheap to clone.
+/// Accepts tunnels with the current [`Credentials`]. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Acceptor {
     credentials: watch::Receiver<Credentials>,
@@ -56,7 +56,7 @@ pub struct ServerTunnel {
     resumed: bool,
 }
 
-/// A CONNECT request without an answer yet. Dropping it resets the stream.
+/// A CONNECT request that is not answered yet. Dropping it resets the stream.
 #[derive(Debug)]
 pub struct Incoming {
     authority: Authority,
@@ -66,13 +66,14 @@ pub struct Incoming {
 }
 
 impl Acceptor {
-    /// An acceptor that accepts each tunnel with the current `credentials`.
+    /// Creates an acceptor. Each tunnel uses the `credentials` that are current when it is
+    /// accepted.
     pub fn new(credentials: watch::Receiver<Credentials>, settings: ServerSettings) -> Self {
         Self { credentials, settings }
     }
 
-    /// Handshakes over `io` with a client that must belong to a trust domain with known roots. The
-    /// tunnel ends when later credentials no longer trust the client.
+    /// Performs a handshake over `io`. The client's trust domain must have known roots. The tunnel
+    /// ends when later credentials no longer trust the client.
     ///
     /// # Errors
     /// [`HboneError::HandshakeTimeout`] after `deadline`; otherwise the error of TLS or of the
@@ -87,7 +88,7 @@ impl Acceptor {
     }
 
     async fn handshake(&self, io: Io) -> Result<ServerTunnel, HboneError> {
-        // The monitor observes all changes after this point.
+        // Subscribe before the handshake, so that the monitor observes all later changes.
         let mut credentials = self.credentials.clone();
         let current = credentials.borrow_and_update().clone();
         let (stream, peer) = current.server().accept(io).await?;
@@ -134,23 +135,23 @@ impl ServerTunnel {
         self.tunnel_state.peer()
     }
 
-    /// The earliest expiry of both certificates.
+    /// The earlier expiry of both certificates.
     pub fn usable_until(&self) -> SystemTime {
         self.tunnel_state.usable_until()
     }
 
-    /// Whether the handshake resumed an earlier session.
+    /// Returns true if the handshake resumed a session.
     pub fn resumed(&self) -> bool {
         self.resumed
     }
 
-    /// Number of open streams.
+    /// The number of open streams.
     pub fn open_streams(&self) -> usize {
         self.tunnel_state.open_streams()
     }
 
-    /// Time since the last stream ended; `None` while one is open. A request that is not accepted
-    /// is no stream.
+    /// The time since the last stream ended. `None` while a stream is open. A refused request does
+    /// not count as a stream.
     pub fn idle(&self) -> Option<Duration> {
         self.tunnel_state.idle_since().map(|since| since.elapsed())
     }
@@ -160,19 +161,18 @@ impl ServerTunnel {
         self.tunnel_state.exceeded()
     }
 
-    /// The next request; `None` when the connection ended. Cancel-safe.
+    /// Waits for the next request. `None` when the connection ends. Cancel-safe.
     ///
-    /// This also drives the accepted streams: call it while any of them is open. A request other
-    /// than CONNECT, or without a usable authority, is answered with 400. One after the expiry of a
-    /// certificate, or long after [`ServerTunnel::drain`], is reset with REFUSED_STREAM.
+    /// Also drives the accepted streams: call it while any of them is open. Answers a request other
+    /// than CONNECT, or without a valid authority, with 400. Resets a request with REFUSED_STREAM
+    /// if a certificate has expired, or if it arrives long after [`ServerTunnel::drain`].
     pub async fn next(&mut self) -> Option<Incoming> {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Sends GOAWAY: the client opens no more streams. Open ones continue; then
-    /// [`ServerTunnel::next`] ends. A client that neither answers nor reads times out. If the
-    /// client does not acknowledge in time, its new streams are refused, and the tunnel ends with
-    /// its last stream.
+    /// Sends GOAWAY: the client opens no more streams. Open streams continue, then
+    /// [`ServerTunnel::next`] returns `None`. If the client does not acknowledge GOAWAY in time,
+    /// its new streams are refused, and the tunnel ends with its last stream.
     pub fn drain(&mut self) {
         if let Some(connection) = &mut self.connection {
             self.drain.get_or_insert_with(Drain::new);
@@ -180,7 +180,7 @@ impl ServerTunnel {
         }
     }
 
-    /// Ends the tunnel before its first request: sends GOAWAY(ENHANCE_YOUR_CALM) without waiting
+    /// Ends the tunnel before its first request. Sends GOAWAY(ENHANCE_YOUR_CALM) without waiting
     /// for the client to read.
     pub async fn refuse(mut self) {
         poll_fn(|cx| {
@@ -191,7 +191,7 @@ impl ServerTunnel {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Incoming>> {
-        // Check this first, so that a peer with endless requests is terminated too.
+        // Poll this first: a peer that sends requests without pause must be terminated too.
         if let Poll::Ready(reason) = self.revocation_monitor.poll_distrusted(cx) {
             self.tunnel_state.revoke(reason.clone());
             return self.end(Some(reason));
@@ -218,7 +218,7 @@ impl ServerTunnel {
         }
     }
 
-    /// Drives the connection: ready with a request, or `None` at its end.
+    /// Drives the connection. Ready with a request, or with `None` at the end of the connection.
     fn poll_connection(&mut self, cx: &mut Context<'_>) -> Poll<Option<Incoming>> {
         loop {
             let Some(connection) = &mut self.connection else {
@@ -255,8 +255,8 @@ impl ServerTunnel {
         self.tunnel_state.is_expired() || self.drain.as_ref().is_some_and(|drain| drain.is_overdue)
     }
 
-    /// Drains a tunnel with too many refused requests, and closes it if they continue. Returns
-    /// whether the drain has just begun, so that GOAWAY must be sent.
+    /// Drains a tunnel with too many refused requests, and closes it if they continue. Returns true
+    /// if the drain starts: the caller must send GOAWAY.
     fn check_refusals(&mut self) -> bool {
         if self.refusals.are_within_limit(&self.tunnel_state) {
             return false;
@@ -292,7 +292,7 @@ impl ServerTunnel {
 }
 
 impl Incoming {
-    /// `None` if the request was answered with 400.
+    /// Returns `None` if the request is invalid; it was answered with 400.
     fn new(
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
@@ -317,7 +317,7 @@ impl Incoming {
         &self.authority
     }
 
-    /// The request's headers, which are unverified claims of the client.
+    /// The headers of the request, which are unverified claims of the client.
     pub fn headers(&self) -> &HeaderMap {
         &self.headers
     }
@@ -327,16 +327,16 @@ impl Incoming {
         self.reader.tunnel_state().peer()
     }
 
-    /// Waits until the client resets the request or the connection ends, for requests with a
-    /// delayed answer. Cancel-safe.
+    /// Waits until the client resets the request or the connection ends. Callers that delay the
+    /// answer use it. Cancel-safe.
     pub async fn closed(&mut self) -> HboneError {
         poll_fn(|cx| self.poll_closed(cx)).await
     }
 
-    /// Answers 200 with `headers`. After that the stream carries raw bytes.
+    /// Accepts the request with status 200 and `headers`. After that the stream carries raw bytes.
     ///
     /// # Errors
-    /// The error that ended the stream or connection before.
+    /// The error that ended the stream or connection.
     pub fn accept(mut self, headers: HeaderMap) -> Result<TunnelStream, HboneError> {
         let mut response = Response::new(());
         *response.headers_mut() = headers;
@@ -345,7 +345,8 @@ impl Incoming {
         Ok(TunnelStream::new(send, self.reader))
     }
 
-    /// Answers `status` without a body. The tunnel of a client with too many 4xx is closed.
+    /// Refuses the request with `status`. If a client causes too many 4xx statuses, its tunnel is
+    /// drained.
     pub fn refuse(mut self, status: StatusCode) {
         if status.is_client_error() {
             self.reader.tunnel_state().activity().count_refused();
@@ -353,7 +354,7 @@ impl Incoming {
         answer_end(&mut self.respond, status);
     }
 
-    /// h2 reports only that the stream is closed; its reason is queried separately.
+    /// h2 returns only that the stream is closed. Queries the reason.
     fn refusal(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,
@@ -369,7 +370,7 @@ impl Incoming {
     }
 }
 
-/// The destination of a CONNECT request, or the reason for a refusal.
+/// Parses the destination of a CONNECT request. The error is the reason for a refusal.
 fn destination(request: &Request<RecvStream>) -> Result<Authority, &'static str> {
     if request.method() != Method::CONNECT {
         return Err("the method is not CONNECT");
@@ -405,7 +406,7 @@ fn log_end(reason: &HboneError, tunnel_state: &TunnelState) {
     }
 }
 
-/// Whether one side ended the connection because of a violation by the other.
+/// Returns true if one side ended the connection because the other violated HTTP/2.
 fn is_violation(reason: &HboneError) -> bool {
     match reason {
         HboneError::H2 { .. } => true,

@@ -1,6 +1,6 @@
-//! A tunnelled byte stream in DATA frames, with a reliable distinction between end and abort.
+//! A tunnelled byte stream in DATA frames. Its end and its abort are always distinguishable.
 //!
-//! Not here: copying between a tunnel and a socket.
+//! The caller copies between a tunnel and a socket.
 
 mod gather;
 mod io;
@@ -19,7 +19,7 @@ use crate::error::HboneError;
 use crate::tls::PeerIdentity;
 use crate::tunnel::tunnel_state::{OpenStream, RevocationSignal, TunnelState};
 
-/// An accepted CONNECT request: two directions that end independently.
+/// A byte stream in a tunnel: two directions that end independently.
 #[derive(Debug)]
 pub struct TunnelStream {
     reader: TunnelReader,
@@ -28,7 +28,7 @@ pub struct TunnelStream {
 
 /// The receiving direction.
 ///
-/// Dropping it before the end does not stop the peer; abort the writer for that.
+/// Dropping it does not stop the peer from sending: abort the writer for that.
 #[derive(Debug)]
 pub struct TunnelReader {
     stream: StreamId,
@@ -39,17 +39,17 @@ pub struct TunnelReader {
 #[derive(Debug)]
 pub struct TunnelWriter {
     send: SendStream<Bytes>,
-    /// END_STREAM was sent.
+    /// True once END_STREAM is sent.
     ended: bool,
-    /// RST_STREAM was sent.
+    /// True once RST_STREAM is sent.
     aborted: bool,
-    /// Small writes that have not been sent.
+    /// Small writes that are not sent yet.
     gather: Gather,
     open: Arc<OpenStream>,
 }
 
 impl TunnelStream {
-    /// A stream whose request was accepted.
+    /// Creates a stream for an accepted request.
     pub(crate) fn new(send: SendStream<Bytes>, reader: TunnelReader) -> Self {
         let open = reader.open.clone();
         open.count();
@@ -62,35 +62,36 @@ impl TunnelStream {
         self.reader.tunnel_state().peer()
     }
 
-    /// Completes when the peer is no longer trusted, for example when its certificate is revoked.
-    /// Reads report that only after all received data, and writes only if there is data to write.
-    /// Cancel-safe; may never complete.
+    /// Returns a signal that completes when the peer is no longer trusted, for example when its
+    /// certificate is revoked. Reads and writes report that too, but reads only after all received
+    /// data, and writes only with data to write. Cancel-safe.
     pub fn revocation(&self) -> RevocationSignal {
         self.reader.tunnel_state().revocation()
     }
 
-    /// The two directions. The stream counts as open until both are dropped.
+    /// Splits the stream into its directions. It counts as open until both are dropped.
     pub fn split(self) -> (TunnelReader, TunnelWriter) {
         (self.reader, self.writer)
     }
 }
 
 impl TunnelReader {
-    /// Starts to receive. Data before the request is accepted is bounded in the same way.
+    /// Starts to receive. Data that arrives before the request is accepted counts against the same
+    /// windows.
     pub(crate) fn new(recv: RecvStream, open: OpenStream) -> Self {
         let (stream, open) = (recv.stream_id(), Arc::new(open));
         open.receive(recv);
         Self { stream, open }
     }
 
-    /// The next chunk, never empty; `None` after END_STREAM and only then. Cancel-safe.
+    /// Reads the next chunk, which is never empty. `None` means END_STREAM. Cancel-safe.
     ///
-    /// Reading the next chunk returns the flow control credit of this one: a reader that stops
-    /// blocks the peer.
+    /// The next call returns the flow-control credit of this chunk, so that a reader that stops
+    /// also stops the peer.
     ///
     /// # Errors
-    /// [`HboneError::Reset`] for any RST_STREAM, [`HboneError::Lost`] or its cause if the
-    /// connection ended: the data read so far may be incomplete.
+    /// [`HboneError::Reset`] for any RST_STREAM. [`HboneError::Lost`] or its cause if the
+    /// connection ended: the received data may be incomplete.
     pub async fn read(&mut self) -> Result<Option<Bytes>, HboneError> {
         poll_fn(|cx| self.poll_read(cx)).await
     }
@@ -112,7 +113,7 @@ impl TunnelReader {
         }
     }
 
-    /// Whether all data has been read, and END_STREAM was received.
+    /// Returns true if all data has been read and END_STREAM was received.
     pub fn is_at_end(&self) -> bool {
         self.open.is_at_end()
     }
@@ -129,12 +130,12 @@ impl Drop for TunnelReader {
 }
 
 impl TunnelWriter {
-    /// Queues all of `data` without a copy; waits for the peer's window and our own buffer.
+    /// Queues `data` without a copy. Waits for the peer's window and for buffer space.
     ///
     /// Not cancel-safe: a part may have been sent.
     ///
     /// # Errors
-    /// As [`TunnelReader::read`]; also when the stream was finished or aborted before.
+    /// Those of [`TunnelReader::read`], and an error if the stream was finished or aborted before.
     pub async fn write(&mut self, mut data: Bytes) -> Result<(), HboneError> {
         while !data.is_empty() {
             poll_fn(|cx| self.poll_send(cx, &mut data, false)).await?;
@@ -142,12 +143,12 @@ impl TunnelWriter {
         Ok(())
     }
 
-    /// Queues as much from the front of `data`, which must not be empty, as there is room for;
-    /// returns how much. If it is the `last`, its final frame carries END_STREAM too, and nothing
-    /// may be written after it.
+    /// Queues as much from the front of `data` as there is space for, and returns the number of
+    /// bytes. `data` must not be empty. If `last` is true, the final frame also carries END_STREAM,
+    /// and nothing may be written after it.
     ///
-    /// Small writes may be gathered (`gather.rs`): call [`TunnelWriter::poll_flush`] when there is
-    /// no more data for now.
+    /// May gather small writes: call [`TunnelWriter::poll_flush`] when there is no more data for
+    /// now.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
@@ -162,7 +163,8 @@ impl TunnelWriter {
         }
         ready!(self.poll_writable(cx))?;
         if !last && !self.gather.is_empty() && data.len() < SMALL {
-            // One frame for both. Data without room stays gathered.
+            // Gathered data and new data share a frame. Data for which there is no space stays
+            // gathered.
             let added = self.gather.add(data);
             if added > 0 {
                 return match self.poll_gathered(cx) {
@@ -175,7 +177,7 @@ impl TunnelWriter {
         self.poll_send(cx, data, last)
     }
 
-    /// Sends gathered data when it is due. Ready when nothing is left.
+    /// Sends gathered data when it is due. Ready when no gathered data is left.
     ///
     /// # Errors
     /// As [`TunnelWriter::write`].
@@ -188,8 +190,8 @@ impl TunnelWriter {
         self.poll_gathered(cx)
     }
 
-    /// Ready while the connection is not blocked. Until then the caller must keep its data and read
-    /// no more: h2 would hold the entire read buffer of each piece.
+    /// Ready while the connection is not blocked. While it is pending, the caller must keep its
+    /// data and read no more: h2 would keep the entire read buffer for each small piece.
     fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HboneError>> {
         let stream = self.send.stream_id().as_u32();
         if self.tunnel_state().back_pressure().poll_writable(stream, cx).is_ready() {
@@ -198,7 +200,7 @@ impl TunnelWriter {
         self.poll_closed(cx).map(Err)
     }
 
-    /// Ready when a small frame of `length` bytes, besides gathered data, may be sent.
+    /// Ready when a small frame may be sent: `length` bytes and the gathered data.
     fn poll_due(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<()> {
         self.gather.poll_due(cx, self.send.stream_id().as_u32(), &self.open, length)
     }
@@ -234,26 +236,27 @@ impl TunnelWriter {
         if self.ended {
             return Ok(());
         }
-        // Send the rest without waiting for room, because it is small.
+        // Send the gathered data without waiting for space, because it is small.
         let rest = self.gather.take(usize::MAX);
         self.send(rest, true)
     }
 
-    /// Sends RST_STREAM(CONNECT_ERROR) for both directions and drops queued data; also after
-    /// [`TunnelWriter::finish`]. RFC 9113 section 8.5 specifies this code for a TCP connection that
-    /// was reset.
+    /// Sends RST_STREAM(CONNECT_ERROR) for both directions, and drops queued data. Also possible
+    /// after [`TunnelWriter::finish`]. RFC 9113 section 8.5 requires this code for a reset TCP
+    /// connection.
     pub fn abort(&mut self) {
         self.aborted = true;
         self.send.send_reset(Reason::CONNECT_ERROR);
     }
 
-    /// Waits until the peer aborts the stream or the connection ends, for times without data to
-    /// write. Cancel-safe; never returns if both directions end cleanly.
+    /// Waits until the peer aborts the stream or the connection ends. Callers without data to write
+    /// use it. Never returns if both directions end cleanly. Cancel-safe.
     pub async fn closed(&mut self) -> HboneError {
         poll_fn(|cx| self.poll_closed(cx)).await
     }
 
-    /// The number of bytes that may be sent now, which may exceed `wanted`; never 0.
+    /// Waits for space to send. Returns the number of bytes, which is never 0 and may exceed
+    /// `wanted`.
     fn poll_capacity(
         &mut self,
         cx: &mut Context<'_>,
@@ -282,7 +285,7 @@ impl TunnelWriter {
         Ok(())
     }
 
-    /// h2 reports only that the stream is closed; its reason is queried separately.
+    /// h2 returns only that the stream is closed. Queries the reason.
     fn refusal(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,

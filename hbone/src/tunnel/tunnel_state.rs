@@ -1,7 +1,7 @@
 //! The shared state of one connection: peer, time of the last received data, open streams, traffic,
-//! and the reason of failure.
+//! and the reason of its failure.
 //!
-//! Not here: frames, which h2 handles. This state holds what h2's handles do not report.
+//! It contains only the state that h2 does not report.
 
 mod monitored;
 mod received;
@@ -34,22 +34,22 @@ use crate::tunnel::back_pressure::BackPressure;
 use crate::tunnel::inspect::{TunnelLimit, WindowUpdate};
 use crate::tunnel::settings::FIRST_WINDOW_UPDATE;
 
-/// One connection to a peer.
+/// The state of one connection to a peer.
 #[derive(Debug)]
 pub(crate) struct TunnelState {
     peer: PeerIdentity,
     usable_until: SystemTime,
     opened: Instant,
-    /// Time of the last received bytes, in milliseconds since `opened`.
+    /// The time of the last received bytes, in milliseconds since `opened`.
     received_at: AtomicU64,
     traffic: Traffic,
     load: Mutex<Load>,
     streams: Streams,
     activity: PeerActivity,
     back_pressure: BackPressure,
-    /// The reason of failure if h2 has none: a TLS alert, or a silent peer.
+    /// A reason of failure that h2 does not report: a TLS alert, or a silent peer.
     failure: OnceLock<HboneError>,
-    /// Whether it closes with its last stream.
+    /// True if the connection closes with its last stream.
     released: AtomicBool,
     revocation: Revocation,
     closed: watch::Sender<bool>,
@@ -62,7 +62,7 @@ struct Load {
 }
 
 impl TunnelState {
-    /// `usable_until`: the earliest expiry of both certificates.
+    /// `usable_until`: the earlier expiry of both certificates.
     pub(crate) fn new(peer: PeerIdentity, usable_until: SystemTime) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(Self {
@@ -90,7 +90,7 @@ impl TunnelState {
         self.usable_until
     }
 
-    /// Whether either certificate has expired: no stream may start.
+    /// Returns true if either certificate has expired. No stream may start then.
     pub(crate) fn is_expired(&self) -> bool {
         clock::now() >= self.usable_until
     }
@@ -103,14 +103,13 @@ impl TunnelState {
         self.load().open_streams
     }
 
-    /// Time at which the last stream ended; `None` while one is open.
+    /// The time at which the last stream ended. `None` while a stream is open.
     pub(crate) fn idle_since(&self) -> Option<Instant> {
         let load = self.load();
         (load.open_streams == 0).then_some(load.idle_since)
     }
 
-    /// The data rate of both directions: the mean of about the last second, or of the silence
-    /// since.
+    /// The mean data rate of both directions during the last second, or longer without traffic.
     pub(crate) fn bytes_per_second(&self) -> u64 {
         self.traffic.mean(self.age())
     }
@@ -123,14 +122,14 @@ impl TunnelState {
         &self.activity
     }
 
-    /// Time since which a frame or header block with a deadline is incomplete.
+    /// The start time of an unfinished frame or header block that has a deadline.
     pub(crate) fn unfinished_since(&self, streams_open: bool) -> Option<Instant> {
         let unfinished = self.activity.unfinished()?;
         let has_deadline = !(unfinished.data && streams_open);
         has_deadline.then(|| self.opened + Duration::from_millis(unfinished.since))
     }
 
-    /// Records that the peer exceeded a limit, for which the connection is closed.
+    /// Records that the peer exceeded a limit. The connection's task then closes the connection.
     pub(crate) fn exceed(&self, limit: TunnelLimit) {
         self.activity.exceed(limit);
     }
@@ -145,7 +144,7 @@ impl TunnelState {
         open
     }
 
-    /// A stream that counts as open only once its request is accepted.
+    /// Creates a stream that counts as open only once its request is accepted.
     pub(crate) fn unopened_stream(self: &Arc<Self>) -> OpenStream {
         OpenStream::new(self.clone())
     }
@@ -162,19 +161,19 @@ impl TunnelState {
         }
     }
 
-    /// Records why the connection is about to end. The first reason stays.
+    /// Records the reason why the connection is about to end. The first reason counts.
     pub(crate) fn fail(&self, reason: HboneError) {
-        // A second reason follows from the first.
+        // Ignore a second reason, which follows from the first.
         let _first = self.failure.set(reason);
     }
 
-    /// Records that the peer is no longer trusted: its streams end at once, even with unread data.
+    /// Records that the peer is no longer trusted. Its streams end at once, even with unread data.
     pub(crate) fn revoke(&self, reason: HboneError) {
         self.fail(reason);
         self.revocation.signal();
     }
 
-    /// Waits until the peer is no longer trusted.
+    /// Returns a signal for the time when the peer is no longer trusted.
     pub(crate) fn revocation(self: &Arc<Self>) -> RevocationSignal {
         RevocationSignal::new(self.clone())
     }
@@ -184,7 +183,7 @@ impl TunnelState {
         self.released.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the peer must respond: it serves a stream, or the connection is closing.
+    /// Returns true while the peer must respond: it serves a stream, or the connection is closing.
     pub(crate) fn is_needed(&self) -> bool {
         self.open_streams() > 0 || self.released.load(Ordering::Relaxed)
     }
@@ -197,9 +196,9 @@ impl TunnelState {
         *self.closed.borrow()
     }
 
-    /// Waits for the end of the connection.
+    /// Waits until the connection has ended.
     pub(crate) async fn closed(&self) {
-        // We own the sender, so this cannot fail.
+        // Never fails: `self` owns the sender.
         let mut closed = self.closed.subscribe();
         let _ended = closed.wait_for(|closed| *closed).await;
     }
@@ -210,7 +209,7 @@ impl TunnelState {
         self.failure.get().cloned().unwrap_or_else(lost)
     }
 
-    /// Converts an error of a stream: it was reset alone, or it ended with its connection.
+    /// Converts an error of a stream, which was reset or ended with its connection.
     pub(crate) fn stream_error(&self, error: h2::Error) -> HboneError {
         match error.reason() {
             Some(reason) if error.is_reset() && error.is_remote() => HboneError::Reset { reason },
@@ -224,8 +223,7 @@ impl TunnelState {
         self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records that bytes arrived; returns the time in milliseconds since the connection was
-    /// opened.
+    /// Records that bytes arrived. Returns the time in milliseconds since the connection opened.
     fn record_receipt(&self) -> u64 {
         let age = self.age();
         self.received_at.store(age, Ordering::Relaxed);
@@ -241,8 +239,8 @@ impl TunnelState {
         }
     }
 
-    /// Handles returned flow control credit: for a stream after half a window was read, or for the
-    /// connection.
+    /// Handles a WINDOW_UPDATE. A peer sends it for a stream after its application read half of the
+    /// window.
     fn credited(&self, WindowUpdate { stream, increment }: WindowUpdate) {
         if stream != 0 {
             if let Some(open) = self.streams.get(stream) {
@@ -253,7 +251,7 @@ impl TunnelState {
         }
     }
 
-    /// The age in milliseconds.
+    /// The age of the connection in milliseconds.
     pub(crate) fn age(&self) -> u64 {
         u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX)
     }

@@ -29,7 +29,7 @@ use crate::limits::log_limit::LogLimit;
 
 /// The maximum size of a request in bytes. A certificate request has a few hundred.
 const MAX_REQUEST: usize = 64 << 10;
-/// The validity if a request contains none.
+/// The validity of a certificate if the request contains none.
 const DEFAULT_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Answers requests of Istio's CA protocol.
@@ -40,7 +40,7 @@ pub(super) struct Service {
     clients: watch::Sender<Clients>,
 }
 
-/// The parsed parts of a request, for the log.
+/// The fields of a request that the log contains.
 #[derive(Debug, Default)]
 struct ParsedRequest {
     client: Option<String>,
@@ -91,7 +91,7 @@ impl Service {
         let spiffe_id = spiffe_id.as_ref().map(Quoted::as_str).unwrap_or_default();
         match answer {
             Ok((answer, ttl)) => {
-                // The serial number is needed for a revocation.
+                // The operator needs the serial number to revoke the certificate.
                 let leaf = answer.cert_chain.first().and_then(|leaf| Serial::of(leaf).ok());
                 let serial = leaf.map(|serial| serial.to_string());
                 tracing::info!(%peer, client, spiffe_id, ?ttl, serial, "certificate issued");
@@ -153,7 +153,7 @@ impl Service {
     }
 }
 
-/// The bearer token (RFC 6750 section 2.1).
+/// Reads the bearer token (RFC 6750 section 2.1).
 fn token(metadata: &MetadataMap) -> Result<&str, Status> {
     let header = metadata.get("authorization").and_then(|header| header.to_str().ok());
     let token = header.and_then(|header| {
@@ -163,7 +163,8 @@ fn token(metadata: &MetadataMap) -> Result<&str, Status> {
     token.ok_or_else(|| Status::unauthenticated("missing header: authorization: Bearer TOKEN"))
 }
 
-/// The requested identity: from the metadata (a node for its workload), otherwise from the request.
+/// The requested identity. The metadata have precedence over the signing request: a node names its
+/// workload there.
 fn requested_id(csr: &CertificateRequest, metadata: Option<&Struct>) -> Result<SpiffeId, Status> {
     let named = metadata.and_then(|metadata| metadata.fields.get(IMPERSONATED));
     let named = named.map(|value| match &value.kind {
@@ -184,13 +185,14 @@ fn requested_id(csr: &CertificateRequest, metadata: Option<&Struct>) -> Result<S
     }
 }
 
-/// Errors of the server's own files are not disclosed to clients.
+/// Replaces an error of the server's own files by a general one, which discloses nothing to
+/// clients.
 fn internal_error(error: &HboneError) -> Status {
     tracing::error!(error = error as &dyn std::error::Error, "cannot use the authority");
     Status::internal("the CA cannot use its own files; see its log")
 }
 
-/// A request as tonic's service trait requires it.
+/// The gRPC method `CreateCertificate`, as tonic's service trait requires it.
 struct CreateCertificate {
     service: Arc<Service>,
     peer: SocketAddr,

@@ -19,7 +19,7 @@ use crate::testing::{CLIENT, HOUR, SERVER};
 
 pub(crate) const NAME: &str = "ca.test";
 
-/// A running CA with a directory of its own.
+/// A running CA server with its own temporary directory.
 pub(crate) struct TestCa {
     pub(crate) dir: TempDir,
     pub(crate) address: SocketAddr,
@@ -58,7 +58,7 @@ impl TestCa {
         }
     }
 
-    /// A TLS acceptor with the same server name.
+    /// A TLS acceptor with the CA server's name, for scripted servers.
     pub(crate) fn tls(&self) -> TlsAcceptor {
         own_tls(&self.settings()).unwrap().into()
     }
@@ -95,7 +95,8 @@ fn impersonating(csr: String, kind: Kind) -> IstioCertificateRequest {
     IstioCertificateRequest { metadata: Some(Struct { fields }), ..request(csr, 60) }
 }
 
-/// The identity of a leaf, and its validity in seconds, including the tenth before it was issued.
+/// The identity in a leaf certificate, and its validity in seconds, including the clock-skew
+/// margin.
 fn leaf(pem: &str) -> (String, i64) {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
@@ -115,7 +116,7 @@ async fn issues_listed_identity_with_root_last_and_capped_validity() {
         assert_eq!(leaf(&chain[0]), (CLIENT.to_owned(), expected), "{seconds}");
         assert_eq!(chain[1], roots);
     }
-    // The identity may be in the CSR, in the metadata, or in both.
+    // The request may name the identity in the CSR, in the metadata, or in both.
     let text = |id: &str| Kind::StringValue(id.to_owned());
     for csr in [csr(&[]), csr(&[SERVER])] {
         let asked = ask(&served, Some("bearer node-token"), impersonating(csr, text(SERVER)));
@@ -265,7 +266,7 @@ async fn accepts_client_that_is_added_later() {
     fs::write(served.file("clients.yaml"), CLIENTS).unwrap();
     poll_files().await;
     asked().await.unwrap();
-    // An invalid file is ignored, and a later valid one is used.
+    // The server ignores an invalid file, and applies a later valid one.
     fs::write(served.file("clients.yaml"), "clients: [\n").unwrap();
     poll_files().await;
     asked().await.unwrap();
@@ -274,7 +275,7 @@ async fn accepts_client_that_is_added_later() {
     assert_eq!(asked().await.unwrap_err().code(), Code::Unauthenticated);
 }
 
-/// Advances the clock until the server has polled its files.
+/// Advances tokio's clock until the server has polled its files.
 async fn poll_files() {
     tokio::time::pause();
     sleep(HOUR / 2).await;
@@ -301,7 +302,7 @@ async fn server_certificate_is_renewed_at_half_of_its_lifetime() {
     assert!(Arc::ptr_eq(&before, &server.tls), "the previous one stays");
 }
 
-/// Serves an in-memory connection, and returns it with the server's task.
+/// Serves one in-memory connection. Returns the client's end and the server's task.
 fn in_memory(served: &TestCa) -> (DialOnce, JoinHandle<()>) {
     let (clients_file, clients) =
         ClientsFile::open(served.file("clients.yaml"), &FileWatcher::default()).unwrap();
@@ -327,7 +328,6 @@ async fn client_without_handshake_is_disconnected() {
     assert_eq!(start.elapsed().as_secs(), HANDSHAKE_TIMEOUT.as_secs());
 }
 
-/// Sends a request on an open connection.
 async fn ask_on(
     connection: &mut Connection,
     authorization: &'static str,
@@ -370,7 +370,7 @@ async fn connection_with_token_ends_at_its_age() {
     drop(connection);
 }
 
-/// Dials from a given loopback address.
+/// Connects from a given loopback address.
 struct DialFrom(Ipv4Addr, SocketAddr);
 
 impl crate::pool::Dial for DialFrom {
@@ -388,7 +388,7 @@ impl crate::pool::Dial for DialFrom {
 async fn idle_connections_do_not_keep_a_client_out() {
     let served = TestCa::new("serve-flood", CLIENTS).await;
     let mut flood = Vec::new();
-    // More than the total, and more of one source than its limit.
+    // Open more connections than the total limit, and more from one source than its limit.
     for (source, connections) in (1..=9).map(|source| (source, 30)).chain([(10, 40)]) {
         let dial = DialFrom(Ipv4Addr::new(127, 0, 1, source), served.address);
         for _ in 0..connections {

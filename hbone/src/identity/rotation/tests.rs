@@ -1,4 +1,4 @@
-//! New, failing and expiring identities, from a scripted source.
+//! Tests of new, failing and expiring identities, with a scripted source.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -139,18 +139,18 @@ async fn reports_an_identity_that_expires_without_a_successor() {
     sleep(HOUR / 2).await;
     assert_eq!(scene.told(), [CLIENT]);
     sleep(HOUR / 2 - Duration::from_secs(10)).await;
-    // Its validity began some minutes before it was issued.
+    // The validity began some minutes before the CA issued the certificate.
     assert_eq!(scene.told(), ["expiring: 22 min"]);
     sleep(3 * HOUR).await;
     assert_eq!(scene.told(), ["expired: credential"]);
     assert_eq!(credentials.borrow().identity().spiffe_id(), &id(CLIENT));
-    // The next certificate is reported too.
+    // The next certificate has its own warnings.
     scene.answer(Ok(identity(&scene.authority, SERVER)));
     sleep(2 * HOUR).await;
     assert_eq!(scene.told(), [SERVER, "expiring: 22 min", "expired: credential"]);
 }
 
-/// An identity with this validity in days, `passed` of which have elapsed.
+/// An identity that is valid for `life` days in total, `passed` of which have elapsed.
 fn identity_of_days(authority: &CertificateAuthority, life: u32, passed: u32) -> Identity {
     let day = 24 * HOUR;
     let now = clock::now();

@@ -1,7 +1,7 @@
-//! A source of identities in files that another program renews.
+//! Reads certificate, key and roots from files that another program renews.
 //!
-//! The files are written one after another: until key and certificate match, the pair is not used.
-//! Not here: hashing and reading the files (`crate::identity::files`).
+//! The other program writes the files one after another: the source waits until key and certificate
+//! match. `crate::identity::files` watches the files.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -16,22 +16,21 @@ use crate::identity::files::WatchedFiles;
 use crate::identity::renewal::Schedule;
 
 /// Reads the files at start and after each change: written in place, renamed, or reached through a
-/// swapped link.
+/// replaced symbolic link.
 #[derive(Debug)]
 pub struct FileSource {
     files: IdentityFiles,
     watched: WatchedFiles,
-    /// Schedule of retries without a file event after an unusable content, which may become valid
-    /// or readable later.
+    /// The next retry without a file event. Unusable files may become valid or readable later.
     retry: Option<Schedule>,
-    /// Hash of the content in use.
+    /// The hash of the files' content that is in use.
     used: Option<u64>,
-    /// The last error that was returned about an unusable content.
+    /// The last returned error about unusable files.
     reported: Option<String>,
 }
 
 impl FileSource {
-    /// A source that reads these files.
+    /// Creates a source. It starts to watch the files at the first call of `next`.
     pub fn new(files: IdentityFiles, watcher: &FileWatcher) -> Self {
         Self {
             files,
@@ -45,7 +44,7 @@ impl FileSource {
     /// Reads and checks the files once, without watching them.
     ///
     /// # Errors
-    /// [`HboneError::Credential`], naming the file and what is wrong with it.
+    /// [`HboneError::Credential`] with the file and its problem.
     pub fn check(files: &IdentityFiles) -> Result<Identity, HboneError> {
         valid_now(&files.certificate, Identity::from_files(files)?)
     }
@@ -71,7 +70,7 @@ impl FileSource {
         }
     }
 
-    /// The identity in the files; `None` if it is in use already.
+    /// Reads the identity. `None` if the same content is in use already.
     fn read(&mut self) -> Result<Option<Identity>, HboneError> {
         if self.watched.is_empty() {
             let IdentityFiles { certificate, key, roots } = &self.files;
@@ -83,14 +82,14 @@ impl FileSource {
             true => None,
             false => Some(Self::check(&self.files)?),
         };
-        // The watch reports changes that happen during the read.
+        // A change during the read causes another file event.
         self.used = before;
         self.retry = None;
         self.reported = None;
         Ok(identity)
     }
 
-    /// A hash of the content; `None` if a file cannot be read.
+    /// The hash of the files' content. `None` if a file cannot be read.
     fn content(&self) -> Option<u64> {
         let IdentityFiles { certificate, key, roots } = &self.files;
         let mut hasher = DefaultHasher::new();

@@ -1,7 +1,7 @@
 //! A client of Istio's CA protocol: `CreateCertificate` of istiod or `underpass ca serve`.
 //!
 //! Each request opens a connection: requests are rare, and an idle connection would need keepalive.
-//! Not here: the server (`ca/server.rs`).
+//! `ca::server` is the server.
 
 pub(super) mod connection;
 
@@ -40,17 +40,17 @@ use crate::limits::{Budget, Queue};
 use crate::pool::Dial;
 use crate::trust::bundle::Bundle;
 
-/// Maximum number of concurrent requests: a starting node has many workloads, and its CA many
-/// nodes.
+/// The maximum number of concurrent requests: a node may start many workloads, and a CA may serve
+/// many nodes.
 const REQUESTS: usize = 8;
-/// Timeout of connecting, TLS and HTTP/2.
+/// The timeout of connecting, including TLS and HTTP/2.
 const CONNECT: Duration = Duration::from_secs(10);
-/// Timeout of the answer.
+/// The timeout of the CA's answer.
 const REPLY: Duration = Duration::from_secs(10);
-/// Maximum size of an answer: a certificate chain and a bundle of roots.
+/// The maximum size of an answer in bytes: a certificate chain and roots.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// A client of a CA with Istio's protocol, shared by all workloads that use it.
+/// A client of a CA with Istio's protocol. All workloads of a process share it.
 pub struct IstioCa<D> {
     settings: IstioCaSettings,
     endpoint: Endpoint,
@@ -61,11 +61,11 @@ pub struct IstioCa<D> {
 }
 
 impl<D: Dial> IstioCa<D> {
-    /// A client that connects with `dial`. Sends nothing yet.
+    /// Creates a client that connects with `dial`, and sends nothing yet.
     ///
     /// # Errors
-    /// [`HboneError::Issuer`] for an invalid setting, [`HboneError::Credential`] for an unreadable
-    /// token or unreadable roots; both are read again for each request.
+    /// [`HboneError::Issuer`] for an invalid setting. [`HboneError::Credential`] for an unreadable
+    /// token or roots file; each request reads both again.
     pub fn new(settings: IstioCaSettings, dial: D) -> Result<Self, HboneError> {
         let issuer = &settings.address;
         let problem = |what| HboneError::Issuer { issuer: issuer.clone(), what, source: None };
@@ -80,7 +80,7 @@ impl<D: Dial> IstioCa<D> {
         Ok(ca)
     }
 
-    /// A certificate for `id` and a new key.
+    /// Requests a certificate for `id` and a new key.
     async fn issue(&self, id: &SpiffeId, priority: Priority) -> Result<Identity, HboneError> {
         let _turn = self.queue.turn(&self.requests, priority, || ()).await;
         let token = self.token()?;
@@ -116,7 +116,7 @@ impl<D: Dial> IstioCa<D> {
         Ok(grpc.unary(request, path, ProstCodec::default()).await?.into_inner())
     }
 
-    /// The `authorization` header, from the current token file.
+    /// The `authorization` header, with the token in the file.
     fn token(&self) -> Result<MetadataValue<Ascii>, HboneError> {
         let file = &self.settings.token;
         let header = format!("Bearer {}", read_token(file)?).parse::<MetadataValue<Ascii>>();
@@ -130,7 +130,7 @@ impl<D: Dial> IstioCa<D> {
         let message = Quoted::new(status.message());
         let broken = status.source();
         let what = match status.code() {
-            // This status comes from the library, about the connection, not from the CA.
+            // tonic made this status from a broken connection; the CA sent none.
             _ if broken.is_some() => IssuerProblem::Lost,
             Code::Unauthenticated => IssuerProblem::Unauthenticated(message),
             Code::PermissionDenied => IssuerProblem::Denied { id: id.clone(), message },
@@ -152,21 +152,21 @@ impl<D> fmt::Debug for IstioCa<D> {
     }
 }
 
-/// A source of one workload's certificates, from a CA with Istio's protocol.
+/// The certificates of one workload, requested from a CA with Istio's protocol.
 #[derive(Debug)]
 pub struct IstioCaSource<D> {
     ca: Arc<IstioCa<D>>,
     spiffe_id: SpiffeId,
-    /// Urgency of requests while there is no valid certificate.
+    /// The priority of requests while there is no valid certificate.
     priority: Priority,
-    /// Expiry of the current certificate.
+    /// The expiry of the current certificate.
     expires: Option<SystemTime>,
     schedule: Schedule,
 }
 
 impl<D: Dial> IstioCaSource<D> {
-    /// A source of certificates for `spiffe_id`. Requests have `priority` while there is no valid
-    /// certificate, otherwise `Background`.
+    /// Creates a source of certificates for `spiffe_id`. Requests have `priority` while there is no
+    /// valid certificate, otherwise `Background`.
     pub fn new(ca: Arc<IstioCa<D>>, spiffe_id: SpiffeId, priority: Priority) -> Self {
         Self { ca, spiffe_id, priority, expires: None, schedule: Schedule::new() }
     }
@@ -193,7 +193,8 @@ impl<D: Dial> IdentitySource for IstioCaSource<D> {
     }
 }
 
-/// A new key and its certificate request: no subject, one critical name (RFC 5280 section 4.2.1.6).
+/// Generates a key and its certificate signing request, without a subject and with one critical
+/// name (RFC 5280 section 4.2.1.6).
 fn signing_request(id: &SpiffeId) -> Result<(KeyPair, String), rcgen::Error> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let mut params = CertificateParams::default();
@@ -208,7 +209,7 @@ fn impersonating(id: &SpiffeId) -> Struct {
     Struct { fields: BTreeMap::from([(IMPERSONATED.to_owned(), value)]) }
 }
 
-/// The identity in the answer, if it is a certificate of `id` for `key`.
+/// Reads the identity in the answer, which must be a certificate of `id` for `key`.
 fn identity(
     issuer: &Path,
     answer: &IstioCertificateResponse,

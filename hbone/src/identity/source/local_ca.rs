@@ -1,7 +1,5 @@
-//! A source that issues certificates in process, with a certificate authority in a readable
+//! A source that issues certificates in this process, with a certificate authority in a local
 //! directory.
-//!
-//! Not here: the authority (`ca`), and requests over the network (`istio_ca`).
 
 use underpass_config::{LocalCaSettings, SpiffeId};
 
@@ -11,21 +9,20 @@ use crate::error::{CredentialProblem, HboneError};
 use crate::identity::Identity;
 use crate::identity::renewal::Schedule;
 
-/// Issues our certificates with a CA's directory, which is read again each time.
+/// Issues certificates with the authority in a directory, which it reads again each time.
 ///
-/// A proxy that changes from root to another user can no longer read the CA's key. It then uses the
-/// last authority that it read, so that its certificate does not expire.
+/// A process that changes from root to another user can no longer read the CA's key. It then uses
+/// the authority that it read last, so that its certificate does not expire.
 #[derive(Debug)]
 pub struct LocalCaSource {
     settings: LocalCaSettings,
     spiffe_id: SpiffeId,
     schedule: Schedule,
-    /// The last authority that was read.
     authority: Option<CertificateAuthority>,
 }
 
 impl LocalCaSource {
-    /// A source of certificates for `spiffe_id`.
+    /// Creates a source of certificates for `spiffe_id`.
     pub fn new(settings: LocalCaSettings, spiffe_id: SpiffeId) -> Self {
         Self { settings, spiffe_id, schedule: Schedule::new(), authority: None }
     }
@@ -33,7 +30,7 @@ impl LocalCaSource {
     /// Issues a new certificate.
     ///
     /// # Errors
-    /// [`HboneError::Credential`]: an unusable file, or the authority issues no such certificate.
+    /// [`HboneError::Credential`] if a file is unusable, or if the CA cannot issue this identity.
     pub fn issue(&mut self) -> Result<Identity, HboneError> {
         let Self { settings, spiffe_id, authority: kept, .. } = self;
         let authority = match (CertificateAuthority::open(&settings.dir), kept) {

@@ -15,7 +15,7 @@ pub use self::delegated::DelegatedIdentitySource;
 pub use self::workload::WorkloadApiSource;
 use crate::error::{HboneError, IssuerProblem};
 
-/// Timeout of the first answer; later updates have none.
+/// The timeout of the first answer. Later updates arrive at any time.
 const ANSWER: Duration = Duration::from_secs(10);
 
 fn agent_problem(socket: &Path, what: IssuerProblem, source: Option<io::Error>) -> HboneError {

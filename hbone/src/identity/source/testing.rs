@@ -1,4 +1,4 @@
-//! A client of the CA for tests, without an identity source.
+//! A CA client for tests of the CA server, without an identity source.
 
 use std::io;
 use std::net::SocketAddr;
@@ -20,7 +20,7 @@ use crate::ca::{CREATE_CERTIFICATE, IstioCertificateRequest, IstioCertificateRes
 use crate::error::HboneError;
 use crate::pool::Dial;
 
-/// Dials the CA's current address, whatever the settings are.
+/// Connects to the CA's current address and ignores the configured one.
 #[derive(Debug, Clone)]
 pub(crate) struct DialCa(pub(crate) Arc<Mutex<SocketAddr>>);
 
@@ -39,7 +39,7 @@ impl Dial for DialCa {
     }
 }
 
-/// Settings with the token in the file `token`.
+/// The client's settings for a test CA, with the token in the file `token`.
 pub(crate) fn settings(served: &TestCa, server_name: &str) -> IstioCaSettings {
     IstioCaSettings {
         address: "https://127.0.0.1:15012".to_owned(),
@@ -52,7 +52,7 @@ pub(crate) fn settings(served: &TestCa, server_name: &str) -> IstioCaSettings {
     }
 }
 
-/// Returns one prepared connection.
+/// Returns one prepared connection, then fails.
 #[derive(Debug)]
 pub(crate) struct DialOnce(pub(crate) Mutex<Option<DuplexStream>>);
 
@@ -79,7 +79,7 @@ pub(crate) async fn connect_with(
     endpoint.connect(dial, roots).await
 }
 
-/// Sends a request with this `authorization` header, on its own connection.
+/// Sends one request with this `authorization` header on a new connection.
 pub(crate) async fn ask(
     served: &TestCa,
     authorization: Option<&'static str>,

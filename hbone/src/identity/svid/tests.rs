@@ -1,5 +1,4 @@
-//! Valid X.509-SVIDs and leaves with one fault each, checked by both sides of a handshake and by
-//! loading.
+//! Tests with valid and with invalid X.509-SVIDs. Server, client and loading must agree on each.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,7 +21,7 @@ use crate::trust::Authorities;
 
 type Change = fn(&mut CertificateParams);
 
-/// The results of the three readers of a leaf: server, client, and loading.
+/// The results of the three functions that read a leaf: server, client, and loading.
 fn readers(ca: &Ca, names: &[&str], change: Change) -> [Result<(), SvidProblem>; 3] {
     let (chain, key) = ca.leaf_with(names, change);
     let judge = Authorities::new(&ca.identity(SERVER, 1), Files::new().trust());
@@ -129,7 +128,7 @@ fn rejects_leaf_without_exactly_one_workload_id() {
     }
 }
 
-/// A name that does not parse must not be skipped beside one that does.
+/// A name that does not parse must not be skipped, even if another name parses.
 #[test]
 fn rejects_leaf_with_malformed_name() {
     let ca = Ca::root("ours");
@@ -143,7 +142,7 @@ fn rejects_leaf_with_malformed_name() {
     assert_eq!(readers(&ca, &[], names), [malformed(), malformed(), malformed()]);
 }
 
-/// The peer chooses the length of all of these, before its signature is checked.
+/// The peer chooses the length of these fields, and is not authenticated yet.
 #[test]
 fn bounds_errors_about_unproven_certificates() {
     let (ours, stranger) = (Ca::root("ours"), Ca::root("stranger"));

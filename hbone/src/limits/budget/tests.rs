@@ -1,4 +1,4 @@
-//! Amounts that a budget grants to one part and leaves to others.
+//! Tests of the units that a budget grants to one part and leaves to others.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn part(whole: &Arc<Budget>, sharing: Sharing) -> Arc<Budget> {
     Arc::new(Budget::part(whole, usize::MAX, sharing))
 }
 
-/// Takes single units until none is granted; returns the number, and the exhausted bound.
+/// Takes single units until the budget refuses. Returns their number and the exhausted limit.
 fn fill(budget: &Budget) -> (usize, Exhausted) {
     let mut taken = 0;
     loop {
@@ -73,7 +73,7 @@ fn strangers_converge_to_equal_use() {
     let parts: Vec<_> = (0..4).map(|_| part(&whole, Sharing::Strangers)).collect();
     fill(&parts[0]);
     for _ in 0..20 {
-        // Each part closes some connections and opens as many as it can, one at a time.
+        // Each part closes some connections, then opens as many as it can, one at a time.
         for part in &parts {
             part.give_back(part.used() / 4);
         }

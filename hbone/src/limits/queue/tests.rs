@@ -1,4 +1,4 @@
-//! The order of turns, and cancelled waiters.
+//! Tests of the order of admission, and of cancelled requests.
 
 use std::cell::Cell;
 
@@ -11,7 +11,7 @@ use super::*;
 
 type Granted = mpsc::UnboundedReceiver<(&'static str, QueuePermit<u8>)>;
 
-/// Queues requests in this order, and reports the order of their turns.
+/// Queues requests in this order. Reports the order of their admission.
 async fn queue(
     queue: &Queue<u8>,
     budget: &Arc<Budget>,
@@ -54,7 +54,7 @@ async fn cancelled_wait_loses_no_turn() {
     let (waiting, budget) = (Queue::default(), Arc::new(Budget::new(2)));
     let held = [waiting.turn(&budget, 0, || ()).await, waiting.turn(&budget, 1, || ()).await];
     let (tasks, mut given) = queue(&waiting, &budget, &MIXED).await;
-    // Cancel one waiter in the queue, and one that has just been admitted.
+    // Cancel one request in the queue, and one that has just been admitted.
     tasks[2].abort();
     yield_now().await;
     assert_eq!(waiting.waiting().waiters.len(), 4, "no place is kept for it");

@@ -1,5 +1,5 @@
-//! Which failed requests are retried. The peer is scripted frame by frame, so that the errors are
-//! h2's own.
+//! Tests of the retry decision. The peer is scripted frame by frame, so that all errors come from
+//! h2.
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -12,7 +12,7 @@ use crate::testing::{Mesh, SECOND};
 const PREFACE: usize = 24;
 const HEADERS: u8 = 1;
 const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
-/// DATA on stream 0, which RFC 9113 section 6.1 forbids.
+/// A DATA frame on stream 0, which RFC 9113 section 6.1 forbids.
 const VIOLATION: [u8; 9] = [0; 9];
 
 fn go_away(last_stream: u8, reason: Reason) -> Vec<u8> {
@@ -53,13 +53,13 @@ async fn receive_request(far: &mut DuplexStream) {
     }
 }
 
-/// The error as a tunnel reports it.
+/// Converts an error of h2 as a tunnel does.
 async fn reported(error: h2::Error) -> HboneError {
     let (tunnel, _server) = Mesh::new().tunnel().await;
     tunnel.tunnel_state().stream_error(error)
 }
 
-/// The error of a request if `reply` is sent after it and the connection then closes.
+/// The error of a request if the peer answers with `reply` and closes the connection.
 async fn error_of_a_request_in_flight(reply: &[u8]) -> HboneError {
     let (mut send, mut far) = connect().await;
     let (response, _stream) = send.send_request(request(), false).unwrap();
@@ -69,7 +69,7 @@ async fn error_of_a_request_in_flight(reply: &[u8]) -> HboneError {
     reported(response.await.unwrap_err()).await
 }
 
-/// The error of a request that is sent after GOAWAY was received.
+/// The error of a request that is sent after GOAWAY arrived.
 async fn error_of_a_request_after_go_away(reason: Reason) -> [HboneError; 2] {
     let (mut send, mut far) = connect().await;
     let (response, _stream) = send.send_request(request(), false).unwrap();

@@ -1,4 +1,4 @@
-//! The decisions one by one; `model` tests random sequences.
+//! Tests of single decisions. `model` tests random sequences of events.
 
 mod model;
 
@@ -85,7 +85,7 @@ impl Handle for FakeTunnel {
     }
 }
 
-/// A state, a clock, and the number of dials. Tickets are the numbers of the dials.
+/// A pool state with a clock and a count of dials. A ticket is the number of its dial.
 struct TestPool {
     state: PoolState<FakeTunnel, u64>,
     now: Instant,
@@ -110,7 +110,7 @@ impl TestPool {
         })
     }
 
-    /// The tunnel that a new stream is assigned to.
+    /// Checks out a stream, which must use an existing tunnel. Returns that tunnel.
     fn used(&mut self) -> FakeTunnel {
         match self.checkout(&key(1), Reuse::Allowed) {
             Checkout::Use { stream_slot, .. } => stream_slot,
@@ -132,19 +132,19 @@ impl TestPool {
         }
     }
 
-    /// The oldest dial opens a tunnel.
+    /// Lets the oldest dial succeed.
     fn open(&mut self) -> (TunnelId, FakeTunnel) {
         let (tunnel, dial) = (FakeTunnel::new(self.now), self.oldest_dial(&key(1)));
         (self.state.opened(&key(1), dial, tunnel.clone(), self.now), tunnel)
     }
 
-    /// The oldest dial fails.
+    /// Lets the oldest dial fail.
     fn fail(&mut self) -> Instant {
         let dial = self.oldest_dial(&key(1));
         self.state.failed(&key(1), dial, Arc::new(HboneError::Lost { source: None }), self.now)
     }
 
-    /// The oldest dial in progress, or an unknown one if there is none.
+    /// The oldest dial in progress. An unknown id if there is none.
     fn oldest_dial(&self, key: &TunnelKey) -> DialId {
         let dials = self.state.entries.get(key).map(|entry| entry.dials.as_slice());
         dials.and_then(|dials| Some(dials.first()?.id)).unwrap_or(DialId(0))
@@ -191,7 +191,7 @@ fn burst_starts_several_dials_within_stream_limit() {
     let mut pool = TestPool::new();
     let tickets: Vec<u64> = (0..10 * DIALS_AT_ONCE).map(|_| pool.waits(Reuse::Allowed)).collect();
     assert!(tickets.chunks(10).zip(1..).all(|(some, ticket)| some.iter().all(|t| *t == ticket)));
-    // Callers without a promise ask again after the first of the dials.
+    // A caller without a promise asks again after the first dial.
     let late = pool.checkout(&key(1), Reuse::Allowed);
     assert!(matches!(late, Checkout::Wait { ticket: 1, promised: false }), "{late:?}");
     let (_, tunnel) = pool.open();

@@ -1,4 +1,4 @@
-//! Failed dials, lost, refusing and draining peers, and retries.
+//! Tests of failed dials, of peers that are lost, refuse or drain, and of retries.
 
 use super::*;
 use crate::testing::{authority, credentials, identity};
@@ -138,7 +138,7 @@ async fn unresponsive_peer_is_closed_by_timeout() {
     let client = Client::new();
     let long_request = |number: usize| {
         let mut long = request();
-        // More than the buffers on the path hold, and incompressible for HPACK.
+        // Fill all buffers between client and server. HPACK cannot compress this value.
         let value = format!("{number:04}").repeat(500).parse().unwrap();
         long.headers.insert("baggage", value);
         long

@@ -1,5 +1,5 @@
-//! A client, a gateway that copies bytes to one backend after another, and backends, over in-memory
-//! connections.
+//! A client, backends, and a gateway between them that selects the backends in turn. All
+//! connections are in memory.
 
 mod ends;
 
@@ -43,20 +43,20 @@ const SETTINGS: PoolSettings = PoolSettings {
     tunnels_per_peer: 3,
 };
 
-/// The gateway's treatment of a stream.
+/// The behaviour of the gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
     Copies,
-    /// Copies data, but never ends its own direction.
+    /// The gateway copies data, but never ends its direction.
     NeverEnds,
-    /// Terminates the inner tunnel itself, with its own identity.
+    /// The gateway terminates the inner tunnel with its own identity.
     Intercepts,
-    /// Reads all data, and never answers.
+    /// The gateway reads all data, and answers nothing.
     Swallows,
     Refuses,
 }
 
-/// A request at a backend, and whether its tunnel resumed a session.
+/// A request that arrived at a backend, and whether its tunnel resumed a session.
 struct Arrived {
     incoming: Incoming,
     backend: usize,
@@ -68,7 +68,7 @@ struct Servers {
     backends: Vec<Acceptor>,
     way: Mutex<Way>,
     next: AtomicUsize,
-    /// The gateway's end of the last tunnel.
+    /// Aborts the gateway's end of the last tunnel.
     serving: Mutex<Option<AbortHandle>>,
     authorities: Mutex<Vec<String>>,
     arrived: mpsc::UnboundedSender<Arrived>,
@@ -189,7 +189,8 @@ impl Scene {
         self.connect_to(&[FIRST, SECOND_ONE]).await
     }
 
-    /// Both ends of a new stream, its backend, and whether the inner tunnel resumed a session.
+    /// Opens a stream. Returns both ends, the backend, and whether the inner tunnel resumed a
+    /// session.
     async fn stream(&mut self) -> (TunnelStream, TunnelStream, usize, bool) {
         let connecting = open(&self.pool, &self.connector, &[FIRST, SECOND_ONE]);
         let (near, far) = tokio::join!(connecting, async {
@@ -201,7 +202,7 @@ impl Scene {
         (near.unwrap(), far, backend, resumed)
     }
 
-    /// Waits until no stream is left in the outer tunnel.
+    /// Waits until the outer tunnel has no streams. Returns false at the timeout.
     async fn is_quiet(&self) -> bool {
         for _ in 0..10_000 {
             if self.pool.statistics().streams == 0 {
@@ -276,24 +277,24 @@ async fn streams_share_outer_tunnel_and_have_own_inner_tunnel() {
 #[tokio::test(start_paused = true)]
 async fn session_ticket_is_not_accepted_by_another_backend() {
     let mut scene = Scene::new();
-    // The client offers the newest ticket first, whichever backend issued it.
+    // The client offers its newest ticket first, whichever backend issued it.
     let turns = [(0, false), (0, true), (1, false), (1, true), (0, false)];
     for (backend, resumes) in turns {
         scene.servers.next.store(backend, Ordering::Relaxed);
         let (near, far, arrived, resumed) = scene.stream().await;
         assert_eq!((arrived, resumed), (backend, resumes));
         assert_eq!(near.peer().spiffe_id(), &id([FIRST, SECOND_ONE][backend]));
-        // Wait for the tickets.
+        // The tickets arrive before the data.
         let (mut reader, _writer) = near.split();
         let (_reader, mut writer) = far.split();
         writer.write("hello".into()).await.unwrap();
         reader.read().await.unwrap().unwrap();
     }
-    // A session with other expected peers is not resumed.
+    // The client does not resume a session for other expected peers.
     scene.servers.next.store(1, Ordering::Relaxed);
     let refused = behind(scene.connect_to(&[FIRST]).await.unwrap_err());
     assert!(matches!(refused, HboneError::UnexpectedPeer { .. }), "{refused:?}");
-    // Nor is one with a peer that is no longer trusted.
+    // The client does not resume a session with a peer that is no longer trusted.
     scene.revoke(4);
     scene.servers.next.store(1, Ordering::Relaxed);
     let refused = behind(scene.connect().await.unwrap_err());
@@ -352,7 +353,7 @@ async fn revocation_on_either_level_terminates_stream() {
     for serial in [2, 3] {
         let mut scene = Scene::new();
         let (near, far, ..) = scene.stream().await;
-        // A stream without a reader is terminated too.
+        // A stream that is not being read is terminated too.
         let (_far_reader, mut far_writer) = far.split();
         far_writer.write("unread".into()).await.unwrap();
         let distrusted = near.revocation();

@@ -1,6 +1,6 @@
 //! The AEAD key of one direction: seals and opens single records, and counts them.
 //!
-//! A slice of a wrong length is an error, never a panic.
+//! A slice of the wrong length causes an error, never a panic.
 
 use std::fmt;
 
@@ -11,11 +11,11 @@ use rustls::{ContentType, Error};
 
 use super::{HEADER, TAG, TRAILER};
 
-/// The key of one direction between two key updates.
+/// The key of one direction. A key update replaces it.
 pub(in crate::tls) struct RecordKey {
     key: LessSafeKey,
     iv: Iv,
-    /// Sequence number of the next record. Each number is used once.
+    /// The sequence number of the next record. Each number is used once.
     sequence: u64,
 }
 
@@ -31,13 +31,13 @@ impl RecordKey {
         Ok(Self { key: LessSafeKey::new(key), iv, sequence })
     }
 
-    /// Number of records that this key has sealed or opened.
+    /// The number of records that this key has sealed or opened.
     pub(super) fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// Seals `content` as one record at the start of `slot`, and returns the record's length. Reads
-    /// `content` once, without a copy.
+    /// Seals `content` as one record at the start of `slot`. Returns the length of the record. Does
+    /// not copy `content`.
     pub(super) fn seal(
         &mut self,
         kind: ContentType,
@@ -59,7 +59,7 @@ impl RecordKey {
         Ok(HEADER + content.len() + TRAILER)
     }
 
-    /// Like [`seal`](Self::seal), for `length` bytes of content that are already in `slot`, after
+    /// Like [`seal`](Self::seal), for `length` bytes of content that `slot` contains already, after
     /// the space for the header.
     pub(super) fn seal_in_place(
         &mut self,
@@ -75,8 +75,7 @@ impl RecordKey {
         Ok(HEADER + length + TRAILER)
     }
 
-    /// Opens a complete record in place, and returns its inner plaintext: content, type and
-    /// padding.
+    /// Opens a complete record in place. Returns its inner plaintext: content, type and padding.
     pub(super) fn open_in_place<'a>(
         &mut self,
         record: &'a mut [u8],
@@ -88,7 +87,8 @@ impl RecordKey {
             .map_err(|Unspecified| Error::DecryptError)
     }
 
-    /// Opens a complete record into `plain`, whose length must be that of the inner plaintext.
+    /// Opens a complete record into `plain`, whose length must be the length of the inner
+    /// plaintext.
     pub(super) fn open_into(&mut self, record: &[u8], plain: &mut [u8]) -> Result<(), Error> {
         let nonce = self.next_nonce().ok_or(Error::DecryptError)?;
         let (header, body) = record.split_at_checked(HEADER).ok_or(Error::DecryptError)?;
@@ -98,8 +98,8 @@ impl RecordKey {
             .map_err(|Unspecified| Error::DecryptError)
     }
 
-    /// Increments the sequence number before its use, so that a failed operation cannot reuse a
-    /// nonce.
+    /// Increments the sequence number before its use, so that a failed call cannot cause a nonce to
+    /// be reused.
     fn next_nonce(&mut self) -> Option<Nonce> {
         let nonce = cipher::Nonce::new(&self.iv, self.sequence).0;
         self.sequence = self.sequence.checked_add(1)?;
@@ -113,14 +113,14 @@ impl fmt::Debug for RecordKey {
     }
 }
 
-/// Writes the header of a record with `length` bytes of content, and splits `slot` into header,
-/// content and trailer.
+/// Writes the header of a record with `length` bytes of content. Splits `slot` into header, content
+/// and trailer.
 fn parts(slot: &mut [u8], length: usize) -> Option<(&mut [u8; HEADER], &mut [u8], &mut [u8])> {
     let (header, rest) = slot.split_first_chunk_mut::<HEADER>()?;
     let (body, rest) = rest.split_at_mut_checked(length)?;
     let (trailer, _) = rest.split_at_mut_checked(TRAILER)?;
     let [high, low] = u16::try_from(length + TRAILER).ok()?.to_be_bytes();
-    // RFC 8446 section 5.2: every protected record has this opaque type and version.
+    // Every encrypted record has this opaque type and version (RFC 8446 section 5.2).
     *header = [u8::from(ContentType::ApplicationData), 3, 3, high, low];
     Some((header, body, trailer))
 }

@@ -1,8 +1,8 @@
-//! Large buffers that the tunnels of one thread share.
+//! Large buffers that all tunnels of a thread share.
 //!
 //! A thread polls one tunnel at a time, and a tunnel usually returns its buffers before the thread
-//! polls the next one. Two buffers therefore serve all tunnels of a thread, stay in its L2 cache,
-//! and are zeroed once instead of at each use.
+//! polls the next one. Two buffers are therefore enough for a thread. They stay in its L2 cache,
+//! and are zeroed only once.
 
 use std::cell::RefCell;
 use std::mem;
@@ -10,18 +10,18 @@ use std::ops::{Deref, DerefMut};
 
 use super::MAX_SEALED;
 
-/// A sealed DATA frame of 128 KiB: eight full records, and a small one with the frame header.
+/// The size of a buffer: a sealed DATA frame of 128 KiB, which is eight full records, and a small
+/// record with the frame header.
 pub(super) const SIZE: usize = 9 * MAX_SEALED;
 
-/// Buffers that a thread keeps: one to read into, one to write from.
+/// The number of buffers that a thread keeps: one for reading, one for writing.
 const MAX_FREE_BUFFERS: usize = 2;
 
 thread_local! {
     static FREE_BUFFERS: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A buffer of [`SIZE`] bytes. Its contents are arbitrary: it may hold bytes of an earlier
-/// borrower.
+/// A buffer of [`SIZE`] bytes. It may contain bytes of a previous user.
 pub(super) struct Buffer(Box<[u8]>);
 
 impl Buffer {
@@ -49,7 +49,7 @@ impl DerefMut for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let buffer = mem::take(&mut self.0);
-        // Fails only during the destruction of thread-locals; the closure then frees the buffer.
+        // Fails only while thread-locals are destroyed. The closure then frees the buffer.
         let _ends = FREE_BUFFERS.try_with(|free_buffers| {
             let mut free_buffers = free_buffers.borrow_mut();
             if free_buffers.len() < MAX_FREE_BUFFERS {

@@ -1,7 +1,7 @@
-//! Drives a rustls handshake, then converts the connection into a [`TlsStream`].
+//! Performs a handshake with rustls, then converts the connection into a [`TlsStream`].
 //!
-//! rustls receives one record at a time, and no record after the last one of the handshake. The
-//! record layer opens the rest.
+//! rustls receives one record at a time, and no record after the handshake: the record layer opens
+//! those.
 
 use std::io;
 use std::ops::DerefMut;
@@ -21,30 +21,30 @@ use super::HEADER;
 use super::keys::{KeySchedule, Keys};
 use super::stream::TlsStream;
 
-/// Bytes of one read: a flight with a certificate chain and a hybrid key share.
+/// The size of one read in bytes: a certificate chain and a hybrid key share fit.
 const READ: usize = 8 << 10;
-/// Maximum bytes that an unauthenticated peer can make us buffer. rustls allows a message of 64
+/// The maximum number of bytes buffered for an unauthenticated peer. rustls allows messages of 64
 /// KiB; the rest is for record headers and tags.
 const MAX_INCOMING: usize = 96 << 10;
-/// Bytes that were read behind the handshake fit into one buffer (`Input::new`).
+/// The bytes that were read after the handshake must fit into one buffer (`Input::new`).
 const _: () = assert!(MAX_INCOMING + READ <= super::buffer::SIZE);
 
-/// A finished handshake.
+/// A connection after its handshake, before the record layer starts.
 pub(in crate::tls) struct FinishedHandshake<C, T> {
     connection: C,
     io: T,
-    /// Bytes that were read behind the last handshake record.
+    /// Bytes that were read after the last record of the handshake.
     early: Vec<u8>,
 }
 
-/// A failed handshake, with the connection, so that the caller can close it without losing the
-/// alert.
+/// A failed handshake with its connection. The caller closes the connection such that the peer
+/// receives the alert.
 pub(in crate::tls) struct UnfinishedHandshake<T> {
     pub(in crate::tls) error: io::Error,
     pub(in crate::tls) io: T,
 }
 
-/// A client's or a server's rustls connection.
+/// A rustls connection, of a client or of a server.
 pub(in crate::tls) trait Handshake:
     DerefMut<Target = UnbufferedConnectionCommon<Self::Data>>
 {
@@ -57,8 +57,8 @@ pub(in crate::tls) trait Handshake:
     fn extract(self) -> Result<(ExtractedSecrets, Self::Schedule), Error>;
 }
 
-/// Performs a handshake over `io`. All flights are sent when it returns, the server's session
-/// tickets included.
+/// Performs a handshake over `io`. Returns after everything is sent, including the server's session
+/// tickets.
 pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + Unpin>(
     mut connection: C,
     mut io: T,
@@ -83,8 +83,7 @@ pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + 
             }
             Err(error) => {
                 flights.encode_alert(&mut connection);
-                // A single attempt to send the alert, without waiting for a peer that does not
-                // read.
+                // Try once to send the alert. Do not wait for a peer that does not read.
                 let _sent = poll_immediate(send(&mut io, &flights.outgoing)).await;
                 let error = io::Error::new(io::ErrorKind::InvalidData, error);
                 return Err(UnfinishedHandshake { error, io });
@@ -106,7 +105,7 @@ impl<C: Handshake, T> FinishedHandshake<C, T> {
         self.into_limited_stream(limit)
     }
 
-    /// Like [`into_stream`](Self::into_stream), with a limit of records per key.
+    /// Like [`into_stream`](Self::into_stream), with a limit on the number of records per key.
     pub(in crate::tls) fn into_limited_stream(self, limit: u64) -> Result<TlsStream<T>, Error> {
         let (secrets, schedule) = self.connection.extract()?;
         let keys = Keys::extracted(secrets, Box::new(schedule), limit)?;
@@ -114,21 +113,20 @@ impl<C: Handshake, T> FinishedHandshake<C, T> {
     }
 }
 
-/// Buffered handshake records of both directions.
+/// The handshake records of both directions that are buffered.
 #[derive(Default)]
 struct Flights {
     incoming: Vec<u8>,
-    /// Length of the prefix of `incoming` that was passed to rustls.
+    /// The number of bytes of `incoming` that rustls has received.
     passed: usize,
-    /// Offset in `incoming` of the first record that was not passed to rustls completely.
+    /// The offset in `incoming` of the first record that rustls has not received completely.
     next: usize,
     outgoing: Vec<u8>,
 }
 
 enum Step {
-    /// Call `step` again.
     Continue,
-    /// rustls needs more records of the peer.
+    /// rustls needs more records from the peer.
     Blocked,
     FinishedHandshake,
 }
@@ -143,13 +141,14 @@ impl Flights {
                 Step::Continue
             }
             ConnectionState::TransmitTlsData(data) => {
-                // The caller sends `outgoing` before it reads.
+                // The caller sends `outgoing` before it reads again.
                 data.done();
                 Step::Continue
             }
             ConnectionState::BlockedHandshake => Step::Blocked,
             ConnectionState::WriteTraffic(_) => Step::FinishedHandshake,
-            // Unreachable: no record after the handshake is shown, and early data is disabled.
+            // Unreachable: rustls receives no record after the handshake, and early data is
+            // disabled.
             _ => return Err(Error::General("more than the handshake was processed".into())),
         };
         self.discard(discard);
@@ -165,8 +164,8 @@ impl Flights {
         self.next = self.next.saturating_sub(length);
     }
 
-    /// Shows one more record, or the available part of it, so that rustls validates its header
-    /// early. Returns whether the prefix grew.
+    /// Passes one more record to rustls, or the available part of it, so that rustls validates the
+    /// header early. Returns false if there are no more bytes.
     fn pass_record(&mut self) -> bool {
         let unseen = self.incoming.get(self.next..).unwrap_or_default();
         let length = match unseen.first_chunk::<HEADER>() {
@@ -197,8 +196,8 @@ impl Flights {
         Ok(())
     }
 
-    /// Encodes the alert that rustls queued with its error. Shows no records: rustls would process
-    /// the invalid one again.
+    /// Encodes the alert that rustls queued with its error. Passes no records: rustls would process
+    /// the invalid record again.
     fn encode_alert<C: Handshake>(&mut self, connection: &mut C) {
         while connection.wants_write() {
             let encoded = match connection.process(&mut []).state {

@@ -1,5 +1,5 @@
-//! Received bytes: complete and partial records, and opened plaintext that the reader has not taken
-//! yet.
+//! The received bytes of a connection: unopened records, and opened plaintext that the reader has
+//! not taken yet.
 
 use std::mem;
 use std::ops::Range;
@@ -9,24 +9,24 @@ use rustls::{AlertDescription, ContentType, Error};
 use super::buffer::{Buffer, SIZE};
 use super::{Failure, HEADER, MAX_BODY, TAG};
 
-/// Minimum free space behind the unread bytes. With less, the unread bytes move to the front before
-/// the next read.
+/// The minimum free space at the end of the buffer. If less is free, the unopened bytes move to the
+/// front before the next read.
 const ENOUGH_ROOM: usize = SIZE / 2;
 
-/// The receive buffer of a connection. Borrows a [`Buffer`] only while data is available.
+/// The receive buffer of a connection. Borrows a [`Buffer`] only while it contains data.
 #[derive(Default)]
 pub(super) struct Input {
     buffer: Option<Buffer>,
-    /// Range in `buffer` of the records that have not been opened.
+    /// The range in `buffer` of the unopened records.
     unread: Range<usize>,
-    /// Range in `buffer`, before `unread`, of opened content.
+    /// The range in `buffer` of opened plaintext, before `unread`.
     plain: Range<usize>,
-    /// An incomplete record, kept here while `buffer` is returned to the thread.
+    /// An incomplete record, stored here while the thread uses `buffer` for other tunnels.
     partial: Vec<u8>,
 }
 
 impl Input {
-    /// `early`: bytes that were read behind the handshake, fewer than [`SIZE`].
+    /// `early`: the bytes that were read after the handshake, fewer than [`SIZE`].
     pub(super) fn new(early: &[u8]) -> Self {
         let mut input = Self::default();
         if !early.is_empty() {
@@ -40,7 +40,7 @@ impl Input {
         input
     }
 
-    /// Opened content that the reader has not taken.
+    /// The opened plaintext that the reader has not taken yet.
     pub(super) fn plain(&self) -> &[u8] {
         let buffer = self.buffer.as_deref().unwrap_or_default();
         buffer.get(self.plain.clone()).unwrap_or_default()
@@ -50,7 +50,8 @@ impl Input {
         self.plain.start += length;
     }
 
-    /// The next record if it is complete. Validates the header as soon as it is available.
+    /// The next complete record. `None` if it is incomplete. Validates the header as soon as it is
+    /// available.
     pub(super) fn record(&mut self) -> Result<Option<&mut [u8]>, Failure> {
         let buffer = self.buffer.as_deref_mut().unwrap_or_default();
         let unread = buffer.get_mut(self.unread.clone()).unwrap_or_default();
@@ -65,7 +66,7 @@ impl Input {
         self.unread.start += length;
     }
 
-    /// Consumes a record that was opened in place, and keeps its `content` bytes of content for the
+    /// Consumes a record that was opened in place. Keeps its `content` bytes of plaintext for the
     /// reader.
     pub(super) fn keep_plain(&mut self, length: usize, content: usize) {
         let start = self.unread.start + HEADER;
@@ -73,7 +74,7 @@ impl Input {
         self.take_record(length);
     }
 
-    /// Free space to read into. Never empty: the caller reads only when no complete record and no
+    /// The free space to read into. Never empty: the caller reads only if no complete record and no
     /// plaintext is left.
     pub(super) fn room(&mut self) -> &mut [u8] {
         let buffer = self.buffer.get_or_insert_with(Buffer::borrow);
@@ -93,12 +94,12 @@ impl Input {
         buffer.get_mut(self.unread.end..).unwrap_or_default()
     }
 
-    /// Records that `length` bytes were read into [`room`](Self::room).
+    /// Marks `length` bytes of [`room`](Self::room) as read.
     pub(super) fn filled(&mut self, length: usize) {
         self.unread.end += length;
     }
 
-    /// Returns the buffer to the thread while no data is available.
+    /// Returns the buffer to the thread if it contains no complete record and no plaintext.
     pub(super) fn release(&mut self) {
         if let Some(buffer) = self.buffer.take() {
             self.partial = buffer.get(self.unread.clone()).unwrap_or_default().to_vec();
@@ -122,13 +123,12 @@ impl Input {
     }
 }
 
-/// The length field of the record at the start of `unread`; `None` if the record is incomplete.
+/// The length field of the record at the start of `unread`. `None` if the header is incomplete.
 fn body_length(unread: &[u8]) -> Result<Option<usize>, Failure> {
     let Some((&[kind, _, _, high, low], rest)) = unread.split_first_chunk::<HEADER>() else {
         return Ok(None);
     };
-    // Every record after the handshake is protected. The legacy version is authenticated by the
-    // AEAD.
+    // All records after the handshake are encrypted. The AEAD authenticates the legacy version.
     if kind != u8::from(ContentType::ApplicationData) {
         return Err(Failure::new(
             AlertDescription::UnexpectedMessage,

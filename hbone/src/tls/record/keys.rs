@@ -1,5 +1,5 @@
-//! The part of rustls that the record layer uses after the handshake: next traffic keys, and
-//! storage of session tickets.
+//! The parts of rustls that the record layer uses after the handshake: derives traffic keys, and
+//! stores session tickets.
 
 use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM};
 use rustls::client::ClientConnectionData;
@@ -9,32 +9,32 @@ use rustls::{ConnectionTrafficSecrets, Error, ExtractedSecrets};
 
 use super::aead::RecordKey;
 
-/// The key schedule of one connection.
+/// The key schedule of one connection (RFC 8446 section 7).
 pub(in crate::tls) trait KeySchedule: Send + Sync {
-    /// Derives the next sending key (RFC 8446 section 7.2).
+    /// Derives the next key for sending (RFC 8446 section 7.2).
     fn next_sealing(&mut self) -> Result<RecordKey, Error>;
 
-    /// Derives the next receiving key.
+    /// Derives the next key for receiving.
     fn next_opening(&mut self) -> Result<RecordKey, Error>;
 
-    /// Stores the body of a NewSessionTicket message, for the resumption of the session.
+    /// Stores the body of a NewSessionTicket message, to resume the session later.
     fn keep_ticket(&mut self, message: &[u8]) -> Result<(), Error>;
 
-    /// Whether the peer is a server, which may send tickets.
+    /// Returns true if the peer is a server, which may send tickets.
     fn takes_tickets(&self) -> bool;
 }
 
-/// The application traffic keys after the handshake, and the schedule of the later ones.
+/// The traffic keys after the handshake, and the schedule that derives later keys.
 pub(super) struct Keys {
     pub(super) sealing: RecordKey,
     pub(super) opening: RecordKey,
     pub(super) schedule: Box<dyn KeySchedule>,
-    /// Maximum number of records per key, for confidentiality.
+    /// The maximum number of records per key, for confidentiality (RFC 8446 section 5.5).
     pub(super) limit: u64,
 }
 
 impl Keys {
-    /// The keys of a finished handshake.
+    /// Converts the secrets of a finished handshake.
     pub(super) fn extracted(
         secrets: ExtractedSecrets,
         schedule: Box<dyn KeySchedule>,
@@ -90,7 +90,7 @@ fn record_key((sequence, secrets): (u64, ConnectionTrafficSecrets)) -> Result<Re
         ConnectionTrafficSecrets::Aes256Gcm { key, iv } => {
             RecordKey::new(&AES_256_GCM, key.as_ref(), iv, sequence)
         }
-        // `provider` offers only AES-GCM.
+        // Unreachable: `provider` offers only AES-GCM.
         _ => Err(Error::General("a cipher other than AES-GCM was negotiated".into())),
     }
 }

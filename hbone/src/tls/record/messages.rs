@@ -1,5 +1,5 @@
-//! Reassembly of post-handshake messages (RFC 8446 section 4.6), which may span records or share
-//! one.
+//! Reassembles post-handshake messages (RFC 8446 section 4.6). A message may span records, and a
+//! record may contain several messages.
 
 use std::mem;
 
@@ -7,12 +7,12 @@ use rustls::{AlertDescription, ContentType, Error, HandshakeType, InvalidMessage
 
 use super::Failure;
 
-/// Length of a handshake header: type and 24-bit length.
+/// The length of a handshake header: type and 24-bit length.
 const HEADER: usize = 4;
-/// Maximum length of a message, as in rustls. A ticket has at most 64 KiB.
+/// The maximum length of a message, as in rustls. A ticket has at most 64 KiB.
 const MAX_LENGTH: usize = 0xffff;
-/// Maximum number of messages without application data in between. BoringSSL and rustls limit key
-/// updates to the same number.
+/// The maximum number of consecutive messages without application data. BoringSSL and rustls have
+/// the same limit for key updates.
 const MAX_IN_A_ROW: u8 = 32;
 
 /// A post-handshake message.
@@ -22,12 +22,12 @@ pub(super) enum Message<'a> {
     KeyUpdate { requested: bool },
 }
 
-/// Reassembles messages.
+/// Reassembles the post-handshake messages of one connection.
 #[derive(Debug)]
 pub(super) struct Messages {
-    /// Whether the peer is a server, which may send tickets.
+    /// True if the peer is a server, which may send tickets.
     tickets: bool,
-    /// An incomplete message, which continues in the next record.
+    /// An incomplete message, which the next record continues.
     partial: Vec<u8>,
     in_a_row: u8,
 }
@@ -37,17 +37,17 @@ impl Messages {
         Self { tickets, partial: Vec::new(), in_a_row: 0 }
     }
 
-    /// Whether a message is incomplete, so that the next record must be a handshake record.
+    /// Returns true after an incomplete message: the next record must continue it.
     pub(super) fn is_partial(&self) -> bool {
         !self.partial.is_empty()
     }
 
-    /// Records that application data was received.
+    /// Resets the limit of consecutive messages, after application data.
     pub(super) fn interrupted(&mut self) {
         self.in_a_row = 0;
     }
 
-    /// Receives the content of a handshake record, and passes each completed message to `take`.
+    /// Receives the content of a handshake record. Passes each complete message to `take`.
     pub(super) fn receive(
         &mut self,
         content: &[u8],
@@ -73,7 +73,7 @@ impl Messages {
         Ok(())
     }
 
-    /// Passes all complete messages to `take`, and returns their total length.
+    /// Passes all complete messages to `take`. Returns their total length.
     fn take_whole(
         &mut self,
         content: &[u8],
@@ -89,7 +89,7 @@ impl Messages {
                 HandshakeType::KeyUpdate => key_update(body)?,
                 _ => Message::NewSessionTicket(body),
             };
-            // RFC 8446 section 5.1: a key change must be at a record boundary.
+            // RFC 8446 section 5.1: a record must end after a key update.
             if kind == HandshakeType::KeyUpdate && !after.is_empty() {
                 return Err(Failure::unexpected(PeerMisbehaved::KeyEpochWithPendingFragment));
             }
@@ -99,8 +99,8 @@ impl Messages {
         Ok(content.len() - rest.len())
     }
 
-    /// The type and body of the first message, and the bytes behind it; `None` if it is incomplete.
-    /// Validates type and length as soon as they are available.
+    /// Splits the first message into type and body, and returns the bytes after it. `None` if the
+    /// message is incomplete. Validates type and length as soon as they are available.
     #[expect(clippy::type_complexity, reason = "read in one place only")]
     fn split<'a>(
         &self,
@@ -154,7 +154,7 @@ fn key_update(body: &[u8]) -> Result<Message<'_>, Failure> {
     }
 }
 
-/// Content type and content of a KeyUpdate record.
+/// Encodes a KeyUpdate record: its content type and content.
 pub(super) fn encode_key_update(request: bool) -> (ContentType, [u8; HEADER + 1]) {
     (ContentType::Handshake, [u8::from(HandshakeType::KeyUpdate), 0, 0, 1, u8::from(request)])
 }

@@ -1,16 +1,16 @@
-//! Sealed records that have not been written yet.
+//! The sealed records of a connection that are not written yet.
 
 use std::ops::Range;
 
 use super::buffer::Buffer;
 use super::{ALERT, sealed_length};
 
-/// The send buffer of a connection: contiguous records. Borrows a [`Buffer`] only while it holds
-/// records.
+/// The send buffer of a connection: consecutive records. Borrows a [`Buffer`] only while it
+/// contains records.
 #[derive(Default)]
 pub(super) struct Output {
     buffer: Option<Buffer>,
-    /// Range in `buffer` of the records that have not been written.
+    /// The range in `buffer` of the records that are not written yet.
     unwritten: Range<usize>,
 }
 
@@ -20,23 +20,23 @@ impl Output {
         buffer.get(self.unwritten.clone()).unwrap_or_default()
     }
 
-    /// Whether a record with up to `content` bytes fits, and an alert behind it.
+    /// Returns true if a record with `content` bytes fits, and an alert after it.
     pub(super) fn fits(&mut self, content: usize) -> bool {
         self.room().len() >= sealed_length(content) + ALERT
     }
 
-    /// Free space to seal into.
+    /// The free space to seal records into.
     pub(super) fn room(&mut self) -> &mut [u8] {
         let buffer = self.buffer.get_or_insert_with(Buffer::borrow);
         buffer.get_mut(self.unwritten.end..).unwrap_or_default()
     }
 
-    /// Records that a record of this length was sealed into [`room`](Self::room).
+    /// Marks `length` bytes of [`room`](Self::room) as a sealed record.
     pub(super) fn filled(&mut self, length: usize) {
         self.unwritten.end += length;
     }
 
-    /// Records that `length` bytes were written to the connection.
+    /// Marks `length` bytes as written to the connection.
     pub(super) fn written(&mut self, length: usize) {
         self.unwritten.start += length;
         if self.unwritten.is_empty() {
@@ -45,7 +45,7 @@ impl Output {
         }
     }
 
-    /// Returns an empty buffer to the thread.
+    /// Returns the buffer to the thread if it is empty.
     pub(super) fn release(&mut self) {
         if self.unwritten.is_empty() {
             self.written(0);

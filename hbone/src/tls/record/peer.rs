@@ -1,5 +1,5 @@
-//! A scripted TLS peer for tests and the fuzz target. It seals arbitrary records and opens the
-//! records of the stream under test. It shares only the AEAD with the record layer.
+//! A scripted TLS peer for tests and the fuzz target. It seals arbitrary records, and opens the
+//! records of the tested stream. It shares only the AEAD with the record layer.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,11 +17,11 @@ use super::keys::{KeySchedule, Keys};
 use super::stream::TlsStream;
 use super::{HEADER, TAG, TRAILER};
 
-/// First octet of each direction's keys.
+/// The first octet of all keys from the peer to the tested stream.
 const TO_US: u8 = 0x20;
 const FROM_US: u8 = 0x40;
 
-/// The keys of one direction, by generation.
+/// The keys of one direction. Each key update advances the generation.
 #[derive(Debug)]
 struct KeyGenerations {
     direction: u8,
@@ -40,7 +40,7 @@ impl KeyGenerations {
     }
 }
 
-/// A deterministic key schedule in place of rustls.
+/// A deterministic key schedule that replaces rustls.
 struct Schedule {
     sealing: KeyGenerations,
     opening: KeyGenerations,
@@ -67,22 +67,22 @@ impl KeySchedule for Schedule {
     }
 }
 
-/// The transport between the stream under test and the peer.
+/// The transport between the tested stream and the peer.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Wire(Arc<Mutex<Pipe>>);
 
-/// Bytes in flight, and limits per call.
+/// The bytes in flight, and the limits of each call.
 #[derive(Debug)]
 pub(super) struct Pipe {
     pub(super) to_us: VecDeque<u8>,
     pub(super) from_us: Vec<u8>,
     pub(super) ended: bool,
-    /// Maximum bytes of one read, and of one write.
+    /// The maximum number of bytes of one read, and of one write.
     pub(super) read: usize,
     pub(super) write: usize,
-    /// Bytes that are accepted before writes are pending.
+    /// The number of bytes that the transport accepts before writes are pending.
     pub(super) room: usize,
-    /// Number of completed reads and writes.
+    /// The number of completed reads and writes.
     pub(super) calls: usize,
 }
 
@@ -144,7 +144,7 @@ impl AsyncWrite for Wire {
     }
 }
 
-/// The other end of a [`TlsStream`].
+/// The scripted end of a [`TlsStream`].
 pub(super) struct Peer {
     pub(super) wire: Wire,
     to_us: KeyGenerations,
@@ -155,12 +155,12 @@ pub(super) struct Peer {
     tickets: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
-/// A client's or a server's stream, and its peer.
+/// Creates a client's or a server's stream, and its peer.
 pub(super) fn pair(client: bool, limit: u64) -> Result<(TlsStream<Wire>, Peer), Error> {
     pair_with(client, limit, &[])
 }
 
-/// Like [`pair`], with bytes that were read behind the handshake.
+/// Like [`pair`], with bytes that were read after the handshake.
 pub(super) fn pair_with(
     client: bool,
     limit: u64,
@@ -198,8 +198,8 @@ impl Peer {
         self.wire.pipe().to_us.extend(record);
     }
 
-    /// Seals a record without sending it. Content and padding may be longer than the protocol
-    /// allows.
+    /// Seals a record without sending it. Content and padding may exceed the limits of the
+    /// protocol.
     pub(super) fn seal(&mut self, kind: ContentType, content: &[u8], padding: usize) -> Vec<u8> {
         let mut inner = content.to_vec();
         let kind = u8::from(kind);
@@ -208,10 +208,10 @@ impl Peer {
         self.seal_inner(&inner)
     }
 
-    /// Seals an inner plaintext, which includes type and padding.
+    /// Seals an inner plaintext: content, type and padding.
     pub(super) fn seal_inner(&mut self, inner: &[u8]) -> Vec<u8> {
-        // `RecordKey::seal` appends its `kind` to the content: pass the last octet of the inner
-        // plaintext.
+        // `RecordKey::seal` appends the content type, so the last octet of the inner plaintext is
+        // passed as the type.
         let (last, content) = inner.split_last().unwrap_or((&0, &[]));
         let mut record = vec![0; HEADER + content.len() + TRAILER];
         let sealed = self.sealing.seal(ContentType::from(*last), content, &mut record);
@@ -235,14 +235,14 @@ impl Peer {
         self.wire.pipe().to_us.extend(bytes);
     }
 
-    /// Switches to the peer's next sending key.
+    /// Changes to the peer's next key for sending.
     pub(super) fn update(&mut self) {
         if let Ok(key) = self.to_us.next() {
             self.sealing = key;
         }
     }
 
-    /// Opens all received records, as type and content. Follows key updates.
+    /// Opens all received records. Returns type and content of each, and follows key updates.
     pub(super) fn received(&mut self) -> Vec<(ContentType, Vec<u8>)> {
         let mut rest = std::mem::take(&mut self.wire.pipe().from_us);
         let mut records = Vec::new();
@@ -262,19 +262,19 @@ impl Peer {
             }
             records.push((kind, content.to_vec()));
         }
-        // A pending write may have stopped inside a record.
+        // A pending write may have sent a part of a record.
         self.wire.pipe().from_us.extend(rest);
         records
     }
 
-    /// The stored tickets.
+    /// The tickets that the tested stream has stored.
     #[cfg(test)]
     pub(super) fn tickets(&self) -> Vec<Vec<u8>> {
         lock(&self.tickets).clone()
     }
 }
 
-/// Reads until the stream is pending or at its end, `size` bytes at a time.
+/// Reads `size` bytes at a time until the stream is pending or at its end.
 pub(super) fn read_all(
     stream: &mut TlsStream<Wire>,
     size: usize,
@@ -292,7 +292,7 @@ pub(super) fn read_all(
     }
 }
 
-/// Maximum memory of a stream's receive side while it is pending: one incomplete record.
+/// The maximum memory of a pending stream's receive side: one incomplete record.
 pub(super) const MAX_BUFFERED: usize = HEADER + super::MAX_BODY + TAG;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

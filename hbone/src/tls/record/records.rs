@@ -1,4 +1,4 @@
-//! The protocol state of both directions, without I/O: opens and seals records, and handles
+//! The record protocol of both directions, without I/O: opens and seals records, and handles
 //! post-handshake messages and alerts.
 //!
 //! ```text
@@ -20,46 +20,45 @@ use super::messages::{self, Message, Messages};
 use super::output::Output;
 use super::{Failure, HEADER, MAX_CONTENT};
 
-/// Maximum number of consecutive empty records, as in rustls. RFC 8446 section 5.1 allows empty
-/// records of application data.
+/// The maximum number of consecutive empty records, as in rustls. RFC 8446 section 5.1 allows empty
+/// application data.
 const MAX_EMPTY: u8 = 32;
-/// Maximum number of `user_canceled` alerts, which do not end the connection. BoringSSL and rustls
-/// have the same limit.
+/// The maximum number of `user_canceled` alerts, which do not end the connection. BoringSSL and
+/// rustls have the same limit.
 const MAX_WARNINGS: u8 = 4;
 /// Alert levels. TLS 1.3 ignores them, except for `user_canceled`.
 const WARNING: u8 = 1;
 const FATAL: u8 = 2;
-/// Maximum length of a slice that becomes a record of its own when a large slice follows. The large
-/// slice is then sealed without a copy. h2 passes the header of a large DATA frame as a slice of
-/// 256 bytes.
+/// A slice up to this length gets its own record if a large slice follows, which is then sealed
+/// without a copy. h2 passes the header of a large DATA frame as a slice of 256 bytes.
 const SHORT: usize = 1 << 10;
 
-/// The meaning of an opened record.
+/// The content of an opened record.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Opened {
     /// Application data of this length, at the start of the inner plaintext.
     Data(usize),
-    /// A message or alert that has been handled.
+    /// A message or alert, which is handled already.
     Control,
     /// `close_notify`: the peer sends no more data.
     Closed,
 }
 
-/// The state of both directions.
+/// The record protocol state of both directions.
 pub(super) struct Records {
     sealing: RecordKey,
     opening: RecordKey,
     schedule: Box<dyn KeySchedule>,
-    /// Maximum number of records per key.
+    /// The maximum number of records per key.
     limit: u64,
     messages: Messages,
-    /// Number of consecutive empty records.
+    /// The number of consecutive empty records.
     empty: u8,
     warnings: u8,
-    /// Whether a KeyUpdate precedes the next application data.
+    /// True if a KeyUpdate must precede the next application data.
     update_due: bool,
-    /// Whether that KeyUpdate requests one of the peer, and whether a request was made for the
-    /// current receiving key.
+    /// True if that KeyUpdate must request the peer's key update. Each receiving key causes one
+    /// request.
     request_due: bool,
     requested: bool,
 }
@@ -82,13 +81,14 @@ impl Records {
         }
     }
 
-    /// Opens a complete record in place. Its content is then behind its header.
+    /// Opens a complete record in place. The plaintext starts after the record's header.
     pub(super) fn open_in_place(&mut self, record: &mut [u8]) -> Result<Opened, Failure> {
         let opened = self.opening.open_in_place(record);
         self.receive(opened.map_err(bad_record)?)
     }
 
-    /// Opens a complete record into `plain`, whose length is that of the inner plaintext.
+    /// Opens a complete record into `plain`, whose length must be the length of the inner
+    /// plaintext.
     pub(super) fn open_into(&mut self, record: &[u8], plain: &mut [u8]) -> Result<Opened, Failure> {
         self.opening.open_into(record, plain).map_err(bad_record)?;
         self.receive(plain)
@@ -148,8 +148,8 @@ impl Records {
                 Message::KeyUpdate { requested: ours } => {
                     *opening = schedule.next_opening().map_err(internal)?;
                     (*requested, *request_due) = (false, false);
-                    // RFC 8446 section 4.6.3: one answer to several requests, before the next
-                    // application data.
+                    // RFC 8446 section 4.6.3: one KeyUpdate answers several requests, before the
+                    // next application data.
                     *update_due |= ours;
                 }
             }
@@ -179,7 +179,7 @@ impl Records {
         }
     }
 
-    /// Requests a key update once the peer has protected `limit` records with its current key.
+    /// Requests a key update once the peer has used its key for `limit` records.
     fn watch_limit(&mut self) {
         if self.opening.sequence() >= self.limit && !self.requested {
             self.requested = true;
@@ -188,8 +188,8 @@ impl Records {
         }
     }
 
-    /// Seals as much of `pieces` as fits into `output`, and returns the number of bytes. Zero only
-    /// if no record fits.
+    /// Seals data of `pieces` into `output` until it is full. Returns the number of bytes. Zero
+    /// only if no record fits.
     pub(super) fn seal(
         &mut self,
         pieces: &[IoSlice<'_>],
@@ -227,7 +227,7 @@ impl Records {
         Ok(())
     }
 
-    /// Seals an alert. [`Output::fits`] reserves room for one.
+    /// Seals an alert. [`Output::fits`] keeps space for one.
     pub(super) fn seal_alert(
         &mut self,
         description: AlertDescription,
@@ -258,20 +258,20 @@ fn internal(error: Error) -> Failure {
     Failure::new(AlertDescription::InternalError, error)
 }
 
-/// Source of the next record's content.
+/// The content of the next record.
 enum Record<'a> {
-    /// A contiguous slice.
+    /// The content is in one slice and need not be copied.
     Piece(&'a [u8]),
-    /// This many bytes from several slices, which must be copied together.
+    /// The content is this many bytes from several slices, which must be copied together.
     Gather(usize),
 }
 
 /// A cursor over the slices to be sealed.
 struct Plain<'a> {
-    /// Rest of the current slice.
+    /// The rest of the current slice.
     piece: &'a [u8],
     pieces: std::slice::Iter<'a, IoSlice<'a>>,
-    /// Bytes left in all slices.
+    /// The number of bytes left in all slices.
     left: usize,
 }
 
@@ -281,8 +281,8 @@ impl<'a> Plain<'a> {
         Self { piece: &[], pieces: pieces.iter(), left }
     }
 
-    /// Takes the content of the next record if it is contiguous, or returns how much the caller
-    /// must copy.
+    /// Selects the content of the next record. Takes it if it is in one slice; otherwise the caller
+    /// must copy it.
     fn next_record(&mut self) -> Record<'a> {
         self.skip_empty();
         let next = self.pieces.as_slice().first().map_or(0, |next| next.len());

@@ -1,9 +1,9 @@
-//! The body of the fuzz target and of the property test: interprets bytes as actions of a peer, and
-//! checks the stream against a model.
+//! Interprets bytes as actions of a peer, and compares the stream with a model. For the fuzz target
+//! and a property test.
 //!
 //! A script is a list of steps: one octet for the action, two for its size. The model predicts the
-//! delivered bytes and the end of the stream, until a step with arbitrary bytes or messages. After
-//! that it only checks that earlier data was delivered and memory is bounded.
+//! delivered bytes and the end of the stream, until a step sends arbitrary bytes or messages. After
+//! that step, only delivery of the earlier data and memory use are checked.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
@@ -15,12 +15,11 @@ use super::MAX_CONTENT;
 use super::peer::{MAX_BUFFERED, Peer, Wire, pair, read_all};
 use super::stream::TlsStream;
 
-/// Records per key: few, so that scripts reach the limit.
+/// The number of records per key. Small, so that scripts reach it.
 const LIMIT: u64 = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// The stream is open.
     None,
     Clean,
     Failed,
@@ -70,7 +69,7 @@ pub(crate) fn run(script: &[u8]) {
     }
 }
 
-/// Chooses by the two low bits.
+/// Selects by the two low bits.
 fn choose(bits: u8, [first, second, third, fourth]: [usize; 4]) -> usize {
     match bits & 3 {
         0 => first,
@@ -81,7 +80,7 @@ fn choose(bits: u8, [first, second, third, fourth]: [usize; 4]) -> usize {
 }
 
 impl ScriptRun {
-    /// Performs one step, and returns the rest of the script.
+    /// Performs one step. Returns the rest of the script.
     fn step<'a>(&mut self, kind: u8, size: usize, script: &'a [u8]) -> &'a [u8] {
         match kind % 9 {
             0 => self.data(size % (MAX_CONTENT + 300), usize::from(kind)),
@@ -201,7 +200,7 @@ impl ScriptRun {
             *byte ^= 1 << (bit % 8);
         }
         self.peer.send_raw(&record);
-        // With a longer length the stream waits for more bytes.
+        // If the length field grew, the stream waits for more bytes instead of failing.
         if matches!(bit / 8, 3 | 4) { self.unknown() } else { self.fail_if(true) }
     }
 
@@ -224,7 +223,7 @@ impl ScriptRun {
             assert!(self.delivered == self.expected, "what was sealed is delivered");
         } else {
             assert!(self.delivered.starts_with(&self.expected));
-            // Arbitrary inner plaintexts may have been application data.
+            // An arbitrary inner plaintext may have been valid application data.
             self.expected.clone_from(&self.delivered);
         }
         match self.end {

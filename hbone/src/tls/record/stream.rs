@@ -15,39 +15,39 @@ use super::output::Output;
 use super::records::{Opened, Records};
 use super::{HEADER, TAG};
 
-/// TLS 1.3 records over `io`.
+/// A plaintext stream that reads and writes TLS 1.3 records over `io`.
 ///
-/// A write seals its data into the send buffer. A flush, or a full buffer, sends it.
+/// A write seals its data into the send buffer. A flush sends the buffer; so does a write if the
+/// buffer is full.
 pub(crate) struct TlsStream<T> {
     io: T,
     input: Input,
     output: Output,
     records: Records,
     reading: Reading,
-    /// Whether we have sealed close_notify.
+    /// True once close_notify is sealed.
     closed: bool,
 }
 
 #[derive(Debug)]
 enum Reading {
     Open,
-    /// The peer sent close_notify.
     Closed,
     /// The connection ended without close_notify.
     Cut,
-    /// A violation, a fatal alert, or an error of the key schedule.
+    /// The peer violated the protocol or sent a fatal alert, or the key schedule failed.
     Failed(Error),
 }
 
 impl<T> TlsStream<T> {
-    /// `early`: bytes that were read behind the handshake.
+    /// `early`: the bytes that were read after the handshake.
     pub(super) fn new(io: T, keys: Keys, early: &[u8]) -> Self {
         let records = Records::new(keys);
         let (input, output) = (Input::new(early), Output::default());
         Self { io, input, output, records, reading: Reading::Open, closed: false }
     }
 
-    /// The result of a read at the end of the stream; `None` while the stream is open.
+    /// The result of a read at the end of the stream. `None` while the stream is open.
     fn end(&self) -> Option<io::Result<()>> {
         match &self.reading {
             Reading::Open => None,
@@ -60,7 +60,7 @@ impl<T> TlsStream<T> {
         }
     }
 
-    /// Bytes of memory that the receive side holds.
+    /// The memory of the receive side in bytes.
     #[cfg(any(test, feature = "fuzz"))]
     pub(super) fn buffered(&self) -> usize {
         self.input.buffered()
@@ -74,11 +74,11 @@ impl<T> TlsStream<T> {
         }
     }
 
-    /// Opens the next record into `buf`, or in place if it does not fit. `false` if no record is
-    /// complete.
+    /// Opens the next record: into `buf` if it fits, otherwise in place. Returns `false` if no
+    /// record is complete.
     ///
-    /// After data was delivered, a record that does not fit waits for the next read: h2 decodes the
-    /// header of a DATA frame first, and then reads into a buffer for all of the frame.
+    /// After `delivered` data, a record that does not fit into `buf` waits for the next read: h2
+    /// decodes the header of a DATA frame first, and then reads with a buffer for the whole frame.
     fn open(&mut self, buf: &mut ReadBuf<'_>, delivered: bool) -> Result<bool, Failure> {
         let Some(record) = self.input.record()? else {
             return Ok(false);
@@ -102,7 +102,7 @@ impl<T> TlsStream<T> {
             opened
         };
         if opened == Opened::Closed {
-            // RFC 8446 section 6.1: later records are ignored.
+            // RFC 8446 section 6.1: ignore later records.
             self.reading = Reading::Closed;
             self.input.discard();
         }
@@ -175,7 +175,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<T> {
                 return Poll::Ready(Ok(()));
             }
             if let Some(end) = this.end() {
-                // Data before the end is delivered first.
+                // Deliver data before the end.
                 return Poll::Ready(if delivered { Ok(()) } else { end });
             }
             match this.open(buf, delivered) {
@@ -184,7 +184,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<T> {
                 Ok(false) => ready!(this.poll_fill(cx))?,
                 Err(failure) => {
                     this.fail(failure);
-                    // A single attempt to send the alert.
+                    // Try once to send the alert.
                     let _sent = this.poll_drain(cx);
                 }
             }
@@ -217,7 +217,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<T> {
         }
         let sealed = this.records.seal(bufs, &mut this.output);
         Poll::Ready(sealed.map_err(|error| {
-            // Records that are already sealed can still be flushed.
+            // Sealed records can still be flushed.
             this.fail(Failure { alert: None, error: error.clone() });
             invalid(error)
         }))
@@ -255,7 +255,7 @@ impl<T> fmt::Debug for TlsStream<T> {
     }
 }
 
-/// The same form as in tokio-rustls. `known_error` extracts the inner error.
+/// Wraps an error like tokio-rustls. `known_error` unwraps it.
 fn invalid(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }

@@ -1,4 +1,4 @@
-//! Received records: accepted, malformed, split, padded, oversized, out of order.
+//! Tests of received records: valid, malformed, split, padded, oversized, and out of order.
 
 mod keys;
 mod script;
@@ -16,7 +16,7 @@ use super::peer::{MAX_BUFFERED, Peer, Wire, pair, pair_with, read_all};
 use super::stream::TlsStream;
 use super::{HEADER, MAX_BODY, MAX_CONTENT};
 
-/// No key reaches this limit.
+/// A limit that no key reaches.
 const NO_LIMIT: u64 = u64::MAX;
 const DATA: ContentType = ContentType::ApplicationData;
 const HANDSHAKE: ContentType = ContentType::Handshake;
@@ -47,8 +47,7 @@ fn tls_error(end: Option<io::Result<()>>) -> Error {
     error.get_ref().unwrap().downcast_ref::<Error>().unwrap().clone()
 }
 
-/// Asserts that the stream fails with `error`, that the peer receives `alert`, and that the stream
-/// stays failed.
+/// Asserts that the stream fails with `error` and stays failed, and that the peer receives `alert`.
 fn assert_failed(
     (mut stream, mut peer): (TlsStream<Wire>, Peer),
     error: impl Into<Error>,
@@ -154,7 +153,7 @@ fn strips_padding() {
 fn rejects_records_without_a_type() {
     for inner in [0, 1, 500] {
         let (stream, mut peer) = client();
-        // Only padding, or only a tag.
+        // The record contains only padding, or only a tag.
         let mut record = peer.seal_inner(&vec![0; inner]);
         if inner == 0 {
             record = peer.seal_empty();
@@ -167,12 +166,12 @@ fn rejects_records_without_a_type() {
 #[test]
 fn rejects_oversized_records() {
     let overflow = Some(AlertDescription::RecordOverflow);
-    // The length field alone is enough.
+    // The length field alone is enough to reject the record.
     let (stream, mut peer) = client();
     let [high, low] = u16::try_from(MAX_BODY + 1).unwrap().to_be_bytes();
     peer.send_raw(&[23, 3, 3, high, low]);
     assert_failed((stream, peer), Error::PeerSentOversizedRecord, overflow);
-    // Content or padding beyond the limit.
+    // Content or padding exceeds the limit.
     for (content, padding) in [(MAX_CONTENT + 1, 0), (1, MAX_CONTENT), (MAX_CONTENT, 1)] {
         let (stream, mut peer) = client();
         peer.send_padded(DATA, &numbered(content), padding);
@@ -335,7 +334,7 @@ fn accepts_limited_consecutive_messages() {
     assert_misbehaved((stream, peer), PeerMisbehaved::TooManyKeyUpdateRequests);
     let (stream, mut peer) = client();
     for _ in 0..17 {
-        // Empty records do not reset the count.
+        // Empty records do not reset the limit.
         peer.send(DATA, b"");
         peer.send(HANDSHAKE, &[ticket(1), ticket(1)].concat());
     }

@@ -1,4 +1,4 @@
-//! Sessions that are resumed, and sessions that must not be.
+//! Tests of sessions that are resumed, and of sessions that must not be resumed.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -49,8 +49,8 @@ impl Parties {
         Self::new(credentials(ca, CLIENT, 1, HOUR), credentials(ca, SERVER, 2, HOUR))
     }
 
-    /// Whether a new tunnel resumes an earlier session, as both sides report; it stays open until
-    /// its tickets arrive.
+    /// Opens a tunnel, which stays open until its tickets arrive. Returns true if both sides report
+    /// a resumed session.
     async fn resume(
         &self,
         address: SocketAddr,
@@ -111,7 +111,7 @@ async fn rotation_of_either_side_prevents_resumption() {
     let parties = Parties::of(&ca);
     assert!(!parties.again().await);
     parties.server.send_replace(credentials(&ca, SERVER, 3, HOUR));
-    // The client offers a ticket that the server cannot decrypt, as with a stock ztunnel.
+    // The server cannot decrypt this ticket, as if another ztunnel replica had issued it.
     assert!(!parties.again().await);
     assert!(parties.again().await);
     parties.client.send_replace(credentials(&ca, CLIENT, 4, HOUR));
@@ -134,7 +134,7 @@ async fn revocation_prevents_resumption() {
 #[tokio::test(start_paused = true)]
 async fn session_ends_with_either_certificate() {
     let ca = Ca::root("ours");
-    // The server's certificate expires: the client offers no ticket.
+    // The server's certificate has expired: the client offers no ticket.
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, 3 * HOUR), credentials(&ca, SERVER, 2, HOUR));
     assert!(!parties.again().await);
@@ -143,7 +143,7 @@ async fn session_ends_with_either_certificate() {
     sleep(HOUR).await;
     let (refused, _) = parties.resume(ADDRESS, &[id(SERVER)]).await.unwrap_err();
     assert!(matches!(refused, Some(HboneError::PeerCertificateExpired { .. })), "{refused:?}");
-    // The client's certificate expires: it offers no ticket either.
+    // The client's certificate has expired: it offers no ticket.
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, HOUR), credentials(&ca, SERVER, 2, 3 * HOUR));
     assert!(!parties.again().await);
@@ -165,8 +165,7 @@ async fn tickets_of_several_servers_end_with_earliest_certificate() {
     assert!(parties.again().await);
 }
 
-/// Performs a handshake; returns whether it resumed a session. The client reads until its tickets
-/// arrive.
+/// Performs a handshake, and reads until the tickets arrive. Returns true if it resumed a session.
 async fn handshake(
     client: &ClientTls,
     server: &ServerTls,
@@ -177,7 +176,7 @@ async fn handshake(
     let connect = async {
         let (mut stream, _) = client.connect(Box::new(near), address, &expected).await?;
         let mut greeting = [0; 5];
-        // No data arrives if the client is refused.
+        // A refused client receives no data.
         let _refused = stream.read_exact(&mut greeting).await;
         Ok(())
     };

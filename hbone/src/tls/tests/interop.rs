@@ -1,4 +1,4 @@
-//! Interoperation of our record layer with rustls' own, as client and as server.
+//! Tests of our record layer against the record layer of rustls, as client and as server.
 
 use rustls::client::UnbufferedClientConnection;
 use rustls::server::UnbufferedServerConnection;
@@ -12,7 +12,6 @@ use crate::crypto::provider;
 use crate::tls::record::{FinishedHandshake, TlsStream};
 use crate::tunnel::io::Io;
 
-/// The configuration of a plain rustls server.
 fn server_config(authority: &CertificateAuthority) -> Arc<ServerConfig> {
     let identity = identity(authority, SERVER);
     let authorities = credentials(&identity).authorities().clone();
@@ -81,7 +80,7 @@ async fn carry(
     assert!(read == content, "what is read is what was written");
 }
 
-/// Sends data in both directions, with a key update of the peer after each round.
+/// Exchanges data in both directions. The peer updates its key after each round.
 async fn converse<T: AsyncRead + AsyncWrite + Unpin>(
     ours: &mut TlsStream<Io>,
     theirs: &mut T,
@@ -128,7 +127,7 @@ async fn resumes_a_session_with_a_rustls_server() {
         let (ours, mut theirs, peer) = our_client(&client, &server).await;
         assert_eq!(theirs.get_ref().1.handshake_kind(), Some(expected));
         assert_eq!(peer.resumed, expected == HandshakeKind::Resumed);
-        // The tickets precede the data.
+        // The server sends the tickets before the data.
         carry(&mut theirs, &mut ours.into_stream().unwrap(), b"data").await;
     }
 }
@@ -154,7 +153,7 @@ async fn handshakes_in_small_records() {
         for expected in [HandshakeKind::Full, HandshakeKind::Resumed] {
             let (ours, mut theirs, _) = our_client(&client, &server).await;
             assert_eq!(theirs.get_ref().1.handshake_kind(), Some(expected), "{size}");
-            // The tickets span records too.
+            // The tickets span records.
             carry(&mut theirs, &mut ours.into_stream().unwrap(), &[7; 5000]).await;
         }
         let (server, client) = both_reversed(&authority);
@@ -196,7 +195,7 @@ async fn end_is_clean_only_with_close_notify() {
 struct Tampered {
     io: DuplexStream,
     piece: usize,
-    /// Number of bytes before the flipped one.
+    /// The number of bytes before the flipped bit.
     position: usize,
 }
 
@@ -243,8 +242,8 @@ impl AsyncWrite for Tampered {
     }
 }
 
-/// A changed length field makes both sides wait for each other, so each handshake has a timeout in
-/// paused time.
+/// If a length field changes, both sides wait for each other. Each handshake therefore has a
+/// timeout in paused time.
 #[tokio::test(start_paused = true)]
 async fn handshakes_in_pieces_and_with_no_changed_byte() {
     let authority = authority("td");
@@ -273,7 +272,7 @@ async fn handshakes_in_pieces_and_with_no_changed_byte() {
         );
         acceptances += usize::from(accepted.is_ok_and(|accepted| accepted.is_ok()));
     }
-    // rustls ignores the legacy version of the three first records (RFC 8446 section 5.1).
+    // rustls ignores the legacy version of the first three records (RFC 8446 section 5.1).
     assert!((3..=6).contains(&connections), "{connections}");
     assert!((3..=6).contains(&acceptances), "{acceptances}");
 }

@@ -1,4 +1,4 @@
-//! Every case that a handshake rejects, compared with a real handshake; and changes of trust.
+//! Compares each case that a handshake rejects with a real handshake. Tests changes of trust.
 
 use std::time::SystemTime;
 
@@ -20,7 +20,7 @@ fn watched((identity, trust): &End) -> (watch::Sender<Credentials>, watch::Recei
     watch::channel(Credentials::new(identity.clone(), trust.clone()).unwrap())
 }
 
-/// The errors of both ends without a tunnel, and with one: none if they trust each other.
+/// The errors of both sides, without a tunnel and with a tunnel. `None` if they trust each other.
 async fn outcomes(client: &End, server: &End, expected: &str) -> [Option<[String; 2]>; 2] {
     let ((_client, client), (_server, server)) = (watched(client), watched(server));
     let expected = [id(expected)];
@@ -29,13 +29,13 @@ async fn outcomes(client: &End, server: &End, expected: &str) -> [Option<[String
     let (near, far) = tokio::io::duplex(64 << 10);
     let dialled = async {
         let tunnel = mesh.connector.open(near, ADDRESS, &expected, SECOND).await?;
-        // A server rejects a client after the client's handshake.
+        // A server rejects a client only after the client's handshake ended.
         tunnel.connect(crate::testing::request(), SECOND).await.map(drop)
     };
     let accepted = async {
         let mut tunnel = mesh.acceptor.accept(far, SECOND).await?;
         if let Some(request) = tunnel.next().await {
-            // Kept, because dropping it would abort the stream.
+            // Keep the stream: dropping it would abort it.
             let _stream = request.accept(http::HeaderMap::new());
             tunnel.next().await;
         }
@@ -95,7 +95,7 @@ async fn proves_identities_with_aliases_of_their_trust_domain() {
     let alias = || Files::new().alias("old").alias("td").trust();
     let client = watched(&(ca.identity(CLIENT, 1), alias()));
     let server = watched(&(ca.identity("spiffe://old/ns/default/sa/server", 2), alias()));
-    // The server's own name is an alias to the client, and the other way round.
+    // Each side has the other's name as an alias of its own trust domain.
     let trust = established(&client.1, &server.1);
     assert_eq!(trust.client().spiffe_id(), &id(CLIENT));
     assert!(!trust.client().aliases().is_empty());

@@ -1,4 +1,4 @@
-//! Changes of trust while tunnels are open.
+//! Tests of changes of trust while tunnels are open.
 
 use http::HeaderMap;
 
@@ -44,7 +44,7 @@ impl Open {
         Self { client, server, mesh, tunnel, served, streams: [near, far] }
     }
 
-    /// Asserts that both directions still work.
+    /// Asserts that data passes in both directions.
     async fn goes_on(self) {
         let [near, far] = self.streams;
         let (_near_reader, mut writer) = near.split();
@@ -95,7 +95,7 @@ async fn unaffected_tunnels_survive_trust_changes() {
     }
     let others = Files::new().crl("list", &ca.revoke(&[9, 10, 11])).trust();
     publish(&open.server, ca.identity(SERVER, 7), others);
-    // The peer's certificate has expired since, which terminates no tunnel.
+    // Expiry of the peer's certificate terminates no tunnel.
     tokio::time::sleep(2 * HOUR).await;
     let later = Files::new().crl("list", &ca.revoke(&[9, 10, 11, 12])).trust();
     publish(&open.server, ca.identity(SERVER, 8), later);
@@ -143,7 +143,7 @@ async fn removed_trust_domain_terminates_tunnel() {
     let [_near, (far, _writer)] = open.streams.map(TunnelStream::split);
     assert!(matches!(ended(far).await, HboneError::UntrustedDomain { .. }));
 
-    // Removed roots of the peer terminate the tunnel.
+    // Removing the roots of the peer's trust domain terminates the tunnel.
     let stranger = (other.identity(FOREIGN, 1), theirs.trust());
     let open = Open::between(stranger, (server.clone(), federated.trust())).await;
     let renewed = Files::new().bundle("other", &Ca::root("renewed"));
@@ -161,7 +161,7 @@ async fn dropped_credentials_publisher_keeps_tunnel() {
     let Open { client, server, mesh, tunnel, served, streams } =
         Open::between(client, server).await;
     drop((client, server));
-    // Until a certificate expires.
+    // Wait until a certificate has expired.
     tokio::time::sleep(HOUR / 2).await;
     let mut served = served;
     let (answer, _far) = tokio::join!(tunnel.connect(request(), SECOND), async {

@@ -1,4 +1,4 @@
-//! Failing requests, and silent peers.
+//! Tests of failing requests and of silent peers.
 
 use http::header::HeaderValue;
 use tokio::io::{AsyncWriteExt as _, duplex};
@@ -104,7 +104,8 @@ async fn tunnel_ends_with_last_handle_and_stream() {
     served.ended().await;
 }
 
-/// A tunnel to a server that sends `bytes` instead of HTTP/2, and the values that keep it open.
+/// Opens a tunnel to a server that sends `bytes` instead of HTTP/2. The second value keeps the
+/// server's end open.
 async fn tunnel_to(bytes: Vec<u8>) -> (Tunnel, impl Sized) {
     let authority = authority("td");
     let server = credentials(&identity(&authority, SERVER));

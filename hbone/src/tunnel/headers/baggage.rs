@@ -1,7 +1,7 @@
-//! `baggage`: the workload that sends a request, as Istio's proxies exchange it (W3C Baggage with
+//! The header `baggage`: the workload that sends a request, in Istio's format (W3C Baggage with
 //! OpenTelemetry keys).
 //!
-//! Applications' own baggage travels inside the tunnel; unknown keys are skipped here.
+//! Applications send their own baggage inside the tunnel. Unknown keys are ignored.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,11 +12,13 @@ use underpass_config::{Name, Workload, WorkloadType};
 
 use super::{BAGGAGE, HeaderError, OPTIONAL_WHITESPACE, header};
 
-/// The typical length of a value.
+/// The typical length of a header value.
 const TYPICAL_LENGTH: usize = 256;
-/// The longest baggage that is propagated: the minimum of W3C Baggage, section "Limits".
+/// The maximum length of a header value: W3C Baggage, section "Limits", requires to propagate so
+/// much.
 const MAX_BYTES: usize = 8192;
-/// The maximum number of members in the grammar (`baggage-string`). At least 64 must be propagated.
+/// The maximum number of list members in the grammar (`baggage-string`). At least 64 must be
+/// propagated.
 const MAX_MEMBERS: usize = 180;
 
 /// Characters that are percent-encoded: those that the grammar forbids (`baggage-octet`), `%`, and
@@ -24,11 +26,11 @@ const MAX_MEMBERS: usize = 180;
 const ESCAPED: &AsciiSet =
     &CONTROLS.add(b' ').add(b'"').add(b',').add(b';').add(b'\\').add(b'%').add(b'=');
 
-/// The properties of a workload for its peers' metrics. Empty values are unknown. From a peer, they
-/// are claims.
+/// The properties of a workload, for the metrics of its peers. Unknown values are empty. Those of a
+/// peer are unverified claims.
 ///
 /// Values with control characters are neither written nor read, to protect logs. Values are shared
-/// with the [`Workload`], since this is built for every connection.
+/// with the [`Workload`], because every connection creates one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Baggage {
     /// The cluster (`k8s.cluster.name`).
@@ -48,25 +50,25 @@ pub struct Baggage {
 }
 
 impl Baggage {
-    /// Parses all lines of the header; `None` if it is absent, too long, or without known keys.
+    /// Parses all lines of the header. `None` if it is missing, too long, or has no known key.
     pub fn read(headers: &HeaderMap) -> Option<Self> {
         let lines = headers.get_all(BAGGAGE).iter();
-        // ztunnel does not encode values, so a line may contain non-ASCII bytes.
+        // ztunnel does not percent-encode values, so a line may contain non-ASCII bytes.
         let lines: Vec<_> = lines.map(|line| String::from_utf8_lossy(line.as_bytes())).collect();
         lines.join(",").parse().ok().filter(|baggage: &Self| !baggage.is_empty())
     }
 
-    /// Returns true if no property is known.
+    /// Returns true if all values are unknown.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
-    /// The header value; `None` if empty.
+    /// Formats the header value. `None` if all values are unknown.
     pub fn to_header(&self) -> Option<HeaderValue> {
         header(self, TYPICAL_LENGTH)
     }
 
-    /// The members in ztunnel's order.
+    /// The list members in ztunnel's order.
     fn members(&self) -> [(&'static str, &str); 7] {
         let (kind, workload) =
             self.workload.as_ref().map_or((WorkloadType::Pod, ""), |(kind, name)| (*kind, name));
@@ -81,7 +83,7 @@ impl Baggage {
         ]
     }
 
-    /// Stores a member with a known key. Of several with the same key, the first non-empty one
+    /// Stores a member with a known key. If a key occurs several times, the first non-empty value
     /// counts.
     fn take(&mut self, key: &str, value: &str) {
         let field = match key {
@@ -122,7 +124,7 @@ impl From<&Workload> for Baggage {
 impl FromStr for Baggage {
     type Err = HeaderError;
 
-    /// Skips malformed members, properties (`;…`) and unknown keys.
+    /// Ignores malformed members, properties (`;…`) and unknown keys.
     fn from_str(text: &str) -> Result<Self, HeaderError> {
         if text.len() > MAX_BYTES {
             return Err(HeaderError::TooLong { limit: MAX_BYTES });
@@ -181,8 +183,8 @@ fn workload_key(kind: WorkloadType) -> &'static str {
     }
 }
 
-/// Decodes percent-encoding. A `%` without an escape is kept, as ztunnel writes it. Invalid UTF-8
-/// becomes U+FFFD, as the standard requires.
+/// Decodes percent-encoding. Keeps a `%` without a valid escape, as ztunnel writes it. Invalid
+/// UTF-8 becomes U+FFFD, as W3C Baggage requires.
 fn decode(value: &str) -> Option<Name> {
     let value = percent_decode_str(value).decode_utf8_lossy();
     has_no_control_characters(&value).then(|| value.into())
@@ -294,7 +296,7 @@ mod tests {
         assert_eq!(read(&format!("service.name={long}")).service, long.as_str().into());
         let error = format!("service.name={long}a").parse::<Baggage>();
         assert_eq!(error, Err(HeaderError::TooLong { limit: MAX_BYTES }));
-        // A value that does not fit is omitted entirely.
+        // The writer omits a value that is too long.
         let baggage = Baggage { service: long.into(), ..full() };
         assert_eq!(read(&baggage.to_string()), Baggage { service: Name::default(), ..full() });
     }

@@ -1,6 +1,7 @@
-//! `forwarded`: the source and the dialled service of a forwarded connection (RFC 7239).
+//! The header `forwarded`: the source and the requested service of a tunnelled connection (RFC
+//! 7239).
 //!
-//! Of several elements, only the first is read, which describes the original client.
+//! Reads only the first element of a list, which describes the original client.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -10,14 +11,14 @@ use http::header::{FORWARDED, HeaderMap, HeaderValue};
 
 use super::{HeaderError, OPTIONAL_WHITESPACE, header};
 
-/// A name (RFC 1035 section 2.3.4), a colon and a port.
+/// The maximum length of a host: a name (RFC 1035 section 2.3.4), a colon and a port.
 const MAX_HOST_BYTES: usize = 253 + 6;
 
-/// The length of a value with an IPv6 address and without a host.
+/// The length of a header value with an IPv6 address and no host.
 const TYPICAL_LENGTH: usize = 56;
 
-/// The source and the dialled service of a forwarded connection. From a peer, both are claims. The
-/// peer's own address is that of its TCP connection.
+/// The source and the requested service of a tunnelled connection. Those of a peer are unverified
+/// claims; the peer's own address is the source of its TCP connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Forwarded {
     source: Option<SocketAddr>,
@@ -25,30 +26,30 @@ pub struct Forwarded {
 }
 
 impl Forwarded {
-    /// A connection from `source` to the service `host`, if one was dialled. An invalid host is
-    /// omitted.
+    /// Creates a header for a connection from `source` to the service `host`. Omits an invalid
+    /// host.
     pub fn new(source: SocketAddr, host: Option<&str>) -> Self {
         let source = SocketAddr::new(source.ip().to_canonical(), source.port());
         Self { source: Some(source), host: host.and_then(to_host) }
     }
 
-    /// The source. Port 0 means that the peer sent only the address.
+    /// The source. Port 0 if the peer sent only an address.
     pub fn source(&self) -> Option<SocketAddr> {
         self.source
     }
 
-    /// The dialled service in lower case, with its port if known.
+    /// The requested service in lower case, with its port if known.
     pub fn host(&self) -> Option<&str> {
         self.host.as_deref()
     }
 
-    /// The header value; `None` if empty.
+    /// Formats the header value. `None` if it would be empty.
     pub fn to_header(&self) -> Option<HeaderValue> {
         header(self, TYPICAL_LENGTH)
     }
 
-    /// Parses the first line of the header; `None` if it is absent, malformed, or without known
-    /// parameters.
+    /// Parses the first line of the header. `None` if it is missing, malformed, or has no known
+    /// parameter.
     pub(super) fn read(headers: &HeaderMap) -> Option<Self> {
         let read = Self::try_from(headers.get(FORWARDED)?);
         read.ok().filter(|forwarded| *forwarded != Self::default())
@@ -58,11 +59,11 @@ impl Forwarded {
 impl FromStr for Forwarded {
     type Err = HeaderError;
 
-    /// Parses `for` and `host` and skips other parameters. An address that is `unknown`, obfuscated
-    /// (`_name`) or malformed counts as absent, and so does a malformed host.
+    /// Parses `for` and `host`, and ignores other parameters. An address that is `unknown`,
+    /// obfuscated (`_name`) or malformed counts as missing; so does a malformed host.
     fn from_str(text: &str) -> Result<Self, HeaderError> {
         let (mut source, mut host) = (None, None);
-        // Lists may contain empty elements (RFC 9110 section 5.6.1.2).
+        // A list may contain empty elements (RFC 9110 section 5.6.1.2).
         let mut rest = text.trim_start_matches([' ', '\t', ',']);
         loop {
             rest = rest.trim_start_matches(OPTIONAL_WHITESPACE);
@@ -110,20 +111,20 @@ impl fmt::Display for Forwarded {
         match &self.host {
             None => Ok(()),
             Some(host) if host.bytes().all(is_token) => write!(f, "{separator}host={host}"),
-            // A valid host contains no quotes or backslashes.
+            // A valid host contains no quotes or backslashes, so it needs no escapes.
             Some(host) => write!(f, "{separator}host=\"{host}\""),
         }
     }
 }
 
-/// Parses a name and value at the start of `text`. Returns the rest, which starts with `;` or `,`
+/// Parses a parameter at the start of `text`: its name and value. The rest starts with `;` or `,`
 /// or is empty.
 fn pair(text: &str) -> Option<(&str, String, &str)> {
     let (name, text) = text.split_once('=')?;
     let (value, rest) = match text.strip_prefix('"') {
         Some(text) => quoted(text)?,
-        // Accepts more than a token (RFC 7239 section 4), since quotes around a colon are often
-        // missing.
+        // Accepts more characters than a token (RFC 7239 section 4): senders often forget quotes
+        // around a colon.
         None => {
             let end = text.find([';', ',', ' ', '\t', '"']).unwrap_or(text.len());
             let (value, rest) = text.split_at_checked(end)?;
@@ -136,7 +137,7 @@ fn pair(text: &str) -> Option<(&str, String, &str)> {
     (is_name && ends).then_some((name, value, rest))
 }
 
-/// Unescapes the text up to the closing quote, and returns the rest (RFC 9110 section 5.6.4).
+/// Unescapes the text before the closing quote, and returns the rest (RFC 9110 section 5.6.4).
 fn quoted(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut chars = text.chars();
@@ -149,7 +150,7 @@ fn quoted(text: &str) -> Option<(String, &str)> {
     }
 }
 
-/// The address of a node (RFC 7239 section 6); port 0 if it is missing.
+/// Parses the address of a node (RFC 7239 section 6). A missing port becomes 0.
 fn address(node: &str) -> Option<SocketAddr> {
     let (ip, port): (IpAddr, _) = match node.strip_prefix('[') {
         Some(rest) => {
@@ -170,8 +171,8 @@ fn address(node: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip.to_canonical(), port))
 }
 
-/// A name or address in lower case, with or without a port. `*` is the first label of a wildcard
-/// service.
+/// Parses a name or address, with or without a port, and converts it to lower case. `*` is the
+/// first label of a wildcard service.
 fn to_host(text: &str) -> Option<String> {
     let allowed = |c: u8| {
         c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'*' | b':' | b'[' | b']')
@@ -180,7 +181,7 @@ fn to_host(text: &str) -> Option<String> {
     is_host.then(|| text.to_ascii_lowercase())
 }
 
-/// The characters of a token (RFC 9110 section 5.6.2).
+/// Returns true for the characters of a token (RFC 9110 section 5.6.2).
 fn is_token(c: u8) -> bool {
     c.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&c)
 }

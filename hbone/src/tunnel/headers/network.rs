@@ -1,26 +1,25 @@
-//! `x-forwarded-network`: the network of the sender, on the inner request through a gateway. It is
-//! Istio's.
+//! Istio's header `x-forwarded-network`: the sender's network, in the inner request through a
+//! gateway.
 //!
-//! The gateway does not see the inner request. The sender sends its configured network, which is
-//! empty by default.
+//! The gateway does not see the inner request. The network is a setting, which is empty by default.
 
 use http::header::{HeaderMap, HeaderValue};
 use underpass_config::Name;
 
 use super::{NETWORK, OPTIONAL_WHITESPACE};
 
-/// The maximum length. A network is a label value in Kubernetes (63 bytes), but may be longer in a
-/// mesh file.
+/// The maximum length of a network name. Kubernetes limits label values to 63 bytes, but a mesh
+/// file may contain longer names.
 const MAX_BYTES: usize = 253;
 
-/// Parses the first line of the header; `None` if it is absent, too long, or not a single word of
+/// Parses the first line of the header. `None` if it is missing, too long, or not one word of
 /// visible ASCII.
 pub(super) fn read(headers: &HeaderMap) -> Option<Name> {
     let text = headers.get(NETWORK)?.to_str().ok()?.trim_matches(OPTIONAL_WHITESPACE);
     is_network(text).then(|| text.into())
 }
 
-/// The header value, empty for the unnamed network; `None` for a name that cannot be parsed.
+/// Formats the header value, which is empty for the default network. `None` if the name is invalid.
 pub(super) fn to_header(network: &str) -> Option<HeaderValue> {
     HeaderValue::from_str(network).ok().filter(|_| is_network(network))
 }

@@ -1,4 +1,5 @@
-//! Property tests of headers: arbitrary input is handled safely, and written values are read back.
+//! Property tests: parsers reject or accept arbitrary input without panics, and written values are
+//! read back unchanged.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,7 +10,7 @@ use underpass_config::{Name, WorkloadType};
 
 use super::*;
 
-/// Text that resembles the headers, so that parsers get past the first character.
+/// Text that is similar to the headers, so that parsers read more than its first character.
 fn similar_text() -> impl Strategy<Value = String> {
     let word = prop_oneof![
         Just("00-").boxed(),
@@ -67,7 +68,7 @@ fn forwarded() -> impl Strategy<Value = Forwarded> {
         .prop_map(|(ip, port, host)| Forwarded::new(SocketAddr::new(ip, port), host.as_deref()))
 }
 
-/// Returns true for values that are safe after parsing.
+/// Returns true if a parsed value is safe to log.
 fn is_clean(value: &str) -> bool {
     !value.contains(char::is_control)
 }
@@ -82,8 +83,7 @@ fn all_are_clean(headers: &RequestHeaders) -> bool {
     values.iter().map(|value| &**value).chain(host.as_deref()).chain(network).all(is_clean)
 }
 
-/// Returns true for values that every HTTP/2 peer accepts: visible ASCII without surrounding
-/// spaces.
+/// Returns true if every HTTP/2 peer accepts the value: visible ASCII without surrounding spaces.
 fn is_printable_ascii(value: &HeaderValue) -> bool {
     value.as_bytes().iter().all(u8::is_ascii_graphic)
 }
@@ -91,7 +91,7 @@ fn is_printable_ascii(value: &HeaderValue) -> bool {
 fn headers_of(lines: &[(HeaderName, Vec<u8>)]) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for (name, value) in lines {
-        // HTTP/2 rejects other values before they get here.
+        // HTTP/2 rejects other values before the parser.
         if let Ok(value) = HeaderValue::from_bytes(value) {
             headers.append(name, value);
         }
@@ -114,7 +114,7 @@ proptest! {
     fn arbitrary_headers_are_read_or_rejected(lines in lines()) {
         let read = RequestHeaders::read(&headers_of(&lines));
         prop_assert!(all_are_clean(&read), "{read:?}");
-        // Parsed values are forwarded unchanged and well-formed.
+        // Parsed values must be valid when they are forwarded.
         let written = read.clone().into_header_map();
         prop_assert!(written.values().all(is_printable_ascii), "{written:?}");
         prop_assert_eq!(RequestHeaders::read(&written), read);
@@ -190,7 +190,7 @@ fn invalid_header_does_not_affect_others() {
     assert_eq!(read.traceparent.unwrap().to_string(), trace);
     assert_eq!(read.baggage, None);
     assert_eq!(read.forwarded.unwrap().source(), Some("10.0.0.1:2".parse().unwrap()));
-    // Two values are ambiguous and count as none.
+    // Two values are ambiguous, so that the parser ignores both.
     headers.append(TRACEPARENT, trace.parse().unwrap());
     assert_eq!(RequestHeaders::read(&headers).traceparent, None);
 }

@@ -1,5 +1,5 @@
-//! `traceparent`: the trace of a connection (W3C Trace Context section 3.2). The ids are propagated
-//! and logged, not recorded.
+//! The header `traceparent`: the trace of a connection (W3C Trace Context section 3.2). Ids are
+//! propagated and logged, not recorded as spans.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -12,25 +12,24 @@ use rustls::crypto::aws_lc_rs;
 
 use super::{HeaderError, TRACEPARENT, header};
 
-/// The length of the value.
+/// The length of the header value.
 const LENGTH: usize = 55;
-/// The written version. Of later versions, the common fields are read.
+/// The version that is written. Common fields of later versions are read.
 const VERSION: u128 = 0x00;
-/// The reserved version.
+/// The forbidden version.
 const RESERVED_VERSION: u128 = 0xff;
 /// The only flag of version 00 (Trace Context section 3.2.2.5).
 const SAMPLED: u128 = 0x01;
 
 thread_local! {
-    /// Ids are not secret, so a fast generator suffices. It is seeded with aws-lc's random bytes.
-    /// `fastrand` alone seeds with the time since boot and the thread number, so identical machines
-    /// that start together could generate the same ids.
+    /// A fast generator is enough, because ids are not secret. aws-lc seeds it: `fastrand` alone
+    /// seeds with the time since boot and the thread number, so that machines that start together
+    /// could generate equal ids.
     static RANDOM: RefCell<Rng> = RefCell::new(seeded());
 }
 
-/// A position in a trace. It always prints as a well-formed header value: ztunnel drops an entire
-/// tunnel for some malformed ones (its parser panics on 55 characters that start with `00-` and
-/// contain no other dash).
+/// A position in a trace. Formats only well-formed values: ztunnel's parser panics on 55 characters
+/// that start with `00-` and contain no other dash, which closes the whole tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TraceParent {
     trace_id: NonZeroU128,
@@ -39,7 +38,7 @@ pub struct TraceParent {
 }
 
 impl TraceParent {
-    /// Starts a new trace with random ids; not sampled.
+    /// Starts a new trace with random ids, not sampled.
     #[expect(clippy::new_without_default, reason = "each has new random ids")]
     pub fn new() -> Self {
         let (trace_id, parent_id) =
@@ -54,23 +53,23 @@ impl TraceParent {
         self.trace_id
     }
 
-    /// The parent id, also called span id: 16 digits (`{:016x}`).
+    /// The parent id, also called span id: 16 hexadecimal digits when printed (`{:016x}`).
     pub fn parent_id(self) -> NonZeroU64 {
         self.parent_id
     }
 
-    /// Returns true if the caller may have recorded the trace.
+    /// Returns true if the sender may have recorded the trace.
     pub fn is_sampled(self) -> bool {
         self.sampled
     }
 
-    /// The header value.
+    /// Formats the header value.
     #[expect(clippy::expect_used, reason = "digits and dashes are a header value")]
     pub fn to_header(self) -> HeaderValue {
         header(&self, LENGTH).expect("visible ASCII")
     }
 
-    /// Parses the header, which must occur once; `None` if it is absent or malformed.
+    /// Parses the header, which must occur once. `None` if it is missing or malformed.
     pub fn read(headers: &HeaderMap) -> Option<Self> {
         let mut values = headers.get_all(TRACEPARENT).iter();
         let value = values.next().filter(|_| values.next().is_none())?;
@@ -91,7 +90,7 @@ impl FromStr for TraceParent {
         if version == RESERVED_VERSION {
             return Err(HeaderError::TraceVersion);
         }
-        // Later versions may append fields (section 3.2.4).
+        // Later versions may append fields (Trace Context section 3.2.4).
         if version == VERSION && fields.next().is_some() {
             return Err(HeaderError::TraceParent);
         }
@@ -122,11 +121,11 @@ impl fmt::Display for TraceParent {
 fn seeded() -> Rng {
     let mut seed = [0; 8];
     let filled = aws_lc_rs::default_provider().secure_random.fill(&mut seed);
-    // Without randomness, TLS fails with an error; ids may be weak then.
+    // If aws-lc has no randomness, every TLS handshake fails anyway, so ids may be weak.
     filled.map_or_else(|_| Rng::new(), |()| Rng::with_seed(u64::from_ne_bytes(seed)))
 }
 
-/// Parses exactly this number of lower-case hexadecimal digits.
+/// Parses exactly `digits` lower-case hexadecimal digits.
 fn hex(text: &str, digits: usize) -> Option<u128> {
     let digit = |c| match c {
         b'0'..=b'9' => Some(c - b'0'),
@@ -179,7 +178,7 @@ mod tests {
         let (trace, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
         for (text, reason) in [
             (String::new(), HeaderError::TraceParent),
-            // ztunnel panics on this value.
+            // ztunnel's parser panics on this value.
             (format!("00-{}", zeros(52)), HeaderError::TraceParent),
             (format!("00-{}", "-".repeat(52)), HeaderError::TraceParent),
             (EXAMPLE.to_uppercase(), HeaderError::TraceParent),

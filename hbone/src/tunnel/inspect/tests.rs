@@ -1,4 +1,4 @@
-//! Tests with frames in arbitrary pieces, unfinished header blocks, and floods.
+//! Tests of frames in arbitrary pieces, unfinished header blocks, and floods.
 
 use proptest::prelude::*;
 
@@ -14,7 +14,7 @@ const CONTINUATION: u8 = 9;
 const UNKNOWN: u8 = 0xee;
 
 const BLOCK: u32 = 64 << 10;
-/// More than [`CONTROL_FRAME_BURST`].
+/// More frames than [`CONTROL_FRAME_BURST`].
 const TOO_MANY: usize = 1001;
 
 fn head(length: usize, kind: u8, flags: u8) -> Vec<u8> {
@@ -26,7 +26,7 @@ fn frame(kind: u8, flags: u8, length: usize) -> Vec<u8> {
     [head(length, kind, flags), vec![0; length]].concat()
 }
 
-/// The frame on another stream.
+/// Changes the stream of a frame.
 fn on_stream(stream: usize, mut frame: Vec<u8>) -> Vec<u8> {
     frame[5..9].copy_from_slice(&u32::try_from(stream).unwrap().to_be_bytes());
     frame
@@ -43,7 +43,7 @@ impl Inspector {
     }
 }
 
-/// An inspector that has received the peer's SETTINGS.
+/// An inspector that has already received the peer's SETTINGS.
 fn inspector(role: PeerRole) -> Inspector {
     let mut inspector = Inspector::new(role, BLOCK);
     let preface = if role == PeerRole::Client { PREFACE } else { 0 };
@@ -66,7 +66,7 @@ fn refuses_header_block_beyond_header_list() {
     for kind in [HEADERS, PUSH_PROMISE] {
         let mut whole = inspector(PeerRole::Client);
         assert_eq!(whole.inspect_all(&frame(kind, END_HEADERS, BLOCK as usize), 0, 0), Ok(None));
-        // Rejected before any byte of the payload.
+        // The frame is rejected before its payload arrives.
         let larger = head(BLOCK as usize + 1, kind, END_HEADERS);
         assert_eq!(whole.inspect_all(&larger, 0, 0), Err(TunnelLimit::HeaderBlock));
     }
@@ -152,7 +152,7 @@ fn reports_window_update_that_arrives_in_pieces() {
 }
 
 proptest! {
-    /// The result is independent of how the bytes are split, and no input panics.
+    /// The result does not depend on how the bytes are split, and no input panics.
     #[test]
     fn result_is_independent_of_split(bytes: Vec<u8>, cuts: Vec<u8>) {
         let mut whole = inspector(PeerRole::Client);

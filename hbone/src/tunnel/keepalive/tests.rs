@@ -1,4 +1,4 @@
-//! Tests of silent and slow peers, with paused time.
+//! Tests of silent and slow peers, in paused time.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,7 +13,7 @@ use crate::testing::{HOUR, Mesh, SECOND, Served, StepwiseIo, request};
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 use crate::tunnel::stream::TunnelStream;
 
-/// A stream over a connection whose client or server can stop receiving.
+/// Opens a stream on a connection whose client or server can stop receiving.
 async fn stream_with_stopped_side(
     client_stops: bool,
 ) -> (
@@ -46,7 +46,7 @@ async fn silent_peer_is_detected_by_client_and_server() {
         stopped.store(true, Ordering::Relaxed);
         let running = if client_stops { far } else { near };
         let (mut reader, mut writer) = running.split();
-        // A timeout, so that a missing detection fails instead of hanging.
+        // With a timeout, a missing detection fails the test instead of blocking it.
         let error = timeout(60 * SECOND, reader.read()).await.unwrap().unwrap_err();
         assert!(matches!(error, HboneError::Unresponsive { .. }), "{error:?}");
         assert!(matches!(writer.closed().await, HboneError::Unresponsive { .. }));

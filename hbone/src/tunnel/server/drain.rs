@@ -1,7 +1,7 @@
-//! Ends a tunnel whose client does not: after an unacknowledged drain, or too many refused
-//! requests.
+//! Ends a tunnel that its client keeps open: after a drain that the client does not acknowledge, or
+//! after too many refused requests.
 //!
-//! Not here: sending GOAWAY, which the tunnel does.
+//! `server` sends GOAWAY.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -12,16 +12,15 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::limits::token_bucket::TokenBucket;
 use crate::tunnel::tunnel_state::TunnelState;
 
-/// Time in which a client may open streams after GOAWAY. h2 sends the GOAWAY with the last stream
-/// only after the client's answer to PING (RFC 9113 section 6.8). That may be queued behind bulk
-/// data, as for keepalive.
+/// The time in which a client may open streams after GOAWAY. h2 sends the final GOAWAY only after
+/// the client's answer to a PING (RFC 9113 section 6.8), which may be queued behind bulk data.
 const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Interval at which an overdue drain checks for open streams.
+/// The interval at which an overdue drain checks for open streams.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Refused requests (4xx, or REFUSED_STREAM after a drain) that a client may have in a burst, and
-/// per second after that. A client that policies refuse, and that retries for each connection of
-/// its application, is drained, not closed.
+/// The allowed number of refused requests (4xx, or REFUSED_STREAM after a drain): a burst, and a
+/// rate per second. A client that policies refuse, and that retries for each connection of its
+/// application, is drained and not closed.
 const REFUSED: u64 = 1000;
 const REFUSED_PER_SECOND: u64 = 20;
 
@@ -29,7 +28,7 @@ const REFUSED_PER_SECOND: u64 = 20;
 #[derive(Debug)]
 pub(super) struct Drain {
     timer: Pin<Box<Sleep>>,
-    /// Whether the time to acknowledge has passed.
+    /// True once the time to acknowledge has passed.
     pub(super) is_overdue: bool,
 }
 
@@ -38,7 +37,7 @@ impl Drain {
         Self { timer: Box::pin(sleep(ACKNOWLEDGE_TIMEOUT)), is_overdue: false }
     }
 
-    /// Ready if the drain is overdue and no stream is left.
+    /// Ready if the drain is overdue and no stream is open.
     pub(super) fn poll_over(&mut self, cx: &mut Context<'_>, has_streams: bool) -> Poll<()> {
         while !self.is_overdue || has_streams {
             ready!(self.timer.as_mut().poll(cx));
@@ -49,7 +48,7 @@ impl Drain {
     }
 }
 
-/// The refused requests of one client.
+/// Counts a client's refused requests.
 #[derive(Debug)]
 pub(super) struct Refusals {
     seen: u64,
@@ -63,7 +62,7 @@ impl Default for Refusals {
 }
 
 impl Refusals {
-    /// Counts refusals since the last call; returns whether they are within the limit.
+    /// Counts refused requests since the last call. Returns true if they are within the limit.
     pub(super) fn are_within_limit(&mut self, tunnel_state: &TunnelState) -> bool {
         let refused = tunnel_state.activity().refused();
         let new = refused.saturating_sub(self.seen);
@@ -71,7 +70,7 @@ impl Refusals {
         new == 0 || self.budget.take(new, tunnel_state.age(), 0)
     }
 
-    /// Restarts the count.
+    /// Forgets the requests counted so far.
     pub(super) fn restart(&mut self, tunnel_state: &TunnelState) {
         *self = Self { seen: tunnel_state.activity().refused(), ..Self::default() };
     }

@@ -1,4 +1,4 @@
-//! Invalid requests, slow clients, and drains.
+//! Tests of invalid requests, slow clients, and drains.
 
 mod drain;
 mod limits;
@@ -23,7 +23,7 @@ async fn silent_client_times_out() {
     assert!(matches!(accepted, Err(HboneError::HandshakeTimeout { after: SECOND })));
 }
 
-/// Credentials of a client for TLS only, and an acceptor.
+/// A client's credentials, for tests of TLS only, and an acceptor.
 fn client_and_acceptor() -> (Credentials, Acceptor) {
     let authority = authority("td");
     let server = credentials(&identity(&authority, SERVER));
@@ -35,7 +35,7 @@ fn client_and_acceptor() -> (Credentials, Acceptor) {
 async fn slow_client_times_out() {
     let (client, acceptor) = client_and_acceptor();
     let (near, mut tap) = duplex(64 << 10);
-    // The complete ClientHello, of which each slow client sends as much as its time allows.
+    // The complete ClientHello. Each slow client sends a part of it.
     let hello = async {
         let mut hello = [0; 512];
         tap.read_exact(&mut hello).await.unwrap();
@@ -84,7 +84,7 @@ async fn client_that_stops_after_tls_times_out() {
     drop(client);
 }
 
-/// The status with which the server itself answers.
+/// Sends a request that the server answers itself. Returns the status.
 async fn answered(request: Request<()>) -> StatusCode {
     let (client, acceptor) = client_and_acceptor();
     let (near, far) = duplex(64 << 10);
@@ -150,7 +150,7 @@ async fn drained_tunnel_of_unresponsive_client_times_out() {
     let (_tunnel, mut server) = Mesh::new().tunnel_over(near, far).await;
     deaf.store(true, Ordering::Relaxed);
     server.drain();
-    // A timeout, so that an endless wait fails the test.
+    // With a timeout, an endless wait fails the test.
     assert!(timeout(60 * SECOND, server.next()).await.unwrap().is_none());
 }
 
@@ -170,7 +170,7 @@ async fn client_cannot_exceed_stream_limit() {
     assert!(matches!(third, Err(HboneError::ReplyTimeout { .. })), "{third:?}");
     open.clear();
     let (near, _far) = tokio::join!(tunnel.connect(request(), SECOND), async {
-        // The cancelled request arrives too, and its answer reports the cancellation.
+        // The cancelled request arrives too; answering it reports the cancellation.
         let given_up = served.next().await.accept(HeaderMap::new());
         assert!(matches!(given_up, Err(HboneError::Reset { .. })), "{given_up:?}");
         served.next().await.accept(HeaderMap::new()).unwrap()

@@ -1,16 +1,15 @@
 //! Gathers an application's small writes into larger DATA frames, if single frames would cost the
 //! peer too much memory.
 //!
-//! Until it is read, each frame costs its receiver some hundred bytes in addition to its payload.
-//! h2 counts the difference of each frame to 256 bytes, and closes a connection with more than
-//! 25,600 unread (0.4.16 to 0.4.18; later versions use the connection's window). 100 unread writes
-//! of one byte would thus end all streams of a tunnel. Therefore
+//! Each unread frame costs its receiver some hundred bytes besides its payload. h2 counts 256 bytes
+//! less the frame's length, and closes a connection with more than 25,600 of these (versions 0.4.16
+//! to 0.4.18; later versions use the connection window). 100 unread writes of one byte would then
+//! end all streams of a tunnel.
 //!
-//! * while the connection is blocked, small writes are gathered: they would wait anyway;
-//! * while the peer gives no sign that its application reads, small frames go at growing intervals.
-//!   A peer whose first window is ours has our own budget (64 MiB) and is not spared.
-//!
-//! Not here: sending.
+//! * While the connection is blocked, small writes are gathered: they would have to wait anyway.
+//! * While the peer shows no sign that its application reads, small frames are sent at growing
+//!   intervals. Another underpass, identified by its first window, counts up to 64 MiB, and
+//!   receives small frames at once.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -23,36 +22,36 @@ use crate::tunnel::tunnel_state::{OpenStream, TunnelState};
 
 /// A write of fewer bytes is small.
 pub(super) const SMALL: usize = 1024;
-/// Maximum bytes that a stream gathers.
+/// The maximum number of bytes that a stream gathers.
 const MAX_GATHERED: usize = 16 << 10;
-/// A frame of this many bytes costs a peer nothing beside its payload.
+/// The length from which on h2 counts no extra cost for a frame.
 const FREE_FRAME_LENGTH: u64 = 256;
-/// Debt of a connection above which its streams are paced: well below the 25,600 at which h2 closes
-/// the connection.
+/// The debt of a connection above which its streams are paced. h2 closes the connection at 25,600.
 const PACE_ABOVE: u64 = 14_000;
-/// Number of unpaced frames of a stream: a request and its beginning.
+/// The number of frames that a stream may send at once: a request and its beginning.
 const FREE_FRAMES: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
-/// Maximum pause, which a user hardly notices. At this interval, 1 KiB/s fills frames of 256 bytes,
-/// which cost nothing.
+/// The maximum pause, which a user hardly notices. A stream of 1 KiB/s then sends frames of 256
+/// bytes, which have no extra cost.
 const MAX_PAUSE: Duration = Duration::from_millis(250);
-/// Debt above which pauses grow to [`MAX_SLOW_PAUSE`]: close to the limit of h2.
+/// The debt above which pauses grow to [`MAX_SLOW_PAUSE`]: close to the limit of h2.
 const SLOW_ABOVE: u64 = 20_000;
-/// Maximum pause above [`SLOW_ABOVE`].
+/// The maximum pause above [`SLOW_ABOVE`].
 const MAX_SLOW_PAUSE: Duration = Duration::from_secs(1);
 
-/// The gathered data and the debt of one stream. Boxed, since most streams have neither.
+/// The gathered data and the debt of one stream. Boxed, because most streams have neither.
 #[derive(Debug, Default)]
 pub(super) struct Gather(Option<Box<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     bytes: BytesMut,
-    /// Debt of its small frames in h2's count, since the last sign that the peer reads them.
+    /// The cost of this stream's small frames in h2's accounting, since the peer last showed that
+    /// it reads.
     debt: u64,
     frames: u32,
     pause: Duration,
-    /// The time of the next small frame.
+    /// The time at which the next small frame may be sent.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -65,19 +64,19 @@ impl Gather {
         self.0.as_ref().map_or(0, |state| state.bytes.len())
     }
 
-    /// Takes bytes from the front of `data`; returns how many.
+    /// Takes bytes from the front of `data`. Returns their number.
     pub(super) fn add(&mut self, data: &mut Bytes) -> usize {
         let part = data.split_to(data.len().min(MAX_GATHERED.saturating_sub(self.len())));
         self.0.get_or_insert_default().bytes.extend_from_slice(&part);
         part.len()
     }
 
-    /// Up to `length` of the gathered bytes.
+    /// Removes up to `length` gathered bytes.
     pub(super) fn take(&mut self, length: usize) -> Bytes {
         let Some(state) = &mut self.0 else { return Bytes::new() };
         let part = state.bytes.split_to(length.min(state.bytes.len())).freeze();
         if state.bytes.is_empty() {
-            // Release the memory of earlier data.
+            // Release the memory, which earlier data may have enlarged.
             state.bytes = BytesMut::new();
         }
         part
@@ -121,7 +120,7 @@ impl Gather {
         self.0.get_or_insert_default().sent(open, cost);
     }
 
-    /// Clears the debt, because the stream has ended.
+    /// Clears the debt when the stream ends.
     pub(super) fn settle(&mut self, tunnel_state: &TunnelState) {
         if let Some(state) = &mut self.0 {
             state.settle(tunnel_state);

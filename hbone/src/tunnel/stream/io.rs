@@ -1,6 +1,6 @@
-//! A tunnelled byte stream with tokio's I/O traits, to run a second tunnel inside it.
+//! A tunnelled byte stream with tokio's I/O traits, for a second tunnel inside of it.
 //!
-//! Not here: copying to a socket. [`TunnelReader`] and [`TunnelWriter`] do that without copying.
+//! To copy to a socket, use [`TunnelReader`] and [`TunnelWriter`], which need no copy in between.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -14,39 +14,39 @@ use super::{SMALL, TunnelReader, TunnelStream, TunnelWriter};
 use crate::error::HboneError;
 use crate::tunnel::tunnel_state::OpenStream;
 
-/// Maximum number of bytes that a carrier discards while it waits for its end: a few stream
-/// windows, which an aborted inner stream may have left in flight.
+/// The maximum number of bytes that an outer stream discards while it waits for its end: a few
+/// stream windows, which an aborted inner stream may have left in flight.
 const LINGER_BYTES: usize = 16 << 20;
 
-/// A [`TunnelStream`] as one connection: END_STREAM is its end in either direction, and shutting it
-/// down sends one.
+/// A [`TunnelStream`] with tokio's I/O traits. Receiving END_STREAM reads as the end; shutting down
+/// sends END_STREAM.
 ///
-/// Any other end is an error of kind `ConnectionReset` or `ConnectionAborted` that has the
-/// [`HboneError`] inside. A write takes as much as the peer's window and our own buffer bear.
-/// Dropped before it is shut down, it is aborted.
+/// Any other end is an error of kind `ConnectionReset` or `ConnectionAborted` that contains the
+/// [`HboneError`]. A write takes as much as the peer's window and the send buffer allow. Dropping
+/// it before the shutdown aborts the stream.
 #[derive(Debug)]
 pub struct TunnelIo {
     reader: TunnelReader,
     writer: TunnelWriter,
     /// The unread rest of the last chunk.
     unread: Bytes,
-    /// Whether a shutdown completes only after the peer has ended its direction too.
+    /// True if a shutdown completes only after the peer has ended its direction too.
     lingers: bool,
     lingered: usize,
 }
 
 impl TunnelStream {
-    /// The stream with tokio's traits.
+    /// Wraps the stream in tokio's I/O traits.
     pub fn into_io(self) -> TunnelIo {
         let (reader, writer) = self.split();
         TunnelIo { reader, writer, unread: Bytes::new(), lingers: false, lingered: 0 }
     }
 
-    /// The stream as the connection of an inner tunnel, and its state, which includes revocation.
+    /// Wraps the stream as the connection of an inner tunnel. Also returns its state, which signals
+    /// revocation.
     ///
-    /// Its shutdown completes only after the peer has ended its direction too. h2 drops a
-    /// connection right after the shutdown, which would reset the stream and could lose data in
-    /// flight.
+    /// A shutdown completes only after the peer has ended its direction too: h2 drops a connection
+    /// right after its shutdown, which would reset the stream and could lose data in flight.
     pub(crate) fn into_carrier(self) -> (TunnelIo, Arc<OpenStream>) {
         let open = self.reader.open.clone();
         (TunnelIo { lingers: true, ..self.into_io() }, open)
@@ -54,7 +54,7 @@ impl TunnelStream {
 }
 
 impl TunnelIo {
-    /// As one DATA frame: a batch of TLS records arrives as such.
+    /// Sends the buffers as one DATA frame, so that a batch of TLS records arrives together.
     fn poll_frame(
         &mut self,
         cx: &mut Context<'_>,
@@ -65,7 +65,7 @@ impl TunnelIo {
             return Poll::Ready(Ok(0));
         }
         if wanted < SMALL {
-            // The writer above gathers meanwhile, and its next write is larger.
+            // While this is pending, TLS gathers more data, so that the next write is larger.
             ready!(self.writer.poll_due(cx, wanted));
         }
         let capacity = ready!(self.writer.poll_capacity(cx, wanted)).map_err(io_error)?;
@@ -128,7 +128,7 @@ impl AsyncWrite for TunnelIo {
         true
     }
 
-    /// The task that drives the connection sends what is queued.
+    /// The task that drives the connection sends the queued data.
     fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
     }

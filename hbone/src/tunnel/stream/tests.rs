@@ -1,4 +1,4 @@
-//! Streams between a client and a server in memory: ends, aborts and back-pressure.
+//! Tests of streams between an in-memory client and server: ends, aborts and back-pressure.
 
 use std::future::poll_fn;
 
@@ -13,7 +13,7 @@ use crate::tunnel::client::Tunnel;
 use crate::tunnel::settings::{ClientSettings, Http2Settings, ServerSettings};
 use crate::tunnel::stream::{TunnelReader, TunnelStream, TunnelWriter};
 
-/// Reads to the end, and how many bytes that were.
+/// Reads to the end. Returns the number of bytes.
 async fn drain(reader: &mut TunnelReader) -> Result<usize, HboneError> {
     let mut total = 0;
     while let Some(chunk) = reader.read().await? {
@@ -54,14 +54,14 @@ fn pattern(len: usize) -> Bytes {
 async fn end_is_sent_with_last_data() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let ((_near_reader, mut writer), (mut reader, _far_writer)) = (near.split(), far.split());
-    // More than a window: it takes several writes, and only with the last one goes the end.
+    // More data than a window: it needs several writes, and only the last one carries END_STREAM.
     let (mut data, mut received, mut seen) = (pattern(5 << 20), 0, Vec::new());
     let total = data.len();
     let send = async {
         while !data.is_empty() {
             poll_fn(|cx| writer.poll_write(cx, &mut data, true)).await.unwrap();
         }
-        // It has been said.
+        // END_STREAM was sent already, so `finish` does nothing.
         writer.finish().unwrap();
         assert!(writer.write(Bytes::from_static(b"more")).await.is_err());
     };
@@ -84,7 +84,7 @@ async fn both_sides_know_each_other_and_bytes_come_back_in_order() {
     assert_eq!(far.peer().spiffe_id().to_string(), crate::testing::CLIENT);
     assert_eq!(tunnel.open_streams(), 1);
     let echo = tokio::spawn(echo(far));
-    // More than the window, the send buffer and a frame together.
+    // More data than the window, the send buffer and a frame together.
     let data = pattern(20 << 20);
     assert!(round_trip(near, data.clone()).await == data);
     echo.await.unwrap();
@@ -94,7 +94,7 @@ async fn both_sides_know_each_other_and_bytes_come_back_in_order() {
 #[tokio::test]
 async fn bytes_arrive_unchanged_over_one_byte_transport() {
     let mesh = Mesh::new();
-    // The minimum: h2 writes its preface and first SETTINGS before it reads.
+    // The minimum buffer: h2 writes its preface and first SETTINGS before it reads.
     let (near, far) = duplex(256);
     let (tunnel, server) =
         mesh.tunnel_over(StepwiseIo::new(near, 1), StepwiseIo::new(far, 1)).await;
@@ -124,7 +124,7 @@ async fn directions_end_independently() {
     }
 }
 
-/// Stops one side without an end, and checks the error at the other side.
+/// Aborts one side by `stop`, and checks the error of the other side.
 async fn abort_is_seen(client_aborts: bool, stop: impl Fn(TunnelReader, TunnelWriter)) -> Reason {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let (stopping, other) = if client_aborts { (near, far) } else { (far, near) };
@@ -166,7 +166,6 @@ async fn finished_writer_can_abort_the_other_direction() {
     let (mut reader, mut writer) = far.split();
     near_writer.finish().unwrap();
     assert!(reader.read().await.unwrap().is_none());
-    // END_STREAM was sent already.
     near_writer.finish().unwrap();
     near_writer.abort();
     let HboneError::Reset { reason } = writer.closed().await else { panic!() };
@@ -214,7 +213,7 @@ async fn unread_stream_bounds_its_writer() {
             sent += piece.len();
         }
         assert_eq!(sent, 100_000, "the stream window, and no more");
-        // The credit is returned with the next read, not with this one.
+        // The next read returns the flow-control credit of this chunk.
         let chunk = reader.read().await.unwrap().unwrap();
         let stuck = tokio::time::timeout(SECOND, writer.write(piece.clone())).await;
         assert!(stuck.is_err(), "{} bytes were read but not worked off", chunk.len());
@@ -254,7 +253,7 @@ async fn unread_streams_are_bounded_by_connection_window() {
     assert_eq!(sent, 300_000);
 }
 
-/// One direction of an accepted stream: its writer and its reader.
+/// Opens a stream. Returns the writer of one direction and its reader.
 async fn direction(
     tunnel: &Tunnel,
     served: &mut Served,
@@ -269,7 +268,7 @@ async fn direction(
 
 #[tokio::test(start_paused = true)]
 async fn unread_streams_do_not_block_other_streams() {
-    // A sixteenth of the defaults.
+    // A sixteenth of the default windows.
     let http2 = Http2Settings {
         stream_window: 256 << 10,
         crowded_stream_window: 8 << 10,

@@ -1,4 +1,4 @@
-//! The TLS stream under h2: measures traffic, and enforces the limits of the frames that a peer
+//! A stream between TLS and h2: measures traffic, and enforces limits on the frames that the peer
 //! sends.
 
 use std::io;
@@ -12,19 +12,19 @@ use super::TunnelState;
 use crate::tls::known_error;
 use crate::tunnel::inspect::Inspector;
 
-/// Maximum cost of data that is read in one turn of the connection's task, before the readers of
-/// streams run. Their data is then still in the CPU caches.
+/// The maximum cost of data that one turn of the connection's task reads. Readers of streams then
+/// run while the data is still in the CPU caches.
 const MAX_READ_PER_POLL: usize = 256 << 10;
 
-/// The TLS stream under h2. Records in its [`TunnelState`] what h2 discards: the time of received
-/// bytes, the alert that ended the connection, or the error of the carrier stream. Reads no more
-/// after the peer has exceeded a limit.
+/// A wrapper of the TLS stream. Records in [`TunnelState`] what h2 discards: the time of received
+/// bytes, the alert that ended the connection, and the error of an outer tunnel. Stops reading when
+/// the peer exceeds a limit.
 #[derive(Debug)]
 pub(crate) struct Monitored<T> {
     io: T,
     tunnel_state: Arc<TunnelState>,
     inspector: Inspector,
-    /// Cost of the data that was read in this turn.
+    /// The cost of the data read in this turn.
     read: usize,
 }
 
@@ -34,7 +34,7 @@ impl<T> Monitored<T> {
         Self { io, tunnel_state, inspector, read: 0 }
     }
 
-    /// Counts received data; returns whether h2 may process it.
+    /// Counts received data. Returns true if h2 may process it.
     fn inspect(&mut self, read: &[u8]) -> bool {
         let (tunnel_state, activity) = (&self.tunnel_state, self.tunnel_state.activity());
         let frames = self.inspector.data_frames();
@@ -64,7 +64,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Monitored<T> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.tunnel_state.exceeded().is_some() {
-            // The connection's task checks for this when h2 is pending.
+            // When h2 is pending, the connection's task checks for an exceeded limit.
             return Poll::Pending;
         }
         if self.read >= MAX_READ_PER_POLL {
@@ -104,7 +104,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // TLS buffers records: only a flush shows whether the connection accepted them.
+        // TLS buffers records: only a flush shows whether the connection accepts more.
         let polled = Pin::new(&mut self.io).poll_flush(cx);
         self.tunnel_state.back_pressure.set_blocked(polled.is_pending());
         polled

@@ -1,10 +1,10 @@
-//! The received data of a stream that its application has not read yet.
+//! The data that a stream has received and its application has not read yet.
 //!
-//! h2 returns slices of its read buffers, and a buffer lives as long as its last slice: one byte
-//! may hold 256 KiB. Data that stays unread for a while is therefore copied into buffers of its own
-//! size. Data that is read in time is never copied.
+//! h2 returns slices of its read buffers, and a slice of one byte may keep a buffer of 256 KiB
+//! alive. Data that stays unread for a while is therefore copied into small buffers. Data that is
+//! read in time is never copied.
 //!
-//! Not here: deciding when to copy (`windows.rs`).
+//! `windows` decides when to copy.
 
 use std::collections::VecDeque;
 use std::mem::take;
@@ -14,25 +14,26 @@ use std::task::{Context, Poll, Waker, ready};
 use bytes::Bytes;
 use h2::RecvStream;
 
-/// Pieces of this length or more stay in h2's buffer, which is at most a few times larger, unless
-/// the tunnel is crowded: copying bulk would cost more than it saves.
+/// The length from which on a piece is not copied, except if the tunnel is crowded. h2's buffer is
+/// at most a few times larger, and copying would cost more than it saves.
 const LARGE_PIECE: usize = 128 << 10;
-/// Maximum length of a buffer that pieces are copied into.
+/// The maximum length of a buffer that pieces are copied into.
 const CHUNK: usize = 64 << 10;
 
-/// The receiving half of one stream, shared by its reader and the connection's task.
+/// The receiving half of a stream. Its reader and the connection's task share it.
 #[derive(Debug, Default)]
 pub(super) struct Received(Mutex<Option<Queue>>);
 
 #[derive(Debug)]
 struct Queue {
     recv: RecvStream,
-    /// Data before that in h2.
+    /// Copied data, which precedes the data in h2.
     copied: VecDeque<Bytes>,
     copied_bytes: usize,
-    /// Length of the chunk at the reader, whose flow control credit has not been returned.
+    /// The length of the chunk that the reader is processing. Its flow-control credit is not
+    /// returned yet.
     unreturned: usize,
-    /// Bytes in h2 that were already there at the last check.
+    /// The number of bytes that have been in h2 since before the last check.
     stale: usize,
 }
 
@@ -42,13 +43,14 @@ impl Received {
         *self.queue() = Some(Queue { recv, copied, copied_bytes, unreturned, stale });
     }
 
-    /// Drops received data, and lets h2 drop further data.
+    /// Drops the received data, and lets h2 drop further data.
     pub(super) fn detach(&self) {
-        // Drop h2's last handle, which cleans up, outside of our lock.
+        // Drop h2's last handle outside of the lock: dropping it runs h2's cleanup.
         let _queue = self.queue().take();
     }
 
-    /// Returns the next chunk, never empty, and the flow control credit of the previous one.
+    /// Returns the next chunk, which is never empty, and the flow-control credit of the previous
+    /// one.
     pub(super) fn poll_read(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, h2::Error>>> {
         match &mut *self.queue() {
             Some(queue) => queue.poll_read(cx),
@@ -56,13 +58,14 @@ impl Received {
         }
     }
 
-    /// Whether everything has been read, and END_STREAM follows.
+    /// Returns true if all data has been read and END_STREAM was received.
     pub(super) fn is_at_end(&self) -> bool {
         let queue = self.queue();
         queue.as_ref().is_none_or(|queue| queue.copied.is_empty() && queue.recv.is_end_stream())
     }
 
-    /// Copies data that has been in h2 since the last check. Returns the total held, in bytes.
+    /// Copies data that has been in h2 since before the last check. Returns the number of unread
+    /// bytes.
     pub(super) fn copy_stale(&self, crowded: bool) -> usize {
         self.queue().as_mut().map_or(0, |queue| queue.copy_stale(crowded))
     }
@@ -90,7 +93,7 @@ impl Queue {
         Poll::Ready(Some(Ok(chunk)))
     }
 
-    /// The next piece in h2's buffers, never empty: END_STREAM often comes on an empty frame.
+    /// Returns the next piece in h2's buffers. Skips empty frames, which often carry END_STREAM.
     fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, h2::Error>>> {
         loop {
             let piece = match ready!(self.recv.poll_data(cx)) {
@@ -125,7 +128,7 @@ impl Queue {
         let mut chunk = Vec::new();
         while self.stale > 0 {
             let room = self.stale.min(CHUNK);
-            // Never pending, since `stale` bytes are available, so the reader's waker stays
+            // Never pending, because `stale` bytes are available: the reader's waker stays
             // registered.
             let polled = self.poll_piece(&mut Context::from_waker(Waker::noop()));
             let Poll::Ready(Some(Ok(piece))) = polled else { break };

@@ -1,7 +1,7 @@
-//! Signals to every user of a tunnel that its peer is no longer trusted, at the cost of one atomic
-//! load per poll.
+//! Signals to all users of a tunnel that its peer is no longer trusted. Polling costs one atomic
+//! load.
 //!
-//! Not here: deciding that (`crate::trust::revocation`).
+//! `crate::trust::revocation` decides whether a peer is trusted.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,16 +13,16 @@ use slab::Slab;
 use super::TunnelState;
 use crate::error::HboneError;
 
-/// Whether the peer of a tunnel is no longer trusted, and the tasks that wait for that.
+/// Whether a tunnel's peer is no longer trusted, and the tasks that wait for that.
 #[derive(Debug, Default)]
 pub(crate) struct Revocation {
     is_revoked: AtomicBool,
     waiting: Mutex<Slab<Waker>>,
 }
 
-/// Completes when the peer of a tunnel is no longer trusted, with the reason.
+/// Completes when the peer of a tunnel is no longer trusted. Returns the reason.
 ///
-/// A waiting task is registered once. Polling it again takes no lock while the task stays the same.
+/// A waiting task registers once. Polling again from the same task takes no lock.
 #[derive(Debug)]
 pub struct RevocationSignal {
     tunnel_state: Arc<TunnelState>,
@@ -30,11 +30,11 @@ pub struct RevocationSignal {
 }
 
 impl Revocation {
-    /// Wakes every waiting task. Later ones complete at once.
+    /// Wakes all waiting tasks. Later waits complete at once.
     pub(crate) fn signal(&self) {
         self.is_revoked.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = self.waiting().iter().map(|(_, waker)| waker.clone()).collect();
-        // Wake tasks outside the lock, which they may take.
+        // Wake outside of the lock, which the tasks may take.
         waiting.into_iter().for_each(Waker::wake);
     }
 
@@ -43,7 +43,7 @@ impl Revocation {
     }
 
     fn waiting(&self) -> MutexGuard<'_, Slab<Waker>> {
-        // The contents are consistent at any time, even after a panic.
+        // A panic cannot leave the contents inconsistent.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -74,7 +74,7 @@ impl Future for RevocationSignal {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<HboneError> {
         self.register(cx.waker());
-        // Checked after registering: `signal` sets the flag before it wakes.
+        // Check after registering: `signal` sets the flag before it wakes.
         if self.tunnel_state.revocation.is_revoked() {
             Poll::Ready(self.tunnel_state.lost(None))
         } else {

@@ -1,4 +1,4 @@
-//! The open streams of a tunnel: their number, and their unread data.
+//! The open streams of a tunnel, and their unread data.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,24 +12,25 @@ use h2::{RecvStream, StreamId};
 use super::TunnelState;
 use super::received::Received;
 
-/// One stream of a tunnel. Counts as open from the acceptance of its request until it is dropped.
+/// One stream of a tunnel. It counts as open from the acceptance of its request until it is
+/// dropped.
 #[derive(Debug)]
 pub(crate) struct OpenStream {
     tunnel_state: Arc<TunnelState>,
     counted: AtomicBool,
-    /// Whether the peer has shown that its application reads the stream, since the last query.
+    /// True if the peer has shown that its application reads the stream, since the last query.
     has_peer_read: AtomicBool,
     received: Received,
 }
 
 impl OpenStream {
-    /// A stream that does not count as open yet.
+    /// Creates a stream that does not count as open yet.
     pub(super) fn new(tunnel_state: Arc<TunnelState>) -> Self {
         let (counted, has_peer_read) = (AtomicBool::new(false), AtomicBool::new(false));
         Self { tunnel_state, counted, has_peer_read, received: Received::default() }
     }
 
-    /// Counts it as open, once.
+    /// Counts the stream as open. Later calls do nothing.
     pub(crate) fn count(&self) {
         if !self.counted.swap(true, Ordering::Relaxed) {
             self.tunnel_state.add_open_stream();
@@ -40,21 +41,21 @@ impl OpenStream {
         &self.tunnel_state
     }
 
-    /// Starts to receive; from here on, unread data is bounded.
+    /// Starts to receive. From now on the stream's unread data is counted.
     pub(crate) fn receive(self: &Arc<Self>, recv: RecvStream) {
         let stream = recv.stream_id();
         self.received.attach(recv);
         self.tunnel_state.streams.add(stream, self);
     }
 
-    /// Stops receiving: further data is dropped.
+    /// Stops receiving. Further data is dropped.
     pub(crate) fn stop_receiving(&self, stream: StreamId) {
         self.tunnel_state.streams.remove(stream);
         self.received.detach();
     }
 
-    /// The next chunk of received data, never empty; `None` at the end. The previous chunk counts
-    /// as read.
+    /// Returns the next received chunk, which is never empty. `None` at the end. The previous chunk
+    /// counts as read.
     pub(crate) fn poll_received(
         &self,
         cx: &mut Context<'_>,
@@ -62,7 +63,7 @@ impl OpenStream {
         self.received.poll_read(cx)
     }
 
-    /// Whether everything that was received has been read, and END_STREAM follows.
+    /// Returns true if all data has been read and END_STREAM was received.
     pub(crate) fn is_at_end(&self) -> bool {
         self.received.is_at_end()
     }
@@ -84,7 +85,7 @@ impl Drop for OpenStream {
     }
 }
 
-/// The receiving streams by identifier.
+/// The receiving streams by stream identifier.
 #[derive(Debug, Default)]
 pub(super) struct Streams(Mutex<HashMap<u32, Weak<OpenStream>, RandomState>>);
 
@@ -101,8 +102,8 @@ impl Streams {
         self.streams().get(&stream)?.upgrade()
     }
 
-    /// Copies data that has been in h2's buffers since the last check, and all pieces of it if the
-    /// tunnel is `crowded`. Returns the unread data of all streams, in bytes.
+    /// Copies data that has been in h2's buffers since before the last check. If the tunnel is
+    /// `crowded`, copies large pieces too. Returns the number of unread bytes of all streams.
     pub(super) fn copy_stale(&self, crowded: bool) -> usize {
         let streams = self.streams();
         let open = streams.values().filter_map(Weak::upgrade);

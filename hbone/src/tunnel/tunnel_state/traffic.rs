@@ -1,25 +1,26 @@
-//! Measures the traffic of a tunnel: a total, and the mean rate of about the last second.
+//! Measures the traffic of a tunnel: the total, and the mean rate of the last second.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Memory that h2 holds per unread DATA frame in addition to its payload, in bytes.
+/// The memory in bytes that h2 needs for each unread DATA frame besides its payload.
 const FRAME_COST: usize = 256;
 
-/// Bytes in both directions. Counting costs one addition per read or write; the mean is updated on
-/// receipt, where the time is known anyway. Times are milliseconds since the connection was opened.
+/// The bytes of both directions. Counting costs one addition per read or write; the mean is updated
+/// when data arrives. Times are milliseconds since the connection opened.
 #[derive(Debug, Default)]
 pub(super) struct Traffic {
     pub(super) bytes: AtomicU64,
-    /// Start of the current interval, and the value of `bytes` then.
+    /// The start of the current interval, and the value of `bytes` at that time.
     since: AtomicU64,
     bytes_before: AtomicU64,
-    /// The mean of the previous interval, per second.
+    /// The mean rate of the previous interval, in bytes per second.
     mean: AtomicU64,
     receive_cost: AtomicU64,
 }
 
 impl Traffic {
-    /// Length of an interval in milliseconds: smooths bursts, and detects a bulk transfer soon.
+    /// The length of an interval in milliseconds. Long enough to smooth bursts, short enough to
+    /// detect a bulk transfer soon.
     const INTERVAL: u64 = 1000;
 
     pub(super) fn count(&self, bytes: usize) {
@@ -42,16 +43,17 @@ impl Traffic {
         }
     }
 
-    /// Counts a read of `bytes` in which `frames` DATA frames began, and returns its cost.
+    /// Counts a read of `bytes` in which `frames` DATA frames started. Returns the cost of the
+    /// read.
     pub(super) fn count_received(&self, bytes: usize, frames: usize) -> usize {
         self.count(bytes);
         let cost = bytes + frames * FRAME_COST;
-        // One task reads a connection.
+        // Load and store may be separate: one task reads a connection.
         self.receive_cost.store(self.receive_cost() + cost as u64, Ordering::Relaxed);
         cost
     }
 
-    /// Cost of all received data, in bytes: the frames, and h2's memory per DATA frame.
+    /// The cost of all received data in bytes: its length, and h2's memory for each DATA frame.
     pub(super) fn receive_cost(&self) -> u64 {
         self.receive_cost.load(Ordering::Relaxed)
     }

@@ -1,26 +1,28 @@
-//! Bounds the unread data of a tunnel: shrinks the windows of all streams before stopped readers
-//! block others, and copies data out of h2's buffers.
+//! Limits the unread data of a tunnel: shrinks all stream windows before slow readers block other
+//! streams, and copies data out of h2's buffers.
 //!
-//! Unread data of a stream counts against its own window and the connection's, and h2 returns both
-//! together. Stopped readers therefore use up the connection's window. While they hold more than a
-//! quarter of it, SETTINGS_INITIAL_WINDOW_SIZE is small, which also changes open streams (RFC 9113
-//! section 6.9.2). The other streams continue with it, and readers that stop later hold little.
+//! Unread data counts against its stream's window and against the connection's window, and h2
+//! returns both credits together. Slow readers therefore use up the connection's window. While
+//! unread data exceeds a quarter of it, SETTINGS_INITIAL_WINDOW_SIZE is small, which also changes
+//! open streams (RFC 9113 section 6.9.2). Other streams continue with the small window, and further
+//! slow readers hold little data.
 //!
-//! Not here: data queued for a peer that does not read (`send_buffer`).
+//! `send_buffer` limits the data queued for a peer that does not read.
 
 use super::TunnelState;
 use crate::tunnel::settings::Http2Settings;
 
-/// The window of every stream of one connection, derived from the unread data. The connection's
-/// task checks it only after enough data has arrived.
+/// The window size of all streams of one connection. The connection's task checks it only after
+/// enough data has arrived.
 #[derive(Debug)]
 pub(crate) struct Windows {
     full_window: u32,
     reduced_window: u32,
-    /// Unread bytes above which windows become small; they become large again below half of it.
+    /// The number of unread bytes above which windows become small. They become large again below
+    /// half of it.
     crowded_above: usize,
     is_reduced: bool,
-    /// Cost of all data received up to the last check.
+    /// The cost of all data received until the last check.
     checked_cost: u64,
 }
 
@@ -37,8 +39,8 @@ impl Windows {
         }
     }
 
-    /// Checks the unread data if enough has arrived since the last check, and changes the window if
-    /// necessary. Returns whether it did, so that SETTINGS must be sent.
+    /// Checks the unread data if enough has arrived since the last check, and changes the window
+    /// size if necessary. Returns true if it changed: SETTINGS must be sent.
     pub(crate) fn adjust(
         &mut self,
         tunnel: &TunnelState,
@@ -56,7 +58,7 @@ impl Windows {
             return false;
         }
         let window = if reduce { self.reduced_window } else { self.full_window };
-        // Fails until the peer has acknowledged the last change; the next check is soon.
+        // Fails until the peer has acknowledged the last change. The next check tries again.
         if set(window).is_err() {
             return false;
         }

@@ -1,4 +1,4 @@
-//! Pairs that are replaced file by file or by links, malformed, delayed, or missing.
+//! Tests with files that are replaced one by one or by links, malformed, delayed, or missing.
 
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::clock;
 use crate::error::CredentialProblem;
 use crate::testing::{CLIENT, HOUR, SERVER, authority, id};
 
-/// Longer than any delay of the source or its watch.
+/// A time longer than any delay of the source and of its watcher.
 const LONG: Duration = Duration::from_secs(600);
 
 struct TestFolder {
@@ -88,7 +88,7 @@ async fn ignores_unchanged_content() {
     source.next().await.unwrap();
     folder.write_pair(&issued);
     stays_silent(&mut source).await;
-    // The original content after an invalid one is unchanged too.
+    // The original content is unchanged too when it returns after an invalid one.
     folder.write("key", "no key");
     source.next().await.unwrap_err();
     folder.write_pair(&issued);
@@ -131,7 +131,7 @@ async fn detects_renamed_pair_and_new_roots() {
     assert_eq!(source.next().await.unwrap().roots().len(), 2);
 }
 
-/// Like a Secret in a pod: every file is a link through `..data`, which is swapped.
+/// Kubernetes mounts a Secret like this: every file is a link through `..data`, which is replaced.
 #[tokio::test(start_paused = true)]
 async fn detects_kubernetes_secret_swap_atomically() {
     let folder = TestFolder::new("files-swap");
@@ -197,7 +197,7 @@ async fn unreadable_key_error_has_hint() {
     fs::set_permissions(&key, fs::Permissions::from_mode(0o000)).unwrap();
     let read = folder.source().next().await;
     match fs::read(&key) {
-        // Root can read every file, so only the message is checked.
+        // Root can read every file, so a test as root cannot check the error.
         Ok(_) => assert!(read.is_ok()),
         Err(_) => assert!(matches!(problem(read.unwrap_err()), CredentialProblem::Permission)),
     }
@@ -214,7 +214,7 @@ async fn cancelled_wait_loses_no_identity() {
     source.next().await.unwrap();
     folder.write_pair(&folder.issue(SERVER));
     for _ in 0..200 {
-        // Cancel a little later each time.
+        // Cancel after a longer time in each round.
         if let Ok(next) = timeout(SECOND, source.next()).await {
             assert_eq!(next.unwrap().spiffe_id(), &id(SERVER));
             return;

@@ -1,7 +1,7 @@
-//! One HTTP/2 connection to the CA over TLS: the server's certificate proves its name; the
-//! request's token authenticates the client.
+//! One HTTP/2 connection over TLS to the CA. The server proves its name by its certificate; the
+//! client authenticates by a token in each request.
 //!
-//! Not here: sockets ([`Dial`] connects), and deadlines.
+//! [`Dial`] opens the socket; the caller sets deadlines.
 
 use std::io;
 use std::net::SocketAddr;
@@ -59,13 +59,13 @@ impl Endpoint {
         &self.origin
     }
 
-    /// The roots that the CA's certificate must chain to, from the current file.
+    /// Reads the roots that verify the CA's certificate.
     pub(crate) fn roots(&self, file: &Path) -> Result<Arc<RootCertStore>, HboneError> {
         let pem = std::fs::read(file).map_err(|error| HboneError::file(file, error))?;
         Ok(Bundle::from_pem(file, &pem)?.roots())
     }
 
-    /// Connects to the first of the host's addresses that answers.
+    /// Connects to the first of the host's addresses that accepts.
     pub(crate) async fn connect(
         &self,
         dial: &impl Dial,
@@ -106,7 +106,7 @@ impl Endpoint {
         let (requests, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await
             .map_err(io::Error::other)?;
-        // The connection ends with its last request, which receives its error.
+        // The request reports the connection's error, so the task ignores it.
         tokio::spawn(log_panic("connection to the CA", connection));
         Ok(Connection(requests))
     }
@@ -135,7 +135,8 @@ impl Service<http::Request<Body>> for Connection {
     }
 }
 
-/// A proxy in front of the CA accepts a connection before it applies its policy.
+/// Explains a failed handshake. A proxy in front of the CA may accept a connection before its
+/// policy refuses it.
 fn handshake_problem(error: &io::Error) -> IssuerProblem {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     match error.kind() {

@@ -1,4 +1,5 @@
-//! Certificates from our own CA over loopback, and invalid answers from a scripted CA.
+//! Tests with certificates from `underpass ca serve` over loopback, and with a scripted CA that
+//! sends invalid answers.
 
 use std::fs;
 use std::sync::Mutex;
@@ -117,7 +118,7 @@ async fn reconnects_to_ca_at_new_address() {
     ca.issue(&id(CLIENT), Priority::RealTime).await.unwrap();
 }
 
-/// Like a proxy whose policy refuses plaintext: it accepts first.
+/// A proxy whose policy refuses plaintext behaves like this: it accepts, then closes.
 #[tokio::test]
 async fn explains_a_reset_during_the_handshake() {
     let served = served("istio-reset").await;
@@ -127,7 +128,7 @@ async fn explains_a_reset_during_the_handshake() {
     let ca = IstioCa::new(settings(&served, NAME), dial).unwrap();
     let refuse = async {
         let (stream, _) = proxy.accept().await.unwrap();
-        // Leave bytes unread, so that closing the socket sends RST.
+        // Leave received bytes unread, so that closing the socket sends RST.
         stream.readable().await.unwrap();
     };
     let (what, ()) = tokio::join!(refused(&ca, CLIENT), refuse);
@@ -145,7 +146,7 @@ async fn wrong_server_never_receives_the_token() {
     let what = refused(&right, CLIENT).await;
     assert!(matches!(what, IssuerProblem::Tls), "{what}");
     assert!(hint(&what).contains("identity.istio_ca.roots"), "{what}");
-    // Roots are read again for each connection.
+    // The client reads the roots again for each connection.
     let own = CertificateAuthority::open(&served.dir.0);
     fs::copy(served.file("ca.pem"), served.file("roots.pem")).unwrap();
     drop(own);

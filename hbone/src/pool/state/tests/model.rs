@@ -1,4 +1,5 @@
-//! Random sequences of events, and the invariants after each event.
+//! Applies random sequences of events to the pool state, and checks its invariants after each
+//! event.
 
 use proptest::prelude::*;
 
@@ -21,9 +22,9 @@ enum Event {
         key: u16,
     },
     EndStream(usize),
-    /// GOAWAY: its streams continue.
+    /// The peer sends GOAWAY: streams of this tunnel continue.
     GoAway(usize),
-    /// The connection ends with all its streams.
+    /// The connection is lost with all its streams.
     Lose(usize),
     Move {
         tunnel: usize,
@@ -61,10 +62,10 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// The model: the dials in progress with their waiting callers, and the connections.
+/// The expected state: dials in progress with the callers that wait for them, and open connections.
 struct Model {
     pool: TestPool,
-    /// The callers of each dial with their port, and whether a stream is promised.
+    /// For each dial: the port, and each waiting caller with whether a stream is promised to it.
     waiting: BTreeMap<u64, (u16, Vec<(Reuse, bool)>)>,
     tunnels: Vec<(u16, TunnelId, FakeTunnel)>,
     forget_at: Vec<(u16, Instant)>,
@@ -138,7 +139,7 @@ impl Model {
         let dials = self.pool.dials;
         let checkout = self.pool.checkout(&key(port), reuse);
         let dialled = self.pool.dials - dials;
-        // Tunnels that are too old have been released.
+        // The pool has released tunnels that are too old.
         let open =
             self.tunnels.iter().filter(|(other, ..)| *other == port).map(|(.., tunnel)| tunnel);
         let open: Vec<&FakeTunnel> = open.filter(|tunnel| !tunnel.is_released()).collect();
@@ -159,7 +160,8 @@ impl Model {
                 }
             }
             Checkout::Wait { ticket, promised } => {
-                // The peer's limit may apply to a tunnel that has not received it yet.
+                // The peer's limit applies to all its tunnels as soon as one of them has received
+                // it.
                 let limited = |tunnel: &FakeTunnel| tunnel.load().allowed.is_some();
                 let missed = open.iter().any(|tunnel| limited(tunnel) && room(tunnel));
                 assert!(reuse == Reuse::Forbidden || !missed, "nothing to wait for");
@@ -176,7 +178,7 @@ impl Model {
         }
     }
 
-    /// The dials in progress to a port, the oldest first.
+    /// The dials in progress to a port, in the order of starting.
     fn dials(&self, port: u16) -> Vec<u64> {
         let dials = self.waiting.iter().filter(|(_, (other, _))| *other == port);
         dials.map(|(dial, _)| *dial).collect()
@@ -223,7 +225,7 @@ impl Model {
         }
     }
 
-    /// Closes released connections without streams.
+    /// Closes the connections that the pool has released and that have no streams.
     fn close_released(&mut self) {
         for (port, id, _) in self
             .tunnels
@@ -254,7 +256,7 @@ impl Model {
         }
     }
 
-    /// Ends all streams and dials, and lets time pass.
+    /// Ends all streams and dials, then advances the clock beyond all timeouts.
     fn wind_down(&mut self) {
         while !self.waiting.is_empty() {
             (0..KEYS).for_each(|port| self.dial_succeeds(port));

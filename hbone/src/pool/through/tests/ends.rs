@@ -1,4 +1,4 @@
-//! Ends and back-pressure of streams through a gateway.
+//! Tests of the end, the abort and the back-pressure of streams through a gateway.
 
 use bytes::Bytes;
 use h2::Reason;
@@ -154,7 +154,7 @@ async fn unread_backend_blocks_only_its_own_stream() {
     let (mut other_reader, _other_far_writer) = other_far.split();
     other_writer.write("hello".into()).await.unwrap();
     assert_eq!(other_reader.read().await.unwrap().unwrap(), "hello");
-    // An abort is reported even without reading.
+    // The writer reports an abort even if the stream is not being read.
     drop((_near_reader, writer));
     let (_reader, mut far_writer) = far.split();
     let aborted = timeout(SECOND, far_writer.closed()).await.unwrap();

@@ -1,4 +1,5 @@
-//! Key updates in both directions: requested, unsolicited, and before the limit of a key.
+//! Tests of key updates in both directions: requested, unrequested, and before a key reaches its
+//! limit.
 
 use rustls::{AlertDescription, InvalidMessage, PeerMisbehaved};
 

@@ -1,4 +1,4 @@
-//! Runs the corpus of the fuzz target, and random scripts.
+//! Runs the seeds of the fuzz target, and random scripts.
 
 use std::fs;
 use std::path::Path;
@@ -18,7 +18,7 @@ fn runs_the_corpus_of_the_fuzz_target() {
     }
 }
 
-/// Well-formed steps, which random bytes alone would rarely contain.
+/// Valid steps, which random bytes alone would rarely contain.
 fn script() -> impl Strategy<Value = Vec<u8>> {
     let step = (0_u8..255, prop_oneof![0_u16..64, any::<u16>()], vec(any::<u8>(), 0..4));
     let step = step.prop_map(|(kind, size, bytes)| {

@@ -1,4 +1,4 @@
-//! The records of RFC 8448 section 3 after its handshake.
+//! Tests with the records after the handshake in RFC 8448 section 3.
 
 use aws_lc_rs::aead::AES_128_GCM;
 use rustls::ContentType;

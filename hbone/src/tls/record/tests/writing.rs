@@ -1,4 +1,4 @@
-//! Sent records: sizes, system calls, back-pressure, close_notify.
+//! Tests of sent records: sizes, system calls, back-pressure, and close_notify.
 
 use std::io::IoSlice;
 use std::pin::Pin;
@@ -34,7 +34,7 @@ fn shut_down(stream: &mut TlsStream<Wire>) -> Polled<()> {
     polled(stream, |stream, cx| stream.poll_shutdown(cx))
 }
 
-/// Writes everything and flushes.
+/// Writes `content` completely, then flushes.
 pub(super) fn write(stream: &mut TlsStream<Wire>, mut content: &[u8]) {
     while !content.is_empty() {
         let written = ready(polled(stream, |stream, cx| stream.poll_write(cx, content)));
@@ -55,7 +55,7 @@ fn write_pieces(stream: &mut TlsStream<Wire>, lengths: &[usize]) -> usize {
     ready(polled(stream, |stream, cx| stream.poll_write_vectored(cx, &pieces)))
 }
 
-/// The lengths of the received records. Asserts their content.
+/// The lengths of the received records. Asserts that their content is correct.
 fn lengths(peer: &mut Peer) -> Vec<usize> {
     let records = peer.received();
     assert!(records.iter().all(|(kind, _)| *kind == DATA));
@@ -73,9 +73,9 @@ fn gathers_pieces_into_records() {
         (&[256, 1000], &[1256]),
         (&[256, FULL - 256], &[FULL]),
         (&[10_000, 10_000, 10_000], &[FULL, 30_000 - FULL]),
-        // Many small slices are copied together.
+        // Many small slices are copied into one record.
         (&[300; 64], &[FULL, 64 * 300 - FULL]),
-        // A short slice before a large one is a record of its own.
+        // A short slice before a large one gets its own record.
         (&[256, FULL], &[256, FULL]),
         (&[256, 3 * FULL - 247], &[256, FULL, FULL, FULL - 247]),
         (&[FULL, 1], &[FULL, 1]),
@@ -149,7 +149,8 @@ fn sends_close_notify_once_and_nothing_after_it() {
         panic!("nothing is written after the end");
     };
     assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
-    // The other direction stays open, and a violation is not answered with an alert.
+    // The receiving direction stays open. After close_notify, a violation is not answered with an
+    // alert.
     peer.send(DATA, b"still");
     assert_eq!(read_all(&mut stream, 100).0, b"still");
     peer.send_raw(&[1, 2, 3, 4, 5]);

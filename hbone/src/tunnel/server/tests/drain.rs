@@ -1,13 +1,13 @@
-//! Clients that open streams after GOAWAY, and after a certificate expired.
+//! Tests of clients that open streams after GOAWAY, and after a certificate expired.
 
 use super::*;
 use crate::testing::frames::{GOAWAY, HEADERS, RST_STREAM, RawClient, connect};
 use crate::tunnel::settings::KeepaliveSettings;
 
-/// RFC 9113 section 7.
+/// The error code REFUSED_STREAM (RFC 9113 section 7).
 const REFUSED_STREAM: [u8; 4] = [0, 0, 0, 7];
 
-/// A server without keepalive: the client of these tests does not answer PING.
+/// Settings of a server without keepalive: the client of these tests does not answer PING.
 fn settings_without_timeouts() -> ServerSettings {
     let keepalive = KeepaliveSettings { ping_after: 24 * HOUR, timeout: HOUR };
     ServerSettings { keepalive, ..ServerSettings::default() }
@@ -22,7 +22,7 @@ async fn refuses_stream_of_client_that_ignores_drain_and_ends_tunnel() {
     server.drain();
     let served = Served::new(server);
     client.receive(Some(GOAWAY)).await;
-    // The client acknowledges nothing, and keeps its stream.
+    // The client acknowledges nothing, and keeps its stream open.
     sleep(31 * SECOND).await;
     client.send(&connect(3)).await;
     let refused = client.receive(Some(RST_STREAM)).await.pop();

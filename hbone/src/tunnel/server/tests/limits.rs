@@ -1,4 +1,4 @@
-//! Clients that exceed the limits of a tunnel.
+//! Tests of clients that exceed the limits of a tunnel.
 
 use h2::Reason;
 use tokio::time::Instant;
@@ -10,8 +10,8 @@ use crate::testing::frames::{
 
 const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Sends `bytes` after SETTINGS to a server without requests, and waits for the tunnel's end.
-/// Returns the exceeded limit, the code of GOAWAY, and the elapsed time.
+/// Sends SETTINGS and `bytes` to a server, and waits until it closes the tunnel. Returns the
+/// exceeded limit, the error code of GOAWAY, and the elapsed time.
 async fn send_and_await_close(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>, Duration) {
     let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
     let start = Instant::now();
@@ -31,7 +31,7 @@ async fn closes_tunnel_whose_header_block_does_not_end() {
         frame(HEADERS, END_HEADERS, 1, &[0; 9])[..10].to_vec(),
         frame(SETTINGS, 0, 0, &[0; 6])[..12].to_vec(),
         frame(PING, 0, 0, &[0; 8])[..5].to_vec(),
-        // DATA of an unknown stream, which h2 detects only in a complete frame.
+        // DATA on an unknown stream. h2 detects it only in a complete frame.
         [head(256 << 10, DATA, 0, 1), vec![0; 200 << 10]].concat(),
     ] {
         let (limit, code, took) = send_and_await_close(&bytes).await;
@@ -85,7 +85,7 @@ async fn closes_tunnel_for_flood_of_control_frames() {
         };
         let (code, ()) = tokio::join!(send, serve);
         assert!(code.is_some());
-        // h2 may detect it first.
+        // h2 may detect the flood first.
         assert!(matches!(server.exceeded(), None | Some(TunnelLimit::FrameRate)));
     }
 }
@@ -115,7 +115,8 @@ async fn drains_and_then_closes_tunnel_with_too_many_refused_requests() {
     };
     let (goaways, (refused, limit)) = tokio::join!(flood, serve);
     assert_eq!(limit, Some(TunnelLimit::RefusedRequests));
-    // A thousand before GOAWAY, and a thousand after it, which a correct client would not send.
+    // A thousand requests before GOAWAY, and a thousand after it. A correct client sends none after
+    // it.
     assert!((2000..2010).contains(&refused), "{refused}");
     assert_eq!(goaways, 2);
 }

@@ -1,4 +1,5 @@
-//! Small writes to a blocked peer, to a peer that does not read, and to one that does.
+//! Tests of small writes: to a blocked peer, to a peer that does not read, and to a peer that
+//! reads.
 
 use std::future::poll_fn;
 use std::sync::atomic::Ordering;
@@ -18,7 +19,7 @@ use crate::tunnel::stream::{TunnelReader, TunnelStream, TunnelWriter};
 
 use super::*;
 
-/// Writes a byte like a relay, and flushes for `pause` without more data.
+/// Writes one byte, then flushes for `pause`, like a proxy without more data.
 async fn write_byte(writer: &mut TunnelWriter, pause: Duration) {
     let mut byte = Bytes::from_static(b"x");
     poll_fn(|cx| writer.poll_write(cx, &mut byte, false)).await.unwrap();
@@ -35,7 +36,7 @@ async fn flush_until_error(writer: &mut TunnelWriter) -> HboneError {
     .await
 }
 
-/// Number of chunks in which this many bytes are read.
+/// Reads this many bytes. Returns the number of chunks.
 async fn chunks(reader: &mut TunnelReader, bytes: usize) -> usize {
     let (mut chunks, mut read) = (0, 0);
     while read < bytes {
@@ -64,7 +65,7 @@ async fn gathers_small_writes_while_connection_is_blocked() {
     let (_reader, mut writer) = stream.unwrap().split();
     let (_other_reader, mut bulk) = other.unwrap().split();
     stopped.store(true, Ordering::Relaxed);
-    // Until neither the connection nor TLS takes more.
+    // Fill the connection until TLS accepts no more data.
     let filled = timeout(SECOND, bulk.write(vec![0; BULK].into())).await;
     filled.unwrap_err();
     for _ in 0..BYTES {
@@ -72,7 +73,7 @@ async fn gathers_small_writes_while_connection_is_blocked() {
     }
     let (mut far_reader, _far_writer) = far.split();
     stopped.store(false, Ordering::Relaxed);
-    // No event wakes the task that waits for the connection; keepalive polls it.
+    // Nothing wakes the waiting task while the connection is blocked; keepalive polls it.
     let chunks = tokio::select! {
         chunks = chunks(&mut far_reader, BYTES) => chunks,
         broken = flush_until_error(&mut writer) => panic!("{broken}"),
@@ -94,7 +95,7 @@ async fn sends_small_writes_at_once_to_peer_that_bears_them() {
     assert_eq!(start.elapsed(), Duration::ZERO);
 }
 
-/// A peer with h2's defaults of 0.4.17, which does not read the first stream and answers each chunk
+/// A peer with the defaults of h2 0.4.17. It does not read the first stream, and answers each chunk
 /// of the second one.
 async fn strict_peer() -> (TunnelStream, TunnelStream) {
     let authority = authority("td");

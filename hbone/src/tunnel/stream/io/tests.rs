@@ -1,5 +1,5 @@
-//! A stream as a connection: its ends, its errors and what holds it back. `pool/through` runs
-//! tunnels inside of it.
+//! Tests of a tunnelled stream with tokio's I/O traits: ends, errors and back-pressure.
+//! `pool::through` tests tunnels inside of it.
 
 use h2::Reason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -19,7 +19,7 @@ async fn either_direction_ends_with_a_shutdown_and_the_other_goes_on() {
     far.read_to_string(&mut request).await.unwrap();
     assert_eq!(request, "request");
     far.write_all(b"late answer").await.unwrap();
-    // In parts, as a reader with a small buffer takes it.
+    // Read in two parts, like a reader with a small buffer.
     let mut begin = [0; 5];
     near.read_exact(&mut begin).await.unwrap();
     assert_eq!(&begin, b"late ");

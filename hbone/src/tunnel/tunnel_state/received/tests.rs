@@ -1,4 +1,4 @@
-//! Unread streams in a tunnel with a busy one.
+//! Tests of unread streams beside a busy stream of the same tunnel.
 
 use http::HeaderMap;
 
@@ -9,15 +9,15 @@ use crate::tunnel::stream::{TunnelReader, TunnelWriter};
 
 const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
-/// Number of 16 KiB frames: more than two check intervals.
+/// The number of frames of 16 KiB that the busy stream receives: more than two check intervals.
 const FILLERS: usize = 600;
 
 async fn accept(served: &mut Served) -> (TunnelReader, TunnelWriter) {
     served.next().await.accept(HeaderMap::new()).unwrap().split()
 }
 
-/// Sends a piece of stream 1 before each frame of stream 3, which alone is read. Returns the chunks
-/// of stream 1.
+/// Sends a piece on stream 1 before each frame on stream 3, and reads only stream 3. Then reads
+/// stream 1, and returns its chunks.
 async fn chunks_beside_busy_stream(piece: impl Fn(u8, usize) -> Vec<u8>) -> Vec<usize> {
     let (mut client, server) = RawClient::settled(ServerSettings::default()).await;
     let mut served = Served::new(server);
@@ -53,14 +53,14 @@ async fn chunks_beside_busy_stream(piece: impl Fn(u8, usize) -> Vec<u8>) -> Vec<
 #[tokio::test]
 async fn small_pieces_that_are_not_read_are_copied_together() {
     let chunks = chunks_beside_busy_stream(|byte, _| vec![byte]).await;
-    // The pieces of the last two checks are still in h2's buffers.
+    // The pieces since the last two checks are still in h2's buffers.
     assert!(chunks.len() < FILLERS * 9 / 10, "{} chunks", chunks.len());
     assert!(chunks.iter().any(|length| *length > FILLERS / 10), "{chunks:?}");
 }
 
 #[tokio::test]
 async fn large_pieces_are_not_copied() {
-    // A window in total.
+    // The large pieces add up to one window.
     let large = |byte, index| vec![byte; if index % 20 == 0 { 128 << 10 } else { 0 }];
     let chunks = chunks_beside_busy_stream(large).await;
     assert_eq!(chunks, vec![128 << 10; FILLERS / 20]);

@@ -1,4 +1,4 @@
-//! A scripted SPIRE agent on a socket of its own.
+//! Tests with a scripted SPIRE agent on a Unix socket.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -75,7 +75,7 @@ impl Agent {
         Self { dir, connections, _serving: serving }
     }
 
-    /// The sender of the next connection's updates.
+    /// Prepares the agent for the next connection. Returns the sender of its updates.
     fn expect(&self) -> mpsc::UnboundedSender<Update> {
         let (updates, told) = mpsc::unbounded_channel();
         self.connections.send(told).unwrap();
@@ -139,7 +139,7 @@ async fn reconnects_to_restarted_agent_and_ignores_unchanged_update() {
     let mut source = agent.source();
     let first = of(vec![svid(&ours, CLIENT)]);
     agent.expect().send(Ok(first.clone())).unwrap();
-    // Dropping the sender ended the connection.
+    // The agent's connection ended when its sender was dropped.
     source.next().await.unwrap();
     let updates = agent.expect();
     updates.send(Ok(first)).unwrap();
