@@ -1,6 +1,4 @@
-//! Selects the backend that installs rules: nftables over netlink, or the programs of iptables.
-//!
-//! No other module knows both.
+//! Selects the backend that installs rules: nftables over netlink, or the iptables programs.
 
 pub(crate) mod blackhole;
 pub(crate) mod changes;
@@ -24,17 +22,17 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::RulePlan;
 
-/// An available backend.
+/// A backend, available or not checked yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// nf_tables over netlink, in a table of its own.
+    /// nf_tables over netlink, in a table that only underpass uses.
     Nftables,
-    /// `iptables-restore`, in the tables that all programs share.
+    /// `iptables-restore`, in tables that all programs share.
     Iptables(Variant),
 }
 
 impl Backend {
-    /// Selects the backend for the setting. It changes nothing and creates no tables.
+    /// Selects the backend for the setting. Changes nothing and creates no tables.
     pub(crate) async fn find(entered: &Entered, choice: Choice) -> Result<Self, InterceptionError> {
         match choice {
             Choice::Nftables => nftables::check_available(entered).await.map(|()| Self::Nftables),
@@ -45,7 +43,7 @@ impl Backend {
             Choice::Auto => match nftables::check_available(entered).await {
                 Ok(()) => Ok(Self::Nftables),
                 Err(missing @ InterceptionError::Unsupported { .. }) => {
-                    // Without iptables, the error of nf_tables is the more helpful one.
+                    // If iptables is missing too, the error of nf_tables is more helpful.
                     iptables::detect(entered).await.map(Self::Iptables).map_err(|_| missing)
                 }
                 Err(error) => Err(error),
@@ -53,7 +51,7 @@ impl Backend {
         }
     }
 
-    /// Returns true if the backend runs programs, which need this process' capabilities.
+    /// Returns true if the backend runs programs, which need the process's capabilities.
     #[must_use]
     pub fn runs_programs(self) -> bool {
         self != Self::Nftables
@@ -102,7 +100,7 @@ impl Backend {
         }
     }
 
-    /// Readable replacements for lines of a listing.
+    /// Readable texts for lines of a listing that nlink cannot print.
     pub(crate) fn readable(self, plan: &RulePlan) -> BTreeMap<String, String> {
         match self {
             Self::Nftables => nftables::readable(plan),

@@ -1,6 +1,6 @@
 //! The errors of installing, verifying and removing interception.
 //!
-//! The hints for the operator are in `error/hint.rs`. Errors of single connections are plain
+//! `error::hint` has the hints for the operator. Errors of single connections are plain
 //! `std::io::Error`s.
 
 mod hint;
@@ -58,7 +58,7 @@ pub enum InterceptionError {
         #[source]
         source: io::Error,
     },
-    /// Source validation of the kernel would drop the packets that TPROXY marks.
+    /// With TPROXY, the kernel's source validation would drop all inbound packets.
     #[error(
         "cannot use interception.inbound.mode: tproxy: the kernel would drop all inbound connections on {interface}, \
          because src_valid_mark makes it treat clients' addresses as local"
@@ -67,7 +67,8 @@ pub enum InterceptionError {
         /// The interface at which connections arrive.
         interface: String,
     },
-    /// The rules identify the proxy by its user, and this process runs as a different one.
+    /// The rules identify the proxy by its user, but this process runs as a different one and
+    /// cannot switch.
     #[error(
         "cannot run as user {is}: the rules identify the proxy by user {} or group {} and would capture its \
          connections, and switching to that user requires the capabilities {missing}",
@@ -106,22 +107,23 @@ pub enum InterceptionError {
         #[source]
         source: io::Error,
     },
-    /// A socket, or what belongs to a namespace besides its rules, cannot be opened or read.
+    /// A socket or another object of a namespace cannot be opened or read.
     #[error("cannot {operation}")]
     Socket {
-        /// The operation, as a verb phrase.
+        /// The failed operation as a verb phrase.
         operation: &'static str,
         /// The error of the kernel.
         #[source]
         source: io::Error,
     },
-    /// A privileged operation was answered with another reply than its request has.
+    /// A privileged operation returned a reply of the wrong kind.
     #[error("a privileged operation was answered with {0}")]
     UnexpectedReply(String),
     /// A network namespace cannot be created, opened, entered, connected or deleted.
     #[error("cannot {operation} the network namespace {namespace}")]
     Namespace {
-        /// The failed operation as a verb phrase before the namespace: `open`, `run code in`.
+        /// The failed operation as a verb phrase with the namespace as its object: `open`, `run
+        /// code in`.
         operation: &'static str,
         /// The path of the namespace.
         namespace: String,
@@ -145,7 +147,7 @@ pub enum InterceptionError {
     IptablesProgram {
         /// The program.
         program: String,
-        /// The error; `TimedOut` if the program did not finish.
+        /// The cause. `TimedOut` if the program did not end in time.
         #[source]
         source: io::Error,
     },
@@ -156,9 +158,9 @@ pub enum InterceptionError {
         operation: &'static str,
         /// The program.
         program: String,
-        /// Its output in one line.
+        /// The program's output in one line.
         message: String,
-        /// The kernel module whose absence would explain the failure.
+        /// The kernel module whose absence explains the failure, if known.
         module: Option<&'static str>,
     },
     /// iptables rejects a user or group outside of the user namespace.
@@ -166,7 +168,7 @@ pub enum InterceptionError {
     IptablesOwner {
         /// `user` or `group`.
         kind: &'static str,
-        /// Its id.
+        /// The user id or group id.
         id: u32,
     },
     /// iptables-nft cannot read a table.
@@ -180,7 +182,7 @@ pub enum InterceptionError {
         /// The table.
         table: String,
     },
-    /// The rules of a family cannot be installed with iptables.
+    /// iptables did not install the rules of one family.
     #[error("cannot install the {family} rules with iptables, and {}", undone_result(*undone))]
     IptablesNotInstalled {
         /// `IPv4` or `IPv6`.
@@ -205,7 +207,7 @@ pub enum InterceptionError {
 }
 
 impl InterceptionError {
-    /// Returns true if a setting is wrong, rather than the machine.
+    /// Returns true if a setting is wrong, false if the machine is.
     #[must_use]
     pub fn is_configuration(&self) -> bool {
         matches!(
@@ -232,11 +234,11 @@ pub enum SandboxRemedy {
     SingleThread,
     /// User namespaces must be permitted.
     UserNamespaces,
-    /// Unknown.
+    /// The condition is unknown.
     Unknown,
 }
 
-/// The error of a connection for which a socket could not be opened.
+/// Converts an error of opening a socket into the error of its connection.
 impl From<InterceptionError> for io::Error {
     fn from(error: InterceptionError) -> Self {
         match error {

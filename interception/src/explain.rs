@@ -1,7 +1,7 @@
 //! Explains the rules of a profile: the path of each kind of traffic through them.
 //!
 //! `underpass rules explain` prints it. Every path is computed by evaluating the plan
-//! ([`RulePlan::walk`]). The module reads only the interfaces of a namespace ([`Environment::of`]).
+//! ([`RulePlan::walk`]); only the interfaces are read from a namespace ([`Environment::of`]).
 
 mod environment;
 mod flows;
@@ -23,7 +23,7 @@ use crate::plan::{
 
 pub use packet::{PacketExplanation, Sender};
 
-/// The explanation of a profile's rules. `Display` is for a terminal of 100 columns.
+/// The explanation of a profile's rules. `Display` formats it for a terminal of 100 columns.
 #[derive(Debug, Clone)]
 pub struct Explanation<'a> {
     settings: &'a InterceptionSettings,
@@ -34,17 +34,17 @@ pub struct Explanation<'a> {
     counters: Option<&'a [RuleCounter]>,
 }
 
-/// One kind of traffic: the sequence of packets that open its connections.
+/// One kind of traffic: the packets that open its connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Flow<'p> {
-    /// The id: a number of the reference article and its tests (`2`, `A7`), or the key of the
+    /// The id: a number of the profile's article and its tests (`2`, `A7`), or the key of the
     /// setting that the flow is about.
     pub id: String,
     /// The kind of traffic, as a sentence.
     pub title: String,
-    /// The path that the reference article of the profile gives, if it has this flow.
+    /// The path according to the profile's article, if the article describes this flow.
     pub article: Option<&'static str>,
-    /// Additional facts, above all where the article is wrong or outdated.
+    /// Additional facts, for example where the article is wrong or outdated.
     pub note: Option<&'static str>,
     /// The packets in order.
     pub hops: Vec<Hop<'p>>,
@@ -55,24 +55,24 @@ pub struct Flow<'p> {
 pub struct Hop<'p> {
     /// The sender.
     pub from: Party,
-    /// The packet as sent.
+    /// The packet when it is sent.
     pub packet: Packet,
-    /// Its evaluation.
+    /// The path of the packet through the rules.
     pub walk: Walk<'p>,
-    /// The receiver; `None` if the packet is not delivered.
+    /// The receiver. `None` if the packet is not delivered.
     pub to: Option<Party>,
-    /// The outcome of the reply, if the packet opens a connection and is delivered.
+    /// The outcome of the reply. `None` if the packet opens no connection or is not delivered.
     pub reply: Option<ReplyOutcome>,
 }
 
-/// A participant of a flow.
+/// A sender or receiver in a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Party {
     /// The workload.
     App,
     /// underpass.
     Proxy,
-    /// A process beside the proxy that runs as the same user or group.
+    /// A process beside the proxy with the same user or group.
     Agent,
     /// Another pod, or any host outside of the pod.
     Remote,
@@ -90,7 +90,8 @@ pub enum Party {
 
 impl<'a> Explanation<'a> {
     /// Explains the rules for `settings`. `ipv6` is true if the kernel supports IPv6
-    /// ([`crate::namespace::ipv6::ipv6_available`]). `counters` are those of the installed rules.
+    /// ([`crate::namespace::ipv6::ipv6_available`]). `counters` are the counters of the installed
+    /// rules.
     #[must_use]
     pub fn new(
         settings: &'a InterceptionSettings,
@@ -103,7 +104,7 @@ impl<'a> Explanation<'a> {
         Self { settings, ports, ipv6, plan, environment, counters }
     }
 
-    /// The flows of the profile, and those of the exceptions in the settings.
+    /// The flows of the profile, then the flows about exceptions in the settings.
     #[must_use]
     pub fn flows(&self) -> Vec<Flow<'_>> {
         flows::all(self)
@@ -120,7 +121,7 @@ impl<'a> Explanation<'a> {
 }
 
 impl<'p> Hop<'p> {
-    /// Evaluates a packet. `to` listens at the packet's destination.
+    /// Evaluates a packet. `to` listens at its destination.
     fn new(
         plan: &'p RulePlan,
         environment: &Environment,
@@ -139,7 +140,8 @@ impl<'p> Hop<'p> {
         Self { from, packet, walk, to, reply }
     }
 
-    /// The rule that decided, if any. For a redirect, this is the rule that jumped to it.
+    /// The rule that decided the packet's verdict. For a redirect, this is the rule that jumped to
+    /// the redirect.
     #[must_use]
     pub fn decided_by(&self) -> Option<&'p Rule> {
         let ended = |action: Action| match self.walk.end {
@@ -149,7 +151,7 @@ impl<'p> Hop<'p> {
             Verdict::Dropped => action == Action::Drop,
             Verdict::Direct => matches!(action, Action::Accept | Action::Return),
         };
-        // If rules in nat and elsewhere exempt the packet, the one in nat decides.
+        // If a nat rule and another rule both exempt the packet, the nat rule decides.
         let in_nat = |passage: &&&TraversedChain<'p>| passage.chain.table == Table::Nat;
         let traversed = &self.walk.traversed;
         let nat_first = traversed.iter().filter(|passage| in_nat(&passage));
@@ -168,7 +170,7 @@ impl<'p> Hop<'p> {
         })
     }
 
-    /// The chains worth showing: those of nat, and those where more than a jump matched.
+    /// The chains to print: nat chains, and chains in which more than a jump matched.
     fn notable_chains(&self) -> impl Iterator<Item = &TraversedChain<'p>> {
         self.walk.traversed.iter().filter(|passage| {
             let jump = |rule: &&Rule| matches!(rule.action, Action::Jump(_));
@@ -177,7 +179,7 @@ impl<'p> Hop<'p> {
     }
 }
 
-/// Returns true for a jump with a condition, unlike one that passes every packet on.
+/// Returns true for a jump with a condition, false for a jump that matches every packet.
 fn is_conditional_jump(jump: &Rule, passage: &TraversedChain<'_>) -> bool {
     let by_protocol =
         |condition: &Match| matches!(condition, Match::Protocol(_) | Match::TcpModule);

@@ -1,4 +1,4 @@
-//! Events of folders by inotify(7), for the configuration's file watcher.
+//! Events of folders by inotify(7), for the file watcher of the configuration.
 
 use std::ffi::{CStr, OsStr};
 use std::io;
@@ -19,15 +19,15 @@ use underpass_config::{ChangeStep, FolderEvent, FolderEvents, FolderWatch};
 pub struct Inotify(AsyncFd<OwnedFd>);
 
 impl Inotify {
-    /// Opens an instance, and registers it with the caller's tokio runtime.
+    /// Opens an instance, and registers it with the current tokio runtime.
     ///
     /// # Errors
     ///
-    /// The kernel's; by default a user may have 128 instances.
+    /// The error of the kernel. By default a user may have 128 instances.
     ///
     /// # Panics
     ///
-    /// Outside of a tokio runtime with I/O.
+    /// There is no current tokio runtime with I/O.
     pub fn open() -> io::Result<Arc<dyn FolderEvents>> {
         let instance = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         #[expect(
@@ -62,15 +62,15 @@ impl FolderEvents for Inotify {
 
     fn queued(&self) -> Pin<Box<dyn Future<Output = io::Result<()>> + Send + '_>> {
         Box::pin(async {
-            // The next call waits for an event that is queued after this one.
+            // Clear readiness: the next call waits for a new event.
             self.0.readable().await?.clear_ready();
             Ok(())
         })
     }
 }
 
-/// The events that can change the content. Not MODIFY: CLOSE_WRITE follows it, and each line of a
-/// log in the same folder would wake the reader.
+/// The events after which a file's content may have changed. MODIFY is not one of them: CLOSE_WRITE
+/// follows it, and each line of a log in the same folder would wake the reader.
 fn watched_events() -> WatchFlags {
     WatchFlags::CREATE
         | WatchFlags::CLOSE_WRITE
@@ -82,7 +82,7 @@ fn watched_events() -> WatchFlags {
         | WatchFlags::ONLYDIR
 }
 
-/// `None` for IGNORED, which follows the event that ended a watch.
+/// Converts an event. `None` for IGNORED, which only confirms the end of a watch.
 fn converted(
     flags: ReadFlags,
     watch: FolderWatch,

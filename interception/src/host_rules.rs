@@ -1,6 +1,6 @@
-//! The rules in the host's namespace, from any thread: installed, verified and removed.
+//! Installs, verifies and removes the rules in the host's network namespace, from any thread.
 //!
-//! Not here: the rules (`plan/host.rs`), and their backend (`backend/nftables/host.rs`).
+//! `plan::host` plans the rules; `backend::nftables::host` is their backend.
 
 use crate::backend::Backend;
 use crate::backend::changes::Changes;
@@ -9,15 +9,15 @@ use crate::error::InterceptionError;
 use crate::plan::host::HostPlan;
 use crate::privileged::{HostRuleOperation, NamespaceAccess, Reply};
 
-/// The rules in the host's namespace. They need nftables: iptables has no sets of addresses without
-/// another program.
+/// Access to the rules in the host's network namespace. They need nftables, since iptables has no
+/// sets of addresses.
 #[derive(Debug, Clone)]
 pub struct HostRules {
     access: NamespaceAccess,
 }
 
 impl HostRules {
-    /// Checks whether the rules can be installed in the namespace of `access`. Changes nothing.
+    /// Checks whether the rules can be installed. Changes nothing.
     ///
     /// # Errors
     ///
@@ -31,12 +31,12 @@ impl HostRules {
     ///
     /// # Errors
     ///
-    /// The kernel rejected the change; the rules before stay.
+    /// The kernel rejected the change. The previous rules stay.
     pub async fn apply(&self, plan: HostPlan) -> Result<(), InterceptionError> {
         self.ask(HostRuleOperation::Apply(plan)).await.map(drop)
     }
 
-    /// The difference between the installed rules and the plan; `None` if there is none.
+    /// Compares the installed rules with the plan. `None` if they are equal.
     ///
     /// # Errors
     ///
@@ -48,20 +48,20 @@ impl HostRules {
         }
     }
 
-    /// Removes the rules. Absent ones are no error.
+    /// Removes the rules, if they are installed.
     ///
     /// # Errors
     ///
-    /// The kernel refused.
+    /// The kernel rejected the removal.
     pub async fn remove(&self) -> Result<(), InterceptionError> {
         self.ask(HostRuleOperation::Remove).await.map(drop)
     }
 
-    /// Notifications of changes of rules in the namespace, from now on.
+    /// Subscribes to changes of rules in the namespace.
     ///
     /// # Errors
     ///
-    /// The kernel rejects the subscription.
+    /// The kernel rejected the subscription.
     pub async fn changes(&self) -> Result<Changes, InterceptionError> {
         Changes::of_rules(&self.access, Backend::Nftables).await
     }

@@ -1,8 +1,7 @@
 //! Interception in one namespace: prepares, installs, verifies, repairs and removes the rules, from
 //! any thread.
 //!
-//! Not here: the operations on rules (`rules.rs`), and the sockets that match the rules
-//! (`sockets/socket.rs`).
+//! `rules` performs the operations; `sockets::socket` opens the sockets that the rules recognize.
 
 use std::sync::Arc;
 
@@ -22,25 +21,25 @@ use crate::planned::{PlanInputs, Planned};
 use crate::privileged::{NamespaceAccess, Reply, RuleOperation};
 use crate::rules::RuleSettings;
 
-/// Interception in one namespace that [`prepare`](Self::prepare) has checked. Every operation runs
-/// in that namespace, whatever the caller's namespace is.
+/// Interception in one namespace, which [`prepare`](Self::prepare) has checked. Every operation
+/// runs in that namespace, whatever the caller's namespace is.
 #[derive(Debug, Clone)]
 pub struct Interception {
     access: NamespaceAccess,
     rules: Arc<RuleSettings>,
     planned: Arc<Planned>,
-    /// Whether IPv6 was enabled on the loopback interface at the last check.
+    /// True if IPv6 was enabled on the loopback interface at the last check.
     ipv6_on_loopback: bool,
 }
 
 impl Interception {
-    /// Checks whether and with which backend the rules can be installed in a namespace. Changes
+    /// Checks whether the rules can be installed in a namespace, and selects the backend. Changes
     /// nothing. `None` for the profile without rules.
     ///
     /// # Errors
     ///
-    /// In this order: the capability NET_ADMIN is missing; this is the host's own namespace without
-    /// `allow_host`; the backend is unavailable.
+    /// In this order: the capability NET_ADMIN is missing; this is the host's network namespace and
+    /// `allow_host` is not set; the backend is unavailable.
     pub async fn prepare(
         access: &NamespaceAccess,
         settings: &InterceptionSettings,
@@ -58,14 +57,14 @@ impl Interception {
         Ok(Some(Self { access: access.clone(), rules, planned, ipv6_on_loopback }))
     }
 
-    /// The same interception, which records its owner in the nftables table.
+    /// Sets the owner that is recorded in the nftables table.
     #[must_use]
     pub fn owned_by(self, owner: String) -> Self {
         let rules = RuleSettings { owner: Some(owner), ..(*self.rules).clone() };
         Self { rules: Arc::new(rules), ..self }
     }
 
-    /// The same interception with other settings; namespace and backend stay.
+    /// Replaces the settings. Namespace and backend stay.
     #[must_use]
     pub fn with_settings(&self, settings: &InterceptionSettings) -> Self {
         let inputs = PlanInputs { settings: settings.clone(), ..self.rules.inputs.clone() };
@@ -92,14 +91,14 @@ impl Interception {
         self.rules.inputs.backend
     }
 
-    /// Whether the kernel lacks IPv6, so that only IPv4 is captured whatever the settings say.
+    /// Returns true if the kernel lacks IPv6: only IPv4 is captured, whatever the settings are.
     #[must_use]
     pub fn ipv6_absent(&self) -> bool {
         !self.rules.inputs.ipv6
     }
 
-    /// Whether the kernel has IPv6 but it is disabled on the loopback interface: the rules exist,
-    /// but captured packets are not delivered.
+    /// Returns true if the kernel supports IPv6 but it is disabled on the loopback interface. The
+    /// rules exist then, but captured IPv6 packets are not delivered.
     ///
     /// # Errors
     ///
@@ -108,8 +107,8 @@ impl Interception {
         Ok(self.rules.inputs.ipv6 && !self.access.ipv6_on_loopback().await?)
     }
 
-    /// Whether IPv6 was enabled or disabled on the loopback interface since the last call of
-    /// [`follow_ipv6`](Self::follow_ipv6), which may explain a difference found since.
+    /// Returns true if IPv6 was enabled or disabled on the loopback interface since the last call
+    /// of [`follow_ipv6`](Self::follow_ipv6). That may explain a difference.
     ///
     /// # Errors
     ///
@@ -118,12 +117,12 @@ impl Interception {
         Ok(self.access.ipv6_on_loopback().await? != self.ipv6_on_loopback)
     }
 
-    /// Installs the routes and addresses that need IPv6 on the loopback interface, if it was
-    /// enabled since the last call; returns whether it was.
+    /// Installs the routes and addresses that need IPv6 on the loopback interface, if IPv6 was
+    /// enabled since the last call. Returns true if it was.
     ///
     /// # Errors
     ///
-    /// The kernel rejected them; the next call tries again.
+    /// The kernel rejected them. The next call tries again.
     pub async fn follow_ipv6(&mut self) -> Result<bool, InterceptionError> {
         let was_enabled = self.ipv6_on_loopback;
         let enabled = self.access.ipv6_on_loopback().await?;
@@ -134,8 +133,8 @@ impl Interception {
         Ok(enabled && !was_enabled)
     }
 
-    /// Rules that would capture the same traffic: of an earlier run with another backend, or of
-    /// Istio or OSM.
+    /// Finds rules that would capture the same traffic: of an earlier run with another backend, or
+    /// of Istio or OSM.
     ///
     /// # Errors
     ///
@@ -148,7 +147,7 @@ impl Interception {
         .await
     }
 
-    /// Rules of other programs that act on packets before ours do.
+    /// Lists rules of other programs that act on packets before underpass's rules do.
     ///
     /// # Errors
     ///
@@ -164,11 +163,12 @@ impl Interception {
     /// Installs the routes, then the rules in one transaction. Replaces rules of an earlier run and
     /// removes its blackhole.
     ///
-    /// Routes first: rules without them would lose the replies to spoofed client addresses.
+    /// The routes come first: without them, the rules would lose the replies to preserved client
+    /// addresses.
     ///
     /// # Errors
     ///
-    /// The kernel rejected a change. This call's changes are reverted; rules of an earlier run
+    /// The kernel rejected a change. Changes of this call are reverted; rules of an earlier run
     /// stay.
     pub async fn install(&self) -> Result<(), InterceptionError> {
         self.done(RuleOperation::Install).await
@@ -183,16 +183,16 @@ impl Interception {
         self.done(RuleOperation::Repair).await
     }
 
-    /// Records in the nftables table which process installed the rules. A failure is only logged,
-    /// since the rules are the same without it.
+    /// Records in the nftables table which process installed the rules. Only logs a failure,
+    /// because the rules work without the record.
     pub async fn mark_owner(&self) {
         if let Err(error) = self.done(RuleOperation::MarkOwner).await {
             tracing::debug!(%error, "the owner of the rules is not marked");
         }
     }
 
-    /// The difference between the installed rules and the plan, by expression and order; `None` if
-    /// there is none.
+    /// Compares the installed rules with the plan, by expression and order. `None` if they are
+    /// equal.
     ///
     /// # Errors
     ///
@@ -215,7 +215,7 @@ impl Interception {
         self.done(RuleOperation::Block).await
     }
 
-    /// Removes the blackhole; `false` if there was none.
+    /// Removes the blackhole. Returns `false` if it was not installed.
     ///
     /// # Errors
     ///
@@ -224,7 +224,7 @@ impl Interception {
         self.is(RuleOperation::Unblock).await
     }
 
-    /// Whether the blackhole is installed.
+    /// Returns true if the blackhole is installed.
     ///
     /// # Errors
     ///
@@ -233,16 +233,16 @@ impl Interception {
         self.is(RuleOperation::IsBlocked).await
     }
 
-    /// Notifications of changes in the namespace, from now on.
+    /// Subscribes to changes in the namespace.
     ///
     /// # Errors
     ///
-    /// The kernel rejects the subscription.
+    /// The kernel rejected the subscription.
     pub async fn changes(&self) -> Result<Changes, InterceptionError> {
         Changes::of_rules(&self.access, self.rules.inputs.backend).await
     }
 
-    /// The match counters of the installed rules, in their order; empty if there are none.
+    /// Reads the counters of the installed rules, in their order. Empty if no rules are installed.
     ///
     /// # Errors
     ///
@@ -255,7 +255,7 @@ impl Interception {
         .await
     }
 
-    /// Removes the rules, the routes and the blackhole. Absent ones are no error.
+    /// Removes the rules, the routes and the blackhole, if they are installed.
     ///
     /// # Errors
     ///
@@ -285,8 +285,8 @@ impl Interception {
     }
 }
 
-/// The match counters of our nftables table in a namespace, in the order of the rules; empty if
-/// there is none.
+/// Reads the counters of underpass's nftables table in a namespace, in the order of the rules.
+/// Empty if there is no table.
 ///
 /// # Errors
 ///
@@ -296,12 +296,13 @@ pub async fn counters(access: &NamespaceAccess) -> Result<Vec<RuleCounter>, Inte
 }
 
 /// Removes everything that underpass installed in a namespace, with any backend and profile: table,
-/// iptables chains, ip rules, routes, addresses, and blackhole. `false` if there was nothing.
+/// iptables chains, ip rules, routes, addresses, and blackhole. Returns `false` if there was
+/// nothing.
 ///
 /// # Errors
 ///
-/// This is the host's own namespace without `allow_host`, or the kernel or a program rejected a
-/// removal; everything else is removed.
+/// This is the host's network namespace and `allow_host` is false, or the kernel or a program
+/// rejected a removal. Everything else is removed.
 pub async fn remove_everything(
     access: &NamespaceAccess,
     scope: RemovalScope,

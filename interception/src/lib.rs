@@ -2,11 +2,11 @@
 //!
 //! In reading order: [`RulePlan`] contains the rules of a profile with their reasons.
 //! [`Interception`] checks, installs, verifies and removes them. [`Sockets`] opens the proxy's
-//! listeners and connections, and [`OriginalDestination`] is the address to which a redirected
-//! connection was made. [`Namespace`], [`enter_sandbox`] and [`PacketCapture`] serve tests, the
+//! listeners and connections, and [`OriginalDestination`] is the address that a redirected client
+//! had connected to. [`Namespace`], [`enter_sandbox`] and [`PacketCapture`] serve tests, the
 //! demonstration and nodes, which set up namespaces.
 //!
-//! The crate has no knowledge of HTTP/2, TLS or policies.
+//! The crate does not depend on HTTP/2, TLS or policies.
 
 mod backend;
 mod error;

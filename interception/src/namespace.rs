@@ -1,11 +1,11 @@
 //! Network namespaces: opens, identifies and enters them.
 //!
 //! In reading order: [`Namespace`] is a handle, [`NamespaceThread`] runs operations in namespaces,
-//! and [`Entered`] proves to each operation which namespace it is in. Every function of this crate
-//! that acts on a namespace takes an `&Entered`: a call in the wrong one does not compile.
+//! and [`Entered`] proves to an operation which namespace it is in. Every function of this crate
+//! that acts on a namespace takes an `&Entered`, so that a call in the wrong namespace does not
+//! compile.
 //!
-//! Not here: creating and connecting namespaces (`wiring.rs`), and privileges to do so without root
-//! (`sandbox.rs`).
+//! `wiring` creates and connects namespaces; `sandbox` allows that without root.
 
 mod guarded;
 pub(crate) mod host;
@@ -32,10 +32,10 @@ pub use wiring::{Endpoint, veth};
 
 /// NSFS_MAGIC, include/uapi/linux/magic.h.
 const NSFS: i64 = 0x6e73_6673;
-/// The calling thread's own namespace. `/proc/self` would be that of the process's first thread.
+/// The namespace of the calling thread. `/proc/self` would be that of the process's first thread.
 const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
-/// A handle of a network namespace, which keeps it alive. Starts no thread.
+/// A handle of a network namespace, which keeps the namespace alive. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Namespace(Arc<NamespaceFile>);
 
@@ -46,7 +46,7 @@ struct NamespaceFile {
     path: PathBuf,
 }
 
-/// The identity of a namespace, unique among the existing ones (ioctl_ns(2)).
+/// The identity of a namespace, unique among the existing namespaces (ioctl_ns(2)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NamespaceId {
     device: u64,
@@ -54,57 +54,57 @@ pub struct NamespaceId {
 }
 
 impl Namespace {
-    /// The namespace of the calling thread.
+    /// Opens the namespace of the calling thread.
     ///
     /// # Errors
     ///
     /// [`InterceptionError::Namespace`].
     pub fn current() -> Result<Self, InterceptionError> {
         let opened = File::open(OWN_NAMESPACE).and_then(|file| {
-            // This path leads to the same namespace in every thread, `OWN_NAMESPACE` to that of the
-            // thread that opens it.
+            // `OWN_NAMESPACE` means the namespace of the thread that opens it. This path means the
+            // same namespace in every thread.
             let path = own_descriptor(&file);
             NamespaceFile::new(file, path)
         });
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", OWN_NAMESPACE.as_ref()))
     }
 
-    /// The namespace with the file `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a container
-    /// runtime's.
+    /// Opens the namespace with the file `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a
+    /// container runtime's file.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`], also if the file is not a namespace's.
+    /// [`InterceptionError::Namespace`], also if the file is not a namespace.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, InterceptionError> {
         let path = path.into();
         let opened = File::open(&path).and_then(|file| NamespaceFile::new(file, path.clone()));
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", &path))
     }
 
-    /// The namespace of a descriptor that another process passed.
+    /// Uses a descriptor that another process passed.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`], also if the descriptor is not a namespace's.
+    /// [`InterceptionError::Namespace`], also if the descriptor is not a namespace.
     pub fn from_descriptor(descriptor: OwnedFd) -> Result<Self, InterceptionError> {
         let path = own_descriptor(&descriptor);
         let held = NamespaceFile::new(File::from(descriptor), path.clone());
         held.map(|held| Self(Arc::new(held))).map_err(failed("use", &path))
     }
 
-    /// A handle of a file that is no namespace and cannot be entered.
+    /// Wraps a file that is not a namespace and cannot be entered, for tests.
     pub(crate) fn stand_in(file: File) -> io::Result<Self> {
         let id = NamespaceId::of(&file)?;
         Ok(Self(Arc::new(NamespaceFile { file, id, path: "a stand-in".into() })))
     }
 
-    /// Its identity.
+    /// The identity of the namespace.
     #[must_use]
     pub fn id(&self) -> NamespaceId {
         self.0.id
     }
 
-    /// A file through which any process can enter it while this handle lives.
+    /// A path by which any process can enter the namespace while this handle lives.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0.path
@@ -113,7 +113,7 @@ impl Namespace {
 
 impl NamespaceFile {
     fn new(file: File, path: PathBuf) -> io::Result<Self> {
-        // setns(2) checks what kind of namespace it is.
+        // Accept any kind of namespace here: setns(2) checks the kind.
         if fstatfs(&file)?.filesystem_type() != FsType(NSFS) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a namespace"));
         }
@@ -137,13 +137,13 @@ impl NamespaceId {
         Self { device: metadata.dev(), inode: metadata.ino() }
     }
 
-    /// The device of its file.
+    /// The device number of the namespace's file.
     #[must_use]
     pub fn device(self) -> u64 {
         self.device
     }
 
-    /// The number that `ip netns` and `/proc/PID/ns/net` show.
+    /// The inode of the namespace's file, which `ip netns` and `/proc/PID/ns/net` show.
     #[must_use]
     pub fn inode(self) -> u64 {
         self.inode
@@ -156,7 +156,7 @@ impl fmt::Display for NamespaceId {
     }
 }
 
-/// The path by which other processes can open a descriptor of this one.
+/// A path by which other processes can open a descriptor of this process.
 fn own_descriptor(descriptor: &impl AsRawFd) -> PathBuf {
     format!("/proc/{}/fd/{}", std::process::id(), descriptor.as_raw_fd()).into()
 }

@@ -3,8 +3,8 @@
 //! A plan is a list of rules in chains. [`ambient`], [`sidecar`] and [`osm`] build it from the
 //! settings. The module is pure: it neither reads nor changes the system.
 //!
-//! Consumers of a plan: `nft.rs` prints it for `nft`, `iptables.rs` for `iptables-restore`,
-//! `nftables.rs` encodes it as netlink messages, and `walk.rs` evaluates it for one packet.
+//! `nft` prints a plan for `nft`, `iptables` prints it for `iptables-restore`, `backend::nftables`
+//! encodes it as netlink messages, and `walk` evaluates it for one packet.
 //!
 //! Nat chains see only the first packet of a connection, so their counters count connections. All
 //! other chains see and count every packet.
@@ -44,7 +44,7 @@ use underpass_config::{InterceptionSettings, Profile, Settings};
 pub const PROXY_MARK: u32 = 0x539;
 /// The connection mark of a connection from the proxy to the workload (Istio's `InpodTProxyMark`).
 pub const CONNECTION_MARK: u32 = 0x111;
-/// The bits of a mark that underpass owns. The CNI owns the other bits; they are never compared or
+/// The bits of a mark that underpass uses. The CNI owns the other bits, which are never compared or
 /// changed.
 pub const MARK_MASK: u32 = 0xfff;
 /// The routing table that delivers replies to a preserved client address back to the proxy.
@@ -57,9 +57,9 @@ pub const RULE_PRIORITY: u32 = 32764;
 pub const PROXY_ZONE: u16 = 15;
 /// The name of the nftables table. Its family is `inet`.
 pub const TABLE: &str = "underpass";
-/// The id of the rule that exempts the kubelet's probes; its IPv6 variant ends in `-v6`.
+/// The id of the rule that exempts the kubelet's probes. Its IPv6 variant ends in `-v6`.
 pub const KUBELET_PROBE_IN: &str = "kubelet-probe-in";
-/// The IPv4 source address of kubelet probes in an Istio mesh: the node rewrites their source to
+/// The IPv4 source address of kubelet probes in an Istio mesh. The node rewrites their source to
 /// it.
 pub const KUBELET_PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 /// The IPv6 source address of kubelet probes in an Istio mesh.
@@ -85,7 +85,7 @@ impl Ports {
     /// The default addresses for metrics and readiness.
     pub const DEFAULT_SERVICES: [SocketAddr; 2] = [any_address(15020), any_address(15021)];
 
-    /// The ports that `settings` configure.
+    /// The ports in `settings`.
     #[must_use]
     pub fn of(settings: &Settings) -> Self {
         let proxy = &settings.proxy;
@@ -113,8 +113,8 @@ pub struct RulePlan {
 }
 
 impl RulePlan {
-    /// Builds the rules for `settings`. `ipv6` is true if the kernel supports IPv6, even where it
-    /// is disabled ([`crate::namespace::ipv6::ipv6_available`]). The profile `none` has no rules.
+    /// Builds the rules for `settings`. `ipv6` is true if the kernel supports IPv6, even if it is
+    /// disabled ([`crate::namespace::ipv6::ipv6_available`]). The profile `none` has no rules.
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ports: Ports, ipv6: bool) -> Self {
         let inputs = build::Inputs::new(settings, ports, ipv6);
@@ -126,7 +126,7 @@ impl RulePlan {
         }
     }
 
-    /// A plan without rules but with the routes and addresses of every profile, for their removal.
+    /// A plan without rules, but with the routes and addresses of all profiles, to remove them.
     pub(crate) fn routes_and_addresses() -> Self {
         let routes =
             vec![ambient::ROUTE, sidecar::tproxy::route(false), sidecar::tproxy::route(true)];
@@ -134,13 +134,13 @@ impl RulePlan {
         Self { chains: Vec::new(), rules: Vec::new(), routes, addresses }
     }
 
-    /// The chains in creation order: each chain precedes the rules that jump to it.
+    /// The chains in the order of creation: each chain precedes the rules that jump to it.
     #[must_use]
     pub fn chains(&self) -> &[Chain] {
         &self.chains
     }
 
-    /// The rules in order. Rules of one chain are not necessarily adjacent.
+    /// The rules in order. Rules of different chains may alternate.
     #[must_use]
     pub fn rules(&self) -> &[Rule] {
         &self.rules

@@ -1,5 +1,5 @@
-//! The plan of an interception and the data derived from it, shared by all interceptions with equal
-//! inputs. The pods of a node rarely have many different settings.
+//! Plans, and data derived from them, shared by all interceptions with equal inputs. The pods of a
+//! node rarely have many different settings.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
@@ -19,11 +19,11 @@ pub(crate) struct PlanInputs {
     pub(crate) settings: InterceptionSettings,
     pub(crate) ports: Ports,
     pub(crate) backend: Backend,
-    /// Whether the kernel has IPv6.
+    /// True if the kernel supports IPv6.
     pub(crate) ipv6: bool,
 }
 
-/// A plan, and the data derived from it.
+/// A plan and the data derived from it.
 #[derive(Debug)]
 pub(crate) struct Planned {
     pub(crate) inputs: PlanInputs,
@@ -33,7 +33,7 @@ pub(crate) struct Planned {
 }
 
 impl Planned {
-    /// The plan of these inputs: an existing one in use, or a new one.
+    /// Returns the plan for these inputs, which another interception may use already.
     pub(crate) fn shared(inputs: PlanInputs) -> Arc<Self> {
         // No code panics while it holds the lock.
         let mut plans = PLANS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -50,7 +50,7 @@ impl Planned {
         planned
     }
 
-    /// The listing that the backend returns for the installed rules. Without the routes, which
+    /// The listing that the backend returns if the rules are installed. Without the routes, which
     /// depend on the namespace.
     pub(crate) fn expected(&self) -> &Listing {
         self.expected.get_or_init(|| self.inputs.backend.expected(&self.plan))

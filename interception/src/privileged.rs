@@ -1,8 +1,7 @@
-//! The privileged operations in a pod's namespace, as messages of plain data and descriptors, so
-//! that another process can perform them.
+//! Privileged operations in a pod's namespace, as messages of plain data and descriptors, so that
+//! another process can perform them.
 //!
-//! [`NamespaceAccess`] sends requests (`access.rs`); the namespaces thread performs them
-//! (`operations.rs`). Not here: the operations themselves.
+//! [`NamespaceAccess`] sends requests; the namespaces thread performs them (`operations`).
 
 mod access;
 mod operations;
@@ -40,78 +39,78 @@ pub trait PrivilegedOperations: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// The operation's errors, or that the namespace cannot be entered.
+    /// The error of the operation, or of entering the namespace.
     fn perform(&self, request: Request) -> ReplyFuture;
 }
 
-/// The future reply.
+/// A reply that is not complete yet.
 pub type ReplyFuture = Pin<Box<dyn Future<Output = Result<Reply, InterceptionError>> + Send>>;
 
-/// A request.
+/// A request for a privileged operation.
 #[derive(Debug)]
 pub enum Request {
-    /// No operation; answered after all earlier operations.
+    /// Do nothing, but reply after all earlier operations.
     Barrier,
-    /// The interfaces that are up, and their addresses.
+    /// List the interfaces that are up, and their addresses.
     Environment,
-    /// Whether IPv6 is enabled on the loopback interface.
+    /// Return whether IPv6 is enabled on the loopback interface.
     Ipv6OnLoopback,
-    /// The subset of these addresses that a socket can be bound to.
+    /// Return those of these addresses that a socket can be bound to.
     UsableAddresses(Vec<IpAddr>),
-    /// Fails if the kernel drops packets that TPROXY marks.
+    /// Fail if the kernel would drop packets that TPROXY marks.
     CheckReversePath(InterceptionSettings),
-    /// Other processes that can bypass the rules of a profile.
+    /// List other processes that can bypass the rules of a profile.
     BypassingProcesses(Profile),
-    /// Sockets to connect.
+    /// Open sockets that connect.
     OpenSockets {
-        /// Their options.
+        /// The options of the sockets.
         sockets: Sockets,
-        /// Their purpose.
+        /// The purpose of the sockets.
         kind: SocketKind,
-        /// Maximum number; at least one is opened.
+        /// The maximum number of sockets. At least one is opened.
         count: usize,
     },
-    /// A listener.
+    /// Open a listener.
     Listen {
-        /// Its options.
+        /// The options of the listener.
         sockets: Sockets,
-        /// Its address and purpose.
+        /// The address and purpose of the listener.
         listener: ListenerRequest,
     },
-    /// A socket that looks up the namespace's own addresses.
+    /// Open a netlink socket that looks up the namespace's local addresses.
     OpenLocalAddresses,
-    /// The sockets of the self-test.
+    /// Open the sockets of the self-test.
     OpenProbes,
-    /// The sockets of the self-test of the return path, for the rules of these settings.
+    /// Open the sockets for testing the return path, for the rules of these settings.
     OpenReturnPath {
         /// The interception settings.
         settings: InterceptionSettings,
         /// The proxy's ports.
         ports: Ports,
     },
-    /// Whether and how rules can be installed.
+    /// Check whether rules can be installed, and by which backend.
     PrepareRules(InterceptionSettings),
-    /// An operation on the rules of these settings.
+    /// Perform an operation on the rules of these settings.
     Rules {
         /// The settings of the rules.
         rules: Arc<RuleSettings>,
         /// The operation.
         operation: RuleOperation,
     },
-    /// An operation on the rules in the host's namespace.
+    /// Perform an operation on the rules in the host's namespace.
     HostRules(HostRuleOperation),
-    /// The match counters of our nftables table, whichever process installed it.
+    /// Read the counters of underpass's nftables table, whichever process installed it.
     TableCounters,
-    /// Removes everything that underpass installed.
+    /// Remove everything that underpass installed.
     RemoveEverything {
-        /// Which rules are removed.
+        /// The rules to remove.
         scope: RemovalScope,
-        /// Whether this may be the host's own namespace.
+        /// True if this may be the host's network namespace.
         allow_host: bool,
     },
-    /// Descriptors that become readable when rules, routes or addresses change.
+    /// Subscribe to changes of rules, routes or addresses: return descriptors that become readable.
     Watch(WatchScope),
-    /// The kernel's lists of the tables of legacy iptables.
+    /// Open the kernel's lists of legacy iptables tables.
     OpenLegacyTables,
 }
 
@@ -120,9 +119,9 @@ pub enum Request {
 pub enum RuleOperation {
     /// Install routes and rules, and remove the blackhole.
     Install,
-    /// Install routes and rules, and leave the blackhole.
+    /// Install routes and rules, and keep the blackhole.
     Repair,
-    /// Install the routes and addresses alone, if IPv6 is enabled on the loopback interface.
+    /// Install only the routes and addresses, if IPv6 is enabled on the loopback interface.
     InstallRoutes,
     /// Record in the table which process installed the rules.
     MarkOwner,
@@ -132,26 +131,26 @@ pub enum RuleOperation {
     Block,
     /// Remove the blackhole.
     Unblock,
-    /// Whether the blackhole is installed.
+    /// Return whether the blackhole is installed.
     IsBlocked,
-    /// The match counters of the rules.
+    /// Read the counters of the rules.
     Counters,
     /// Remove rules, routes and blackhole.
     Remove,
-    /// Rules of older runs and of other meshes.
+    /// Find rules of earlier runs and of other meshes.
     Leftovers,
-    /// Rules of other programs that act before ours.
+    /// List rules of other programs that act before underpass's rules.
     ForeignRules,
 }
 
 /// An operation on the rules in the host's namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HostRuleOperation {
-    /// Whether the rules can be installed.
+    /// Check whether the rules can be installed.
     Check,
     /// Install these rules, or replace those that are installed.
     Apply(HostPlan),
-    /// Compare the installed rules with these.
+    /// Compare the installed rules with this plan.
     Verify(HostPlan),
     /// Remove the rules.
     Remove,
@@ -160,9 +159,9 @@ pub enum HostRuleOperation {
 /// A reply. Each request has one kind of reply.
 #[derive(Debug)]
 pub enum Reply {
-    /// Done, without a result.
+    /// The operation is complete and has no result.
     Done,
-    /// The answer to a question, or whether the operation changed anything.
+    /// The answer to a yes-or-no question, or whether the operation changed anything.
     Is(bool),
     /// See [`Request::Environment`].
     Environment(Environment),
@@ -180,9 +179,9 @@ pub enum Reply {
     Probes(ProbeSockets),
     /// See [`Request::OpenReturnPath`].
     ReturnPath(Vec<ReturnPathProbe>),
-    /// The backend that rules can be installed with.
+    /// The backend for installing rules.
     Backend(Backend),
-    /// See [`RuleOperation::Verify`]; `None` if nothing differs.
+    /// See [`RuleOperation::Verify`]. `None` if the rules equal the plan.
     Difference(Option<Difference>),
     /// See [`RuleOperation::Counters`].
     Counters(Vec<RuleCounter>),
@@ -197,7 +196,8 @@ pub enum Reply {
 }
 
 impl Request {
-    /// Whether performing it never waits, so that it need not queue behind operations.
+    /// Returns true if performing the request never waits, so that it need not queue behind
+    /// operations.
     pub(crate) fn is_immediate(&self) -> bool {
         matches!(
             self,

@@ -1,5 +1,5 @@
-//! Process-wide state: capabilities, user, resource limits, background threads, and other processes
-//! that can bypass the rules.
+//! Process-wide state: capabilities, user, resource limits, background threads, and processes that
+//! can bypass the rules.
 
 pub(crate) mod background;
 pub(crate) mod bypass;

@@ -1,7 +1,7 @@
 //! Installs, verifies and removes the rules of one pod in the kernel, in the right order.
 //!
-//! Not here: planning the rules (`plan.rs`), the backends (`backend.rs`), and the public interface
-//! (`interception.rs`).
+//! `plan` plans the rules, `backend` contains the backends, and `interception` is the public
+//! interface.
 
 use std::sync::Arc;
 
@@ -19,15 +19,15 @@ use crate::plan::RulePlan;
 use crate::planned::{PlanInputs, Planned};
 use crate::process::privileges::lacks_net_admin;
 
-/// The inputs of a pod's rules.
+/// The settings and the context that determine a pod's rules.
 #[derive(Debug, Clone)]
 pub struct RuleSettings {
     pub(crate) inputs: PlanInputs,
-    /// Describes the installing process to operators who list the table.
+    /// Describes the process that installed the rules, for operators who list the table.
     pub(crate) owner: Option<String>,
 }
 
-/// The rules of these settings.
+/// The rules of a pod, with their plan and backend.
 #[derive(Debug)]
 pub(crate) struct Rules<'a> {
     planned: Arc<Planned>,
@@ -40,7 +40,7 @@ impl RuleSettings {
     }
 }
 
-/// Checks whether and with which backend rules can be installed. Changes nothing.
+/// Checks whether rules can be installed, and selects the backend. Changes nothing.
 pub(crate) async fn prepare(
     entered: &Entered,
     settings: &InterceptionSettings,
@@ -85,7 +85,7 @@ impl Rules<'_> {
         routes::install(entered, self.plan()).await.map(drop)
     }
 
-    /// Records the owner. A failure is only logged, since the rules are the same without it.
+    /// Records the owner. Only logs a failure, because the rules work without the record.
     pub(crate) async fn mark_owner(&self, entered: &Entered) {
         if let (Backend::Nftables, Some(owner)) = (self.backend(), self.owner)
             && let Err(error) = nftables::mark_owner(entered, owner).await
@@ -142,7 +142,7 @@ impl Rules<'_> {
     }
 }
 
-/// Removes the blackhole; `false` if there was none.
+/// Removes the blackhole. Returns `false` if it was not installed.
 pub(crate) async fn unblock(entered: &Entered) -> Result<bool, InterceptionError> {
     blackhole::remove(entered).await
 }
@@ -151,7 +151,7 @@ pub(crate) async fn is_blocked(entered: &Entered) -> Result<bool, InterceptionEr
     blackhole::is_installed(entered).await
 }
 
-/// Removes everything that underpass installed; `false` if there was nothing.
+/// Removes everything that underpass installed. Returns `false` if there was nothing.
 pub(crate) async fn remove_everything(
     entered: &Entered,
     scope: RemovalScope,
@@ -199,7 +199,7 @@ async fn remove_from_iptables(
 ) -> Result<bool, InterceptionError> {
     match iptables::find(entered, variant).await {
         Ok(variant) => iptables::remove(entered, variant, scope).await,
-        // A missing program has installed no rules.
+        // A program that is missing cannot have installed rules.
         Err(_) => Ok(false),
     }
 }

@@ -1,11 +1,11 @@
-//! Sockets for the self-test of the rules: connections that must arrive at the proxy with their
+//! Sockets for the self-test of the rules: their connections must arrive at the proxy with their
 //! original destination.
 //!
-//! The plan decides which connections are captured. [`ProbeSockets`] are opened while the process
-//! may still run as a user other than the proxy's: the kernel matches the user that opened a socket
-//! (`sk->sk_socket->file->f_cred`, net/netfilter/nft_meta.c). So the test can run again after the
-//! process switched to the proxy's user, because connecting to AF_UNSPEC makes a socket reusable
-//! (connect(2)). The proxy reports what arrived.
+//! The plan decides which connections are captured. The kernel matches the user that opened a
+//! socket (`sk->sk_socket->file->f_cred`, net/netfilter/nft_meta.c), so [`ProbeSockets`] are opened
+//! before the process changes to the proxy's user. Connecting to AF_UNSPEC makes a socket reusable
+//! (connect(2)), so the test can also run after the change. The proxy reports the connections that
+//! arrive.
 
 pub(crate) mod packets;
 pub(crate) mod return_path;
@@ -22,10 +22,10 @@ use underpass_config::{InterceptionSettings, PortRange};
 use crate::namespace::{Entered, ipv6};
 use crate::plan::{ConntrackState, Entry, Environment, Packet, Ports, Protocol, RulePlan, Verdict};
 
-/// Addresses without a host (TEST-NET-1, RFC 5737; documentation prefix, RFC 3849).
+/// Addresses that no host has (TEST-NET-1, RFC 5737; documentation prefix, RFC 3849).
 pub(crate) const UNUSED_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 pub(crate) const UNUSED_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2));
-/// The port that linkerd's network validator uses for this purpose.
+/// The port that linkerd's network validator uses for the same purpose.
 const PORT: u16 = 1404;
 
 /// Sockets of the user that starts the proxy. The rules treat their connections as the workload's.
@@ -49,7 +49,7 @@ pub struct Probe {
 }
 
 impl ProbeSockets {
-    /// Opens the sockets in the namespace, as the current user of the process.
+    /// Opens the sockets in the namespace. The current user of the process owns them.
     ///
     /// # Errors
     ///
@@ -61,12 +61,12 @@ impl ProbeSockets {
         Ok(Self { v4: open(Domain::IPV4)?, v6, uid, gid })
     }
 
-    /// A connection for each family whose outbound connections the plan captures, if these sockets
-    /// can make one. Only one probe per family may be in use at a time.
+    /// Prepares a connection for each family whose outbound connections the plan captures, if these
+    /// sockets can open one. Only one probe per family may be in use at a time.
     ///
     /// # Errors
     ///
-    /// The error of the kernel: no descriptor.
+    /// The kernel has no free descriptor.
     pub fn probes(
         &self,
         environment: &Environment,
@@ -76,8 +76,8 @@ impl ProbeSockets {
     ) -> io::Result<Vec<Probe>> {
         let candidates = candidates(settings);
         let mut probes = Vec::new();
-        // A redirect to ::1 does not arrive while IPv6 is disabled on the loopback interface, which
-        // has no such address then.
+        // While IPv6 is disabled on the loopback interface, it has no ::1, so a redirect to ::1
+        // does not arrive.
         let v6 = self.v6.as_ref().filter(|_| has_v6_loopback(environment));
         for (v6, socket) in [(false, Some(&self.v4)), (true, v6)] {
             let caught = candidates
@@ -121,8 +121,8 @@ impl ProbeSockets {
 }
 
 impl Probe {
-    /// Connects. Returns `false` if there is no route to the destination: no such connection can
-    /// leave the namespace, captured or not.
+    /// Connects. Returns `false` if there is no route to the destination: such a connection cannot
+    /// leave the namespace, whether captured or not.
     ///
     /// # Errors
     ///
@@ -145,7 +145,7 @@ impl Drop for Probe {
     }
 }
 
-/// Makes a socket reusable for another connection.
+/// Disconnects a socket, so that it can connect again.
 pub(crate) fn disconnect(socket: &Socket) {
     let _not_connected = connect_unspec(socket);
 }
@@ -155,7 +155,7 @@ fn is_unroutable(error: &io::Error) -> bool {
     matches!(error.kind(), AddrNotAvailable | HostUnreachable | NetworkUnreachable)
 }
 
-/// Destinations, at least one of which is captured by any inclusions and exclusions.
+/// Destinations. For any inclusions and exclusions, at least one of them is captured.
 fn candidates(settings: &InterceptionSettings) -> Vec<SocketAddr> {
     let outbound = &settings.outbound;
     let included = outbound.include_cidrs.iter().flatten();

@@ -1,5 +1,5 @@
-//! The sockets of the proxy: listeners, connections with marks and original sources, their handover
-//! to another process, and splicing between them; and Unix sockets that pass descriptors.
+//! The proxy's sockets: listeners, connections with marks and preserved source addresses, their
+//! handover to another process, splicing between them, and Unix sockets that pass descriptors.
 
 mod descriptors;
 pub(crate) mod handover;
@@ -13,7 +13,7 @@ pub(crate) mod splice;
 
 use std::net::SocketAddr;
 
-/// The address without the IPv4-mapped form that dual-stack sockets give.
+/// Converts an IPv4-mapped address, which dual-stack sockets return, to IPv4.
 pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {

@@ -1,7 +1,7 @@
-//! Subscribes to changes of netfilter's rules, ip rules, routes and addresses in a namespace; the
-//! descriptors become readable.
+//! Subscribes to changes of netfilter rules, ip rules, routes and addresses in a namespace. The
+//! descriptors become readable after a change.
 //!
-//! Not here: reacting to changes (`backend/changes.rs`).
+//! `backend::changes` reads them.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
@@ -13,7 +13,7 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 
 pub(crate) const OPERATION: &str = "watch the rules";
-/// The notifications of everything that our rules depend on besides nftables.
+/// The multicast groups of everything that underpass's rules depend on besides nftables.
 const OWN_GROUPS: [RtnetlinkGroup; 5] = [
     RtnetlinkGroup::Ipv4Rule,
     RtnetlinkGroup::Ipv6Rule,
@@ -21,13 +21,14 @@ const OWN_GROUPS: [RtnetlinkGroup; 5] = [
     RtnetlinkGroup::Ipv6Route,
     RtnetlinkGroup::Ipv6Addr,
 ];
-/// Only ip rules: changes of routes and addresses let no traffic bypass the rules.
+/// The multicast groups of ip rules. Changes of routes and addresses let no traffic bypass the
+/// rules.
 const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
 
-/// The changes to watch.
+/// The changes to subscribe to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WatchScope {
-    /// Changes of our rules and their dependencies.
+    /// Changes of underpass's rules and their dependencies.
     OwnRules,
     /// Changes of any program's rules and ip rules.
     AllRules,
@@ -36,14 +37,14 @@ pub enum WatchScope {
 /// The sockets of a subscription, opened within its namespace.
 #[derive(Debug)]
 pub struct RuleSubscription {
-    /// An error if the kernel rejects the subscription to nftables.
+    /// The descriptor for nftables. An error if the kernel rejects that subscription.
     pub(crate) nftables: Result<OwnedFd, InterceptionError>,
     pub(crate) routes: OwnedFd,
     pub(crate) legacy: LegacyTables,
 }
 
 impl RuleSubscription {
-    /// Subscribes: no change from now on is missed.
+    /// Subscribes. No later change is missed.
     pub(crate) fn start(entered: &Entered, watched: WatchScope) -> Result<Self, InterceptionError> {
         let groups: &[RtnetlinkGroup] = match watched {
             WatchScope::OwnRules => &OWN_GROUPS,
@@ -69,7 +70,7 @@ fn watch_nftables(_: &Entered) -> Result<OwnedFd, InterceptionError> {
     descriptor(connection.socket().as_fd().try_clone_to_owned())
 }
 
-/// The subscription belongs to the socket, which lives as long as any of its descriptors.
+/// Takes the socket's descriptor. The subscription lives as long as any descriptor of the socket.
 fn descriptor(cloned: std::io::Result<OwnedFd>) -> Result<OwnedFd, InterceptionError> {
     cloned.map_err(|source| InterceptionError::Netlink { operation: OPERATION, source })
 }

@@ -1,6 +1,6 @@
-//! Access for tests: custom plans, the netlink backend, options of sockets, stand-ins of
-//! namespaces, and the listening end of connections that the product only opens. The product does
-//! not use it.
+//! Access for tests: custom plans, the netlink backend, socket options, files that replace
+//! namespaces, and listeners for connections that the product only opens. The product does not use
+//! it.
 
 use std::fs::File;
 use std::io;
@@ -26,7 +26,7 @@ use crate::sockets::seqpacket::SeqPacket;
 
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
-/// A stand-in for a namespace. It has its own identity and needs no privilege, but it cannot be
+/// A file that replaces a namespace. It has an identity and needs no privilege, but cannot be
 /// entered.
 ///
 /// # Errors
@@ -51,7 +51,7 @@ pub async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), Interceptio
     nftables::apply(entered, plan).await
 }
 
-/// The installed and the planned sections.
+/// Lists the installed and the planned sections.
 ///
 /// # Errors
 ///
@@ -67,7 +67,7 @@ pub async fn listings(
     Ok([nftables::installed(entered).await?.map(sections), Some(sections(expected))])
 }
 
-/// The keepalive probes of a connection.
+/// The keepalive options of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Keepalive {
     /// The idle time before the first probe.
@@ -78,7 +78,7 @@ pub struct Keepalive {
     pub probes: u32,
 }
 
-/// The keepalive probes of `stream`; `None` if it sends none.
+/// Reads the keepalive options of `stream`. `None` if keepalive is disabled.
 ///
 /// # Errors
 ///
@@ -92,10 +92,10 @@ pub fn keepalive(stream: &impl AsFd) -> io::Result<Option<Keepalive>> {
     Ok(Some(Keepalive { first, every, probes: socket.tcp_keepalive_retries()? }))
 }
 
-/// Heads with their lines.
+/// The sections of a listing: heads with their lines.
 pub type Sections = Vec<(String, Vec<String>)>;
 
-/// Two connected ends.
+/// Creates two connected ends.
 ///
 /// # Errors
 ///
@@ -105,7 +105,7 @@ pub fn seqpacket_pair() -> io::Result<(SeqPacket, SeqPacket)> {
     Ok((SeqPacket::new(one)?, SeqPacket::new(other)?))
 }
 
-/// Listens as a node agent does. One connection can wait to be accepted.
+/// A listener like a node agent's. One connection can wait to be accepted.
 #[derive(Debug)]
 pub struct SeqPacketListener(UnixStream);
 

@@ -1,5 +1,5 @@
-//! Tracks whether the peer has stopped reading a connection. While it has, streams gather small
-//! writes (`stream::gather`) instead of queueing a frame for each.
+//! Tracks whether writes to a connection are blocked. While they are, streams gather small writes
+//! (`stream::gather`) instead of queueing a frame for each.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -7,13 +7,13 @@
 //! 3: nop
 //! ```
 //!
-//! It is reactive: a permanent blackhole would break every connection, since the kernel routes the
-//! first packet before nat OUTPUT redirects it. The local table (priority 0) comes first, so
+//! It cannot be permanent: the kernel routes the first packet before nat OUTPUT redirects it, so a
+//! permanent blackhole would break every connection. The local table (priority 0) comes first, so
 //! loopback and local addresses work.
 //!
-//! An ip rule cannot express everything that netfilter can. Inexpressible exemptions stay blocked:
+//! ip rules cannot express every exemption of netfilter. Traffic with other exemptions is blocked:
 //! excluded and included groups, included inbound ports, excluded port 65535, and excluded
-//! interfaces except for sockets that are bound to one (SO_BINDTODEVICE).
+//! interfaces, except for sockets that are bound to one (SO_BINDTODEVICE).
 //!
 //! The proxy decides when to install it.
 
@@ -39,16 +39,16 @@ use crate::plan::{
 };
 use crate::process::user_ids::UserIds;
 
-/// The priorities of the exemptions, the blackhole and the exemptions' target: directly after the
-/// local table, before all other ip rules.
+/// The priorities of the exemptions, of the blackhole, and of the target of the exemptions. They
+/// directly follow the local table and precede all other ip rules.
 const EXEMPTIONS: u32 = 1;
 const BLACKHOLE: u32 = 2;
 const END: u32 = 3;
 /// IPPROTO_TCP and IPPROTO_UDP (include/uapi/linux/in.h).
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-/// The number of exemptions that are added before the blackhole, and so are never blocked. The rest
-/// of a longer list is added after it; until then, that excluded traffic is blocked too.
+/// The number of exemptions that are installed before the blackhole. A longer list continues after
+/// it; until then, the rest of the excluded traffic is blocked too.
 const EXEMPTIONS_FIRST: usize = 4 * BATCH;
 
 /// The ip rules that are installed while the netfilter rules are missing.
@@ -57,7 +57,7 @@ pub(crate) struct Blackhole {
     rules: Vec<IpRule>,
 }
 
-/// An ip rule. Absent selectors match everything.
+/// An ip rule. A missing selector matches everything.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct IpRule {
     version: Version,
@@ -69,9 +69,9 @@ struct IpRule {
 enum Verdict {
     /// Continue after the blackhole.
     Exempt,
-    /// Drop: `connect` fails with EINVAL, and packets of open connections are dropped.
+    /// Drop: `connect` fails with EINVAL, and the packets of open connections are dropped.
     Blackhole,
-    /// The target of the exemptions.
+    /// The target of the exemptions, which does nothing.
     End,
 }
 
@@ -81,7 +81,7 @@ enum Selector {
     Everything,
     Mark(Mark),
     Uid(u32),
-    /// Packets to this network; of TCP only those from these ports, if given.
+    /// Packets to this network. With `ports`, only TCP packets from these source ports.
     To {
         network: IpNet,
         from: Option<PortRange>,
@@ -89,7 +89,7 @@ enum Selector {
     Out(String),
     SourcePorts(PortRange),
     DestinationPorts(PortRange),
-    /// Packets of this protocol from this interface; with `lo`, those that the namespace sends.
+    /// Packets of this protocol from this interface. `lo` matches packets that the namespace sends.
     From {
         interface: String,
         protocol: u8,
@@ -99,7 +99,7 @@ enum Selector {
 }
 
 impl Blackhole {
-    /// Blocks what `settings` capture, except for the proxy's own connections.
+    /// Creates the rules that block all traffic that `settings` capture, except the proxy's own.
     pub(crate) fn new(settings: &InterceptionSettings, ports: Ports, plan: &RulePlan) -> Self {
         if settings.profile == Profile::None {
             return Self::default();
@@ -137,8 +137,8 @@ impl Blackhole {
         const OPERATION: &str = "install the blackhole";
         let connection = connect(entered, OPERATION)?;
         let tolerated = [Errno::EEXIST];
-        // Without IPv6 in the kernel, there is nothing to block. The kernel rejects an ip rule for
-        // a user outside of the user namespace, which has no processes anyway.
+        // Skip IPv6 if the kernel lacks it. Skip users outside of the user namespace: the kernel
+        // rejects ip rules for them, and they have no processes here.
         let users = UserIds::of_users();
         let rules = self.rules.iter().filter(|rule| match rule.selector {
             _ if rule.version == Version::V6 && !crate::namespace::ipv6::ipv6_available() => false,
@@ -151,7 +151,8 @@ impl Blackhole {
     }
 }
 
-/// Removes the blackhole of any settings or process. Returns `false` if there is none.
+/// Removes a blackhole that any process has installed, with any settings. Returns `false` if there
+/// is none.
 ///
 /// # Errors
 ///
@@ -160,7 +161,7 @@ pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError>
     const OPERATION: &str = "remove the blackhole";
     let connection = connect(entered, OPERATION)?;
     let mut installed_rules = installed_rules(&connection).await.map_err(failed(OPERATION))?;
-    // The blackhole before its exemptions: without them it would block the proxy.
+    // Remove the blackhole first: without its exemptions it would block the proxy.
     installed_rules.sort_by_key(|(_, priority)| (*priority != BLACKHOLE, *priority));
     let requests: Vec<_> =
         installed_rules.iter().map(|(version, priority)| removal(*version, *priority)).collect();
@@ -181,7 +182,7 @@ pub(crate) async fn is_installed(entered: &Entered) -> Result<bool, Interception
     Ok(installed_rules.iter().any(|(_, priority)| *priority == BLACKHOLE))
 }
 
-/// The ip rules of a blackhole of any settings: families and priorities.
+/// Lists the ip rules of a blackhole with any settings: family and priority.
 async fn installed_rules(connection: &Connection<Rtnetlink>) -> nlink::Result<Vec<(Version, u32)>> {
     let rules = connection.get_rules().await?;
     let ours = rules.iter().filter(|rule| {
@@ -191,19 +192,19 @@ async fn installed_rules(connection: &Connection<Rtnetlink>) -> nlink::Result<Ve
     Ok(ours.map(|rule| (version(rule.is_ipv4()), rule.priority())).collect())
 }
 
-/// Traffic that is never blocked: the proxy's own, and traffic that the rules do not capture.
+/// The traffic that is never blocked: the proxy's own, and traffic that the rules do not capture.
 fn exemptions(settings: &InterceptionSettings, ports: Ports, plan: &RulePlan) -> Vec<Selector> {
     let (outbound, inbound) = (&settings.outbound, &settings.inbound);
     let mut exemptions = Vec::new();
-    // With TPROXY in the sidecar profile, connections from a client's address carry the mark.
+    // In the sidecar profile with TPROXY, the proxy's connections from a client's address carry the
+    // mark.
     if settings.profile == Profile::Ambient || inbound.mode == InboundMode::Tproxy {
         exemptions.push(Selector::Mark(Mark { value: PROXY_MARK, mask: MARK_MASK }));
     }
     if matches!(settings.profile, Profile::Sidecar | Profile::Osm) {
         exemptions.extend(settings.proxy_uids.iter().map(|uid| Selector::Uid(*uid)));
     }
-    // The kernel sends a SYN-ACK as the owner of the listener, which is the privileged user that
-    // opened it.
+    // The kernel sends a SYN-ACK with the user of the listener: the privileged user that opened it.
     let services = ports.services.map(|service| service.port());
     let own = [ports.outbound, ports.inbound, ports.hbone].into_iter().chain(services);
     let own: Vec<_> = own.map(PortRange::from).collect();
@@ -231,7 +232,7 @@ fn probe_replies(probes: &KubeletProbes) -> Vec<Selector> {
     from.iter().flat_map(|from| addresses.iter().map(move |address| to(address, *from))).collect()
 }
 
-/// The part of these port ranges that an ip rule can express: neither 0 nor 65535
+/// The part of the port ranges that an ip rule can express: all ports but 0 and 65535
 /// (`fib_rule_port_range_valid`, include/net/fib_rules.h).
 fn expressible(ports: &[PortRange]) -> impl Iterator<Item = PortRange> {
     let bounded = |range: &PortRange| {
@@ -255,7 +256,7 @@ fn blocked(settings: &InterceptionSettings) -> Vec<Selector> {
             None => blocked.push(refusal(TCP, None, None)),
             Some(included) => {
                 blocked.extend(included.iter().map(|cidr| refusal(TCP, Some(*cidr), None)));
-                // If an ip rule cannot express a range, all ports are blocked: it fails closed.
+                // If an ip rule cannot express one of the ranges, block all ports (fail closed).
                 let whole = |range: &PortRange| expressible(&[*range]).find(|part| part == range);
                 let ports = outbound.include_ports.iter().map(whole);
                 blocked.extend(ports.map(|ports| refusal(TCP, None, ports)));
@@ -269,7 +270,7 @@ fn blocked(settings: &InterceptionSettings) -> Vec<Selector> {
 }
 
 impl Selector {
-    /// Returns true if packets of this IP version can match.
+    /// Returns true if the selector can match packets of this IP version.
     fn is_of(&self, version: Version) -> bool {
         let (Self::To { network, .. } | Self::From { to: Some(network), .. }) = self else {
             return true;

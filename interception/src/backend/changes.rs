@@ -1,7 +1,7 @@
-//! Wake-ups when rules may have changed, for the tasks that verify and repair them.
+//! Reports that rules may have changed, so that they can be verified and repaired.
 //!
-//! The kernel notifies of every change to nftables (including iptables-nft), ip rules and routes.
-//! It does not notify of changes to legacy iptables tables, so these are polled.
+//! The kernel sends notifications about nftables (including iptables-nft), ip rules and routes. It
+//! sends none about legacy iptables tables, so these are polled.
 
 use std::fmt;
 use std::io;
@@ -22,29 +22,30 @@ use crate::error::InterceptionError;
 use crate::privileged::NamespaceAccess;
 use crate::subscription::{OPERATION, RuleSubscription, WatchScope};
 
-/// The polling interval of legacy tables. A check runs one process per family.
+/// The polling interval of underpass's rules in legacy tables. A check runs one process per family.
 const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
-/// The polling interval of foreign rules in legacy tables.
+/// The polling interval of other programs' rules in legacy tables.
 const FOREIGN_INTERVAL: Duration = Duration::from_secs(5);
-/// The maximum number of notifications that are merged into one change, so that a constant stream
-/// of changes does not block [`Changes::next`].
+/// The maximum number of notifications that are merged into one, so that constant changes do not
+/// block [`Changes::next`].
 const BURST: usize = 1000;
 
-/// Wake-ups after changes of netfilter rules, ip rules, routes or addresses in one namespace, by
-/// any program.
+/// Reports that any program may have changed netfilter rules, ip rules, routes or addresses in one
+/// namespace.
 pub struct Changes {
     access: NamespaceAccess,
-    /// `None` if the kernel does not notify of nftables changes.
+    /// `None` if the kernel sends no notifications about nftables.
     nftables: Option<Notifications>,
     routes: Notifications,
     interval: Option<Interval>,
-    /// Polling applies only while these legacy tables exist; `None` for always.
+    /// Poll only while these legacy tables exist. `None`: always poll.
     if_legacy: Option<LegacyTables>,
-    /// True if the interval elapsed, or began, and legacy tables were not checked since.
+    /// True if a polling interval has ended, or started, and the legacy tables were not checked
+    /// since.
     ticked: bool,
 }
 
-/// A netlink socket that the kernel reports changes to.
+/// A netlink socket that receives the kernel's notifications.
 struct Notifications(AsyncFd<OwnedFd>);
 
 impl fmt::Debug for Changes {
@@ -54,7 +55,8 @@ impl fmt::Debug for Changes {
 }
 
 impl Changes {
-    /// Changes of the own rules and their dependencies. The caller's runtime polls the sockets.
+    /// Reports changes of underpass's rules and of their dependencies. Registers the sockets with
+    /// the current runtime.
     pub(crate) async fn of_rules(
         access: &NamespaceAccess,
         backend: Backend,
@@ -69,8 +71,8 @@ impl Changes {
         Ok(Self { access, nftables, routes, interval, if_legacy: None, ticked })
     }
 
-    /// Changes of any program's rules and ip rules in a namespace. Without permission for nftables
-    /// notifications (NET_ADMIN), nftables is polled too.
+    /// Reports changes of any program's rules and ip rules in a namespace. Polls nftables if
+    /// NET_ADMIN, which notifications require, is missing.
     ///
     /// # Errors
     ///
@@ -88,12 +90,12 @@ impl Changes {
         Ok(Self { access, nftables, routes, interval, if_legacy, ticked: true })
     }
 
-    /// Returns when rules may have changed since the last call or since the subscription. All
-    /// changes until it returns count as one. Cancel safe.
+    /// Waits until rules may have changed since the last call or since the subscription. Merges all
+    /// changes until it returns. Cancel-safe.
     ///
     /// # Errors
     ///
-    /// The subscription ended, for example because the namespace is gone.
+    /// The subscription ended, for example because the namespace no longer exists.
     pub async fn next(&mut self) -> Result<(), InterceptionError> {
         let Self { access, nftables, routes, interval, if_legacy, ticked } = self;
         let nftables = async {
@@ -127,20 +129,21 @@ impl Changes {
     }
 }
 
-/// Returns true if legacy tables exist. Enters the namespace only after a kernel module was loaded.
+/// Returns true if legacy tables exist. Enters the namespace only if a kernel module was loaded
+/// since the last check.
 async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) -> bool {
     if let Some(have_rules) = tables.exist() {
         return have_rules;
     }
-    // If the namespace cannot be entered any more, the subscription itself fails.
+    // Ignore an error: if the namespace cannot be entered any more, the subscription fails too.
     if let Ok(opened) = access.legacy_tables().await {
         *tables = opened;
     }
     tables.exist().unwrap_or_default()
 }
 
-/// Ticks at the multiples of `period` since the first call in this process, so that the polls of
-/// many namespaces wake an idle process as often as one.
+/// Ticks at multiples of `period` since the first call in this process, so that polling many
+/// namespaces wakes an idle process as often as polling one.
 fn every(period: Duration) -> Interval {
     static FIRST: OnceLock<Instant> = OnceLock::new();
     let now = Instant::now();
@@ -149,7 +152,7 @@ fn every(period: Duration) -> Interval {
         u64::try_from(passed.as_nanos() % period.as_nanos().max(1)).unwrap_or_default(),
     );
     let mut interval = interval_at(now + (period - since_multiple), period);
-    // Keeps to the multiples.
+    // After a delay, continue at the next multiple.
     interval.set_missed_tick_behavior(MissedTickBehavior::Skip);
     interval
 }
@@ -164,7 +167,7 @@ impl Notifications {
         registered.map(Self).map_err(failed)
     }
 
-    /// Waits for a notification and drains all that are queued.
+    /// Waits for a notification, and receives all that are queued.
     async fn next(&self) -> Result<(), InterceptionError> {
         self.0.async_io(Interest::READABLE, receive).await.map_err(failed)?;
         for _ in 0..BURST {
@@ -178,7 +181,7 @@ impl Notifications {
     }
 }
 
-/// Receives one notification. Its content is ignored: the caller lists the rules.
+/// Receives one notification. Ignores its content: the caller lists the rules.
 fn receive(socket: &OwnedFd) -> io::Result<()> {
     match recv(socket, &mut [0; 16], RecvFlags::TRUNC) {
         // ENOBUFS: a lost notification still means that something changed.

@@ -1,9 +1,10 @@
-//! Lists rules of other programs that affect the workload's packets before the own rules do.
+//! Lists foreign rules (rules of other programs) that act on the workload's packets before
+//! underpass's rules do.
 //!
-//! Examples are a rule that sets the proxy's mark, an earlier redirect, and a rule that disables
-//! connection tracking. A CNI or kube-proxy has such rules for good reasons, so they are only
-//! listed; the self-test checks whether traffic is still captured. Counters and rules that only
-//! drop or accept are not listed. `leftovers.rs` finds rules that capture the same traffic.
+//! For example, a rule may set the proxy's mark, redirect earlier, or disable connection tracking.
+//! CNIs and kube-proxy need such rules, so they are only listed; the self-test checks whether
+//! traffic is still captured. Counters and rules that only drop or accept are not listed.
+//! `leftovers` finds rules that capture the same traffic.
 
 pub(crate) mod effect;
 
@@ -21,17 +22,17 @@ use crate::plan::{Family, RulePlan, Table};
 
 pub use self::effect::Effect;
 
-/// The maximum number of listed rules. Those that set the proxy's mark come first.
+/// The maximum number of listed rules. Rules that set the proxy's mark come first.
 const MAX_LISTED: usize = 32;
 
-/// A rule of another program that precedes the own rules.
+/// A rule of another program that acts before underpass's rules.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ForeignRule {
     /// The table and chain: `table inet other, chain out (hook output, priority -200)`.
     pub location: String,
-    /// The rule, in the syntax of its program if possible.
+    /// The text of the rule, if possible in the syntax of the program that manages it.
     pub rule: String,
-    /// The relevant effect.
+    /// The effect on packets that underpass would capture.
     pub effect: Effect,
 }
 
@@ -41,9 +42,9 @@ impl fmt::Display for ForeignRule {
     }
 }
 
-/// Lists foreign rules in nftables, in both variants of iptables and in policy routing.
+/// Lists foreign rules in nftables, in both variants of iptables, and in policy routing.
 ///
-/// Unreadable legacy tables are skipped; `leftovers.rs` reports them.
+/// Skips unreadable legacy tables, which `leftovers` reports.
 ///
 /// # Errors
 ///
@@ -56,7 +57,7 @@ pub(crate) async fn foreign_rules(
     let mut found = Vec::new();
     match nftables::foreign_chains(entered, last_priority()).await {
         Ok(chains) => found.extend(in_nftables(&chains, backend)),
-        // Legacy is for kernels without nf_tables.
+        // With legacy iptables, the kernel may lack nf_tables.
         Err(_) if backend == Backend::Iptables(Variant::Legacy) => {}
         Err(error) => return Err(error),
     }
@@ -85,8 +86,8 @@ pub(crate) async fn foreign_rules(
     Ok(found)
 }
 
-/// The priority of the nat table, the last one at which a foreign rule can precede. At the same
-/// priority, the chain that was registered later runs first (`nf_hook_entries_grow`,
+/// The priority of the nat table. Foreign chains up to this priority run before underpass's; at the
+/// same priority, the chain that was registered later runs first (`nf_hook_entries_grow`,
 /// net/netfilter/core.c).
 fn last_priority() -> i32 {
     Table::Nat.priority()
@@ -96,7 +97,8 @@ fn in_nftables(chains: &[ForeignChain], own: Backend) -> Vec<ForeignRule> {
     let own = own == Backend::Iptables(Variant::Nft);
     let mut found = Vec::new();
     for chain in chains.iter().filter(|chain| !(own && is_own_chain(&chain.name))) {
-        // In the built-in chains of iptables, rules after the own jump do not precede.
+        // In a built-in chain of iptables, only rules before the jump to underpass's chain run
+        // first.
         let before = chain
             .rules
             .iter()
@@ -115,7 +117,8 @@ fn in_nftables(chains: &[ForeignChain], own: Backend) -> Vec<ForeignRule> {
     found
 }
 
-/// The rules in an `iptables-save` output that precede the own rules.
+/// Selects the foreign rules in an `iptables-save` output that run before underpass's rules. `own`
+/// is true if underpass's rules are in the same tables.
 fn in_iptables(ruleset: &Ruleset, family: Family, own: bool) -> Vec<ForeignRule> {
     let program = match family {
         Family::V4 => "iptables-legacy",
@@ -161,7 +164,7 @@ fn reachable(table: &SavedTable) -> Vec<&SavedChain> {
     chains
 }
 
-/// The target after `-j` or `-g`.
+/// The target of a rule: the word after `-j` or `-g`.
 fn target(rule: &str) -> Option<&str> {
     let mut words = rule.split_whitespace().skip_while(|word| !["-j", "-g"].contains(word));
     words.nth(1)

@@ -1,8 +1,8 @@
-//! The iptables backend: installs, reads and removes a plan by the programs of iptables.
+//! The iptables backend: installs, reads and removes a plan by the iptables programs.
 //!
 //! It serves kernels without nf_tables, and users who want to see the rules in iptables. Each table
-//! of a family changes atomically, but not all tables together. If one fails, the others are
-//! restored. `plan/iptables.rs` prints the rules.
+//! changes atomically, but not all tables together: if one fails, the others are restored.
+//! `plan::iptables` prints the rules.
 
 mod exec;
 mod owners;
@@ -25,7 +25,8 @@ use crate::plan::{Family, RulePlan};
 pub enum RemovalScope {
     /// Rules that underpass installed.
     Own,
-    /// Also rules with the names and numbers of Istio and OSM that underpass did not install.
+    /// Also rules with the names and numbers of Istio and OSM, even if underpass did not install
+    /// them.
     OtherMeshes,
 }
 
@@ -47,13 +48,13 @@ impl Variant {
     }
 }
 
-/// The variant for a kernel without nf_tables: legacy if installed, otherwise the installed one. It
-/// only queries the programs' versions, which creates no tables. [`apply`] detects missing kernel
-/// tables.
+/// Selects the variant for a kernel without nf_tables: legacy if it is installed, otherwise nft.
+/// Queries only the versions of the programs, which creates no tables. [`apply`] detects missing
+/// kernel tables.
 ///
 /// # Errors
 ///
-/// No iptables is installed.
+/// iptables is not installed.
 pub(crate) async fn detect(entered: &Entered) -> Result<Variant, InterceptionError> {
     match find(entered, Variant::Legacy).await {
         Err(missing) if missing.is_missing_program() => {
@@ -113,7 +114,8 @@ pub(crate) async fn apply(
     Ok(())
 }
 
-/// The counters of the plan's rules in order, both families added; empty if nothing is installed.
+/// Reads the counters of the plan's rules in order, the sum of both families. Empty if nothing is
+/// installed.
 ///
 /// # Errors
 ///
@@ -136,8 +138,8 @@ pub(crate) async fn counters(
     Ok(if empty { Vec::new() } else { counters })
 }
 
-/// Removes all own chains and the own rules in other chains, of any plan. Returns `false` if there
-/// were none. Chains that only have the same names stay, unless `scope` includes them.
+/// Removes all underpass rules and chains of any plan. Returns `false` if there were none. Keeps
+/// chains that only have the same names, unless `scope` includes them.
 ///
 /// # Errors
 ///
@@ -152,7 +154,7 @@ pub(crate) async fn remove(
     let mut any = false;
     for family in families() {
         let ours = match installed_of(entered, OPERATION, variant, family, &nothing).await {
-            // Without nf_tables there is nothing to remove in it.
+            // Without nf_tables, its variant has no rules to remove.
             Err(InterceptionError::Iptables { module: Some("nf_tables"), .. }) => continue,
             ours => ours?,
         };
@@ -169,8 +171,8 @@ pub(crate) async fn remove(
     Ok(any)
 }
 
-/// The installed rules, `None` if there are none: own chains entirely, of other chains the own
-/// rules.
+/// Lists the installed underpass rules: its chains completely, and its rules in other chains.
+/// `None` if there are none.
 ///
 /// # Errors
 ///
@@ -190,14 +192,14 @@ pub(crate) async fn installed(
     Ok((!listing.sections.is_empty()).then_some(listing))
 }
 
-/// The listing that [`installed`] returns for a correctly installed plan, for both variants.
+/// The listing that [`installed`] returns if a plan is installed correctly, with either variant.
 pub(crate) fn expected(plan: &RulePlan) -> Listing {
     let sections =
         families().into_iter().flat_map(|family| OwnRules::of_plan(plan, family).sections(family));
     Listing { sections: sections.collect() }
 }
 
-/// The rules of all programs.
+/// Reads the rules of all programs.
 pub(crate) async fn saved(
     entered: &Entered,
     operation: &'static str,
@@ -226,7 +228,8 @@ fn name(family: Family) -> &'static str {
     }
 }
 
-/// A table that iptables-nft cannot print is an error only if own rules are or will be in it.
+/// Ignores a table that iptables-nft cannot print, if it contains no underpass rules and the plan
+/// adds none.
 async fn installed_of(
     entered: &Entered,
     operation: &'static str,
@@ -264,7 +267,7 @@ async fn change(
     exec::restore(entered, operation, variant, family, &body).await
 }
 
-/// Restores the previous rules. Returns true on success.
+/// Restores the previous rules. Returns false if that failed.
 async fn undo(entered: &Entered, variant: Variant, steps: &[Step]) -> bool {
     const OPERATION: &str = "restore the iptables rules";
     let mut undone = true;
@@ -281,8 +284,7 @@ async fn undo(entered: &Entered, variant: Variant, steps: &[Step]) -> bool {
     undone
 }
 
-/// Adds the counters of each rule's lines. Of equal lines, the first in the plan is the first in
-/// the kernel.
+/// Adds the counters of each rule's lines. Equal lines are in the same order in plan and kernel.
 fn count(counters: &mut [RuleCounter], ruleset: &Ruleset, plan: &RulePlan, family: Family) {
     let mut used = std::collections::HashMap::new();
     for line in plan.lines(family) {

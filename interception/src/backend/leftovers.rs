@@ -1,7 +1,8 @@
-//! Finds rules of an earlier run, another backend or another mesh that would also capture traffic.
+//! Finds leftovers: rules of an earlier run, another backend or another mesh that capture the same
+//! traffic.
 //!
-//! It only reports them. The search creates no tables: nf_tables is read over netlink, and of
-//! legacy iptables only existing tables are read.
+//! Only reports them, and creates no tables: nf_tables is read over netlink, and legacy iptables
+//! only where tables exist.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,16 +17,16 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::{Family, RulePlan, TABLE};
 
-/// A set of leftover rules.
+/// Rules that capture the same traffic.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Leftover {
-    /// The object: `the chains ISTIO_OUTPUT, ISTIO_PRERT in the table nat of iptables-legacy`.
+    /// Their location: `the chains ISTIO_OUTPUT, ISTIO_PRERT in the table nat of iptables-legacy`.
     pub what: String,
     /// The probable owner.
     pub whose: LeftoverOwner,
 }
 
-/// The owner of rules, guessed from names.
+/// The owner of leftover rules, guessed from their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LeftoverOwner {
     /// An earlier run of underpass with another backend.
@@ -81,7 +82,7 @@ impl fmt::Display for Leftover {
     }
 }
 
-/// Finds leftovers; the own rules are in `backend`.
+/// Finds leftovers. underpass's current rules are in `backend`.
 ///
 /// # Errors
 ///
@@ -99,7 +100,8 @@ pub(crate) async fn leftovers(
     Ok(found)
 }
 
-/// Finds ip rules with the marks and tables of a plan but another protocol number, such as Istio's.
+/// Finds ip rules with the marks and tables of a plan but with another protocol number, such as
+/// Istio's.
 async fn in_policy_routing(entered: &Entered) -> Result<Vec<Leftover>, InterceptionError> {
     let rules = routes::duplicate_foreign_rules(entered, &RulePlan::routes_and_addresses()).await?;
     let leftover = |rule| Leftover { what: format!("the {rule}"), whose: LeftoverOwner::Istio };
@@ -109,7 +111,7 @@ async fn in_policy_routing(entered: &Entered) -> Result<Vec<Leftover>, Intercept
 async fn in_nftables(entered: &Entered, own: Backend) -> Result<Vec<Leftover>, InterceptionError> {
     let tables = match nftables::tables(entered).await {
         Ok(tables) => tables,
-        // Legacy is for kernels without nf_tables, where this request fails.
+        // With legacy iptables, the kernel may lack nf_tables, and this request fails.
         Err(_) if own == Backend::Iptables(Variant::Legacy) => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
@@ -153,7 +155,8 @@ async fn in_legacy(entered: &Entered, own: Backend, family: Family) -> Vec<Lefto
     let ruleset =
         match saved(entered, "read the legacy iptables rules", Variant::Legacy, family).await {
             Ok(ruleset) => ruleset,
-            // Interception by nftables works without these programs and without NET_RAW.
+            // Report a failure without failing: the nftables backend needs neither these programs
+            // nor NET_RAW.
             Err(error) => {
                 tracing::debug!(%error, "legacy iptables cannot be read");
                 let what = format!("the table {} of {program}", names.join(", "));
@@ -170,8 +173,8 @@ async fn in_legacy(entered: &Entered, own: Backend, family: Family) -> Vec<Lefto
         .collect()
 }
 
-/// The existing tables of legacy iptables. Asking iptables-legacy for a table would create it. This
-/// file lists existing ones, and is absent if the kernel has no legacy iptables.
+/// Lists the existing tables of legacy iptables, from a file of the kernel. Running iptables-legacy
+/// would create tables. The file is missing if the kernel has no legacy iptables.
 pub(crate) fn legacy_tables(_: &Entered, family: Family) -> Vec<String> {
     let names = fs::read_to_string(legacy_names(family)).unwrap_or_default();
     names.split_whitespace().map(str::to_owned).collect()
@@ -184,25 +187,25 @@ fn legacy_names(family: Family) -> &'static str {
     }
 }
 
-/// Checks repeatedly whether a namespace has tables of legacy iptables, from any namespace.
+/// Checks whether a namespace has tables of legacy iptables, from a thread outside of it.
 #[derive(Debug)]
 pub struct LegacyTables([(Family, Result<File, io::ErrorKind>); 2]);
 
 impl LegacyTables {
-    /// Opens the kernel's lists of tables in this namespace.
+    /// Opens the kernel's lists of legacy tables in this namespace.
     pub(crate) fn open(_: &Entered) -> Self {
         let open = |family| File::open(legacy_names(family)).map_err(|error| error.kind());
         Self([Family::V4, Family::V6].map(|family| (family, open(family))))
     }
 
-    /// Returns true if tables exist; `None` if a list was created since [`open`](Self::open), for
+    /// Returns true if tables exist. `None` if a list was created since [`open`](Self::open), for
     /// example by loading a kernel module. An unreadable list counts as empty.
     pub(crate) fn exist(&self) -> Option<bool> {
         let mut any = false;
         for (family, list) in &self.0 {
             any |= match list {
                 Ok(list) => list.read_at(&mut [0], 0).is_ok_and(|read| read > 0),
-                // A loaded module adds its list to every namespace.
+                // A newly loaded module adds its list to every namespace.
                 Err(io::ErrorKind::NotFound) if Path::new(legacy_names(*family)).exists() => {
                     return None;
                 }
@@ -213,10 +216,11 @@ impl LegacyTables {
     }
 }
 
-/// Groups the chains of a table by owner. `own` is true if the own rules are in the same table.
+/// Groups the chains of a table by owner. `own` is true if underpass's current rules are in this
+/// table.
 fn in_chains(chains: &[String], own: bool, table: &str) -> Vec<Leftover> {
     let mut owners: BTreeMap<LeftoverOwner, Vec<&str>> = BTreeMap::new();
-    // Istio and OSM use the same names; the owner chain marks a table of underpass.
+    // Istio and OSM use the same names, so the owner chain decides.
     let marked = chains.iter().any(|chain| owner(chain) == Some(LeftoverOwner::Underpass));
     for chain in chains.iter().filter(|chain| !is_owner_chain(chain)) {
         let owner = owner(chain).map(|owner| match owner {

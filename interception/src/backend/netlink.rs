@@ -1,6 +1,4 @@
-//! Translates nlink's errors into [`InterceptionError`].
-//!
-//! nlink's types are used only in `nftables.rs`, `routes.rs` and `namespace/wiring.rs`.
+//! Translates errors of nlink into [`InterceptionError`].
 
 use std::io;
 
@@ -10,9 +8,8 @@ use nlink::netlink::nftables::NftBatchFailure;
 
 use crate::error::InterceptionError;
 
-/// Translates a netlink failure of `operation` (a verb phrase). It distinguishes a missing
-/// capability, a table that another program owns, a missing kernel module, and a loopback interface
-/// that is down.
+/// Translates a netlink error of `operation` (a verb phrase). Distinguishes a missing capability, a
+/// table that another program owns, a missing kernel module, and a loopback interface that is down.
 pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> InterceptionError {
     move |error| {
         if refusals(&error).iter().any(is_owned) {
@@ -22,7 +19,7 @@ pub(crate) fn failed(operation: &'static str) -> impl FnOnce(nlink::Error) -> In
             return InterceptionError::NotPermitted { operation, capability: "NET_ADMIN" };
         }
         let module = refusals(&error).iter().find_map(missing_module);
-        // All own routes and addresses use the loopback interface.
+        // All routes and addresses of a plan use the loopback interface.
         let down = error.errno().map(Errno::from_raw) == Some(Errno::ENETDOWN);
         let source = into_io(error);
         if down {
@@ -60,15 +57,15 @@ fn missing_module(failure: &NftBatchFailure) -> Option<&'static str> {
     module(refused, failure.attribute.as_deref(), Errno::from_raw(failure.errno))
 }
 
-/// The kernel module whose absence explains an error. `refused` is the failed operation of the
-/// batch, or `None` for the entire batch; `blamed` is its attribute.
+/// The kernel module whose absence explains an error. `refused` is the failed operation of a batch,
+/// `None` for the entire batch; `blamed` is the attribute that the kernel blames.
 ///
 /// A missing chain or expression type gives ENOENT (`nf_tables_chain_type_lookup` and
 /// `nft_expr_type_get`), a missing set type EOPNOTSUPP (`nft_select_set_ops`, all in
 /// net/netfilter/nf_tables_api.c). A kernel without nf_tables rejects the batch with EOPNOTSUPP
 /// (`nfnetlink_rcv_batch`, net/netfilter/nfnetlink.c).
 fn module(refused: Option<&str>, blamed: Option<&str>, errno: Errno) -> Option<&'static str> {
-    /// Expressions that are separate modules, at least in older kernels.
+    /// Expressions that are separate modules, at least in older kernels, with their modules.
     const EXPRESSIONS: [(&str, &str); 7] = [
         ("(counter)", "nft_counter"),
         ("(ct)", "nft_ct"),

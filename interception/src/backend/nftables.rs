@@ -33,20 +33,20 @@ type Kernel = Connection<Nftables>;
 pub struct RuleCounter {
     /// The id of the rule.
     pub id: String,
-    /// Matching packets; in a nat chain, connections.
+    /// The number of matching packets; in a nat chain, of connections.
     pub packets: u64,
-    /// Bytes of those packets.
+    /// The number of their bytes.
     pub bytes: u64,
 }
 
-/// Checks that nf_tables is available by reading the generation of the ruleset.
+/// Checks that nf_tables is available, by reading the generation of the ruleset.
 pub(crate) async fn check_available(entered: &Entered) -> Result<(), InterceptionError> {
     const OPERATION: &str = "read the nftables ruleset";
     let kernel = connect(entered, OPERATION)?;
     match kernel.generation().await {
         Ok(_) => Ok(()),
         Err(error) if error.is_permission_denied() => Err(failed(OPERATION)(error)),
-        // Any other error means that the kernel lacks nf_tables: nfnetlink answers EINVAL then.
+        // Any other error means that the kernel lacks nf_tables: nfnetlink returns EINVAL then.
         Err(error) => Err(InterceptionError::Unsupported {
             operation: OPERATION,
             module: "nf_tables",
@@ -55,7 +55,8 @@ pub(crate) async fn check_available(entered: &Entered) -> Result<(), Interceptio
     }
 }
 
-/// Replaces the table by the plan in one transaction. Packets see either the old or the new rules.
+/// Replaces the table by the plan in one transaction: a packet passes either the old or the new
+/// rules.
 pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
     let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
     let size = Size { entries: plan.chains().len() + 2 * plan.rules().len(), elements };
@@ -63,16 +64,16 @@ pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), Inte
     replace_table(entered, "install the nftables rules", TABLE, size, &add).await
 }
 
-/// The size of a table: its chains, sets and rules, and the elements of its sets.
+/// The content of a table, to estimate the size of a transaction.
 struct Size {
     entries: usize,
     elements: usize,
 }
 
-/// Adds the content of a table to a transaction.
+/// A function that adds the content of a table to a transaction.
 type AddAll<'a> = &'a dyn Fn(Transaction) -> nlink::Result<Transaction>;
 
-/// Replaces a table by what `add` adds, in one transaction.
+/// Replaces the content of a table in one transaction.
 async fn replace_table(
     entered: &Entered,
     operation: &'static str,
@@ -85,7 +86,7 @@ async fn replace_table(
         let tables = kernel.list_tables_in(Family::Inet).await?;
         let replace = tables.iter().any(|other| other.name == table);
         match commit(kernel, table, replace, add).await {
-            // Another process created the table meanwhile.
+            // Another process created the table in the meantime.
             Err(error) if !replace && error.is_already_exists() => {
                 commit(kernel, table, true, add).await
             }
@@ -95,7 +96,7 @@ async fn replace_table(
     .await
 }
 
-/// The counters of the installed rules in order; empty without an installed table.
+/// Reads the counters of the installed rules in order. Empty if the table does not exist.
 pub(crate) async fn counters(entered: &Entered) -> Result<Vec<RuleCounter>, InterceptionError> {
     const OPERATION: &str = "read the nftables rules";
     let rules = with_connection(entered, OPERATION, async |kernel| {
@@ -109,7 +110,7 @@ pub(crate) async fn counters(entered: &Entered) -> Result<Vec<RuleCounter>, Inte
     Ok(counters.collect())
 }
 
-/// Removes the table. Returns `false` if there was none.
+/// Removes the table. Returns `false` if it did not exist.
 pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError> {
     const OPERATION: &str = "remove the nftables rules";
     with_connection(entered, OPERATION, async |kernel| {
@@ -120,8 +121,8 @@ pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError>
 
 /// Runs `operation` on a new netlink connection, and closes the connection on a blocking thread.
 ///
-/// After any process deleted a table, close(2) blocks for about ten milliseconds, until no CPU can
-/// access the table (`nft_rcv_nl_event` flushes `nf_tables_trans_destroy_work`, which waits for
+/// After any process has deleted a table, close(2) blocks for about ten milliseconds, until no CPU
+/// can access the table (`nft_rcv_nl_event` flushes `nf_tables_trans_destroy_work`, which waits for
 /// RCU, net/netfilter/nf_tables_api.c).
 async fn with_connection<T>(
     entered: &Entered,
@@ -134,10 +135,10 @@ async fn with_connection<T>(
     answer.map_err(failed(operation))
 }
 
-/// Closes the connection on another thread, or here if no thread can be started.
+/// Closes the connection on another thread. If no thread can be started, blocks.
 fn close(kernel: Kernel) {
     let close = move || {
-        // The thread is short-lived, so a failure is harmless.
+        // A failure is harmless, because the thread ends soon.
         confine_auxiliary_thread().ok();
         drop(kernel);
     };
@@ -148,9 +149,10 @@ fn connect(_: &Entered, operation: &'static str) -> Result<Kernel, InterceptionE
     Kernel::new().map_err(failed(operation))
 }
 
-/// Adds, deletes and adds the table: the first addition makes the deletion succeed if the table is
-/// gone. (The kernel has a message for it, NFT_MSG_DESTROYTABLE, only since Linux 6.3.) Without a
-/// table, nothing is deleted, because a deletion delays the close: see [`with_connection`].
+/// Adds, deletes and adds the table: the first addition makes the deletion succeed even if the
+/// table does not exist. (The message NFT_MSG_DESTROYTABLE needs Linux 6.3.) If the table does not
+/// exist, does not delete it, because a deletion delays closing the connection: see
+/// [`with_connection`].
 async fn commit(kernel: &Kernel, table: &str, replace: bool, add: AddAll<'_>) -> nlink::Result<()> {
     let mut transaction = kernel.transaction();
     if replace {
@@ -179,7 +181,7 @@ fn named_sets(plan: &RulePlan) -> impl Iterator<Item = NamedSet> {
     plan.rules().iter().flat_map(operands).filter_map(Operand::into_set)
 }
 
-/// Enlarges the send buffer, because the kernel accepts a transaction only as one message (EMSGSIZE
+/// Enlarges the send buffer: the kernel accepts a transaction only as one message (EMSGSIZE
 /// otherwise). Without CAP_NET_ADMIN in the initial user namespace, `net.core.wmem_max` is the
 /// limit.
 fn make_room(kernel: &Kernel, size: &Size) {

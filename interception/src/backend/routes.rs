@@ -1,6 +1,6 @@
 //! The ip rules, routes and loopback addresses that a plan depends on.
 //!
-//! They deliver marked packets to this namespace. `plan.rs` sets the marks.
+//! They deliver marked packets to this namespace. The plan's rules set the marks.
 //!
 //! ```text
 //! ip rule  add fwmark 0x111/0xfff pref 32764 lookup 100
@@ -24,13 +24,13 @@ use crate::namespace::ipv6::ipv6_available;
 use crate::namespace::{Entered, ipv6};
 use crate::plan::{LoopbackAddress, PolicyRoute, RulePlan};
 
-/// The routing protocol number that marks own ip rules and routes (`ip rule` shows `proto 117`), so
-/// that removal does not affect others. The number is unused in /etc/iproute2/rt_protos.
+/// The routing protocol number of underpass's ip rules and routes (`ip rule` shows `proto 117`).
+/// Only objects with this number are removed. /etc/iproute2/rt_protos does not use it.
 pub(crate) const PROTOCOL: u8 = 117;
 /// The interface of all routes and addresses.
 const LOOPBACK: &str = "lo";
 
-/// An object that is added.
+/// An object that an installation adds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
     /// An ip rule for one IP version.
@@ -48,11 +48,11 @@ pub(crate) enum Version {
     V6,
 }
 
-/// The objects that the plan needs, in installation order.
+/// The objects that the plan needs, in the order of installation.
 ///
-/// IPv6 objects depend on the kernel and not on the capture setting: a pod whose own IPv6 is not
-/// captured still receives HBONE from IPv6 clients, whose addresses the proxy uses. While IPv6 is
-/// disabled on the loopback interface, the kernel accepts no IPv6 route or address there.
+/// IPv6 objects depend on the kernel, not on the capture setting: a pod whose IPv6 is not captured
+/// still receives HBONE from IPv6 clients, whose addresses the proxy uses. While IPv6 is disabled
+/// on the loopback interface, the kernel rejects IPv6 routes and addresses there.
 fn needed(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     let (known, v6) = (ipv6_available(), ipv6::on_loopback(entered));
     let versions = if known { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
@@ -74,8 +74,8 @@ impl Entry {
     }
 }
 
-/// The objects that other settings need and these do not. A mark of these rules must not match
-/// their ip rules.
+/// The objects that other settings need and this plan does not need. Their ip rules could match a
+/// mark of this plan.
 fn foreign(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     let needed = needed(entered, plan);
     let is_needed = |entry: &Entry| match entry {
@@ -90,7 +90,7 @@ fn foreign(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     entries
 }
 
-/// Removes the objects that an installation with other settings left.
+/// Removes objects of an installation with other settings.
 pub(crate) async fn remove_foreign(
     entered: &Entered,
     plan: &RulePlan,
@@ -98,7 +98,7 @@ pub(crate) async fn remove_foreign(
     delete(entered, &foreign(entered, plan)).await.map(drop)
 }
 
-/// Adds missing objects and returns them. On failure, all objects added by this call are removed.
+/// Adds missing objects and returns them. On failure, removes all objects that it added.
 pub(crate) async fn install(
     entered: &Entered,
     plan: &RulePlan,
@@ -125,8 +125,8 @@ pub(crate) async fn install(
     Ok(added)
 }
 
-/// Removes objects after a failed installation. A failure is only logged, since the caller returns
-/// the original error.
+/// Removes objects after a failed installation. Only logs a failure, because the caller returns the
+/// original error.
 pub(crate) async fn undo(entered: &Entered, added: &[Entry]) {
     if let Err(error) = delete(entered, added).await {
         tracing::warn!(%error, ?added, "cannot remove the ip rules and routes of a failed installation");
@@ -140,7 +140,7 @@ pub(crate) async fn remove(entered: &Entered, plan: &RulePlan) -> Result<bool, I
 
 /// All objects that the plan may have added, in both families.
 fn removable(plan: &RulePlan) -> Vec<Entry> {
-    // Without IPv6, requests about it fail, and there are no objects of it.
+    // If the kernel lacks IPv6, requests about IPv6 fail, and there are no IPv6 objects.
     let v6 = if ipv6_available() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let mut entries = Vec::new();
     for route in plan.routes() {
@@ -172,7 +172,8 @@ pub(crate) async fn installed(
         Entry::Route(route, version) => routes.iter().any(|found| is_route(found, route, *version)),
         Entry::Address(address) => addresses.iter().any(|found| is_address(found, *address)),
     };
-    // Only objects with the own protocol number can be from another installation of underpass.
+    // Only objects with underpass's protocol number can come from another installation of
+    // underpass.
     let ours = |entry: &Entry| match entry {
         Entry::Rule(route, version) => rules
             .iter()
@@ -188,7 +189,7 @@ pub(crate) async fn installed(
     Ok(Section { head: HEAD.to_owned(), lines })
 }
 
-/// Foreign ip rules that precede those of the plan, in iproute2 syntax.
+/// Lists foreign ip rules that precede those of the plan, in iproute2 syntax.
 pub(crate) async fn foreign_rules(
     entered: &Entered,
     plan: &RulePlan,
@@ -205,7 +206,7 @@ pub(crate) async fn foreign_rules(
     Ok(foreign.map(foreign_text).collect())
 }
 
-/// Foreign ip rules that equal those of the plan except for the protocol number.
+/// Lists foreign ip rules that equal those of the plan, except for the protocol number.
 pub(crate) async fn duplicate_foreign_rules(
     entered: &Entered,
     plan: &RulePlan,
@@ -220,7 +221,8 @@ pub(crate) async fn duplicate_foreign_rules(
     Ok(equal.map(foreign_text).collect())
 }
 
-/// Removes such ip rules and the routes that they select. Returns `false` if there were none.
+/// Removes foreign ip rules that equal those of the plan, and the routes that they select. Returns
+/// `false` if there were none.
 pub(crate) async fn remove_foreign_rules(
     entered: &Entered,
     plan: &RulePlan,
@@ -230,7 +232,7 @@ pub(crate) async fn remove_foreign_rules(
     let mut any = false;
     for entry in removable(plan) {
         let removed = match entry {
-            // Istio's TPROXY rule has no fixed priority and may exist several times.
+            // Istio's TPROXY rule has no fixed priority, and may exist several times.
             Entry::Rule(PolicyRoute { mark, table, .. }, version) => {
                 let family = family(version);
                 let rule = RuleBuilder::new(family).fwmark_mask(mark.value, mark.mask).table(table);
@@ -286,7 +288,7 @@ fn foreign_text(rule: &RuleMessage) -> String {
 
 const HEAD: &str = "ip rules, routes and addresses";
 
-/// The object in iproute2 syntax.
+/// Prints an object in iproute2 syntax.
 fn text(entry: Entry) -> String {
     let ip = |version| if version == Version::V4 { "ip -4" } else { "ip -6" };
     match entry {
@@ -305,7 +307,7 @@ fn is_rule(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
     is_like(rule, route, version) && rule.priority() == route.priority
 }
 
-/// Like [`is_rule`], but with any priority.
+/// Like [`is_rule`], for any priority.
 fn is_like(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
     rule.is_ipv4() == (version == Version::V4)
         && rule.is_lookup()
@@ -353,8 +355,8 @@ async fn add(connection: &Connection<Rtnetlink>, entry: Entry) -> nlink::Result<
         Entry::Rule(route, version) => connection.add_rule(rule(route, version)).await,
         Entry::Route(route, Version::V4) => connection.add_route(route_v4(route)).await,
         Entry::Route(route, Version::V6) => connection.add_route(route_v6(route)).await,
-        // No duplicate address detection: nothing else can have an address of the loopback
-        // interface, and the address is usable at once.
+        // Without duplicate address detection, the address is usable at once. No other host can
+        // have an address of the loopback interface.
         Entry::Address(address) => {
             connection.add_address(Ipv6Address::new(LOOPBACK, address, 128).nodad()).await
         }

@@ -1,6 +1,5 @@
-//! Compares the installed rules with the plan.
-//!
-//! Each backend provides both as a [`Listing`] in the same format.
+//! Compares the installed rules with the plan. Each backend lists both in the same format
+//! ([`Listing`]).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,14 +7,14 @@ use std::ops::Range;
 
 use imara_diff::{Algorithm, Diff, Hunk, InternedInput};
 
-/// Rules as text, chain by chain. Equal lines mean equal rules.
+/// Rules as text, by chain. Equal lines mean equal rules.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Listing {
     /// Chains and sets. The head of a chain contains all its properties except the rules.
     pub(crate) sections: Vec<Section>,
 }
 
-/// A chain or set.
+/// A chain or a set.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Section {
     /// Kind, name and properties: `chain nat_output { type nat hook output priority -100; }`.
@@ -27,7 +26,7 @@ pub(crate) struct Section {
 /// The difference between the installed rules and the plan.
 ///
 /// `Display` prints a section for each chain that differs: `-` marks a missing line, `+` an
-/// unexpected one. Of equal lines, only neighbours of a difference are printed.
+/// unexpected one. Equal lines are printed only next to a difference.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     sections: Vec<SectionDifference>,
@@ -36,40 +35,40 @@ pub struct Difference {
 /// The difference of one chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SectionDifference {
-    /// The chain, the set, or "ip rules, routes and addresses".
+    /// The chain or set, or "ip rules, routes and addresses".
     pub location: String,
-    /// All lines, in the order of both sides.
+    /// All lines of both listings, in order.
     pub lines: Vec<Line>,
 }
 
 /// A line of a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// The side that has the line.
+    /// Whether the plan, the kernel or both have the line.
     pub sign: Sign,
     /// The rule.
     pub text: String,
 }
 
-/// The side that has a line.
+/// Whether the plan, the kernel or both have a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sign {
-    /// Both sides.
+    /// Both have the line.
     Same,
-    /// Only the plan.
+    /// Only the plan has the line.
     Missing,
-    /// Only the kernel.
+    /// Only the kernel has the line.
     Unexpected,
 }
 
 impl Listing {
-    /// The difference of `found` from this plan; `None` if they are equal.
+    /// Compares the plan's listing (`self`) with the installed one. `None` if they are equal.
     pub(crate) fn difference(&self, found: &Self) -> Option<Difference> {
         let mut sections = Vec::new();
         for section in &self.sections {
             let nothing = Section { head: section.head.clone(), lines: Vec::new() };
             let there = found.section(&section.head);
-            // The fast path: a set may have ten thousand lines.
+            // Fast path for equal sections: a set may have ten thousand lines.
             if there.is_some_and(|there| there.lines == section.lines) {
                 continue;
             }
@@ -99,20 +98,20 @@ impl From<Section> for Listing {
 }
 
 impl Difference {
-    /// Both together.
+    /// Joins two differences.
     pub(crate) fn join(one: Option<Self>, other: Option<Self>) -> Option<Self> {
         let differences = one.into_iter().chain(other);
         let sections: Vec<_> = differences.flat_map(|difference| difference.sections).collect();
         (!sections.is_empty()).then_some(Self { sections })
     }
 
-    /// The sections that differ.
+    /// The chains and sets that differ.
     #[must_use]
     pub fn sections(&self) -> &[SectionDifference] {
         &self.sections
     }
 
-    /// Replaces lines by readable ones: those in `readable`, otherwise by the result of `unknown`.
+    /// Replaces lines by readable ones from `readable`, or else by the result of `unknown`.
     pub(crate) fn readable(
         mut self,
         readable: &BTreeMap<String, String>,
@@ -157,9 +156,9 @@ impl fmt::Display for Difference {
 }
 
 impl SectionDifference {
-    /// For each line, whether it differs or is a neighbour of one that does.
+    /// For each line, whether it differs or is next to a line that differs.
     fn near_changes(&self) -> Vec<bool> {
-        /// The number of neighbours on each side.
+        /// The number of equal lines that are printed before and after a difference.
         const CONTEXT: usize = 3;
         let mut near = vec![false; self.lines.len()];
         let changed = |line: &Line| line.sign != Sign::Same;

@@ -1,4 +1,4 @@
-//! The hints of this crate's errors: what the operator can check or change.
+//! The hints of this crate's errors: actions for the operator.
 
 use std::borrow::Cow;
 use std::io;
@@ -114,7 +114,7 @@ fn run_iptables(source: &io::Error) -> &'static str {
 }
 
 fn missing_module(module: &'static str) -> Cow<'static, str> {
-    // For tables, legacy iptables reports a missing module and a missing NET_RAW alike.
+    // Legacy iptables reports a missing table module and a missing NET_RAW alike.
     let capability = if module.contains("table_") {
         ", or grant the capability NET_RAW, which legacy iptables needs in addition to NET_ADMIN"
     } else {

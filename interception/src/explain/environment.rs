@@ -12,7 +12,7 @@ use crate::namespace::Entered;
 use crate::plan::{Environment, Interface};
 
 impl Environment {
-    /// The interfaces that are up.
+    /// Reads the interfaces that are up.
     ///
     /// # Errors
     ///
@@ -35,7 +35,7 @@ impl Environment {
         Ok(Self { interfaces })
     }
 
-    /// A typical pod, for explanations outside of one.
+    /// The interfaces of a typical pod, for explanations outside of a pod.
     #[must_use]
     pub fn example() -> Self {
         let v4 = |octets: [u8; 4], length| IpNet::new(octets.into(), length).ok();

@@ -1,7 +1,7 @@
-//! The kinds of traffic that an explanation covers.
+//! The kinds of traffic that an explanation covers: those of a profile, those of the exceptions in
+//! its settings, and those of every profile.
 //!
-//! There are flows of a profile, flows for exceptions in its settings, and flows of every profile.
-//! A flow defines packets; their paths are computed.
+//! A flow defines only packets; evaluating the plan gives their paths.
 
 mod ambient;
 mod osm;
@@ -18,7 +18,6 @@ use crate::plan::{ConntrackState, Entry, Protocol};
 
 /// A UDP port without a special meaning.
 const ANY_UDP_PORT: u16 = 9999;
-/// The port of DNS.
 const DNS_PORT: u16 = 53;
 
 /// All flows: those of the profile in the order of its article, then those of the settings.
@@ -46,7 +45,7 @@ pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
 /// Builds a flow.
 struct Draft<'e> {
     flow: Flow<'e>,
-    /// True after a packet that was not delivered to the sender of the next one.
+    /// True after a packet did not reach the sender of the next one.
     ended: bool,
 }
 
@@ -56,7 +55,7 @@ impl<'e> Draft<'e> {
         Self { flow: Flow { id, title, article: None, note: None, hops: Vec::new() }, ended: false }
     }
 
-    /// Sets the path that the article gives.
+    /// Sets the path according to the article.
     fn article(mut self, article: &'static str) -> Self {
         self.flow.article = Some(article);
         self
@@ -71,7 +70,7 @@ impl<'e> Draft<'e> {
         if condition { self.note(note) } else { self }
     }
 
-    /// Adds a packet, unless a previous one was not delivered to its sender.
+    /// Adds a packet, unless an earlier packet did not reach its sender.
     fn hop(mut self, hop: Hop<'e>) -> Self {
         self.ended |= self.flow.hops.last().is_some_and(|last| last.to != Some(hop.from));
         if !self.ended {
@@ -101,7 +100,7 @@ fn proxy_connection<'e>(network: ExampleNetwork<'e>, to: SocketAddr) -> Hop<'e> 
     network.sent(network.proxy(), to, Party::Remote)
 }
 
-/// A connection from outside to the workload.
+/// A flow with a connection from another host to the workload.
 fn inbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str) -> Draft<'e> {
     let client = network.remote();
     Draft::new(id, title)
@@ -109,7 +108,7 @@ fn inbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str) -> Draft<'e> 
         .hop(network.last_hop(client))
 }
 
-/// A connection to another host, up to the point where it leaves the pod.
+/// A flow with a connection to another host, until it leaves the pod.
 fn outbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str, process: Process) -> Draft<'e> {
     let to = network.app_at_remote();
     Draft::new(id, title)
@@ -117,7 +116,7 @@ fn outbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str, process: Pro
         .hop(proxy_connection(network, to))
 }
 
-/// An HBONE connection, which reaches its listener without a redirect.
+/// A flow with an HBONE connection, which reaches its listener without a redirect.
 fn hbone<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>, id: &str) -> Draft<'e> {
     let (client, port) = (network.remote(), explanation.ports.hbone);
     Draft::new(id, "Another pod's proxy connects by HBONE")
@@ -130,7 +129,7 @@ fn hbone<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>, id: 
         .hop(network.last_hop(client))
 }
 
-/// A DNS query over UDP or TCP, and the DNS proxy's own query.
+/// A flow with a DNS query over UDP or TCP, and the query that the DNS proxy sends then.
 fn dns<'e>(
     explanation: &'e Explanation<'e>,
     network: ExampleNetwork<'e>,
@@ -160,7 +159,7 @@ fn dns<'e>(
         .flow()
 }
 
-/// Traffic that is neither TCP nor DNS.
+/// A flow with traffic that is neither TCP nor DNS.
 fn udp<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>, id: &str) -> Draft<'e> {
     let to = SocketAddr::new(network.remote(), ANY_UDP_PORT);
     let mut packet = network.opened(network.app(), to);
@@ -181,7 +180,7 @@ fn ipv6(network: ExampleNetwork<'_>) -> Vec<Flow<'_>> {
     ]
 }
 
-/// One flow for each kind of outbound exception in the settings.
+/// A flow for each kind of outbound exception in the settings.
 fn outbound_exceptions<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     let outbound = &explanation.settings.outbound;
     let network = ExampleNetwork::new(explanation, false);
@@ -249,7 +248,7 @@ fn excluded_interface<'e>(
     Some(draft.hop(explanation.takes(Party::App, packet, Party::Remote)).flow())
 }
 
-/// One flow for each kind of inbound exception in the settings.
+/// A flow for each kind of inbound exception in the settings.
 fn inbound_exceptions<'e>(
     explanation: &'e Explanation<'e>,
     network: ExampleNetwork<'e>,
@@ -303,7 +302,7 @@ fn invalid<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) ->
         .flow()
 }
 
-/// Connections that existed before the rules.
+/// The flows of connections that existed before the rules.
 fn established_before<'e>(
     explanation: &'e Explanation<'e>,
     network: ExampleNetwork<'e>,
@@ -335,7 +334,7 @@ fn established_before<'e>(
     ]
 }
 
-/// An address within the network that is not the pod's own.
+/// An address in the network that is not the pod's own.
 fn host_of(explanation: &Explanation<'_>, cidr: IpNet) -> Option<IpAddr> {
     cidr.hosts()
         .take(8)

@@ -24,7 +24,7 @@ use super::{Explanation, Flow, Hop, PacketExplanation};
 use crate::plan::{ConntrackState, Direction, Entry, Protocol, ReplyOutcome, Rule, Verdict};
 
 impl Explanation<'_> {
-    /// The flows, the rules, and the routes and addresses that they depend on.
+    /// The flows, the rules, and the routes and addresses that the rules depend on.
     #[must_use]
     pub fn json(&self) -> Value {
         let plan = &self.plan;

@@ -1,4 +1,5 @@
-//! The explanation as a Mermaid flowchart: a subgraph per flow, chains as nodes, rules as edges.
+//! Prints the explanation as a Mermaid flowchart: a subgraph per flow, chains as nodes, rules as
+//! edges.
 
 use std::fmt::{self, Write as _};
 
@@ -55,7 +56,7 @@ impl Chart {
         writeln!(self.text, "  end")
     }
 
-    /// Draws the path of a packet from its sender, and returns its last node.
+    /// Draws the path of a packet from its sender. Returns its last node.
     fn hop(&mut self, start: usize, hop: &Hop<'_>) -> Result<usize, fmt::Error> {
         let mut from = start;
         let mut label = hop.packet.destination.to_string();
@@ -91,13 +92,13 @@ impl Chart {
     }
 }
 
-/// The rule by which a packet leaves a chain: the last rule of the chain that matched.
+/// The rule by which a packet leaves a chain: the last rule that matched in it.
 fn exit_rule(passage: &TraversedChain<'_>, chain: ChainId) -> String {
     let of_chain = |rule: &&&Rule| rule.chain == chain;
     passage.rules.iter().rev().find(of_chain).map(|rule| rule.id.clone()).unwrap_or_default()
 }
 
-/// Escapes `#`: Mermaid decodes `#name;` and `#number;` in quoted labels.
+/// Escapes `#`, because Mermaid decodes `#name;` and `#number;` in quoted labels.
 fn escaped(label: &str) -> String {
     let mut escaped = String::with_capacity(label.len());
     for character in label.chars() {

@@ -1,6 +1,6 @@
-//! Chooses typical addresses, ports and processes for the flows of an explanation.
+//! Selects typical addresses, ports and processes for the flows of an explanation.
 //!
-//! The choice respects the settings: for example, a typical remote port is not an excluded one.
+//! The selection respects the settings: for example, a typical remote port is not an excluded port.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -13,11 +13,11 @@ use crate::plan::{
     Packet, Protocol,
 };
 
-/// An ephemeral port of a client.
+/// The source port of clients.
 const EPHEMERAL: u16 = 40000;
 /// A user and group that the settings do not mention.
 const WORKLOAD: u32 = 1000;
-/// Typical ports of workloads.
+/// Typical ports of workloads, in order of preference.
 const USUAL_PORTS: [u16; 6] = [8080, 80, 443, 9000, 3000, 5000];
 
 /// The addresses and processes of one address family.
@@ -63,7 +63,7 @@ impl<'e> ExampleNetwork<'e> {
         if self.v6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() }
     }
 
-    /// A remote address whose connections the settings capture.
+    /// A remote address whose connections are captured.
     pub(super) fn remote(&self) -> IpAddr {
         let outbound = &self.settings().outbound;
         let included = outbound.include_cidrs.iter().flatten();
@@ -81,14 +81,15 @@ impl<'e> ExampleNetwork<'e> {
         self.first(&candidates, fits)
     }
 
-    /// A remote address that is not in `include_cidrs`.
+    /// A remote address outside of `include_cidrs`.
     pub(super) fn not_included(&self) -> IpAddr {
         let included = self.settings().outbound.include_cidrs.as_deref().unwrap_or_default();
         let candidates: Vec<IpAddr> = self.documentation_addresses().collect();
         self.first(&candidates, |address| !included.iter().any(|net| net.contains(address)))
     }
 
-    /// The first fitting candidate of the family that is not local, otherwise its first candidate.
+    /// The first candidate of the family that is not local and for which `fits` returns true. Falls
+    /// back to the first candidate.
     fn first(&self, candidates: &[IpAddr], fits: impl Fn(&IpAddr) -> bool) -> IpAddr {
         let family = || candidates.iter().copied().filter(|address| address.is_ipv6() == self.v6);
         let other = |address: &IpAddr| !self.environment().is_local(*address);
@@ -103,7 +104,7 @@ impl<'e> ExampleNetwork<'e> {
         v4.into_iter().chain(v6)
     }
 
-    /// A remote port whose connections the settings capture.
+    /// A remote port whose connections are captured.
     pub(super) fn remote_port(&self) -> u16 {
         let outbound = &self.settings().outbound;
         let by_port = outbound.include_cidrs.as_ref().is_some_and(Vec::is_empty);
@@ -113,7 +114,7 @@ impl<'e> ExampleNetwork<'e> {
         }
     }
 
-    /// A port of the workload whose connections the settings capture.
+    /// A port of the workload whose connections are captured.
     pub(super) fn app_port(&self) -> u16 {
         let inbound = &self.settings().inbound;
         match inbound.include_ports.as_ref().and_then(|ports| ports.first()) {
@@ -192,7 +193,7 @@ impl<'e> ExampleNetwork<'e> {
         self.environment().interface_to(self.remote())
     }
 
-    /// The first packet of a connection that arrives.
+    /// The first packet of a connection that another host opens.
     pub(super) fn arriving(&self, from: IpAddr, to: SocketAddr) -> Packet {
         Packet {
             protocol: Protocol::Tcp,
@@ -215,7 +216,7 @@ impl<'e> ExampleNetwork<'e> {
         self.explanation.takes(from, self.arriving(source, to), listener)
     }
 
-    /// The proxy's connection to the workload on behalf of a client, as `Sockets` opens it.
+    /// The proxy's connection to the workload for a client, as `Sockets` opens it.
     pub(super) fn last_hop(&self, client: IpAddr) -> Hop<'e> {
         let (settings, mut proxy) = (self.settings(), self.proxy());
         let tproxy = settings.inbound.mode == InboundMode::Tproxy;
@@ -241,10 +242,10 @@ impl<'e> ExampleNetwork<'e> {
         packet.source = hop.packet.destination;
         packet.state = ConntrackState::Established(Direction::Reply);
         packet.connection_mark = hop.walk.connection_mark;
-        // Only sockets that open connections carry the mark; accepted ones belong to listeners.
+        // Accepted sockets carry no mark, only sockets that connect do.
         packet.mark = if process.party == Party::Proxy { process.mark } else { 0 };
         let mut reply = self.explanation.takes(process.party, packet, hop.from);
-        // A reply to a preserved client address that is not routed back leaves for the client.
+        // A reply to a preserved client address leaves for the client if no rule routes it back.
         if reply.to == Some(Party::Proxy) && !reply.walk.local {
             reply.to = Some(Party::Remote);
         }
@@ -252,7 +253,7 @@ impl<'e> ExampleNetwork<'e> {
     }
 }
 
-/// The first typical port outside of the ranges.
+/// The first typical port outside of `ranges`.
 pub(super) fn unnamed_port(ranges: &[PortRange]) -> u16 {
     let free = |port: &u16| !ranges.iter().any(|range| range.contains(*port));
     let [usual, ..] = USUAL_PORTS;

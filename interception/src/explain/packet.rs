@@ -1,6 +1,7 @@
-//! Explains a single packet: its verdict, the rule behind it, and the setting that would change it.
+//! Explains a single packet: its verdict, the deciding rule, and the settings that would change the
+//! verdict.
 //!
-//! A setting is named only if the plan with a different value gives the packet another verdict.
+//! A setting is listed only if the plan with another value gives the packet another verdict.
 
 use std::fmt::Display;
 use std::net::SocketAddr;
@@ -20,7 +21,7 @@ pub enum Sender {
     Proxy,
     /// A host outside of the pod.
     Remote,
-    /// The kubelet with a probe.
+    /// The kubelet, which sends a probe.
     Probe,
 }
 
@@ -30,7 +31,8 @@ pub struct PacketExplanation<'e> {
     pub(super) explanation: &'e Explanation<'e>,
     /// The packet and its path.
     pub hop: Hop<'e>,
-    /// Sentences about the deciding setting or address, and about settings that would change it.
+    /// Sentences about the deciding setting or address, and about settings that would change the
+    /// verdict.
     pub advice: Vec<String>,
 }
 
@@ -38,7 +40,7 @@ impl Sender {
     /// All senders.
     pub const ALL: [Self; 4] = [Self::App, Self::Proxy, Self::Remote, Self::Probe];
 
-    /// The name on the command line.
+    /// The sender's name on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -163,7 +165,7 @@ impl Explanation<'_> {
     }
 }
 
-/// Describes a verdict as a hypothesis.
+/// Describes a verdict that another setting would cause.
 fn alternative_end(end: Verdict) -> String {
     match end {
         Verdict::Direct => "reach its destination unmodified".to_owned(),

@@ -15,7 +15,7 @@ const PORTS: Ports = Ports {
     services: Ports::DEFAULT_SERVICES,
 };
 
-/// Parses settings below `interception`: `profile=sidecar ipv6=bypass`.
+/// Parses settings of the section `interception`: `profile=sidecar ipv6=bypass`.
 fn settings(assignments: &str) -> InterceptionSettings {
     let flags = assignments.split_whitespace().map(|text| format!("interception.{text}")).collect();
     let sources = Sources { file: None, environment: Vec::new(), flags };
@@ -28,7 +28,7 @@ fn explained<T>(assignments: &str, question: impl FnOnce(&Explanation<'_>) -> T)
     question(&Explanation::new(&settings, PORTS, true, &environment, None))
 }
 
-/// The ids of the rules that decided a flow's packets, each with the receiver.
+/// The ids of the rules that decided a flow's packets, each with the packet's receiver.
 fn path(assignments: &str, id: &str) -> Vec<(String, Option<Party>)> {
     explained(assignments, |explanation| {
         let flows = explanation.flows();

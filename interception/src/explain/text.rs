@@ -12,10 +12,10 @@ use crate::plan::{
 /// The assumed width of the terminal in columns.
 const WIDTH: usize = 100;
 const ARROW: &str = "─▶";
-/// Explains the prefixes of a rule that decides and of one that underpass adds.
+/// Explains the signs before a rule: `*` and `+`.
 const LEGEND: &str = "Each line is a rule that matches the packet. * it decides; + underpass adds it, the others are those of";
 
-/// The flows, the rules, and the routes and addresses that they depend on.
+/// The flows, the rules, and the routes and addresses that the rules depend on.
 impl fmt::Display for Explanation<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let flows = self.flows();
@@ -79,7 +79,7 @@ fn flow(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, flow: &Flow<'
     flow.hops.iter().try_for_each(|hop| self::hop(f, explanation, hop))
 }
 
-/// Prints sender, receiver and path of a packet, and the rules that matched.
+/// Prints the sender, receiver and path of a packet, and the rules that matched.
 fn hop(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>, hop: &Hop<'_>) -> fmt::Result {
     let packet = &hop.packet;
     let mut about = String::new();
@@ -195,7 +195,7 @@ fn name(passage: &TraversedChain<'_>, chain: ChainId) -> String {
     }
 }
 
-/// The receiver and the address.
+/// Describes the packet's receiver and destination.
 pub(super) fn end(hop: &Hop<'_>) -> String {
     let who = hop.to.map(|party| party.to_string()).unwrap_or_default();
     match hop.walk.end {
@@ -246,12 +246,12 @@ fn routes(f: &mut fmt::Formatter<'_>, explanation: &Explanation<'_>) -> fmt::Res
         .try_for_each(|LoopbackAddress(address)| writeln!(f, "  ip addr  {address}/128 dev lo"))
 }
 
-/// Writes lines of at most [`WIDTH`] columns with the same indentation.
+/// Wraps text to lines of at most [`WIDTH`] columns, all with the same indentation.
 fn wrap(f: &mut fmt::Formatter<'_>, indent: usize, text: &str) -> fmt::Result {
     write_indented(f, indent, indent, text)
 }
 
-/// Writes lines that are indented by `hanging` from the second on. Spaces within the text stay.
+/// Wraps text, and indents lines by `hanging` from the second on. Spaces within the text stay.
 fn write_indented(
     f: &mut fmt::Formatter<'_>,
     indent: usize,

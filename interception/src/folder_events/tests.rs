@@ -1,4 +1,4 @@
-//! A file watcher with real events: files replaced in every common way.
+//! Tests of the file watcher with real events: files are replaced in every common way.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,19 +13,19 @@ use underpass_config::{FileWatch, FileWatcher};
 
 use super::*;
 
-/// Longer than the watcher waits for further changes, and shorter than its polling interval: the
-/// change is reported by an event.
+/// Longer than the watcher waits for further changes, but shorter than its polling interval: only
+/// an event can report a change so early.
 const BOUND: Duration = Duration::from_secs(10);
-/// Some polling intervals of 30 seconds and a part of the next one.
+/// Five polling intervals of 30 seconds, and a part of the next one.
 const SILENCE: Duration = Duration::from_secs(155);
-/// Less than the watcher waits for the end of a write.
+/// Shorter than the watcher waits for the end of a write.
 const MOMENT: Duration = Duration::from_millis(50);
 
 fn watch(folder: &Folder, name: &str) -> FileWatch {
     FileWatcher::new(Inotify::open).watch(&folder.path(name)).unwrap()
 }
 
-/// Events of inotify, and the folders that are watched.
+/// Forwards the events of inotify, and records the watched folders.
 #[derive(Debug)]
 struct Recorded {
     inotify: Arc<dyn FolderEvents>,
@@ -171,7 +171,8 @@ async fn ignores_other_files_and_unchanged_content() {
     wakes(&mut watch).await;
 }
 
-/// Asserts that no change is reported, even by polling: the clock is paused and advances by itself.
+/// Asserts that no change is reported, not even by polling. The clock is paused and advances by
+/// itself.
 async fn stays_silent(watch: &mut FileWatch) {
     tokio::time::pause();
     timeout(SILENCE, watch.changed()).await.expect_err("nothing changed");
@@ -352,12 +353,12 @@ async fn watches_share_one_instance_and_end_independently() {
     assert_eq!(inotify_instances(&folder.root()), 0);
 }
 
-/// How many inotify instances of this process watch `folder`.
+/// The number of inotify instances of this process that watch `folder`.
 fn inotify_instances(folder: &Path) -> usize {
     use std::os::unix::fs::MetadataExt as _;
     let inode = format!(" ino:{:x} ", fs::metadata(folder).unwrap().ino());
     let infos = fs::read_dir("/proc/self/fdinfo").unwrap();
-    // Another test may close a descriptor concurrently.
+    // Another test may close a descriptor at the same time.
     let read = |entry: io::Result<fs::DirEntry>| fs::read_to_string(entry.ok()?.path()).ok();
     infos.filter_map(read).filter(|info| info.contains(&inode)).count()
 }

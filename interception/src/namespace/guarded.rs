@@ -1,7 +1,7 @@
 //! Opens the file of a network namespace by a path that only root can change.
 //!
-//! The path comes from a file or a message about a pod. If another user could replace a part of it,
-//! that user could choose the namespace, and with it the identity of its traffic.
+//! The path comes from a file or a message about a pod. A user who could replace a part of the path
+//! could choose the namespace, and with it the identity of its traffic.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -19,28 +19,28 @@ use super::host::INITIAL_USER;
 use super::{Namespace, NamespaceFile, failed};
 use crate::error::InterceptionError;
 
-/// A step of the path leads to an entry of the folder itself.
+/// How to open one folder of the path: no symbolic links, no `..`.
 const STEP: ResolveFlags =
     ResolveFlags::NO_SYMLINKS.union(ResolveFlags::NO_MAGICLINKS).union(ResolveFlags::BENEATH);
 const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
-/// Without waiting, if the entry is a named pipe.
+/// How to open the last part of the path. NONBLOCK: do not wait if it is a named pipe.
 const FILE: OFlags = OFlags::RDONLY.union(OFlags::NONBLOCK).union(OFlags::CLOEXEC);
 
-/// Write permission of the group and of others.
+/// The mode bits that allow the group and others to write.
 const WRITABLE: u32 = 0o022;
-/// The user to whom files of users outside of the user namespace seem to belong (the default of
+/// The user that owns the files of users outside of the user namespace (the default of
 /// kernel.overflowuid).
 const OVERFLOW_USER: u32 = 65534;
 
 impl Namespace {
-    /// Opens the namespace with the file `path`, which is absolute, has no links, and leads through
-    /// folders that only root, or the user of this process, can change.
+    /// Opens the namespace with the file `path`. The path must be absolute, without symbolic links,
+    /// in folders that only root or the user of this process can change.
     ///
-    /// `/proc/PID/ns/net` is a link, and a process id may be used again: it is refused.
+    /// Rejects `/proc/PID/ns/net`: it is a link, and a process id may be reused.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`], also if the file is not a namespace's.
+    /// [`InterceptionError::Namespace`], also if the file is not a namespace.
     pub fn open_guarded(path: &Path) -> Result<Self, InterceptionError> {
         let opened = open(path).and_then(|file| NamespaceFile::new(file, path.to_owned()));
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", path))
@@ -96,7 +96,7 @@ fn check_folder(folder: &OwnedFd, path: &Path) -> io::Result<()> {
 
 fn is_trusted(user: u32) -> bool {
     let own = geteuid().as_raw();
-    // In a user namespace, the folders of the host's root belong to the overflow user.
+    // In a user namespace, the host's root appears as the overflow user.
     user == 0 || user == own || user == OVERFLOW_USER && in_user_namespace()
 }
 

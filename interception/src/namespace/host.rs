@@ -1,7 +1,7 @@
-//! Detects the host's own network namespace, so that rules never capture a node by accident.
+//! Detects the host's network namespace, so that rules never capture a whole node by accident.
 //!
-//! The kernel has no system call for this question. [`NamespaceFacts`] collects what /proc and the
-//! interfaces show; a pure function decides.
+//! No system call answers this question. [`NamespaceFacts`] contains what /proc and the interfaces
+//! show; a pure function decides.
 
 use std::fs;
 use std::io;
@@ -11,10 +11,11 @@ use crate::error::InterceptionError;
 use crate::namespace::{Entered, Namespace, NamespaceId, failed};
 
 /// The inode of the initial network namespace, fixed since [`FIXED_SINCE`] (NET_NS_INIT_INO,
-/// include/uapi/linux/nsfs.h). Other namespaces start at 0xf0000000, on older kernels too.
+/// include/uapi/linux/nsfs.h). All other namespaces have inodes from 0xf0000000 on, also on older
+/// kernels.
 const INITIAL_NET: u64 = 0xEFFF_FFF9;
-/// The first kernel version that fixes [`INITIAL_NET`]: with another inode, a namespace is not the
-/// host's.
+/// The first kernel version with a fixed [`INITIAL_NET`]. From this version on, a namespace with
+/// another inode is not the host's.
 const FIXED_SINCE: (u32, u32) = (6, 18);
 /// The inode of the initial user namespace (PROC_USER_INIT_INO, include/linux/proc_ns.h).
 pub(super) const INITIAL_USER: u64 = 0xEFFF_FFFD;
@@ -23,12 +24,13 @@ const INITIAL_PID: u64 = 0xEFFF_FFFC;
 
 /// Interfaces that container runtimes and CNIs create on a node but not in a pod.
 const NODE_INTERFACES: [&str; 4] = ["docker0", "cni0", "cbr0", "flannel.1"];
-/// Prefixes of such interfaces: Calico's links and Docker's bridges.
+/// Prefixes of interfaces that exist only on nodes: Calico's links and Docker's bridges.
 const NODE_PREFIXES: [&str; 2] = ["cali", "br-"];
-/// The number of veth interfaces that indicates a node. A pod may have one or two.
+/// The number of veth interfaces from which on the namespace counts as a node. A pod has one or
+/// two.
 const NODE_VETHS: usize = 3;
 
-/// Rejects the host's network namespace, and one that cannot be classified.
+/// Rejects the host's network namespace, and a namespace that cannot be classified.
 pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
     let why = match NamespaceFacts::gather(entered) {
         Ok(facts) => facts.host_evidence(),
@@ -37,21 +39,21 @@ pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
     why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
 }
 
-/// The network namespaces that are no pod's: that of this process, that of process 1, and the
-/// kernel's initial one.
+/// The network namespaces that do not belong to a pod: those of this process and of process 1, and
+/// the kernel's initial one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostNamespaces {
     own: NamespaceId,
-    /// `None` if it is unreadable, and cannot be another one than the initial one.
+    /// The namespace of process 1. `None` if it cannot be read, and is certainly the initial one.
     init: Option<NamespaceId>,
 }
 
 impl HostNamespaces {
-    /// Reads them. Call it before the process gives up its capabilities.
+    /// Reads the namespaces. Call it before the process drops its capabilities.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`]: the host's namespace could not be recognized.
+    /// [`InterceptionError::Namespace`] if the host's namespace cannot be identified.
     pub fn read() -> Result<Self, InterceptionError> {
         const INIT: &str = "/proc/1/ns/net";
         let own = Namespace::current()?.id();
@@ -64,7 +66,7 @@ impl HostNamespaces {
         }
     }
 
-    /// The kind of this namespace, if it is no pod's.
+    /// Describes a namespace that does not belong to a pod. `None` for other namespaces.
     #[must_use]
     pub fn description(&self, namespace: NamespaceId) -> Option<&'static str> {
         if namespace.inode() == INITIAL_NET {
@@ -80,12 +82,12 @@ impl HostNamespaces {
 /// Facts about the current namespaces.
 #[derive(Debug, Clone)]
 struct NamespaceFacts {
-    /// The kernel's major and minor version; zeros if unknown.
+    /// The kernel's major and minor version. Zeros if unknown.
     kernel: (u32, u32),
     net: u64,
     user: u64,
     pid: u64,
-    /// The network namespace of process 1; `None` if unreadable.
+    /// The network namespace of process 1. `None` if it cannot be read.
     net_of_init: Option<u64>,
     interfaces: Vec<String>,
 }
@@ -104,7 +106,7 @@ impl NamespaceFacts {
         })
     }
 
-    /// The reason why this is, or may be, the host's namespace; `None` if it is not.
+    /// The reason why this is, or may be, the host's namespace. `None` if it is not.
     fn host_evidence(&self) -> Option<String> {
         if self.net == INITIAL_NET {
             return Some("it is the kernel's initial one".to_owned());
@@ -113,8 +115,7 @@ impl NamespaceFacts {
             return None;
         }
         if self.user != INITIAL_USER {
-            // In a network namespace of another user namespace, the process has no power over the
-            // host.
+            // In a network namespace of another user namespace, the process cannot change the host.
             return None;
         }
         if self.pid == INITIAL_PID {
@@ -155,7 +156,7 @@ fn interfaces() -> io::Result<Vec<String>> {
 mod tests {
     use super::*;
 
-    /// A process in an ordinary container on a kernel before 6.18.
+    /// A process in an ordinary container, on a kernel before 6.18.
     fn container() -> NamespaceFacts {
         NamespaceFacts {
             kernel: (6, 17),

@@ -1,7 +1,7 @@
 //! Rejects TPROXY where kernel settings would drop all inbound connections.
 //!
 //! The kernel validates the source of a packet whose mark selects the table with `local default`
-//! (`__fib_validate_source`, net/ipv4/fib_frontend.c). By default it does so without the mark. With
+//! (`__fib_validate_source`, net/ipv4/fib_frontend.c). By default it ignores the mark in this. With
 //! `src_valid_mark`, which wg-quick of WireGuard sets, it uses the mark and considers every client
 //! local. It then drops the packet regardless of `rp_filter`, unless `accept_local` is set. IPv6
 //! has no such validation. Packets that this process sends over loopback carry their route and are
@@ -38,7 +38,7 @@ pub(crate) fn check_reverse_path(
 }
 
 fn refuses(interface: &str) -> bool {
-    // The setting of the interface or of `all` suffices (IN_DEV_ORCONF).
+    // The setting of the interface or of `all` is enough (IN_DEV_ORCONF).
     let is_set = |setting: &str| [interface, "all"].iter().any(|of| is_one(of, setting));
     is_set("src_valid_mark") && !is_set("accept_local")
 }

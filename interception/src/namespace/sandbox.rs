@@ -1,7 +1,6 @@
-//! Private namespaces for tests and demonstrations, in which the process is root.
+//! A sandbox for tests and the demonstration: private namespaces in which the process is root.
 //!
-//! Everything inside is isolated from the machine. `namespace.rs` creates further network
-//! namespaces within them.
+//! The sandbox is isolated from the machine. `wiring` creates further network namespaces in it.
 
 use std::fs;
 use std::io;
@@ -15,16 +14,16 @@ use nix::unistd::{Gid, Uid, getegid, geteuid};
 
 use crate::error::{InterceptionError, SandboxRemedy};
 
-/// Candidates for the mount point of an empty file system, in order of preference. A minimal image
-/// may be read-only and have neither `/run` nor `/tmp`.
+/// Mount points for the sandbox's empty file system, in order of preference. A minimal image may be
+/// read-only, and have neither `/run` nor `/tmp`.
 const FOLDERS: [&str; 9] =
     ["/run", "/tmp", "/var/tmp", "/mnt", "/srv", "/opt", "/var", "/home", "/dev"];
 
 /// The result of [`sandbox_folder`] within a sandbox.
 static FOLDER: OnceLock<PathBuf> = OnceLock::new();
 
-/// The folder for temporary files of a sandbox, on a file system that is removed with it. Outside
-/// of a sandbox, `/run`.
+/// The folder for the sandbox's temporary files, which is removed with the sandbox. Outside of a
+/// sandbox, `/run`.
 #[must_use]
 pub fn sandbox_folder() -> &'static Path {
     FOLDER.get().map_or_else(|| Path::new("/run"), PathBuf::as_path)
@@ -33,30 +32,31 @@ pub fn sandbox_folder() -> &'static Path {
 /// The kind of namespaces that [`enter_sandbox`] created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sandbox {
-    /// Mount and network namespaces; every user exists.
+    /// Mount and network namespaces. All users exist.
     OfRoot,
-    /// The same within a user namespace; only root exists.
+    /// Mount and network namespaces in a user namespace. Only root exists.
     InUserNamespace,
 }
 
 /// Moves the process into new mount and network namespaces, as root and with an empty
-/// [`sandbox_folder`], which is `/run` if it exists. It cannot be undone.
+/// [`sandbox_folder`], which is `/run` if that exists. Cannot be undone.
 ///
-/// An unprivileged process also enters a user namespace, in which root is the only user. A root
-/// process does not, and can use any user inside.
+/// A process without privileges also enters a user namespace, whose only user is root. A root
+/// process does not, and can use all users in the sandbox.
 ///
 /// # Errors
 ///
-/// [`InterceptionError::Sandbox`]: the process has more than one thread, or the kernel forbids it.
+/// [`InterceptionError::Sandbox`] if the process has more than one thread, or the kernel forbids
+/// it.
 pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
     let (uid, gid) = (geteuid(), getegid());
-    // unshare affects only the calling thread; with a user namespace, the kernel rejects several
+    // unshare affects only the calling thread, and the kernel rejects a user namespace for several
     // threads.
     if fs::read_dir("/proc/self/task").map_err(failed("count threads"))?.count() > 1 {
         return Err(refused("make namespaces")(Errno::EINVAL));
     }
     let private = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET;
-    // Root without SYS_ADMIN, as in most containers, counts as unprivileged.
+    // Root without SYS_ADMIN, as in most containers, has no privileges here.
     let made = if uid.is_root() { unshare(private) } else { Err(Errno::EPERM) };
     let sandbox = if made == Err(Errno::EPERM) {
         unshare(private | CloneFlags::CLONE_NEWUSER).map_err(refused("make namespaces"))?;
@@ -66,7 +66,7 @@ pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
         made.map_err(refused("make namespaces"))?;
         Sandbox::OfRoot
     };
-    // Otherwise the mounts would propagate to the outside.
+    // Otherwise mounts would also appear outside of the sandbox.
     let nothing = None::<&Path>;
     mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
         .map_err(refused("make the mounts private"))?;
@@ -78,15 +78,15 @@ pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
     Ok(sandbox)
 }
 
-/// Selects `/run`, which is created if possible, otherwise another existing folder.
+/// Selects `/run`, which is created if possible, or else another existing folder.
 fn choose_folder() -> io::Result<&'static Path> {
     let program = std::env::current_exe().unwrap_or_default();
-    // A container image may have no `/run`. If it cannot be created, the next candidate is used.
+    // A container image may have no `/run`. If it cannot be created, another folder is used.
     fs::create_dir("/run").ok();
     let mut folders = FOLDERS.iter().map(Path::new);
     let none =
         || io::Error::new(io::ErrorKind::NotFound, format!("none of {}", FOLDERS.join(", ")));
-    // Do not hide the running program: it may be executed again.
+    // Do not hide the running program, which may be executed again.
     folders.find(|folder| folder.is_dir() && !program.starts_with(folder)).ok_or_else(none)
 }
 

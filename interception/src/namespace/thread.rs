@@ -1,13 +1,13 @@
 //! The namespaces thread: the only thread that enters network namespaces.
 //!
-//! Operations run one after another, each to completion: files that an operation opens after an
-//! await are opened in its namespace too. An operation continues when its caller stops waiting, so
-//! that no repair is left incomplete.
+//! Operations run one after another, each to completion, and in their namespace even after an
+//! await. An operation continues when its caller stops waiting, so that no repair is left
+//! incomplete.
 //!
-//! Calls, such as opening a socket, never wait. They also run while an operation waits, so that a
-//! connection is not delayed by the rules of another pod.
+//! Calls, such as opening a socket, never wait. They also run while an operation waits, so that
+//! installing the rules of one pod does not delay connections of another pod.
 //!
-//! Not here: the operations and calls themselves (`operations.rs`).
+//! `privileged::operations` contains the operations and calls.
 
 use std::io;
 use std::marker::PhantomData;
@@ -23,14 +23,14 @@ use super::{Namespace, NamespaceId, failed};
 use crate::error::InterceptionError;
 use crate::process::privileges::{Kept, confine_thread, prepare_change_of_user};
 
-/// Called with an error if its namespace cannot be entered.
+/// An operation. It receives an error if its namespace cannot be entered.
 type AsyncOperation = Box<
     dyn FnOnce(Result<Entered, InterceptionError>) -> Pin<Box<dyn Future<Output = Reply>>> + Send,
 >;
 type SyncOperation = Box<dyn FnOnce(Result<Entered, InterceptionError>) -> Reply + Send>;
 
-/// Sends the outcome to the caller. Sent after the thread has left the namespace: a caller that
-/// has its outcome can rely on the thread not keeping the namespace alive.
+/// Sends the outcome to the caller, after the thread has left the namespace: a caller that has the
+/// outcome knows that the thread no longer keeps the namespace alive.
 type Reply = Box<dyn FnOnce()>;
 
 /// A closure to run in a namespace.
@@ -41,23 +41,23 @@ struct Job<T> {
 
 /// Runs operations in network namespaces. Clones share the thread, which ends with the last clone.
 ///
-/// Entering a namespace other than the thread's first one requires CAP_SYS_ADMIN (setns(2)).
+/// Entering a namespace other than the thread's initial one requires CAP_SYS_ADMIN (setns(2)).
 #[derive(Debug, Clone)]
 pub struct NamespaceThread {
     operations: mpsc::UnboundedSender<Job<AsyncOperation>>,
     calls: mpsc::UnboundedSender<Job<SyncOperation>>,
 }
 
-/// Proof that the calling thread is in a certain network namespace. It stays on that thread.
+/// Proof that the calling thread is in a certain network namespace. Cannot leave that thread.
 #[derive(Debug)]
 pub struct Entered {
     namespace: Namespace,
-    /// Neither `Send` nor `Sync`: namespaces belong to threads.
+    /// Neither `Send` nor `Sync`, because each thread has its own namespace.
     _this_thread: PhantomData<*const ()>,
 }
 
 impl Entered {
-    /// The namespace of the calling thread.
+    /// Proves the current namespace of the calling thread.
     ///
     /// # Errors
     ///
@@ -66,7 +66,7 @@ impl Entered {
         Ok(Self::inside(Namespace::current()?))
     }
 
-    /// The namespace of the calling thread.
+    /// The namespace that the calling thread is in.
     #[must_use]
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
@@ -78,7 +78,7 @@ impl Entered {
 }
 
 impl NamespaceThread {
-    /// Starts the thread in the caller's namespace and with the caller's capabilities.
+    /// Starts the thread in the caller's namespace, with the caller's capabilities.
     ///
     /// # Errors
     ///
@@ -89,8 +89,8 @@ impl NamespaceThread {
         let (calls, call_queue) = mpsc::unbounded_channel();
         let (ready, prepared) = std::sync::mpsc::sync_channel(1);
         let run = move || {
-            // Created here: a runtime must not be dropped inside another one, where the caller may
-            // be.
+            // Create the runtime here: if the thread cannot start, the runtime is dropped, and the
+            // caller may be inside another runtime.
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let (runtime, outcome) = match runtime {
                 Ok(runtime) => (Some(runtime), Ok(())),
@@ -108,12 +108,12 @@ impl NamespaceThread {
         Ok(Self { operations, calls })
     }
 
-    /// Runs `operation` in `namespace` after all earlier ones. It runs to completion even if the
-    /// caller stops waiting.
+    /// Runs `operation` in `namespace` after all earlier operations. It runs to completion even if
+    /// the caller stops waiting.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`]: the namespace cannot be entered, or the operation
+    /// [`InterceptionError::Namespace`] if the namespace cannot be entered, or the operation
     /// panicked.
     pub async fn run<T, F>(
         &self,
@@ -166,7 +166,7 @@ impl NamespaceThread {
         answered.await.unwrap_or_else(|_| Err(ended()))
     }
 
-    /// Waits for the end of the thread, which only a panic causes while this value lives.
+    /// Waits until the thread ends. While this value lives, only a panic ends the thread.
     pub async fn ended(&self) {
         self.operations.closed().await;
     }
@@ -175,7 +175,7 @@ impl NamespaceThread {
     ///
     /// # Errors
     ///
-    /// The kernel rejected the operation.
+    /// The kernel rejected the change.
     pub async fn confine(&self, kept: Kept) -> Result<(), InterceptionError> {
         self.change_privileges(move || confine_thread(kept)).await
     }
@@ -185,12 +185,12 @@ impl NamespaceThread {
     ///
     /// # Errors
     ///
-    /// The kernel rejected the operation.
+    /// The kernel rejected the change.
     pub async fn prepare_change_of_user(&self, kept: Kept) -> Result<(), InterceptionError> {
         self.change_privileges(move || prepare_change_of_user(kept)).await
     }
 
-    /// Changes capabilities, which belong to the thread, not to a namespace.
+    /// Changes the thread's capabilities. They do not belong to a namespace.
     async fn change_privileges(
         &self,
         change: impl FnOnce() -> io::Result<()> + Send + 'static,
@@ -229,16 +229,16 @@ impl CurrentNamespace {
         Ok(Entered::inside(namespace.clone()))
     }
 
-    /// Returns to the initial namespace: a thread in a namespace keeps it alive.
+    /// Returns to the initial namespace: a thread keeps its current namespace alive.
     fn leave(&mut self) {
         if let Err(error) = self.enter(&self.home.clone()) {
-            // Harmless to the next operation, which enters its own namespace.
+            // The next operation enters its own namespace first, so it is not affected.
             tracing::error!(%error, "cannot leave a network namespace");
         }
     }
 
-    /// Runs an operation to completion, and calls while it waits. Returns no reply if it had to be
-    /// given up, which the caller notices.
+    /// Runs an operation to completion, and calls while it waits. Returns no reply if the operation
+    /// was aborted; its caller then receives an error.
     async fn operate(
         &mut self,
         Job { namespace, run }: Job<AsyncOperation>,
@@ -253,8 +253,7 @@ impl CurrentNamespace {
                     let returned = self.enter(&namespace);
                     reply();
                     if let Err(error) = returned {
-                        // The operation must not continue in another namespace; its caller receives
-                        // an error.
+                        // The operation must not continue in another namespace.
                         tracing::error!(%error, "operation aborted: cannot return to its network namespace");
                         return None;
                     }
@@ -330,7 +329,7 @@ mod tests {
             wait.await.ok();
             done.send(()).ok();
         });
-        // Poll once, then drop.
+        // Poll once, then cancel.
         assert!(operation.now_or_never().is_none());
         go.send(()).unwrap();
         finished.await.expect("the operation ran to its end");

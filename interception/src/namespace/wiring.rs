@@ -1,6 +1,4 @@
 //! Creates, names and connects namespaces, for the demonstration, tests and benches.
-//!
-//! Not here: the handle itself (`namespace.rs`).
 
 use std::io;
 use std::net::IpAddr;
@@ -19,7 +17,7 @@ use crate::backend::netlink::into_io;
 use crate::error::InterceptionError;
 use crate::namespace::sandbox::sandbox_folder;
 
-/// The folder of named namespaces, in `/run` or its replacement in a sandbox. `ip netns` uses
+/// The folder of named namespaces, in `/run` or in the sandbox's folder. `ip netns` uses
 /// `/run/netns`.
 const NAMED: &str = "netns";
 
@@ -28,14 +26,15 @@ impl Namespace {
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`], also if the name is taken.
+    /// [`InterceptionError::Namespace`], also if the name exists.
     pub fn create_named(name: &str) -> Result<Self, InterceptionError> {
         let path = sandbox_folder().join(NAMED).join(name);
         namespace::create_path(&path).map_err(|error| failed("create", &path)(into_io(error)))?;
         Self::open(path)
     }
 
-    /// Removes its name. The namespace ends when no process is in it and no handle is open.
+    /// Removes the namespace's name. The namespace ends when no process is in it and no handle is
+    /// open.
     ///
     /// # Errors
     ///
@@ -51,7 +50,7 @@ impl Namespace {
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Namespace`]: it cannot be entered, or `f` panicked.
+    /// [`InterceptionError::Namespace`] if the namespace cannot be entered, or `f` panicked.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T, InterceptionError> {
         let inside = || enter(self).map(|()| f());
         let panicked = |_| Err(failed("run code in", self.path())(io::Error::other("it panicked")));
@@ -63,7 +62,7 @@ impl Namespace {
         })
     }
 
-    /// Sets its loopback interface up; it is down in a new namespace.
+    /// Sets the loopback interface up, which is down in a new namespace.
     ///
     /// # Errors
     ///
@@ -72,7 +71,8 @@ impl Namespace {
         self.wired(async |rtnetlink| rtnetlink.set_link_up("lo").await).await
     }
 
-    /// Routes `destination` through `gateway`, which must have the same family and be on a link.
+    /// Adds a route to `destination` through `gateway`, which must have the same family and be on a
+    /// link.
     ///
     /// # Errors
     ///
@@ -129,17 +129,18 @@ impl Namespace {
 /// One end of a [`veth`] pair.
 #[derive(Debug, Clone, Copy)]
 pub struct Endpoint<'a> {
-    /// Its namespace.
+    /// The namespace at this end.
     pub namespace: &'a Namespace,
-    /// The name of its interface.
+    /// The name of the interface.
     pub interface: &'a str,
-    /// Its addresses with prefix lengths.
+    /// The addresses of the interface, with prefix lengths.
     pub addresses: &'a [IpNet],
-    /// Whether the default route of each family leads to the other end's first address.
+    /// Adds default routes through the first address of each family at the other end.
     pub default_route: bool,
 }
 
-/// Connects two namespaces by a veth pair. Both ends are up and have their addresses on return.
+/// Connects two namespaces by a veth pair. Both interfaces are up and have their addresses when it
+/// returns.
 ///
 /// # Errors
 ///
@@ -167,8 +168,8 @@ async fn set_up(rtnetlink: &Connection<Route>, end: &Endpoint<'_>) -> nlink::Res
                 rtnetlink.add_address(address).await?;
             }
             IpNet::V6(v6) => {
-                // No other host is on this link, so skip duplicate address detection: the address
-                // is usable at once.
+                // Without duplicate address detection, the address is usable at once. No other host
+                // is on this link.
                 let address = Ipv6Address::new(end.interface, v6.addr(), v6.prefix_len()).nodad();
                 rtnetlink.add_address(address).await?;
             }

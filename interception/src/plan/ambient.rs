@@ -66,9 +66,9 @@ fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
     );
     let enter = if dns { enter } else { enter.not_in_exact() };
     enter.families(families).when([], Action::Jump(RAW_OUTPUT));
-    // The proxy connects to the workload from the client's address and a port of its choice. The
+    // The proxy connects to the workload from the client's address and an arbitrary port. The
     // client's kernel may choose the same port for a direct connection. Conntrack would then match
-    // the client's SYN with the proxy's connection: the SYN would not be captured and its reply
+    // the client's SYN with the proxy's connection: the SYN would not be captured, and its reply
     // would be misrouted. A separate zone hides the proxy's original direction from packets that
     // arrive. Replies carry no mark and stay in the default zone.
     b.rule(
@@ -104,7 +104,7 @@ fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
     );
 }
 
-/// Adds the rules that return the workload's replies to the proxy.
+/// Adds the rules that route the workload's replies to the proxy.
 fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
     let exact = inputs.settings.exact;
     let families = inputs.supported();
@@ -166,7 +166,7 @@ fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
     nat_output(b, inputs);
 }
 
-/// Adds the rules for connections that arrive.
+/// Adds the rules for connections that other hosts open.
 fn nat_prerouting(b: &mut Builder, inputs: &Inputs<'_>) {
     let (settings, captured) = (inputs.settings, inputs.captured());
     b.rule(
@@ -246,7 +246,7 @@ fn nat_prerouting_excluded(b: &mut Builder, inputs: &Inputs<'_>) {
             .families(captured)
             .when([ports], Action::Return);
     }
-    // Not needed for an ingress gateway: its plaintext connections are not captured.
+    // An ingress gateway needs no such rule: its plaintext connections are not captured.
     if !inputs.settings.ingress {
         own_ports::add(b, inputs, NAT_PREROUTING, "own-ports-in", &[]);
     }
@@ -285,7 +285,7 @@ fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
     .not_in_exact()
     .families(captured)
     .when([TCP, Match::NotOpening], Action::Return);
-    // For parity with Istio. Replies to probes do not need it: nat sees only new connections.
+    // Istio has this rule. Replies to probes do not need it, because nat sees only new connections.
     let probed = inputs.settings.kubelet_probes == KubeletProbes::On;
     for &family in inputs.families.iter().filter(|_| probed) {
         b.rule(NAT_OUTPUT, "kubelet-probe-out", "skips connections to the kubelet's probe address")

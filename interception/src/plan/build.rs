@@ -1,6 +1,7 @@
-//! Shared by all profiles: the settings in the form that rules need, and the builder of a plan.
+//! The parts that all profiles share: the settings in the form that rules need, and the builder of
+//! a plan.
 //!
-//! The builder keeps rule ids unique and builds the IPv4 and IPv6 variants of a rule consistently.
+//! The builder keeps rule ids unique, and builds the IPv4 and IPv6 variants of a rule consistently.
 //! It contains no rule of a profile.
 
 use std::collections::{BTreeMap, HashMap};
@@ -16,23 +17,23 @@ use super::{
 
 pub(super) const TCP: Match = Match::Protocol(Protocol::Tcp);
 
-/// From this number on, networks of one prefix length get a rule with a hash set of their own.
+/// From this number on, networks with the same prefix length get their own rule with a hash set.
 ///
 /// The rule looks up the masked address. The kernel fills a hash in a quarter of the time that it
-/// needs for the interval tree of as many ranges. A connection is checked against at most 33 (IPv4)
-/// or 129 (IPv6) such rules, one for each prefix length.
+/// needs for the interval tree of as many ranges. There are at most 33 (IPv4) or 129 (IPv6) such
+/// rules, one for each prefix length.
 pub(crate) const HASHED_NETWORKS_MIN: usize = 256;
 
-/// The loopback interface's name.
+/// The name of the loopback interface.
 pub(super) const LOOPBACK: &str = "lo";
 
-/// The settings, as the profiles read them.
+/// The settings, in the form that the profiles need.
 #[derive(Debug, Clone)]
 pub(super) struct Inputs<'a> {
     pub(super) settings: &'a InterceptionSettings,
     pub(super) ports: Ports,
-    /// The address families whose connections are captured. A rule about addresses has a variant
-    /// for each.
+    /// The address families whose connections are captured. A rule with addresses has a variant for
+    /// each.
     pub(super) families: Vec<Family>,
     /// True if the kernel supports IPv6, enabled or not.
     pub(super) ipv6: bool,
@@ -75,7 +76,7 @@ impl<'a> Inputs<'a> {
         self.ipv6 && self.settings.ipv6 == Ipv6::Reject
     }
 
-    /// The families of a rule without addresses: those that are captured.
+    /// The families of rules for captured connections.
     pub(super) fn captured(&self) -> Families {
         match self.families.as_slice() {
             [family] if family.v6 => Families::V6,
@@ -90,11 +91,11 @@ impl<'a> Inputs<'a> {
         if v6 { Families::Both } else { Families::V4 }
     }
 
-    /// Groups values by rule: one rule for each value with `exact`, as Istio and OSM do, otherwise
-    /// one rule for all of them. No values give no rule.
+    /// Groups values into rules: with `exact` one rule for each value, as in Istio and OSM,
+    /// otherwise one rule for all. Without values, no rule.
     ///
-    /// Duplicates are removed. With iptables, each would become a rule, and a packet that returns
-    /// from the chain of the first would match the second.
+    /// Removes duplicates. With iptables, each duplicate would become a rule, and a packet that
+    /// returns from the chain of the first rule would match the second.
     pub(super) fn split<T: Clone + PartialEq>(&self, values: &[T]) -> Vec<Vec<T>> {
         if self.settings.exact {
             return values.iter().map(|value| vec![value.clone()]).collect();
@@ -108,8 +109,8 @@ impl<'a> Inputs<'a> {
         if once.is_empty() { Vec::new() } else { vec![once] }
     }
 
-    /// Groups the networks of `family` by rule. A network within another one is dropped, and
-    /// [`HASHED_NETWORKS_MIN`] networks of one prefix length get a rule of their own.
+    /// Groups the networks of `family` into rules. Drops a network that another one contains.
+    /// [`HASHED_NETWORKS_MIN`] networks with the same prefix length get their own rule.
     pub(super) fn networks(&self, family: Family, cidrs: &[IpNet]) -> Vec<Vec<IpNet>> {
         let cidrs = family.of(cidrs);
         if self.settings.exact {
@@ -126,7 +127,8 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// Removes each network that another one contains. A network sorts before those that it contains.
+/// Removes networks that another one contains. A network sorts before the networks that it
+/// contains.
 fn outermost(mut cidrs: Vec<IpNet>) -> Vec<IpNet> {
     cidrs.sort_unstable();
     let mut kept: Vec<IpNet> = Vec::with_capacity(cidrs.len());
@@ -138,7 +140,7 @@ fn outermost(mut cidrs: Vec<IpNet>) -> Vec<IpNet> {
     kept
 }
 
-/// Groups networks by prefix length. All lengths with few networks share the first group.
+/// Groups networks by prefix length. All prefix lengths with few networks share the first group.
 fn by_prefix_length(cidrs: Vec<IpNet>) -> Vec<Vec<IpNet>> {
     let mut lengths: BTreeMap<u8, Vec<IpNet>> = BTreeMap::new();
     for cidr in cidrs {
@@ -159,7 +161,7 @@ const V6: Family = Family {
 };
 
 impl Family {
-    /// The networks in `cidrs` that belong to this family.
+    /// The networks in `cidrs` of this family.
     pub(super) fn of(self, cidrs: &[IpNet]) -> Vec<IpNet> {
         cidrs.iter().filter(|cidr| cidr.addr().is_ipv6() == self.v6).copied().collect()
     }
@@ -176,13 +178,13 @@ pub(super) struct Builder {
     rules: Vec<Rule>,
     routes: Vec<PolicyRoute>,
     addresses: Vec<LoopbackAddress>,
-    /// The number of rules by name and families.
+    /// The number of rules with each name and families.
     numbers: HashMap<String, usize>,
 }
 
 impl Builder {
-    /// Starts a rule and adds its chain if it is new. The defaults are both families and
-    /// [`Origin::Mesh`].
+    /// Starts a rule, and adds its chain if it is new. By default the rule applies to both families
+    /// and has [`Origin::Mesh`].
     pub(super) fn rule(
         &mut self,
         chain: ChainId,
@@ -226,12 +228,12 @@ impl Builder {
         self.rules
     }
 
-    /// Returns the plan. With `exact`, rules of [`Origin::Underpass`] are removed.
+    /// Returns the plan. With `exact`, removes the rules of [`Origin::Underpass`].
     pub(super) fn finish(mut self, inputs: &Inputs<'_>) -> RulePlan {
         if inputs.settings.exact {
             self.rules.retain(|rule| rule.origin == Origin::Mesh);
         }
-        // Base chains first, sorted by table: the order in which the kernel enters them.
+        // Base chains first, sorted by table: in this order packets enter them.
         self.chains.sort_by_key(|chain| (chain.hook.is_none(), chain.id.table, chain.hook));
         RulePlan {
             chains: self.chains,
@@ -256,7 +258,7 @@ impl Builder {
     }
 }
 
-/// Builds one rule.
+/// A rule under construction. [`RuleBuilder::when`] adds it to the plan.
 #[derive(Debug)]
 pub(super) struct RuleBuilder<'b> {
     builder: &'b mut Builder,
@@ -287,7 +289,7 @@ impl RuleBuilder<'_> {
         self
     }
 
-    /// Allows several rules of this name, for the values that `exact` splits.
+    /// Allows several rules with this name, for the values that `exact` splits.
     pub(super) fn numbered(mut self) -> Self {
         self.numbered = true;
         self
@@ -319,7 +321,7 @@ fn full_id(name: &str, families: Families) -> String {
     if families == Families::V6 { format!("{name}-v6") } else { name.to_owned() }
 }
 
-/// The hook of a chain: built-in chains of iptables are base chains, all others are not.
+/// The hook of a chain. The built-in chains of iptables are base chains; others have no hook.
 fn hook(id: ChainId) -> Option<Hook> {
     match id.name {
         "PREROUTING" => Some(Hook::Prerouting),

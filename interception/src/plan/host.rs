@@ -1,10 +1,10 @@
-//! The rules in the host's network namespace that give the node's own connections to its pods the
-//! source address of kubelet probes.
+//! The rules in the host's network namespace. They translate the source of the node's connections
+//! to its pods to the source address of kubelet probes, which the rules in a pod exempt from
+//! capture (`interception.kubelet_probes`).
 //!
-//! The rules in a pod exempt that address from capture (`interception.kubelet_probes`). Connections
-//! that the node forwards, such as those of other hosts through kube-proxy, may have the node's own
-//! address too: only connections of a local socket are translated, and forwarded packets that
-//! already have the probe address are dropped.
+//! Forwarded connections, such as those of other hosts through kube-proxy, may also have the node's
+//! address as their source. Therefore only connections of a local socket are translated. Forwarded
+//! packets that already have the probe address are dropped.
 
 use std::collections::BTreeSet;
 use std::fmt::{self, Display, Formatter};
@@ -18,11 +18,11 @@ use super::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Match, Protocol};
 /// The name of the nftables table in the host's namespace. Its family is `inet`.
 pub const HOST_TABLE: &str = "underpass_host";
 
-/// The user that no socket has ((uid_t)-1). A comparison with it fails for a packet without a local
+/// The user that no socket has ((uid_t)-1). Comparing with it fails for a packet without a local
 /// socket, because the kernel then stops evaluating the rule (`nft_meta_get_eval_skugid`).
 const NO_USER: u32 = u32::MAX;
 
-/// The rules in the host's namespace for these addresses of pods.
+/// The rules in the host's namespace for pods with certain addresses.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct HostPlan {
     pods: BTreeSet<IpAddr>,
@@ -33,7 +33,8 @@ pub struct HostPlan {
 pub(crate) enum HostChain {
     /// Before connection tracking, for packets that arrive.
     Prerouting,
-    /// Before the source NAT of other programs: the first translation of a connection stays.
+    /// Before the source NAT of other programs: the first translation of a connection stays in
+    /// effect.
     Postrouting,
 }
 
@@ -99,14 +100,14 @@ impl HostChain {
     pub(crate) fn priority(self) -> i32 {
         match self {
             Self::Prerouting => -300,
-            // Source NAT is at 100.
+            // The usual priority of source NAT is 100.
             Self::Postrouting => 99,
         }
     }
 }
 
 impl HostPlan {
-    /// The rules for pods with these addresses.
+    /// Creates the rules for pods with these addresses.
     pub fn new(pods: impl IntoIterator<Item = IpAddr>) -> Self {
         Self { pods: pods.into_iter().map(|address| address.to_canonical()).collect() }
     }
@@ -117,7 +118,7 @@ impl HostPlan {
         &self.pods
     }
 
-    /// A set for each family of which there are pods.
+    /// A set for each family in which a pod has an address.
     pub(crate) fn sets(&self) -> Vec<NamedSet> {
         FAMILIES.iter().filter_map(|family| self.set(*family)).collect()
     }

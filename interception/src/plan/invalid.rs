@@ -1,10 +1,9 @@
 //! The rules of `drop_invalid`: drop packets that conntrack classifies as invalid.
 //!
-//! Otherwise a packet outside of its connection's TCP window would bypass every redirect. The local
-//! kernel would reply it with a RST and end the connection.
+//! Otherwise a packet outside of its connection's TCP window would bypass every redirect, and the
+//! local kernel would reply with a RST that ends the connection.
 //!
-//! Istio has these rules in its sidecar, in a chain named ISTIO_DROP. They are the same in every
-//! profile.
+//! Istio's sidecar has these rules in a chain named ISTIO_DROP. They are the same in every profile.
 
 use underpass_config::Profile;
 

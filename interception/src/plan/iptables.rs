@@ -1,8 +1,8 @@
-//! Prints a plan as input of `iptables-restore`, in the format that `iptables-save` prints.
+//! Prints a plan as input of `iptables-restore`, in the format of `iptables-save`.
 //!
-//! The equal format allows comparing the plan with the kernel's rules line by line. Rules carry no
-//! comments: gVisor has no comment match, and Istio and OSM use none. `crate::backend::iptables`
-//! runs the programs.
+//! The plan can thus be compared with the kernel's rules line by line. Rules carry no comments:
+//! gVisor has no comment match, and Istio and OSM use none. `crate::backend::iptables` runs the
+//! programs.
 
 mod conditions;
 
@@ -13,10 +13,10 @@ use ipnet::IpNet;
 use super::{Action, ChainId, Direction, Mark, Protocol, Rule, RulePlan, Table};
 use conditions::Conditions;
 
-/// The tables in the order in which a packet traverses them.
+/// The tables in the order in which a packet passes them.
 pub(crate) const TABLES: [Table; 4] = [Table::Raw, Table::Mangle, Table::Nat, Table::Filter];
 
-/// An address family. Each has its own ruleset, managed by `iptables` or `ip6tables`.
+/// An address family. Each has its own ruleset: `iptables` or `ip6tables`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4.
@@ -28,18 +28,19 @@ pub enum Family {
 /// One line of a family's ruleset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Line<'p> {
-    /// The chain that contains it.
+    /// The chain that contains the line.
     pub(crate) chain: ChainId,
-    /// The rule that it belongs to. Where iptables has no lists, a rule has one line per value.
+    /// The rule that the line belongs to. Where iptables has no lists, a rule has one line per
+    /// value.
     pub(crate) rule: &'p Rule,
-    /// The text after the name of the chain: `-p tcp -m tcp --dport 80 -j RETURN`.
+    /// The text after the chain's name: `-p tcp -m tcp --dport 80 -j RETURN`.
     pub(crate) text: String,
 }
 
 impl RulePlan {
-    /// The input for `iptables-restore --noflush`, or for IPv6 `ip6tables-restore --noflush`. It
-    /// flushes the chains that it names and appends to the built-in ones. Empty if the plan has no
-    /// rules of this family.
+    /// Prints the input for `iptables-restore --noflush` or `ip6tables-restore --noflush`. It
+    /// flushes the chains that it names, and appends to the built-in chains. Empty if the plan has
+    /// no rules for this family.
     #[must_use]
     pub fn iptables(&self, family: Family) -> String {
         let lines = self.lines(family);
@@ -85,7 +86,7 @@ impl RulePlan {
         chains.filter(|id| id.table == table && needed(*id)).collect()
     }
 
-    /// Returns true for a chain that iptables has by itself.
+    /// Returns true for the built-in chains of iptables.
     pub(crate) fn is_built_in(&self, id: ChainId) -> bool {
         self.chains.iter().any(|chain| chain.id == id && chain.hook.is_some())
     }
@@ -112,7 +113,7 @@ impl Family {
     }
 }
 
-/// Prints a rule for iptables: one text for each combination of its lists' values.
+/// Prints a rule for iptables: a text for each combination of its lists' values.
 fn texts(rule: &Rule, family: Family) -> Vec<String> {
     let mut conditions = Conditions::default();
     for condition in &rule.matches {
@@ -169,7 +170,7 @@ fn whole_mark(option: &str) -> String {
     format!("-j CONNMARK {option} --nfmask 0xffffffff --ctmask 0xffffffff")
 }
 
-/// Formats a mark of a match: iptables-save omits a full mask there, but prints it in targets.
+/// Formats the mark of a match. iptables-save omits a full mask in matches, but not in targets.
 fn compared(mark: Mark) -> String {
     if mark.mask == u32::MAX { format!("{:#x}", mark.value) } else { written(mark) }
 }

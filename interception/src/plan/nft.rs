@@ -1,8 +1,7 @@
-//! Prints a plan in nft syntax: for people, for golden files, and for `nft -f`.
+//! Prints a plan in nft syntax: for users, for golden files, and for `nft -f`.
 //!
-//! The product does not install this text. It installs rules by netlink
-//! (`crate::backend::nftables`), without an nft binary. Both produce the same expressions; a kernel
-//! test compares them.
+//! underpass installs rules over netlink (`crate::backend::nftables`), without the program nft.
+//! Both produce the same expressions; a kernel test compares them.
 
 mod set;
 
@@ -55,7 +54,7 @@ impl Display for Rule {
     }
 }
 
-/// The matches and the action of a rule, without its chain and its comment.
+/// The matches and the action of a rule, without chain and comment.
 #[derive(Debug)]
 pub(crate) struct Statement<'r>(pub(crate) &'r Rule);
 
@@ -75,7 +74,7 @@ impl Display for Statement<'_> {
 }
 
 impl Chain {
-    /// The type of the chain. The mangle OUTPUT chain is of type `route`, because only that type
+    /// The type of the chain. The mangle OUTPUT chain has the type `route`, because only that type
     /// reroutes a packet after its mark changed.
     pub(crate) fn kind(&self) -> ChainKind {
         match (self.id.table, self.hook) {
@@ -87,8 +86,8 @@ impl Chain {
 }
 
 impl Rule {
-    /// The family to match explicitly: needed if no address match implies it, as the table is
-    /// `inet`.
+    /// The family that the rule must match explicitly, because the table is `inet`. `None` if the
+    /// rule applies to both families, or if an address match implies the family.
     pub(crate) fn explicit_family(&self) -> Option<IpVersion> {
         let about_addresses = |condition: &Match| {
             matches!(condition, Match::Source(_) | Match::Destination(_) | Match::NotDestination(_))
@@ -96,7 +95,7 @@ impl Rule {
         self.family().filter(|_| !self.matches.iter().any(about_addresses))
     }
 
-    /// The family of a rule that applies to one family only.
+    /// The family of a rule for one family. `None` for both.
     pub(crate) fn family(&self) -> Option<IpVersion> {
         match self.families {
             Families::Both => None,
@@ -105,7 +104,7 @@ impl Rule {
         }
     }
 
-    /// Returns true if the rule matches TCP only, which can be rejected with a RST.
+    /// Returns true if the rule matches only TCP, which can be rejected with a RST.
     pub(crate) fn is_tcp(&self) -> bool {
         self.matches.iter().any(|condition| {
             matches!(
@@ -191,7 +190,7 @@ fn write_action(f: &mut Formatter<'_>, rule: &Rule) -> fmt::Result {
         Action::Jump(chain) => write!(f, "jump {}", chain.nftables_name()),
         Action::Redirect(port) => write!(f, "redirect to :{port}"),
         Action::Tproxy(port, mark) => {
-            // nft requires the family in the statement of a rule for one family.
+            // In the statement of a rule for one family, nft requires the family.
             let family = match rule.family() {
                 None => "",
                 Some(IpVersion::V4) => " ip",
@@ -219,7 +218,7 @@ fn write_new_mark(f: &mut Formatter<'_>, what: &str, mark: Mark) -> fmt::Result 
 }
 
 impl Mark {
-    /// Returns true if the mask covers all bits and can be omitted.
+    /// Returns true if the mask contains all bits, and can be omitted.
     pub(crate) fn is_full(self) -> bool {
         self.mask == u32::MAX
     }

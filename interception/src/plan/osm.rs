@@ -1,7 +1,8 @@
-//! The Open Service Mesh profile: the user of the proxy distinguishes its connections.
+//! The Open Service Mesh profile: the proxy's user distinguishes its connections from the
+//! workload's.
 //!
-//! Chains and their order are those of OSM 0.8. Exclusions and inclusions of later versions are
-//! placed where those versions have them.
+//! Chains and their order are those of OSM 0.8. Exclusions and inclusions are where later versions
+//! have them.
 
 use super::build::{Builder, Family, Inputs, TCP, chain};
 use super::{Action, ChainId, Match, Protocol, RulePlan, Table, invalid, own_ports, reject};
@@ -13,11 +14,11 @@ const OUTBOUND: ChainId = chain(Table::Nat, "PROXY_OUTPUT");
 const REDIRECT_INBOUND: ChainId = chain(Table::Nat, "PROXY_IN_REDIRECT");
 const REDIRECT_OUTBOUND: ChainId = chain(Table::Nat, "PROXY_REDIRECT");
 
-/// Envoy's admin port. OSM has a rule for it that no packet reaches.
+/// The port of Envoy's admin interface. OSM has a rule for it that no packet reaches.
 const ADMIN: u16 = 15000;
-/// Metrics, and the rewritten liveness, readiness and startup probes: never captured.
+/// The ports of metrics and of the rewritten kubelet probes, which are never captured.
 const EXEMPT_PORTS: [u16; 4] = [15010, 15901, 15902, 15903];
-/// The port for rewritten TCP probes in later versions of OSM.
+/// The port to which later versions of OSM rewrite TCP probes.
 const TCP_PROBE: u16 = 15904;
 
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
@@ -110,7 +111,8 @@ fn outbound(b: &mut Builder, inputs: &Inputs<'_>) {
     capture_outbound(b, inputs);
 }
 
-/// OSM inserts each rule at the head of the chain, so the last network comes first.
+/// Adds a rule for each network. OSM inserts each at the head of the chain, so the last network
+/// comes first.
 fn exclude_cidrs(b: &mut Builder, inputs: &Inputs<'_>, family: Family) {
     let mut cidrs = inputs.settings.outbound.exclude_cidrs.clone();
     cidrs.reverse();
@@ -182,7 +184,7 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
     capture_inbound(b, inputs);
 }
 
-/// The ports that have exemption rules of their own.
+/// The ports that other rules exempt.
 fn exempt_ports() -> Vec<u16> {
     EXEMPT_PORTS.into_iter().chain([TCP_PROBE]).collect()
 }

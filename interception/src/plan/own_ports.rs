@@ -1,8 +1,8 @@
 //! Exempts the ports on which the proxy serves metrics and readiness from inbound capture.
 //!
 //! These connections are for the proxy, so the workload's mTLS setting and policies do not apply.
-//! Only addresses on which the proxy listens are exempt. A loopback port is unreachable from
-//! outside, so the same port of another address may belong to the workload.
+//! Only the addresses on which the proxy listens are exempt: the workload may use the same port of
+//! another address.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -14,8 +14,8 @@ use super::{Action, ChainId, Families, Match, Protocol};
 
 const REASON: &str = "the proxy serves its own metrics and readiness there";
 
-/// Adds rules with the id `id` to `chain`, a chain for inbound connections. `exempt_already` lists
-/// the ports that other rules of the chain exempt.
+/// Adds rules with the id `id` to `chain`, which sees inbound connections. Other rules of the chain
+/// already exempt the ports in `exempt_already`.
 pub(super) fn add(
     b: &mut Builder,
     inputs: &Inputs<'_>,
@@ -55,8 +55,8 @@ pub(super) fn add(
     }
 }
 
-/// The ports of `services` without port 0: the kernel chooses that port at bind, so no rule can
-/// name it.
+/// The ports of `services`. Port 0 is omitted: the kernel chooses it at bind, so no rule can name
+/// it.
 fn ports(services: impl Iterator<Item = SocketAddr>) -> Vec<PortRange> {
     let mut ports: Vec<PortRange> =
         services.map(|service| service.port()).filter(|port| *port != 0).map(Into::into).collect();

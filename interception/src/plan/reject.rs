@@ -1,13 +1,13 @@
 //! The rules of `ipv6: reject`: reject the IPv6 connections that `ipv6: capture` would redirect.
 //!
-//! A nat chain of iptables cannot reject. So the IPv6 rules of the profile are copied into filter
-//! chains, with a rejection in place of each redirect. Connections that a profile exempts stay
-//! allowed: loopback, HBONE, the proxy's own and excluded ones.
+//! A nat chain of iptables cannot reject. Therefore the profile's IPv6 rules are copied into filter
+//! chains, and each redirect is replaced by a rejection. Connections that the profile exempts stay
+//! allowed: loopback, HBONE, the proxy's own, and excluded ones.
 
 use super::build::{Builder, Inputs, LOOPBACK, TCP, chain};
 use super::{Action, ChainId, Families, Match, Origin, Rule, Table};
 
-/// The chain for packets that would have been redirected.
+/// The chain that rejects packets, instead of the chain that redirects them.
 const REJECT_CHAIN: ChainId = chain(Table::Filter, "UNDERPASS_REJECT");
 
 /// Adds the rules if `ipv6: reject` is set. `nat` builds the rules that would capture IPv6.
@@ -36,12 +36,12 @@ fn refuse(rule: Rule) -> Rule {
     let action = match rule.action {
         Action::Redirect(_) => Action::Jump(REJECT_CHAIN),
         Action::Jump(target) => Action::Jump(filter(target)),
-        // Accept in a filter chain would also skip the rules of other programs.
+        // In a filter chain, Accept would also skip the rules of other programs.
         Action::Accept => Action::Return,
         action => action,
     };
     let id = format!("reject-{}", rule.id);
-    // Neither Istio nor OSM rejects IPv6. The mesh origin keeps these rules also with `exact`.
+    // Neither Istio nor OSM rejects IPv6. Origin `Mesh` keeps these rules even with `exact`.
     Rule { id, action, chain: filter(rule.chain), origin: Origin::Mesh, ..rule }
 }
 

@@ -1,8 +1,9 @@
-//! The Istio sidecar profile: the proxy's user and group distinguish its connections.
+//! The Istio sidecar profile: the proxy's user and group distinguish its connections from the
+//! workload's.
 //!
 //! Chains, rules and their order are Istio's. The numbers in the ids of the `ISTIO_OUTPUT` rules
-//! are those of Jimmy Song's article on Istio's iptables rules. TPROXY is in `sidecar/tproxy.rs`,
-//! DNS in `sidecar/dns.rs`.
+//! are those of Jimmy Song's article on Istio's iptables rules. `tproxy` and `dns` contain the
+//! rules for TPROXY and DNS.
 
 mod dns;
 pub(super) mod tproxy;
@@ -24,12 +25,13 @@ const ISTIO_OUTPUT: ChainId = chain(Table::Nat, "ISTIO_OUTPUT");
 const ISTIO_REDIRECT: ChainId = chain(Table::Nat, "ISTIO_REDIRECT");
 const ISTIO_IN_REDIRECT: ChainId = chain(Table::Nat, "ISTIO_IN_REDIRECT");
 
-/// The IPv6 source address of connections to the workload. It must be added to the loopback
-/// interface, which has only ::1; the IPv4 one is within 127.0.0.0/8.
+/// The IPv6 source address of the proxy's connections to the workload. The loopback interface has
+/// only ::1, so it must be added. The IPv4 source address is within 127.0.0.0/8.
 pub(super) const LAST_HOP_V6: LoopbackAddress =
     LoopbackAddress(Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6));
 
-/// Envoy's metrics, readiness, and the agent's merged metrics: never captured.
+/// The ports of Envoy's metrics, readiness, and the agent's merged metrics, which are never
+/// captured.
 const EXEMPT_PORTS: [u16; 3] = [15090, 15021, 15020];
 
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
@@ -61,8 +63,8 @@ fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
     outbound(b, inputs);
 }
 
-/// Adds the rules for traffic from virtual machines or nested containers: it is outbound although
-/// it arrives. Istio inserts each rule at the head of the chain, so the last one comes first.
+/// Adds the rules for traffic from virtual machines or nested containers, which is outbound
+/// although it arrives. Istio inserts each at the head of the chain, so the last one comes first.
 fn virtual_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
     let (settings, captured) = (inputs.settings, inputs.captured());
     let interfaces: Vec<_> = settings.virtual_interfaces.iter().rev().cloned().collect();
@@ -136,7 +138,7 @@ fn redirects(b: &mut Builder, inputs: &Inputs<'_>) {
     }
 }
 
-/// Skips established connections at the start of a redirecting chain, for every jump to it.
+/// Adds a rule that skips established connections, at the start of a chain that redirects.
 fn established(b: &mut Builder, chain: ChainId, id: &str, families: Families) {
     b.rule(
         chain,
@@ -181,7 +183,7 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
     }
 }
 
-/// The ports that [`excluded_ports`] exempts, if it is used.
+/// The ports that [`excluded_ports`] exempts. Empty if inclusions replace exclusions.
 fn exempt_ports(inputs: &Inputs<'_>) -> &'static [u16] {
     if inputs.settings.inbound.include_ports.is_none() { &EXEMPT_PORTS } else { &[] }
 }
@@ -282,11 +284,11 @@ impl Owner {
     }
 }
 
-/// Adds rules 2 to 4 for a user, or 5 to 7 for a group.
+/// Adds rules 2 to 4 for a user, or rules 5 to 7 for a group.
 fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
     let (captured, [own_pod_mark, itself, proxy]) = (inputs.captured(), owner.ids());
     let dns = inputs.settings.dns == Dns::Capture;
-    // Istio exempts DNS for the user only.
+    // Istio exempts DNS only for the user.
     let exempt_ports = match owner {
         Owner::User(_) if dns => vec![53.into(), inputs.ports.hbone.into()],
         _ => vec![inputs.ports.hbone.into()],
@@ -326,14 +328,14 @@ fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
         .when([owner.is()], Action::Return);
 }
 
-/// Returns true if outbound capture includes loopback addresses, and so a workload's calls to
-/// itself.
+/// Returns true if outbound capture includes loopback addresses, and therefore a workload's calls
+/// to itself.
 fn includes_loopback(inputs: &Inputs<'_>) -> bool {
     let include = &inputs.settings.outbound.include_cidrs;
     include.iter().flatten().any(|cidr| cidr.addr().is_loopback())
 }
 
-/// Restricts capture by the user and group of the sending process.
+/// Adds the rules that restrict capture to certain users and groups of the sending process.
 fn owners(b: &mut Builder, inputs: &Inputs<'_>) {
     let (outbound, captured) = (&inputs.settings.outbound, inputs.captured());
     for uids in inputs.split(&outbound.exclude_uids) {

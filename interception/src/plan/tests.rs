@@ -1,7 +1,7 @@
 //! Compares the plans of many settings with golden files, and checks invariants of every plan.
 //!
-//! A golden file contains the plan in its three formats. `BLESS=1 cargo test -p
-//! underpass-interception` rewrites them; review the difference in git.
+//! A golden file contains a plan in three formats. `BLESS=1 cargo test -p underpass-interception`
+//! rewrites the files; review the difference in git.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -363,7 +363,7 @@ fn duplicate_values_count_once() {
     assert_eq!(matches("exclude-uids").unwrap(), &[Match::Uid(vec![100, 101])]);
 }
 
-/// The rules that exempt the proxy's services at these addresses, as nft text without counter and
+/// The rules that exempt metrics and readiness at these addresses, as nft text without counter and
 /// comment.
 fn own_ports(profile: &str, metrics: &str, readiness: &str) -> Vec<String> {
     let flags = [

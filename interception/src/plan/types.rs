@@ -5,23 +5,23 @@ use std::net::Ipv6Addr;
 use ipnet::IpNet;
 use underpass_config::PortRange;
 
-/// A table of iptables. nftables has a single table; there, this is the prefix of a chain's name.
+/// A table of iptables. nftables has a single table, in which this is the prefix of chain names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Table {
-    /// Before connection tracking: conntrack zones.
+    /// Runs before connection tracking: assigns conntrack zones.
     Raw,
-    /// Marks, and TPROXY.
+    /// Changes marks, and delivers by TPROXY.
     Mangle,
-    /// Redirects. It sees only the first packet of a connection.
+    /// Redirects. Sees only the first packet of a connection.
     Nat,
-    /// Rejections and drops.
+    /// Rejects and drops.
     Filter,
 }
 
 /// The hook of a base chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Hook {
-    /// Packets that arrive, including those by loopback.
+    /// Packets that arrive at an interface, including loopback.
     Prerouting,
     /// Packets that arrive and are addressed to this namespace.
     Input,
@@ -41,47 +41,48 @@ pub struct ChainId {
 /// A chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chain {
-    /// Its table and name.
+    /// The table and name of the chain.
     pub id: ChainId,
-    /// The hook of a base chain; `None` for a chain that is only a jump target.
+    /// The hook of a base chain. `None` for a chain that is only a jump target.
     pub hook: Option<Hook>,
 }
 
-/// One rule. It has a counter; in nftables, its comment is its id.
+/// A rule. It has a counter. In nftables, its comment is its id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// The unique id. The IPv6 variant of a rule ends in `-v6`.
+    /// The unique id. The id of an IPv6 variant ends in `-v6`.
     pub id: String,
-    /// Why the rule exists, in one clause.
+    /// The reason why the rule exists, in one clause.
     pub reason: &'static str,
     /// The project that the rule comes from.
     pub origin: Origin,
-    /// The chain that contains it.
+    /// The chain that contains the rule.
     pub chain: ChainId,
-    /// The address families that it applies to. A rule for one family needs an address match, or an
-    /// explicit match of the family.
+    /// The address families that the rule applies to. A rule for one family must match addresses or
+    /// the family.
     pub families: Families,
-    /// The conditions, all of which must match, in this order.
+    /// The conditions, in order. All of them must match.
     pub matches: Vec<Match>,
     /// The action for a packet that matches.
     pub action: Action,
-    /// True if only nftables needs it: TPROXY in nftables passes a packet when no socket listens.
+    /// True if only nftables needs the rule: TPROXY in nftables passes a packet if no socket
+    /// listens.
     pub nftables_only: bool,
 }
 
 /// The project that a rule comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// Istio or OSM has the rule.
+    /// Istio or OSM.
     Mesh,
-    /// underpass adds it for robustness; `exact` leaves it out.
+    /// underpass: the rule adds robustness. `exact` omits it.
     Underpass,
 }
 
 /// The address families that a rule applies to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Families {
-    /// Both.
+    /// Both families.
     Both,
     /// IPv4.
     V4,
@@ -110,21 +111,22 @@ pub enum Direction {
 /// A mark with a mask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark {
-    /// The bits.
+    /// The bits of the mark.
     pub value: u32,
     /// The bits that are compared or written.
     pub mask: u32,
 }
 
-/// A condition on a packet. A list is never empty; one matching value suffices. In a negated
+/// A condition on a packet. If it has several values, one matching value is enough. In a negated
 /// condition, no value may match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Match {
-    /// The transport protocol is this one.
+    /// The packet has this transport protocol.
     Protocol(Protocol),
-    /// TCP, written as `-p tcp -m tcp` without options in iptables, as in some of Istio's rules.
+    /// The packet is TCP. iptables prints `-p tcp -m tcp` without options, as some of Istio's rules
+    /// do.
     TcpModule,
-    /// TCP, but not a SYN that opens a connection.
+    /// The packet is TCP, but not a SYN that opens a connection.
     NotOpening,
     /// Conntrack classifies the packet as invalid.
     Invalid,
@@ -132,17 +134,17 @@ pub enum Match {
     Established,
     /// The packet has this direction within its connection.
     Direction(Direction),
-    /// The source is in one of these networks, all of the rule's family.
+    /// The source is in one of these networks of the rule's family.
     Source(Vec<IpNet>),
-    /// The destination is in one of these networks, all of the rule's family.
+    /// The destination is in one of these networks of the rule's family.
     Destination(Vec<IpNet>),
-    /// The destination is of the rule's family and outside of this network.
+    /// The destination is outside of this network, and of the rule's family.
     NotDestination(IpNet),
-    /// The protocol and source port are these.
+    /// The packet has this protocol and source port.
     SourcePort(Protocol, u16),
-    /// The protocol is this one and the destination port is in one of these ranges.
+    /// The packet has this protocol, and its destination port is in one of these ranges.
     DestinationPort(Protocol, Vec<PortRange>),
-    /// The protocol is this one and the destination port is outside of these ranges.
+    /// The packet has this protocol, and its destination port is outside of these ranges.
     NotDestinationPort(Protocol, Vec<PortRange>),
     /// The packet arrived at one of these interfaces.
     In(Vec<String>),
@@ -152,11 +154,11 @@ pub enum Match {
     NotOut(String),
     /// The sending socket belongs to one of these users.
     Uid(Vec<u32>),
-    /// The sending socket belongs to a different user, or the kernel sent the packet.
+    /// The sending socket belongs to another user, or the kernel sent the packet.
     NotUid(Vec<u32>),
     /// The sending socket belongs to one of these groups.
     Gid(Vec<u32>),
-    /// The sending socket belongs to a different group, or the kernel sent the packet.
+    /// The sending socket belongs to another group, or the kernel sent the packet.
     NotGid(Vec<u32>),
     /// The packet mark equals this one.
     PacketMark(Mark),
@@ -169,19 +171,20 @@ pub enum Match {
 /// The action of a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Accept: no later rule of this table is evaluated.
+    /// Accept the packet: no later rule of this table is evaluated.
     Accept,
-    /// Continue after the jump; in a base chain, the same as [`Action::Accept`].
+    /// Return to the calling chain. In a base chain, the same as [`Action::Accept`].
     Return,
     /// Drop the packet.
     Drop,
     /// Reject the packet: TCP with a RST, other protocols with "port unreachable".
     Reject,
-    /// Evaluate that chain, then continue with the next rule.
+    /// Evaluate this chain, then continue with the next rule.
     Jump(ChainId),
-    /// Redirect to this local port.
+    /// Redirect the connection to this local port.
     Redirect(u16),
-    /// Deliver unmodified to the transparent socket on this local port, and set this mark.
+    /// Deliver the packet unmodified to the transparent socket on this local port, and set this
+    /// mark.
     Tproxy(u16, Mark),
     /// Set the masked bits of the packet mark.
     MarkPacket(Mark),
@@ -191,7 +194,7 @@ pub enum Action {
     SaveMark,
     /// Copy the connection mark to the packet mark.
     RestoreMark,
-    /// Look up the connection in this conntrack zone, for one direction or for both (`None`).
+    /// Assign this conntrack zone, for one direction or for both (`None`).
     Zone(u16, Option<Direction>),
 }
 
@@ -211,7 +214,7 @@ pub struct PolicyRoute {
 pub struct LoopbackAddress(pub Ipv6Addr);
 
 impl Table {
-    /// The name in iptables.
+    /// The name of the table in iptables.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -222,7 +225,7 @@ impl Table {
         }
     }
 
-    /// The hook priority of its chains, as in iptables. Lower priorities run first.
+    /// The hook priority of the table's chains, as in iptables. Lower priorities run first.
     #[must_use]
     pub fn priority(self) -> i32 {
         match self {
@@ -235,7 +238,7 @@ impl Table {
 }
 
 impl ChainId {
-    /// The name in the nftables table, for example `nat_istio_output`.
+    /// The chain's name in nftables, for example `nat_istio_output`.
     #[must_use]
     pub fn nftables_name(self) -> String {
         format!("{}_{}", self.table.name(), self.name.to_lowercase())
@@ -243,7 +246,7 @@ impl ChainId {
 }
 
 impl Families {
-    /// Returns true if a packet of this family is included.
+    /// Returns true if the rule applies to packets of this family.
     #[must_use]
     pub fn contains(self, v6: bool) -> bool {
         match self {
@@ -261,13 +264,13 @@ impl Mark {
         Self { value, mask: u32::MAX }
     }
 
-    /// Returns true if the masked bits of `mark` equal this value.
+    /// Returns true if the masked bits of `mark` equal this mark.
     #[must_use]
     pub fn matches(self, mark: u32) -> bool {
         mark & self.mask == self.value
     }
 
-    /// Returns `mark` with the masked bits replaced.
+    /// Returns `mark` with the masked bits replaced by this mark.
     #[must_use]
     pub fn write(self, mark: u32) -> u32 {
         mark & !self.mask | self.value

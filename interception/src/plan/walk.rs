@@ -23,35 +23,35 @@ const LOOPBACK: &str = "lo";
 /// The maximum depth of jumps (NFT_JUMP_STACK_SIZE, include/net/netfilter/nf_tables.h).
 const MAX_JUMP_DEPTH: usize = 16;
 
-/// A packet before the first rule.
+/// A packet before the first rule sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet {
     /// The transport protocol.
     pub protocol: Protocol,
     /// The source address and port.
     pub source: SocketAddr,
-    /// The destination address and port, of the same family.
+    /// The destination address and port, of the same family as the source.
     pub destination: SocketAddr,
-    /// How the packet reaches the rules.
+    /// Where the packet comes from: a local process or an interface.
     pub entry: Entry,
     /// The conntrack state.
     pub state: ConntrackState,
-    /// The packet mark, which is that of the sending socket. Marks do not cross namespaces.
+    /// The packet mark: the mark of the sending socket. Marks do not cross namespaces.
     pub mark: u32,
     /// The connection mark.
     pub connection_mark: u32,
 }
 
-/// How a packet reaches the rules.
+/// Where a packet comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
-    /// A local process sends it.
+    /// A local process sends the packet.
     Out {
-        /// The interface that the routing table selects: `lo` if the destination is local.
+        /// The interface that the routing table selects. `lo` if the destination is local.
         interface: String,
-        /// The user of the socket.
+        /// The user of the sending socket.
         uid: u32,
-        /// The group of the socket.
+        /// The group of the sending socket.
         gid: u32,
     },
     /// The packet arrives at an interface.
@@ -64,20 +64,21 @@ pub enum Entry {
 /// The conntrack state of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConntrackState {
-    /// The packet opens a connection: a TCP SYN, or a first datagram.
+    /// The packet opens a connection: it is a TCP SYN or a first datagram.
     New,
-    /// A TCP packet of a connection older than the rules. Conntrack treats it as new.
+    /// The packet belongs to a TCP connection that is older than the rules. Conntrack treats it as
+    /// new.
     PickedUp,
-    /// The packet belongs to a tracked connection and has this direction.
+    /// The packet belongs to a tracked connection, and has this direction.
     Established(Direction),
     /// The packet belongs to no connection and cannot open one.
     Invalid,
 }
 
-/// The interfaces and addresses of a namespace. They decide where packets are routed.
+/// The interfaces and addresses of a namespace, which decide how packets are routed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Environment {
-    /// The interfaces that are up. Loopback may be missing.
+    /// The interfaces that are up.
     pub interfaces: Vec<Interface>,
 }
 
@@ -90,10 +91,10 @@ pub struct Interface {
     pub addresses: Vec<IpNet>,
 }
 
-/// The evaluation of the plan for one packet.
+/// The path of one packet through the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Walk<'p> {
-    /// The base chains that it traversed, in order.
+    /// The base chains that the packet passed, in order.
     pub traversed: Vec<TraversedChain<'p>>,
     /// The final verdict.
     pub end: Verdict,
@@ -107,32 +108,32 @@ pub struct Walk<'p> {
     pub connection_mark: u32,
 }
 
-/// A base chain that a packet traversed.
+/// A base chain that a packet passed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TraversedChain<'p> {
     /// The table and name of the chain.
     pub chain: ChainId,
-    /// The rules that matched in this chain and in the chains that it jumps to, in order.
+    /// The rules that matched in this chain and in the chains that it jumped to, in order.
     pub rules: Vec<&'p Rule>,
 }
 
 /// The final verdict on a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// Delivered to its original destination.
+    /// The packet is delivered to its original destination.
     Direct,
-    /// Redirected to this local port; the destination is rewritten.
+    /// The packet is redirected to this local port: its destination is rewritten.
     Redirected(u16),
-    /// Delivered unmodified to the transparent socket on this local port.
+    /// The packet is delivered unmodified to the transparent socket on this local port.
     Tproxied(u16),
-    /// Rejected with an reply to the sender.
+    /// The packet is rejected, with a reply to the sender.
     Rejected,
-    /// Dropped without an reply.
+    /// The packet is dropped, without a reply.
     Dropped,
 }
 
 impl RulePlan {
-    /// Evaluates the rules for `packet`. It assumes a listener on every port. [`RulePlan::reply`]
+    /// Evaluates the rules for `packet`, assuming a listener on every port. [`RulePlan::reply`]
     /// evaluates whether the reply arrives.
     #[must_use]
     pub fn walk(&self, packet: &Packet, environment: &Environment) -> Walk<'_> {
@@ -165,14 +166,14 @@ impl<'p> Walk<'p> {
 }
 
 impl Environment {
-    /// Delivered true if a packet to `address` is delivered in this namespace.
+    /// Returns true if a packet to `address` is delivered in this namespace.
     #[must_use]
     pub fn is_local(&self, address: IpAddr) -> bool {
         address.is_loopback() || self.addresses().any(|own| own.addr() == address)
     }
 
-    /// The interface through which packets to `address` leave: `lo` for local ones, else the one
-    /// with a matching network, else the first other one that has the family.
+    /// The interface through which packets to `address` leave: `lo` for local addresses, otherwise
+    /// the one with a matching network, otherwise the first other one with the family.
     #[must_use]
     pub fn interface_to(&self, address: IpAddr) -> &str {
         if self.is_local(address) {
@@ -205,14 +206,15 @@ impl Environment {
 }
 
 impl Interface {
-    /// A link-local address is used only where no other exists, as clients do not connect to it.
+    /// The interface's address. A link-local address only if there is no other, because clients do
+    /// not connect to it.
     fn address(&self, v6: bool) -> Option<IpAddr> {
         let family = || self.addresses.iter().map(IpNet::addr).filter(|own| own.is_ipv6() == v6);
         family().find(|address| !is_link_local(*address)).or_else(|| family().next())
     }
 }
 
-/// Delivered true for link-local addresses. No client connects to one from outside.
+/// Returns true for link-local addresses. No client outside of the pod connects to one.
 pub(crate) fn is_link_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.is_link_local(),
@@ -228,10 +230,10 @@ struct Walker<'p, 'w> {
     destination: SocketAddr,
     mark: u32,
     connection_mark: u32,
-    /// The user and group, until the packet leaves the socket that sent it.
+    /// The sending user and group. `None` once the packet has left its socket.
     sender: Option<(u32, u32)>,
     hook: Hook,
-    /// True if a local process sent the packet and it now arrives by loopback.
+    /// True if a local process sent the packet, and it now arrives over loopback.
     looped: bool,
     caught: Option<Verdict>,
     traversed: Vec<TraversedChain<'p>>,
@@ -239,9 +241,9 @@ struct Walker<'p, 'w> {
 
 /// The verdict of a chain.
 enum ChainVerdict {
-    /// No verdict: the end of the chain, or a return.
+    /// Neither accepted nor rejected: the chain ended or returned.
     Continue,
-    /// The packet leaves this table.
+    /// The packet skips the rest of this table.
     Accept,
     Verdict(Verdict),
 }
@@ -277,7 +279,7 @@ impl<'p> Walker<'p, '_> {
         Ok(())
     }
 
-    /// Delivered true if the packet is delivered locally: because of an ip rule or its destination.
+    /// Returns true if an ip rule or the destination causes local delivery.
     fn is_delivered_locally(&self) -> bool {
         let by_destination = match &self.packet.entry {
             Entry::Out { interface, .. } => self.caught.is_some() || interface == LOOPBACK,
@@ -286,7 +288,7 @@ impl<'p> Walker<'p, '_> {
         by_destination || self.plan.routes.iter().any(|route| route.mark.matches(self.mark))
     }
 
-    /// Evaluates the base chains of the hook in priority order.
+    /// Evaluates the base chains of the hook in the order of their priority.
     fn tables(&mut self) -> Result<(), Verdict> {
         let plan = self.plan;
         let at_hook = plan.chains.iter().filter(|chain| chain.hook == Some(self.hook));
@@ -304,9 +306,9 @@ impl<'p> Walker<'p, '_> {
         Ok(())
     }
 
-    /// Delivered true if nat applies. It applies once per connection: to the first packet that
-    /// conntrack sees, and not a second time when a sent packet arrives by loopback
-    /// (`nf_nat_inet_fn`, net/netfilter/nf_nat_core.c).
+    /// Returns true if nat applies. It applies once per connection: to the first packet that
+    /// conntrack sees, but not again when a sent packet arrives over loopback (`nf_nat_inet_fn`,
+    /// net/netfilter/nf_nat_core.c).
     fn applies_nat(&self) -> bool {
         matches!(self.packet.state, ConntrackState::New | ConntrackState::PickedUp) && !self.looped
     }
@@ -344,7 +346,7 @@ impl<'p> Walker<'p, '_> {
             Action::Reject => ChainVerdict::Verdict(Verdict::Rejected),
             Action::Redirect(port) => {
                 self.destination = SocketAddr::new(self.redirect_address(), port);
-                // A transparent socket that already received the packet keeps it.
+                // If TPROXY has assigned a socket already, the packet is delivered to that socket.
                 self.caught.get_or_insert(Verdict::Redirected(port));
                 ChainVerdict::Accept
             }
@@ -369,7 +371,7 @@ impl<'p> Walker<'p, '_> {
                 self.mark = self.connection_mark;
                 ChainVerdict::Continue
             }
-            // Zones affect the lookup of connections, not the path of this packet.
+            // Zones affect the lookup of the connection, not the path of this packet.
             Action::MarkConnection(_)
             | Action::SaveMark
             | Action::RestoreMark
@@ -379,8 +381,8 @@ impl<'p> Walker<'p, '_> {
         }
     }
 
-    /// The address that `redirect` rewrites to: loopback for sent packets, the address of the
-    /// interface for arriving ones (net/netfilter/nf_nat_redirect.c).
+    /// The address that `redirect` writes: loopback for packets that are sent, the interface's
+    /// address for packets that arrive (net/netfilter/nf_nat_redirect.c).
     fn redirect_address(&self) -> IpAddr {
         let v6 = self.destination.is_ipv6();
         match self.input_interface() {
@@ -392,7 +394,7 @@ impl<'p> Walker<'p, '_> {
         }
     }
 
-    /// Delivered true after the raw table, when conntrack has seen the packet.
+    /// Returns true after the raw table, when conntrack has seen the packet.
     fn is_past_conntrack(&self) -> bool {
         let table = self.traversed.last().map(|passage| passage.chain.table);
         self.looped || table != Some(Table::Raw)
@@ -411,7 +413,7 @@ impl<'p> Walker<'p, '_> {
         }
     }
 
-    /// The interface at which the packet arrives, if it arrives.
+    /// The interface at which the packet arrives. `None` for packets that are sent.
     fn input_interface(&self) -> Option<&str> {
         match &self.packet.entry {
             _ if self.hook == Hook::Output => None,
@@ -420,8 +422,8 @@ impl<'p> Walker<'p, '_> {
         }
     }
 
-    /// The interface that output rules match. All rules of a hook see the one that was selected
-    /// before the hook, even after a redirect (`struct nf_hook_state`, include/linux/netfilter.h).
+    /// The interface that output rules match: the one selected before the hook, even after a
+    /// redirect (`struct nf_hook_state`, include/linux/netfilter.h).
     fn output_interface(&self) -> Option<&str> {
         match &self.packet.entry {
             Entry::Out { interface, .. } if self.hook == Hook::Output => Some(interface),

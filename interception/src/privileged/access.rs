@@ -1,7 +1,6 @@
-//! Access to one namespace for a caller outside of it. Each method requests one privileged
-//! operation.
+//! Access to one namespace from outside of it. Each method requests one privileged operation.
 //!
-//! Not here: how operations are performed (`operations.rs`).
+//! `operations` performs them.
 
 use std::io;
 use std::net::IpAddr;
@@ -31,7 +30,7 @@ use crate::subscription::{RuleSubscription, WatchScope};
 #[derive(Debug, Clone)]
 pub struct NamespaceAccess(Arc<dyn PrivilegedOperations>);
 
-/// Extracts the fields of the reply that belongs to a request.
+/// Extracts the reply that belongs to a request.
 macro_rules! ask {
     ($access:expr, $request:expr, $answer:pat => $value:expr) => {
         match $access.0.perform($request).await? {
@@ -42,24 +41,24 @@ macro_rules! ask {
 }
 
 impl NamespaceAccess {
-    /// Access to `namespace`, whose operations run on `thread`.
+    /// Creates access to `namespace`. Its operations run on `thread`.
     #[must_use]
     pub fn new(namespace: Namespace, thread: NamespaceThread) -> Self {
         Self::through(Arc::new(InNamespace::new(namespace, thread)))
     }
 
-    /// Access through `performer`, for example in another process.
+    /// Creates access whose operations `performer` runs, for example in another process.
     #[must_use]
     pub fn through(performer: Arc<dyn PrivilegedOperations>) -> Self {
         Self(performer)
     }
 
-    /// Access to the calling thread's namespace, with a new thread that has the caller's
-    /// capabilities.
+    /// Creates access to the calling thread's namespace, with a new namespaces thread that has the
+    /// caller's capabilities.
     ///
     /// # Errors
     ///
-    /// As of [`NamespaceThread::start`].
+    /// As [`NamespaceThread::start`].
     pub fn current() -> io::Result<Self> {
         let namespace = Namespace::current().map_err(io::Error::other)?;
         Ok(Self::new(namespace, NamespaceThread::start()?))
@@ -100,7 +99,7 @@ impl NamespaceAccess {
         ask!(self, request, Reply::Listener(listener) => listener)
     }
 
-    /// A lookup of the namespace's own addresses.
+    /// Opens a netlink socket that looks up the namespace's local addresses.
     ///
     /// # Errors
     ///
@@ -109,16 +108,16 @@ impl NamespaceAccess {
         ask!(self, Request::OpenLocalAddresses, Reply::LocalAddresses(local) => local)
     }
 
-    /// The interfaces that are up, and their addresses.
+    /// Lists the interfaces that are up, and their addresses.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Socket`]: the kernel cannot list them.
+    /// [`InterceptionError::Socket`] if the kernel cannot list them.
     pub async fn environment(&self) -> Result<Environment, InterceptionError> {
         ask!(self, Request::Environment, Reply::Environment(environment) => environment)
     }
 
-    /// Whether IPv6 is enabled on the loopback interface.
+    /// Returns true if IPv6 is enabled on the loopback interface.
     ///
     /// # Errors
     ///
@@ -127,7 +126,7 @@ impl NamespaceAccess {
         ask!(self, Request::Ipv6OnLoopback, Reply::Is(enabled) => enabled)
     }
 
-    /// The subset of `addresses` that a socket can be bound to.
+    /// Returns those of `addresses` that a socket can be bound to.
     ///
     /// # Errors
     ///
@@ -139,7 +138,7 @@ impl NamespaceAccess {
         ask!(self, Request::UsableAddresses(addresses), Reply::Addresses(usable) => usable)
     }
 
-    /// Fails if TPROXY is used and a reverse path filter drops inbound connections.
+    /// Fails if TPROXY is used and the kernel would drop inbound connections.
     ///
     /// # Errors
     ///
@@ -151,11 +150,11 @@ impl NamespaceAccess {
         ask!(self, Request::CheckReversePath(settings.clone()), Reply::Done => ())
     }
 
-    /// Other processes in the namespace that can bypass the rules of `profile`.
+    /// Lists other processes in the namespace that can bypass the rules of `profile`.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::Socket`]: /proc cannot be read.
+    /// [`InterceptionError::Socket`] if /proc cannot be read.
     pub async fn bypassing_processes(
         &self,
         profile: Profile,
@@ -163,7 +162,7 @@ impl NamespaceAccess {
         ask!(self, Request::BypassingProcesses(profile), Reply::Processes(processes) => processes)
     }
 
-    /// The sockets of the self-test, owned by the current user of the process.
+    /// Opens the sockets of the self-test. The current user of the process owns them.
     ///
     /// # Errors
     ///
@@ -172,7 +171,7 @@ impl NamespaceAccess {
         ask!(self, Request::OpenProbes, Reply::Probes(probes) => probes)
     }
 
-    /// The sockets of the self-test of the return path, owned by the current user of the process.
+    /// Opens the sockets for testing the return path. The current user of the process owns them.
     ///
     /// # Errors
     ///

@@ -1,6 +1,6 @@
 //! Performs privileged operations on the namespaces thread.
 //!
-//! Not here: the operations on rules (`rules.rs`).
+//! `rules` contains the operations on rules.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -22,7 +22,7 @@ use crate::sockets::local::LocalAddresses;
 use crate::sockets::socket::{ReadySocket, SocketKind, Sockets};
 use crate::subscription::RuleSubscription;
 
-/// One namespace, and the thread that enters it.
+/// Performs operations in one namespace, on the thread that enters it.
 #[derive(Debug)]
 pub(super) struct InNamespace {
     namespace: Namespace,
@@ -165,7 +165,7 @@ async fn check_host_rules(entered: &Entered) -> Result<(), InterceptionError> {
     nftables::check_available(entered).await
 }
 
-/// Opens up to `count` sockets; fewer if the kernel lacks resources.
+/// Opens up to `count` sockets. Opens fewer if the kernel lacks resources.
 fn open(
     entered: &Entered,
     sockets: &Sockets,

@@ -2,14 +2,15 @@
 
 use std::thread;
 
-/// The nice value of the thread. Other threads get nine tenths of a contended CPU (weights in
-/// sched(7)).
+/// The nice value of the thread. Other threads get nine tenths of the CPU if both need it (weights
+/// in sched(7)).
 const NICE: i32 = 10;
 
-/// Runs `work` on a thread of its own with low priority. Drops it if no thread can be started.
+/// Runs `work` on a new thread with low priority. Drops it if no thread can be started.
 pub fn run_in_background(work: Box<dyn FnOnce() + Send>) {
     let run = move || {
-        // nice(2) affects only this thread. If it is not permitted, the thread keeps its priority.
+        // On Linux, nice(2) affects only this thread. If it is not permitted, the thread keeps its
+        // priority.
         rustix::process::nice(NICE).ok();
         work();
     };

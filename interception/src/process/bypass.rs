@@ -1,7 +1,7 @@
-//! Finds processes of the network namespace that can bypass the rules, as far as /proc shows them.
+//! Finds processes that can bypass the rules, as far as /proc shows them.
 //!
 //! NET_ADMIN can change the rules. NET_RAW can set the proxy's mark (socket(7), since Linux 5.17)
-//! and send frames that bypass netfilter (packet(7)). SETUID and SETGID can switch to the proxy's
+//! and send frames that bypass netfilter (packet(7)). SETUID and SETGID can change to the proxy's
 //! user. Container runtimes grant the last three by default.
 
 use std::fmt;
@@ -20,7 +20,7 @@ pub struct BypassingProcess {
     pub pid: u32,
     /// The command name.
     pub name: String,
-    /// The capabilities that allow it, without `CAP_`.
+    /// The capabilities that allow the bypass, without `CAP_`.
     pub capabilities: Vec<&'static str>,
 }
 
@@ -31,11 +31,11 @@ impl fmt::Display for BypassingProcess {
     }
 }
 
-/// Finds other processes in the network and user namespace that can bypass the rules of `profile`.
+/// Finds other processes in this network and user namespace that can bypass the rules of `profile`.
 ///
-/// Processes that the PID namespace hides or that are unreadable are not found: an empty result
-/// proves nothing. Processes with this program's name are skipped, as they may be another proxy
-/// during a hot restart.
+/// Misses processes that are unreadable or that the PID namespace hides: an empty result proves
+/// nothing. Skips processes with this program's name, which may be another proxy during a hot
+/// restart.
 ///
 /// # Errors
 ///
@@ -44,7 +44,7 @@ pub(crate) fn bypassing_processes(
     _: &Entered,
     profile: Profile,
 ) -> io::Result<Vec<BypassingProcess>> {
-    // A thread has its own name, so the process' name is read; only the namespaces are the
+    // Read the name of the process, because a thread has its own name. Only the namespaces are the
     // thread's.
     let own = Process::read(Path::new("/proc/self"))?;
     let here = namespaces(Path::new("/proc/thread-self"))?;
@@ -75,12 +75,13 @@ fn bypassing_capabilities(profile: Profile, effective: u64) -> Vec<&'static str>
     counted.filter(|(bit, _)| effective & (1 << bit) != 0).map(|(_, name)| name).collect()
 }
 
-/// The relevant facts about a process in /proc.
+/// The facts about a process that /proc shows.
 #[derive(Debug)]
 struct Process {
     name: String,
     effective: u64,
-    /// Network and user namespace. A capability applies to the user namespace that holds it.
+    /// The network and the user namespace. A capability applies to the namespaces that the user
+    /// namespace owns.
     namespaces: [String; 2],
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Raises the soft limit of open files to the hard limit, and returns it.
+/// Raises the soft limit of open files to the hard limit. Returns the new limit.
 ///
 /// Each proxied connection needs two descriptors. The soft limit is low only for programs that use
 /// `select`.

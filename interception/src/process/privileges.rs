@@ -1,9 +1,9 @@
 //! The privileges of the proxy: its user, and the capabilities that each thread keeps.
 //!
-//! A new thread inherits the capabilities of its creator. The process drops them in steps:
-//! [`confine_process`] first, then [`confine_auxiliary_thread`] for each auxiliary thread. Once the
-//! rules are installed, [`confine_thread`] confines the namespaces thread and the control thread,
-//! which starts the workers.
+//! A new thread inherits the capabilities of the thread that creates it. The process drops them in
+//! steps: [`confine_process`] first, then [`confine_auxiliary_thread`] for each auxiliary thread.
+//! Once the rules are installed, [`confine_thread`] confines the namespaces thread and the control
+//! thread, which starts the workers.
 //!
 //! The C library changes the user of all threads, and ends the process unless all succeed or all
 //! fail (setxid in nptl(7)). Until then auxiliary threads keep SETUID and SETGID; the kernel clears
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
 
-/// Whether the process will change its user.
+/// True if the process will change its user.
 static USER_WILL_CHANGE: AtomicBool = AtomicBool::new(false);
 
 /// The user and group by which a profile identifies its proxy.
@@ -34,13 +34,14 @@ pub struct ProxyUser {
 pub enum Kept {
     /// No capability.
     Nothing,
-    /// NET_ADMIN, to repair or remove rules, and to open sockets with marks or spoofed sources.
+    /// NET_ADMIN, to repair or remove rules, and to open sockets with marks or foreign source
+    /// addresses.
     NetAdmin,
     /// NET_ADMIN and NET_RAW, also for the iptables programs.
     NetAdminForPrograms,
     /// NET_ADMIN, and SYS_ADMIN to enter the namespaces of a node's pods.
     Namespaces {
-        /// Whether NET_RAW is kept too, because iptables programs may be needed.
+        /// True to keep NET_RAW too, because iptables programs may be needed.
         programs: bool,
     },
 }
@@ -49,7 +50,7 @@ const NET_ADMIN: Capability = Capability::CAP_NET_ADMIN;
 const NET_RAW: Capability = Capability::CAP_NET_RAW;
 const SYS_ADMIN: Capability = Capability::CAP_SYS_ADMIN;
 
-/// Required capabilities that the calling thread lacks.
+/// The required capabilities that the calling thread lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MissingCapabilities(Vec<Capability>);
 
@@ -64,7 +65,7 @@ impl MissingCapabilities {
     }
 }
 
-/// The form of container runtimes, without `CAP_`: `SETUID, SETGID`.
+/// Prints names like container runtimes, without `CAP_`: `SETUID, SETGID`.
 impl fmt::Display for MissingCapabilities {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.0.iter().map(ToString::to_string).collect();
@@ -73,19 +74,20 @@ impl fmt::Display for MissingCapabilities {
     }
 }
 
-/// Announces a change of user to threads that are confined before it, or that it has been made.
+/// Announces a change of user to threads that are confined before it. `false` after the change.
 pub(super) fn announce_change_of_user(is_planned: bool) {
     USER_WILL_CHANGE.store(is_planned, Relaxed);
 }
 
-/// Whether this thread lacks NET_ADMIN. If capget(2) fails, the operation itself reports the error.
+/// Returns true if this thread lacks NET_ADMIN. If capget(2) fails, the operation itself reports
+/// the error.
 pub(crate) fn lacks_net_admin() -> bool {
     caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).is_ok_and(|has| !has)
 }
 
-/// Confines the whole process: programs that it runs gain no privileges (no_new_privs). It is not
-/// dumpable: other processes of its user can neither trace it nor read its memory, which holds
-/// private keys. Call it while there is one thread.
+/// Confines the whole process. Programs that it runs gain no privileges (no_new_privs). It is not
+/// dumpable: other processes of its user can neither trace it nor read its memory, which contains
+/// private keys. Call this while there is one thread.
 ///
 /// # Errors
 ///
@@ -96,22 +98,22 @@ pub fn confine_process() -> io::Result<()> {
     Ok(())
 }
 
-/// Preserves the permitted capabilities of the calling thread across a change of user, until
+/// Preserves the capabilities of the calling thread across a change of user, until
 /// [`confine_thread`] reduces them to `kept`.
 ///
 /// # Errors
 ///
 /// The kernel rejected the operation.
 pub fn prepare_change_of_user(kept: Kept) -> io::Result<()> {
-    // SETPCAP must still be effective.
+    // SETPCAP must still be effective for this.
     bound(kept)?;
     // Otherwise the kernel clears the capabilities when the user changes (capabilities(7)).
     prctl::set_keepcaps(true)?;
     Ok(())
 }
 
-/// Reduces the calling thread to these capabilities, and its bounding set to those of the programs
-/// that it runs. New threads inherit both. Without SETPCAP, which some containers lack, the
+/// Reduces the calling thread to these capabilities, and its bounding set to those that its
+/// programs need. New threads inherit both. Without SETPCAP, which some containers lack, the
 /// bounding set stays.
 ///
 /// # Errors
@@ -122,7 +124,7 @@ pub fn confine_thread(kept: Kept) -> io::Result<()> {
     keep(kept)
 }
 
-/// Drops all capabilities of a thread that only waits, reads or writes files, such as those for
+/// Drops all capabilities of a thread that only waits, or reads and writes files, such as those for
 /// logs and name resolution.
 ///
 /// # Errors
@@ -136,7 +138,7 @@ pub fn confine_auxiliary_thread() -> io::Result<()> {
     keep(Kept::Nothing)
 }
 
-/// Removes from the bounding set all capabilities that no program needs.
+/// Removes all capabilities that no program needs from the bounding set.
 pub(super) fn bound(kept: Kept) -> io::Result<()> {
     if !caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).unwrap_or(false) {
         return Ok(());
@@ -150,7 +152,7 @@ pub(super) fn bound(kept: Kept) -> io::Result<()> {
 }
 
 impl Kept {
-    /// The capabilities of the thread itself.
+    /// The capabilities that the thread itself keeps.
     fn own(self) -> &'static [Capability] {
         match self {
             Self::Nothing => &[],
@@ -161,7 +163,7 @@ impl Kept {
         }
     }
 
-    /// The capabilities of the programs that it runs.
+    /// The capabilities that its programs inherit.
     fn inherited(self) -> &'static [Capability] {
         match self {
             Self::Nothing | Self::NetAdmin | Self::Namespaces { programs: false } => &[],
@@ -172,7 +174,7 @@ impl Kept {
     }
 }
 
-/// Leaves the calling thread these capabilities.
+/// Reduces the calling thread to these capabilities.
 pub(super) fn keep(kept: Kept) -> io::Result<()> {
     prctl::set_keepcaps(false)?;
     set(kept.own(), kept.inherited())
@@ -183,7 +185,7 @@ fn set(own: &[Capability], inherited: &[Capability]) -> io::Result<()> {
     let allowed = |capabilities: &[Capability]| -> CapsHashSet {
         capabilities.iter().copied().filter(|capability| permitted.contains(capability)).collect()
     };
-    // Ambient first, since each set must be a subset of the next one.
+    // Ambient first, because each set must be a subset of the next one.
     let steps = [
         (CapSet::Ambient, CapsHashSet::new()),
         (CapSet::Inheritable, allowed(inherited)),

@@ -1,6 +1,6 @@
-//! Changes the process to the user by which the rules of a profile identify the proxy.
+//! Changes the process to the user by which the rules identify the proxy.
 //!
-//! The capabilities of the threads meanwhile: `privileges.rs`.
+//! `privileges` describes the capabilities of the threads in the meantime.
 
 use std::io;
 
@@ -16,11 +16,11 @@ use crate::process::privileges::{
 
 impl ProxyUser {
     /// The user that the process must change to, so that the rules recognize its connections.
-    /// `None` if its user is right, or the rules use another criterion.
+    /// `None` if it runs as this user already, or if the rules use another criterion.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::WrongUser`]: a change is required and impossible.
+    /// [`InterceptionError::WrongUser`] if the change is required but impossible.
     pub fn required(settings: &InterceptionSettings) -> Result<Option<Self>, InterceptionError> {
         match settings.profile {
             Profile::Ambient | Profile::None => return Ok(None),
@@ -33,8 +33,8 @@ impl ProxyUser {
             return Ok(None);
         }
         let first_gid = settings.proxy_gids.first();
-        // Istio's own TPROXY rules recognize the proxy by its group; they would capture its
-        // connections again if it had their user.
+        // Istio's own TPROXY rules recognize the proxy by its group. They would capture its
+        // connections if it also had their user.
         let by_group = settings.exact && settings.inbound.mode == InboundMode::Tproxy;
         let first_uid = settings.proxy_uids.first().filter(|_| !by_group);
         let user = match (first_uid, first_gid) {
@@ -54,11 +54,12 @@ impl ProxyUser {
         announce_change_of_user(true);
     }
 
-    /// Changes the user of the process, irreversibly, and leaves the calling thread no capability.
+    /// Changes the user of the process permanently, and drops all capabilities of the calling
+    /// thread.
     ///
     /// # Errors
     ///
-    /// [`InterceptionError::BecomeUser`]: the kernel refused, for example because the user
+    /// [`InterceptionError::BecomeUser`] if the kernel refused, for example because the user
     /// namespace lacks this user.
     pub fn switch(self) -> Result<(), InterceptionError> {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));

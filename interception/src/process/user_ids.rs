@@ -1,13 +1,14 @@
-//! The user and group ids that exist in the user namespace of the process (user_namespaces(7)).
+//! The user and group ids that exist in the process's user namespace (user_namespaces(7)).
 //!
-//! The kernel rejects others in ip rules and in xt_owner with a plain "invalid argument".
+//! The kernel rejects other ids in ip rules and in the iptables owner match with only "invalid
+//! argument".
 
 use std::fs;
 
-/// The users or the groups of the user namespace. Without /proc, all ids count as existing.
+/// The users or the groups of the user namespace. If /proc is missing, all ids count as existing.
 #[derive(Debug)]
 pub(crate) struct UserIds {
-    /// The first id within the namespace, and the number of ids.
+    /// The first id of each range within the namespace, and the number of ids.
     ranges: Vec<(u32, u32)>,
 }
 
@@ -25,7 +26,7 @@ impl UserIds {
         Self::parse(&map)
     }
 
-    /// Parses lines of: first id inside, first id outside, count.
+    /// Parses lines with three numbers: first id inside, first id outside, count.
     fn parse(map: &str) -> Self {
         let range = |line: &str| {
             let mut numbers = line.split_whitespace();

@@ -1,7 +1,7 @@
-//! Captures frames of an interface and parses TCP segments.
+//! Captures the frames of an interface, and parses TCP segments.
 //!
-//! Tests and the demonstration use it to show that no plaintext leaves. It is no general parser:
-//! IPv6 extension headers, fragments and VLANs are skipped.
+//! Tests and the demonstration use it to show that no plaintext leaves the pod. It skips IPv6
+//! extension headers, fragments and VLANs.
 
 use std::fmt;
 use std::io;
@@ -15,13 +15,13 @@ use nix::sys::socket::{
     sockopt,
 };
 
-/// The receive buffer in bytes, for frames that arrive between two calls of
+/// The receive buffer in bytes. It must hold the frames between two calls of
 /// [`PacketCapture::drain`].
 const RECEIVE_BUFFER: usize = 64 << 20;
-/// The maximum length of a frame: with segmentation offload, 64 KiB of IP plus the Ethernet header.
+/// The maximum length of a frame: with segmentation offload, 64 KiB of IP and the Ethernet header.
 const MAX_FRAME: usize = (64 << 10) + 64;
 
-/// An open capture of the frames that an interface sends and receives.
+/// A capture of the frames that an interface sends and receives.
 pub struct PacketCapture {
     socket: OwnedFd,
     interface: usize,
@@ -29,27 +29,27 @@ pub struct PacketCapture {
 }
 
 impl PacketCapture {
-    /// Starts a capture on `interface` of the current network namespace; needs NET_RAW there.
+    /// Starts a capture on `interface` of the current network namespace. Requires NET_RAW.
     ///
     /// # Errors
     ///
-    /// The error of the kernel; ENODEV if the interface does not exist.
+    /// The error of the kernel. ENODEV if the interface does not exist.
     pub fn open(interface: &str) -> io::Result<Self> {
         let interface = usize::try_from(if_nametoindex(interface)?).map_err(io::Error::other)?;
         let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
         let socket = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll)?;
-        // Ignores net.core.rmem_max if permitted, otherwise the maximum applies.
+        // RcvBufForce ignores net.core.rmem_max, but requires a capability.
         if setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
             setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
         }
         Ok(Self { socket, interface, frame: vec![0; MAX_FRAME] })
     }
 
-    /// The frames since the last call, in order. Does not wait.
+    /// Returns the frames since the last call, in order. Does not wait.
     ///
     /// # Errors
     ///
-    /// The error of the kernel; ENOBUFS if frames were lost.
+    /// The error of the kernel. ENOBUFS if frames were lost.
     pub fn drain(&mut self) -> io::Result<Vec<Vec<u8>>> {
         let mut frames = Vec::new();
         loop {
@@ -89,7 +89,7 @@ pub struct TcpSegment<'a> {
 }
 
 impl<'a> TcpSegment<'a> {
-    /// Parses a frame; `None` if it is truncated or is not TCP over IPv4 or IPv6.
+    /// Parses a frame. `None` if it is truncated or is not TCP over IPv4 or IPv6.
     #[must_use]
     pub fn parse(frame: &'a [u8]) -> Option<Self> {
         const ETHERNET: usize = 14;
@@ -99,7 +99,7 @@ impl<'a> TcpSegment<'a> {
             [0x86, 0xdd] => ipv6(packet)?,
             _ => return None,
         };
-        // RFC 9293 3.1: ports, and the header length in 32-bit words.
+        // RFC 9293 section 3.1: ports, and the header length in 32-bit words.
         let header = usize::from(segment.get(12)? >> 4) * 4;
         Some(Self {
             source: SocketAddr::new(source, be16(segment, 0)?),
@@ -112,7 +112,7 @@ impl<'a> TcpSegment<'a> {
 /// The protocol number of TCP.
 const TCP: u8 = 6;
 
-/// Parses an IPv4 packet (RFC 791 3.1).
+/// Parses an IPv4 packet (RFC 791 section 3.1).
 fn ipv4(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     let address = |at: usize| -> Option<IpAddr> {
         let octets: [u8; 4] = packet.get(at..at + 4)?.try_into().ok()?;
@@ -124,7 +124,7 @@ fn ipv4(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     Some((address(12)?, address(16)?, packet.get(header..total)?))
 }
 
-/// Parses an IPv6 packet (RFC 8200 3).
+/// Parses an IPv6 packet (RFC 8200 section 3).
 fn ipv6(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
     const HEADER: usize = 40;
     let address = |at: usize| -> Option<IpAddr> {
@@ -145,7 +145,7 @@ fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 mod tests {
     use super::*;
 
-    /// A segment from port 1000 to port 2000 with one word of options in its header.
+    /// A segment from port 1000 to port 2000 with four bytes of options.
     fn segment(payload: &[u8]) -> Vec<u8> {
         let mut segment = vec![0x03, 0xe8, 0x07, 0xd0];
         segment.extend([0; 8]);

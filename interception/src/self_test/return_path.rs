@@ -1,9 +1,9 @@
-//! Probes the return path: whether replies to a preserved client address reach the proxy.
+//! Tests the return path: whether replies to a preserved client address reach the proxy.
 //!
 //! If the proxy connects to the workload from the client's address, only a mark and an ip rule
 //! route the replies back to it. [`ReturnPathProbe::prepare`] opens a listener like an application,
-//! and a socket like the proxy from an unused client address. Both are opened while the process may
-//! still run as a user other than the proxy's. The proxy sets deadlines and reports failures.
+//! and a socket with an unused client address like the proxy. Both must be opened before the
+//! process changes to the proxy's user. The proxy sets deadlines and reports failures.
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -21,7 +21,7 @@ use crate::sockets::socket::{SocketKind, SocketRole, Sockets, reset_on_close};
 pub struct ReturnPathProbe {
     listener: Socket,
     socket: Socket,
-    /// The source address.
+    /// The source address of the connection.
     pub client: IpAddr,
     /// The destination, a local address.
     pub destination: SocketAddr,
@@ -30,7 +30,7 @@ pub struct ReturnPathProbe {
 }
 
 impl ReturnPathProbe {
-    /// Prepares a probe for each address family of which the namespace has an address. Empty if the
+    /// Prepares a probe for each address family in which the namespace has an address. Empty if the
     /// rules do not preserve client addresses.
     ///
     /// # Errors
@@ -49,7 +49,7 @@ impl ReturnPathProbe {
             else {
                 continue;
             };
-            // An address without a route is not used by any client.
+            // An address without a route cannot belong to a client.
             let Some(client) =
                 [unused, neighbour(own)].into_iter().find(|to| is_route(entered, own, *to))
             else {
@@ -79,14 +79,14 @@ impl ReturnPathProbe {
         let accept = async {
             loop {
                 let (stream, peer) = listener.accept().await?;
-                // Another client may connect to the port.
+                // Another client may connect to the same port.
                 if peer.ip() == self.client {
                     return Ok(stream);
                 }
             }
         };
         let (near, far) = tokio::try_join!(socket.connect(self.destination), accept)?;
-        // Neither end should wait for segments of the unused address.
+        // Neither end should wait for segments from the unused address.
         reset_on_close(&far);
         reset_on_close(&near);
         disconnect(&self.socket);
@@ -94,8 +94,8 @@ impl ReturnPathProbe {
     }
 }
 
-/// Returns true if the plan returns replies to clients of this family. Without IPv6 on the loopback
-/// interface, there are no IPv6 connections to return (`routes.rs`).
+/// Returns true if the plan returns replies to clients of this family. While IPv6 is disabled on
+/// the loopback interface, there are no IPv6 connections to return.
 fn returns_replies_to(entered: &Entered, plan: &RulePlan, client: IpAddr) -> bool {
     let family = if client.is_ipv6() { Families::V6 } else { Families::V4 };
     let remembers =
@@ -116,7 +116,7 @@ fn neighbour(own: IpAddr) -> IpAddr {
 }
 
 /// Returns true if the kernel has a route for a reply from `own` to `client` before rules mark it.
-/// The kernel sends nothing without one.
+/// The kernel sends nothing otherwise.
 fn is_route(_: &Entered, own: IpAddr, client: IpAddr) -> bool {
     const DISCARD: u16 = 9;
     let connected = || {
@@ -127,7 +127,7 @@ fn is_route(_: &Entered, own: IpAddr, client: IpAddr) -> bool {
 }
 
 /// Opens a listener without a mark, as applications do. `None` while the address is tentative
-/// (duplicate address detection, RFC 4862 5.4).
+/// (duplicate address detection, RFC 4862 section 5.4).
 fn listen(_: &Entered, own: IpAddr) -> io::Result<Option<(Socket, SocketAddr)>> {
     let any_port = SocketAddr::new(own, 0);
     let socket = Socket::new(Domain::for_address(any_port), Type::STREAM.nonblocking(), None)?;

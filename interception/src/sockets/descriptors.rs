@@ -1,5 +1,4 @@
-//! Sends and receives bytes with file descriptors attached (`SCM_RIGHTS`, unix(7)), for every
-//! protocol that passes descriptors over a Unix socket.
+//! Sends and receives bytes with file descriptors attached (`SCM_RIGHTS`, unix(7)).
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -10,18 +9,18 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-/// The maximum number of descriptors per call.
+/// The maximum number of descriptors in one call.
 pub(super) const MAX_DESCRIPTORS: usize = 16;
 
-/// The result of one receive call.
+/// The bytes and descriptors of one receive call.
 pub(super) struct Received {
-    /// The number of bytes in the buffer; 0 at the end of the connection.
+    /// The number of bytes in the buffer. 0 at the end of the connection.
     pub(super) bytes: usize,
-    /// Closed when an exec replaces this process.
+    /// The received descriptors. They are close-on-exec.
     pub(super) descriptors: Vec<OwnedFd>,
 }
 
-/// Sends `bytes` with `descriptors` attached, and returns the number of sent bytes.
+/// Sends `bytes` with `descriptors` attached. Returns the number of sent bytes.
 pub(super) fn send(
     socket: impl AsFd,
     bytes: &[u8],
@@ -38,8 +37,8 @@ pub(super) fn send(
     Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut attached, SendFlags::NOSIGNAL)?)
 }
 
-/// Receives into `buffer`. Fails with `InvalidData`, and closes all received descriptors, if the
-/// kernel dropped a part of the message: bytes (`MSG_TRUNC`) or descriptors (`MSG_CTRUNC`).
+/// Receives into `buffer`. If the kernel dropped bytes (`MSG_TRUNC`) or descriptors (`MSG_CTRUNC`),
+/// closes all received descriptors and fails with `InvalidData`.
 pub(super) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut attached = RecvAncillaryBuffer::new(&mut space);
@@ -55,8 +54,8 @@ pub(super) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Receiv
         let limit = buffer.len();
         return Err(invalid(format!("a message is longer than {limit} bytes")));
     }
-    // The space is rounded up, so it can have one more. The flag is also set if this process has no
-    // free descriptor.
+    // The kernel rounds the space up, so that it may contain one descriptor more. The flag is also
+    // set if this process has no free descriptor.
     if descriptors.len() > MAX_DESCRIPTORS || received.flags.contains(ReturnFlags::CTRUNC) {
         return Err(invalid("not all attached descriptors could be received".to_owned()));
     }

@@ -1,7 +1,7 @@
 //! Passes lines of text and sockets to another process over a Unix socket (`SCM_RIGHTS`, unix(7)).
 //!
-//! After a listener was passed, both processes accept from the same queue. So no connection is
-//! refused, whichever process ends. The protocol on top is in the proxy.
+//! Once a listener is passed, both processes accept from the same queue. No connection is refused,
+//! whichever process ends. The proxy defines the protocol of the lines.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -12,17 +12,17 @@ use tokio::net::UnixStream;
 use crate::sockets::descriptors::{self, MAX_DESCRIPTORS};
 use crate::sockets::peer::Peer;
 
-/// The maximum length of a line in bytes, far above that of any message.
+/// The maximum length of a line in bytes, far more than any message needs.
 const MAX_LINE: usize = 4096;
 
-/// One end of a connection between two processes.
+/// One end of a handover between two processes.
 #[derive(Debug)]
 pub struct Handover {
     stream: UnixStream,
 }
 
 impl Handover {
-    /// Uses `stream`.
+    /// Wraps a connected stream.
     #[must_use]
     pub fn new(stream: UnixStream) -> Self {
         Self { stream }
@@ -41,27 +41,28 @@ impl Handover {
     ///
     /// # Errors
     ///
-    /// The error of the kernel; `InvalidInput` for more than one message can carry.
+    /// The error of the kernel. `InvalidInput` if the line is too long or there are too many
+    /// sockets.
     pub async fn send(&self, line: &str, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
         let text = format!("{line}\n");
         if text.len() > MAX_LINE {
             return Err(ErrorKind::InvalidInput.into());
         }
         let send = || descriptors::send(&self.stream, text.as_bytes(), sockets);
-        // A partial write is impossible: a line fits the socket's buffer, and the previous one was
-        // answered.
+        // A partial write is impossible: a line fits into the socket's buffer, and the previous
+        // line was answered.
         match self.stream.async_io(Interest::WRITABLE, send).await? {
             sent if sent == text.len() => Ok(()),
             _ => Err(ErrorKind::WriteZero.into()),
         }
     }
 
-    /// Receives the next line and its sockets; `None` after the other process closed the connection
+    /// Receives the next line and its sockets. `None` after the other process closed the connection
     /// or ended.
     ///
     /// # Errors
     ///
-    /// The error of the kernel; `InvalidData` for a malformed message.
+    /// The error of the kernel. `InvalidData` for a malformed message.
     pub async fn receive(&self) -> io::Result<Option<(String, Vec<OwnedFd>)>> {
         let (mut line, mut sockets) = (Vec::new(), Vec::new());
         while !line.ends_with(b"\n") {

@@ -1,6 +1,6 @@
-//! Listeners that are bound at start, and accept in the runtime of the worker that registers them.
+//! Listeners. They are bound at start, and accept in the runtime of the worker that registers them.
 //!
-//! Not here: addresses and marks (`socket.rs`), and serving connections.
+//! `socket` contains addresses and marks.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -14,18 +14,18 @@ use tokio::io::unix::AsyncFd;
 use crate::namespace::Entered;
 use crate::sockets::canonical;
 
-/// Length of the accept queue. The kernel lowers it to net.core.somaxconn (4096 by default).
+/// The length of the accept queue. The kernel reduces it to net.core.somaxconn (4096 by default).
 const BACKLOG: i32 = 65_535;
 
-/// A listener outside of any runtime. The kernel completes handshakes for it already.
+/// A listener that belongs to no runtime. The kernel already completes handshakes for it.
 #[derive(Debug)]
 pub struct BoundListener {
     listener: TcpListener,
 }
 
 impl BoundListener {
-    /// A second handle of the listener: both accept from one queue, and it closes with the last
-    /// one.
+    /// Creates a second handle of the listener. Both accept from one queue, and the listener closes
+    /// with the last handle.
     ///
     /// # Errors
     ///
@@ -34,7 +34,7 @@ impl BoundListener {
         self.listener.try_clone().map(Self::from)
     }
 
-    /// The local address, with the port that the kernel chose if it was 0.
+    /// The local address. If its port was 0, contains the port that the kernel chose.
     ///
     /// # Errors
     ///
@@ -43,7 +43,7 @@ impl BoundListener {
         self.listener.local_addr()
     }
 
-    /// Registers it with the caller's tokio runtime.
+    /// Registers the listener with the current tokio runtime.
     ///
     /// # Errors
     ///
@@ -51,10 +51,10 @@ impl BoundListener {
     ///
     /// # Panics
     ///
-    /// Outside of a tokio runtime with I/O, like tokio's own listeners.
+    /// There is no current tokio runtime with I/O.
     pub fn register(self) -> io::Result<Listener> {
-        // tokio's own listener registers each connection with the runtime that accepts it, which is
-        // often not the one that serves it.
+        // tokio's listener registers each connection with the runtime that accepts it, but often
+        // another worker serves it.
         #[expect(
             deprecated,
             reason = "safe here: a TcpListener's descriptor stays open and the same (tokio #8587)"
@@ -79,7 +79,7 @@ impl From<TcpListener> for BoundListener {
 impl TryFrom<OwnedFd> for BoundListener {
     type Error = io::Error;
 
-    /// Converts a descriptor from another process, which may be of any kind.
+    /// Converts a descriptor from another process. It may be of any kind.
     fn try_from(socket: OwnedFd) -> io::Result<Self> {
         let listens = SockRef::from(&socket).is_listener()?;
         let listener = TcpListener::from(socket);
@@ -93,14 +93,14 @@ impl TryFrom<OwnedFd> for BoundListener {
     }
 }
 
-/// A listener in a runtime.
+/// A listener that is registered with a runtime.
 #[derive(Debug)]
 pub struct Listener {
     listener: AsyncFd<TcpListener>,
 }
 
 impl Listener {
-    /// Waits for the next connection; returns it with the client's address (IPv4-mapped addresses
+    /// Waits for the next connection. Returns it with the client's address (IPv4-mapped addresses
     /// as IPv4).
     ///
     /// The stream is non-blocking and belongs to no runtime, so that any worker can serve it. It
@@ -108,8 +108,8 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// The kernel's (accept(2)): some concern one connection, others (EMFILE, ENFILE, ENOBUFS) the
-    /// process.
+    /// The error of the kernel (accept(2)). Some errors affect one connection, others (EMFILE,
+    /// ENFILE, ENOBUFS) the process.
     pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let accept = |listener: &TcpListener| Ok(acceptfrom_with(listener, flags)?);
@@ -134,9 +134,9 @@ impl AsFd for Listener {
     }
 }
 
-/// Listens on `address`; accepted streams inherit the mark (`inet_request_mark`,
-/// include/net/inet_sock.h). A transparent listener also accepts TPROXY's connections. `prepare`
-/// runs before the first connection can arrive.
+/// Listens on `address`. Accepted streams inherit the mark (`inet_request_mark`,
+/// include/net/inet_sock.h). A transparent listener also accepts connections that TPROXY delivers.
+/// `prepare` runs before the first connection can arrive.
 pub(crate) fn bind(
     _: &Entered,
     address: SocketAddr,
@@ -145,16 +145,16 @@ pub(crate) fn bind(
     prepare: impl FnOnce(&Socket) -> io::Result<()>,
 ) -> io::Result<BoundListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
-    // A restart must not wait for connections of the last run in TIME_WAIT.
+    // A restart must not wait for connections of the previous process in TIME_WAIT.
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        // Set explicitly: net.ipv6.bindv6only may be 1.
+        // Set this explicitly, because net.ipv6.bindv6only may be 1.
         socket.set_only_v6(false)?;
     }
     if let Some(mark) = mark {
         socket.set_mark(mark)?;
     }
-    // The two options set one flag of the socket (inet_sk(sk)->transparent).
+    // Both options set the same flag of the socket (inet_sk(sk)->transparent).
     match address {
         _ if !transparent => {}
         SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,

@@ -1,8 +1,8 @@
-//! Looks up in the kernel's routes whether an address is local to this namespace. This is the same
+//! Asks the kernel's routing tables whether an address is local to this namespace: the same
 //! criterion as `fib daddr type local` of nftables and `-m addrtype --dst-type LOCAL` of iptables.
 //!
-//! An address counts as soon as it is added, and so do ranges of a `local` route (AnyIP). A query
-//! takes two system calls; callers cache the answer if necessary.
+//! An address is local as soon as it is added; so are the addresses of a `local` route (AnyIP). A
+//! query takes two system calls; callers may cache the answer.
 
 use std::io;
 use std::net::IpAddr;
@@ -26,17 +26,17 @@ const RTN_LOCAL: u8 = 2;
 const HEADER: u16 = 16;
 const ROUTE: u16 = 12;
 const ATTRIBUTE: u16 = 4;
-/// Offset of `rtm_type`, the eighth octet of struct rtmsg, in a message.
+/// The offset of `rtm_type` in a message: the eighth octet of struct rtmsg.
 const ROUTE_TYPE: usize = 16 + 7;
 
-/// Maximum number of answers to earlier queries before the current one.
+/// The maximum number of answers to earlier queries that may precede the current answer.
 const STALE: usize = 8;
 
-/// Looks up addresses in the namespace that it was opened in.
+/// Looks up addresses in the namespace in which it was opened.
 #[derive(Debug)]
 pub struct LocalAddresses {
     socket: OwnedFd,
-    /// The number of the last query. The lock also keeps each answer with its query.
+    /// The number of the last query. The lock keeps each answer together with its query.
     sequence: Mutex<u32>,
 }
 
@@ -48,16 +48,16 @@ impl LocalAddresses {
     /// The kernel rejected the operation.
     pub fn open(_: &Entered) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        // The protocol `None` is 0: NETLINK_ROUTE.
+        // Protocol `None` is 0: NETLINK_ROUTE.
         let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)?;
         Ok(Self { socket, sequence: Mutex::default() })
     }
 
-    /// Whether packets to `address` are delivered in this namespace.
+    /// Returns true if packets to `address` are delivered in this namespace.
     ///
     /// # Errors
     ///
-    /// The kernel's, or the answer is missing.
+    /// The error of the kernel, or a missing answer.
     pub fn contain(&self, address: IpAddr) -> io::Result<bool> {
         let address = address.to_canonical();
         if address.is_loopback() {
@@ -68,8 +68,8 @@ impl LocalAddresses {
         self.ask(*sequence, address)
     }
 
-    /// The kernel answers before `send` returns (`netlink_unicast_kernel`,
-    /// net/netlink/af_netlink.c).
+    /// Sends a query and reads its answer. The kernel answers before `send` returns
+    /// (`netlink_unicast_kernel`, net/netlink/af_netlink.c).
     fn ask(&self, sequence: u32, address: IpAddr) -> io::Result<bool> {
         send(&self.socket, &request(sequence, address), SendFlags::empty())?;
         let mut answer = [0; 1024];
@@ -84,7 +84,7 @@ impl LocalAddresses {
 }
 
 fn request(sequence: u32, address: IpAddr) -> Vec<u8> {
-    // AF_INET and AF_INET6 (include/linux/socket.h), and the size of their addresses.
+    // AF_INET and AF_INET6 (include/linux/socket.h), and the length of an address.
     let (family, size, octets) = match address {
         IpAddr::V4(address) => (2, 4_u8, address.octets().to_vec()),
         IpAddr::V6(address) => (10, 16, address.octets().to_vec()),
@@ -96,9 +96,10 @@ fn request(sequence: u32, address: IpAddr) -> Vec<u8> {
     request.extend(RTM_GETROUTE.to_ne_bytes());
     request.extend(NLM_F_REQUEST.to_ne_bytes());
     request.extend(sequence.to_ne_bytes());
-    // The sender's port, which the kernel fills in.
+    // The sender's port, which the kernel sets.
     request.extend(0u32.to_ne_bytes());
-    // Family, length of the destination; source, TOS, table, protocol, scope, type, flags.
+    // struct rtmsg: family, length of the destination; source, TOS, table, protocol, scope, type,
+    // flags.
     request.extend([family, size * 8]);
     request.extend([0; 10]);
     request.extend(attribute.to_ne_bytes());
@@ -107,8 +108,8 @@ fn request(sequence: u32, address: IpAddr) -> Vec<u8> {
     request
 }
 
-/// Whether the route in the answer is local; `None` for another message. An error means that there
-/// is no route.
+/// Returns true if the answer contains a local route, false if it contains another route or an
+/// error, which means no route. `None` for an answer to another query.
 fn is_local(answer: &[u8], sequence: u32) -> Option<bool> {
     let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
     let answered = u32::from_ne_bytes(answer.get(8..12)?.try_into().ok()?);

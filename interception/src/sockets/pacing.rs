@@ -1,13 +1,14 @@
-//! Turns off the pacing of connections within the host and to near peers.
+//! Turns off pacing for connections within the host and to near peers.
 //!
-//! A congestion control like BBR paces: it sends each segment from a timer. In bulk this costs a
-//! quarter of the CPU time. Within a host no congestion exists, and over a short distance any
-//! congestion control recovers from a loss at once. Elsewhere the choice of the administrator
-//! (`net.ipv4.tcp_congestion_control`) remains. Without such a choice nothing is changed.
+//! A congestion control such as BBR paces: it sends each segment from a timer. In bulk transfers
+//! this costs a quarter of the CPU time. Within a host there is no congestion, and over a short
+//! distance any congestion control recovers from a loss at once. For other connections the
+//! administrator's choice (`net.ipv4.tcp_congestion_control`) stays; if it does not pace, nothing
+//! is changed.
 //!
 //! The kernel starts pacing when a connection is established, and does not stop it when the
-//! congestion control changes (`bbr_init`, net/ipv4/tcp_bbr.c). A connection therefore starts
-//! without, and begins to pace once it turns out to be long.
+//! congestion control changes (`bbr_init`, net/ipv4/tcp_bbr.c). Therefore a connection starts
+//! without pacing, and paces once its peer turns out to be distant.
 
 use std::fs;
 use std::io;
@@ -18,14 +19,15 @@ use std::time::Duration;
 use socket2::SockRef;
 use underpass_config::PacedConnections;
 
-/// The default of new sockets in the reading thread's namespace.
+/// The default congestion control of new sockets, in the namespace of the reading thread.
 const DEFAULT: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 
-/// The first one that is available and allowed (`net.ipv4.tcp_allowed_congestion_control`) is used.
+/// Congestion controls without pacing. The first one that is available and allowed
+/// (`net.ipv4.tcp_allowed_congestion_control`) is used.
 const UNPACED: [&[u8]; 2] = [b"cubic", b"reno"];
 
 /// A peer that answers within this time is near: usually in the same region. A busy peer or proxy
-/// takes longer and does not count as near, which is harmless.
+/// may take longer and counts as distant, which is harmless.
 const NEAR: Duration = Duration::from_millis(5);
 
 /// A congestion control that paces, and the connections that use it.
@@ -36,7 +38,7 @@ pub struct Pacing {
 }
 
 impl Pacing {
-    /// The namespace's default, if it paces.
+    /// The namespace's default congestion control. `None` if it does not pace.
     #[must_use]
     pub fn of_namespace(connections: PacedConnections) -> Option<Self> {
         let name = fs::read_to_string(DEFAULT).ok()?;
@@ -44,19 +46,20 @@ impl Pacing {
         paces(name).then(|| Self { name: name.into(), connections })
     }
 
-    /// The namespace's default, as if it paced.
+    /// The namespace's default congestion control, treated as if it paces.
     #[cfg(test)]
     pub(super) fn testing(connections: PacedConnections) -> Self {
         let name = fs::read_to_string(DEFAULT).expect("a default");
         Self { name: name.trim().into(), connections }
     }
 
-    /// Whether the distance of a peer decides whether its connection paces.
+    /// Returns true if a connection paces depending on the distance of its peer.
     pub(super) fn depends_on_distance(&self) -> bool {
         self.connections == PacedConnections::Distant
     }
 
-    /// Sets how the connections of `listener` start. Another process may have set the opposite.
+    /// Sets whether the connections of `listener` start with pacing. Another process may have set
+    /// the opposite.
     pub(super) fn prepare(&self, listener: &impl AsFd, unpaced: bool) {
         if unpaced && self.depends_on_distance() {
             self.postpone(listener);
@@ -71,11 +74,11 @@ impl Pacing {
             return;
         }
         let socket = SockRef::from(socket);
-        // Fails only if an administrator forbids all of them: then it paces.
+        // Fails only if the administrator allows none of them: then the connection paces.
         let _unpaced = UNPACED.iter().any(|name| socket.set_tcp_congestion(name).is_ok());
     }
 
-    /// Starts pacing unless the peer has answered within the time of a near one.
+    /// Starts pacing, unless the peer answered so soon that it is near.
     pub(super) fn decide(&self, socket: &impl AsFd, answered: Duration) {
         if answered >= NEAR {
             self.begin(socket);
@@ -88,7 +91,7 @@ impl Pacing {
     }
 }
 
-/// A connection whose distance is still unknown.
+/// A connection to a peer of unknown distance.
 #[derive(Debug)]
 pub struct UndecidedPacing {
     pacing: Pacing,
@@ -100,7 +103,7 @@ impl UndecidedPacing {
         Ok(Self { pacing, socket: socket.as_fd().try_clone_to_owned()? })
     }
 
-    /// The peer has answered, after this time.
+    /// Decides by the time after which the peer answered.
     pub fn decide(self, answered: Duration) {
         self.pacing.decide(&self.socket, answered);
     }

@@ -1,5 +1,5 @@
-//! A connection of messages with file descriptors attached (`SOCK_SEQPACKET`, unix(7)), as node
-//! agents use it to pass the network namespaces of pods.
+//! A connection that carries messages with file descriptors attached (`SOCK_SEQPACKET`, unix(7)).
+//! Node agents use it to pass the network namespaces of pods.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -13,11 +13,12 @@ use tokio::net::UnixStream;
 use crate::sockets::descriptors;
 use crate::sockets::peer::Peer;
 
-/// The maximum length of a received message in bytes. istio-cni's longest has about 600: two names
-/// of 253 octets and a namespace of 63.
+/// The maximum length of a received message in bytes. istio-cni's longest message has about 600:
+/// two names of 253 octets and a namespace of 63.
 const MAX_MESSAGE: usize = 4096;
 
-/// One end of a connection.
+/// The socket has the type `SOCK_SEQPACKET`, for which tokio has no type. tokio's `UnixStream` only
+/// registers it and waits for it.
 #[derive(Debug)]
 pub struct SeqPacket {
     /// Of type `SOCK_SEQPACKET`. Tokio has no type for it, and none for any descriptor that is
@@ -28,15 +29,16 @@ pub struct SeqPacket {
 /// A received message.
 #[derive(Debug)]
 pub struct Message {
-    /// Not empty.
+    /// The content, which is not empty.
     pub bytes: Vec<u8>,
-    /// The attached descriptors, which are closed when an exec replaces this process.
+    /// The attached descriptors. They are close-on-exec.
     pub descriptors: Vec<OwnedFd>,
 }
 
 impl SeqPacket {
-    /// Connects to the listener at `path`. Never waits: a full accept queue is an error
-    /// (`WouldBlock`), because the kernel queues no connection attempt of a non-blocking socket.
+    /// Connects to the listener at `path`. Never waits: if the accept queue is full, fails with
+    /// `WouldBlock`, because the kernel does not queue the connection attempt of a non-blocking
+    /// socket.
     ///
     /// # Errors
     ///
@@ -48,7 +50,7 @@ impl SeqPacket {
         Self::new(socket)
     }
 
-    /// Uses `socket`, which is connected and non-blocking.
+    /// Wraps `socket`, which must be connected and non-blocking.
     ///
     /// # Errors
     ///
@@ -70,24 +72,24 @@ impl SeqPacket {
     ///
     /// # Errors
     ///
-    /// The error of the kernel; `InvalidInput` for an empty message, which would read as the end,
-    /// and for more descriptors than a message can carry.
+    /// The error of the kernel. `InvalidInput` for an empty message, which would read as the end of
+    /// the connection, and for too many descriptors.
     pub async fn send(&self, bytes: &[u8], attached: &[BorrowedFd<'_>]) -> io::Result<()> {
         if bytes.is_empty() {
             return Err(ErrorKind::InvalidInput.into());
         }
         let send = || descriptors::send(&self.socket, bytes, attached);
-        // The kernel sends a message whole or not at all.
+        // The kernel sends a message completely or not at all.
         self.socket.async_io(Interest::WRITABLE, send).await.map(|_| ())
     }
 
-    /// Receives the next message; `None` after the other process closed the connection or ended.
-    /// Cancel safe: a message is lost only together with the connection.
+    /// Receives the next message. `None` after the other process closed the connection or ended.
+    /// Cancel-safe: a message is lost only together with the connection.
     ///
     /// # Errors
     ///
-    /// The error of the kernel; `InvalidData` if the message or the list of its descriptors is too
-    /// long. The received descriptors are closed then.
+    /// The error of the kernel. `InvalidData` if the message is too long or has too many
+    /// descriptors; all received descriptors are closed then.
     pub async fn receive(&self) -> io::Result<Option<Message>> {
         let mut bytes = vec![0; MAX_MESSAGE];
         let receive = || descriptors::receive(&self.socket, &mut bytes);
@@ -113,7 +115,7 @@ mod tests {
         seqpacket_pair().expect("a pair")
     }
 
-    /// The number of descriptors of this process that lead to `path`.
+    /// The number of descriptors of this process that refer to `path`.
     fn open(path: &Path) -> usize {
         let entries = fs::read_dir("/proc/self/fd").expect("a folder").flatten();
         entries.filter(|entry| fs::read_link(entry.path()).is_ok_and(|to| to == path)).count()

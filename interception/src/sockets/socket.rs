@@ -1,9 +1,8 @@
-//! Sockets that match the rules, with marks and spoofed sources, and the original destinations of
-//! captured connections.
+//! Sockets that the rules recognize, with marks and preserved source addresses, and the original
+//! destinations of captured connections.
 //!
 //! Opening a socket requires its namespace and privileges; connecting it later requires neither.
-//!
-//! Not here: accepting (`listener.rs`), deadlines, and data transfer.
+//! `listener` accepts; callers set deadlines.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
@@ -25,16 +24,17 @@ use crate::sockets::listener::BoundListener;
 use crate::sockets::pacing::{Pacing, UndecidedPacing};
 use crate::sockets::{canonical, listener};
 
-/// Unanswered keepalive probes after which a connection is closed: Linux's default.
+/// The number of unanswered keepalive probes after which a connection is closed. Linux has the same
+/// default.
 pub const KEEPALIVE_PROBES: u32 = 9;
 
 /// The socket options of a profile.
 #[derive(Debug, Clone)]
 pub struct Sockets {
-    /// The mark of every socket; `None` if the profile identifies the proxy by its user.
+    /// The mark of all sockets. `None` if the profile identifies the proxy by its user.
     mark: Option<u32>,
     last_hop: LastHop,
-    /// Whether listeners accept TPROXY's connections.
+    /// True if listeners accept connections that TPROXY delivers.
     transparent: bool,
     ipv6: bool,
     keepalive: Option<Duration>,
@@ -44,30 +44,30 @@ pub struct Sockets {
 /// Address and purpose of a listener.
 #[derive(Debug, Clone, Copy)]
 pub struct ListenerRequest {
-    /// `[::]` accepts IPv4 too, and becomes `0.0.0.0` without IPv6.
+    /// `[::]` accepts IPv4 too. If the kernel lacks IPv6, it becomes `0.0.0.0`.
     pub address: SocketAddr,
-    /// The options of its connections.
+    /// The options of accepted connections.
     pub accepted: AcceptedOptions,
-    /// The purpose in error messages.
+    /// The purpose of the listener, for error messages.
     pub purpose: &'static str,
-    /// The setting of the address in error messages.
+    /// The setting that contains the address, for error messages.
     pub setting: &'static str,
 }
 
 /// Options that a listener's connections inherit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AcceptedOptions {
-    /// The effect of closing.
+    /// The effect of closing a connection.
     pub closing: Closing,
-    /// Whether they start without pacing: the clients are on this host, or their distance is
+    /// True if connections start without pacing: the clients are on this host, or their distance is
     /// measured ([`Sockets::undecided_pacing`]).
     pub unpaced: bool,
 }
 
-/// The kind of a socket, before its destination is known.
+/// The purpose of a socket, before its destination is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SocketKind {
-    /// The family of the destination.
+    /// The address family of the destination.
     pub family: Family,
     /// The role of the destination.
     pub role: SocketRole,
@@ -76,14 +76,14 @@ pub struct SocketKind {
 /// The role of a socket's destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SocketRole {
-    /// A peer, or a destination outside the mesh: the source is the pod's address.
+    /// A peer, or a destination outside of the mesh. The source is the pod's address.
     Upstream,
-    /// The workload: the profile determines the source address.
+    /// The workload. The profile determines the source address.
     Workload,
 }
 
 impl SocketKind {
-    /// The kind for connections to `destination`.
+    /// The kind of socket for connections to `destination`.
     #[must_use]
     pub fn new(role: SocketRole, destination: SocketAddr) -> Self {
         let v4 = canonical(destination).is_ipv4();
@@ -91,7 +91,7 @@ impl SocketKind {
     }
 }
 
-/// A socket in a namespace with all options of its kind, not yet connected. The kernel checks the
+/// A socket in a namespace with all its options, not connected yet. The kernel checks the
 /// privileges for SO_MARK and IP_TRANSPARENT when they are set (`sk_setsockopt`, net/core/sock.c;
 /// `do_ip_setsockopt`, net/ipv4/ip_sockglue.c). A thread without capabilities can therefore bind
 /// and connect it.
@@ -99,34 +99,34 @@ impl SocketKind {
 pub struct ReadySocket {
     socket: Socket,
     kind: SocketKind,
-    /// Decided by the time that connecting takes.
+    /// The pacing to decide on when connecting shows how long the peer takes.
     pacing: Option<Pacing>,
 }
 
 /// The effect of closing an accepted connection, until it is changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Closing {
-    /// The kernel still sends written data, then FIN.
+    /// The kernel sends the written data, then FIN.
     End,
-    /// The kernel sends RST, like after [`reset_on_close`].
+    /// The kernel sends RST, as after [`reset_on_close`].
     Reset,
 }
 
 /// The source address of connections to the workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LastHop {
-    /// The client's own address, with this mark for the return path.
+    /// The client's own address. `mark` routes the replies back to the proxy.
     Imitated { mark: u32 },
-    /// An address of the loopback interface, by which the rules recognize the connections.
+    /// A loopback address, by which the rules recognize the connections.
     Loopback { v4: Ipv4Addr, v6: Ipv6Addr },
-    /// The kernel's choice.
+    /// The kernel chooses the address.
     Any,
 }
 
 impl Sockets {
-    /// Sockets for these settings. `ipv6`: whether the kernel has IPv6, enabled or not. A listener
-    /// at `[::]` accepts connections of a family as soon as it is enabled
-    /// ([`crate::namespace::ipv6::ipv6_available`]).
+    /// Creates the socket options for these settings. `ipv6` is true if the kernel supports IPv6,
+    /// even if it is disabled ([`crate::namespace::ipv6::ipv6_available`]): a listener at `[::]`
+    /// accepts connections of a family as soon as it is enabled.
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ipv6: bool) -> Self {
         let imitated = LastHop::Imitated { mark: PROXY_MARK };
@@ -147,29 +147,30 @@ impl Sockets {
         Self { mark, last_hop, transparent, ipv6, keepalive: None, pacing: None }
     }
 
-    /// The same, with keepalive probes after this time without data, and at this interval.
+    /// Adds keepalive: the first probe after this time without data, and more at this interval.
     ///
-    /// A captured connection lives only as long as its conntrack entry, and it hangs when a NAT
-    /// gateway or load balancer on the path drops its state (istio #38982, #43301).
+    /// A captured connection ends with its conntrack entry, and hangs if a NAT gateway or load
+    /// balancer on the path drops its state (istio #38982, #43301).
     #[must_use]
     pub fn with_keepalive(self, keepalive: Duration) -> Self {
         Self { keepalive: Some(keepalive), ..self }
     }
 
-    /// The same, with this pacing. `None`: the kernel does not pace.
+    /// Sets the pacing. `None` if the kernel does not pace.
     #[must_use]
     pub fn with_pacing(self, pacing: Option<Pacing>) -> Self {
         Self { pacing, ..self }
     }
 
-    /// Whether connecting requires NET_ADMIN: for marks, and for spoofed sources.
+    /// Returns true if opening a socket requires NET_ADMIN, for marks and preserved source
+    /// addresses.
     #[must_use]
     pub fn need_net_admin(&self) -> bool {
         self.mark.is_some() || self.imitate_clients()
     }
 
-    /// Whether listeners also accept connections to addresses that are not local to the namespace.
-    /// The local address of such a connection proves nothing.
+    /// Returns true if listeners also accept connections to addresses that are not local to the
+    /// namespace. The local address of such a connection proves nothing.
     #[must_use]
     pub fn are_transparent(&self) -> bool {
         self.transparent
@@ -196,7 +197,7 @@ impl Sockets {
             .map_err(|source| InterceptionError::Listen { purpose, address, setting, source })
     }
 
-    /// Sets the options of `listener`'s connections, which inherit them (`sk_clone_lock`,
+    /// Sets the options that the connections of `listener` inherit (`sk_clone_lock`,
     /// net/core/sock.c). This saves six system calls per connection.
     ///
     /// # Errors
@@ -219,7 +220,7 @@ impl Sockets {
     ///
     /// # Errors
     ///
-    /// The kernel's: no descriptor, no privilege, no such family.
+    /// The error of the kernel: no descriptor, no privilege, or no such address family.
     pub fn open(&self, _: &Entered, kind: SocketKind) -> io::Result<ReadySocket> {
         let (domain, workload) = (domain(kind.family), kind.role == SocketRole::Workload);
         let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
@@ -234,13 +235,13 @@ impl Sockets {
         if let Some(pacing) = &self.pacing {
             pacing.postpone(&socket);
         }
-        // A cancelled connect ends with RST: the kernel may have completed the handshake, and the
-        // acceptor would take a FIN for a clean end.
+        // A cancelled connect must end with RST: the kernel may have completed the handshake, and
+        // the peer would read a FIN as a clean end.
         reset_on_close(&socket);
         if workload && self.last_hop != LastHop::Any {
-            // Delay the choice of the port until connect: bind would take one that no other
-            // destination may use, which limits an address to about 28,000 connections. The IPv4
-            // option applies to both families (ipv6_setsockopt passes SOL_IP on).
+            // Choose the source port at connect. A port chosen at bind cannot be used for other
+            // destinations, which limits an address to about 28,000 connections. The IPv4 option
+            // applies to both families (ipv6_setsockopt passes SOL_IP on).
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         }
         if workload && self.imitate_clients() {
@@ -253,19 +254,19 @@ impl Sockets {
         Ok(ReadySocket { socket, kind, pacing })
     }
 
-    /// The pacing of a connection that a listener has accepted without, for the time when its
-    /// distance is known. `None` if it does not depend on that.
+    /// The pacing to decide on for an accepted connection, once the peer's distance is known.
+    /// `None` if pacing does not depend on the distance.
     #[must_use]
     pub fn undecided_pacing(&self, accepted: &impl AsFd) -> Option<UndecidedPacing> {
         let pacing = self.pacing.clone().filter(Pacing::depends_on_distance)?;
         UndecidedPacing::new(pacing, accepted).ok()
     }
 
-    /// Binds `socket` to the source address for a connection of `client` to the workload at
-    /// `destination`: the client's own or a loopback address, depending on the profile.
+    /// Binds `socket` to the source address for the connection of `client` to the workload at
+    /// `destination`: the client's own address or a loopback address, depending on the profile.
     ///
     /// The client's address is not used if it has the other family, or if it equals the
-    /// destination, whose replies would never leave it.
+    /// destination, because the replies would not leave it.
     ///
     /// # Errors
     ///
@@ -291,14 +292,14 @@ impl Sockets {
         source.map_or(Ok(()), bind)
     }
 
-    /// Whether the workload sees its clients' own addresses, so that its replies need a return
-    /// path.
+    /// Returns true if the workload sees its clients' own addresses, so that its replies need a
+    /// return path.
     #[must_use]
     pub(crate) fn imitate_clients(&self) -> bool {
         matches!(self.last_hop, LastHop::Imitated { .. })
     }
 
-    /// Sets the options of all connections of the proxy: TCP_NODELAY and keepalive.
+    /// Sets TCP_NODELAY and keepalive, which all connections of the proxy have.
     fn tune(&self, stream: &impl AsFd) -> io::Result<()> {
         let socket = SockRef::from(stream);
         socket.set_tcp_nodelay(true)?;
@@ -311,18 +312,17 @@ impl Sockets {
 }
 
 impl ReadySocket {
-    /// Its kind.
+    /// The purpose of the socket.
     #[must_use]
     pub fn kind(&self) -> SocketKind {
         self.kind
     }
 
-    /// Connects to `destination`, which must have its family.
+    /// Connects to `destination`, which must have the socket's address family. Has no timeout.
     ///
     /// # Errors
     ///
-    /// The kernel's: refused, unreachable, not permitted. There is no timeout other than the
-    /// kernel's.
+    /// The error of the kernel: refused, unreachable, not permitted.
     pub async fn connect(self, destination: SocketAddr) -> io::Result<TcpStream> {
         let Self { socket, pacing, .. } = self;
         let began = pacing.is_some().then(Instant::now);
@@ -332,8 +332,8 @@ impl ReadySocket {
             }
             Ok(()) | Err(_) => {}
         }
-        // A destination on the same host has usually answered already: its packets are delivered
-        // before the call returns, but the call does not check for that.
+        // A destination on the same host has usually answered before the call returns, but the call
+        // does not check for the answer.
         let connected = socket.peer_addr().is_ok();
         let stream = TcpStream::from_std(socket.into())?;
         if !connected {
@@ -358,21 +358,22 @@ impl ReadySocket {
 pub struct OriginalDestination(SocketAddr);
 
 impl OriginalDestination {
-    /// The destination `address`.
+    /// Converts `address`.
     #[must_use]
     pub fn new(address: SocketAddr) -> Self {
         Self(canonical(address))
     }
 
-    /// The destination of a connection of `client` that a rule may have redirected.
+    /// Asks conntrack for the destination of a connection of `client` that a rule may have
+    /// redirected.
     ///
     /// # Errors
     ///
-    /// The kernel's: ENOENT if conntrack has no entry of the connection.
+    /// The error of the kernel. ENOENT if conntrack has no entry of the connection.
     pub fn redirected(stream: &impl AsFd, client: IpAddr) -> io::Result<Self> {
         let socket = SockRef::from(stream);
-        // Use the family of the packets, which differs from the socket's on a dual-stack listener:
-        // with the other one, conntrack would look up the wrong addresses.
+        // Use the family of the packets. On a dual-stack listener the socket has the other one,
+        // with which conntrack would look up wrong addresses.
         let original = if client.to_canonical().is_ipv4() {
             socket.original_dst_v4()?
         } else {
@@ -381,7 +382,7 @@ impl OriginalDestination {
         inet(original).map(Self::new)
     }
 
-    /// The destination of a connection that no rule redirects: the address of `stream` itself.
+    /// The destination of a connection that no rule redirects: the local address of `stream`.
     ///
     /// # Errors
     ///
@@ -390,37 +391,37 @@ impl OriginalDestination {
         inet(SockRef::from(stream).local_addr()?).map(Self::new)
     }
 
-    /// The address.
+    /// The destination's address and port.
     #[must_use]
     pub fn address(self) -> SocketAddr {
         self.0
     }
 }
 
-/// From now on, closing `stream` sends RST instead of FIN, also when the process is killed. Cannot
-/// fail: a closed connection needs no reset.
+/// Makes closing `stream` send RST instead of FIN, also if the process is killed. Cannot fail: a
+/// closed connection needs no reset.
 pub fn reset_on_close(stream: &impl AsFd) {
     let _gone = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
-/// Undoes [`reset_on_close`]: the kernel sends written data, then FIN.
+/// Undoes [`reset_on_close`]: closing sends the written data, then FIN.
 pub fn end_on_close(stream: &impl AsFd) {
     let _gone = SockRef::from(stream).set_linger(None);
 }
 
-/// Probes the other side of `stream` after `first` without data, then at the interval `every`, in
-/// whole seconds. The kernel closes the connection after [`KEEPALIVE_PROBES`] unanswered probes.
-/// Cannot fail: a closed connection needs no probes.
+/// Enables keepalive on `stream`: the first probe after `first` without data, then probes at the
+/// interval `every`, both in whole seconds. The kernel closes the connection after
+/// [`KEEPALIVE_PROBES`] unanswered probes. Cannot fail: a closed connection needs no probes.
 pub fn probe_every(stream: &impl AsFd, first: Duration, every: Duration) {
     let probes = TcpKeepalive::new().with_time(first).with_interval(every);
     let _gone = SockRef::from(stream).set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES));
 }
 
-/// Sends FIN after the written data; reading continues.
+/// Sends FIN after the written data. Reading continues.
 ///
 /// # Errors
 ///
-/// The kernel rejected the operation. A closed connection is no error here; reading reports it.
+/// The kernel rejected the operation. A closed connection is not an error here: reading reports it.
 pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
     match SockRef::from(stream).shutdown(Shutdown::Write) {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
@@ -428,7 +429,7 @@ pub fn end_writing(stream: &impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Writes data to `stream` before a call of [`end_writing`]: if all of it fits, the FIN is sent in
+/// Writes data to `stream` before a call of [`end_writing`]. If all data fits, the FIN is sent in
 /// the same segment. Returns the number of written bytes.
 ///
 /// # Errors
@@ -438,7 +439,8 @@ pub fn write_before_end(stream: &impl AsFd, data: &[u8]) -> io::Result<usize> {
     Ok(send(stream, data, SendFlags::MORE | SendFlags::NOSIGNAL)?)
 }
 
-/// Copies received bytes without removing them from the socket. Returns their number; 0 after FIN.
+/// Copies received bytes without removing them from the socket. Returns their number, which is 0
+/// after FIN.
 ///
 /// # Errors
 ///

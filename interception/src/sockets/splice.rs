@@ -1,14 +1,13 @@
-//! A pipe through which bytes move from one TCP connection to another inside the kernel
-//! (splice(2)).
+//! A pipe that moves bytes from one TCP connection to another inside the kernel (splice(2)).
 //!
-//! Not here: the choice between copying and splicing, and waiting for the connections.
+//! The caller chooses between copying and splicing, and waits for the connections.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
-/// An empty or partly filled pipe. No operation waits.
+/// A pipe, which may contain bytes. No operation waits.
 #[derive(Debug)]
 pub struct SplicePipe {
     read: OwnedFd,
@@ -20,15 +19,16 @@ impl SplicePipe {
     ///
     /// # Errors
     ///
-    /// The kernel's: at the limit of descriptors, or above `fs.pipe-user-pages-soft`, where a pipe
-    /// is too small to be worth its system calls.
+    /// The error of the kernel: at the limit of descriptors, or above `fs.pipe-user-pages-soft`,
+    /// where a pipe would be too small to be worth its system calls.
     pub fn open(capacity: usize) -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         fcntl_setpipe_size(&write, capacity)?;
         Ok(Self { read, write })
     }
 
-    /// Moves up to `most` bytes from `source` into the pipe. Returns their number; 0 after FIN.
+    /// Moves up to `most` bytes from `source` into the pipe. Returns their number, which is 0 after
+    /// FIN.
     ///
     /// # Errors
     ///

@@ -25,7 +25,8 @@ pub(crate) const CASES: &[Case] = &[
 
 const PORT: u16 = 8080;
 
-/// Connects from the current namespace with a socket of this user and mark; `false` if blocked.
+/// Connects from the current namespace, with a socket of this user and mark. Returns `false` if
+/// blocked.
 fn connects(to: IpAddr, port: u16, mark: u32, uid: u32) -> Result<bool, Failed> {
     let address = at(to, port);
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
@@ -38,7 +39,7 @@ fn connects(to: IpAddr, port: u16, mark: u32, uid: u32) -> Result<bool, Failed> 
     }
 }
 
-/// Listens on these ports of the remote namespace.
+/// Listens on these ports in the remote namespace.
 fn listeners(
     wired: &ConnectedPods,
     family: Family,
@@ -141,7 +142,7 @@ fn has_many_exemptions() -> Result<(), Failed> {
     equal("the ip rules after removal", command(&pod, "ip rule")?, before)
 }
 
-/// The kernel rejects port 65535 in an ip rule, and users outside of the user namespace.
+/// The kernel rejects ip rules with port 65535 or with users outside of the user namespace.
 fn takes_inexpressible_settings() -> Result<(), Failed> {
     let wired = ConnectedPods::new("inexpressible")?;
     let _there = listeners(&wired, V4, &[PORT, 80])?;

@@ -1,4 +1,5 @@
-//! Kernel tests of connections through the rules: receiver, original destination, deciding rule.
+//! Kernel tests of connections through the rules: receiver, original destination, and deciding
+//! rule.
 
 use std::fs;
 use std::io::ErrorKind::{ConnectionRefused, PermissionDenied};
@@ -52,7 +53,8 @@ pub(crate) const CASES: &[Case] = &[
 
 const APP: u16 = 8080;
 
-/// A pod with rules, the proxy's listeners, and an application on each side.
+/// A pod with rules and the proxy's listeners, and an application in the pod and in the remote
+/// namespace.
 struct Mesh {
     wired: ConnectedPods,
     outbound: BoundListener,
@@ -67,7 +69,7 @@ impl Mesh {
         Self::with(name, "")
     }
 
-    /// The same with rules for these settings.
+    /// Like [`Mesh::new`], with rules for these settings.
     fn with(name: &str, assignments: &str) -> Result<Self, Failed> {
         let wired = ConnectedPods::new(name)?;
         let sockets = Sockets::new(&settings(""), true);
@@ -89,12 +91,12 @@ impl Mesh {
         Ok(Self { wired, outbound, inbound, hbone, app, remote_app })
     }
 
-    /// Connects from a namespace like any program.
+    /// Connects from a namespace, like any program.
     fn plain(&self, from: &Namespace, to: SocketAddr) -> Result<TcpStream, Failed> {
         self.connect(from, to, None)
     }
 
-    /// The same, from a given address of the namespace.
+    /// Connects from a given address of the namespace.
     fn connect(
         &self,
         from: &Namespace,
@@ -111,8 +113,8 @@ impl Mesh {
         blocking(stream)
     }
 
-    /// Connects like the proxy: with a socket that was opened in the pod, from a thread that is
-    /// outside and has no capability.
+    /// Connects like the proxy: opens a socket in the pod, and connects it from a thread without
+    /// capabilities outside of the pod.
     fn proxied(&self, to: SocketAddr, source: Option<IpAddr>) -> Result<TcpStream, Failed> {
         let sockets = Sockets::new(&settings(""), true);
         let role = if source.is_some() { SocketRole::Workload } else { SocketRole::Upstream };
@@ -129,7 +131,7 @@ impl Mesh {
     }
 }
 
-/// Runs async code on a thread that has given up every capability.
+/// Runs async code on a thread without capabilities.
 fn without_capabilities<T: Send>(
     code: impl AsyncFnOnce() -> Result<T, Failed> + Send,
 ) -> Result<T, Failed> {
@@ -149,8 +151,8 @@ fn blocking(stream: TcpStream) -> Result<TcpStream, Failed> {
     Ok(stream)
 }
 
-/// The rules that decided in a pod so far, with their counters. Excluded are `proxy-zone`, which
-/// sees every packet of the proxy, and jumps into own chains.
+/// The rules that decided in a pod, with their counters. Without `proxy-zone`, which matches every
+/// packet of the proxy, and without jumps to underpass's chains.
 fn counted(pod: &Namespace) -> Result<Vec<(String, u64)>, Failed> {
     let all = inside(pod, async || Ok(counters(&NamespaceAccess::current()?).await?))?;
     Ok(all
@@ -161,7 +163,8 @@ fn counted(pod: &Namespace) -> Result<Vec<(String, u64)>, Failed> {
         .collect())
 }
 
-/// Accepts on a listener of the proxy and exchanges bytes. Returns client and original destination.
+/// Accepts on a listener of the proxy, and exchanges bytes. Returns client and original
+/// destination.
 fn accept(
     listener: BoundListener,
     client: &mut TcpStream,
@@ -181,7 +184,7 @@ fn accept(
     })
 }
 
-/// Accepts like an application and exchanges bytes. Returns the client.
+/// Accepts like an application, and exchanges bytes. Returns the client.
 fn serve(app: &TcpListener, client: &mut TcpStream) -> Result<IpAddr, Failed> {
     let (mut stream, peer) = app.accept()?;
     stream.set_read_timeout(Some(DEADLINE))?;
@@ -199,8 +202,8 @@ fn exchange(client: &mut TcpStream, server: &mut TcpStream) -> Result<(), Failed
     equal("the reply", &byte, b"!")
 }
 
-/// Asserts that only this rule matched, once. Called after bytes were exchanged, it also shows that
-/// mangle rules do not match captured connections.
+/// Asserts that only this rule matched, once. After bytes were exchanged, this also shows that no
+/// mangle rule matches captured connections.
 fn only(pod: &Namespace, rule: String) -> Result<(), Failed> {
     equal("rules that matched", counted(pod)?, vec![(rule, 1)])
 }
@@ -291,7 +294,8 @@ fn a7(family: Family, name: &str) -> Result<(), Failed> {
     equal("rules that matched", rules, expected.to_vec())
 }
 
-/// The other half of A6 and A7: binding to a client's address and connecting take none.
+/// Opening a marked or transparent socket requires a capability. A6 and A7 show that binding and
+/// connecting it do not.
 fn opening_takes_capability() -> Result<(), Failed> {
     let sockets = Sockets::new(&settings(""), true);
     without_capabilities(async || {
@@ -335,7 +339,7 @@ fn survives_installation(family: Family, name: &str) -> Result<(), Failed> {
         rules,
         ["established-in", "established-out"].map(String::from).to_vec(),
     )?;
-    // A new connection is captured, and refused without a proxy.
+    // A new connection is captured. Without a proxy, it is refused.
     let new = wired.pod.run(|| TcpStream::connect_timeout(&at(family.remote, APP), DEADLINE))?;
     equal(
         "a new connection",

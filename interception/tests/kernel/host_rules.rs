@@ -1,4 +1,5 @@
-//! Kernel tests of the rules in the host's namespace: they equal nft's, and changes are detected.
+//! Kernel tests of the rules in the host's namespace: nft installs the same rules, and changes are
+//! detected.
 
 use libtest_mimic::Failed;
 use underpass_interception::{HOST_TABLE, HostPlan, HostRules, Namespace, NamespaceAccess};
@@ -21,7 +22,7 @@ fn list(namespace: &Namespace) -> Result<String, Failed> {
     command(namespace, &format!("nft -nn list table inet {HOST_TABLE}"))
 }
 
-/// Runs code on the rules of a new namespace.
+/// Runs code with the rules of a new namespace.
 fn with_rules(
     name: &str,
     code: impl AsyncFnOnce(&Namespace, HostRules) -> Result<(), Failed> + Send,

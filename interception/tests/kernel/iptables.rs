@@ -1,7 +1,7 @@
 //! Kernel tests of the iptables backend, in both variants and both families.
 //!
-//! xt_owner rejects users and groups outside of the user namespace, and the sandbox has only id 0.
-//! So the proxy runs as root here.
+//! The iptables owner match rejects users and groups outside of the user namespace, and the sandbox
+//! has only id 0. Therefore the proxy's user is root here.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -66,12 +66,12 @@ struct Variant {
 }
 
 impl Variant {
-    /// A namespace for a test of this variant.
+    /// Creates a namespace for a test of this variant.
     fn pod(self, name: &str) -> Result<Namespace, Failed> {
         isolated(&format!("{name}-{}", self.suffix))
     }
 
-    /// Feeds text to an `iptables-restore`.
+    /// Passes text to an `iptables-restore` program.
     fn load(self, pod: &Namespace, program: &str, text: &str) -> Result<(), Failed> {
         let path = format!("/run/{}.rules", pod.path().file_name().unwrap_or_default().display());
         fs::write(&path, text)?;
@@ -85,7 +85,7 @@ impl Variant {
         Ok(())
     }
 
-    /// The rules of all programs.
+    /// Lists the rules of all programs.
     fn saved(self, pod: &Namespace) -> Result<Rules, Failed> {
         let mut rules = Rules::new();
         for (_, program) in FAMILIES {
@@ -107,7 +107,7 @@ impl Variant {
     }
 }
 
-/// The chains that have rules or are not built in, by program, table and name.
+/// Chains by program, table and name. Without empty built-in chains.
 type Rules = BTreeMap<(&'static str, String, String), Vec<String>>;
 
 fn collect(rules: &mut Rules, program: &'static str, text: &str) {
@@ -127,7 +127,7 @@ fn collect(rules: &mut Rules, program: &'static str, text: &str) {
     }
 }
 
-/// The text of a plan as `iptables-save` would print it, without the records of rules in built-in
+/// The text of a plan in the format of `iptables-save`, without the records of rules in built-in
 /// chains.
 fn printed(interception: &Interception) -> Rules {
     let mut rules = Rules::new();
@@ -142,7 +142,7 @@ fn without_records(rules: Rules) -> Rules {
     rules.into_iter().filter(|((_, _, chain), _)| !memory.contains(&chain.as_str())).collect()
 }
 
-/// Normalizes addresses: their abbreviation depends on the C library.
+/// Normalizes addresses, whose abbreviation depends on the C library.
 fn canonical(rules: Rules) -> Rules {
     let canonical = |line: String| line.replace("::127.0.0.53", "::7f00:35");
     rules
@@ -158,7 +158,7 @@ fn covers_every_match_and_action() -> Result<(), Failed> {
     let matches: HashSet<_> =
         rules().flat_map(|rule| &rule.matches).map(std::mem::discriminant).collect();
     let actions: HashSet<_> = rules().map(|rule| std::mem::discriminant(&rule.action)).collect();
-    // As many as `Match` and `Action` have variants.
+    // The numbers of variants of `Match` and `Action`.
     equal("matches and actions", (matches.len(), actions.len()), (22, 12))
 }
 
@@ -173,7 +173,7 @@ fn listed_as_printed(variant: Variant) -> Result<(), Failed> {
         equal("what is listed", saved, canonical(printed(&interception)))?;
         let difference = inside(&pod, async || Ok(interception.verify().await?))?;
         let text = difference.map(|difference| difference.to_string()).unwrap_or_default();
-        // The text does not contain the routes, nor the records of rules in built-in chains.
+        // The text contains neither the routes nor the records of rules in built-in chains.
         let lines: Vec<_> = text.lines().filter(|line| line.starts_with('+')).collect();
         equal("unexpected lines", lines, vec![])?;
     }
@@ -219,7 +219,7 @@ fn replaces_others(variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Foreign rules that precede own ones, and a chain with a jump to it.
+/// Foreign rules that precede underpass's rules, and a chain with a jump to it.
 const FOREIGN: &str = "*nat\n:DOCKER_OUTPUT - [0:0]\n:PROXY_INIT_OUTPUT - [0:0]\n\
     -A DOCKER_OUTPUT -p tcp -j RETURN\n-A OUTPUT -o docker0 -j DOCKER_OUTPUT\n\
     -A OUTPUT -j PROXY_INIT_OUTPUT\nCOMMIT\n*mangle\n-A PREROUTING -i eth9 -j RETURN\nCOMMIT\n\
@@ -231,7 +231,7 @@ fn foreign(variant: Variant) -> Result<(), Failed> {
         variant.load(&pod, program, FOREIGN)?;
     }
     variant.install(&pod, &tproxy(full(Profile::Sidecar)?))?;
-    // Some foreign rules are added after the own ones.
+    // Some foreign rules are added after underpass's rules.
     variant.run(&pod, "-t nat -A OUTPUT -o later0 -j RETURN")?;
     variant.run(&pod, "-t mangle -A OUTPUT -o later0 -j RETURN")?;
     variant.install(&pod, &tproxy(full(Profile::Sidecar)?))?;
@@ -286,7 +286,7 @@ fn removed(variant: Variant) -> Result<(), Failed> {
         inside(&pod, async || {
             let interception = variant.prepare(&settings).await?;
             interception.install().await?;
-            // The removing process may have other settings.
+            // The process that removes the rules may have other settings.
             equal(
                 "something was removed",
                 remove_everything(&NamespaceAccess::current()?, RemovalScope::Own, false).await?,
@@ -315,7 +315,7 @@ fn counted(variant: Variant) -> Result<(), Failed> {
         let planned: Vec<_> = rules.map(|rule| rule.id.as_str()).collect();
         equal("the ids", ids, planned)?;
         for address in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
-            // No socket listens, but the rules count the attempt.
+            // No socket listens, but the rules count the connection attempt.
             let refused = TcpStream::connect_timeout(&SocketAddr::new(address, 9), DEADLINE);
             equal("the connection is refused", refused.is_err(), true)?;
         }
@@ -424,7 +424,7 @@ fn failure_is_undone() -> Result<(), Failed> {
     NFT.install(&pod, &ipv4)?;
     let before = NFT.saved(&pod)?;
     inside(&pod, async || {
-        // Only its owner can change a table with an owner; the table is removed with the owner.
+        // Only its owner can change a table with an owner. The table is removed with the owner.
         let owner = Connection::<Nftables>::new()?;
         owner.add_table_with_flags("nat", KernelFamily::Ip6, NFT_TABLE_F_OWNER).await?;
         let result = NFT.prepare(&base(Profile::Ambient)?).await?.install().await;

@@ -1,4 +1,4 @@
-//! Which addresses the kernel delivers in a namespace.
+//! Kernel tests of the lookup of local addresses.
 
 use std::net::IpAddr;
 
@@ -29,7 +29,7 @@ fn of_interfaces_and_routes() -> Result<(), Failed> {
             "ip address add 2001:db8::7 dev lo",
             "ip route add local 198.51.100.0/24 dev lo",
             "ip route add local 2001:db8:1::/64 dev lo",
-            // To another host: not local.
+            // A route to another host is not local.
             "ip link add eth0 up type veth peer name eth1",
             "ip address add 10.0.0.1/24 dev eth0",
         ] {

@@ -1,6 +1,6 @@
-//! Kernel tests of rules, routes and sockets, in namespaces of their own and without root.
+//! Kernel tests of rules, routes and sockets, in private namespaces and without root.
 //!
-//! Unit tests need no kernel, and the tests crate needs the proxy. `UNDERPASS_SKIP_NAMESPACES=1`
+//! Unit tests need no kernel, and the crate `tests` needs the proxy. `UNDERPASS_SKIP_NAMESPACES=1`
 //! skips these tests where user namespaces are not permitted.
 
 mod blackhole;
@@ -18,7 +18,7 @@ mod walk;
 use libtest_mimic::{Arguments, Failed, Trial};
 use underpass_interception::{InterceptionError, enter_sandbox};
 
-/// The name of a test, and its function.
+/// The name of a test and its function.
 type Case = (&'static str, fn() -> Result<(), Failed>);
 
 fn main() {
@@ -26,7 +26,7 @@ fn main() {
     if skipped() {
         libtest_mimic::run(&arguments, Vec::new()).exit();
     }
-    // Before entering the sandbox, where no namespace is the host's.
+    // Before entering the sandbox, in which no namespace is the host's.
     let outside = rules::prepare_here();
     if let Err(error) = enter_sandbox() {
         fail_loudly(&error);

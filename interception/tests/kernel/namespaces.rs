@@ -1,4 +1,4 @@
-//! Namespaces as other programs see them.
+//! Kernel tests of namespaces, as other programs see them.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,7 +17,7 @@ use underpass_interception::{
 use crate::Case;
 use crate::pod::{ConnectedPods, PORTS, command, equal, isolated, runtime, settings};
 
-/// How long the kernel or another thread may take.
+/// The time that the kernel or another thread may take.
 const DEADLINE: Duration = Duration::from_secs(10);
 
 pub(crate) const CASES: &[Case] = &[
@@ -34,7 +34,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a sandbox cannot be entered by one of several threads", no_sandbox_for_threads),
 ];
 
-/// Its addresses say which namespace a program is in.
+/// Prints addresses that show which namespace a program is in.
 const ADDRESSES: &str = "ip -o address show dev eth0";
 
 fn entered_by_path_and_name() -> Result<(), Failed> {
@@ -132,11 +132,11 @@ fn routes() -> Result<(), Failed> {
     Ok(())
 }
 
-/// The namespaces that threads of this process are in.
+/// The namespaces that the threads of this process are in.
 fn namespaces_of_threads() -> Result<BTreeSet<String>, Failed> {
     let mut found = BTreeSet::new();
     for task in fs::read_dir("/proc/self/task")? {
-        // Some live for a moment.
+        // A thread may end during the loop.
         if let Ok(link) = fs::read_link(task?.path().join("ns/net")) {
             found.insert(link.to_string_lossy().into_owned());
         }
@@ -149,16 +149,16 @@ async fn interception(access: &NamespaceAccess) -> Result<Interception, Failed> 
     prepared.ok_or_else(|| "the profile has rules".into())
 }
 
-/// As programs see it, without counters.
+/// Lists rules as other programs see them, without counters.
 fn rules_in(namespace: &Namespace) -> Result<[String; 3], Failed> {
     let nftables = command(namespace, "nft --stateless list ruleset")?;
     Ok([nftables, command(namespace, "ip -4 rule")?, command(namespace, "ip -6 rule")?])
 }
 
 fn one_thread_for_all() -> Result<(), Failed> {
-    /// A node's pods.
+    /// The number of pods on a node.
     const NAMESPACES: usize = 250;
-    /// One namespace in this many gets rules, since installing them takes most of the time.
+    /// One in this many namespaces gets rules, because installing them takes most of the time.
     const WITH_RULES: usize = 25;
     let thread = NamespaceThread::start()?;
     let (mut held, mut threads) = (Vec::new(), BTreeSet::new());
@@ -188,7 +188,7 @@ fn one_thread_for_all() -> Result<(), Failed> {
     for interception in &installed {
         equal("difference", runtime()?.block_on(interception.verify())?, None)?;
     }
-    // Threads of the harness, which created the namespaces, end a moment later.
+    // The threads that created the namespaces may end a little later.
     let deadline = Instant::now() + DEADLINE;
     loop {
         let occupied = namespaces_of_threads()?;
@@ -203,7 +203,7 @@ fn one_thread_for_all() -> Result<(), Failed> {
         thread::yield_now();
     }
     for (number, (namespace, _)) in held.iter().enumerate() {
-        // Each of these takes a process.
+        // Each of these checks runs a program.
         if number % WITH_RULES < 2 {
             let installed = command(namespace, "nft list tables")?.contains("underpass");
             equal("the rules are installed", installed, number % WITH_RULES == 0)?;
@@ -255,19 +255,19 @@ fn deleted_is_gone() -> Result<(), Failed> {
     let is_linked = || Ok::<_, Failed>(command(&remote, "ip -o link")?.contains("eth0"));
     equal("its end of the link, while handles are held", is_linked()?, true)?;
     drop((rules, access));
-    // The kernel takes a namespace apart in the background, and its interfaces with it.
+    // The kernel removes a namespace and its interfaces in the background.
     let deadline = Instant::now() + DEADLINE;
     while is_linked()? {
         equal("the namespace is there", Instant::now() < deadline, true)?;
     }
-    // The thread goes on for other namespaces.
+    // The thread continues for other namespaces.
     let here = Namespace::current()?;
     let inside = thread.run(&here, async |entered| entered.namespace().id());
     equal("the next operation", runtime()?.block_on(inside)?, here.id())
 }
 
 fn no_sandbox_for_threads() -> Result<(), Failed> {
-    // The thread that `run` makes is at least the second.
+    // `run` starts another thread, so the process has at least two.
     let entered = isolated("threads")?.run(enter_sandbox)?;
     let remedy = match entered {
         Err(InterceptionError::Sandbox { remedy, .. }) => Some(remedy),

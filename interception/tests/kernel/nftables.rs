@@ -1,4 +1,4 @@
-//! Kernel tests of the nftables backend: it equals nft, and detects changes.
+//! Kernel tests of the nftables backend: it installs the same rules as nft, and detects changes.
 
 use std::fs;
 use std::net::IpAddr;
@@ -59,7 +59,7 @@ const V4_CIDRS: &[&[&str]] = &[
     &["10.0.0.1/32", "10.0.0.9/32"],
     &["10.0.0.0/8", "192.168.1.0/24", "192.168.2.0/23", "255.255.255.0/24"],
 ];
-/// The same for IPv6.
+/// The same variety of IPv6 networks.
 const V6_CIDRS: &[&[&str]] = &[
     &["fd00::1/128"],
     &["fd00::/16"],
@@ -82,7 +82,7 @@ fn chains() -> Vec<Chain> {
     base.into_iter().chain([Chain { id: NAT_REGULAR, hook: None }]).collect()
 }
 
-/// Every match and action in all forms: one or several values, with and without mask, for one or
+/// All matches and actions in all forms: one or several values, with and without mask, for one or
 /// both families. The first rule matches TCP.
 fn every_rule() -> Result<RulePlan, Failed> {
     let mut rules: Vec<Rule> = Vec::new();
@@ -203,14 +203,14 @@ fn install(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
     inside(namespace, async || Ok(testing::apply(&Entered::current()?, plan).await?))
 }
 
-/// Loads the printed plan as a user would.
+/// Loads the printed plan with nft, as a user would.
 fn load(namespace: &Namespace, name: &str, text: &str) -> Result<(), Failed> {
     let path = format!("/run/{name}.nft");
     fs::write(&path, text)?;
     command(namespace, &format!("nft -f {path}")).map(|_| ())
 }
 
-/// The installed and the expected sections.
+/// Lists the installed and the expected sections.
 fn listings(namespace: &Namespace, plan: &RulePlan) -> Result<[Option<Sections>; 2], Failed> {
     inside(namespace, async || Ok(testing::listings(&Entered::current()?, plan).await?))
 }
@@ -249,7 +249,7 @@ fn every_plan() -> Result<(), Failed> {
         let installed = command(&pod, "nft --stateless list ruleset")?;
         load(&pod, &name, &plan.to_string())?;
         equal("what is loaded", command(&pod, "nft --stateless list ruleset")?, installed.clone())?;
-        // nft loads its own listing, which is how users save rulesets.
+        // Users save rulesets like this: nft loads its own listing.
         load(&pod, &name, &format!("flush ruleset\n{installed}"))?;
         equal("what is kept", command(&pod, "nft --stateless list ruleset")?, installed)?;
     }
@@ -265,7 +265,7 @@ fn installed_is_expected() -> Result<(), Failed> {
     assert_same(&pod, &plan)?;
     load(&pod, "nft-expected", &plan.to_string())?;
     assert_same(&pod, &plan)?;
-    // A backup that another tool restores is no difference either.
+    // Restoring a backup with nft is not a difference.
     let backup = command(&pod, "nft list ruleset")?;
     load(&pod, "nft-backup", &format!("flush ruleset\n{backup}"))?;
     assert_same(&pod, &plan)?;
@@ -273,8 +273,8 @@ fn installed_is_expected() -> Result<(), Failed> {
     assert_same(&pod, &plan)
 }
 
-/// HANDLE is that of the first rule, `meta l4proto tcp counter return comment "rule-0"`; SET is a
-/// set that contains 10.0.0.0/8.
+/// Changes to the table. HANDLE is the handle of the first rule, `meta l4proto tcp counter return
+/// comment "rule-0"`. SET is a set that contains 10.0.0.0/8.
 const TAMPERING: &[&str] = &[
     "delete rule inet underpass nat_istio_output handle HANDLE",
     "add rule inet underpass nat_istio_output tcp dport 1 accept",
@@ -378,7 +378,7 @@ fn changes_are_reported() -> Result<(), Failed> {
     inside(&pod, async || {
         let here = Namespace::current()?;
         let mut changes = prepare("").await?.changes().await?;
-        // A cancelled wait loses no change.
+        // Cancelling a wait loses no change.
         let early = timeout(Duration::ZERO, changes.next()).await;
         equal("a change is reported without a change", early.is_err(), true)?;
         for (text, times) in

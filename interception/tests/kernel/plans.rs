@@ -70,7 +70,7 @@ pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
             _ => KubeletProbes::Off,
         },
         dns: Dns::Capture,
-        // glibc and musl abbreviate the last address differently.
+        // glibc and musl abbreviate the second address differently.
         dns_servers: vec!["10.0.0.10".parse()?, "::127.0.0.53".parse()?],
         ..settings
     })

@@ -1,4 +1,4 @@
-//! Two connected namespaces, a pod and a remote host, and helpers for kernel tests.
+//! Helpers of kernel tests: a pod and a remote host in connected namespaces.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
@@ -11,7 +11,7 @@ use underpass_interception::{
     veth,
 };
 
-/// An upper bound for every wait; reaching it is a failure.
+/// The timeout of every wait. Reaching it is a failure.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
 pub(crate) const PORTS: Ports = Ports {
     outbound: 15001,
@@ -21,7 +21,7 @@ pub(crate) const PORTS: Ports = Ports {
     services: Ports::DEFAULT_SERVICES,
 };
 
-/// One address family with the addresses of each participant.
+/// An address family, with the address of each participant.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Family {
     pub(crate) pod: IpAddr,
@@ -53,14 +53,14 @@ impl Family {
     }
 }
 
-/// A pod connected with a remote namespace.
+/// A pod that is connected with a remote namespace.
 pub(crate) struct ConnectedPods {
     pub(crate) pod: Namespace,
     pub(crate) remote: Namespace,
 }
 
 impl ConnectedPods {
-    /// `name` distinguishes the namespaces of concurrent tests.
+    /// Creates the namespaces. `name` distinguishes those of concurrent tests.
     pub(crate) fn new(name: &str) -> Result<Self, Failed> {
         let pod = Namespace::create_named(&format!("{name}-pod"))?;
         let remote = Namespace::create_named(&format!("{name}-remote"))?;
@@ -83,7 +83,7 @@ impl ConnectedPods {
     }
 }
 
-/// A namespace with only a loopback interface.
+/// Creates a namespace with only a loopback interface.
 pub(crate) fn isolated(name: &str) -> Result<Namespace, Failed> {
     let namespace = Namespace::create_named(name)?;
     runtime()?.block_on(namespace.set_loopback_up())?;
@@ -102,7 +102,7 @@ pub(crate) fn inside<T: Send>(
     namespace.run(|| runtime()?.block_on(code()))?
 }
 
-/// Runs a program inside a namespace, and returns its output.
+/// Runs a program in a namespace. Returns its output.
 pub(crate) fn command(namespace: &Namespace, line: &str) -> Result<String, Failed> {
     let mut words = line.split_whitespace();
     let program = words.next().ok_or("a program")?;
@@ -115,7 +115,7 @@ pub(crate) fn command(namespace: &Namespace, line: &str) -> Result<String, Faile
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Parses settings below `interception`: `profile=sidecar ipv6=bypass`.
+/// Parses settings of the section `interception`: `profile=sidecar ipv6=bypass`.
 #[expect(clippy::expect_used, reason = "the settings of a test are right")]
 pub(crate) fn settings(assignments: &str) -> InterceptionSettings {
     let flags = assignments.split_whitespace().map(|text| format!("interception.{text}")).collect();
@@ -134,7 +134,8 @@ pub(crate) fn at(address: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 
-/// Compares, and fails without a panic: the message of a panic inside a namespace is lost.
+/// Compares two values. Fails without a panic, because the message of a panic in a namespace is
+/// lost.
 pub(crate) fn equal<T: PartialEq + std::fmt::Debug>(
     what: &str,
     found: T,

@@ -153,7 +153,7 @@ fn leftovers_are_replaced() -> Result<(), Failed> {
 fn failure_leaves_nothing() -> Result<(), Failed> {
     let pod = Namespace::create_named("failure")?;
     let before = Listing::of(&pod)?;
-    // While the loopback interface is down, the kernel accepts the ip rule and rejects the route.
+    // While the loopback interface is down, the kernel accepts the ip rule but rejects the route.
     let failed = inside(&pod, async || Ok(prepare("").await?.install().await))?;
     let hint = failed.err().and_then(|error| error.hint()).unwrap_or_default();
     equal("the hint of the error", &*hint, "enable it with `ip link set lo up`")?;
@@ -164,7 +164,7 @@ fn refusal_leaves_nothing() -> Result<(), Failed> {
     let pod = isolated("refusal")?;
     let before = Listing::of(&pod)?;
     inside(&pod, async || {
-        // Only its owner can change a table with an owner; the table is removed with the owner.
+        // Only its owner can change a table with an owner. The table is removed with the owner.
         let owner = Connection::<Nftables>::new()?;
         owner.add_table_with_flags(TABLE, Family::Inet, NFT_TABLE_F_OWNER).await?;
         let refused = prepare("").await?.install().await.is_err();
@@ -179,7 +179,7 @@ fn routes_of_another_mode() -> Result<(), Failed> {
         prepare("profile=sidecar inbound.mode=tproxy").await?.install().await?;
         Ok(())
     })?;
-    // An ip rule of another program is no difference.
+    // An ip rule of another program is not a difference.
     command(&pod, "ip rule add fwmark 0x539/0xff pref 32765 lookup 133")?;
     let (before, after) = inside(&pod, async || {
         let ambient = prepare("").await?;
@@ -218,7 +218,8 @@ fn disabled_ipv6(backend: &str) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Rules and ip rules exist while IPv6 is disabled; routes and addresses of lo follow.
+/// Rules and ip rules exist while IPv6 is disabled. Routes and loopback addresses are added when it
+/// is enabled.
 fn disabled_ipv6_of(pod: &Namespace, backend: &str, profile: &str) -> Result<(), Failed> {
     inside(pod, async || {
         fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
@@ -280,7 +281,7 @@ fn counters_in_order() -> Result<(), Failed> {
 fn difference_in_words() -> Result<(), Failed> {
     let pod = isolated("words")?;
     inside(&pod, async || Ok(prepare("ipv6=bypass").await?.install().await?))?;
-    // nlink cannot print this expression and the planned `ct original zone set` in nft syntax.
+    // nlink cannot print this expression or the planned `ct original zone set` in nft syntax.
     command(
         &pod,
         "nft add rule inet underpass raw_istio_output ct reply zone set 7 comment foreign",
@@ -318,7 +319,7 @@ fn foreign_rules() -> Result<(), Failed> {
     let found = inside(&pod, async || {
         let interception = prepare("").await?;
         interception.install().await?;
-        // The blackhole belongs to underpass and is no foreign rule.
+        // The blackhole belongs to underpass and is not a foreign rule.
         interception.block().await?;
         let found = interception.foreign_rules().await?;
         interception.unblock().await?;
@@ -348,7 +349,7 @@ pub(crate) fn prepare_here() -> io::Result<InitialNamespace> {
         let access = NamespaceAccess::current()?;
         Ok::<_, io::Error>(Interception::prepare(&access, &settings(""), PORTS).await)
     })?;
-    // Only a process with a single thread can enter a sandbox.
+    // Only a process with one thread can enter a sandbox.
     while fs::read_dir("/proc/self/task")?.count() > 1 {
         thread::yield_now();
     }
@@ -361,7 +362,7 @@ pub(crate) fn prepare_here() -> io::Result<InitialNamespace> {
 
 pub(crate) fn host_is_refused(outside: &io::Result<InitialNamespace>) -> Result<(), Failed> {
     let outside = outside.as_ref().map_err(|error| error.to_string())?;
-    // Without NET_ADMIN, that is the first error.
+    // Without NET_ADMIN, the missing capability is the first error.
     if outside.permitted && outside.initial {
         equal("the host is refused", outside.refused, true)?;
     }

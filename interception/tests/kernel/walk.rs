@@ -1,6 +1,6 @@
-//! Compares the evaluation of plans with the kernel, with random settings and packets.
+//! Compares the evaluation of plans with the kernel, for random settings and packets.
 //!
-//! Each packet opens a connection, or is a datagram, and passes installed rules. The test compares
+//! Each packet opens a connection or is a datagram, and passes installed rules. The test compares
 //! receiver, original destination or rejection, and the counters of all nat rules.
 //!
 //! A failure prints its seed; `UNDERPASS_WALK_SEED=N` repeats it.
@@ -36,12 +36,12 @@ pub(crate) const CASES: &[Case] = &[
     ("a redirected connection from a client's address gets no reply over IPv4", loses_reply),
 ];
 
-/// The number of random settings per profile, and of packets per settings.
+/// The number of random settings per profile.
 const ROUNDS: usize = 12;
 const PACKETS: usize = 12;
-/// How long a lost packet must stay without effect: less than a second, after which the kernel
-/// sends the SYN again. Nat would count that one too if a RST removed the first one's conntrack
-/// entry.
+/// The time for which a dropped packet must have no effect. Less than a second, after which the
+/// kernel retransmits the SYN. Nat would count that SYN too if a RST had removed the conntrack
+/// entry of the first one.
 const QUIET: Duration = Duration::from_millis(500);
 
 /// A packet and the namespace that sends it.
@@ -76,8 +76,8 @@ fn compare(profile: Profile, name: &str) -> Result<(), Failed> {
     })
 }
 
-/// With Istio's TPROXY rules, DNS capture redirects the proxy's connection from a client's address
-/// to port 53 like any other. Of the two replies, the kernel can send only the one from ::1.
+/// With Istio's TPROXY rules, DNS capture also redirects the proxy's connection from a client's
+/// address to port 53. The kernel can send its reply only over IPv6, from ::1.
 fn loses_reply() -> Result<(), Failed> {
     let network = Network::new("walk-answers")?;
     let settings = settings("profile=sidecar exact=true inbound.mode=tproxy dns=capture");
@@ -169,7 +169,7 @@ impl Installed {
         if self.expected(packet).1 == Outcome::Lost { QUIET } else { DEADLINE }
     }
 
-    /// The counters of nat rules.
+    /// Reads the counters of nat rules.
     fn count(&self, network: &Network) -> Result<BTreeMap<String, u64>, Failed> {
         let counters = inside(&network.pod, async || Ok(self.interception.counters().await?))?;
         let in_nat = |id: &str| {
@@ -209,8 +209,8 @@ fn matched_rules(walk: &Walk<'_>) -> BTreeMap<String, u64> {
     matched_rules
 }
 
-/// Removes the original destination from the outcome of an uncaptured packet. It may be the
-/// packet's own, or unknown where no rule of the family uses conntrack.
+/// Removes the original destination from the outcome of a packet that is not captured. It may be
+/// the packet's own destination, or unknown if no rule of the family uses conntrack.
 fn without_original(outcome: &Outcome, walk: &Walk<'_>, packet: &Packet) -> Outcome {
     match outcome {
         Outcome::Arrived(arrival)
@@ -224,7 +224,7 @@ fn without_original(outcome: &Outcome, walk: &Walk<'_>, packet: &Packet) -> Outc
 
 fn expected(packet: &Packet, walk: &Walk<'_>, reply: Option<ReplyOutcome>) -> Outcome {
     let arrived = |position, port, original| Outcome::Arrived(Arrival { position, port, original });
-    // A datagram needs no reply to arrive.
+    // A datagram arrives even if its reply does not.
     if packet.protocol == Protocol::Tcp
         && matches!(reply, Some(ReplyOutcome::Misrouted | ReplyOutcome::Unroutable))
     {
@@ -236,7 +236,7 @@ fn expected(packet: &Packet, walk: &Walk<'_>, reply: Option<ReplyOutcome>) -> Ou
             arrived(position, packet.destination.port(), None)
         }
         Verdict::Redirected(port) | Verdict::Tproxied(port) => {
-            // For datagrams, the kernel reports no original destination.
+            // The kernel reports no original destination for datagrams.
             let tcp = packet.protocol == Protocol::Tcp;
             arrived(Position::Pod, port, tcp.then_some(packet.destination))
         }

@@ -123,7 +123,7 @@ impl Input {
     }
 }
 
-/// The length field of the record at the start of `unread`. `None` if the header is incomplete.
+/// The length field of the record at the start of `unread`. `None` if the record is incomplete.
 fn body_length(unread: &[u8]) -> Result<Option<usize>, Failure> {
     let Some((&[kind, _, _, high, low], rest)) = unread.split_first_chunk::<HEADER>() else {
         return Ok(None);

@@ -111,7 +111,7 @@ async fn rotation_of_either_side_prevents_resumption() {
     let parties = Parties::of(&ca);
     assert!(!parties.again().await);
     parties.server.send_replace(credentials(&ca, SERVER, 3, HOUR));
-    // The server cannot decrypt this ticket, as if another ztunnel replica had issued it.
+    // The server has new ticket keys, so it cannot decrypt this ticket.
     assert!(!parties.again().await);
     assert!(parties.again().await);
     parties.client.send_replace(credentials(&ca, CLIENT, 4, HOUR));

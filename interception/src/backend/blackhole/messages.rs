@@ -11,8 +11,8 @@ use super::{BLACKHOLE, END, EXEMPTIONS, IpRule, Selector, TCP, Verdict};
 use crate::backend::routes::{PROTOCOL, Version, family};
 use crate::plan::Mark;
 
-/// The number of requests that are sent before their answers are read. The answers must fit the
-/// receive buffer of the socket (212,992 bytes by default, less than 1 KiB each).
+/// The number of requests per batch. Their answers must fit into the receive buffer of the socket
+/// (212,992 bytes by default; each answer needs less than 1 KiB).
 pub(super) const BATCH: usize = 32;
 
 impl Selector {
@@ -101,7 +101,7 @@ impl IpRule {
     }
 }
 
-/// A request that removes the first own ip rule with this priority.
+/// A request that removes underpass's first ip rule with this priority.
 pub(super) fn removal(version: Version, priority: u32) -> MessageBuilder {
     /// NLM_F_REQUEST and NLM_F_ACK.
     const FLAGS: u16 = 0x001 | 0x004;
@@ -112,8 +112,8 @@ pub(super) fn removal(version: Version, priority: u32) -> MessageBuilder {
     message
 }
 
-/// Sends requests in batches, in order. The kernel has processed a batch when the call that sends
-/// it returns. All requests are sent even after an error, since a blackhole without its exemptions
+/// Sends requests in batches, in order. The kernel processes a batch before the call that sends it
+/// returns. Sends all requests even after an error, because a blackhole without its exemptions
 /// would block the proxy. Returns the first error that is not in `tolerated`.
 pub(super) async fn send(
     socket: &NetlinkSocket,
@@ -128,7 +128,7 @@ pub(super) async fn send(
     let requests: Vec<Vec<u8>> = requests.into_iter().map(stamp).collect();
     let mut failed = None;
     for batch in requests.chunks(BATCH) {
-        // Requests are padded to four bytes, which a buffer with several requires.
+        // A buffer with several requests requires each to be padded to four bytes.
         socket.send(&batch.concat()).await?;
         let mut answers = 0;
         while answers < batch.len() {

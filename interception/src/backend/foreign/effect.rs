@@ -1,10 +1,9 @@
-//! Classifies what a rule of another program does to packets that the own rules would capture.
-//!
-//! The classification uses the rule's target or its text.
+//! Classifies the effect of a foreign rule on packets that underpass would capture, by the rule's
+//! target or text.
 
 use crate::plan::{MARK_MASK, PROXY_MARK};
 
-/// The effect of a foreign rule on packets that the own rules would capture.
+/// The effect of a foreign rule on packets that underpass would capture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Effect {
     /// Sets the proxy's mark, so that matching packets are not captured.
@@ -13,19 +12,19 @@ pub enum Effect {
     Marks,
     /// Changes the destination before the own rules can.
     Redirects,
-    /// Disables connection tracking or changes the conntrack zone, so that packets are not
+    /// Disables connection tracking or changes the conntrack zone, so that packets cannot be
     /// redirected.
     Untracks,
     /// Passes packets to another program or socket.
     Diverts,
-    /// Ends the chain that contains the own jump.
+    /// Ends the chain before the jump to underpass's chain.
     Accepts,
-    /// An ip rule that precedes the own one.
+    /// Selects a route: an ip rule with a lower priority number than underpass's.
     Routes,
 }
 
 impl Effect {
-    /// The effect as a verb phrase.
+    /// Describes the effect as a verb phrase.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -40,7 +39,7 @@ impl Effect {
     }
 }
 
-/// Classifies a rule by its target and `text`. `own` is true if the own rules are in the same
+/// Classifies a rule by its target and `text`. `own` is true if underpass's rules are in the same
 /// tables.
 pub(crate) fn effect_of_target(target: &str, text: &str, own: bool) -> Option<Effect> {
     match target {
@@ -54,8 +53,8 @@ pub(crate) fn effect_of_target(target: &str, text: &str, own: bool) -> Option<Ef
     }
 }
 
-/// Returns true if a rule sets the packet mark to the proxy's: `meta mark set 0x539`, `--set-xmark
-/// 0x539/0xfff`.
+/// Returns true if a rule sets the packet mark to the proxy's mark: `meta mark set 0x539`,
+/// `--set-xmark 0x539/0xfff`.
 pub(crate) fn sets_proxy_mark(text: &str) -> bool {
     let words: Vec<&str> = text.split_whitespace().collect();
     words.windows(2).any(|pair| {

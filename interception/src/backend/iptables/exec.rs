@@ -1,6 +1,6 @@
-//! Runs the programs of iptables and translates their output into errors.
+//! Runs the iptables programs, and translates their output into errors.
 //!
-//! A program acts on the network namespace of the thread that starts it. `ruleset.rs` builds the
+//! A program acts on the network namespace of the thread that starts it. `ruleset` builds the
 //! input.
 
 use std::fs::{File, OpenOptions};
@@ -18,15 +18,15 @@ use crate::namespace::Entered;
 use crate::plan::{Family, TABLES};
 use crate::process::privileges::lacks_net_admin;
 
-/// How long a program waits for the lock, in seconds. Only the legacy variant has a lock.
+/// The time in seconds that a program waits for the lock, which only the legacy variant has.
 const LOCK_WAIT: &str = "30";
 /// The timeout of a program, including the wait for the lock.
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The lock file of legacy iptables.
 const LOCK: &str = "/run/xtables.lock";
 
-/// Prints the ruleset of all programs. It reads only existing tables and creates none, except for
-/// legacy tables in a process without root, which cannot list them.
+/// Prints the rulesets of all programs. Creates no tables, with one exception: a process without
+/// root cannot list legacy tables, so asking for them creates them.
 pub(super) async fn save(
     entered: &Entered,
     operation: &'static str,
@@ -42,7 +42,7 @@ pub(super) async fn save(
     Ok(String::from_utf8_lossy(&printed).into_owned())
 }
 
-/// The command lines that together print all tables.
+/// The command lines whose output together contains all tables.
 fn save_arguments(_: &Entered, variant: Variant, family: Family) -> Vec<Vec<&'static str>> {
     let names = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
@@ -55,7 +55,7 @@ fn save_arguments(_: &Entered, variant: Variant, family: Family) -> Vec<Vec<&'st
     vec![vec!["--counters"]]
 }
 
-/// Applies `body`.
+/// Applies `body` by `iptables-restore`.
 pub(super) async fn restore(
     entered: &Entered,
     operation: &'static str,
@@ -84,8 +84,8 @@ pub(super) async fn find(
     Ok(())
 }
 
-/// Runs a program of a variant: `iptables-legacy-save`, or the plain `iptables-save` if only that
-/// exists and is of the variant. Returns its name and its output.
+/// Runs a program of a variant: `iptables-legacy-save`, or `iptables-save` if only that is
+/// installed and belongs to the variant. Returns its name and output.
 async fn run_variant(
     entered: &Entered,
     variant: Variant,
@@ -112,7 +112,7 @@ async fn run_variant(
     Ok((plain, output))
 }
 
-/// The variant of a program without a variant in its name; `None` if it is not installed.
+/// The variant of a program without a suffix. `None` if it is not installed.
 async fn plain_variant(
     entered: &Entered,
     program: &str,
@@ -122,7 +122,7 @@ async fn plain_variant(
         Err(error) if error.is_missing_program() => return Ok(None),
         Err(error) => return Err(error),
     };
-    // `iptables-restore v1.8.9 (nf_tables)`; versions before 1.8 print no variant and are legacy.
+    // `iptables-restore v1.8.9 (nf_tables)`. Versions before 1.8 print no variant and are legacy.
     let version = String::from_utf8_lossy(&output.stdout);
     Ok(Some(if version.contains("nf_tables") { Variant::Nft } else { Variant::Legacy }))
 }
@@ -151,8 +151,8 @@ async fn communicate(
     command.args(arguments).kill_on_drop(true);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     if OpenOptions::new().create(true).append(true).open(LOCK).is_err() {
-        // The lock file cannot be created on a read-only root file system. The file of the network
-        // namespace serves as the lock instead.
+        // The lock file cannot be created on a read-only root file system, so lock the file of the
+        // network namespace.
         command.env("XTABLES_LOCKFILE", "/proc/self/ns/net");
     }
     let mut child = command.spawn()?;
@@ -160,7 +160,7 @@ async fn communicate(
     let write = async {
         let Some(mut stdin) = stdin else { return Ok(()) };
         match stdin.write_all(input.as_bytes()).await {
-            // The program stopped reading; its exit status tells why.
+            // The program stopped reading. Its exit status says why.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             result => result,
         }
@@ -170,7 +170,7 @@ async fn communicate(
     output
 }
 
-/// The standard output of a successful program.
+/// Returns the standard output of a program, or an error if it failed.
 fn check(
     operation: &'static str,
     variant: Variant,
@@ -196,7 +196,7 @@ fn check(
     Err(InterceptionError::Iptables { operation, program, message, module })
 }
 
-/// The output in one line, without advice that does not apply here.
+/// Joins the output to one line, without advice that does not apply here.
 fn summary(printed: &str) -> String {
     let lines = printed.lines().map(str::trim);
     let useful = lines.filter(|line| {
@@ -205,14 +205,14 @@ fn summary(printed: &str) -> String {
     useful.collect::<Vec<_>>().join("; ").replace(":; ", ": ")
 }
 
-/// The kernel module whose absence explains the output. Legacy iptables reports only the number of
-/// the line, so often there is no explanation.
+/// The kernel module whose absence explains the output. Often `None`: legacy iptables reports only
+/// a line number.
 fn missing_module(printed: &str, family: Family) -> Option<&'static str> {
     if let Some((_, rest)) = printed.split_once("unable to initialize table '") {
         let (table, _) = rest.split_once('\'')?;
         return table_module(table, family);
     }
-    // Message of libxtables: "Extension owner revision 0 not supported, missing kernel module?"
+    // libxtables prints: "Extension owner revision 0 not supported, missing kernel module?"
     let extension = printed.lines().find_map(|line| {
         let (_, rest) = line.split_once("Extension ")?;
         rest.contains("missing kernel module").then(|| rest.split(' ').next())?

@@ -1,13 +1,13 @@
-//! Checks the users and groups of a plan before xt_owner does.
+//! Checks the users and groups of a plan before iptables does.
 //!
-//! xt_owner rejects ids outside of the user namespace with a plain "invalid argument". nf_tables
-//! accepts any id.
+//! The module xt_owner rejects ids outside of the user namespace with only "invalid argument".
+//! nf_tables accepts any id.
 
 use crate::error::InterceptionError;
 use crate::plan::{Match, RulePlan};
 use crate::process::user_ids::UserIds;
 
-/// Rejects a plan with an unknown user or group. Without /proc, the check is left to the kernel.
+/// Rejects a plan with an unknown user or group. Without /proc, the kernel must check them.
 pub(super) fn check(plan: &RulePlan) -> Result<(), InterceptionError> {
     let (users, groups) = (UserIds::of_users(), UserIds::of_groups());
     for condition in plan.rules().iter().flat_map(|rule| &rule.matches) {

@@ -1,6 +1,7 @@
-//! The ruleset of one family: parses `iptables-save`, selects the own part, and prints changes.
+//! The ruleset of one family: parses `iptables-save`, selects the rules of underpass, and prints
+//! changes.
 //!
-//! `exec.rs` runs the programs, and `plan/iptables.rs` prints the rules of a plan.
+//! `exec` runs the programs; `plan::iptables` prints the rules of a plan.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,8 +11,8 @@ use ipnet::IpNet;
 use crate::backend::verify::Section;
 use crate::plan::{Action, Family, RulePlan, TABLES, Table};
 
-/// The chains of all profiles. Chains with these names count as own, since underpass replaces those
-/// of Istio and OSM. Linkerd's `PROXY_INIT_…` is not among them.
+/// The chains of all profiles. underpass owns chains with these names, since it replaces those of
+/// Istio and OSM. It does not own Linkerd's `PROXY_INIT_…`.
 const CHAINS: [&str; 13] = [
     "ISTIO_PRERT",
     "ISTIO_OUTPUT",
@@ -27,57 +28,57 @@ const CHAINS: [&str; 13] = [
     "PROXY_IN_REDIRECT",
     "PROXY_REDIRECT",
 ];
-/// The prefix of additional own chains.
+/// The prefix of underpass's other chains.
 const PREFIX: &str = "UNDERPASS_";
-/// An empty chain that marks a table as installed by underpass. The other names are also Istio's or
-/// OSM's.
+/// An empty chain that marks a table as installed by underpass. Istio and OSM use the other names
+/// too.
 const OWNER: &str = "UNDERPASS_OWNER";
 
-/// Returns true if a chain of this name counts as own.
+/// Returns true if underpass owns chains of this name.
 pub(crate) fn is_own_chain(chain: &str) -> bool {
     CHAINS.contains(&chain) || chain.starts_with(PREFIX)
 }
 
-/// Returns true for the chain that marks the owner of a table.
+/// Returns true for the chain that marks a table as installed by underpass.
 pub(crate) fn is_owner_chain(chain: &str) -> bool {
     chain == OWNER
 }
 
-/// A parsed ruleset of all programs.
+/// The parsed rules of all programs.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ruleset {
     pub(crate) tables: Vec<SavedTable>,
-    /// The tables that iptables-nft cannot print, because another program added rules that only nft
+    /// The tables that iptables-nft cannot print: another program added rules that only nft
     /// supports.
     pub(crate) incompatible: Vec<String>,
 }
 
-/// A table.
+/// A table in `iptables-save` output.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct SavedTable {
     pub(crate) name: String,
     pub(crate) chains: Vec<SavedChain>,
 }
 
-/// A chain.
+/// A chain in `iptables-save` output.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct SavedChain {
     pub(crate) name: String,
     pub(crate) rules: Vec<SavedRule>,
 }
 
-/// A rule.
+/// A rule in `iptables-save` output.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct SavedRule {
-    /// The text after the name of the chain.
+    /// The text after the chain's name.
     pub(crate) text: String,
     pub(crate) packets: u64,
     pub(crate) bytes: u64,
 }
 
 impl Ruleset {
-    /// Parses the output of `iptables-save --counters`. It skips unknown lines: comments, policies,
-    /// `COMMIT`.
+    /// Parses the output of `iptables-save --counters`. Skips comments, policies, `COMMIT` and
+    /// unknown lines.
     pub(crate) fn parse(text: &str) -> Self {
         let mut ruleset = Self::default();
         for line in text.lines() {
@@ -132,8 +133,8 @@ impl SavedTable {
     }
 }
 
-/// Normalizes the text of a rule. The abbreviation of addresses depends on the C library that the
-/// tool was built with.
+/// Normalizes the text of a rule. The abbreviation of addresses depends on the C library of the
+/// iptables program.
 pub(crate) fn canonical(text: &str) -> String {
     let mut option = "";
     let words = text.split(' ').map(|word| {
@@ -149,7 +150,7 @@ fn network(word: &str) -> Option<IpNet> {
     word.parse().ok().or_else(host)
 }
 
-/// The own part of a family's ruleset, planned or installed.
+/// The rules that underpass owns in one family's ruleset, planned or installed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct OwnRules {
     tables: BTreeMap<String, OwnTable>,
@@ -157,29 +158,29 @@ pub(crate) struct OwnRules {
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct OwnTable {
-    /// Own chains with their rules.
+    /// underpass's chains with their rules.
     chains: BTreeMap<String, Vec<String>>,
-    /// Own rules in chains of other programs, in order.
+    /// underpass's rules in chains of other programs, in order.
     own_in_foreign_chains: Vec<OwnRuleInForeignChain>,
 }
 
-/// An own rule in a chain of another program.
+/// A rule of underpass in a chain of another program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct OwnRuleInForeignChain {
     chain: String,
     text: String,
-    /// The number of foreign rules before it; `None` for all.
+    /// The number of foreign rules before it. `None`: it follows all of them.
     after: Option<usize>,
 }
 
 impl OwnRules {
-    /// The part that a plan requires.
+    /// The rules that a plan requires.
     ///
-    /// In built-in chains, own rules follow foreign ones, as with Istio and OSM. The filter table
-    /// is the exception: a foreign rule that accepts would bypass the rejections.
+    /// In a built-in chain, underpass's rules follow foreign rules, as Istio's and OSM's do. In the
+    /// filter table they precede them: a foreign rule that accepts would bypass the rejections.
     ///
-    /// A later run recognizes a rule in a built-in chain by its jump to an own chain. Rules without
-    /// such a jump are also copied to an own chain without references, which serves as a record.
+    /// A later run recognizes a rule in a built-in chain by its jump to a chain of underpass. A
+    /// rule without such a jump is also copied to a record: a chain that nothing jumps to.
     pub(crate) fn of_plan(plan: &RulePlan, family: Family) -> Self {
         let mut ours = Self::default();
         let lines = plan.lines(family);
@@ -209,8 +210,8 @@ impl OwnRules {
         ours
     }
 
-    /// The own part of a ruleset. A rule in a foreign chain is own if it jumps to an own chain, is
-    /// recorded as own, or is one of `planned`.
+    /// Selects the rules of underpass in a ruleset. In a foreign chain, these are rules that jump
+    /// to a chain of underpass, that are recorded, or that equal one of `planned`.
     pub(crate) fn installed(ruleset: &Ruleset, planned: &Self) -> Self {
         let mut tables = BTreeMap::new();
         for table in &ruleset.tables {
@@ -247,13 +248,13 @@ impl OwnRules {
         self.tables.contains_key(name)
     }
 
-    /// Selects the tables that underpass marked as its own.
+    /// Selects the tables that underpass has marked.
     pub(crate) fn marked(mut self) -> Self {
         self.tables.retain(|_, table| table.chains.keys().any(|chain| chain.starts_with(PREFIX)));
         self
     }
 
-    /// Keeps the positions that installed own rules have among foreign rules.
+    /// Copies the positions of `installed` rules among foreign rules.
     pub(crate) fn keep_positions(&mut self, installed: &Self) {
         for (name, table) in &mut self.tables {
             let Some(installed) = installed.tables.get(name) else { continue };
@@ -267,8 +268,8 @@ impl OwnRules {
         }
     }
 
-    /// The input for `iptables-restore` that changes this part to `wanted`, atomically for each
-    /// table. Empty if both are empty.
+    /// Prints the input for `iptables-restore` that changes these rules to `wanted`, atomically for
+    /// each table. Empty if both are empty.
     pub(crate) fn change_to(&self, wanted: &Self) -> String {
         let nothing = OwnTable::default();
         let mut text = String::new();
@@ -283,7 +284,7 @@ impl OwnRules {
         text
     }
 
-    /// This part as sections of a listing.
+    /// Converts the rules to sections of a listing.
     pub(crate) fn sections(&self, family: Family) -> Vec<Section> {
         let program = match family {
             Family::V4 => "iptables",
@@ -292,7 +293,7 @@ impl OwnRules {
         let mut sections: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for (name, table) in &self.tables {
             let head = |chain: &str| format!("{program} -t {name}: chain {chain}");
-            // Missing if the printed rules were installed by hand; they are still correct.
+            // The owner chain may be missing: users may install the printed rules themselves.
             for (chain, rules) in table.chains.iter().filter(|(chain, _)| *chain != OWNER) {
                 let lines = rules.iter().map(|text| format!("-A {chain} {}", canonical(text)));
                 sections.insert(head(chain), lines.collect());
@@ -317,7 +318,8 @@ impl OwnTable {
         self.own_in_foreign_chains.iter().any(|guest| guest.chain == chain && guest.text == text)
     }
 
-    /// Naming a chain flushes it. A chain can be deleted only if it is empty and unreferenced.
+    /// Naming a chain flushes it. A chain can be deleted only if it is empty and no rule jumps to
+    /// it.
     fn change_to(&self, wanted: &Self) -> String {
         let mut lines = Vec::new();
         let mut chains: Vec<_> = self.chains.keys().chain(wanted.chains.keys()).collect();
@@ -345,7 +347,7 @@ impl OwnTable {
     }
 }
 
-/// The own rules of a chain with their positions among the others.
+/// underpass's rules in a foreign chain, with their positions.
 fn own_in_foreign_chains(
     chain: &SavedChain,
     ours: impl Fn(&SavedRule) -> bool,
@@ -369,13 +371,13 @@ fn own_in_foreign_chains(
 }
 
 fn jumps_to_own_chain(rule: &SavedRule) -> bool {
-    // Comments in quotes are ignored.
+    // Ignore comments, which are in quotes.
     let unquoted: String = rule.text.split('"').step_by(2).collect();
     let mut words = unquoted.split_whitespace().skip_while(|word| !["-j", "-g"].contains(word));
     words.nth(1).is_some_and(is_own_chain)
 }
 
-/// The chain that records which rules of a built-in chain are own.
+/// The name of the chain that records underpass's rules in a built-in chain.
 fn record_chain(chain: &str) -> String {
     format!("{PREFIX}{chain}")
 }

@@ -1,4 +1,4 @@
-//! Encodes chains and netlink attributes. Sets are in `sets.rs`, rules in `expressions.rs`.
+//! Encodes chains and netlink attributes. `sets` encodes sets, `expressions` rules.
 
 use std::net::IpAddr;
 
@@ -39,7 +39,7 @@ pub(super) fn interface_key(name: &str) -> Vec<u8> {
     key
 }
 
-/// An address in network byte order.
+/// Encodes an address in network byte order.
 pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(address) => address.octets().to_vec(),
@@ -47,8 +47,8 @@ pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// One netlink attribute: length and type in native byte order, the value, padding to four bytes
-/// (netlink(7)).
+/// Encodes a netlink attribute: length and type in native byte order, the value, padding to four
+/// bytes (netlink(7)).
 pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     write_attribute(&mut bytes, kind, |bytes| bytes.extend_from_slice(value));
@@ -60,7 +60,7 @@ pub(super) fn nested(kind: u16, attributes: &[u8]) -> Vec<u8> {
     attribute(kind | NESTED, attributes)
 }
 
-/// Appends an attribute; `write` appends its value.
+/// Appends an attribute. `write` appends its value.
 pub(super) fn write_attribute(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
     const HEADER: usize = 4;
     let start = bytes.len();
@@ -72,12 +72,12 @@ pub(super) fn write_attribute(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
-/// Appends an attribute that contains those that `write` appends.
+/// Appends an attribute that contains attributes. `write` appends those.
 pub(super) fn write_nested(bytes: &mut Vec<u8>, kind: u16, write: impl FnOnce(&mut Vec<u8>)) {
     write_attribute(bytes, kind | NESTED, write);
 }
 
-/// A string attribute, terminated by a zero byte.
+/// A string attribute, which ends with a zero byte.
 pub(super) fn text(kind: u16, name: &str) -> Vec<u8> {
     attribute(kind, &[name.as_bytes(), &[0]].concat())
 }

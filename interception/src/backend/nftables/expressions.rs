@@ -1,7 +1,7 @@
 //! Encodes rules as nf_tables expressions.
 //!
-//! They equal the expressions that `nft` generates from the text in `plan/nft.rs`, so both ways of
-//! installation give the same listing.
+//! They are the expressions that `nft` generates from the text in `plan::nft`, so that rules
+//! installed either way have the same listing.
 
 use ipnet::IpNet;
 use nlink::netlink::nftables::{
@@ -15,10 +15,10 @@ use super::encode::{attribute, interface_key, octets};
 use crate::plan::nft::{IpVersion, Operand, Values, operands};
 use crate::plan::{Action, Direction, Mark, Match, Protocol, Rule, TABLE};
 
-/// The register for all values. No expression keeps a value in it for a later one.
+/// The register for all values. Each expression uses its value at once.
 const REGISTER: Register = Register::R0;
 
-/// Encodes a rule; its comment is its id.
+/// Encodes a rule with its id as the comment.
 pub(super) fn rule(rule: &Rule) -> nlink::Result<KernelRule> {
     let kernel_rule = KernelRule::new(TABLE, &rule.chain.nftables_name()).family(Family::Inet);
     let expressions = expressions(rule)?;
@@ -43,7 +43,7 @@ pub(super) fn expressions(rule: &Rule) -> nlink::Result<Vec<Expr>> {
 #[derive(Debug, Default)]
 pub(super) struct Body {
     pub(super) expressions: Vec<Expr>,
-    /// The protocol checks that exist already: nft generates each once.
+    /// The protocol checks that the rule already contains. nft generates each check once.
     guards: Vec<(MetaKey, u8)>,
 }
 
@@ -68,7 +68,7 @@ impl Body {
             Match::Source(_) => self.address(Address::Source, CmpOp::Eq, operand),
             Match::Destination(_) => self.address(Address::Destination, CmpOp::Eq, operand),
             Match::NotDestination(_) => self.address(Address::Destination, CmpOp::Neq, operand),
-            // The source port precedes the destination port (RFC 9293 3.1 and RFC 768).
+            // The source port precedes the destination port (RFC 9293 section 3.1 and RFC 768).
             Match::SourcePort(protocol, _) => self.port(*protocol, 0, CmpOp::Eq, operand),
             Match::DestinationPort(protocol, _) => self.port(*protocol, 2, CmpOp::Eq, operand),
             Match::NotDestinationPort(protocol, _) => self.port(*protocol, 2, CmpOp::Neq, operand),
@@ -159,7 +159,7 @@ impl Body {
         self.add(Expr::Immediate { dreg: REGISTER, data: data.into() });
     }
 
-    /// `register & mask ^ xor`.
+    /// Computes `register & mask ^ xor`.
     fn bitwise(&mut self, len: u32, mask: impl Into<Vec<u8>>, xor: impl Into<Vec<u8>>) {
         let (mask, xor) = (mask.into(), xor.into());
         self.add(Expr::Bitwise { sreg: REGISTER, dreg: REGISTER, len, mask, xor });
@@ -211,7 +211,7 @@ impl Body {
     }
 
     /// `tcp flags & (fin | syn | rst | ack) != syn`. The flags are octet 13 of the header (RFC 9293
-    /// 3.1). ECN bits are masked out, as a SYN may carry them.
+    /// section 3.1). A SYN may carry ECN bits, which the mask excludes.
     fn not_opening(&mut self) {
         const FIN_SYN_RST_ACK: u8 = 0x17;
         const SYN: u8 = 0x02;
@@ -230,7 +230,7 @@ impl Body {
 
     fn address(&mut self, address: Address, op: CmpOp, operand: &Operand) {
         let version = if operand.is_v6() { IpVersion::V6 } else { IpVersion::V4 };
-        // Offsets of addresses: RFC 791 3.1 and RFC 8200 3.
+        // Offsets of addresses: RFC 791 section 3.1 and RFC 8200 section 3.
         let (offset, len) = match (version, address) {
             (IpVersion::V4, Address::Source) => (12, 4),
             (IpVersion::V4, Address::Destination) => (16, 4),
@@ -256,7 +256,8 @@ impl Body {
         }
     }
 
-    /// Compares an address with a network. For a prefix of full octets, nft loads only those.
+    /// Compares an address with a network. If the prefix length is a multiple of eight, loads only
+    /// the prefix, like nft.
     fn network(&mut self, cidr: IpNet, offset: u32, op: CmpOp) {
         let prefix = u32::from(cidr.prefix_len());
         let len = u32::from(cidr.max_prefix_len()) / 8;
@@ -271,7 +272,7 @@ impl Body {
         self.compare(op, network);
     }
 
-    /// Compares a mark. Marks are in native byte order.
+    /// Compares a mark, in native byte order.
     fn mark(&mut self, op: CmpOp, mark: Mark) {
         if !mark.is_full() {
             self.bitwise(4, mark.mask.to_ne_bytes(), [0; 4]);
@@ -279,7 +280,7 @@ impl Body {
         self.compare(op, mark.value.to_ne_bytes());
     }
 
-    /// Computes a new mark; `load` provides the bits that stay.
+    /// Computes a new mark. `load` provides the bits that stay.
     fn new_mark(&mut self, load: Expr, mark: Mark) {
         if mark.is_full() {
             self.immediate(mark.value.to_ne_bytes());
@@ -301,7 +302,8 @@ enum Address {
     Destination,
 }
 
-/// A single value as the kernel compares it: ports in network byte order, ids in native byte order.
+/// Encodes a single value as the kernel compares it: ports in network byte order, ids in native
+/// byte order.
 fn key(value: &Values) -> Vec<u8> {
     match value {
         Values::Cidrs(cidrs) | Values::Prefixes(cidrs) => {
@@ -316,7 +318,7 @@ fn key(value: &Values) -> Vec<u8> {
 }
 
 fn reject(rule: &Rule) -> Expr {
-    // "Port unreachable" in both families: RFC 792, RFC 4443 3.1.
+    // "Port unreachable" in both families: RFC 792, and RFC 4443 section 3.1.
     let (reject_type, icmp_code) = match rule.family() {
         _ if rule.is_tcp() => (NFT_REJECT_TCP_RST, 0),
         None => (NFT_REJECT_ICMPX_UNREACH, NFT_REJECT_ICMPX_PORT_UNREACH),
@@ -343,8 +345,8 @@ fn number(direction: Direction) -> u8 {
 }
 
 /// Encodes `ct original zone set`. nlink's conntrack expression has no direction, so the attributes
-/// (enum nft_ct_attributes, include/uapi/linux/netfilter/nf_tables.h) are written here, in the
-/// order in which the kernel lists them.
+/// (enum nft_ct_attributes, include/uapi/linux/netfilter/nf_tables.h) are written here in the
+/// kernel's order.
 fn set_zone(direction: Direction) -> RawExpr {
     let attributes = [
         attribute(NFTA_CT_SREG, &REGISTER.wire().to_be_bytes()),

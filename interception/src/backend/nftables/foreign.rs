@@ -1,4 +1,4 @@
-//! Reads the chains of other programs that packets traverse before those of underpass.
+//! Reads the chains of other programs that packets pass before those of underpass.
 //!
 //! `crate::backend::foreign` selects the rules that matter.
 
@@ -21,7 +21,7 @@ pub(crate) struct ForeignChain {
     family: &'static str,
     table: String,
     pub(crate) name: String,
-    /// The hooks and priorities at which packets enter it: `hook output, priority -200`.
+    /// The hooks and priorities at which packets enter the chain: `hook output, priority -200`.
     hooks: String,
     pub(crate) rules: Vec<ForeignChainRule>,
 }
@@ -42,7 +42,7 @@ impl ForeignChain {
     }
 }
 
-/// The foreign chains that packets traverse in PREROUTING and OUTPUT up to priority `last`.
+/// Lists the foreign chains that packets pass in PREROUTING and OUTPUT up to priority `last`.
 pub(crate) async fn foreign_chains(
     entered: &Entered,
     last: i32,
@@ -66,7 +66,7 @@ async fn in_table(
     table: &str,
     last: i32,
 ) -> nlink::Result<Vec<ForeignChain>> {
-    // A table that is removed meanwhile has no effect.
+    // Ignore a table that is removed during the listing.
     let chains = match kernel.list_chains_in(table, family).await {
         Err(error) if error.is_not_found() => return Ok(Vec::new()),
         chains => chains?,
@@ -101,7 +101,7 @@ async fn in_table(
     Ok(found)
 }
 
-/// The hook and priority of a base chain that precedes ours; `None` for any other chain.
+/// The hook and priority of a base chain that runs before underpass's. `None` for other chains.
 fn hook_before(chain: &ChainInfo, last: i32) -> Option<String> {
     let Some(ChainKind::Base(base)) = chain.kind() else { return None };
     let priority = base.priority().to_i32();
@@ -142,7 +142,7 @@ fn effect(expression: &RuleExpr, text: &str) -> Option<Effect> {
     }
 }
 
-/// The name of a target of iptables' compatibility layer.
+/// The name of an iptables target in nf_tables (xt compatibility).
 fn xt_target(expression: &RuleExpr) -> Option<String> {
     /// NFTA_TARGET_NAME (include/uapi/linux/netfilter/nf_tables_compat.h).
     const NAME: u16 = 1;

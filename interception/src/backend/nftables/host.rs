@@ -1,4 +1,4 @@
-//! Installs, reads and removes the rules in the host's namespace over netlink.
+//! Installs, reads and removes the rules in the host's network namespace over netlink.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -17,7 +17,7 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::host::{HOST_TABLE, HostAction, HostChain, HostPlan, HostRule};
 
-/// Replaces the table by the plan in one transaction. Connections that were translated stay so.
+/// Replaces the table by the plan in one transaction. Existing connections keep their translation.
 pub(crate) async fn apply(entered: &Entered, plan: &HostPlan) -> Result<(), InterceptionError> {
     let entries = HostChain::ALL.len() + plan.rules().len() + plan.sets().len();
     let size = Size { entries, elements: plan.pods().len() };
@@ -25,7 +25,7 @@ pub(crate) async fn apply(entered: &Entered, plan: &HostPlan) -> Result<(), Inte
     replace_table(entered, "install the rules for kubelet probes", HOST_TABLE, size, &add).await
 }
 
-/// The difference between the installed rules and the plan; `None` if there is none.
+/// Compares the installed rules with the plan. `None` if they are equal.
 pub(crate) async fn verify(
     entered: &Entered,
     plan: &HostPlan,
@@ -36,7 +36,7 @@ pub(crate) async fn verify(
     Ok(difference.map(readable))
 }
 
-/// Removes the table. Returns `false` if there was none.
+/// Removes the table. Returns `false` if it did not exist.
 pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError> {
     with_connection(entered, "remove the rules for kubelet probes", async |kernel| {
         kernel.del_table_if_exists(HOST_TABLE, Family::Inet).await
@@ -89,7 +89,8 @@ fn expressions(rule: &HostRule) -> Vec<Expr> {
     body.expressions
 }
 
-/// Translates the source address to that in the first register, which [`Body::immediate`] loads.
+/// Translates the source address to the address in the first register, which [`Body::immediate`]
+/// loads.
 fn source_nat(source: IpAddr) -> Expr {
     let family = if source.is_ipv4() { Family::Ip } else { Family::Ip6 };
     let mut nat = NatExpr::snat(family);

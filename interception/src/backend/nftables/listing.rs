@@ -1,7 +1,7 @@
 //! Lists installed and planned rules in the same format, so that they can be compared.
 //!
-//! The line of a rule is built from its expressions in nft syntax. It includes the comment, which
-//! identifies the counter of the rule. `verify.rs` computes the difference.
+//! The line of a rule is its expressions in nft syntax, and its comment, which is the rule's id.
+//! `verify` compares the lines.
 
 use std::collections::BTreeMap;
 
@@ -22,18 +22,18 @@ use crate::plan::{Chain, Families, Rule, RulePlan, TABLE};
 
 const OPERATION: &str = "read the nftables rules";
 
-/// The content of the table of a pod's rules; `None` if it does not exist.
+/// Lists the table of a pod's rules. `None` if it does not exist.
 pub(crate) async fn installed(entered: &Entered) -> Result<Option<Listing>, InterceptionError> {
     installed_table(entered, TABLE).await
 }
 
-/// The content of a table; `None` if it does not exist.
+/// Lists a table. `None` if it does not exist.
 pub(super) async fn installed_table(
     entered: &Entered,
     table: &str,
 ) -> Result<Option<Listing>, InterceptionError> {
     with_connection(entered, OPERATION, async |kernel| {
-        /// The number of attempts while another program changes the ruleset during the read.
+        /// The number of attempts if another program changes the ruleset during the listing.
         const ATTEMPTS: usize = 5;
         let mut generation = kernel.generation().await?;
         let mut listing = read_if_present(kernel, table).await?;
@@ -50,7 +50,7 @@ pub(super) async fn installed_table(
     .await
 }
 
-/// Reads the table. A table that is removed during the read counts as absent.
+/// Reads a table. A table that is removed meanwhile counts as missing.
 async fn read_if_present(kernel: &Kernel, table: &str) -> nlink::Result<Option<Listing>> {
     match read(kernel, table).await {
         Err(error) if error.is_not_found() => Ok(None),
@@ -58,7 +58,7 @@ async fn read_if_present(kernel: &Kernel, table: &str) -> nlink::Result<Option<L
     }
 }
 
-/// The listing that [`installed`] returns after the plan was applied.
+/// The listing that [`installed`] returns after a plan was installed.
 pub(crate) fn expected(plan: &RulePlan) -> Listing {
     let mut sections = vec![Section { head: table_head(TABLE, 0), lines: Vec::new() }];
     for chain in plan.chains() {
@@ -115,8 +115,8 @@ async fn read(kernel: &Kernel, name: &str) -> nlink::Result<Option<Listing>> {
     Ok(Some(sorted(sections)))
 }
 
-/// Readable lines for rules that nlink cannot print in nft syntax. Both families are included: the
-/// kernel may still have rules for other families than planned, for example after IPv6 was enabled.
+/// Readable lines for rules that nlink cannot print in nft syntax. Includes both families: after
+/// IPv6 was enabled or disabled, the kernel may have rules that are no longer planned.
 pub(crate) fn readable(plan: &RulePlan) -> BTreeMap<String, String> {
     let families = [Families::Both, Families::V4, Families::V6];
     let rules = plan
@@ -129,7 +129,8 @@ pub(crate) fn readable(plan: &RulePlan) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// A readable line for any other such rule: its kinds of expressions and its comment.
+/// A readable line for an unplanned rule that nlink cannot print: its kinds of expressions and its
+/// comment.
 pub(crate) fn readable_unknown(line: &str) -> Option<String> {
     let (names, rest) = line.strip_prefix(NO_SYNTAX)?.split_once(": ")?;
     let comment =
@@ -140,7 +141,7 @@ pub(crate) fn readable_unknown(line: &str) -> Option<String> {
     ))
 }
 
-/// Sorts sections. The kernel's order is that of creation, which has no meaning.
+/// Sorts sections, because the kernel's order of creation has no meaning.
 pub(super) fn sorted(mut sections: Vec<Section>) -> Listing {
     sections.sort_by(|a, b| a.head.cmp(&b.head));
     Listing { sections }
@@ -195,7 +196,7 @@ pub(super) fn base_chain_head(
     format!("chain {name} {{ type {kind} hook {hook} priority {priority}; policy {policy}; }}")
 }
 
-/// The first line of a set; `rest` contains additional properties.
+/// The first line of a set. `rest` contains additional properties.
 fn set_head(name: &str, key: &SetKeyType, flags: SetFlags, rest: &str) -> String {
     let flags = match flags {
         SetFlags(0) => String::new(),
@@ -208,7 +209,7 @@ fn set_head(name: &str, key: &SetKeyType, flags: SetFlags, rest: &str) -> String
 fn planned_rule(rule: &Rule) -> String {
     let line = expressions::rule(rule)
         .and_then(|kernel_rule| Ok(line(&kernel_rule, &expressions::expressions(rule)?, &rule.id)));
-    // A rule that cannot be encoded cannot be installed: this line equals no installed one.
+    // A rule that cannot be encoded cannot be installed: this line equals no installed rule.
     line.unwrap_or_else(|error| format!("{}: {error}", rule.id))
 }
 
@@ -223,9 +224,9 @@ fn installed_rule(rule: &RuleInfo) -> String {
     syntax.unwrap_or_else(|| without_syntax(&rule.expressions(), rule.comment_text.as_deref()))
 }
 
-/// The expressions of a rule as the kernel would list them.
+/// Decodes the expressions of a rule as the kernel would list them.
 fn decoded(expressions: &[Expr]) -> Vec<RuleExpr> {
-    /// The size of the message header (struct nlmsghdr) and of the list's header (struct nlattr).
+    /// The length of a message header (struct nlmsghdr) and of a list header (struct nlattr).
     const HEADERS: usize = 16 + 4;
     let mut message = MessageBuilder::new(0, 0);
     write_expressions(&mut message, expressions);
@@ -243,6 +244,6 @@ fn without_syntax(expressions: &[RuleExpr], comment: Option<&str>) -> String {
     });
     let comment = comment.map(|comment| format!("comment \"{comment}\""));
     let values = values.chain(comment).collect::<Vec<_>>().join(" ");
-    // The names are for people, the values for the comparison.
+    // The names are for operators, the values for the comparison.
     format!("{NO_SYNTAX}{}: {values}", names(expressions).replace(' ', ", "))
 }

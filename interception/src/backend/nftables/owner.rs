@@ -1,7 +1,8 @@
-//! Records the process that installed the table, as the comment of an empty chain.
+//! Records the process that installed the table, as the comment of an empty chain, for operators
+//! who list the table.
 //!
-//! The comment is for people who list the table. When another process takes over, only the comment
-//! changes. It does not show whether the process still runs.
+//! A hot restart changes only the comment. The comment does not show whether the process still
+//! runs.
 
 use nlink::netlink::nftables::{Chain, ChainInfo, Family, RuleInfo};
 
@@ -10,7 +11,7 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::TABLE;
 
-/// The name of the chain. It cannot clash: names of planned chains start with a table and `_`.
+/// The name of the chain. Planned chains have other names: they start with a table and `_`.
 const CHAIN: &str = "owner";
 /// The maximum length of a comment (NFT_USERDATA_MAXLEN without the header).
 const MAX_COMMENT: usize = 127;
@@ -22,15 +23,15 @@ pub(crate) async fn mark_owner(entered: &Entered, owner: &str) -> Result<(), Int
     with_connection(entered, "write the owner of the nftables rules", async |kernel| {
         let chain = Chain::new(TABLE, CHAIN)?.family(Family::Inet);
         let fresh = chain.clone().comment(&comment);
-        // Update before delete, so that the deletion succeeds without the chain. A chain keeps its
-        // first comment.
+        // Update before deleting, so that the deletion succeeds if the chain is missing. A chain
+        // keeps its first comment, so the chain must be created again.
         let transaction = kernel.transaction().update_chain(chain);
         transaction.del_chain(TABLE, CHAIN, Family::Inet).add_chain(fresh).commit(kernel).await
     })
     .await
 }
 
-/// Returns true for this chain. It is not part of the plan.
+/// Returns true for the owner chain, which is not part of a plan.
 pub(super) fn is_owner(chain: &ChainInfo, rules: &[RuleInfo]) -> bool {
     chain.name == CHAIN && chain.hook.is_none() && rules.iter().all(|rule| rule.chain != CHAIN)
 }

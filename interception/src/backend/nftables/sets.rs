@@ -1,7 +1,7 @@
 //! Encodes the sets of a plan as netlink messages, and prints their elements for a listing.
 //!
-//! nlink does not encode them: it omits metadata that nft needs to list ids and names, and is many
-//! times slower for ten thousand networks. `plan/nft/set.rs` decides which sets exist.
+//! nlink's own encoding omits metadata that nft needs to list ids and names, and is many times
+//! slower for ten thousand networks. `plan::nft::set` decides which sets exist.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -19,21 +19,22 @@ use super::encode::{
 };
 use crate::plan::nft::{NamedSet, Values};
 
-/// The maximum size of an element in bytes: the two ends of a range of IPv6 addresses.
+/// The maximum size of an element in bytes: both ends of a range of IPv6 addresses.
 pub(super) const ELEMENT: usize = 64;
-/// Elements per message. They form one attribute, which is limited to 64 KiB.
+/// The number of elements per message. They form one attribute, which is limited to 64 KiB.
 const PER_MESSAGE: usize = 1000;
 
-/// Type numbers of nft that nlink does not define (enum datatypes, include/datatype.h of nftables).
-/// The kernel stores them so that nft can list the elements.
+/// Type numbers of nft that nlink lacks (enum datatypes, include/datatype.h of nftables). The
+/// kernel stores them, so that nft can list the elements.
 const UID: SetKeyType = SetKeyType::Other { type_id: 24, len: 4 };
 const GID: SetKeyType = SetKeyType::Other { type_id: 25, len: 4 };
 const IFNAME: SetKeyType = SetKeyType::Other { type_id: 41, len: 16 };
 
-/// An element: the first and last key of a range as numbers. Big-endian numbers sort like ranges.
+/// An element: the first and the last key of a range, as numbers. Keys in big-endian order sort
+/// like numbers.
 type Range = (u128, u128);
 
-/// The messages that create and fill the set; `id` is its number within the transaction.
+/// Encodes the messages that create and fill a set. `id` is its number within the transaction.
 pub(super) fn messages(table: &str, set: &NamedSet, id: u32) -> Vec<RawMessage> {
     let ranges = ranges(&set.values);
     let filled = ranges.chunks(PER_MESSAGE).map(|chunk| fill(table, set, chunk));
@@ -52,7 +53,7 @@ pub(super) fn key_type(values: &Values) -> SetKeyType {
     }
 }
 
-/// The flags of the set: an interval set if there are ranges.
+/// The flags of a set. A set with ranges is an interval set.
 pub(super) fn flags(values: &Values) -> SetFlags {
     if values.has_ranges() { SetFlags::INTERVAL } else { SetFlags::empty() }
 }
@@ -62,7 +63,7 @@ pub(super) fn planned_lines(values: &Values) -> Vec<String> {
     lines(&key_type(values), values.has_ranges(), ranges(values))
 }
 
-/// The installed elements, one per line; `interval` is true for a set of ranges.
+/// The installed elements, one per line. `interval` is true for a set with ranges.
 pub(super) fn installed_lines(
     key: &SetKeyType,
     interval: bool,
@@ -84,7 +85,7 @@ pub(super) fn installed_lines(
     lines(key, interval, ranges).into_iter().chain(others).collect()
 }
 
-/// The name of a type in nft, for the types that plans use.
+/// nft's name of a key type that plans use.
 pub(super) fn type_name(key: &SetKeyType) -> String {
     match key {
         SetKeyType::Ipv4Addr => "ipv4_addr".to_owned(),
@@ -98,7 +99,8 @@ pub(super) fn type_name(key: &SetKeyType) -> String {
 }
 
 fn create(table: &str, set: &NamedSet, id: u32) -> RawMessage {
-    /// How nft reads the keys (NFTNL_UDATA_SET_KEYBYTEORDER, include/libnftnl/udata.h).
+    /// The metadata key for the byte order of a set's keys (NFTNL_UDATA_SET_KEYBYTEORDER,
+    /// include/libnftnl/udata.h).
     const KEY_BYTE_ORDER: u8 = 0;
     // enum byteorder (include/datatype.h of nftables): 1 is native order, 2 is network order.
     let order: u32 = match set.values {
@@ -120,15 +122,15 @@ fn create(table: &str, set: &NamedSet, id: u32) -> RawMessage {
     message.flags(NLM_F_CREATE | NLM_F_EXCL).attrs(attributes.concat())
 }
 
-/// The number of elements, for sets that the kernel allocates in advance.
+/// The number of elements, for sets whose memory the kernel allocates in advance.
 fn values_size(values: &Values) -> Vec<u8> {
     let size = values.size().and_then(|size| u32::try_from(size).ok());
     let attributes = size.map(|size| attribute(NFTA_SET_DESC_SIZE, &size.to_be_bytes()));
     attributes.map(|size| nested(NFTA_SET_DESC, &size)).unwrap_or_default()
 }
 
-/// Encodes ranges. Each is two elements: the first key, and the key after the last one. A range up
-/// to the highest key has no second element.
+/// Encodes ranges. A range is two elements: its first key, and the key after its last one. A range
+/// up to the highest key has no second element.
 fn fill(table: &str, set: &NamedSet, ranges: &[Range]) -> RawMessage {
     let length = key_length(&key_type(&set.values));
     let mut elements = Vec::with_capacity(ranges.len() * ELEMENT);
@@ -149,7 +151,7 @@ fn fill(table: &str, set: &NamedSet, ranges: &[Range]) -> RawMessage {
     message.flags(NLM_F_CREATE).attrs(attributes.concat())
 }
 
-/// Writes one element; `ends` marks the end of a range before this key.
+/// Encodes an element. `ends` marks a key as the end of a range.
 fn write_element(bytes: &mut Vec<u8>, key: u128, length: usize, ends: bool) {
     write_nested(bytes, NFTA_LIST_ELEM, |bytes| {
         write_nested(bytes, NFTA_SET_ELEM_KEY, |bytes| {
@@ -187,7 +189,7 @@ fn number(key: &[u8]) -> u128 {
     key.iter().fold(0, |number, byte| number << 8 | u128::from(*byte))
 }
 
-/// The key for a number.
+/// Encodes a number as a key.
 fn bytes(number: u128, length: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(length);
     write_key(&mut bytes, number, length);
@@ -200,7 +202,7 @@ fn write_key(bytes: &mut Vec<u8>, number: u128, length: usize) {
     bytes.extend_from_slice(key.unwrap_or_default());
 }
 
-/// The next key; `None` after the highest one of this length.
+/// The next key. `None` after the highest key of this length.
 fn next(key: u128, length: usize) -> Option<u128> {
     let next = key.checked_add(1)?;
     let fits = length >= size_of::<u128>() || next >> (8 * length) == 0;
@@ -211,7 +213,7 @@ fn key_length(key: &SetKeyType) -> usize {
     usize::try_from(key.len()).unwrap_or(usize::MAX)
 }
 
-/// Prints ranges. Adjacent ones are merged, as another tool may have split a planned range.
+/// Prints ranges. Merges adjacent ranges, because another tool may have split a planned range.
 fn lines(key: &SetKeyType, interval: bool, mut ranges: Vec<Range>) -> Vec<String> {
     ranges.sort_unstable();
     if interval {

@@ -1,6 +1,6 @@
-//! Lists and removes tables of other programs, including those of iptables-nft.
+//! Lists and removes tables of other programs, including iptables-nft.
 //!
-//! `leftovers.rs` decides what they mean.
+//! `leftovers` interprets them.
 
 use nlink::netlink::nftables::{ChainInfo, ChainKind, Family, Policy};
 
@@ -10,7 +10,7 @@ use crate::namespace::Entered;
 
 const OPERATION: &str = "read the nftables ruleset";
 
-/// The tables of this namespace: family in nft syntax, and name.
+/// Lists the tables of this namespace: the family in nft syntax, and the name.
 pub(crate) async fn tables(
     entered: &Entered,
 ) -> Result<Vec<(&'static str, String)>, InterceptionError> {
@@ -19,7 +19,7 @@ pub(crate) async fn tables(
     Ok(tables.into_iter().map(|table| (table.family.name(), table.name)).collect())
 }
 
-/// The names of the chains of a table that [`tables`] returned.
+/// The names of the chains in a table from [`tables`].
 pub(crate) async fn chains(
     entered: &Entered,
     family: &str,
@@ -33,7 +33,8 @@ pub(crate) async fn chains(
     Ok(chains.into_iter().map(|chain| chain.name).collect())
 }
 
-/// Removes the `inet` tables that satisfy `is_wanted`. Returns `false` if there were none.
+/// Removes the `inet` tables for which `is_wanted` returns true. Returns `false` if there were
+/// none.
 pub(crate) async fn remove_tables(
     entered: &Entered,
     is_wanted: impl Fn(&str) -> bool,
@@ -49,8 +50,8 @@ pub(crate) async fn remove_tables(
     .await
 }
 
-/// Removes tables of iptables-nft without effect: those with only empty built-in chains whose
-/// policy is accept.
+/// Removes tables of iptables-nft that have no effect: only empty built-in chains with the policy
+/// accept.
 pub(crate) async fn remove_bare_iptables_tables(
     entered: &Entered,
 ) -> Result<(), InterceptionError> {
@@ -67,8 +68,7 @@ pub(crate) async fn remove_bare_iptables_tables(
     .await
 }
 
-/// Removes the table, unless the ruleset changed since the check: another program may use the
-/// table.
+/// Removes the table, unless another program changed the ruleset since the check.
 async fn remove_if_bare(kernel: &Kernel, family: Family, table: &str) -> nlink::Result<()> {
     let generation = kernel.generation().await?;
     if !is_bare(kernel, family, table).await? {

@@ -1,4 +1,4 @@
-//! The flows of the ambient profile: A1 to A12 of the project's own tests.
+//! The flows of the ambient profile, numbered like this project's kernel tests: A1 to A12.
 
 use std::net::SocketAddr;
 

@@ -6,11 +6,11 @@ use super::{Draft, hbone, inbound, localhost, outbound, udp};
 use crate::explain::network::ExampleNetwork;
 use crate::explain::{Explanation, Flow, Party};
 
-/// Envoy's admin port.
+/// The port of Envoy's admin interface.
 const ADMIN: u16 = 15000;
-/// Envoy's metrics.
+/// The port of Envoy's metrics.
 const METRICS: u16 = 15010;
-/// A port for rewritten liveness, readiness and startup probes.
+/// One of the ports to which OSM rewrites the kubelet's probes.
 const LIVENESS: u16 = 15901;
 
 pub(super) fn flows<'e>(

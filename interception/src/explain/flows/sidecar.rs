@@ -1,4 +1,5 @@
-//! The flows of the sidecar profile: the six types of the article, and those that it omits.
+//! The flows of the sidecar profile: the six types of its article, and flows that the article
+//! omits.
 
 use std::net::SocketAddr;
 
@@ -7,9 +8,9 @@ use crate::explain::network::{ExampleNetwork, Process};
 use crate::explain::{Explanation, Flow, Party};
 use crate::plan::Protocol;
 
-/// The agent's merged metrics.
+/// The port of the agent's merged metrics.
 const METRICS: u16 = 15020;
-/// Envoy's admin port.
+/// The port of Envoy's admin interface.
 const ADMIN: u16 = 15000;
 /// The port of istiod.
 const ISTIOD: u16 = 15012;

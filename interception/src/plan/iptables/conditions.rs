@@ -1,7 +1,7 @@
-//! The conditions of a rule in iptables syntax: one line for each combination of list values.
+//! The conditions of a rule in iptables syntax.
 //!
-//! iptables has no lists, so a rule with lists becomes several lines. Targets are in
-//! `plan/iptables.rs`.
+//! iptables has no lists, so a rule with lists becomes several lines, one for each combination of
+//! list values. `plan::iptables` prints the targets.
 
 use ipnet::IpNet;
 use underpass_config::PortRange;
@@ -9,8 +9,8 @@ use underpass_config::PortRange;
 use super::{Family, compared, name};
 use crate::plan::{Direction, Match, Protocol};
 
-/// The conditions of a rule as iptables orders them: addresses, interfaces and protocol first and
-/// once each, then the extensions in rule order.
+/// The conditions of a rule in the order of iptables: addresses, interfaces and protocol once each,
+/// then the extensions in the order of the rule.
 #[derive(Debug, Default)]
 pub(super) struct Conditions {
     sources: Option<Vec<IpNet>>,
@@ -20,13 +20,13 @@ pub(super) struct Conditions {
     outgoing: Option<Vec<String>>,
     not_outgoing: Option<String>,
     pub(super) protocol: Option<Protocol>,
-    /// The position of the protocol's extension. There is at most one: of two `-m tcp` in a rule,
-    /// iptables-nft 1.8.9 lists only the last.
+    /// The position of the protocol's extension. There is at most one: if a rule has `-m tcp`
+    /// twice, iptables-nft 1.8.9 lists only the second.
     transport: Option<usize>,
     source_port: Option<String>,
     destination_port: Option<String>,
     not_opening: bool,
-    /// For each extension, the alternative texts, one of which must match.
+    /// For each extension, the alternative texts, of which one must match.
     extensions: Vec<Vec<String>>,
 }
 
@@ -57,7 +57,8 @@ impl Conditions {
             Match::NotDestination(net) if family.has(net) => {
                 self.not_destinations.push(net.trunc())
             }
-            // A network of the other family also excludes every address of this family.
+            // A network of the other family contains no address of this family, so every address
+            // matches.
             Match::NotDestination(_) => self.destinations = Some(Vec::new()),
             Match::SourcePort(protocol, port) => {
                 self.transport(*protocol);
@@ -86,7 +87,7 @@ impl Conditions {
         self.extensions.push(vec![format!("-m {text}")]);
     }
 
-    /// The protocol's extension is placed where it is first needed.
+    /// Adds the protocol's extension where the rule first needs it.
     fn transport(&mut self, protocol: Protocol) {
         self.protocol = Some(protocol);
         if self.transport.is_none() {
@@ -169,7 +170,7 @@ impl Conditions {
     }
 }
 
-/// A part without a condition.
+/// The text of a part without a condition.
 fn nothing() -> Vec<String> {
     vec![String::new()]
 }
@@ -193,7 +194,8 @@ fn intersection(nets: &[IpNet], others: &[IpNet]) -> Vec<IpNet> {
         .collect()
 }
 
-/// `net` without `hole`: splits the network in halves until each is either inside or outside.
+/// Computes `net` without `hole`: halves the network until each half is either inside or outside of
+/// `hole`.
 fn difference(net: IpNet, hole: IpNet) -> Vec<IpNet> {
     if hole.contains(&net) {
         return Vec::new();
@@ -210,7 +212,7 @@ fn range(ports: PortRange) -> String {
     if first == last { first.to_string() } else { format!("{first}:{last}") }
 }
 
-/// Splits a port list for the multiport match: at most 15 ports, where a range counts as two
+/// Splits a port list for the multiport match, which allows 15 ports. A range counts as two
 /// (XT_MULTI_PORTS, include/uapi/linux/netfilter/xt_multiport.h).
 fn multiport(ports: &[PortRange]) -> Vec<String> {
     const MAX_PORTS: usize = 15;

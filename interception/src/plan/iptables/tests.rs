@@ -1,4 +1,4 @@
-//! Tests of the text that is printed for `iptables-restore`.
+//! Tests of the input for `iptables-restore`.
 
 use underpass_config::PortRange;
 
@@ -29,7 +29,7 @@ fn plan(rules: Vec<Rule>) -> RulePlan {
     RulePlan { chains, rules, routes: Vec::new(), addresses: Vec::new() }
 }
 
-/// The lines of one rule without the chain.
+/// The lines of one rule, without the chain.
 fn texts_of(family: Family, matches: Vec<Match>, action: Action) -> Vec<String> {
     texts(&rule(OWN_CHAIN, Families::Both, matches, action), family)
 }

@@ -1,7 +1,8 @@
-//! The values that a rule compares with: a single value is part of the rule, several form a set.
+//! The values that a rule compares with. A single value is part of the rule; several values form a
+//! set.
 //!
-//! The kernel looks up a set in constant time (addresses, ids) or logarithmic time (ranges). A rule
-//! for each value would be evaluated one by one.
+//! The kernel looks up a set in constant time (addresses, ids) or logarithmic time (ranges). It
+//! would evaluate a rule for each value one by one.
 
 use std::fmt::{self, Display, Formatter};
 use std::net::IpAddr;
@@ -14,7 +15,7 @@ use crate::plan::{HASHED_NETWORKS_MIN, Match, Rule};
 /// The right-hand side of a match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Operand {
-    /// The match has no value that could be in a set.
+    /// The match has no value that a set could contain.
     Fixed,
     /// One value.
     Value(Values),
@@ -25,9 +26,8 @@ pub(crate) enum Operand {
 /// A named set in the nftables table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct NamedSet {
-    /// The id of the rule that references it, and the kind of its values.
+    /// The id of the rule that uses the set, and the kind of its values.
     pub(crate) name: String,
-    /// The elements.
     pub(crate) values: Values,
 }
 
@@ -36,8 +36,8 @@ pub(crate) struct NamedSet {
 pub(crate) enum Values {
     /// Networks of one family.
     Cidrs(Vec<IpNet>),
-    /// At least [`HASHED_NETWORKS_MIN`] networks of one family and prefix length, looked up by the
-    /// masked address.
+    /// At least [`HASHED_NETWORKS_MIN`] networks of one family and prefix length. The masked
+    /// address is looked up.
     Prefixes(Vec<IpNet>),
     /// Ports.
     Ports(Vec<PortRange>),
@@ -71,8 +71,8 @@ pub(crate) fn operand_of(condition: &Match) -> Operand {
     Values::of(condition).map_or(Operand::Fixed, Operand::Value)
 }
 
-/// Returns `exclude-ports-ports`, with a number for the second set of one kind in a rule. nft does
-/// not parse a name that begins with a digit, so such a name gets a prefix.
+/// A name such as `exclude-ports-ports`. A number distinguishes sets of the same kind in a rule.
+/// nft does not parse a name that starts with a digit, so such a name gets a prefix.
 fn unused_name(names: &[String], id: &str, kind: &str) -> String {
     let prefix = if id.starts_with(|first: char| first.is_ascii_digit()) { "rule-" } else { "" };
     let name = format!("{prefix}{id}-{kind}");
@@ -81,7 +81,6 @@ fn unused_name(names: &[String], id: &str, kind: &str) -> String {
 }
 
 impl Operand {
-    /// The set, if there is one.
     pub(crate) fn into_set(self) -> Option<NamedSet> {
         match self {
             Self::Set(set) => Some(set),
@@ -149,7 +148,7 @@ impl Values {
         (network.prefix_len() < network.max_prefix_len()).then(|| network.netmask())
     }
 
-    /// Returns true if the rule can contain the value: a single one that is not a range of ports.
+    /// Returns true if the rule itself can contain the value: one value, not a range.
     fn is_single(&self) -> bool {
         match self {
             Self::Cidrs(cidrs) => cidrs.len() == 1,
@@ -181,7 +180,7 @@ impl Values {
         }
     }
 
-    /// The initial size of a hash, so that it does not grow while it is filled.
+    /// The initial size of a hash set, so that the kernel need not enlarge it while it is filled.
     pub(crate) fn size(&self) -> Option<usize> {
         matches!(self, Self::Prefixes(_)).then(|| self.len())
     }
@@ -202,7 +201,7 @@ impl Values {
         }
     }
 
-    /// The name of the type in nft.
+    /// nft's name of the element type.
     fn data_type(&self) -> &'static str {
         match self {
             Self::Cidrs(_) | Self::Prefixes(_) if self.is_v6() => "ipv6_addr",
@@ -237,7 +236,7 @@ fn unique<T: Clone + Ord>(values: &[T]) -> Vec<T> {
 }
 
 impl NamedSet {
-    /// The set as an operand of `nft add`.
+    /// Prints the set as an operand of `nft add`.
     pub(crate) fn statement(&self, table: &str) -> String {
         let interval = if self.values.has_ranges() { " flags interval;" } else { "" };
         let size = self.values.size().map(|size| format!(" size {size};")).unwrap_or_default();

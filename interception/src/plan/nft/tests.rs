@@ -1,4 +1,4 @@
-//! Tests of the text that is printed for nft.
+//! Tests of the input for nft.
 
 use super::testing::{NAT_OUTPUT, rule};
 use super::*;
@@ -6,7 +6,7 @@ use crate::plan::{ChainId, Origin};
 
 const REJECT: ChainId = ChainId { table: Table::Filter, name: "UNDERPASS_REJECT" };
 
-/// The part of a rule's text between the chain and the comment.
+/// The text of a rule between the chain and the comment.
 fn text(families: Families, matches: Vec<Match>, action: Action) -> String {
     let text = Rule { families, action, ..rule("id", matches) }.to_string();
     let text = text.strip_prefix("add rule inet underpass nat_output ");

@@ -1,8 +1,8 @@
 //! DNS capture of the sidecar profile: redirects and conntrack zones.
 //!
-//! The workload's queries and the DNS proxy's own may use the same source port; zones separate
-//! them. Zone 1 is between the DNS proxy and the servers, zone 2 between the workload and the DNS
-//! proxy.
+//! The queries of the workload and those of the DNS proxy may use the same source port, so they
+//! need separate zones. Zone 1 is for connections between the DNS proxy and the servers, zone 2 for
+//! connections between the workload and the DNS proxy.
 
 use ipnet::IpNet;
 
@@ -17,7 +17,7 @@ const RAW_INBOUND: ChainId = chain(Table::Raw, "ISTIO_INBOUND");
 const UPSTREAM: Action = Action::Zone(1, None);
 const DOWNSTREAM: Action = Action::Zone(2, None);
 
-/// The DNS servers whose queries are captured: one list for each rule, `None` for any server.
+/// The DNS servers whose queries are captured. Each list is for one rule. `None`: any server.
 #[derive(Debug, Clone)]
 struct Servers {
     families: Families,

@@ -1,9 +1,9 @@
 //! The rules of `inbound.mode: tproxy`: inbound connections reach the proxy unmodified.
 //!
 //! They keep the addresses of client and workload, and the workload sees the client's address. The
-//! mark 0x539 identifies the proxy's connection to the workload from the client's address. Its
+//! mark 0x539 identifies the proxy's connection to the workload from the client's address, and its
 //! connection mark routes the workload's replies back to the proxy. The mark 0x53a identifies a
-//! connection from the proxy to its own pod: it is inbound although it uses loopback.
+//! connection from the proxy to its own pod, which is inbound although it uses loopback.
 
 use super::{ISTIO_OUTPUT, excluded_ports, exempt_ports, lo, tcp_to};
 use crate::plan::build::{Builder, Inputs, TCP, chain};
@@ -17,14 +17,15 @@ const INBOUND: ChainId = chain(Table::Mangle, "ISTIO_INBOUND");
 const DIVERT: ChainId = chain(Table::Mangle, "ISTIO_DIVERT");
 const TPROXY: ChainId = chain(Table::Mangle, "ISTIO_TPROXY");
 
-/// The mark of connections that the proxy opens to its own pod on behalf of the workload.
+/// The mark of connections that the proxy opens to its own pod for the workload.
 const OWN_POD_MARK: u32 = 0x53a;
-/// Istio's table for the route.
+/// The routing table, as in Istio.
 const ROUTE_TABLE: u32 = 133;
-/// Precedes `main`. Istio lets the kernel choose, which adds another rule each time.
+/// The priority of the ip rule, which precedes `main`. Istio lets the kernel choose it, which adds
+/// another rule at each installation.
 const RULE_PRIORITY: u32 = 32765;
 
-/// The route that delivers marked packets locally.
+/// The route that delivers marked packets to this namespace.
 pub(in crate::plan) fn route(exact: bool) -> PolicyRoute {
     PolicyRoute { mark: mark(exact, PROXY_MARK), priority: RULE_PRIORITY, table: ROUTE_TABLE }
 }
@@ -54,7 +55,7 @@ pub(super) fn excluded_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
         .when([Match::In(interfaces)], Action::Return);
     }
     if !settings.exact {
-        // Istio's rule would also stop the workload's replies from returning to the proxy.
+        // Istio's rule would also prevent the workload's replies from returning to the proxy.
         return;
     }
     for interfaces in inputs.split(&settings.outbound.exclude_interfaces) {
@@ -65,7 +66,7 @@ pub(super) fn excluded_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
     }
 }
 
-/// Adds the chains that deliver to the proxy.
+/// Adds the chains that deliver packets to the proxy.
 fn targets(b: &mut Builder, inputs: &Inputs<'_>) {
     let (captured, proxy) = (inputs.captured(), proxy_mark(inputs));
     b.rule(DIVERT, "divert-mark", "keeps an established connection of the proxy with the proxy")
@@ -137,7 +138,7 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
 }
 
 /// Exempts the proxy's connections from a client's address in `ISTIO_OUTPUT`, before the rules for
-/// calls to the own pod. In this mode Istio's proxy runs as root, which is not the user that the
+/// calls to the pod itself. In this mode Istio's proxy runs as root, which is not the user that the
 /// rules match.
 pub(super) fn exempt_preserved_sources(b: &mut Builder, inputs: &Inputs<'_>) {
     b.rule(
@@ -154,7 +155,7 @@ fn divert_or_tproxy(b: &mut Builder, inputs: &Inputs<'_>, these: Match) {
     let captured = inputs.captured();
     let mut established = vec![these.clone(), Match::Established];
     if !inputs.settings.exact {
-        // Istio's rule would also take the replies to traffic that is forwarded for a virtual
+        // Istio's rule would also divert the replies to traffic that is forwarded for a virtual
         // machine.
         established.push(Match::Direction(Direction::Original));
     }
@@ -170,8 +171,8 @@ fn divert_or_tproxy(b: &mut Builder, inputs: &Inputs<'_>, these: Match) {
 
 /// Adds the marks that return the workload's replies to the proxy.
 fn mark_replies(b: &mut Builder, inputs: &Inputs<'_>) {
-    // Not only captured families: IPv6 clients arrive in tunnels even where the workload's IPv6 is
-    // not captured.
+    // Include families that are not captured: IPv6 clients connect through tunnels even if the
+    // workload's IPv6 is not captured.
     let (settings, supported, proxy) = (inputs.settings, inputs.supported(), proxy_mark(inputs));
     let exact = settings.exact;
     b.rule(
@@ -224,7 +225,7 @@ fn own_pod_mark(inputs: &Inputs<'_>) -> Mark {
     mark(inputs.settings.exact, OWN_POD_MARK)
 }
 
-/// Istio uses the full mark. underpass uses only its own bits.
+/// Istio uses all bits of the mark, underpass only some.
 fn mark(exact: bool, value: u32) -> Mark {
     if exact { Mark::full(value) } else { Mark { value, mask: MARK_MASK } }
 }

@@ -1,7 +1,7 @@
-//! The reply to a packet that opens a connection. If the reply does not arrive, the connection
-//! fails.
+//! Evaluates the reply to a packet that opens a connection. If the reply does not arrive, the
+//! connection fails.
 //!
-//! The path of the packet itself is in `walk.rs`.
+//! `walk` evaluates the packet itself.
 
 use std::net::IpAddr;
 
@@ -11,21 +11,21 @@ use crate::plan::{LoopbackAddress, RulePlan};
 /// The outcome of the reply to a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReplyOutcome {
-    /// It reaches the sender of the packet.
+    /// The reply reaches the sender of the packet.
     Delivered,
-    /// It reaches the wrong host: the client whose address the proxy uses, or this namespace
-    /// instead of the sender of a forwarded packet.
+    /// The reply reaches the wrong host: the client whose address the proxy uses, or, for a
+    /// forwarded packet, this namespace.
     Misrouted,
-    /// The kernel cannot send it. A redirected local packet arrives at 127.0.0.1. From there the
-    /// kernel has no route to a client's address: it selects the route before any rule marks the
-    /// reply, and rejects loopback sources on other interfaces (`__mkroute_output` in
+    /// The kernel cannot send the reply. A redirected local packet arrives at 127.0.0.1, from where
+    /// the kernel has no route to a client's address: it selects the route before any rule marks
+    /// the reply, and rejects loopback sources on other interfaces (`__mkroute_output` in
     /// net/ipv4/route.c, unless `route_localnet` is set). IPv6 has no such check.
     Unroutable,
 }
 
 impl RulePlan {
-    /// Evaluates the reply to `packet`, whose evaluation is `walk`. `None` if no socket received
-    /// the packet.
+    /// Evaluates the reply to `packet`, whose path is `walk`. `None` if no socket received the
+    /// packet.
     #[must_use]
     pub fn reply(
         &self,
@@ -49,8 +49,7 @@ impl RulePlan {
 }
 
 impl RulePlan {
-    /// Builds the reply of the packet's receiver. No rule matches the sender of a reply, so the
-    /// user is 0.
+    /// Builds the reply. Its user is 0, because no rule matches the sender of a reply.
     fn reply_to(&self, packet: &Packet, walk: &Walk<'_>, environment: &Environment) -> Packet {
         let entry = if walk.local {
             let interface = self.interface_to(packet.source.ip(), environment).to_owned();
@@ -69,7 +68,7 @@ impl RulePlan {
         }
     }
 
-    /// Considers also the addresses that the plan itself adds.
+    /// Like [`Environment::interface_to`], but also knows the addresses that the plan adds.
     fn interface_to<'e>(&self, address: IpAddr, environment: &'e Environment) -> &'e str {
         let added = self.addresses.iter().any(|LoopbackAddress(added)| address == *added);
         if added { LOOPBACK } else { environment.interface_to(address) }

@@ -1,4 +1,5 @@
-//! Tests of the evaluation: plans with one kernel behaviour each, and the plans of the profiles.
+//! Tests of the evaluation: plans that show one behaviour of the kernel each, and the plans of the
+//! profiles.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -7,7 +8,7 @@ use super::*;
 
 const PORT: u16 = 15001;
 
-/// One rule: chain, matches, action. Its id is its index in the list.
+/// A rule: chain, matches, action. Its id is its index in the list.
 type Line = (ChainId, Vec<Match>, Action);
 
 const fn chain(table: Table, name: &'static str) -> ChainId {
@@ -67,7 +68,7 @@ fn at(address: &str) -> SocketAddr {
     address.parse().expect("an address and port")
 }
 
-/// A SYN that a process of user and group 0 sends.
+/// A SYN that a process with user and group 0 sends.
 fn out(to: &str) -> Packet {
     let destination = at(to);
     let own: IpAddr =
@@ -274,7 +275,7 @@ fn tproxy_marks_keeps_destination_and_ends_chain() {
     let walk = plan.walk(&packet, &pod());
     assert_eq!(ids(&walk), ["0", "2", "3"]);
     assert_eq!((walk.end, walk.destination), (Verdict::Tproxied(15006), packet.destination));
-    // A packet for another host is also delivered locally, because of its mark.
+    // The mark also delivers a packet for another host locally.
     assert_eq!(ids(&plan.walk(&arriving("192.0.2.1:80"), &pod())), ["0", "2", "3"]);
 }
 

@@ -1,4 +1,4 @@
-//! Sockets that need no privileges; `tests/kernel` tests the others.
+//! Tests of sockets that need no privileges. `tests/kernel` tests the others.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
@@ -9,7 +9,7 @@ use underpass_config::{Hint as _, PacedConnections, Sources};
 
 use super::*;
 
-/// Sockets of the profile `none`, which need no privileges.
+/// Socket options of the profile `none`, which need no privileges.
 fn of_no_profile(ipv6: bool) -> Sockets {
     let flags = vec!["interception.profile=none".to_owned()];
     let sources = Sources { file: None, environment: Vec::new(), flags };
@@ -132,7 +132,7 @@ async fn unmarked_connection_needs_no_capability() {
     assert_eq!(client.local_addr().expect("an address").ip(), Ipv4Addr::LOCALHOST);
 }
 
-/// The options of an accepted connection of a client at `from`.
+/// The accepted connection of a client with the source `from`.
 async fn accepted(
     sockets: &Sockets,
     listener: &BoundListener,
@@ -170,7 +170,7 @@ async fn accepted_stream_inherits_listener_options() {
     let sockets = unmarked().with_keepalive(keepalive);
     let bound = listen(&sockets);
     let any_v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    // A listener like one from another process.
+    // A listener as it arrives from another process.
     let handed = BoundListener::from(std::net::TcpListener::bind(any_v4).expect("a free port"));
     let mut clients =
         vec![(&bound, Ipv4Addr::LOCALHOST.into()), (&handed, Ipv4Addr::LOCALHOST.into())];
@@ -202,7 +202,7 @@ async fn reset_on_close_sends_rst() {
     drop(stream);
     let error = client.read_u8().await.expect_err("reset");
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-    // And undone.
+    // Undo it.
     let mut client = connect(&unmarked(), address).await;
     let (stream, _) = listener.accept().await.expect("accepted");
     reset_on_close(&stream);

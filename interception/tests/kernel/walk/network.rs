@@ -57,7 +57,7 @@ pub(crate) enum Position {
 pub(crate) enum Outcome {
     Arrived(Arrival),
     Refused,
-    /// Neither arrived nor refused.
+    /// The packet neither arrived nor was refused.
     Lost,
 }
 
@@ -170,7 +170,7 @@ async fn connection(
     Ok(timeout(patience, arrivals.recv()).await.unwrap_or_default())
 }
 
-/// Sends a datagram. It arrives, or is refused.
+/// Sends a datagram. Returns whether it arrives or is refused.
 async fn datagram(
     socket: Socket,
     to: SocketAddr,
@@ -196,11 +196,11 @@ fn is_refusal(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::PermissionDenied)
 }
 
-/// Opens the socket of a packet, on a thread of its own.
+/// Opens the socket for a packet, on a separate thread.
 fn open(attempt: &Attempt) -> io::Result<Socket> {
     let packet = &attempt.packet;
     if let Entry::Out { uid, gid, .. } = packet.entry {
-        // The group first: only root may change it.
+        // Change the group first: only root may change it.
         setfsgid(Gid::from_raw(gid));
         setfsuid(Uid::from_raw(uid));
     }
@@ -228,7 +228,7 @@ pub(crate) fn can_change_user() -> bool {
     let changed = std::thread::spawn(|| {
         setfsgid(Gid::from_raw(OTHER));
         setfsuid(Uid::from_raw(OTHER));
-        // The calls return the previous id, so the second one shows the result of the first.
+        // These calls return the previous id, so the second call shows the result of the first.
         (setfsuid(Uid::from_raw(OTHER)).as_raw(), setfsgid(Gid::from_raw(OTHER)).as_raw())
     });
     changed.join().is_ok_and(|ids| ids == (OTHER, OTHER))

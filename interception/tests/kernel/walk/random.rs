@@ -1,4 +1,4 @@
-//! Random settings and packets, reproducible by a seed.
+//! Random settings and packets. A seed reproduces them.
 
 #![expect(
     clippy::expect_used,
@@ -20,13 +20,13 @@ use underpass_interception::{
 use super::Attempt;
 use super::network::{POD, Position, REMOTE, TCP_PORTS, UDP_PORTS, VM};
 
-/// The first source port: above all listeners, outside of the kernel's ephemeral range.
+/// The first source port. It is above all listeners, and outside of the kernel's ephemeral range.
 const FIRST_SOURCE_PORT: u16 = 20000;
 const NETWORKS: [&str; 6] =
     ["10.8.0.0/16", "fd08::/16", "10.0.0.2/32", "fd00::2/128", "10.0.0.0/24", "127.0.0.2/32"];
 
-/// Enough networks of one prefix length in each family to form a hash set. The first one contains a
-/// remote address.
+/// Enough networks with the same prefix length to form a hash set, in each family. The first one
+/// contains a remote address.
 fn many_networks() -> impl Iterator<Item = IpNet> {
     let network = |address: IpAddr, length| IpNet::new(address, length).expect("a length");
     (0..300).flat_map(move |n| {
@@ -39,7 +39,7 @@ fn many_networks() -> impl Iterator<Item = IpNet> {
 pub(crate) struct Random {
     state: u64,
     source_port: u16,
-    /// The user and group ids that processes can have here.
+    /// The user and group ids that processes can have.
     ids: &'static [u32],
 }
 
@@ -74,7 +74,7 @@ impl Random {
         from[self.below(from.len())].clone()
     }
 
-    /// Usually none, otherwise one or two.
+    /// Selects values: usually none, otherwise one or two.
     fn some<T: Clone>(&mut self, from: &[T]) -> Vec<T> {
         let count = [0, 0, 1, 2][self.below(4)];
         (0..count).map(|_| self.pick(from)).collect()
@@ -93,7 +93,7 @@ impl Random {
         self.some(&["eth0".to_owned(), "vm0".to_owned()])
     }
 
-    /// Valid settings.
+    /// Creates random valid settings.
     pub(crate) fn settings(&mut self, profile: Profile) -> InterceptionSettings {
         let sidecar = profile == Profile::Sidecar;
         let backend = self.pick(&[Backend::Nftables, Backend::Nftables, Backend::Iptables]);
@@ -135,7 +135,7 @@ impl Random {
         }
     }
 
-    /// Some of these users or groups, limited to those that the backend supports.
+    /// Selects users or groups, limited to those that the backend supports.
     fn owners(&mut self, backend: Backend, owners: &[u32]) -> Vec<u32> {
         let nameable = |owner: &&u32| backend == Backend::Nftables || self.ids.contains(owner);
         let owners: Vec<u32> = owners.iter().filter(nameable).copied().collect();
@@ -143,7 +143,7 @@ impl Random {
     }
 
     fn proxy_owners(&mut self, backend: Backend) -> Vec<u32> {
-        // With a single user, either all processes or none are the proxy's.
+        // If there is a single user, either all processes or none belong to the proxy.
         let choices: &[&[u32]] = match self.ids.len() {
             1 if backend == Backend::Nftables => &[&[1337], &[0]],
             1 => &[&[0]],
@@ -159,7 +159,7 @@ impl Random {
         let (exclude_gids, include_gids) =
             if include { (Vec::new(), groups) } else { (groups, Vec::new()) };
         let mut exclude_cidrs = self.networks();
-        // Other backends need a rule or line for each network, and a round would take seconds.
+        // Other backends need a rule or line for each network, so that a round would take seconds.
         if backend == Backend::Nftables && !exact && self.one_in(3) {
             exclude_cidrs.extend(many_networks());
         }
@@ -190,7 +190,7 @@ impl Random {
         if profile != Profile::Osm && self.one_in(3) { vec!["vm0".to_owned()] } else { Vec::new() }
     }
 
-    /// A possible packet.
+    /// Creates a random packet that can exist.
     pub(crate) fn attempt(
         &mut self,
         settings: &InterceptionSettings,
@@ -222,7 +222,7 @@ impl Random {
             _ => self.local(settings, environment, &family),
         };
         let mark = self.mark(&entry, source);
-        // The mark affects the socket's route.
+        // The mark affects the route of the socket.
         if let Entry::Out { interface, .. } = &mut entry
             && routes.iter().any(|route| route.mark.matches(mark))
         {
@@ -240,7 +240,7 @@ impl Random {
         Attempt { from, packet }
     }
 
-    /// A packet from a process of the pod.
+    /// Creates a packet from a process of the pod.
     fn local(
         &mut self,
         settings: &InterceptionSettings,
@@ -276,8 +276,8 @@ impl Random {
         (Position::Pod, source, to, entry)
     }
 
-    /// The mark of the socket. Connections from a client's address usually carry the proxy's,
-    /// otherwise replies would be misrouted.
+    /// The mark of the socket. A connection from a client's address usually has the proxy's mark,
+    /// because replies would be misrouted otherwise.
     fn mark(&mut self, entry: &Entry, source: IpAddr) -> u32 {
         match entry {
             Entry::In { .. } => 0,

@@ -1,10 +1,10 @@
-//! Tests of expressions: they list as the text that nft would generate.
+//! Tests of expressions: they print as the text that nft would generate.
 
 use super::*;
 use crate::plan::nft::testing::rule as planned;
 use crate::plan::{Families, Rule};
 
-/// The expressions of a rule as nft lists them.
+/// Prints the expressions of a rule like nft.
 fn listed(families: Families, matches: Vec<Match>, action: Action) -> String {
     let planned = Rule { families, action, ..planned("id", matches) };
     let listed = rule(&planned).unwrap().nft_syntax_stateless();
