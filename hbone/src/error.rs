@@ -41,7 +41,7 @@ pub enum HboneError {
         source: Arc<io::Error>,
     },
     /// Connecting was not attempted, because the last attempt failed recently.
-    #[error("{address} is not dialled for another {remaining:?}, because it just failed")]
+    #[error("cannot connect to {address}: in back-off for another {remaining:?} after a failure")]
     BackingOff {
         /// The address in back-off.
         address: SocketAddr,
@@ -221,9 +221,7 @@ pub enum HboneError {
         source: Option<Arc<io::Error>>,
     },
     /// The task that obtains and renews the certificate panicked.
-    #[error(
-        "the task that obtains the certificate has ended by an internal error, which the log has"
-    )]
+    #[error("the task that obtains the certificate ended after an internal error (see the log)")]
     RotationEnded,
     /// The clients file of `underpass ca serve` or one of its token files is invalid.
     #[error("the clients file cannot be used")]

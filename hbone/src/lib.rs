@@ -50,7 +50,7 @@ pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
 pub use task::{Panic, catch_panic, log_panic};
 pub use tls::PeerIdentity;
 pub use trust::bundle::Bundle;
-pub use trust::mutual::{Distrust, MutualTrust};
+pub use trust::mutual::{MutualTrust, MutualTrustError};
 pub use trust::{Trust, TrustFiles};
 pub use tunnel::authority::Authority;
 pub use tunnel::client::{ConnectRequest, Connector, Tunnel};

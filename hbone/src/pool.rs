@@ -5,10 +5,10 @@
 //!
 //! [`Dial`] opens the sockets.
 
-mod load;
+mod gateway;
 mod retry;
 mod state;
-mod through;
+mod tunnel_load;
 
 use std::future::Future;
 use std::io;
@@ -21,8 +21,8 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::SpiffeId;
 
-use self::load::Load;
 use self::state::{Checkout, DialId, Handle, PoolState, Reuse, TunnelId};
+use self::tunnel_load::TunnelLoad;
 use crate::clock;
 use crate::error::HboneError;
 use crate::task::log_panic;
@@ -95,14 +95,14 @@ pub struct Pool<D>(Arc<Shared<D>>);
 struct Shared<D> {
     dial: D,
     settings: PoolSettings,
-    state: Mutex<PoolState<Pooled, Dialing>>,
+    state: Mutex<PoolState<Pooled, OutcomeReceiver>>,
     /// Notified when the pool drains: aborts the dials in progress.
     drained: Notify,
 }
 
 /// The outcome of a dial, for all connections that wait for it. `None` while the dial is in
 /// progress.
-type Dialing = watch::Receiver<Option<Outcome>>;
+type OutcomeReceiver = watch::Receiver<Option<Outcome>>;
 type Outcome = Result<(TunnelId, Pooled), HboneError>;
 
 /// A tunnel in the pool.
@@ -143,11 +143,11 @@ impl<D: Dial> Pool<D> {
     ) -> Result<TunnelStream, HboneError> {
         let first = self.attempt(key, connector, &request, Reuse::Allowed).await;
         let outcome = match first {
-            Err((error, pooled)) if retry::is_safe(&error, pooled) => {
+            Err((error, pooled)) if retry::is_retryable(&error, pooled) => {
                 tracing::debug!(
                     address = %key.address,
                     error = &error as &dyn std::error::Error,
-                    "the request is tried again in a new tunnel"
+                    "retrying the request in a new tunnel"
                 );
                 self.attempt(key, connector, &request, Reuse::Forbidden).await
             }
@@ -227,7 +227,7 @@ impl<D: Dial> Pool<D> {
         key: &TunnelKey,
         connector: &Connector,
         reuse: Reuse,
-    ) -> Checkout<StreamSlot, Dialing> {
+    ) -> Checkout<StreamSlot, OutcomeReceiver> {
         let mut started = None;
         let checkout = self.0.state().checkout(key, reuse, Instant::now(), |id| {
             let (done, dialing) = watch::channel(None);
@@ -245,7 +245,7 @@ impl<D: Dial> Pool<D> {
 }
 
 impl<D> Shared<D> {
-    fn state(&self) -> MutexGuard<'_, PoolState<Pooled, Dialing>> {
+    fn state(&self) -> MutexGuard<'_, PoolState<Pooled, OutcomeReceiver>> {
         // No code panics while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -254,9 +254,9 @@ impl<D> Shared<D> {
 impl Handle for Pooled {
     type StreamSlot = StreamSlot;
 
-    fn load(&self) -> Load {
+    fn current_load(&self) -> TunnelLoad {
         let open = self.tunnel.as_ref().filter(|tunnel| !tunnel.is_closed());
-        Load {
+        TunnelLoad {
             usable: open.is_some() && clock::now() < self.tunnel_state.usable_until(),
             streams: self.tunnel_state.open_streams(),
             idle_since: self.tunnel_state.idle_since(),

@@ -31,7 +31,7 @@ pub(crate) const ALPN: &[u8] = b"h2";
 /// outer tunnel.
 pub(crate) fn known_error(error: &io::Error) -> Option<HboneError> {
     match inner(error) {
-        Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, error)),
+        Some(rustls::Error::AlertReceived(alert)) => Some(error_of_alert(*alert, error)),
         Some(_) => None,
         None => HboneError::carried_by(error),
     }
@@ -52,7 +52,7 @@ fn handshake_error(error: io::Error) -> HboneError {
             Some(HboneError::Revoked)
         }
         Some(rustls::Error::NoCertificatesPresented) => Some(HboneError::NoPeerCertificate),
-        Some(rustls::Error::AlertReceived(alert)) => Some(received(*alert, &error)),
+        Some(rustls::Error::AlertReceived(alert)) => Some(error_of_alert(*alert, &error)),
         Some(_) => None,
         None => HboneError::carried_by(&error),
     };
@@ -72,14 +72,14 @@ fn rejection_seen_by_peer(error: &rustls::Error) -> HboneError {
         _ => AlertDescription::CertificateUnknown,
     };
     let error = io::Error::new(io::ErrorKind::InvalidData, rustls::Error::AlertReceived(alert));
-    received(alert, &error)
+    error_of_alert(alert, &error)
 }
 
 fn inner(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
 }
 
-fn received(alert: AlertDescription, error: &io::Error) -> HboneError {
+fn error_of_alert(alert: AlertDescription, error: &io::Error) -> HboneError {
     use AlertDescription as Alert;
     match alert {
         Alert::BadCertificate

@@ -117,7 +117,7 @@ pub enum InterceptionError {
         source: io::Error,
     },
     /// A privileged operation returned a reply of the wrong kind.
-    #[error("a privileged operation was answered with {0}")]
+    #[error("a privileged operation returned an unexpected reply: {0}")]
     UnexpectedReply(String),
     /// A network namespace cannot be created, opened, entered, connected or deleted.
     #[error("cannot {operation} the network namespace {namespace}")]
@@ -194,7 +194,7 @@ pub enum InterceptionError {
         source: Box<Self>,
     },
     /// A sandbox for tests and demonstrations cannot be created.
-    #[error("cannot {step} for a sandbox")]
+    #[error("cannot create a sandbox: cannot {step}")]
     Sandbox {
         /// The failed operation as a verb phrase.
         step: &'static str,

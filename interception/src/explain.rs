@@ -115,7 +115,7 @@ impl<'a> Explanation<'a> {
         self.counters?.iter().find(|counter| counter.id == rule.id)
     }
 
-    fn takes(&self, from: Party, packet: Packet, to: Party) -> Hop<'_> {
+    fn evaluate_hop(&self, from: Party, packet: Packet, to: Party) -> Hop<'_> {
         Hop::new(&self.plan, self.environment, from, packet, to)
     }
 }

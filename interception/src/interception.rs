@@ -17,9 +17,9 @@ use crate::backend::verify::Difference;
 use crate::error::InterceptionError;
 use crate::namespace::ipv6::ipv6_available;
 use crate::plan::{Ports, RulePlan};
-use crate::planned::{PlanInputs, Planned};
 use crate::privileged::{NamespaceAccess, Reply, RuleOperation};
 use crate::rules::RuleSettings;
+use crate::shared_plan::{PlanInputs, SharedPlan};
 
 /// Interception in one namespace, which [`prepare`](Self::prepare) has checked. Every operation
 /// runs in that namespace, whatever the caller's namespace is.
@@ -27,7 +27,7 @@ use crate::rules::RuleSettings;
 pub struct Interception {
     access: NamespaceAccess,
     rules: Arc<RuleSettings>,
-    planned: Arc<Planned>,
+    planned: Arc<SharedPlan>,
     /// True if IPv6 was enabled on the loopback interface at the last check.
     ipv6_on_loopback: bool,
 }
@@ -52,7 +52,7 @@ impl Interception {
         let ipv6_on_loopback = access.ipv6_on_loopback().await?;
         let settings = settings.clone();
         let inputs = PlanInputs { settings, ports, backend, ipv6: ipv6_available() };
-        let planned = Planned::shared(inputs.clone());
+        let planned = SharedPlan::of_inputs(inputs.clone());
         let rules = Arc::new(RuleSettings { inputs, owner: None });
         Ok(Some(Self { access: access.clone(), rules, planned, ipv6_on_loopback }))
     }
@@ -68,7 +68,7 @@ impl Interception {
     #[must_use]
     pub fn with_settings(&self, settings: &InterceptionSettings) -> Self {
         let inputs = PlanInputs { settings: settings.clone(), ..self.rules.inputs.clone() };
-        let planned = Planned::shared(inputs.clone());
+        let planned = SharedPlan::of_inputs(inputs.clone());
         let rules = Arc::new(RuleSettings { inputs, owner: self.rules.owner.clone() });
         Self { planned, rules, ..self.clone() }
     }
@@ -127,7 +127,7 @@ impl Interception {
         let was_enabled = self.ipv6_on_loopback;
         let enabled = self.access.ipv6_on_loopback().await?;
         if enabled && !was_enabled {
-            self.done(RuleOperation::InstallRoutes).await?;
+            self.perform(RuleOperation::InstallRoutes).await?;
         }
         self.ipv6_on_loopback = enabled;
         Ok(enabled && !was_enabled)
@@ -171,7 +171,7 @@ impl Interception {
     /// The kernel rejected a change. Changes of this call are reverted; rules of an earlier run
     /// stay.
     pub async fn install(&self) -> Result<(), InterceptionError> {
-        self.done(RuleOperation::Install).await
+        self.perform(RuleOperation::Install).await
     }
 
     /// Like [`install`](Self::install), but keeps the blackhole.
@@ -180,14 +180,14 @@ impl Interception {
     ///
     /// As [`install`](Self::install).
     pub async fn repair(&self) -> Result<(), InterceptionError> {
-        self.done(RuleOperation::Repair).await
+        self.perform(RuleOperation::Repair).await
     }
 
     /// Records in the nftables table which process installed the rules. Only logs a failure,
     /// because the rules work without the record.
     pub async fn mark_owner(&self) {
-        if let Err(error) = self.done(RuleOperation::MarkOwner).await {
-            tracing::debug!(%error, "the owner of the rules is not marked");
+        if let Err(error) = self.perform(RuleOperation::MarkOwner).await {
+            tracing::debug!(%error, "cannot record the owner of the rules");
         }
     }
 
@@ -212,7 +212,7 @@ impl Interception {
     ///
     /// The kernel rejected the operation.
     pub async fn block(&self) -> Result<(), InterceptionError> {
-        self.done(RuleOperation::Block).await
+        self.perform(RuleOperation::Block).await
     }
 
     /// Removes the blackhole. Returns `false` if it was not installed.
@@ -221,7 +221,7 @@ impl Interception {
     ///
     /// The kernel rejected the operation.
     pub async fn unblock(&self) -> Result<bool, InterceptionError> {
-        self.is(RuleOperation::Unblock).await
+        self.ask_bool(RuleOperation::Unblock).await
     }
 
     /// Returns true if the blackhole is installed.
@@ -230,7 +230,7 @@ impl Interception {
     ///
     /// The kernel refused to list the rules.
     pub async fn is_blocked(&self) -> Result<bool, InterceptionError> {
-        self.is(RuleOperation::IsBlocked).await
+        self.ask_bool(RuleOperation::IsBlocked).await
     }
 
     /// Subscribes to changes in the namespace.
@@ -261,15 +261,15 @@ impl Interception {
     ///
     /// The kernel rejected the operation.
     pub async fn remove(&self) -> Result<(), InterceptionError> {
-        self.done(RuleOperation::Remove).await
+        self.perform(RuleOperation::Remove).await
     }
 
-    async fn done(&self, operation: RuleOperation) -> Result<(), InterceptionError> {
+    async fn perform(&self, operation: RuleOperation) -> Result<(), InterceptionError> {
         let done = |answer| if let Reply::Done = answer { Ok(()) } else { Err(answer) };
         self.ask(operation, done).await
     }
 
-    async fn is(&self, operation: RuleOperation) -> Result<bool, InterceptionError> {
+    async fn ask_bool(&self, operation: RuleOperation) -> Result<bool, InterceptionError> {
         let is = |answer| if let Reply::Is(so) = answer { Ok(so) } else { Err(answer) };
         self.ask(operation, is).await
     }

@@ -16,11 +16,11 @@ mod host_rules;
 mod interception;
 mod namespace;
 mod plan;
-mod planned;
 mod privileged;
 mod process;
 mod rules;
 mod self_test;
+mod shared_plan;
 mod sockets;
 mod subscription;
 #[doc(hidden)]
@@ -34,7 +34,7 @@ pub use backend::foreign::{Effect, ForeignRule};
 pub use backend::iptables::{RemovalScope, Variant};
 pub use backend::leftovers::{Leftover, LeftoverOwner, LegacyTables};
 pub use backend::nftables::RuleCounter;
-pub use backend::verify::{Difference, Line, SectionDifference, Sign};
+pub use backend::verify::{Difference, Line, LineStatus, SectionDifference};
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
 pub use folder_events::Inotify;
@@ -60,7 +60,7 @@ pub use process::background::run_in_background;
 pub use process::bypass::BypassingProcess;
 pub use process::limits::{is_out_of_files, raise_open_files};
 pub use process::privileges::{
-    Kept, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
+    KeptCapabilities, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
     confine_thread, prepare_change_of_user,
 };
 pub use rules::RuleSettings;
@@ -75,8 +75,8 @@ pub use sockets::peer::Peer;
 pub use sockets::seqpacket::{Message, SeqPacket};
 pub use sockets::socket::{
     AcceptedOptions, Closing, KEEPALIVE_PROBES, ListenerRequest, OriginalDestination, ReadySocket,
-    SocketKind, SocketRole, Sockets, end_on_close, end_writing, peek, probe_every, reset_on_close,
-    write_before_end,
+    SocketKind, SocketRole, Sockets, enable_keepalive, end_on_close, end_writing, peek,
+    reset_on_close, write_before_end,
 };
 pub use sockets::splice::SplicePipe;
 pub use subscription::{RuleSubscription, WatchScope};

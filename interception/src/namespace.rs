@@ -5,15 +5,15 @@
 //! that acts on a namespace takes an `&Entered`, so that a call in the wrong namespace does not
 //! compile.
 //!
-//! `wiring` creates and connects namespaces; `sandbox` allows that without root.
+//! `setup` creates and connects namespaces; `sandbox` allows that without root.
 
-mod guarded;
 pub(crate) mod host;
 pub(crate) mod ipv6;
 pub(crate) mod reverse_path;
 pub(crate) mod sandbox;
+mod secure_path;
+mod setup;
 mod thread;
-mod wiring;
 
 use std::fmt;
 use std::fs::{File, Metadata};
@@ -27,8 +27,8 @@ use nix::sys::statfs::{FsType, fstatfs};
 
 use crate::error::InterceptionError;
 
+pub use setup::{Endpoint, veth};
 pub use thread::{Entered, NamespaceThread};
-pub use wiring::{Endpoint, veth};
 
 /// NSFS_MAGIC, include/uapi/linux/magic.h.
 const NSFS: i64 = 0x6e73_6673;
@@ -93,7 +93,7 @@ impl Namespace {
     }
 
     /// Wraps a file that is not a namespace and cannot be entered, for tests.
-    pub(crate) fn stand_in(file: File) -> io::Result<Self> {
+    pub(crate) fn fake(file: File) -> io::Result<Self> {
         let id = NamespaceId::of(&file)?;
         Ok(Self(Arc::new(NamespaceFile { file, id, path: "a stand-in".into() })))
     }
@@ -180,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn uses_passed_descriptor_of_a_namespace_only() {
+    fn rejects_passed_descriptor_that_is_not_a_namespace() {
         let current = Namespace::current().unwrap();
         let passed = current.as_fd().try_clone_to_owned().unwrap();
         let passed = Namespace::from_descriptor(passed).unwrap();

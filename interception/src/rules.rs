@@ -9,15 +9,15 @@ use underpass_config::InterceptionSettings;
 
 use crate::backend::foreign::{ForeignRule, foreign_rules};
 use crate::backend::iptables::{RemovalScope, Variant};
-use crate::backend::leftovers::{Leftover, is_istios, leftovers};
+use crate::backend::leftovers::{Leftover, is_istio_table, leftovers};
 use crate::backend::nftables::RuleCounter;
 use crate::backend::verify::{Difference, Listing};
 use crate::backend::{Backend, blackhole, iptables, nftables, routes};
 use crate::error::InterceptionError;
 use crate::namespace::{Entered, host};
 use crate::plan::RulePlan;
-use crate::planned::{PlanInputs, Planned};
 use crate::process::privileges::lacks_net_admin;
+use crate::shared_plan::{PlanInputs, SharedPlan};
 
 /// The settings and the context that determine a pod's rules.
 #[derive(Debug, Clone)]
@@ -30,13 +30,13 @@ pub struct RuleSettings {
 /// The rules of a pod, with their plan and backend.
 #[derive(Debug)]
 pub(crate) struct Rules<'a> {
-    planned: Arc<Planned>,
+    planned: Arc<SharedPlan>,
     owner: Option<&'a str>,
 }
 
 impl RuleSettings {
     pub(crate) fn rules(&self) -> Rules<'_> {
-        Rules { planned: Planned::shared(self.inputs.clone()), owner: self.owner.as_deref() }
+        Rules { planned: SharedPlan::of_inputs(self.inputs.clone()), owner: self.owner.as_deref() }
     }
 }
 
@@ -47,7 +47,7 @@ pub(crate) async fn prepare(
 ) -> Result<Backend, InterceptionError> {
     if lacks_net_admin() {
         return Err(InterceptionError::NotPermitted {
-            operation: "install the rules that catch traffic",
+            operation: "install the interception rules",
             capability: "NET_ADMIN",
         });
     }
@@ -90,7 +90,7 @@ impl Rules<'_> {
         if let (Backend::Nftables, Some(owner)) = (self.backend(), self.owner)
             && let Err(error) = nftables::mark_owner(entered, owner).await
         {
-            tracing::debug!(%error, "the owner of the rules is not marked");
+            tracing::debug!(%error, "cannot record the owner of the rules");
         }
     }
 
@@ -181,8 +181,11 @@ async fn remove_from_nftables(
     match nftables::check_available(entered).await {
         Ok(()) => {
             let others = scope == RemovalScope::OtherMeshes;
-            let istios =
-                if others { nftables::remove_tables(entered, is_istios).await } else { Ok(false) };
+            let istios = if others {
+                nftables::remove_tables(entered, is_istio_table).await
+            } else {
+                Ok(false)
+            };
             let host = nftables::host::remove(entered).await;
             let removed = [istios, host, nftables::remove(entered).await];
             removed.into_iter().try_fold(false, |any, removed| Ok(any | removed?))

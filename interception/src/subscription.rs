@@ -14,7 +14,7 @@ use crate::namespace::Entered;
 
 pub(crate) const OPERATION: &str = "watch the rules";
 /// The multicast groups of everything that underpass's rules depend on besides nftables.
-const OWN_GROUPS: [RtnetlinkGroup; 5] = [
+const DEPENDENCY_GROUPS: [RtnetlinkGroup; 5] = [
     RtnetlinkGroup::Ipv4Rule,
     RtnetlinkGroup::Ipv6Rule,
     RtnetlinkGroup::Ipv4Route,
@@ -23,7 +23,7 @@ const OWN_GROUPS: [RtnetlinkGroup; 5] = [
 ];
 /// The multicast groups of ip rules. Changes of routes and addresses let no traffic bypass the
 /// rules.
-const RULES: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
+const RULE_GROUPS: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
 
 /// The changes to subscribe to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,8 +47,8 @@ impl RuleSubscription {
     /// Subscribes. No later change is missed.
     pub(crate) fn start(entered: &Entered, watched: WatchScope) -> Result<Self, InterceptionError> {
         let groups: &[RtnetlinkGroup] = match watched {
-            WatchScope::OwnRules => &OWN_GROUPS,
-            WatchScope::AllRules => &RULES,
+            WatchScope::OwnRules => &DEPENDENCY_GROUPS,
+            WatchScope::AllRules => &RULE_GROUPS,
         };
         Ok(Self {
             nftables: watch_nftables(entered),

@@ -32,8 +32,8 @@ const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 /// # Errors
 ///
 /// The process has no free descriptor.
-pub fn stand_in_namespace() -> io::Result<Namespace> {
-    Namespace::stand_in(File::from(memfd_create("stand-in", MemfdFlags::CLOEXEC)?))
+pub fn fake_namespace() -> io::Result<Namespace> {
+    Namespace::fake(File::from(memfd_create("stand-in", MemfdFlags::CLOEXEC)?))
 }
 
 /// A plan with these chains and rules.

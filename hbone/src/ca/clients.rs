@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn applies_changes_and_reports_invalid_ones() {
+    async fn applies_changed_clients_file_and_reports_invalid_one() {
         let dir = TempDir::new("clients-change");
         let (path, token) = (dir.0.join("clients.yaml"), dir.0.join("token"));
         write(&token, "first\n");

@@ -28,7 +28,7 @@ const CRL_FILE: &str = "crl.pem";
 
 /// The content of a revocation list: its number, and the revocation time of each serial number.
 #[derive(Default)]
-struct Revoked {
+struct RevocationListContent {
     number: u64,
     serials: BTreeMap<Serial, OffsetDateTime>,
 }
@@ -118,7 +118,7 @@ impl CertificateAuthority {
         Ok(Serial(leaf.raw_serial().to_vec()))
     }
 
-    fn list(&self, revoked: &Revoked) -> Result<String, CredentialProblem> {
+    fn list(&self, revoked: &RevocationListContent) -> Result<String, CredentialProblem> {
         let now = SystemTime::now();
         let times = now.checked_sub(CLOCK_SKEW).zip(now.checked_add(CA_LIFETIME));
         let (this_update, next_update) = times.ok_or(CredentialProblem::Lifetime)?;
@@ -149,16 +149,16 @@ fn parse(der: &[u8]) -> Result<X509Certificate<'_>, CredentialProblem> {
 }
 
 /// Reads the revocation list. A missing file is an empty list.
-fn read_list(file: &Path) -> Result<Revoked, HboneError> {
+fn read_list(file: &Path) -> Result<RevocationListContent, HboneError> {
     if !file.try_exists().map_err(|error| HboneError::file(file, error))? {
-        return Ok(Revoked::default());
+        return Ok(RevocationListContent::default());
     }
     let lists = pem::revocation_lists(file, pem::read(file)?)?;
     let der = lists.first().map(AsRef::as_ref).unwrap_or_default();
     parse_list(der).map_err(|what| HboneError::credential(file, what))
 }
 
-fn parse_list(der: &[u8]) -> Result<Revoked, CredentialProblem> {
+fn parse_list(der: &[u8]) -> Result<RevocationListContent, CredentialProblem> {
     let (_, list) = CertificateRevocationList::from_der(der)
         .map_err(|error| CredentialProblem::RevocationList(error.to_string()))?;
     let number = list.crl_number().and_then(|number| u64::try_from(number).ok());
@@ -166,7 +166,7 @@ fn parse_list(der: &[u8]) -> Result<Revoked, CredentialProblem> {
         (Serial(revoked.raw_serial().to_vec()), revoked.revocation_date.to_datetime())
     };
     let serials = list.iter_revoked_certificates().map(entry).collect();
-    Ok(Revoked { number: number.unwrap_or_default(), serials })
+    Ok(RevocationListContent { number: number.unwrap_or_default(), serials })
 }
 
 #[cfg(test)]
@@ -184,7 +184,7 @@ mod tests {
         file
     }
 
-    fn list(dir: &Path) -> Revoked {
+    fn list(dir: &Path) -> RevocationListContent {
         read_list(&dir.join(CRL_FILE)).unwrap()
     }
 
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn revokes_serial_number_like_its_certificate() {
+    fn revoking_serial_number_equals_revoking_its_certificate() {
         let dir = TempDir::new("revoke-serial");
         let authority = authority("td");
         let pem = authority.issue(&id(CLIENT), HOUR).unwrap().chain_pem;

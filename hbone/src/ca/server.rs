@@ -57,12 +57,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const MAX_CONNECTIONS: usize = 256;
 /// The maximum number of connections from one source address.
 const MAX_PER_SOURCE: usize = 32;
-const STREAMS: u32 = 32;
+const MAX_STREAMS: u32 = 32;
 const STREAM_WINDOW: u32 = 64 << 10;
 const CONNECTION_WINDOW: u32 = 256 << 10;
 const MAX_HEADER_LIST: u32 = 16 << 10;
 /// The validity of the server's own TLS certificate, which the server renews while it runs.
-const OWN_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+const SERVER_CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The settings of a [`CaServer`].
 #[derive(Debug, Clone)]
@@ -109,7 +109,7 @@ impl CaServer {
         let service = Arc::new(Service::new(settings.dir.clone(), settings.max_ttl, granted));
         let tls = own_tls(&settings)?;
         let mut renewal = Schedule::new();
-        renewal.succeeded(clock::now() + OWN_TTL);
+        renewal.succeeded(clock::now() + SERVER_CERTIFICATE_TTL);
         Ok(Self { settings, clients, service, tls, renewal, listener })
     }
 
@@ -151,7 +151,7 @@ impl CaServer {
         match own_tls(&self.settings) {
             Ok(tls) => {
                 self.tls = tls;
-                self.renewal.succeeded(clock::now() + OWN_TTL);
+                self.renewal.succeeded(clock::now() + SERVER_CERTIFICATE_TTL);
             }
             Err(error) => {
                 self.renewal.failed();
@@ -198,8 +198,8 @@ fn own_addresses(listener: SocketAddr) -> Vec<String> {
 
 /// Issues a TLS certificate for the server's names, and returns the TLS configuration.
 fn own_tls(settings: &CaServerSettings) -> Result<Arc<ServerConfig>, HboneError> {
-    let issued =
-        CertificateAuthority::open(&settings.dir)?.issue_server(&settings.names, OWN_TTL)?;
+    let issued = CertificateAuthority::open(&settings.dir)?
+        .issue_server(&settings.names, SERVER_CERTIFICATE_TTL)?;
     let problem = |error: String| {
         HboneError::credential(settings.names.join(", "), CredentialProblem::Key(error))
     };
@@ -279,7 +279,7 @@ async fn serve_requests<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     });
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
-        .max_concurrent_streams(STREAMS)
+        .max_concurrent_streams(MAX_STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(MAX_HEADER_LIST);

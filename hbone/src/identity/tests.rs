@@ -82,7 +82,7 @@ fn rejects_key_of_other_certificate() {
 }
 
 #[test]
-fn leaf_requires_exactly_one_spiffe_name() {
+fn leaf_certificate_requires_exactly_one_spiffe_id() {
     let issue = |uris: &[&str]| {
         let mut params = rcgen::CertificateParams::default();
         params.subject_alt_names =

@@ -26,8 +26,8 @@ pub struct Budget {
     limit: usize,
     used: AtomicUsize,
     whole: Option<(Arc<Self>, Sharing)>,
-    /// The number of parts that are [`Sharing::Members`].
-    members: AtomicUsize,
+    /// The number of parts that are [`Sharing::KnownParts`].
+    known_parts: AtomicUsize,
 }
 
 /// The rule by which a part shares units with the other parts.
@@ -38,9 +38,9 @@ pub enum Sharing {
     /// The part leaves a quarter of the free units to others: for two or three permanent parts.
     Reserving,
     /// All parts are known: a single part may use everything, several parts share fairly.
-    Members,
+    KnownParts,
     /// New parts may appear at any time: the part shares fairly even while it is alone.
-    Strangers,
+    UnknownParts,
 }
 
 /// The limit that prevents taking units.
@@ -55,16 +55,16 @@ pub enum Exhausted {
 impl Budget {
     /// Creates a budget of `limit` units.
     pub fn new(limit: usize) -> Self {
-        Self { limit, used: AtomicUsize::new(0), whole: None, members: 0.into() }
+        Self { limit, used: AtomicUsize::new(0), whole: None, known_parts: 0.into() }
     }
 
     /// Creates a part of `whole` that may use at most `limit` units.
     pub fn part(whole: &Arc<Self>, limit: usize, sharing: Sharing) -> Self {
-        if sharing == Sharing::Members {
-            whole.members.fetch_add(1, SeqCst);
+        if sharing == Sharing::KnownParts {
+            whole.known_parts.fetch_add(1, SeqCst);
         }
         let whole = Some((whole.clone(), sharing));
-        Self { limit, used: AtomicUsize::new(0), whole, members: 0.into() }
+        Self { limit, used: AtomicUsize::new(0), whole, known_parts: 0.into() }
     }
 
     /// The number of units in use.
@@ -138,8 +138,8 @@ impl Budget {
         let share = match sharing {
             Sharing::Greedy => left,
             Sharing::Reserving => left - left / RESERVED,
-            Sharing::Members if whole.members.load(SeqCst) < 2 => left,
-            Sharing::Members | Sharing::Strangers => fair(),
+            Sharing::KnownParts if whole.known_parts.load(SeqCst) < 2 => left,
+            Sharing::KnownParts | Sharing::UnknownParts => fair(),
         };
         Bounds { left, share: share.min(left).min(self.limit) }
     }
@@ -156,8 +156,8 @@ fn fair_share(free: usize, whole: usize) -> usize {
 
 impl Drop for Budget {
     fn drop(&mut self) {
-        if let Some((whole, Sharing::Members)) = &self.whole {
-            whole.members.fetch_sub(1, SeqCst);
+        if let Some((whole, Sharing::KnownParts)) = &self.whole {
+            whole.known_parts.fetch_sub(1, SeqCst);
         }
     }
 }

@@ -9,7 +9,7 @@ use foldhash::quality::RandomState;
 use super::budget::{Budget, Exhausted, Share, Sharing};
 
 /// The minimum number of entries before unused entries are removed.
-const FIRST_SWEEP: usize = 64;
+const MIN_SWEEP_ENTRIES: usize = 64;
 
 /// One value for each key, kept while it is in use. The map has at most twice as many entries as
 /// were ever in use at the same time.
@@ -25,7 +25,7 @@ struct Entries<K, V> {
 
 impl<K, V> Default for ByKey<K, V> {
     fn default() -> Self {
-        Self(Mutex::new(Entries { values: HashMap::default(), sweep_at: FIRST_SWEEP }))
+        Self(Mutex::new(Entries { values: HashMap::default(), sweep_at: MIN_SWEEP_ENTRIES }))
     }
 }
 
@@ -39,7 +39,7 @@ impl<K: Eq + Hash, V> ByKey<K, V> {
         }
         if entries.values.len() >= entries.sweep_at {
             entries.values.retain(|_, value| Arc::strong_count(value) > 1);
-            entries.sweep_at = FIRST_SWEEP.max(entries.values.len() * 2);
+            entries.sweep_at = MIN_SWEEP_ENTRIES.max(entries.values.len() * 2);
         }
         let value = Arc::new(make());
         entries.values.insert(key, value.clone());
@@ -95,7 +95,7 @@ mod tests {
         for key in 1..10_000 {
             drop(budget.take(key).unwrap());
         }
-        assert!(budget.parts.0.lock().unwrap().values.len() <= FIRST_SWEEP);
+        assert!(budget.parts.0.lock().unwrap().values.len() <= MIN_SWEEP_ENTRIES);
         assert_eq!(budget.take(0).err(), Some(Exhausted::Share), "a sweep keeps what is in use");
         drop(held);
     }

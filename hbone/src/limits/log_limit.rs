@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::task::log_panic;
 
 /// The number of lines with the same reason that are logged per [`WINDOW`].
-const LINES: u32 = 10;
+const MAX_LINES: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(1);
 
 /// A limit for log lines of one kind, such as failed handshakes.
@@ -42,7 +42,7 @@ impl LogLimit {
         let (lines, earlier) = self.count(reason, now);
         self.report(reason, earlier);
         // Without a tokio runtime, no timer can report: the next line reports the count.
-        if lines == LINES + 1
+        if lines == MAX_LINES + 1
             && let Ok(runtime) = Handle::try_current()
         {
             let report = async move {
@@ -51,7 +51,7 @@ impl LogLimit {
             };
             runtime.spawn(log_panic("report of suppressed log lines", report));
         }
-        lines <= LINES
+        lines <= MAX_LINES
     }
 
     /// Counts a line. Returns its number in this second, and the number of suppressed lines to
@@ -68,7 +68,7 @@ impl LogLimit {
             *window = Window { reason, begun: now, lines: 0, suppressed: 0 };
         }
         window.lines = window.lines.saturating_add(1);
-        if window.lines > LINES {
+        if window.lines > MAX_LINES {
             window.suppressed += 1;
         }
         (window.lines, earlier)

@@ -54,7 +54,7 @@ impl<R: Ord + Copy> Queue<R> {
         waits: impl FnOnce(),
     ) -> QueuePermit<R> {
         let (place, turn) = {
-            let mut waiting = self.waiting();
+            let mut waiting = self.lock();
             let is_next =
                 waiting.waiters.first_key_value().is_none_or(|((first, _), _)| rank < *first);
             if is_next && let Ok(share) = Share::take(budget, 1) {
@@ -78,7 +78,7 @@ impl<R: Ord + Copy> Queue<R> {
 }
 
 impl<R: Ord> Queue<R> {
-    fn waiting(&self) -> MutexGuard<'_, WaitList<R>> {
+    fn lock(&self) -> MutexGuard<'_, WaitList<R>> {
         // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -92,7 +92,7 @@ impl<R: Ord> Queue<R> {
     }
 
     fn next(&self) -> Option<(Waiter<R>, Share)> {
-        let mut waiting = self.waiting();
+        let mut waiting = self.lock();
         let first = waiting.waiters.first_entry()?;
         let share = Share::take(&first.get().budget, 1).ok()?;
         Some((first.remove(), share))
@@ -114,7 +114,7 @@ struct QueueEntry<'a, R: Ord> {
 
 impl<R: Ord> Drop for QueueEntry<'_, R> {
     fn drop(&mut self) {
-        let left = self.queue.waiting().waiters.remove(&self.place);
+        let left = self.queue.lock().waiters.remove(&self.place);
         // The cancelled request may have blocked the next one.
         if left.is_some() {
             self.queue.advance();

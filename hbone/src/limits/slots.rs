@@ -18,10 +18,10 @@ use super::source::SourceNetwork;
 
 /// The slots of a server. Clones share them.
 #[derive(Debug, Clone)]
-pub struct ConnectionSlots(Arc<Mutex<Table>>);
+pub struct ConnectionSlots(Arc<Mutex<SlotTable>>);
 
 #[derive(Debug)]
-struct Table {
+struct SlotTable {
     budget: KeyedBudget<SourceNetwork>,
     next: u64,
     /// Keys increase with time, so the oldest connection is first.
@@ -53,14 +53,14 @@ impl ConnectionSlots {
     /// Creates `total` slots. One source may occupy at most `per_source` of them.
     pub fn new(total: usize, per_source: usize) -> Self {
         let budget = KeyedBudget::new(Budget::new(total), per_source, Sharing::Greedy);
-        Self(Arc::new(Mutex::new(Table { budget, next: 0, occupied: BTreeMap::new() })))
+        Self(Arc::new(Mutex::new(SlotTable { budget, next: 0, occupied: BTreeMap::new() })))
     }
 
     /// Takes a slot for a connection from `source`, which may displace another connection. `None`
     /// if no connection can be displaced.
     pub fn take(&self, source: IpAddr) -> Option<ConnectionSlot> {
         let source = SourceNetwork::of(source);
-        let mut table = self.table();
+        let mut table = self.lock();
         let share = match table.budget.take(source) {
             Ok(share) => share,
             Err(exhausted) => {
@@ -82,13 +82,13 @@ impl ConnectionSlots {
         Some(ConnectionSlot { slots: self.clone(), number, displaced })
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn lock(&self) -> MutexGuard<'_, SlotTable> {
         // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Table {
+impl SlotTable {
     /// Frees the slot of a connection, among those for which `may_lose` returns true.
     fn displace(&mut self, may_lose: impl Fn(&SlotState) -> bool) -> Option<()> {
         let number =
@@ -135,7 +135,7 @@ impl ConnectionSlot {
 
     /// Returns true if the connection is authenticated and not displaced.
     pub fn is_authenticated(&self) -> bool {
-        self.slots.table().occupied.get(&self.number).is_some_and(|occupied| occupied.authenticated)
+        self.slots.lock().occupied.get(&self.number).is_some_and(|occupied| occupied.authenticated)
     }
 
     /// Marks the connection as busy while the returned value lives.
@@ -146,7 +146,7 @@ impl ConnectionSlot {
 
     fn change(&self, change: impl FnOnce(&mut SlotState)) {
         // A displaced connection has no entry.
-        if let Some(occupied) = self.slots.table().occupied.get_mut(&self.number) {
+        if let Some(occupied) = self.slots.lock().occupied.get_mut(&self.number) {
             change(occupied);
         }
     }
@@ -154,7 +154,7 @@ impl ConnectionSlot {
 
 impl Drop for ConnectionSlot {
     fn drop(&mut self) {
-        self.slots.table().occupied.remove(&self.number);
+        self.slots.lock().occupied.remove(&self.number);
     }
 }
 
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn source_at_its_cap_displaces_its_own_oldest() {
+    fn source_at_its_limit_displaces_its_own_oldest_connection() {
         let slots = slots();
         let other = slots.take(ip(1, 1)).unwrap();
         let held = fill(&slots, std::iter::repeat_n(ip(0, 1), PER_SOURCE));
@@ -213,7 +213,7 @@ mod tests {
             assert!(honest.displaced().now_or_never().is_none(), "the oldest of all");
         }
         assert_eq!(displaced(&held).len(), 10);
-        assert_eq!(slots.table().occupied.len(), TOTAL);
+        assert_eq!(slots.lock().occupied.len(), TOTAL);
     }
 
     #[test]
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn authenticated_connections_are_displaced_last_and_busy_ones_never() {
+    fn authenticated_connections_are_displaced_last_and_never_while_busy() {
         let slots = slots();
         let held = fill(&slots, std::iter::repeat_n(ip(0, 1), PER_SOURCE));
         held.iter().for_each(ConnectionSlot::mark_authenticated);
@@ -246,6 +246,6 @@ mod tests {
     fn closed_connections_free_their_slots() {
         let slots = slots();
         drop(fill(&slots, (0..TOTAL).map(|n| ip(0, u8::try_from(n).unwrap()))));
-        assert!(slots.table().occupied.is_empty());
+        assert!(slots.lock().occupied.is_empty());
     }
 }

@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ipv6_addresses_of_one_64_are_one_source() {
+    fn ipv6_addresses_in_one_64_network_count_as_one_source() {
         let source = |text: &str| SourceNetwork::of(text.parse().unwrap());
         assert_eq!(source("2001:db8:0:1::1"), source("2001:db8:0:1:ffff::2"));
         assert_ne!(source("2001:db8:0:1::1"), source("2001:db8:0:2::1"));

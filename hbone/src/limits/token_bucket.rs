@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bucket_bears_burst_and_then_only_its_rate() {
+    fn bucket_allows_burst_then_only_its_rate() {
         let mut bucket = TokenBucket::new(100, 10);
         assert!((0..100).all(|_| bucket.take(1, 0, 0)));
         assert!(!bucket.take(1, 99, 0), "a tenth of a second has not passed");

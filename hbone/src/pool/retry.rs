@@ -10,7 +10,7 @@ use crate::error::HboneError;
 ///
 /// Timeouts, statuses, other codes of RST_STREAM and the loss of a new tunnel are not retried: they
 /// describe this request or the peer's present state, and a retry adds load.
-pub(super) fn is_safe(error: &HboneError, pooled: bool) -> bool {
+pub(super) fn is_retryable(error: &HboneError, pooled: bool) -> bool {
     match error {
         // RFC 9113 section 8.7: the peer has not processed the request.
         HboneError::Reset { reason } => *reason == Reason::REFUSED_STREAM,

@@ -19,18 +19,18 @@ use fastrand::Rng;
 use foldhash::fast::RandomState;
 use tokio::time::Instant;
 
-use super::load::Load;
+use super::tunnel_load::TunnelLoad;
 use super::{PoolSettings, PoolStatistics, TunnelKey};
 use crate::error::HboneError;
 
 /// The back-off after the first failure: at most ten dials a second to a peer that refuses.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 /// The maximum back-off: the pool dials a recovered peer within two seconds.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// The jitter of the back-off in thousandths: workers do not dial a recovered peer together.
-const PAUSE_JITTER: RangeInclusive<u32> = 800..=1200;
+const BACKOFF_JITTER: RangeInclusive<u32> = 800..=1200;
 /// A failure within this time after a back-off counts as consecutive.
-const FORGET_AFTER: Duration = Duration::from_secs(10);
+const CONSECUTIVE_FAILURE_WINDOW: Duration = Duration::from_secs(10);
 
 /// The jitter of the maximum age in thousandths: tunnels opened together do not close together.
 const AGE_JITTER: RangeInclusive<u32> = 900..=1000;
@@ -38,20 +38,20 @@ const AGE_JITTER: RangeInclusive<u32> = 900..=1000;
 const IDLE_JITTER: RangeInclusive<u32> = 900..=1100;
 /// Divides the idle timeout of surplus tunnels. Keeping the last tunnel saves a dial, keeping
 /// others does not.
-const SURPLUS_IDLE_PART: u32 = 10;
+const SURPLUS_IDLE_DIVISOR: u32 = 10;
 
 /// The maximum number of concurrent dials to one peer. Less than the peer's handshake limit per
 /// address.
-const DIALS_AT_ONCE: usize = 4;
+const MAX_CONCURRENT_DIALS: usize = 4;
 
 /// The upper limit of durations: adding a longer one could overflow an [`Instant`].
-const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+const MAX_DURATION: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
 
 /// A tunnel in the pool. Tests replace it.
 pub(super) trait Handle {
     type StreamSlot;
 
-    fn load(&self) -> Load;
+    fn current_load(&self) -> TunnelLoad;
 
     /// Reserves a stream without checking the load. `None` after [`Handle::release`].
     fn reserve(&self) -> Option<Self::StreamSlot>;
@@ -132,7 +132,7 @@ struct PooledTunnel<T> {
     id: TunnelId,
     tunnel: T,
     /// The load when [`PeerEntry::remove_closed`] last ran.
-    seen: Load,
+    seen: TunnelLoad,
     retired: bool,
     /// The time at which the tunnel reaches its maximum age.
     retires: Instant,
@@ -180,7 +180,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
             && let Some((id, stream_slot, crowded)) =
                 entry.reserve_stream(settings.streams_per_tunnel)
         {
-            if crowded && entry.may_grow(settings.tunnels_per_peer, now) {
+            if crowded && entry.may_open_another(settings.tunnels_per_peer, now) {
                 entry.dials.push(dial(0));
             }
             return Checkout::Use { id, stream_slot };
@@ -188,8 +188,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         if let Some(ticket) = entry.promise(settings.streams_per_tunnel) {
             return Checkout::Wait { ticket, promised: true };
         }
-        let pause = entry.pause(now);
-        let no_more = pause.is_some() || entry.dials.len() >= DIALS_AT_ONCE;
+        let pause = entry.remaining_backoff(now);
+        let no_more = pause.is_some() || entry.dials.len() >= MAX_CONCURRENT_DIALS;
         if let Some(first) = entry.dials.first().filter(|_| no_more) {
             return Checkout::Wait { ticket: first.ticket.clone(), promised: false };
         }
@@ -206,7 +206,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     /// filled it. If the tunnel is lost already, the request will report the reason.
     pub(super) fn join(&self, key: &TunnelKey, tunnel: &T) -> Option<T::StreamSlot> {
         let allowed = self.entries.get(key).and_then(PeerEntry::allowed);
-        let load = tunnel.load();
+        let load = tunnel.current_load();
         let room = load.streams < load.limit(self.settings.streams_per_tunnel, allowed);
         if room { tunnel.reserve() } else { None }
     }
@@ -227,7 +227,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         entry.ended(dial);
         entry.backoff = None;
         let retires = after(now, max_age);
-        let seen = tunnel.load();
+        let seen = tunnel.current_load();
         entry.tunnels.push(PooledTunnel { id, tunnel, seen, retired: false, retires, idle });
         id
     }
@@ -264,14 +264,14 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         let entry = self.entries.entry(key.clone()).or_default();
         if let Some(backoff) = entry.backoff.as_mut().filter(|backoff| now < backoff.until) {
             backoff.last = error;
-            return backoff.until + FORGET_AFTER;
+            return backoff.until + CONSECUTIVE_FAILURE_WINDOW;
         }
         let before = entry.backoff.as_ref().map_or(0, |backoff| backoff.failures);
-        let doubled = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(before).unwrap_or(u32::MAX));
-        let pause = jittered(&mut self.rng, doubled.min(LONGEST_PAUSE), PAUSE_JITTER);
+        let doubled = FIRST_BACKOFF.saturating_mul(1_u32.checked_shl(before).unwrap_or(u32::MAX));
+        let pause = jittered(&mut self.rng, doubled.min(MAX_BACKOFF), BACKOFF_JITTER);
         let backoff =
             Backoff { failures: before.saturating_add(1), until: now + pause, last: error };
-        let forget_at = backoff.until + FORGET_AFTER;
+        let forget_at = backoff.until + CONSECUTIVE_FAILURE_WINDOW;
         entry.backoff = Some(backoff);
         forget_at
     }
@@ -279,7 +279,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     /// Removes an expired back-off after which no dial followed.
     pub(super) fn remove_expired_backoff(&mut self, key: &TunnelKey, now: Instant) {
         if let Some(entry) = self.entries.get_mut(key) {
-            entry.backoff.take_if(|backoff| now >= backoff.until + FORGET_AFTER);
+            entry.backoff.take_if(|backoff| now >= backoff.until + CONSECUTIVE_FAILURE_WINDOW);
             self.remove_if_empty(key);
         }
     }
@@ -296,8 +296,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         entry.remove_closed(now);
         let surplus = entry.is_surplus(id, self.settings.streams_per_tunnel);
         let pooled = entry.open_mut().find(|pooled| pooled.id == id)?;
-        let soon = pooled.idle / SURPLUS_IDLE_PART;
-        if let Some(idle_since) = pooled.tunnel.load().idle_since {
+        let soon = pooled.idle / SURPLUS_IDLE_DIVISOR;
+        if let Some(idle_since) = pooled.tunnel.current_load().idle_since {
             let due = after(idle_since, if surplus { soon } else { pooled.idle });
             if now >= due {
                 pooled.retire();
@@ -342,10 +342,13 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
             let open = entry.open().count();
             counted.tunnels += open;
             counted.retired += entry.tunnels.len() - open;
-            counted.streams +=
-                entry.tunnels.iter().map(|pooled| pooled.tunnel.load().streams).sum::<usize>();
+            counted.streams += entry
+                .tunnels
+                .iter()
+                .map(|pooled| pooled.tunnel.current_load().streams)
+                .sum::<usize>();
             counted.dialing += entry.dials.len();
-            counted.backing_off += usize::from(entry.pause(now).is_some());
+            counted.backing_off += usize::from(entry.remaining_backoff(now).is_some());
         }
         counted
     }
@@ -378,7 +381,7 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
     /// Reads the load of every tunnel, and retires unusable tunnels.
     fn remove_closed(&mut self, now: Instant) {
         for pooled in self.open_mut() {
-            pooled.seen = pooled.tunnel.load();
+            pooled.seen = pooled.tunnel.current_load();
             if now >= pooled.retires || !pooled.seen.usable {
                 pooled.retire();
             }
@@ -388,7 +391,7 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
     /// The stream limit that the peer has set in any of its tunnels. Some may have received it
     /// since [`PeerEntry::remove_closed`] ran.
     fn allowed(&self) -> Option<usize> {
-        self.open().filter_map(|pooled| pooled.tunnel.load().allowed).min()
+        self.open().filter_map(|pooled| pooled.tunnel.current_load().allowed).min()
     }
 
     /// Reserves a stream in the least loaded tunnel with capacity, and returns whether that tunnel
@@ -416,21 +419,23 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
         self.dials.retain(|in_progress| in_progress.id != dial);
     }
 
-    fn may_grow(&self, tunnels_per_peer: usize, now: Instant) -> bool {
-        self.dials.is_empty() && self.pause(now).is_none() && self.open().count() < tunnels_per_peer
+    fn may_open_another(&self, tunnels_per_peer: usize, now: Instant) -> bool {
+        self.dials.is_empty()
+            && self.remaining_backoff(now).is_none()
+            && self.open().count() < tunnels_per_peer
     }
 
     /// Returns true if another tunnel could take a new stream without becoming crowded.
     fn is_surplus(&self, id: TunnelId, streams_per_tunnel: usize) -> bool {
         let allowed = self.allowed();
         self.open().filter(|pooled| pooled.id != id).any(|pooled| {
-            let load = pooled.tunnel.load();
+            let load = pooled.tunnel.current_load();
             !load.is_crowded(load.limit(streams_per_tunnel, allowed))
         })
     }
 
     /// The remaining back-off, and the error that caused it.
-    fn pause(&self, now: Instant) -> Option<(Duration, Arc<HboneError>)> {
+    fn remaining_backoff(&self, now: Instant) -> Option<(Duration, Arc<HboneError>)> {
         let backoff = self.backoff.as_ref().filter(|backoff| now < backoff.until)?;
         Some((backoff.until - now, backoff.last.clone()))
     }
@@ -454,7 +459,7 @@ fn jittered(rng: &mut Rng, duration: Duration, thousandths: RangeInclusive<u32>)
 }
 
 fn after(now: Instant, wait: Duration) -> Instant {
-    now + wait.min(FAR)
+    now + wait.min(MAX_DURATION)
 }
 
 #[cfg(test)]

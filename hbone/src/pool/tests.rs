@@ -31,23 +31,23 @@ const SETTINGS: PoolSettings = PoolSettings {
 
 /// The ports of servers that misbehave. All other servers accept every request, and keep the stream
 /// open until the client ends it.
-const BLACK_HOLE: u16 = 1;
-const CLOSED: u16 = 2;
+const NEVER_CONNECTS: u16 = 1;
+const REFUSES_CONNECTIONS: u16 = 2;
 /// The server answers only the first request.
-const MUTE: u16 = 3;
+const ANSWERS_ONCE: u16 = 3;
 /// The first connection answers only its first request, and closes at the fifth.
-const DIES: u16 = 4;
+const CLOSES_AT_FIFTH_REQUEST: u16 = 4;
 /// The server closes the connection at the first request.
-const NEVER_LIVES: u16 = 5;
+const CLOSES_AT_FIRST_REQUEST: u16 = 5;
 /// The server sends GOAWAY after the tenth request of a tunnel.
-const MOVES_ON: u16 = 6;
+const SENDS_GOAWAY: u16 = 6;
 /// The server answers with status 503.
 const UNAVAILABLE: u16 = 7;
 /// The server resets each stream.
-const RESETS: u16 = 8;
-const PANICS: u16 = 9;
+const RESETS_STREAMS: u16 = 8;
+const DIAL_PANICS: u16 = 9;
 /// The server reads nothing after the handshake.
-const STALLED: u16 = 10;
+const READS_NOTHING: u16 = 10;
 
 struct Servers {
     acceptor: Acceptor,
@@ -69,9 +69,9 @@ impl Dial for Arc<Servers> {
     async fn dial(&self, address: SocketAddr) -> io::Result<DuplexStream> {
         let first = self.dials.fetch_add(1, Ordering::Relaxed) == 0;
         match address.port() {
-            BLACK_HOLE => std::future::pending().await,
-            PANICS => panic!("as told"),
-            CLOSED => return Err(io::ErrorKind::ConnectionRefused.into()),
+            NEVER_CONNECTS => std::future::pending().await,
+            DIAL_PANICS => panic!("as told"),
+            REFUSES_CONNECTIONS => return Err(io::ErrorKind::ConnectionRefused.into()),
             _ if self.down.load(Ordering::Relaxed) => {
                 return Err(io::ErrorKind::ConnectionRefused.into());
             }
@@ -79,7 +79,8 @@ impl Dial for Arc<Servers> {
         }
         let (near, far) = duplex(64 << 10);
         let (requests, drain) = (Arc::<AtomicUsize>::default(), Arc::<Notify>::default());
-        let behaviour = if first || address.port() != DIES { address.port() } else { 80 };
+        let behaviour =
+            if first || address.port() != CLOSES_AT_FIFTH_REQUEST { address.port() } else { 80 };
         let acceptor = self.acceptor.clone();
         let serve = serve(acceptor, far, behaviour, requests.clone(), drain.clone());
         let serving = tokio::spawn(serve).abort_handle();
@@ -97,7 +98,7 @@ async fn serve(
 ) {
     let Ok(mut tunnel) = acceptor.accept(io, SECOND).await else { return };
     let mut unanswered = Vec::new();
-    if behaviour == STALLED {
+    if behaviour == READS_NOTHING {
         std::future::pending::<()>().await;
     }
     loop {
@@ -110,15 +111,15 @@ async fn serve(
         };
         let Some(incoming) = incoming else { return };
         match (behaviour, requests.fetch_add(1, Ordering::Relaxed) + 1) {
-            (NEVER_LIVES, _) | (DIES, 5) => return,
-            (DIES, 2..) => unanswered.push(incoming),
+            (CLOSES_AT_FIRST_REQUEST, _) | (CLOSES_AT_FIFTH_REQUEST, 5) => return,
+            (CLOSES_AT_FIFTH_REQUEST, 2..) => unanswered.push(incoming),
             (UNAVAILABLE, _) => incoming.refuse(StatusCode::SERVICE_UNAVAILABLE),
-            (RESETS, _) => drop(incoming),
-            (MOVES_ON, 10) => {
+            (RESETS_STREAMS, _) => drop(incoming),
+            (SENDS_GOAWAY, 10) => {
                 tunnel.drain();
                 accept(incoming);
             }
-            (MUTE, _) => {
+            (ANSWERS_ONCE, _) => {
                 accept(incoming);
                 // Poll once more: h2 sends the queued answer in the next poll.
                 let _none = timeout(SECOND / 10, tunnel.next()).await;
@@ -207,7 +208,7 @@ impl Client {
     }
 
     /// Waits until background tasks fulfil `condition`.
-    async fn until(&self, condition: impl Fn(PoolStatistics) -> bool) {
+    async fn wait_until(&self, condition: impl Fn(PoolStatistics) -> bool) {
         let holds = || condition(self.pool.statistics());
         assert!(eventually(holds).await, "still {:?}", self.pool.statistics());
     }
@@ -259,7 +260,7 @@ async fn peer_stream_limit_fills_tunnel() {
     for _ in 0..6 {
         streams.push(client.stream().await);
     }
-    client.until(|now| now.dialing == 0).await;
+    client.wait_until(|now| now.dialing == 0).await;
     assert_eq!(client.dials(), 3);
     assert_eq!(client.requests(), [2, 2, 2]);
 }
@@ -279,14 +280,14 @@ async fn tunnel_serves_more_streams_than_concurrent_limit() {
 }
 
 #[tokio::test]
-async fn half_full_tunnels_grow_in_background_up_to_cap() {
+async fn half_full_tunnel_leads_to_others_in_background_up_to_limit() {
     let client = Client::with(200, PoolSettings { streams_per_tunnel: 10, ..SETTINGS });
     let mut streams = Vec::new();
     for (wanted, tunnels) in [(5, 1), (1, 2), (6, 3), (14, 3)] {
         for _ in 0..wanted {
             streams.push(client.stream().await);
         }
-        client.until(|now| now.tunnels == tunnels && now.dialing == 0).await;
+        client.wait_until(|now| now.tunnels == tunnels && now.dialing == 0).await;
     }
     assert_eq!((client.dials(), client.requests()), (3, vec![9, 9, 8]));
 }
@@ -301,7 +302,7 @@ async fn busy_tunnel_leads_to_preferred_second_tunnel() {
     }
     sleep(SECOND).await;
     let _second = client.stream().await;
-    client.until(|now| now.tunnels == 2).await;
+    client.wait_until(|now| now.tunnels == 2).await;
     let _third = client.stream().await;
     let _fourth = client.stream().await;
     assert_eq!((client.dials(), client.requests()), (2, vec![2, 2]));
@@ -341,7 +342,7 @@ async fn aged_tunnel_finishes_streams_and_closes() {
     writer.finish().unwrap();
     assert_eq!(reader.read().await.unwrap(), None);
     drop((reader, writer));
-    client.until(|now| now.retired == 0 && now.tunnels == 1).await;
+    client.wait_until(|now| now.retired == 0 && now.tunnels == 1).await;
     assert!(client.connection(0).serving.is_finished());
 }
 
@@ -375,11 +376,11 @@ async fn drained_pool_opens_no_stream_and_keeps_open_ones() {
     writer.write("still open".into()).await.unwrap();
     writer.finish().unwrap();
     drop((reader, writer));
-    client.until(|now| now == PoolStatistics::default()).await;
+    client.wait_until(|now| now == PoolStatistics::default()).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn short_streams_leak_nothing() {
+async fn short_streams_leave_no_state() {
     let tasks = || Runtime::current().metrics().num_alive_tasks();
     let before = tasks();
     let client = Client::with(100, SETTINGS);
@@ -396,7 +397,7 @@ async fn short_streams_leak_nothing() {
 }
 
 #[tokio::test]
-async fn dropped_pool_ends_tasks_with_last_stream() {
+async fn tasks_of_dropped_pool_end_with_last_stream() {
     let tasks = || Runtime::current().metrics().num_alive_tasks();
     let before = tasks();
     let Client { pool, connector, .. } = Client::new();

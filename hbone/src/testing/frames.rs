@@ -67,7 +67,7 @@ impl RawClient {
     }
 
     /// Like [`new`](Self::new), and sends SETTINGS.
-    pub(crate) async fn settled(settings: ServerSettings) -> (Self, ServerTunnel) {
+    pub(crate) async fn new_with_settings_sent(settings: ServerSettings) -> (Self, ServerTunnel) {
         let (mut client, server) = Self::new(settings).await;
         client.send(&frame(SETTINGS, 0, 0, &[])).await;
         (client, server)

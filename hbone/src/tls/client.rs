@@ -24,7 +24,7 @@ use crate::trust::Authorities;
 use crate::tunnel::io::Io;
 
 /// The maximum number of peers with stored sessions.
-const PEERS: usize = 1024;
+const MAX_PEERS: usize = 1024;
 
 /// The TLS client for one [`Credentials`](crate::Credentials), shared by all its connections.
 #[derive(Debug)]
@@ -110,9 +110,9 @@ impl ClientTls {
         let finished = handshake(connection.map_err(tls_error)?, io)
             .await
             .map_err(|unfinished| handshake_error(unfinished.error))?;
-        require_h2(finished.facts())?;
+        require_h2(finished.negotiated())?;
         let peer =
-            Peer::of(finished.facts(), &tls.verifier).inspect_err(|_| tls.sessions.clear())?;
+            Peer::of(finished.negotiated(), &tls.verifier).inspect_err(|_| tls.sessions.clear())?;
         if !peer.resumed {
             tls.sessions.record_handshake(peer.expires.min(self.expires));
         }
@@ -126,7 +126,7 @@ impl ClientTls {
             return known.clone();
         }
         // Evict an arbitrary peer: if it is dialled again, that costs one full handshake.
-        if peers.len() >= PEERS
+        if peers.len() >= MAX_PEERS
             && let Some(any) = peers.keys().next().cloned()
         {
             peers.remove(&any);

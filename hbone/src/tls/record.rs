@@ -7,9 +7,9 @@
 //! the caller's buffers, which can replace this module.
 //!
 //! ```text
-//! TlsStream ─┬─ Input    bytes of the peer ──▶ single records, to the reader or in place
-//!            ├─ Records  both keys, key updates, tickets, alerts: no I/O
-//!            └─ Output   plaintext of the writer ──▶ contiguous records, one write call
+//! TlsStream ─┬─ Input           bytes of the peer ──▶ single records, to the reader or in place
+//!            ├─ RecordProtocol  both keys, key updates, tickets, alerts: no I/O
+//!            └─ Output          plaintext of the writer ──▶ contiguous records, one write call
 //! ```
 //!
 //! Input and output borrow a buffer from their thread only while they hold bytes (`buffer`). An
@@ -27,7 +27,7 @@ mod messages;
 mod output;
 #[cfg(any(test, feature = "fuzz"))]
 mod peer;
-mod records;
+mod protocol;
 #[cfg(any(test, feature = "fuzz"))]
 mod script;
 mod stream;

@@ -21,7 +21,7 @@ use crate::tunnel::io::Io;
 
 /// The number of session tickets per handshake. A client opens one or two tunnels at a time, and
 /// uses each ticket once.
-const TICKETS: usize = 2;
+const TICKETS_PER_HANDSHAKE: usize = 2;
 
 /// The time that a refused client has to read the alert.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -53,7 +53,7 @@ impl ServerTls {
         config.ignore_client_order = true;
         // The record layer needs the traffic secrets.
         config.enable_secret_extraction = true;
-        config.send_tls13_tickets = TICKETS;
+        config.send_tls13_tickets = TICKETS_PER_HANDSHAKE;
         config.ticketer = Arc::new(Tickets::new(identity.expires())?);
         config.session_storage = Arc::new(NoServerSessionStorage {});
         Ok(Self { config: Arc::new(config), verifier })
@@ -62,8 +62,8 @@ impl ServerTls {
     /// Performs a handshake. The client's trust domain must have known roots.
     pub(crate) async fn accept(&self, io: Io) -> Result<(TlsStream<Io>, Peer), HboneError> {
         let finished = self.handshake(io).await?;
-        require_h2(finished.facts())?;
-        let peer = Peer::of(finished.facts(), &self.verifier);
+        require_h2(finished.negotiated())?;
+        let peer = Peer::of(finished.negotiated(), &self.verifier);
         let stream = finished.into_stream().map_err(tls_error)?;
         match peer {
             Ok(peer) => Ok((stream, peer)),

@@ -19,11 +19,11 @@ use crate::error::HboneError;
 
 /// The maximum number of stored tickets per peer: the number of tunnels that can be opened at once
 /// without a full handshake.
-const TICKETS: usize = 4;
+const MAX_TICKETS: usize = 4;
 
 /// The maximum size of a session in a ticket, in bytes. Most of it is the client's certificate
 /// chain. A ticket near the protocol's limit of 64 KiB would cost more than a handshake.
-const SESSION_BYTES: usize = 16 << 10;
+const MAX_SESSION_BYTES: usize = 16 << 10;
 
 /// The stored sessions with one peer.
 #[derive(Debug)]
@@ -82,7 +82,7 @@ impl ClientSessionStore for Sessions {
 
     fn insert_tls13_ticket(&self, _: ServerName<'static>, ticket: Tls13ClientSessionValue) {
         let mut state = self.state();
-        if state.tickets.len() >= TICKETS {
+        if state.tickets.len() >= MAX_TICKETS {
             state.tickets.pop_front();
         }
         state.tickets.push_back(ticket);
@@ -129,7 +129,7 @@ impl ProducesTickets for Tickets {
     }
 
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
-        let fits = plain.len() <= SESSION_BYTES;
+        let fits = plain.len() <= MAX_SESSION_BYTES;
         if self.remaining() == 0 || !fits { None } else { self.keys.encrypt(plain) }
     }
 

@@ -152,7 +152,7 @@ async fn unexpected_server_never_receives_our_certificate() {
 }
 
 #[tokio::test]
-async fn foreign_client_requires_roots_of_its_trust_domain() {
+async fn client_of_other_domain_requires_roots_of_that_domain() {
     let (ours, other) = (Ca::root("ours"), Ca::root("other"));
     let foreign_id = "spiffe://other/foreign";
     let federated = Files::new().bundle("td", &ours);
@@ -211,7 +211,7 @@ async fn tunnel_uses_common_cipher_preferred_by_server() {
             client.client().handshake(Box::new(near), ADDRESS, &expecting),
             server.server().accept(Box::new(far))
         );
-        let agreed = connected.unwrap().0.facts().negotiated_cipher_suite().unwrap().suite();
+        let agreed = connected.unwrap().0.negotiated().negotiated_cipher_suite().unwrap().suite();
         assert_eq!(agreed, expected, "{of_client:?}, {of_server:?}");
         accepted.unwrap();
     }
@@ -234,7 +234,11 @@ impl ResolvesClientCert for NoCertificate {
 }
 
 /// Connects with any TLS configuration, and stays connected until `visited` completes.
-async fn visit<T>(config: ClientConfig, visited: impl Future<Output = T>, near: DuplexStream) -> T {
+async fn connect_until<T>(
+    config: ClientConfig,
+    visited: impl Future<Output = T>,
+    near: DuplexStream,
+) -> T {
     let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     let (_client, visited) = tokio::join!(connector.connect(name, near), visited);
@@ -270,7 +274,7 @@ async fn accept_from(change: impl FnOnce(&mut ClientConfig)) -> HboneError {
     change(&mut config);
     let server = credentials(&identity(&authority, SERVER));
     let (near, far) = duplex(64 << 10);
-    visit(config, server.server().accept(Box::new(far)), near).await.err().unwrap()
+    connect_until(config, server.server().accept(Box::new(far)), near).await.err().unwrap()
 }
 
 #[tokio::test]
@@ -315,7 +319,7 @@ async fn both_sides_agree_on_tls13_aes_gcm_and_a_hybrid_key_exchange() {
     let ((client, is_server), (_, is_client)) = (client.unwrap(), server.unwrap());
     assert_eq!(is_server.identity.spiffe_id().to_string(), SERVER);
     assert_eq!(is_client.identity.spiffe_id().to_string(), CLIENT);
-    let connection = client.facts();
+    let connection = client.negotiated();
     assert_eq!(connection.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     let suite = connection.negotiated_cipher_suite().unwrap().suite();
     assert_eq!(suite, CipherSuite::TLS13_AES_128_GCM_SHA256);
@@ -344,11 +348,14 @@ async fn accepts_client_without_hybrid_key_exchange() {
     let groups: [&'static dyn SupportedKxGroup; 2] = [kx_group::X25519, kx_group::SECP256R1];
     for group in groups {
         let (near, far) = duplex(64 << 10);
-        let accepted =
-            visit(config(&authority, &[group]), server.server().handshake(Box::new(far)), near)
-                .await;
+        let accepted = connect_until(
+            config(&authority, &[group]),
+            server.server().handshake(Box::new(far)),
+            near,
+        )
+        .await;
         let accepted = accepted.unwrap();
-        let negotiated = accepted.facts().negotiated_key_exchange_group().unwrap().name();
+        let negotiated = accepted.negotiated().negotiated_key_exchange_group().unwrap().name();
         assert_eq!(negotiated, group.name());
     }
 }

@@ -80,7 +80,7 @@ impl Authorities {
     ) -> Result<SpiffeId, Error> {
         let id = workload_id(leaf).map_err(|problem| rejected(HboneError::NotSvid { problem }))?;
         let bundle = self.bundle(id.trust_domain()).map_err(rejected)?;
-        self.verify(leaf, intermediates, bundle, usage(expected), now)
+        self.verify_chain(leaf, intermediates, bundle, usage(expected), now)
             .map_err(|error| self.explain(error, leaf, intermediates))?;
         if self.is_expected(&id, expected) {
             Ok(id)
@@ -117,7 +117,7 @@ impl Authorities {
         one == other || (both_own && one.path() == other.path())
     }
 
-    fn verify(
+    fn verify_chain(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],

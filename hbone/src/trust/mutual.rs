@@ -31,7 +31,7 @@ pub struct MutualTrust {
 /// The reason why two identities do not trust each other. Each side has its own error, as in a
 /// handshake.
 #[derive(Debug, Clone)]
-pub struct Distrust {
+pub struct MutualTrustError {
     /// The error that the client would report.
     pub client: HboneError,
     /// The error that the server would report.
@@ -48,7 +48,7 @@ impl MutualTrust {
         client: &watch::Receiver<Credentials>,
         server: &watch::Receiver<Credentials>,
         expected: &Arc<[SpiffeId]>,
-    ) -> Result<Self, Box<Distrust>> {
+    ) -> Result<Self, Box<MutualTrustError>> {
         // Subscribe before verifying, so that the monitors observe all later changes.
         let (mut client, mut server) = (client.clone(), server.clone());
         let [own, other] =
@@ -56,12 +56,12 @@ impl MutualTrust {
         let expected = ExpectedPeer::OneOf(expected.clone());
         let server_peer = verify(&own, &other, expected).map_err(|rejected| {
             let RejectedPeer { reason: client, seen_by_peer: server } = *rejected;
-            Box::new(Distrust { client, server })
+            Box::new(MutualTrustError { client, server })
         })?;
         let any_member = other.authorities().any_member();
         let client_peer = verify(&other, &own, any_member).map_err(|rejected| {
             let RejectedPeer { reason: server, seen_by_peer: client } = *rejected;
-            Box::new(Distrust { client, server })
+            Box::new(MutualTrustError { client, server })
         })?;
         let usable_until = server_peer.expires.min(client_peer.expires);
         let state = |peer: &Peer| TunnelState::new(peer.identity.clone(), usable_until);

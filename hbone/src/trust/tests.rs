@@ -36,7 +36,7 @@ fn as_server(
 }
 
 /// Unwraps our error from the error of rustls.
-fn ours(result: Result<SpiffeId, rustls::Error>) -> HboneError {
+fn hbone_error(result: Result<SpiffeId, rustls::Error>) -> HboneError {
     match result.unwrap_err() {
         rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {
             other.0.downcast_ref::<HboneError>().unwrap().clone()
@@ -45,7 +45,7 @@ fn ours(result: Result<SpiffeId, rustls::Error>) -> HboneError {
     }
 }
 
-fn theirs(result: Result<SpiffeId, rustls::Error>) -> CertificateError {
+fn rustls_error(result: Result<SpiffeId, rustls::Error>) -> CertificateError {
     match result.unwrap_err() {
         rustls::Error::InvalidCertificate(error) => error,
         other => panic!("{other:?}"),
@@ -62,8 +62,8 @@ fn roots_of_one_domain_do_not_verify_another() {
     assert_eq!(as_server(&judge, &other.chain(&[FOREIGN], 2), FOREIGN), Ok(id(FOREIGN)));
     for (ca, name) in [(&other, CLIENT), (&ours_ca, FOREIGN)] {
         let chain = ca.chain(&[name], 3);
-        assert_eq!(theirs(as_client(&judge, &chain)), CertificateError::UnknownIssuer);
-        assert_eq!(theirs(as_server(&judge, &chain, name)), CertificateError::UnknownIssuer);
+        assert_eq!(rustls_error(as_client(&judge, &chain)), CertificateError::UnknownIssuer);
+        assert_eq!(rustls_error(as_server(&judge, &chain, name)), CertificateError::UnknownIssuer);
     }
 }
 
@@ -78,7 +78,7 @@ fn alias_is_verified_by_own_roots() {
     assert_eq!(as_server(&judge, &chain, SERVER), Ok(id(old)));
     assert_eq!(as_server(&judge, &ca.chain(&[SERVER], 2), old), Ok(id(SERVER)));
     for wrong in [CLIENT, "spiffe://other/ns/default/sa/server"] {
-        let error = ours(as_server(&judge, &chain, wrong));
+        let error = hbone_error(as_server(&judge, &chain, wrong));
         assert!(matches!(error, HboneError::UnexpectedPeer { .. }), "{error:?}");
     }
     let aliases =
@@ -89,8 +89,8 @@ fn alias_is_verified_by_own_roots() {
     );
     assert!(aliases(FOREIGN).is_empty());
     let forged = other.chain(&[old], 2);
-    assert_eq!(theirs(as_server(&judge, &forged, SERVER)), CertificateError::UnknownIssuer);
-    assert_eq!(theirs(as_client(&judge, &forged)), CertificateError::UnknownIssuer);
+    assert_eq!(rustls_error(as_server(&judge, &forged, SERVER)), CertificateError::UnknownIssuer);
+    assert_eq!(rustls_error(as_client(&judge, &forged)), CertificateError::UnknownIssuer);
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn rejects_domain_without_roots_and_names_settings() {
     let judge = authorities(&ca.identity(CLIENT, 1), &Files::new());
     let chain = other.chain(&[FOREIGN], 2);
     for result in [as_client(&judge, &chain), as_server(&judge, &chain, FOREIGN)] {
-        let error = ours(result);
+        let error = hbone_error(result);
         assert!(matches!(error, HboneError::UntrustedDomain { .. }), "{error:?}");
         let hint = error.hint().unwrap_or_default();
         let named = ["trust.bundles", "trust.aliases"];
@@ -107,7 +107,7 @@ fn rejects_domain_without_roots_and_names_settings() {
         assert!(error.to_string().contains("trust domain other"), "{error}");
     }
     let nameless = ca.chain(&["https://example.com"], 2);
-    let error = ours(as_client(&judge, &nameless));
+    let error = hbone_error(as_client(&judge, &nameless));
     let HboneError::NotSvid { problem: SvidProblem::Name { name, .. } } = error else {
         panic!("{error:?}")
     };
@@ -141,8 +141,8 @@ fn rejects_revoked_certificate_in_either_role() {
         let judge = authorities(&ca.identity(SERVER, 1), &files);
         as_client(&judge, &ca.chain(&[CLIENT], 2)).unwrap();
         let revoked = ca.chain(&[CLIENT], 7);
-        assert_eq!(theirs(as_client(&judge, &revoked)), CertificateError::Revoked);
-        assert_eq!(theirs(as_server(&judge, &revoked, CLIENT)), CertificateError::Revoked);
+        assert_eq!(rustls_error(as_client(&judge, &revoked)), CertificateError::Revoked);
+        assert_eq!(rustls_error(as_server(&judge, &revoked, CLIENT)), CertificateError::Revoked);
     }
 }
 
@@ -156,13 +156,13 @@ fn rejects_chain_with_revoked_or_uncovered_certificate() {
         Files::new().crl("root", &root.revoke(serials)).crl("middle", &middle.revoke(&[]))
     };
     judged(both(&[])).unwrap();
-    assert_eq!(theirs(judged(both(&[50]))), CertificateError::Revoked);
+    assert_eq!(rustls_error(judged(both(&[50]))), CertificateError::Revoked);
     let missing = [
         ("O=root", Files::new().crl("middle", &middle.revoke(&[]))),
         ("O=middle", Files::new().crl("root", &root.revoke(&[]))),
     ];
     for (name, files) in missing {
-        let error = ours(judged(files));
+        let error = hbone_error(judged(files));
         let HboneError::RevocationUnknown { issuer } = &error else { panic!("{error:?}") };
         assert_eq!(issuer.as_str(), name);
         assert!(error.hint().is_some_and(|hint| hint.contains("trust.crls")));
@@ -177,7 +177,7 @@ fn expired_or_wrongly_signed_list_rejects_all() {
     let judged = |list| {
         let files = Files::new().crl("list.pem", &list);
         let judge = authorities(&ca.identity(SERVER, 1), &files);
-        (ours(as_client(&judge, &ca.chain(&[CLIENT], 2))), files)
+        (hbone_error(as_client(&judge, &ca.chain(&[CLIENT], 2))), files)
     };
     let (error, files) = judged(ca.revoke_between(&[], now - 2 * HOUR, now - HOUR));
     let HboneError::RevocationListExpired { file, .. } = &error else { panic!("{error:?}") };
@@ -200,7 +200,7 @@ fn newer_list_replaces_older_one_of_the_same_issuer_key() {
         let judge = authorities(&ca.identity(SERVER, 1), &files);
         as_client(&judge, &ca.chain(&[CLIENT], 2)).unwrap();
         let revoked = as_client(&judge, &ca.chain(&[CLIENT], 7));
-        assert_eq!(theirs(revoked), CertificateError::Revoked);
+        assert_eq!(rustls_error(revoked), CertificateError::Revoked);
     }
 }
 
@@ -237,7 +237,7 @@ fn start_error_names_missing_or_malformed_file() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rereads_changed_file_and_reports_malformed_one_once() {
+async fn changed_file_is_read_again_and_malformed_file_reported_once() {
     let ca = Ca::root("ours");
     let files = Files::new().crl("list", &ca.revoke(&[]));
     let (mut watched, first) = TrustFiles::open(&files.settings, &FileWatcher::default()).unwrap();
@@ -249,7 +249,7 @@ async fn rereads_changed_file_and_reports_malformed_one_once() {
     let second = watched.next().await.unwrap();
     assert_ne!(first, second);
     let judge = Authorities::new(&ca.identity(SERVER, 1), second);
-    assert_eq!(theirs(as_client(&judge, &ca.chain(&[CLIENT], 7))), CertificateError::Revoked);
+    assert_eq!(rustls_error(as_client(&judge, &ca.chain(&[CLIENT], 7))), CertificateError::Revoked);
 }
 
 #[tokio::test(start_paused = true)]

@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unfinished_frame_is_read_as_it_was_noted() {
+    fn unfinished_frame_is_stored_and_read_unchanged() {
         let activity = PeerActivity::default();
         assert_eq!(activity.unfinished(), None);
         for since in [0, 1, 1 << 40] {

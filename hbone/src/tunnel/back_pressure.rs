@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn holds_no_waker_of_streams_that_ended_while_blocked() {
+    fn stream_that_ended_while_blocked_leaves_no_waker() {
         let (pressure, woken) = (BackPressure::default(), Arc::<WakeFlag>::default());
         pressure.set_blocked(true);
         for stream in (1..2000_u32).step_by(2) {

@@ -402,7 +402,7 @@ fn log_end(reason: &HboneError, tunnel_state: &TunnelState) {
     if !is_violation(reason) {
         tracing::debug!(%peer, error = %error(), "tunnel ended");
     } else if LIMIT.admit(reason.kind()) {
-        tracing::warn!(%peer, error = %error(), "tunnel failed: HTTP/2 was violated");
+        tracing::warn!(%peer, error = %error(), "tunnel failed: HTTP/2 protocol violation");
     }
 }
 

@@ -43,7 +43,7 @@ pub(crate) struct TunnelState {
     /// The time of the last received bytes, in milliseconds since `opened`.
     received_at: AtomicU64,
     traffic: Traffic,
-    load: Mutex<Load>,
+    load: Mutex<StreamCount>,
     streams: Streams,
     activity: PeerActivity,
     back_pressure: BackPressure,
@@ -56,7 +56,7 @@ pub(crate) struct TunnelState {
 }
 
 #[derive(Debug)]
-struct Load {
+struct StreamCount {
     open_streams: usize,
     idle_since: Instant,
 }
@@ -71,7 +71,7 @@ impl TunnelState {
             opened: now,
             received_at: AtomicU64::new(0),
             traffic: Traffic::default(),
-            load: Mutex::new(Load { open_streams: 0, idle_since: now }),
+            load: Mutex::new(StreamCount { open_streams: 0, idle_since: now }),
             streams: Streams::default(),
             activity: PeerActivity::default(),
             back_pressure: BackPressure::default(),
@@ -100,12 +100,12 @@ impl TunnelState {
     }
 
     pub(crate) fn open_streams(&self) -> usize {
-        self.load().open_streams
+        self.stream_count().open_streams
     }
 
     /// The time at which the last stream ended. `None` while a stream is open.
     pub(crate) fn idle_since(&self) -> Option<Instant> {
-        let load = self.load();
+        let load = self.stream_count();
         (load.open_streams == 0).then_some(load.idle_since)
     }
 
@@ -150,11 +150,11 @@ impl TunnelState {
     }
 
     fn add_open_stream(&self) {
-        self.load().open_streams += 1;
+        self.stream_count().open_streams += 1;
     }
 
     fn remove_open_stream(&self) {
-        let mut load = self.load();
+        let mut load = self.stream_count();
         load.open_streams -= 1;
         if load.open_streams == 0 {
             load.idle_since = Instant::now();
@@ -218,7 +218,7 @@ impl TunnelState {
         }
     }
 
-    fn load(&self) -> std::sync::MutexGuard<'_, Load> {
+    fn stream_count(&self) -> std::sync::MutexGuard<'_, StreamCount> {
         // No code panics while it holds the lock.
         self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -231,7 +231,7 @@ impl TunnelState {
         age
     }
 
-    fn wrote(&self, polled: &Poll<io::Result<usize>>) {
+    fn record_write(&self, polled: &Poll<io::Result<usize>>) {
         match polled {
             Poll::Ready(Ok(bytes)) => self.traffic.count(*bytes),
             Poll::Ready(Err(_)) => {}
@@ -241,7 +241,7 @@ impl TunnelState {
 
     /// Handles a WINDOW_UPDATE. A peer sends it for a stream after its application read half of the
     /// window.
-    fn credited(&self, WindowUpdate { stream, increment }: WindowUpdate) {
+    fn handle_window_update(&self, WindowUpdate { stream, increment }: WindowUpdate) {
         if stream != 0 {
             if let Some(open) = self.streams.get(stream) {
                 open.record_peer_read();

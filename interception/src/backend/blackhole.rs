@@ -28,7 +28,7 @@ use underpass_config::{
     Dns, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, PortRange, Profile,
 };
 
-use self::messages::{BATCH, removal, send};
+use self::messages::{BATCH_SIZE, removal, send};
 use crate::backend::netlink::failed;
 use crate::backend::routes::{PROTOCOL, Version, connect};
 use crate::error::InterceptionError;
@@ -41,15 +41,15 @@ use crate::process::user_ids::UserIds;
 
 /// The priorities of the exemptions, of the blackhole, and of the target of the exemptions. They
 /// directly follow the local table and precede all other ip rules.
-const EXEMPTIONS: u32 = 1;
-const BLACKHOLE: u32 = 2;
-const END: u32 = 3;
+const EXEMPTION_PRIORITY: u32 = 1;
+const BLACKHOLE_PRIORITY: u32 = 2;
+const TARGET_PRIORITY: u32 = 3;
 /// IPPROTO_TCP and IPPROTO_UDP (include/uapi/linux/in.h).
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 /// The number of exemptions that are installed before the blackhole. A longer list continues after
 /// it; until then, the rest of the excluded traffic is blocked too.
-const EXEMPTIONS_FIRST: usize = 4 * BATCH;
+const MAX_EXEMPTIONS_BEFORE_BLACKHOLE: usize = 4 * BATCH_SIZE;
 
 /// The ip rules that are installed while the netfilter rules are missing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -119,7 +119,7 @@ impl Blackhole {
                 selectors.map(rule).collect()
             };
             let exempt = of_version(Verdict::Exempt, &exemptions);
-            let (first, rest) = exempt.split_at(exempt.len().min(EXEMPTIONS_FIRST));
+            let (first, rest) = exempt.split_at(exempt.len().min(MAX_EXEMPTIONS_BEFORE_BLACKHOLE));
             rules.push(IpRule { version, verdict: Verdict::End, selector: Selector::Everything });
             rules.extend_from_slice(first);
             rules.extend(of_version(Verdict::Blackhole, &blocked));
@@ -162,7 +162,7 @@ pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError>
     let connection = connect(entered, OPERATION)?;
     let mut installed_rules = installed_rules(&connection).await.map_err(failed(OPERATION))?;
     // Remove the blackhole first: without its exemptions it would block the proxy.
-    installed_rules.sort_by_key(|(_, priority)| (*priority != BLACKHOLE, *priority));
+    installed_rules.sort_by_key(|(_, priority)| (*priority != BLACKHOLE_PRIORITY, *priority));
     let requests: Vec<_> =
         installed_rules.iter().map(|(version, priority)| removal(*version, *priority)).collect();
     let gone = [Errno::ENOENT, Errno::EAFNOSUPPORT];
@@ -179,14 +179,15 @@ pub(crate) async fn is_installed(entered: &Entered) -> Result<bool, Interception
     const OPERATION: &str = "read the ip rules";
     let installed_rules =
         installed_rules(&connect(entered, OPERATION)?).await.map_err(failed(OPERATION))?;
-    Ok(installed_rules.iter().any(|(_, priority)| *priority == BLACKHOLE))
+    Ok(installed_rules.iter().any(|(_, priority)| *priority == BLACKHOLE_PRIORITY))
 }
 
 /// Lists the ip rules of a blackhole with any settings: family and priority.
 async fn installed_rules(connection: &Connection<Rtnetlink>) -> nlink::Result<Vec<(Version, u32)>> {
     let rules = connection.get_rules().await?;
     let ours = rules.iter().filter(|rule| {
-        rule.protocol() == Some(PROTOCOL) && (EXEMPTIONS..=END).contains(&rule.priority())
+        rule.protocol() == Some(PROTOCOL)
+            && (EXEMPTION_PRIORITY..=TARGET_PRIORITY).contains(&rule.priority())
     });
     let version = |v4: bool| if v4 { Version::V4 } else { Version::V6 };
     Ok(ours.map(|rule| (version(rule.is_ipv4()), rule.priority())).collect())
@@ -405,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn adds_proxy_exemptions_before_blackhole() {
+    fn proxy_exemptions_are_added_before_blackhole() {
         let cidrs: Vec<_> = (0..200).map(|n| format!("10.0.{n}.0/24")).collect();
         let blackhole =
             blackhole(&["profile=ambient", &format!("outbound.exclude_cidrs={}", cidrs.join(","))]);
@@ -413,6 +414,6 @@ mod tests {
         let refusal = position(&|rule| rule.verdict == Verdict::Blackhole);
         let own = position(&|rule| matches!(rule.selector, Selector::Mark(_)));
         assert!(own < refusal && own.is_some(), "{own:?} {refusal:?}");
-        assert!(refusal < Some(EXEMPTIONS_FIRST + 2), "{refusal:?}");
+        assert!(refusal < Some(MAX_EXEMPTIONS_BEFORE_BLACKHOLE + 2), "{refusal:?}");
     }
 }

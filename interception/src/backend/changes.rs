@@ -28,7 +28,7 @@ const LEGACY_INTERVAL: Duration = Duration::from_secs(2);
 const FOREIGN_INTERVAL: Duration = Duration::from_secs(5);
 /// The maximum number of notifications that are merged into one, so that constant changes do not
 /// block [`Changes::next`].
-const BURST: usize = 1000;
+const MAX_MERGED_NOTIFICATIONS: usize = 1000;
 
 /// Reports that any program may have changed netfilter rules, ip rules, routes or addresses in one
 /// namespace.
@@ -64,7 +64,9 @@ impl Changes {
         let RuleSubscription { nftables, routes, .. } = access.watch(WatchScope::OwnRules).await?;
         let (access, routes) = (access.clone(), Notifications::new(routes)?);
         let (nftables, interval) = match backend {
-            Backend::Iptables(Variant::Legacy) => (None, Some(every(LEGACY_INTERVAL))),
+            Backend::Iptables(Variant::Legacy) => {
+                (None, Some(interval_at_multiples(LEGACY_INTERVAL)))
+            }
             _ => (Some(Notifications::new(nftables?)?), None),
         };
         let ticked = interval.is_some();
@@ -81,10 +83,10 @@ impl Changes {
         let RuleSubscription { nftables, routes, legacy } =
             access.watch(WatchScope::AllRules).await?;
         if let Err(error) = &nftables {
-            tracing::debug!(%error, "nftables does not notify");
+            tracing::debug!(%error, "cannot subscribe to changes of nftables rules: polling instead");
         }
         let if_legacy = nftables.is_ok().then_some(legacy);
-        let interval = Some(every(FOREIGN_INTERVAL));
+        let interval = Some(interval_at_multiples(FOREIGN_INTERVAL));
         let (access, routes) = (access.clone(), Notifications::new(routes)?);
         let nftables = nftables.ok().map(Notifications::new).transpose()?;
         Ok(Self { access, nftables, routes, interval, if_legacy, ticked: true })
@@ -144,10 +146,10 @@ async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) 
 
 /// Ticks at multiples of `period` since the first call in this process, so that polling many
 /// namespaces wakes an idle process as often as polling one.
-fn every(period: Duration) -> Interval {
-    static FIRST: OnceLock<Instant> = OnceLock::new();
+fn interval_at_multiples(period: Duration) -> Interval {
+    static FIRST_CALL: OnceLock<Instant> = OnceLock::new();
     let now = Instant::now();
-    let passed = now.saturating_duration_since(*FIRST.get_or_init(|| now));
+    let passed = now.saturating_duration_since(*FIRST_CALL.get_or_init(|| now));
     let since_multiple = Duration::from_nanos(
         u64::try_from(passed.as_nanos() % period.as_nanos().max(1)).unwrap_or_default(),
     );
@@ -170,7 +172,7 @@ impl Notifications {
     /// Waits for a notification, and receives all that are queued.
     async fn next(&self) -> Result<(), InterceptionError> {
         self.0.async_io(Interest::READABLE, receive).await.map_err(failed)?;
-        for _ in 0..BURST {
+        for _ in 0..MAX_MERGED_NOTIFICATIONS {
             match self.0.try_io(Interest::READABLE, receive) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -199,10 +201,10 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn polls_of_many_namespaces_tick_together() {
-        let mut first = every(FOREIGN_INTERVAL);
+    async fn polling_many_namespaces_wakes_the_process_once_per_interval() {
+        let mut first = interval_at_multiples(FOREIGN_INTERVAL);
         tokio::time::advance(Duration::from_millis(1700)).await;
-        let mut second = every(FOREIGN_INTERVAL);
+        let mut second = interval_at_multiples(FOREIGN_INTERVAL);
         for _ in 0..3 {
             assert_eq!(first.tick().await, second.tick().await);
         }

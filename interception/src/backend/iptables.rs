@@ -97,11 +97,12 @@ pub(crate) async fn apply(
         let mut wanted = OwnRules::of_plan(plan, family);
         let before = installed_of(entered, OPERATION, variant, family, &wanted).await?;
         wanted.keep_positions(&before);
-        steps.push(Step { family, before, wanted });
+        steps.push(FamilyChange { family, before, wanted });
     }
     for (done, step) in steps.iter().enumerate() {
-        let Step { family, before, wanted } = step;
-        let Err(error) = change(entered, OPERATION, variant, *family, before, wanted).await else {
+        let FamilyChange { family, before, wanted } = step;
+        let Err(error) = apply_change(entered, OPERATION, variant, *family, before, wanted).await
+        else {
             continue;
         };
         let undone = undo(entered, variant, steps.get(..=done).unwrap_or_default()).await;
@@ -133,7 +134,7 @@ pub(crate) async fn counters(
     for family in families() {
         let ruleset = saved(entered, OPERATION, variant, family).await?;
         empty &= OwnRules::installed(&ruleset, &OwnRules::of_plan(plan, family)).is_empty();
-        count(&mut counters, &ruleset, plan, family);
+        add_counters(&mut counters, &ruleset, plan, family);
     }
     Ok(if empty { Vec::new() } else { counters })
 }
@@ -162,7 +163,7 @@ pub(crate) async fn remove(
             RemovalScope::Own => ours.marked(),
             RemovalScope::OtherMeshes => ours,
         };
-        change(entered, OPERATION, variant, family, &ours, &nothing).await?;
+        apply_change(entered, OPERATION, variant, family, &ours, &nothing).await?;
         any |= !ours.is_empty();
     }
     if any && variant == Variant::Nft {
@@ -210,7 +211,7 @@ pub(crate) async fn saved(
     Ok(ruleset)
 }
 
-struct Step {
+struct FamilyChange {
     family: Family,
     before: OwnRules,
     wanted: OwnRules,
@@ -252,7 +253,7 @@ async fn installed_of(
     Ok(OwnRules::installed(&ruleset, planned))
 }
 
-async fn change(
+async fn apply_change(
     entered: &Entered,
     operation: &'static str,
     variant: Variant,
@@ -268,12 +269,12 @@ async fn change(
 }
 
 /// Restores the previous rules. Returns false if that failed.
-async fn undo(entered: &Entered, variant: Variant, steps: &[Step]) -> bool {
+async fn undo(entered: &Entered, variant: Variant, steps: &[FamilyChange]) -> bool {
     const OPERATION: &str = "restore the iptables rules";
     let mut undone = true;
-    for Step { family, before, wanted } in steps.iter().rev() {
+    for FamilyChange { family, before, wanted } in steps.iter().rev() {
         let result = match installed_of(entered, OPERATION, variant, *family, wanted).await {
-            Ok(now) => change(entered, OPERATION, variant, *family, &now, before).await,
+            Ok(now) => apply_change(entered, OPERATION, variant, *family, &now, before).await,
             Err(error) => Err(error),
         };
         if let Err(error) = result {
@@ -285,7 +286,7 @@ async fn undo(entered: &Entered, variant: Variant, steps: &[Step]) -> bool {
 }
 
 /// Adds the counters of each rule's lines. Equal lines are in the same order in plan and kernel.
-fn count(counters: &mut [RuleCounter], ruleset: &Ruleset, plan: &RulePlan, family: Family) {
+fn add_counters(counters: &mut [RuleCounter], ruleset: &Ruleset, plan: &RulePlan, family: Family) {
     let mut used = std::collections::HashMap::new();
     for line in plan.lines(family) {
         let rules = ruleset.rules(line.chain.table.name(), line.chain.name).iter();

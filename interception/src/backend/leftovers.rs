@@ -123,8 +123,8 @@ async fn in_nftables(entered: &Entered, own: Backend) -> Result<Vec<Leftover>, I
             "inet" if table == TABLE && own != Backend::Nftables => {
                 found.push(whole(LeftoverOwner::Underpass));
             }
-            "inet" if is_istios(&table) => found.push(whole(LeftoverOwner::Istio)),
-            "ip" | "ip6" if is_of_iptables(&table) => {
+            "inet" if is_istio_table(&table) => found.push(whole(LeftoverOwner::Istio)),
+            "ip" | "ip6" if is_iptables_table(&table) => {
                 let chains = nftables::chains(entered, family, &table).await?;
                 found.extend(in_chains(&chains, own == Backend::Iptables(Variant::Nft), &place));
             }
@@ -135,11 +135,11 @@ async fn in_nftables(entered: &Entered, own: Backend) -> Result<Vec<Leftover>, I
 }
 
 /// Returns true for a table of Istio's native nftables mode, such as `istio-ambient-nat`.
-pub(crate) fn is_istios(table: &str) -> bool {
+pub(crate) fn is_istio_table(table: &str) -> bool {
     ["istio-ambient-", "istio-proxy-"].iter().any(|prefix| table.starts_with(prefix))
 }
 
-fn is_of_iptables(table: &str) -> bool {
+fn is_iptables_table(table: &str) -> bool {
     ["raw", "mangle", "nat", "filter"].contains(&table)
 }
 

@@ -26,7 +26,7 @@ use crate::plan::nft::{NamedSet, Operand, operands};
 use crate::plan::{RulePlan, TABLE};
 use crate::process::privileges::confine_auxiliary_thread;
 
-type Kernel = Connection<Nftables>;
+type NftablesConnection = Connection<Nftables>;
 
 /// The counter of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,30 +59,30 @@ pub(crate) async fn check_available(entered: &Entered) -> Result<(), Interceptio
 /// rules.
 pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
     let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
-    let size = Size { entries: plan.chains().len() + 2 * plan.rules().len(), elements };
+    let size = TableSize { entries: plan.chains().len() + 2 * plan.rules().len(), elements };
     let add = |transaction| add_all(transaction, plan);
     replace_table(entered, "install the nftables rules", TABLE, size, &add).await
 }
 
 /// The content of a table, to estimate the size of a transaction.
-struct Size {
+struct TableSize {
     entries: usize,
     elements: usize,
 }
 
 /// A function that adds the content of a table to a transaction.
-type AddAll<'a> = &'a dyn Fn(Transaction) -> nlink::Result<Transaction>;
+type AddContent<'a> = &'a dyn Fn(Transaction) -> nlink::Result<Transaction>;
 
 /// Replaces the content of a table in one transaction.
 async fn replace_table(
     entered: &Entered,
     operation: &'static str,
     table: &str,
-    size: Size,
-    add: AddAll<'_>,
+    size: TableSize,
+    add: AddContent<'_>,
 ) -> Result<(), InterceptionError> {
     with_connection(entered, operation, async |kernel| {
-        make_room(kernel, &size);
+        enlarge_send_buffer(kernel, &size);
         let tables = kernel.list_tables_in(Family::Inet).await?;
         let replace = tables.iter().any(|other| other.name == table);
         match commit(kernel, table, replace, add).await {
@@ -127,7 +127,7 @@ pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError>
 async fn with_connection<T>(
     entered: &Entered,
     operation: &'static str,
-    request: impl AsyncFnOnce(&Kernel) -> nlink::Result<T>,
+    request: impl AsyncFnOnce(&NftablesConnection) -> nlink::Result<T>,
 ) -> Result<T, InterceptionError> {
     let kernel = connect(entered, operation)?;
     let answer = request(&kernel).await;
@@ -136,7 +136,7 @@ async fn with_connection<T>(
 }
 
 /// Closes the connection on another thread. If no thread can be started, blocks.
-fn close(kernel: Kernel) {
+fn close(kernel: NftablesConnection) {
     let close = move || {
         // A failure is harmless, because the thread ends soon.
         confine_auxiliary_thread().ok();
@@ -145,15 +145,20 @@ fn close(kernel: Kernel) {
     std::thread::Builder::new().name("close".to_owned()).spawn(close).ok();
 }
 
-fn connect(_: &Entered, operation: &'static str) -> Result<Kernel, InterceptionError> {
-    Kernel::new().map_err(failed(operation))
+fn connect(_: &Entered, operation: &'static str) -> Result<NftablesConnection, InterceptionError> {
+    NftablesConnection::new().map_err(failed(operation))
 }
 
 /// Adds, deletes and adds the table: the first addition makes the deletion succeed even if the
 /// table does not exist. (The message NFT_MSG_DESTROYTABLE needs Linux 6.3.) If the table does not
 /// exist, does not delete it, because a deletion delays closing the connection: see
 /// [`with_connection`].
-async fn commit(kernel: &Kernel, table: &str, replace: bool, add: AddAll<'_>) -> nlink::Result<()> {
+async fn commit(
+    kernel: &NftablesConnection,
+    table: &str,
+    replace: bool,
+    add: AddContent<'_>,
+) -> nlink::Result<()> {
     let mut transaction = kernel.transaction();
     if replace {
         let any = transaction.update_table(table, Family::Inet, 0);
@@ -184,10 +189,10 @@ fn named_sets(plan: &RulePlan) -> impl Iterator<Item = NamedSet> {
 /// Enlarges the send buffer: the kernel accepts a transaction only as one message (EMSGSIZE
 /// otherwise). Without CAP_NET_ADMIN in the initial user namespace, `net.core.wmem_max` is the
 /// limit.
-fn make_room(kernel: &Kernel, size: &Size) {
+fn enlarge_send_buffer(kernel: &NftablesConnection, size: &TableSize) {
     /// An upper bound for the size of one chain, set or rule in bytes.
     const MAX_ENTRY_BYTES: usize = 2048;
-    let size = (size.entries + 8) * MAX_ENTRY_BYTES + size.elements * sets::ELEMENT;
+    let size = (size.entries + 8) * MAX_ENTRY_BYTES + size.elements * sets::MAX_ELEMENT_BYTES;
     let socket = kernel.socket();
     let grown =
         setsockopt(socket, SndBufForce, &size).or_else(|_| setsockopt(socket, SndBuf, &size));

@@ -53,7 +53,7 @@ pub(crate) enum Version {
 /// IPv6 objects depend on the kernel, not on the capture setting: a pod whose IPv6 is not captured
 /// still receives HBONE from IPv6 clients, whose addresses the proxy uses. While IPv6 is disabled
 /// on the loopback interface, the kernel rejects IPv6 routes and addresses there.
-fn needed(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
+fn needed_entries(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     let (known, v6) = (ipv6_available(), ipv6::on_loopback(entered));
     let versions = if known { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let routes = plan.routes().iter().flat_map(|route| {
@@ -77,7 +77,7 @@ impl Entry {
 /// The objects that other settings need and this plan does not need. Their ip rules could match a
 /// mark of this plan.
 fn foreign(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
-    let needed = needed(entered, plan);
+    let needed = needed_entries(entered, plan);
     let is_needed = |entry: &Entry| match entry {
         // A route belongs to its table, whichever ip rule selects it.
         Entry::Route(PolicyRoute { table, .. }, _) => {
@@ -85,7 +85,7 @@ fn foreign(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
         }
         entry => needed.contains(entry),
     };
-    let mut entries = removable(&RulePlan::routes_and_addresses());
+    let mut entries = removable_entries(&RulePlan::routes_and_addresses());
     entries.retain(|entry| !is_needed(entry));
     entries
 }
@@ -104,7 +104,7 @@ pub(crate) async fn install(
     plan: &RulePlan,
 ) -> Result<Vec<Entry>, InterceptionError> {
     const OPERATION: &str = "install the ip rules and routes";
-    let needed = needed(entered, plan);
+    let needed = needed_entries(entered, plan);
     if needed.is_empty() {
         return Ok(Vec::new());
     }
@@ -135,11 +135,11 @@ pub(crate) async fn undo(entered: &Entered, added: &[Entry]) {
 
 /// Removes all objects of the plan in both families. Returns `false` if there were none.
 pub(crate) async fn remove(entered: &Entered, plan: &RulePlan) -> Result<bool, InterceptionError> {
-    delete(entered, &removable(plan)).await
+    delete(entered, &removable_entries(plan)).await
 }
 
 /// All objects that the plan may have added, in both families.
-fn removable(plan: &RulePlan) -> Vec<Entry> {
+fn removable_entries(plan: &RulePlan) -> Vec<Entry> {
     // If the kernel lacks IPv6, requests about IPv6 fail, and there are no IPv6 objects.
     let v6 = if ipv6_available() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let mut entries = Vec::new();
@@ -154,7 +154,10 @@ fn removable(plan: &RulePlan) -> Vec<Entry> {
 
 /// The planned objects as a section of a listing.
 pub(crate) fn expected(entered: &Entered, plan: &RulePlan) -> Section {
-    Section { head: HEAD.to_owned(), lines: needed(entered, plan).into_iter().map(text).collect() }
+    Section {
+        head: HEAD.to_owned(),
+        lines: needed_entries(entered, plan).into_iter().map(text).collect(),
+    }
 }
 
 /// The installed objects, including those of an installation with other settings.
@@ -183,7 +186,7 @@ pub(crate) async fn installed(
         }),
         Entry::Address(_) => false,
     };
-    let needed = needed(entered, plan).into_iter().filter(there);
+    let needed = needed_entries(entered, plan).into_iter().filter(there);
     let left = foreign(entered, plan).into_iter().filter(ours);
     let lines = needed.chain(left).map(text).collect();
     Ok(Section { head: HEAD.to_owned(), lines })
@@ -216,7 +219,7 @@ pub(crate) async fn duplicate_foreign_rules(
     let of_others = rules.iter().filter(|rule| rule.protocol() != Some(PROTOCOL));
     let equal = of_others.filter(|rule| {
         let version = if rule.is_ipv4() { Version::V4 } else { Version::V6 };
-        plan.routes().iter().any(|route| is_like(rule, route, version))
+        plan.routes().iter().any(|route| is_rule_with_any_priority(rule, route, version))
     });
     Ok(equal.map(foreign_text).collect())
 }
@@ -230,7 +233,7 @@ pub(crate) async fn remove_foreign_rules(
     const OPERATION: &str = "remove the ip rules and routes of other meshes";
     let connection = connect(entered, OPERATION)?;
     let mut any = false;
-    for entry in removable(plan) {
+    for entry in removable_entries(plan) {
         let removed = match entry {
             // Istio's TPROXY rule has no fixed priority, and may exist several times.
             Entry::Rule(PolicyRoute { mark, table, .. }, version) => {
@@ -304,11 +307,11 @@ fn text(entry: Entry) -> String {
 }
 
 fn is_rule(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
-    is_like(rule, route, version) && rule.priority() == route.priority
+    is_rule_with_any_priority(rule, route, version) && rule.priority() == route.priority
 }
 
 /// Like [`is_rule`], for any priority.
-fn is_like(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
+fn is_rule_with_any_priority(rule: &RuleMessage, route: &PolicyRoute, version: Version) -> bool {
     rule.is_ipv4() == (version == Version::V4)
         && rule.is_lookup()
         && rule.table() == route.table

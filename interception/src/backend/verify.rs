@@ -45,14 +45,14 @@ pub struct SectionDifference {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
     /// Whether the plan, the kernel or both have the line.
-    pub sign: Sign,
+    pub status: LineStatus,
     /// The rule.
     pub text: String,
 }
 
 /// Whether the plan, the kernel or both have a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sign {
+pub enum LineStatus {
     /// Both have the line.
     Same,
     /// Only the plan has the line.
@@ -74,12 +74,13 @@ impl Listing {
             }
             let mut lines = compare(&section.lines, &there.unwrap_or(&nothing).lines);
             if there.is_none() {
-                lines.insert(0, Line { sign: Sign::Missing, text: section.head.clone() });
+                lines.insert(0, Line { status: LineStatus::Missing, text: section.head.clone() });
             }
             sections.push(SectionDifference { location: section.head.clone(), lines });
         }
         for section in found.sections.iter().filter(|found| self.section(&found.head).is_none()) {
-            let unexpected = |text: &String| Line { sign: Sign::Unexpected, text: text.clone() };
+            let unexpected =
+                |text: &String| Line { status: LineStatus::Unexpected, text: text.clone() };
             let lines = [&section.head].into_iter().chain(&section.lines).map(unexpected).collect();
             sections.push(SectionDifference { location: section.head.clone(), lines });
         }
@@ -129,11 +130,11 @@ impl Difference {
     /// The number of missing and of unexpected lines.
     #[must_use]
     pub fn counts(&self) -> (usize, usize) {
-        let count = |sign| {
+        let count = |status| {
             let lines = self.sections.iter().flat_map(|section| &section.lines);
-            lines.filter(|line| line.sign == sign).count()
+            lines.filter(|line| line.status == status).count()
         };
-        (count(Sign::Missing), count(Sign::Unexpected))
+        (count(LineStatus::Missing), count(LineStatus::Unexpected))
     }
 }
 
@@ -142,7 +143,7 @@ impl fmt::Display for Difference {
         for section in &self.sections {
             writeln!(f, "@ {}", section.location)?;
             let mut left_out = false;
-            for (line, near) in section.lines.iter().zip(section.near_changes()) {
+            for (line, near) in section.lines.iter().zip(section.is_near_difference()) {
                 match (near, left_out) {
                     (true, _) => writeln!(f, "{line}")?,
                     (false, false) => writeln!(f, "  …")?,
@@ -157,11 +158,11 @@ impl fmt::Display for Difference {
 
 impl SectionDifference {
     /// For each line, whether it differs or is next to a line that differs.
-    fn near_changes(&self) -> Vec<bool> {
+    fn is_near_difference(&self) -> Vec<bool> {
         /// The number of equal lines that are printed before and after a difference.
         const CONTEXT: usize = 3;
         let mut near = vec![false; self.lines.len()];
-        let changed = |line: &Line| line.sign != Sign::Same;
+        let changed = |line: &Line| line.status != LineStatus::Same;
         for (index, _) in self.lines.iter().enumerate().filter(|(_, line)| changed(line)) {
             let neighbours = near.iter_mut().skip(index.saturating_sub(CONTEXT));
             neighbours.take(index.min(CONTEXT) + 1 + CONTEXT).for_each(|near| *near = true);
@@ -172,12 +173,12 @@ impl SectionDifference {
 
 impl fmt::Display for Line {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let sign = match self.sign {
-            Sign::Same => ' ',
-            Sign::Missing => '-',
-            Sign::Unexpected => '+',
+        let status = match self.status {
+            LineStatus::Same => ' ',
+            LineStatus::Missing => '-',
+            LineStatus::Unexpected => '+',
         };
-        write!(f, "{sign} {}", self.text)
+        write!(f, "{status} {}", self.text)
     }
 }
 
@@ -186,19 +187,19 @@ fn compare(expected: &[String], found: &[String]) -> Vec<Line> {
     input.update_before(expected.iter().map(String::as_str));
     input.update_after(found.iter().map(String::as_str));
     let (mut lines, mut reached) = (Vec::new(), 0);
-    let mut tell = |sign, from: &[String], range: Range<u32>| {
+    let mut tell = |status, from: &[String], range: Range<u32>| {
         let range = range.start as usize..range.end as usize;
         let texts = from.get(range).unwrap_or_default();
-        lines.extend(texts.iter().map(|text| Line { sign, text: text.clone() }));
+        lines.extend(texts.iter().map(|text| Line { status, text: text.clone() }));
     };
     for Hunk { before, after } in Diff::compute(Algorithm::Myers, &input).hunks() {
-        tell(Sign::Same, expected, reached..before.start);
+        tell(LineStatus::Same, expected, reached..before.start);
         reached = before.end;
-        tell(Sign::Missing, expected, before);
-        tell(Sign::Unexpected, found, after);
+        tell(LineStatus::Missing, expected, before);
+        tell(LineStatus::Unexpected, found, after);
     }
     let rest = expected.get(reached as usize..).unwrap_or_default();
-    lines.extend(rest.iter().map(|text| Line { sign: Sign::Same, text: text.clone() }));
+    lines.extend(rest.iter().map(|text| Line { status: LineStatus::Same, text: text.clone() }));
     lines
 }
 

@@ -43,13 +43,13 @@ pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
 }
 
 /// Builds a flow.
-struct Draft<'e> {
+struct FlowBuilder<'e> {
     flow: Flow<'e>,
     /// True after a packet did not reach the sender of the next one.
     ended: bool,
 }
 
-impl<'e> Draft<'e> {
+impl<'e> FlowBuilder<'e> {
     fn new(id: impl Into<String>, title: impl Into<String>) -> Self {
         let (id, title) = (id.into(), title.into());
         Self { flow: Flow { id, title, article: None, note: None, hops: Vec::new() }, ended: false }
@@ -101,25 +101,34 @@ fn proxy_connection<'e>(network: ExampleNetwork<'e>, to: SocketAddr) -> Hop<'e> 
 }
 
 /// A flow with a connection from another host to the workload.
-fn inbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str) -> Draft<'e> {
+fn inbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str) -> FlowBuilder<'e> {
     let client = network.remote();
-    Draft::new(id, title)
+    FlowBuilder::new(id, title)
         .hop(network.received(Party::Remote, client, network.app_at_pod(), Party::App))
         .hop(network.last_hop(client))
 }
 
 /// A flow with a connection to another host, until it leaves the pod.
-fn outbound<'e>(network: ExampleNetwork<'e>, id: &str, title: &str, process: Process) -> Draft<'e> {
+fn outbound<'e>(
+    network: ExampleNetwork<'e>,
+    id: &str,
+    title: &str,
+    process: Process,
+) -> FlowBuilder<'e> {
     let to = network.app_at_remote();
-    Draft::new(id, title)
+    FlowBuilder::new(id, title)
         .hop(network.sent(process, to, Party::Remote))
         .hop(proxy_connection(network, to))
 }
 
 /// A flow with an HBONE connection, which reaches its listener without a redirect.
-fn hbone<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>, id: &str) -> Draft<'e> {
+fn hbone<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+    id: &str,
+) -> FlowBuilder<'e> {
     let (client, port) = (network.remote(), explanation.ports.hbone);
-    Draft::new(id, "Another pod's proxy connects by HBONE")
+    FlowBuilder::new(id, "Another pod's proxy connects by HBONE")
         .hop(network.received(
             Party::Remote,
             client,
@@ -141,11 +150,11 @@ fn dns<'e>(
     let query = |process: Process| {
         let mut packet = network.opened(process, SocketAddr::new(server, DNS_PORT));
         packet.protocol = protocol;
-        explanation.takes(process.party, packet, Party::DnsServer)
+        explanation.evaluate_hop(process.party, packet, Party::DnsServer)
     };
     let by = if protocol == Protocol::Udp { "UDP" } else { "TCP" };
     let off = explanation.settings.dns == Dns::Off;
-    Draft::new(id, format!("The app asks a DNS server by {by}"))
+    FlowBuilder::new(id, format!("The app asks a DNS server by {by}"))
         .note_if(
             off && protocol == Protocol::Udp,
             "interception.dns is off: queries are not captured. With `capture` they are redirected to the DNS proxy.",
@@ -160,16 +169,28 @@ fn dns<'e>(
 }
 
 /// A flow with traffic that is neither TCP nor DNS.
-fn udp<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>, id: &str) -> Draft<'e> {
+fn udp<'e>(
+    explanation: &'e Explanation<'e>,
+    network: ExampleNetwork<'e>,
+    id: &str,
+) -> FlowBuilder<'e> {
     let to = SocketAddr::new(network.remote(), ANY_UDP_PORT);
     let mut packet = network.opened(network.app(), to);
     packet.protocol = Protocol::Udp;
-    Draft::new(id, "The app sends UDP").hop(explanation.takes(Party::App, packet, Party::Remote))
+    FlowBuilder::new(id, "The app sends UDP").hop(explanation.evaluate_hop(
+        Party::App,
+        packet,
+        Party::Remote,
+    ))
 }
 
-fn localhost<'e>(network: ExampleNetwork<'e>, id: &str) -> Draft<'e> {
+fn localhost<'e>(network: ExampleNetwork<'e>, id: &str) -> FlowBuilder<'e> {
     let to = SocketAddr::new(network.localhost(), network.app_port());
-    Draft::new(id, "The app connects to localhost").hop(network.sent(network.app(), to, Party::App))
+    FlowBuilder::new(id, "The app connects to localhost").hop(network.sent(
+        network.app(),
+        to,
+        Party::App,
+    ))
 }
 
 fn ipv6(network: ExampleNetwork<'_>) -> Vec<Flow<'_>> {
@@ -187,7 +208,7 @@ fn outbound_exceptions<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     let mut flows = Vec::new();
     let mut flow =
         |key: &str, what: String, network: ExampleNetwork<'e>, process: Process, to: SocketAddr| {
-            let draft = Draft::new(format!("outbound.{key}"), what);
+            let draft = FlowBuilder::new(format!("outbound.{key}"), what);
             flows.push(
                 draft
                     .hop(network.sent(process, to, Party::Remote))
@@ -244,8 +265,8 @@ fn excluded_interface<'e>(
         interface.clone_from(name);
     }
     let title = format!("The app connects through {name}, which is excluded");
-    let draft = Draft::new("outbound.exclude_interfaces", title);
-    Some(draft.hop(explanation.takes(Party::App, packet, Party::Remote)).flow())
+    let draft = FlowBuilder::new("outbound.exclude_interfaces", title);
+    Some(draft.hop(explanation.evaluate_hop(Party::App, packet, Party::Remote)).flow())
 }
 
 /// A flow for each kind of inbound exception in the settings.
@@ -260,8 +281,8 @@ fn inbound_exceptions<'e>(
         if let Some(name) = interface {
             packet.entry = Entry::In { interface: name.clone() };
         }
-        let hop = explanation.takes(Party::Remote, packet, Party::App);
-        flows.push(Draft::new(format!("inbound.{key}"), what).hop(hop).flow());
+        let hop = explanation.evaluate_hop(Party::Remote, packet, Party::App);
+        flows.push(FlowBuilder::new(format!("inbound.{key}"), what).hop(hop).flow());
     };
     if let Some(range) = inbound.exclude_ports.first() {
         let what = format!("Another pod connects to port {range}, which is excluded");
@@ -287,8 +308,8 @@ fn virtual_interfaces<'e>(
     let mut packet = network.arriving(IpAddr::from([192, 0, 2, 99]), to);
     packet.entry = Entry::In { interface: name.clone() };
     let title = format!("A virtual machine behind {name} connects to another pod");
-    let draft = Draft::new("virtual_interfaces", title)
-        .hop(explanation.takes(Party::VirtualMachine, packet, Party::Remote))
+    let draft = FlowBuilder::new("virtual_interfaces", title)
+        .hop(explanation.evaluate_hop(Party::VirtualMachine, packet, Party::Remote))
         .hop(proxy_connection(network, to));
     Some(draft.flow())
 }
@@ -296,9 +317,9 @@ fn virtual_interfaces<'e>(
 fn invalid<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
     let mut packet = network.arriving(network.remote(), network.app_at_pod());
     packet.state = ConntrackState::Invalid;
-    Draft::new("drop_invalid", "A packet arrives that belongs to no connection")
+    FlowBuilder::new("drop_invalid", "A packet arrives that belongs to no connection")
         .note("If it were delivered, the kernel would answer with a RST and end the connection.")
-        .hop(explanation.takes(Party::Remote, packet, Party::App))
+        .hop(explanation.evaluate_hop(Party::Remote, packet, Party::App))
         .flow()
 }
 
@@ -314,7 +335,10 @@ fn established_before<'e>(
     let mut received = network.arriving(network.remote(), network.app_at_pod());
     received.state = ConntrackState::PickedUp;
     let established_before = |id: &str, title: &str, from, packet, to| {
-        Draft::new(id, title).note(NOTE).hop(explanation.takes(from, packet, to)).flow()
+        FlowBuilder::new(id, title)
+            .note(NOTE)
+            .hop(explanation.evaluate_hop(from, packet, to))
+            .flow()
     };
     vec![
         established_before(

@@ -14,9 +14,9 @@ use crate::plan::{
 };
 
 /// The source port of clients.
-const EPHEMERAL: u16 = 40000;
+const CLIENT_PORT: u16 = 40000;
 /// A user and group that the settings do not mention.
-const WORKLOAD: u32 = 1000;
+const WORKLOAD_ID: u32 = 1000;
 /// Typical ports of workloads, in order of preference.
 const USUAL_PORTS: [u16; 6] = [8080, 80, 443, 9000, 3000, 5000];
 
@@ -135,8 +135,8 @@ impl<'e> ExampleNetwork<'e> {
     pub(super) fn app(&self) -> Process {
         let settings = self.settings();
         let (outbound, free) = (&settings.outbound, |taken: &[u32], also: &[u32]| {
-            let mut ids = WORKLOAD..;
-            ids.find(|id| !taken.contains(id) && !also.contains(id)).unwrap_or(WORKLOAD)
+            let mut ids = WORKLOAD_ID..;
+            ids.find(|id| !taken.contains(id) && !also.contains(id)).unwrap_or(WORKLOAD_ID)
         });
         let gid = match outbound.include_gids.first() {
             Some(gid) => *gid,
@@ -171,7 +171,7 @@ impl<'e> ExampleNetwork<'e> {
         let source = if to.ip().is_loopback() { self.localhost() } else { self.pod() };
         Packet {
             protocol: Protocol::Tcp,
-            source: SocketAddr::new(source, EPHEMERAL),
+            source: SocketAddr::new(source, CLIENT_PORT),
             destination: to,
             entry: Entry::Out {
                 interface: self.environment().interface_to(to.ip()).to_owned(),
@@ -185,7 +185,7 @@ impl<'e> ExampleNetwork<'e> {
     }
 
     pub(super) fn sent(&self, process: Process, to: SocketAddr, listener: Party) -> Hop<'e> {
-        self.explanation.takes(process.party, self.opened(process, to), listener)
+        self.explanation.evaluate_hop(process.party, self.opened(process, to), listener)
     }
 
     /// The interface that connects the namespace to other hosts.
@@ -197,7 +197,7 @@ impl<'e> ExampleNetwork<'e> {
     pub(super) fn arriving(&self, from: IpAddr, to: SocketAddr) -> Packet {
         Packet {
             protocol: Protocol::Tcp,
-            source: SocketAddr::new(from, EPHEMERAL),
+            source: SocketAddr::new(from, CLIENT_PORT),
             destination: to,
             entry: Entry::In { interface: self.outer_interface().to_owned() },
             state: ConntrackState::New,
@@ -213,7 +213,7 @@ impl<'e> ExampleNetwork<'e> {
         to: SocketAddr,
         listener: Party,
     ) -> Hop<'e> {
-        self.explanation.takes(from, self.arriving(source, to), listener)
+        self.explanation.evaluate_hop(from, self.arriving(source, to), listener)
     }
 
     /// The proxy's connection to the workload for a client, as `Sockets` opens it.
@@ -233,7 +233,7 @@ impl<'e> ExampleNetwork<'e> {
         }
         let mut packet = self.opened(proxy, SocketAddr::new(to, self.app_port()));
         packet.source.set_ip(source);
-        self.explanation.takes(Party::Proxy, packet, Party::App)
+        self.explanation.evaluate_hop(Party::Proxy, packet, Party::App)
     }
 
     /// The reply to a packet that a local process received.
@@ -244,7 +244,7 @@ impl<'e> ExampleNetwork<'e> {
         packet.connection_mark = hop.walk.connection_mark;
         // Accepted sockets carry no mark, only sockets that connect do.
         packet.mark = if process.party == Party::Proxy { process.mark } else { 0 };
-        let mut reply = self.explanation.takes(process.party, packet, hop.from);
+        let mut reply = self.explanation.evaluate_hop(process.party, packet, hop.from);
         // A reply to a preserved client address leaves for the client if no rule routes it back.
         if reply.to == Some(Party::Proxy) && !reply.walk.local {
             reply.to = Some(Party::Remote);

@@ -69,7 +69,7 @@ impl Explanation<'_> {
             Sender::Probe => (Party::Kubelet, network.arriving(network.kubelet(), to)),
         };
         packet.protocol = protocol;
-        let hop = self.takes(from, packet, self.listener(to));
+        let hop = self.evaluate_hop(from, packet, self.listener(to));
         let advice = self.advice(sender, &hop);
         PacketExplanation { explanation: self, hop, advice }
     }

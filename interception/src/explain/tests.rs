@@ -38,7 +38,7 @@ fn path(assignments: &str, id: &str) -> Vec<(String, Option<Party>)> {
     })
 }
 
-fn is(assignments: &str, id: &str, expected: &[(&str, Party)]) {
+fn assert_path(assignments: &str, id: &str, expected: &[(&str, Party)]) {
     let expected: Vec<_> =
         expected.iter().map(|&(rule, party)| (rule.to_owned(), Some(party))).collect();
     assert_eq!(path(assignments, id), expected, "{assignments}, flow {id}");
@@ -47,9 +47,13 @@ fn is(assignments: &str, id: &str, expected: &[(&str, Party)]) {
 #[test]
 fn sidecar_flows_1_2_and_4_follow_article() {
     for exact in ["profile=sidecar", "profile=sidecar exact=true"] {
-        is(exact, "1", &[("capture-inbound", Party::Proxy), ("1-last-hop", Party::App)]);
-        is(exact, "2", &[("9-capture-outbound", Party::Proxy), ("4-proxy", Party::Remote)]);
-        is(
+        assert_path(exact, "1", &[("capture-inbound", Party::Proxy), ("1-last-hop", Party::App)]);
+        assert_path(
+            exact,
+            "2",
+            &[("9-capture-outbound", Party::Proxy), ("4-proxy", Party::Remote)],
+        );
+        assert_path(
             exact,
             "4",
             &[
@@ -64,11 +68,11 @@ fn sidecar_flows_1_2_and_4_follow_article() {
 #[test]
 fn sidecar_flows_3_5_and_6_deviate_from_article() {
     for exact in ["profile=sidecar", "profile=sidecar exact=true"] {
-        is(exact, "3", &[("never-15020", Party::Proxy), ("", Party::Prometheus)]);
-        is(exact, "4'", &[("3-app-to-itself", Party::App)]);
-        is(exact, "5", &[("4-proxy", Party::Proxy)]);
-        is(exact, "6", &[("4-proxy", Party::Istiod)]);
-        is(exact, "6'", &[("7-proxy-group", Party::Istiod)]);
+        assert_path(exact, "3", &[("never-15020", Party::Proxy), ("", Party::Prometheus)]);
+        assert_path(exact, "4'", &[("3-app-to-itself", Party::App)]);
+        assert_path(exact, "5", &[("4-proxy", Party::Proxy)]);
+        assert_path(exact, "6", &[("4-proxy", Party::Istiod)]);
+        assert_path(exact, "6'", &[("7-proxy-group", Party::Istiod)]);
     }
 }
 
@@ -83,30 +87,34 @@ fn sidecar_rules_5_6_and_8_match_no_packet() {
 }
 
 #[test]
-fn ambient_flows_end_as_in_tests_of_article() {
+fn ambient_flows_reach_the_expected_receivers() {
     let ambient = "profile=ambient";
-    is(ambient, "A1", &[("capture-outbound", Party::Proxy), ("", Party::Remote)]);
-    is(
+    assert_path(ambient, "A1", &[("capture-outbound", Party::Proxy), ("", Party::Remote)]);
+    assert_path(
         ambient,
         "A2",
         &[("capture-inbound", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)],
     );
-    is(ambient, "A3", &[("hbone-in", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)]);
-    is(ambient, "A4", &[("capture-inbound", Party::Proxy)]);
+    assert_path(
+        ambient,
+        "A3",
+        &[("hbone-in", Party::Proxy), ("own-pod", Party::App), ("", Party::Proxy)],
+    );
+    assert_path(ambient, "A4", &[("capture-inbound", Party::Proxy)]);
     for probes in ["kubelet_probes=on", "kubelet_probes=8080"] {
         let ambient = format!("{ambient} {probes}");
-        is(&ambient, "A4", &[("kubelet-probe-in", Party::App)]);
+        assert_path(&ambient, "A4", &[("kubelet-probe-in", Party::App)]);
     }
-    is(ambient, "metrics", &[("own-ports-in", Party::Proxy)]);
-    is(ambient, "A5", &[("own-pod", Party::App)]);
-    is(ambient, "A5'", &[("", Party::App)]);
-    is(ambient, "A5''", &[("own-pod", Party::App)]);
-    is(ambient, "A9", &[("", Party::DnsServer)]);
+    assert_path(ambient, "metrics", &[("own-ports-in", Party::Proxy)]);
+    assert_path(ambient, "A5", &[("own-pod", Party::App)]);
+    assert_path(ambient, "A5'", &[("", Party::App)]);
+    assert_path(ambient, "A5''", &[("own-pod", Party::App)]);
+    assert_path(ambient, "A9", &[("", Party::DnsServer)]);
     let dns = "profile=ambient dns=capture";
-    is(dns, "A9", &[("capture-dns-udp", Party::Proxy), ("", Party::DnsServer)]);
-    is(dns, "A9'", &[("capture-dns-tcp", Party::Proxy), ("", Party::DnsServer)]);
+    assert_path(dns, "A9", &[("capture-dns-udp", Party::Proxy), ("", Party::DnsServer)]);
+    assert_path(dns, "A9'", &[("capture-dns-tcp", Party::Proxy), ("", Party::DnsServer)]);
     let ingress = "profile=ambient ingress=true";
-    is(ingress, "A2", &[("", Party::App)]);
+    assert_path(ingress, "A2", &[("", Party::App)]);
 }
 
 #[test]
@@ -122,15 +130,15 @@ fn reply_to_preserved_address_returns_by_mark() {
 }
 
 #[test]
-fn osm_flows_end_as_in_tests_of_article() {
+fn osm_flows_reach_the_expected_receivers() {
     let osm = "profile=osm";
-    is(osm, "O1", &[("capture-outbound", Party::Proxy), ("proxy", Party::Remote)]);
-    is(osm, "O2", &[("capture-inbound", Party::Proxy), ("proxy", Party::App)]);
-    is(osm, "O3", &[("never-15010", Party::Proxy)]);
-    is(osm, "O4", &[("never-15901", Party::Proxy)]);
-    is(osm, "O5", &[("capture-outbound", Party::Proxy), ("proxy", Party::App)]);
-    is(osm, "O6", &[("localhost", Party::App)]);
-    is(osm, "O7", &[("capture-outbound", Party::Proxy)]);
+    assert_path(osm, "O1", &[("capture-outbound", Party::Proxy), ("proxy", Party::Remote)]);
+    assert_path(osm, "O2", &[("capture-inbound", Party::Proxy), ("proxy", Party::App)]);
+    assert_path(osm, "O3", &[("never-15010", Party::Proxy)]);
+    assert_path(osm, "O4", &[("never-15901", Party::Proxy)]);
+    assert_path(osm, "O5", &[("capture-outbound", Party::Proxy), ("proxy", Party::App)]);
+    assert_path(osm, "O6", &[("localhost", Party::App)]);
+    assert_path(osm, "O7", &[("capture-outbound", Party::Proxy)]);
 }
 
 #[test]
@@ -148,7 +156,7 @@ fn hbone_is_never_redirected() {
 }
 
 #[test]
-fn excluded_traffic_has_flow_without_proxy() {
+fn excluded_traffic_bypasses_the_proxy() {
     for profile in ["ambient", "sidecar", "osm"] {
         for (key, value) in [
             ("outbound.exclude_cidrs", "203.0.113.0/24"),
@@ -204,7 +212,7 @@ fn ipv6_flows_follow_setting() {
 }
 
 #[test]
-fn older_connections_survive_without_exact() {
+fn connections_older_than_the_rules_survive_without_exact() {
     for profile in ["ambient", "sidecar", "osm"] {
         for (exact, end) in [(false, Verdict::Direct), (true, Verdict::Redirected(15001))] {
             let found = explained(&format!("profile={profile} exact={exact}"), |explanation| {
@@ -307,7 +315,7 @@ fn explained_packet(assignments: &str, sender: Sender, to: &str) -> (Verdict, St
 }
 
 #[test]
-fn excluded_packet_names_excluding_setting() {
+fn advice_for_excluded_packet_names_excluding_setting() {
     let sidecar = "profile=sidecar outbound.exclude_ports=443";
     let (end, text) = explained_packet(sidecar, Sender::App, "10.0.0.5:443");
     assert_eq!(end, Verdict::Direct);
@@ -323,7 +331,7 @@ fn excluded_packet_names_excluding_setting() {
 }
 
 #[test]
-fn captured_packet_names_exempting_settings() {
+fn advice_for_captured_packet_names_exempting_settings() {
     let (end, text) = explained_packet("profile=ambient", Sender::App, "10.0.0.5:443");
     assert_eq!(end, Verdict::Redirected(15001));
     assert!(text.contains("`interception.outbound.exclude_cidrs: 10.0.0.5`"), "{text}");

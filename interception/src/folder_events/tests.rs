@@ -15,11 +15,11 @@ use super::*;
 
 /// Longer than the watcher waits for further changes, but shorter than its polling interval: only
 /// an event can report a change so early.
-const BOUND: Duration = Duration::from_secs(10);
+const EVENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Five polling intervals of 30 seconds, and a part of the next one.
-const SILENCE: Duration = Duration::from_secs(155);
+const SEVERAL_POLL_INTERVALS: Duration = Duration::from_secs(155);
 /// Shorter than the watcher waits for the end of a write.
-const MOMENT: Duration = Duration::from_millis(50);
+const SHORT_PAUSE: Duration = Duration::from_millis(50);
 
 fn watch(folder: &Folder, name: &str) -> FileWatch {
     FileWatcher::new(Inotify::open).watch(&folder.path(name)).unwrap()
@@ -75,7 +75,7 @@ impl FolderEvents for Recorded {
 }
 
 async fn wakes(watch: &mut FileWatch) {
-    timeout(BOUND, watch.changed()).await.expect("the change is reported");
+    timeout(EVENT_TIMEOUT, watch.changed()).await.expect("the change is reported");
 }
 
 #[tokio::test]
@@ -175,7 +175,7 @@ async fn ignores_other_files_and_unchanged_content() {
 /// itself.
 async fn stays_silent(watch: &mut FileWatch) {
     tokio::time::pause();
-    timeout(SILENCE, watch.changed()).await.expect_err("nothing changed");
+    timeout(SEVERAL_POLL_INTERVALS, watch.changed()).await.expect_err("nothing changed");
     tokio::time::resume();
 }
 
@@ -187,7 +187,7 @@ async fn cancelled_wait_keeps_the_change() {
     folder.write("a.yaml", "2");
     let impatient =
         async { while timeout(Duration::from_millis(2), watch.changed()).await.is_err() {} };
-    timeout(BOUND, impatient).await.expect("the change is reported");
+    timeout(EVENT_TIMEOUT, impatient).await.expect("the change is reported");
 }
 
 #[tokio::test]
@@ -198,14 +198,14 @@ async fn polls_after_watches_are_lost() {
     recorded.lose_watches();
     folder.write("a.yaml", "2");
     tokio::time::pause();
-    timeout(SILENCE, watch.changed()).await.expect("the change is seen");
+    timeout(SEVERAL_POLL_INTERVALS, watch.changed()).await.expect("the change is seen");
     tokio::time::resume();
     folder.write("a.yaml", "3");
     wakes(&mut watch).await;
 }
 
 #[tokio::test]
-async fn link_to_itself_does_not_hang() {
+async fn link_to_itself_does_not_block_the_watcher() {
     let folder = Folder::of_test();
     folder.swap("a.yaml", "a.yaml");
     let mut watch = watch(&folder, "a.yaml");
@@ -316,7 +316,7 @@ async fn waits_until_file_is_written() {
     let mut watch = watch(&folder, "a.yaml");
     let mut file = fs::File::create(folder.root().join("a.yaml")).unwrap();
     file.write_all(b"half").unwrap();
-    timeout(MOMENT, watch.changed()).await.expect_err("it is not whole");
+    timeout(SHORT_PAUSE, watch.changed()).await.expect_err("it is not whole");
     file.write_all(b" and half").unwrap();
     drop(file);
     wakes(&mut watch).await;
@@ -330,7 +330,7 @@ async fn reads_file_that_is_never_closed() {
     let mut file = fs::File::create(folder.root().join("a.yaml")).unwrap();
     file.write_all(b"more").unwrap();
     tokio::time::pause();
-    timeout(SILENCE, watch.changed()).await.expect("the change is seen");
+    timeout(SEVERAL_POLL_INTERVALS, watch.changed()).await.expect("the change is seen");
 }
 
 #[tokio::test]
@@ -364,7 +364,7 @@ fn inotify_instances(folder: &Path) -> usize {
 }
 
 #[tokio::test]
-async fn reports_file_that_changes_all_the_time() {
+async fn constantly_changing_file_is_reported() {
     let folder = Folder::of_test();
     folder.write("a.yaml", "0");
     let mut watch = watch(&folder, "a.yaml");
@@ -372,7 +372,7 @@ async fn reports_file_that_changes_all_the_time() {
         for n in 1.. {
             folder.write("a.yaml.new", &n.to_string());
             folder.rename("a.yaml.new", "a.yaml");
-            sleep(MOMENT / 10).await;
+            sleep(SHORT_PAUSE / 10).await;
         }
     };
     tokio::select! {
@@ -382,7 +382,7 @@ async fn reports_file_that_changes_all_the_time() {
 }
 
 #[test]
-fn step_is_writing_until_a_file_is_closed() {
+fn created_file_counts_as_incomplete_until_it_is_closed() {
     let watch = FolderWatch(1);
     let of = |flags| converted(flags, watch, None);
     for (flags, step) in [

@@ -34,7 +34,7 @@ const NODE_VETHS: usize = 3;
 pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
     let why = match NamespaceFacts::gather(entered) {
         Ok(facts) => facts.host_evidence(),
-        Err(error) => Some(format!("/proc does not tell which namespace this is: {error}")),
+        Err(error) => Some(format!("/proc does not identify the network namespace: {error}")),
     };
     why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
 }
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn trusts_inode_on_kernels_that_fix_it() {
+    fn fixed_inode_identifies_host_namespace_on_new_kernels() {
         for (release, expected) in
             [("6.18.44-generic", true), ("7.0.1", true), ("6.17.9", false), ("?", false)]
         {

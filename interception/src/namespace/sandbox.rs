@@ -1,6 +1,6 @@
 //! A sandbox for tests and the demonstration: private namespaces in which the process is root.
 //!
-//! The sandbox is isolated from the machine. `wiring` creates further network namespaces in it.
+//! The sandbox is isolated from the machine. `setup` creates further network namespaces in it.
 
 use std::fs;
 use std::io;

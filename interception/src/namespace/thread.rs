@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Namespace, NamespaceId, failed};
 use crate::error::InterceptionError;
-use crate::process::privileges::{Kept, confine_thread, prepare_change_of_user};
+use crate::process::privileges::{KeptCapabilities, confine_thread, prepare_change_of_user};
 
 /// An operation. It receives an error if its namespace cannot be entered.
 type AsyncOperation = Box<
@@ -176,7 +176,7 @@ impl NamespaceThread {
     /// # Errors
     ///
     /// The kernel rejected the change.
-    pub async fn confine(&self, kept: Kept) -> Result<(), InterceptionError> {
+    pub async fn confine(&self, kept: KeptCapabilities) -> Result<(), InterceptionError> {
         self.change_privileges(move || confine_thread(kept)).await
     }
 
@@ -186,7 +186,10 @@ impl NamespaceThread {
     /// # Errors
     ///
     /// The kernel rejected the change.
-    pub async fn prepare_change_of_user(&self, kept: Kept) -> Result<(), InterceptionError> {
+    pub async fn prepare_change_of_user(
+        &self,
+        kept: KeptCapabilities,
+    ) -> Result<(), InterceptionError> {
         self.change_privileges(move || prepare_change_of_user(kept)).await
     }
 

@@ -22,7 +22,7 @@ use super::{
 };
 
 const PROXY: Mark = Mark { value: PROXY_MARK, mask: MARK_MASK };
-const RETURNING: Mark = Mark { value: CONNECTION_MARK, mask: MARK_MASK };
+const RETURNS_REPLY: Mark = Mark { value: CONNECTION_MARK, mask: MARK_MASK };
 
 const RAW_PREROUTING: ChainId = chain(Table::Raw, "ISTIO_PRERT");
 const RAW_OUTPUT: ChainId = chain(Table::Raw, "ISTIO_OUTPUT");
@@ -33,7 +33,7 @@ const NAT_OUTPUT: ChainId = chain(Table::Nat, "ISTIO_OUTPUT");
 
 /// Routes the workload's replies to a preserved client address back to the proxy.
 pub(super) const ROUTE: PolicyRoute =
-    PolicyRoute { mark: RETURNING, priority: RULE_PRIORITY, table: ROUTE_TABLE };
+    PolicyRoute { mark: RETURNS_REPLY, priority: RULE_PRIORITY, table: ROUTE_TABLE };
 
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     let mut builder = Builder::default();
@@ -123,7 +123,7 @@ fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
     .families(families)
     .when([], Action::Jump(MANGLE_OUTPUT));
     let mut proxys = vec![Match::PacketMark(PROXY)];
-    let mut returning = vec![Match::ConnectionMark(RETURNING)];
+    let mut returning = vec![Match::ConnectionMark(RETURNS_REPLY)];
     if !exact {
         proxys.insert(0, Match::Direction(Direction::Original));
         returning.insert(0, Match::Direction(Direction::Reply));
@@ -135,7 +135,7 @@ fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
          as the proxy's replies would mark the workload's own captured connections",
     )
     .families(families)
-    .when_all(proxys, Action::MarkConnection(RETURNING));
+    .when_all(proxys, Action::MarkConnection(RETURNS_REPLY));
     b.rule(
         MANGLE_OUTPUT,
         "return-to-proxy",
@@ -143,7 +143,7 @@ fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
          only replies, so the proxy's own packets are not rerouted, and only underpass' bits of the mark",
     )
     .families(families)
-    .when_all(returning, if exact { Action::RestoreMark } else { Action::MarkPacket(RETURNING) });
+    .when_all(returning, if exact { Action::RestoreMark } else { Action::MarkPacket(RETURNS_REPLY) });
 }
 
 fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
@@ -305,7 +305,7 @@ fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
         "skips replies that already return to the proxy; for parity with Istio, never matches",
     )
     .families(captured)
-    .when([TCP, Match::PacketMark(RETURNING)], Action::Accept);
+    .when([TCP, Match::PacketMark(RETURNS_REPLY)], Action::Accept);
     for &family in &inputs.families {
         b.rule(
             NAT_OUTPUT,

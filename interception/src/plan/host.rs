@@ -243,7 +243,7 @@ add rule inet underpass_host postrouting meta l4proto tcp meta skuid != 42949672
     }
 
     #[test]
-    fn adjacent_addresses_stay_apart() {
+    fn adjacent_addresses_are_not_merged() {
         let text = plan(&["10.0.0.0", "10.0.0.1"]).to_string();
         assert!(text.contains("elements = { 10.0.0.0, 10.0.0.1 }"), "{text}");
     }

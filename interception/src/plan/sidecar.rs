@@ -261,14 +261,14 @@ enum Owner {
 }
 
 impl Owner {
-    fn is(&self) -> Match {
+    fn matches_owner(&self) -> Match {
         match self {
             Self::User(uids) => Match::Uid(uids.clone()),
             Self::Group(gids) => Match::Gid(gids.clone()),
         }
     }
 
-    fn is_not(&self) -> Match {
+    fn excludes_owner(&self) -> Match {
         match self {
             Self::User(uids) => Match::NotUid(uids.clone()),
             Self::Group(gids) => Match::NotGid(gids.clone()),
@@ -306,13 +306,13 @@ fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
                 Match::NotDestination(family.loopback),
                 Match::Out(lo()),
                 Match::NotDestinationPort(Protocol::Tcp, exempt_ports.clone()),
-                owner.is(),
+                owner.matches_owner(),
             ],
             Action::Jump(ISTIO_IN_REDIRECT),
         );
     }
     if !includes_loopback(inputs) {
-        let mut matches = vec![Match::Out(lo()), owner.is_not()];
+        let mut matches = vec![Match::Out(lo()), owner.excludes_owner()];
         if dns {
             let no_dns = Match::NotDestinationPort(Protocol::Tcp, vec![53.into()]);
             matches.insert(1, no_dns);
@@ -325,7 +325,7 @@ fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
     b.rule(ISTIO_OUTPUT, proxy, "skips the proxy's own connections")
         .numbered()
         .families(captured)
-        .when([owner.is()], Action::Return);
+        .when([owner.matches_owner()], Action::Return);
 }
 
 /// Returns true if outbound capture includes loopback addresses, and therefore a workload's calls

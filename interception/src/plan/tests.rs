@@ -195,7 +195,7 @@ fn every_golden_file_has_plan() {
 }
 
 #[test]
-fn alternate_form_prints_every_reason_on_one_line() {
+fn alternate_format_prints_each_reason_on_one_line() {
     for (name, plan) in every_plan() {
         let text = format!("{plan:#}");
         let reasons = text.lines().filter(|line| line.starts_with("# ")).count();
@@ -213,7 +213,7 @@ fn rule_ids_are_unique() {
 }
 
 #[test]
-fn rules_refer_to_chains_of_plan_and_table() {
+fn jump_targets_exist_in_the_same_table() {
     for (name, plan) in every_plan() {
         let there = |id| plan.chains().iter().any(|chain| chain.id == id);
         for rule in plan.rules() {
@@ -241,7 +241,7 @@ fn exact_omits_own_rules_and_default_keeps_mesh_rules() {
 }
 
 #[test]
-fn lists_are_non_empty_and_of_rule_family() {
+fn rule_lists_contain_values_of_rule_family() {
     for (name, plan) in every_plan() {
         for rule in plan.rules() {
             for condition in &rule.matches {
@@ -268,7 +268,7 @@ fn ten_thousand_excluded_networks_form_one_rule() {
 }
 
 #[test]
-fn networks_form_rule_per_common_prefix_length() {
+fn many_networks_of_one_prefix_length_form_one_rule() {
     let of_length = |length, first: usize, count: usize| {
         (0..count).map(move |n| format!("{first}.{}.{}.0/{length}", n / 200, n % 200))
     };
@@ -387,7 +387,7 @@ fn own_ports(profile: &str, metrics: &str, readiness: &str) -> Vec<String> {
 }
 
 #[test]
-fn exempts_own_services_at_their_addresses() {
+fn proxy_services_are_exempt_at_their_addresses() {
     for profile in ["profile=ambient", "profile=sidecar", "profile=osm"] {
         let both = "-p tcp -m multiport --dports 25020,25021";
         assert_eq!(own_ports(profile, "[::]:25020", "[::]:25021"), [both, both], "{profile}");
@@ -404,7 +404,7 @@ fn exempts_own_services_at_their_addresses() {
 }
 
 #[test]
-fn exempts_own_services_in_included_ports() {
+fn proxy_services_in_included_ports_are_exempt() {
     for profile in
         ["profile=ambient", "profile=sidecar", "profile=sidecar inbound.mode=tproxy", "profile=osm"]
     {

@@ -250,7 +250,9 @@ enum ChainVerdict {
 
 impl<'p> Walker<'p, '_> {
     fn walk(mut self) -> Walk<'p> {
-        let end = self.hooks().map_or_else(|end| end, |()| self.caught.unwrap_or(Verdict::Direct));
+        let end = self
+            .evaluate_hooks()
+            .map_or_else(|end| end, |()| self.caught.unwrap_or(Verdict::Direct));
         Walk {
             local: self.is_delivered_locally(),
             traversed: self.traversed,
@@ -261,9 +263,9 @@ impl<'p> Walker<'p, '_> {
         }
     }
 
-    fn hooks(&mut self) -> Result<(), Verdict> {
+    fn evaluate_hooks(&mut self) -> Result<(), Verdict> {
         if self.hook == Hook::Output {
-            self.tables()?;
+            self.evaluate_tables()?;
             if !self.is_delivered_locally() {
                 return Ok(());
             }
@@ -271,10 +273,10 @@ impl<'p> Walker<'p, '_> {
             // drivers/net/loopback.c). Mark and connection stay.
             (self.looped, self.sender, self.hook) = (true, None, Hook::Prerouting);
         }
-        self.tables()?;
+        self.evaluate_tables()?;
         if self.is_delivered_locally() {
             self.hook = Hook::Input;
-            self.tables()?;
+            self.evaluate_tables()?;
         }
         Ok(())
     }
@@ -289,7 +291,7 @@ impl<'p> Walker<'p, '_> {
     }
 
     /// Evaluates the base chains of the hook in the order of their priority.
-    fn tables(&mut self) -> Result<(), Verdict> {
+    fn evaluate_tables(&mut self) -> Result<(), Verdict> {
         let plan = self.plan;
         let at_hook = plan.chains.iter().filter(|chain| chain.hook == Some(self.hook));
         let mut chains: Vec<ChainId> = at_hook.map(|chain| chain.id).collect();
@@ -330,7 +332,7 @@ impl<'p> Walker<'p, '_> {
                         verdict => return verdict,
                     }
                 }
-                action => match self.act(action) {
+                action => match self.apply_action(action) {
                     ChainVerdict::Continue => {}
                     verdict => return verdict,
                 },
@@ -339,7 +341,7 @@ impl<'p> Walker<'p, '_> {
         ChainVerdict::Continue
     }
 
-    fn act(&mut self, action: Action) -> ChainVerdict {
+    fn apply_action(&mut self, action: Action) -> ChainVerdict {
         match action {
             Action::Accept => ChainVerdict::Accept,
             Action::Drop => ChainVerdict::Verdict(Verdict::Dropped),
@@ -433,10 +435,10 @@ impl<'p> Walker<'p, '_> {
 
     fn matches_rule(&self, rule: &Rule) -> bool {
         rule.families.contains(self.destination.is_ipv6())
-            && rule.matches.iter().all(|condition| self.is(condition))
+            && rule.matches.iter().all(|condition| self.matches_condition(condition))
     }
 
-    fn is(&self, condition: &Match) -> bool {
+    fn matches_condition(&self, condition: &Match) -> bool {
         let (source, destination) = (self.packet.source, self.destination);
         let carries = |protocol: &Protocol| self.packet.protocol == *protocol;
         let among = |interfaces: &[String], name: Option<&str>| {

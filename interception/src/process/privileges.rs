@@ -31,7 +31,7 @@ pub struct ProxyUser {
 
 /// The capabilities that a thread keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kept {
+pub enum KeptCapabilities {
     /// No capability.
     Nothing,
     /// NET_ADMIN, to repair or remove rules, and to open sockets with marks or foreign source
@@ -104,9 +104,9 @@ pub fn confine_process() -> io::Result<()> {
 /// # Errors
 ///
 /// The kernel rejected the operation.
-pub fn prepare_change_of_user(kept: Kept) -> io::Result<()> {
+pub fn prepare_change_of_user(kept: KeptCapabilities) -> io::Result<()> {
     // SETPCAP must still be effective for this.
-    bound(kept)?;
+    reduce_bounding_set(kept)?;
     // Otherwise the kernel clears the capabilities when the user changes (capabilities(7)).
     prctl::set_keepcaps(true)?;
     Ok(())
@@ -119,9 +119,9 @@ pub fn prepare_change_of_user(kept: Kept) -> io::Result<()> {
 /// # Errors
 ///
 /// The kernel rejected the operation.
-pub fn confine_thread(kept: Kept) -> io::Result<()> {
-    bound(kept)?;
-    keep(kept)
+pub fn confine_thread(kept: KeptCapabilities) -> io::Result<()> {
+    reduce_bounding_set(kept)?;
+    reduce_capabilities(kept)
 }
 
 /// Drops all capabilities of a thread that only waits, or reads and writes files, such as those for
@@ -131,19 +131,19 @@ pub fn confine_thread(kept: Kept) -> io::Result<()> {
 ///
 /// The kernel rejected the operation.
 pub fn confine_auxiliary_thread() -> io::Result<()> {
-    bound(Kept::Nothing)?;
+    reduce_bounding_set(KeptCapabilities::Nothing)?;
     if USER_WILL_CHANGE.load(Relaxed) {
         return set(&[Capability::CAP_SETUID, Capability::CAP_SETGID], &[]);
     }
-    keep(Kept::Nothing)
+    reduce_capabilities(KeptCapabilities::Nothing)
 }
 
 /// Removes all capabilities that no program needs from the bounding set.
-pub(super) fn bound(kept: Kept) -> io::Result<()> {
+pub(super) fn reduce_bounding_set(kept: KeptCapabilities) -> io::Result<()> {
     if !caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP).unwrap_or(false) {
         return Ok(());
     }
-    let needed = kept.inherited();
+    let needed = kept.of_programs();
     let bounding = caps::read(None, CapSet::Bounding).map_err(io::Error::other)?;
     for capability in bounding.into_iter().filter(|one| !needed.contains(one)) {
         caps::drop(None, CapSet::Bounding, capability).map_err(io::Error::other)?;
@@ -151,20 +151,20 @@ pub(super) fn bound(kept: Kept) -> io::Result<()> {
     Ok(())
 }
 
-impl Kept {
+impl KeptCapabilities {
     /// The capabilities that the thread itself keeps.
-    fn own(self) -> &'static [Capability] {
+    fn of_thread(self) -> &'static [Capability] {
         match self {
             Self::Nothing => &[],
             Self::NetAdmin => &[NET_ADMIN],
-            Self::NetAdminForPrograms => self.inherited(),
+            Self::NetAdminForPrograms => self.of_programs(),
             Self::Namespaces { programs: false } => &[SYS_ADMIN, NET_ADMIN],
             Self::Namespaces { programs: true } => &[SYS_ADMIN, NET_ADMIN, NET_RAW],
         }
     }
 
     /// The capabilities that its programs inherit.
-    fn inherited(self) -> &'static [Capability] {
+    fn of_programs(self) -> &'static [Capability] {
         match self {
             Self::Nothing | Self::NetAdmin | Self::Namespaces { programs: false } => &[],
             Self::NetAdminForPrograms | Self::Namespaces { programs: true } => {
@@ -175,9 +175,9 @@ impl Kept {
 }
 
 /// Reduces the calling thread to these capabilities.
-pub(super) fn keep(kept: Kept) -> io::Result<()> {
+pub(super) fn reduce_capabilities(kept: KeptCapabilities) -> io::Result<()> {
     prctl::set_keepcaps(false)?;
-    set(kept.own(), kept.inherited())
+    set(kept.of_thread(), kept.of_programs())
 }
 
 fn set(own: &[Capability], inherited: &[Capability]) -> io::Result<()> {

@@ -11,7 +11,8 @@ use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
 use crate::error::InterceptionError;
 use crate::process::privileges::{
-    Kept, MissingCapabilities, ProxyUser, announce_change_of_user, bound, keep,
+    KeptCapabilities, MissingCapabilities, ProxyUser, announce_change_of_user, reduce_bounding_set,
+    reduce_capabilities,
 };
 
 impl ProxyUser {
@@ -64,13 +65,13 @@ impl ProxyUser {
     pub fn switch(self) -> Result<(), InterceptionError> {
         let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
         let switch = || -> io::Result<()> {
-            bound(Kept::Nothing)?;
+            reduce_bounding_set(KeptCapabilities::Nothing)?;
             // Drop the supplementary groups of root.
             setgroups(&[])?;
             setresgid(gid, gid, gid)?;
             setresuid(uid, uid, uid)?;
             announce_change_of_user(false);
-            keep(Kept::Nothing)?;
+            reduce_capabilities(KeptCapabilities::Nothing)?;
             // The kernel resets the flag to fs.suid_dumpable when the user changes (proc(5)).
             prctl::set_dumpable(false)?;
             Ok(())

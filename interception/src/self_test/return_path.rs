@@ -37,7 +37,8 @@ impl ReturnPathProbe {
     ///
     /// The error of the kernel: no socket, no permission, or no list of interfaces.
     pub fn prepare(entered: &Entered, plan: &RulePlan, sockets: &Sockets) -> io::Result<Vec<Self>> {
-        let Some(&route) = plan.routes().first().filter(|_| sockets.imitate_clients()) else {
+        let Some(&route) = plan.routes().first().filter(|_| sockets.preserve_client_addresses())
+        else {
             return Ok(Vec::new());
         };
         let environment = Environment::of(entered)?;

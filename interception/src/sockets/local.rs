@@ -30,7 +30,7 @@ const ATTRIBUTE: u16 = 4;
 const ROUTE_TYPE: usize = 16 + 7;
 
 /// The maximum number of answers to earlier queries that may precede the current answer.
-const STALE: usize = 8;
+const MAX_EARLIER_ANSWERS: usize = 8;
 
 /// Looks up addresses in the namespace in which it was opened.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ impl LocalAddresses {
     fn ask(&self, sequence: u32, address: IpAddr) -> io::Result<bool> {
         send(&self.socket, &request(sequence, address), SendFlags::empty())?;
         let mut answer = [0; 1024];
-        for _ in 0..STALE {
+        for _ in 0..MAX_EARLIER_ANSWERS {
             let (read, _) = recv(&self.socket, &mut answer, RecvFlags::empty())?;
             if let Some(local) = is_local(answer.get(..read).unwrap_or_default(), sequence) {
                 return Ok(local);
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_only_the_answer_to_its_question() {
+    fn answers_to_other_queries_are_ignored() {
         let answer = |kind: u16, sequence: u32, route: u8| {
             let mut answer = vec![0; ROUTE_TYPE + 5];
             answer[4..6].copy_from_slice(&kind.to_ne_bytes());

@@ -20,15 +20,15 @@ use socket2::SockRef;
 use underpass_config::PacedConnections;
 
 /// The default congestion control of new sockets, in the namespace of the reading thread.
-const DEFAULT: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
+const DEFAULT_FILE: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 
 /// Congestion controls without pacing. The first one that is available and allowed
 /// (`net.ipv4.tcp_allowed_congestion_control`) is used.
-const UNPACED: [&[u8]; 2] = [b"cubic", b"reno"];
+const WITHOUT_PACING: [&[u8]; 2] = [b"cubic", b"reno"];
 
 /// A peer that answers within this time is near: usually in the same region. A busy peer or proxy
 /// may take longer and counts as distant, which is harmless.
-const NEAR: Duration = Duration::from_millis(5);
+const MAX_NEAR_ANSWER_TIME: Duration = Duration::from_millis(5);
 
 /// A congestion control that paces, and the connections that use it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +41,7 @@ impl Pacing {
     /// The namespace's default congestion control. `None` if it does not pace.
     #[must_use]
     pub fn of_namespace(connections: PacedConnections) -> Option<Self> {
-        let name = fs::read_to_string(DEFAULT).ok()?;
+        let name = fs::read_to_string(DEFAULT_FILE).ok()?;
         let name = name.trim();
         paces(name).then(|| Self { name: name.into(), connections })
     }
@@ -49,7 +49,7 @@ impl Pacing {
     /// The namespace's default congestion control, treated as if it paces.
     #[cfg(test)]
     pub(super) fn testing(connections: PacedConnections) -> Self {
-        let name = fs::read_to_string(DEFAULT).expect("a default");
+        let name = fs::read_to_string(DEFAULT_FILE).expect("a default");
         Self { name: name.trim().into(), connections }
     }
 
@@ -75,12 +75,12 @@ impl Pacing {
         }
         let socket = SockRef::from(socket);
         // Fails only if the administrator allows none of them: then the connection paces.
-        let _unpaced = UNPACED.iter().any(|name| socket.set_tcp_congestion(name).is_ok());
+        let _unpaced = WITHOUT_PACING.iter().any(|name| socket.set_tcp_congestion(name).is_ok());
     }
 
     /// Starts pacing, unless the peer answered so soon that it is near.
     pub(super) fn decide(&self, socket: &impl AsFd, answered: Duration) {
-        if answered >= NEAR {
+        if answered >= MAX_NEAR_ANSWER_TIME {
             self.begin(socket);
         }
     }

@@ -116,7 +116,7 @@ pub enum Closing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum LastHop {
     /// The client's own address. `mark` routes the replies back to the proxy.
-    Imitated { mark: u32 },
+    ClientAddress { mark: u32 },
     /// A loopback address, by which the rules recognize the connections.
     Loopback { v4: Ipv4Addr, v6: Ipv6Addr },
     /// The kernel chooses the address.
@@ -129,7 +129,7 @@ impl Sockets {
     /// accepts connections of a family as soon as it is enabled.
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ipv6: bool) -> Self {
-        let imitated = LastHop::Imitated { mark: PROXY_MARK };
+        let imitated = LastHop::ClientAddress { mark: PROXY_MARK };
         let (mark, last_hop) = match (settings.profile, settings.inbound.mode) {
             (Profile::Ambient, _) => (Some(PROXY_MARK), imitated),
             (Profile::Sidecar, InboundMode::Tproxy) => (None, imitated),
@@ -166,7 +166,7 @@ impl Sockets {
     /// addresses.
     #[must_use]
     pub fn need_net_admin(&self) -> bool {
-        self.mark.is_some() || self.imitate_clients()
+        self.mark.is_some() || self.preserve_client_addresses()
     }
 
     /// Returns true if listeners also accept connections to addresses that are not local to the
@@ -204,7 +204,7 @@ impl Sockets {
     ///
     /// The kernel rejected the operation.
     pub fn prepare(&self, listener: &impl AsFd, accepted: AcceptedOptions) -> io::Result<()> {
-        self.tune(listener)?;
+        self.set_common_options(listener)?;
         if let Some(pacing) = &self.pacing {
             pacing.prepare(listener, accepted.unpaced);
         }
@@ -225,13 +225,13 @@ impl Sockets {
         let (domain, workload) = (domain(kind.family), kind.role == SocketRole::Workload);
         let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
         let mark = match self.last_hop {
-            LastHop::Imitated { mark } if workload => Some(mark),
+            LastHop::ClientAddress { mark } if workload => Some(mark),
             _ => self.mark,
         };
         if let Some(mark) = mark {
             socket.set_mark(mark)?;
         }
-        self.tune(&socket)?;
+        self.set_common_options(&socket)?;
         if let Some(pacing) = &self.pacing {
             pacing.postpone(&socket);
         }
@@ -244,7 +244,7 @@ impl Sockets {
             // applies to both families (ipv6_setsockopt passes SOL_IP on).
             setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
         }
-        if workload && self.imitate_clients() {
+        if workload && self.preserve_client_addresses() {
             match kind.family {
                 Family::V4 => socket.set_ip_transparent_v4(true)?,
                 Family::V6 => socket.set_ip_transparent_v6(true)?,
@@ -279,7 +279,7 @@ impl Sockets {
     ) -> io::Result<()> {
         let (destination, client) = (canonical(destination), client.to_canonical());
         let source = match self.last_hop {
-            LastHop::Imitated { .. } => {
+            LastHop::ClientAddress { .. } => {
                 let same_family = client.is_ipv4() == destination.is_ipv4();
                 (same_family && client != destination.ip()).then_some(client)
             }
@@ -295,12 +295,12 @@ impl Sockets {
     /// Returns true if the workload sees its clients' own addresses, so that its replies need a
     /// return path.
     #[must_use]
-    pub(crate) fn imitate_clients(&self) -> bool {
-        matches!(self.last_hop, LastHop::Imitated { .. })
+    pub(crate) fn preserve_client_addresses(&self) -> bool {
+        matches!(self.last_hop, LastHop::ClientAddress { .. })
     }
 
     /// Sets TCP_NODELAY and keepalive, which all connections of the proxy have.
-    fn tune(&self, stream: &impl AsFd) -> io::Result<()> {
+    fn set_common_options(&self, stream: &impl AsFd) -> io::Result<()> {
         let socket = SockRef::from(stream);
         socket.set_tcp_nodelay(true)?;
         let Some(keepalive) = self.keepalive else {
@@ -412,7 +412,7 @@ pub fn end_on_close(stream: &impl AsFd) {
 /// Enables keepalive on `stream`: the first probe after `first` without data, then probes at the
 /// interval `every`, both in whole seconds. The kernel closes the connection after
 /// [`KEEPALIVE_PROBES`] unanswered probes. Cannot fail: a closed connection needs no probes.
-pub fn probe_every(stream: &impl AsFd, first: Duration, every: Duration) {
+pub fn enable_keepalive(stream: &impl AsFd, first: Duration, every: Duration) {
     let probes = TcpKeepalive::new().with_time(first).with_interval(every);
     let _gone = SockRef::from(stream).set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES));
 }

@@ -13,13 +13,13 @@ use crate::pod::{
 };
 
 pub(crate) const CASES: &[Case] = &[
-    ("the blackhole blocks only unmarked TCP", refuses_unmarked_tcp),
+    ("the blackhole blocks only unmarked TCP", blocks_unmarked_tcp),
     ("the blackhole exempts excluded users, ports and networks", exempts_exclusions),
-    ("the blackhole is removed completely after two installations", leaves_no_trace),
-    ("the blackhole supports thousands of exemptions", has_many_exemptions),
+    ("the blackhole is removed completely after two installations", removal_is_complete),
+    ("the blackhole supports thousands of exemptions", supports_many_exemptions),
     (
         "the blackhole accepts ports and users that ip rules cannot express",
-        takes_inexpressible_settings,
+        accepts_inexpressible_settings,
     ),
 ];
 
@@ -50,7 +50,7 @@ fn listeners(
     Ok(listeners?)
 }
 
-fn refuses_unmarked_tcp() -> Result<(), Failed> {
+fn blocks_unmarked_tcp() -> Result<(), Failed> {
     let wired = ConnectedPods::new("blackhole")?;
     for family in [V4, V6] {
         let _there = listeners(&wired, family, &[PORT])?;
@@ -108,7 +108,7 @@ fn exempts_exclusions() -> Result<(), Failed> {
     Ok(())
 }
 
-fn leaves_no_trace() -> Result<(), Failed> {
+fn removal_is_complete() -> Result<(), Failed> {
     let pod = isolated("trace")?;
     command(&pod, "ip rule add fwmark 0x7 pref 2 lookup 7")?;
     let rules = || -> Result<_, Failed> {
@@ -128,7 +128,7 @@ fn leaves_no_trace() -> Result<(), Failed> {
     equal("the ip rules after removal", rules()?, before)
 }
 
-fn has_many_exemptions() -> Result<(), Failed> {
+fn supports_many_exemptions() -> Result<(), Failed> {
     let pod = isolated("many-exemptions")?;
     let before = command(&pod, "ip rule")?;
     let cidrs: Vec<_> = (0..2000).map(|n| format!("10.{}.{}.0/24", n / 256, n % 256)).collect();
@@ -143,7 +143,7 @@ fn has_many_exemptions() -> Result<(), Failed> {
 }
 
 /// The kernel rejects ip rules with port 65535 or with users outside of the user namespace.
-fn takes_inexpressible_settings() -> Result<(), Failed> {
+fn accepts_inexpressible_settings() -> Result<(), Failed> {
     let wired = ConnectedPods::new("inexpressible")?;
     let _there = listeners(&wired, V4, &[PORT, 80])?;
     inside(&wired.pod, async || {

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 use underpass_interception::{
-    AcceptedOptions, BoundListener, Closing, Entered, Kept, ListenerRequest, Namespace,
+    AcceptedOptions, BoundListener, Closing, Entered, KeptCapabilities, ListenerRequest, Namespace,
     NamespaceAccess, OriginalDestination, PacketCapture, SocketKind, SocketRole, Sockets,
     TcpSegment, confine_thread, counters,
 };
@@ -23,32 +23,64 @@ use crate::pod::{
 };
 
 pub(crate) const CASES: &[Case] = &[
-    ("A1: a connection of the workload is captured (IPv4)", || a1(V4, "a1-v4")),
-    ("A1: a connection of the workload is captured (IPv6)", || a1(V6, "a1-v6")),
-    ("A2: a plaintext connection to the workload is captured (IPv4)", || a2(V4, "a2-v4")),
-    ("A2: a plaintext connection to the workload is captured (IPv6)", || a2(V6, "a2-v6")),
-    ("A3: HBONE reaches its listener without a redirect (IPv4)", || a3(V4, "a3-v4")),
-    ("A3: HBONE reaches its listener without a redirect (IPv6)", || a3(V6, "a3-v6")),
-    ("A4: the probe address is captured like any other (IPv4)", || a4_off(V4, "a4-off-v4")),
-    ("A4: the probe address is captured like any other (IPv6)", || a4_off(V6, "a4-off-v6")),
-    ("A4: an exempt kubelet probe reaches the workload (IPv4)", || a4(V4, "a4-v4")),
-    ("A4: an exempt kubelet probe reaches the workload (IPv6)", || a4(V6, "a4-v6")),
-    ("A4: only declared probe ports are exempt (IPv4)", || a4_ports(V4, "a4-ports-v4")),
-    ("A4: only declared probe ports are exempt (IPv6)", || a4_ports(V6, "a4-ports-v6")),
-    ("A5: a workload reaches itself directly (IPv4)", || a5(V4, "a5-v4")),
-    ("A5: a workload reaches itself directly (IPv6)", || a5(V6, "a5-v6")),
-    ("A6: the proxy's own connections are not captured (IPv4)", || a6(V4, "a6-v4")),
-    ("A6: the proxy's own connections are not captured (IPv6)", || a6(V6, "a6-v6")),
-    ("A7: the workload sees the client's own address (IPv4)", || a7(V4, "a7-v4")),
-    ("A7: the workload sees the client's own address (IPv6)", || a7(V6, "a7-v6")),
-    ("opening a marked or transparent socket takes a capability", opening_takes_capability),
+    ("A1: a connection of the workload is captured (IPv4)", || outbound_is_captured(V4, "a1-v4")),
+    ("A1: a connection of the workload is captured (IPv6)", || outbound_is_captured(V6, "a1-v6")),
+    ("A2: a plaintext connection to the workload is captured (IPv4)", || {
+        plaintext_inbound_is_captured(V4, "a2-v4")
+    }),
+    ("A2: a plaintext connection to the workload is captured (IPv6)", || {
+        plaintext_inbound_is_captured(V6, "a2-v6")
+    }),
+    ("A3: HBONE reaches its listener without a redirect (IPv4)", || {
+        hbone_is_not_redirected(V4, "a3-v4")
+    }),
+    ("A3: HBONE reaches its listener without a redirect (IPv6)", || {
+        hbone_is_not_redirected(V6, "a3-v6")
+    }),
+    ("A4: the probe address is captured like any other (IPv4)", || {
+        probe_address_is_captured(V4, "a4-off-v4")
+    }),
+    ("A4: the probe address is captured like any other (IPv6)", || {
+        probe_address_is_captured(V6, "a4-off-v6")
+    }),
+    ("A4: an exempt kubelet probe reaches the workload (IPv4)", || {
+        kubelet_probe_is_exempt(V4, "a4-v4")
+    }),
+    ("A4: an exempt kubelet probe reaches the workload (IPv6)", || {
+        kubelet_probe_is_exempt(V6, "a4-v6")
+    }),
+    ("A4: assert_only_rule_matched declared probe ports are exempt (IPv4)", || {
+        only_declared_probe_ports_are_exempt(V4, "a4-ports-v4")
+    }),
+    ("A4: assert_only_rule_matched declared probe ports are exempt (IPv6)", || {
+        only_declared_probe_ports_are_exempt(V6, "a4-ports-v6")
+    }),
+    ("A5: a workload reaches itself directly (IPv4)", || {
+        call_to_own_address_is_direct(V4, "a5-v4")
+    }),
+    ("A5: a workload reaches itself directly (IPv6)", || {
+        call_to_own_address_is_direct(V6, "a5-v6")
+    }),
+    ("A6: the proxy's own connections are not captured (IPv4)", || {
+        proxy_connection_is_not_captured(V4, "a6-v4")
+    }),
+    ("A6: the proxy's own connections are not captured (IPv6)", || {
+        proxy_connection_is_not_captured(V6, "a6-v6")
+    }),
+    ("A7: the workload sees the client's own address (IPv4)", || {
+        workload_sees_client_address(V4, "a7-v4")
+    }),
+    ("A7: the workload sees the client's own address (IPv6)", || {
+        workload_sees_client_address(V6, "a7-v6")
+    }),
+    ("opening a marked or transparent socket takes a capability", opening_requires_capability),
     ("connections survive the installation of the rules (IPv4)", || {
-        survives_installation(V4, "older-v4")
+        connection_survives_installation(V4, "older-v4")
     }),
     ("connections survive the installation of the rules (IPv6)", || {
-        survives_installation(V6, "older-v6")
+        connection_survives_installation(V6, "older-v6")
     }),
-    ("a packet capture sees the segments of a connection", capture),
+    ("a packet capture sees the segments of a connection", packet_capture_sees_segments),
 ];
 
 const APP: u16 = 8080;
@@ -136,7 +168,7 @@ fn without_capabilities<T: Send>(
     code: impl AsyncFnOnce() -> Result<T, Failed> + Send,
 ) -> Result<T, Failed> {
     let confined = || {
-        confine_thread(Kept::Nothing)?;
+        confine_thread(KeptCapabilities::Nothing)?;
         let status = fs::read_to_string("/proc/thread-self/status")?;
         let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
         equal("capabilities", effective.map(str::trim), Some("0000000000000000"))?;
@@ -202,53 +234,53 @@ fn exchange(client: &mut TcpStream, server: &mut TcpStream) -> Result<(), Failed
     equal("the reply", &byte, b"!")
 }
 
-/// Asserts that only this rule matched, once. After bytes were exchanged, this also shows that no
+/// Asserts that assert_only_rule_matched this rule matched, once. After bytes were exchanged, this also shows that no
 /// mangle rule matches captured connections.
-fn only(pod: &Namespace, rule: String) -> Result<(), Failed> {
+fn assert_only_rule_matched(pod: &Namespace, rule: String) -> Result<(), Failed> {
     equal("rules that matched", counted(pod)?, vec![(rule, 1)])
 }
 
-fn a1(family: Family, name: &str) -> Result<(), Failed> {
+fn outbound_is_captured(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let to = at(family.remote, APP);
     let mut client = mesh.plain(&mesh.wired.pod, to)?;
     let (peer, original) = accept(mesh.outbound, &mut client)?;
     equal("the original destination", original, to)?;
     equal("the client", peer, client.local_addr()?)?;
-    only(&mesh.wired.pod, family.rule("capture-outbound"))
+    assert_only_rule_matched(&mesh.wired.pod, family.rule("capture-outbound"))
 }
 
-fn a2(family: Family, name: &str) -> Result<(), Failed> {
+fn plaintext_inbound_is_captured(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let to = at(family.pod, APP);
     let mut client = mesh.plain(&mesh.wired.remote, to)?;
     let (peer, original) = accept(mesh.inbound, &mut client)?;
     equal("the original destination", original, to)?;
     equal("the client", peer, client.local_addr()?)?;
-    only(&mesh.wired.pod, family.rule("capture-inbound"))
+    assert_only_rule_matched(&mesh.wired.pod, family.rule("capture-inbound"))
 }
 
-fn a3(family: Family, name: &str) -> Result<(), Failed> {
+fn hbone_is_not_redirected(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let to = at(family.pod, PORTS.hbone);
     let mut client = mesh.plain(&mesh.wired.remote, to)?;
     let (peer, original) = accept(mesh.hbone, &mut client)?;
     equal("the original destination", original, to)?;
     equal("the client", peer, client.local_addr()?)?;
-    only(&mesh.wired.pod, "hbone-in".to_owned())
+    assert_only_rule_matched(&mesh.wired.pod, "hbone-in".to_owned())
 }
 
-fn a4_off(family: Family, name: &str) -> Result<(), Failed> {
+fn probe_address_is_captured(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let to = at(family.pod, APP);
     let mut client = mesh.connect(&mesh.wired.remote, to, Some(family.probe))?;
     let (peer, original) = accept(mesh.inbound, &mut client)?;
     equal("the client", peer.ip(), family.probe)?;
     equal("the destination", original, to)?;
-    only(&mesh.wired.pod, family.rule("capture-inbound"))
+    assert_only_rule_matched(&mesh.wired.pod, family.rule("capture-inbound"))
 }
 
-fn a4_ports(family: Family, name: &str) -> Result<(), Failed> {
+fn only_declared_probe_ports_are_exempt(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::with(name, "kubelet_probes=8080,9000-9010")?;
     let mut client = mesh.connect(&mesh.wired.remote, at(family.pod, APP), Some(family.probe))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.probe)?;
@@ -259,32 +291,32 @@ fn a4_ports(family: Family, name: &str) -> Result<(), Failed> {
     equal("rules that matched", counted(&mesh.wired.pod)?, rules.into())
 }
 
-fn a4(family: Family, name: &str) -> Result<(), Failed> {
+fn kubelet_probe_is_exempt(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::with(name, "kubelet_probes=on")?;
     // Any program may bind to a local address.
     let mut client = mesh.connect(&mesh.wired.remote, at(family.pod, APP), Some(family.probe))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.probe)?;
-    only(&mesh.wired.pod, family.rule("kubelet-probe-in"))
+    assert_only_rule_matched(&mesh.wired.pod, family.rule("kubelet-probe-in"))
 }
 
-fn a5(family: Family, name: &str) -> Result<(), Failed> {
+fn call_to_own_address_is_direct(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let mut client = mesh.plain(&mesh.wired.pod, at(family.loopback, APP))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.loopback)?;
     equal("rules for loopback", counted(&mesh.wired.pod)?, vec![])?;
     let mut client = mesh.plain(&mesh.wired.pod, at(family.pod, APP))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.pod)?;
-    only(&mesh.wired.pod, family.rule("own-pod"))
+    assert_only_rule_matched(&mesh.wired.pod, family.rule("own-pod"))
 }
 
-fn a6(family: Family, name: &str) -> Result<(), Failed> {
+fn proxy_connection_is_not_captured(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let mut client = mesh.proxied(at(family.remote, APP), None)?;
     equal("the client", serve(&mesh.remote_app, &mut client)?, family.pod)?;
     equal("rules that matched", counted(&mesh.wired.pod)?, vec![])
 }
 
-fn a7(family: Family, name: &str) -> Result<(), Failed> {
+fn workload_sees_client_address(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
     let mut client = mesh.proxied(at(family.pod, APP), Some(family.remote))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.remote)?;
@@ -296,7 +328,7 @@ fn a7(family: Family, name: &str) -> Result<(), Failed> {
 
 /// Opening a marked or transparent socket requires a capability. A6 and A7 show that binding and
 /// connecting it do not.
-fn opening_takes_capability() -> Result<(), Failed> {
+fn opening_requires_capability() -> Result<(), Failed> {
     let sockets = Sockets::new(&settings(""), true);
     without_capabilities(async || {
         for role in [SocketRole::Upstream, SocketRole::Workload] {
@@ -311,7 +343,7 @@ fn opening_takes_capability() -> Result<(), Failed> {
     })
 }
 
-fn survives_installation(family: Family, name: &str) -> Result<(), Failed> {
+fn connection_survives_installation(family: Family, name: &str) -> Result<(), Failed> {
     let wired = ConnectedPods::new(name)?;
     let pairs =
         [(&wired.pod, &wired.remote, family.remote), (&wired.remote, &wired.pod, family.pod)];
@@ -351,7 +383,7 @@ fn survives_installation(family: Family, name: &str) -> Result<(), Failed> {
     equal("a new connection is captured", captured, true)
 }
 
-fn capture() -> Result<(), Failed> {
+fn packet_capture_sees_segments() -> Result<(), Failed> {
     let wired = ConnectedPods::new("capture")?;
     let mut capture = wired.remote.run(|| PacketCapture::open("eth0"))??;
     for family in [V4, V6] {

@@ -8,9 +8,9 @@ use crate::Case;
 use crate::pod::{command, equal, inside, isolated};
 
 pub(crate) const CASES: &[Case] = &[
-    ("host rules: nft installs the same rules from the text", text_is_installed),
+    ("host rules: nft installs the same rules from the text", nft_installs_the_same_rules),
     ("host rules: any change is a difference that applying repairs", changes_are_repaired),
-    ("host rules: pods are added and removed, and the table removed", pods_change),
+    ("host rules: pods are added and removed, and the table removed", pods_are_added_and_removed),
 ];
 
 fn plan(pods: &[&str]) -> Result<HostPlan, Failed> {
@@ -34,7 +34,7 @@ fn with_rules(
     })
 }
 
-fn text_is_installed() -> Result<(), Failed> {
+fn nft_installs_the_same_rules() -> Result<(), Failed> {
     with_rules("host-text", async |namespace, rules| {
         for pods in [&[][..], &["10.0.0.1"], &["10.0.0.1", "10.0.0.2", "fd00::1", "fd00::2"]] {
             let plan = plan(pods)?;
@@ -74,7 +74,7 @@ fn changes_are_repaired() -> Result<(), Failed> {
     })
 }
 
-fn pods_change() -> Result<(), Failed> {
+fn pods_are_added_and_removed() -> Result<(), Failed> {
     with_rules("host-pods", async |namespace, rules| {
         let (one, both) = (plan(&["10.0.0.1"])?, plan(&["10.0.0.1", "10.0.0.2"])?);
         rules.apply(one.clone()).await?;

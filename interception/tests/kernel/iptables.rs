@@ -22,37 +22,52 @@ use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated};
 
 pub(crate) const CASES: &[Case] = &[
     ("the plans of these tests cover every match and every action", covers_every_match_and_action),
-    ("iptables-nft lists a plan exactly as it was printed", || listed_as_printed(NFT)),
-    ("iptables-legacy lists a plan exactly as it was printed", || listed_as_printed(LEGACY)),
-    ("iptables-nft: installing gives the same as loading the text", || installed_is_printed(NFT)),
+    ("iptables-nft lists a plan exactly as it was printed", || lists_plan_as_printed(NFT)),
+    ("iptables-legacy lists a plan exactly as it was printed", || lists_plan_as_printed(LEGACY)),
+    ("iptables-nft: installing gives the same as loading the text", || {
+        installs_the_printed_text(NFT)
+    }),
     ("iptables-legacy: installing gives the same as loading the text", || {
-        installed_is_printed(LEGACY)
+        installs_the_printed_text(LEGACY)
     }),
-    ("iptables-nft: installing twice gives the same ruleset", || twice(NFT)),
-    ("iptables-legacy: installing twice gives the same ruleset", || twice(LEGACY)),
-    ("iptables-nft: installation removes other profiles and options", || replaces_others(NFT)),
+    ("iptables-nft: installing second_installation_changes_nothing gives the same ruleset", || {
+        second_installation_changes_nothing(NFT)
+    }),
+    (
+        "iptables-legacy: installing second_installation_changes_nothing gives the same ruleset",
+        || second_installation_changes_nothing(LEGACY),
+    ),
+    ("iptables-nft: installation removes other profiles and options", || {
+        installation_removes_other_profiles(NFT)
+    }),
     ("iptables-legacy: installation removes other profiles and options", || {
-        replaces_others(LEGACY)
+        installation_removes_other_profiles(LEGACY)
     }),
-    ("iptables-nft: foreign rules keep their positions", || foreign(NFT)),
-    ("iptables-legacy: foreign rules keep their positions", || foreign(LEGACY)),
-    ("iptables-nft: rejections precede foreign rules", || rejections_first(NFT)),
-    ("iptables-legacy: rejections precede foreign rules", || rejections_first(LEGACY)),
-    ("iptables-nft: removal leaves no rule and no chain", || removed(NFT)),
-    ("iptables-legacy: removal leaves no rule and no chain", || removed(LEGACY)),
-    ("iptables-nft: counters add both families", || counted(NFT)),
-    ("iptables-legacy: counters add both families", || counted(LEGACY)),
-    ("iptables-nft: changes are detected and repaired", || repaired(NFT)),
-    ("iptables-legacy: changes are detected and repaired", || repaired(LEGACY)),
+    ("iptables-nft: foreign rules keep their positions", || foreign_rules_keep_positions(NFT)),
+    ("iptables-legacy: foreign rules keep their positions", || {
+        foreign_rules_keep_positions(LEGACY)
+    }),
+    ("iptables-nft: rejections precede foreign rules", || rejections_precede_foreign_rules(NFT)),
+    ("iptables-legacy: rejections precede foreign rules", || {
+        rejections_precede_foreign_rules(LEGACY)
+    }),
+    ("iptables-nft: removal leaves no rule and no chain", || removal_leaves_nothing(NFT)),
+    ("iptables-legacy: removal leaves no rule and no chain", || removal_leaves_nothing(LEGACY)),
+    ("iptables-nft: counters add both families", || counters_add_both_families(NFT)),
+    ("iptables-legacy: counters add both families", || counters_add_both_families(LEGACY)),
+    ("iptables-nft: changes are detected and repaired", || changes_are_detected_and_repaired(NFT)),
+    ("iptables-legacy: changes are detected and repaired", || {
+        changes_are_detected_and_repaired(LEGACY)
+    }),
     ("iptables-nft: leftovers of other backends and meshes are found", || {
-        leftovers_found(NFT, LEGACY)
+        leftovers_are_found(NFT, LEGACY)
     }),
     ("iptables-legacy: leftovers of other backends and meshes are found", || {
-        leftovers_found(LEGACY, NFT)
+        leftovers_are_found(LEGACY, NFT)
     }),
-    ("detecting iptables creates no table", detection_creates_nothing),
+    ("detecting iptables creates no table", detection_creates_no_table),
     ("a failure of the second family undoes the first", failure_is_undone),
-    ("a table that iptables cannot read is reported", incompatible),
+    ("a table that iptables cannot read is reported", unreadable_table_is_reported),
 ];
 
 const NFT: Variant = Variant { suffix: "nft", backend: Backend::Iptables };
@@ -162,7 +177,7 @@ fn covers_every_match_and_action() -> Result<(), Failed> {
     equal("matches and actions", (matches.len(), actions.len()), (22, 12))
 }
 
-fn listed_as_printed(variant: Variant) -> Result<(), Failed> {
+fn lists_plan_as_printed(variant: Variant) -> Result<(), Failed> {
     for (number, settings) in all()?.iter().enumerate() {
         let pod = variant.pod(&format!("printed-{number}"))?;
         let interception = inside(&pod, async || variant.prepare(settings).await)?;
@@ -180,7 +195,7 @@ fn listed_as_printed(variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-fn installed_is_printed(variant: Variant) -> Result<(), Failed> {
+fn installs_the_printed_text(variant: Variant) -> Result<(), Failed> {
     for (number, settings) in all()?.iter().enumerate() {
         let pod = variant.pod(&format!("installed-{number}"))?;
         let interception = inside(&pod, async || {
@@ -196,7 +211,7 @@ fn installed_is_printed(variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-fn twice(variant: Variant) -> Result<(), Failed> {
+fn second_installation_changes_nothing(variant: Variant) -> Result<(), Failed> {
     for (number, settings) in all()?.iter().enumerate() {
         let pod = variant.pod(&format!("ipt-twice-{number}"))?;
         variant.install(&pod, settings)?;
@@ -207,7 +222,7 @@ fn twice(variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-fn replaces_others(variant: Variant) -> Result<(), Failed> {
+fn installation_removes_other_profiles(variant: Variant) -> Result<(), Failed> {
     let all = all()?;
     let one = variant.pod("others-go")?;
     for (number, settings) in all.iter().enumerate() {
@@ -225,7 +240,7 @@ const FOREIGN: &str = "*nat\n:DOCKER_OUTPUT - [0:0]\n:PROXY_INIT_OUTPUT - [0:0]\
     -A OUTPUT -j PROXY_INIT_OUTPUT\nCOMMIT\n*mangle\n-A PREROUTING -i eth9 -j RETURN\nCOMMIT\n\
     *filter\n:THEIRS - [0:0]\n-A OUTPUT -j THEIRS\nCOMMIT\n";
 
-fn foreign(variant: Variant) -> Result<(), Failed> {
+fn foreign_rules_keep_positions(variant: Variant) -> Result<(), Failed> {
     let pod = variant.pod("foreign")?;
     for (_, program) in FAMILIES {
         variant.load(&pod, program, FOREIGN)?;
@@ -269,7 +284,7 @@ fn foreign(variant: Variant) -> Result<(), Failed> {
     equal("what others have", variant.saved(&pod)?, theirs)
 }
 
-fn rejections_first(variant: Variant) -> Result<(), Failed> {
+fn rejections_precede_foreign_rules(variant: Variant) -> Result<(), Failed> {
     let pod = variant.pod("refusals")?;
     variant.run(&pod, "-A OUTPUT -j ACCEPT")?;
     let settings = InterceptionSettings { ipv6: Ipv6::Reject, ..base(Profile::Ambient)? };
@@ -280,7 +295,7 @@ fn rejections_first(variant: Variant) -> Result<(), Failed> {
     equal("filter OUTPUT", output, Some(&expected))
 }
 
-fn removed(variant: Variant) -> Result<(), Failed> {
+fn removal_leaves_nothing(variant: Variant) -> Result<(), Failed> {
     let pod = variant.pod("ipt-removed")?;
     for settings in all()? {
         inside(&pod, async || {
@@ -303,7 +318,7 @@ fn removed(variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-fn counted(variant: Variant) -> Result<(), Failed> {
+fn counters_add_both_families(variant: Variant) -> Result<(), Failed> {
     let pod = variant.pod("ipt-counted")?;
     inside(&pod, async || {
         let interception = variant.prepare(&base(Profile::Sidecar)?).await?;
@@ -327,7 +342,7 @@ fn counted(variant: Variant) -> Result<(), Failed> {
     })
 }
 
-fn repaired(variant: Variant) -> Result<(), Failed> {
+fn changes_are_detected_and_repaired(variant: Variant) -> Result<(), Failed> {
     for (number, tampering) in [
         "-t nat -D OUTPUT -j ISTIO_OUTPUT",
         "-t nat -F ISTIO_OUTPUT",
@@ -360,7 +375,7 @@ fn repaired(variant: Variant) -> Result<(), Failed> {
     Ok(())
 }
 
-fn leftovers_found(own: Variant, other: Variant) -> Result<(), Failed> {
+fn leftovers_are_found(own: Variant, other: Variant) -> Result<(), Failed> {
     let pod = own.pod("ipt-leftovers")?;
     own.install(&pod, &base(Profile::Ambient)?)?;
     let found = || {
@@ -398,7 +413,7 @@ fn leftovers_found(own: Variant, other: Variant) -> Result<(), Failed> {
     equal("leftovers", found()?, expected)
 }
 
-fn detection_creates_nothing() -> Result<(), Failed> {
+fn detection_creates_no_table() -> Result<(), Failed> {
     let pod = isolated("looking")?;
     for variant in [NFT, LEGACY] {
         inside(&pod, async || {
@@ -437,7 +452,7 @@ fn failure_is_undone() -> Result<(), Failed> {
     equal("the restored rules", NFT.saved(&pod)?, before)
 }
 
-fn incompatible() -> Result<(), Failed> {
+fn unreadable_table_is_reported() -> Result<(), Failed> {
     let pod = isolated("incompatible")?;
     command(&pod, "nft add table ip nat")?;
     command(&pod, "nft add chain ip nat OUTPUT { type nat hook output priority -100; }")?;

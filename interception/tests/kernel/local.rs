@@ -9,21 +9,24 @@ use crate::Case;
 use crate::pod::{command, equal, inside, isolated};
 
 pub(crate) const CASES: &[Case] = &[
-    ("addresses of interfaces and of local routes are local", of_interfaces_and_routes),
+    (
+        "addresses of interfaces and of local routes are local",
+        interface_and_route_addresses_are_local,
+    ),
     ("an address that is removed is no longer local", removed),
 ];
 
-fn expect(local: &LocalAddresses, address: &str, expected: bool) -> Result<(), Failed> {
+fn expect_local(local: &LocalAddresses, address: &str, expected: bool) -> Result<(), Failed> {
     let address: IpAddr = address.parse()?;
     equal(&address.to_string(), local.contain(address)?, expected)
 }
 
-fn of_interfaces_and_routes() -> Result<(), Failed> {
+fn interface_and_route_addresses_are_local() -> Result<(), Failed> {
     let pod = isolated("local-addresses")?;
     let all = ["192.0.2.7", "198.51.100.77", "2001:db8::7", "2001:db8:1::77"];
     inside(&pod, async || {
         let local = LocalAddresses::open(&Entered::current()?)?;
-        all.iter().try_for_each(|address| expect(&local, address, false))?;
+        all.iter().try_for_each(|address| expect_local(&local, address, false))?;
         for line in [
             "ip address add 192.0.2.7 dev lo",
             "ip address add 2001:db8::7 dev lo",
@@ -35,11 +38,11 @@ fn of_interfaces_and_routes() -> Result<(), Failed> {
         ] {
             run(&pod, line)?;
         }
-        all.iter().try_for_each(|address| expect(&local, address, true))?;
-        expect(&local, "10.0.0.1", true)?;
-        expect(&local, "::ffff:10.0.0.1", true)?;
-        expect(&local, "10.0.0.2", false)?;
-        expect(&local, "10.0.0.255", false)
+        all.iter().try_for_each(|address| expect_local(&local, address, true))?;
+        expect_local(&local, "10.0.0.1", true)?;
+        expect_local(&local, "::ffff:10.0.0.1", true)?;
+        expect_local(&local, "10.0.0.2", false)?;
+        expect_local(&local, "10.0.0.255", false)
     })
 }
 
@@ -48,9 +51,9 @@ fn removed() -> Result<(), Failed> {
     inside(&pod, async || {
         let local = LocalAddresses::open(&Entered::current()?)?;
         run(&pod, "ip address add 192.0.2.7 dev lo")?;
-        expect(&local, "192.0.2.7", true)?;
+        expect_local(&local, "192.0.2.7", true)?;
         run(&pod, "ip address del 192.0.2.7/32 dev lo")?;
-        expect(&local, "192.0.2.7", false)
+        expect_local(&local, "192.0.2.7", false)
     })
 }
 

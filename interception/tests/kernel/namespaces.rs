@@ -22,16 +22,22 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 pub(crate) const CASES: &[Case] = &[
     ("a named namespace can be entered by its path and its name", entered_by_path_and_name),
-    ("a path with links or unsafe folders is refused", guarded_paths),
-    ("a namespace of another kind cannot be entered", other_kind),
+    ("a path with links or unsafe folders is refused", insecure_path_is_refused),
+    ("a namespace of another kind cannot be entered", other_kind_of_namespace_is_refused),
     ("the current namespace can be entered by its path", entered_by_descriptor),
     ("deleting a namespace frees its name", deleting_frees_the_name),
-    ("a name that is taken is refused", taken_name),
+    ("a name that is taken is refused", existing_name_is_refused),
     ("routes go through the gateway they were given", routes),
-    ("one thread installs rules in 250 namespaces, and stays in none", one_thread_for_all),
-    ("rules are installed, watched and removed from outside of a namespace", from_outside),
-    ("a deleted namespace is gone with its last handle", deleted_is_gone),
-    ("a sandbox cannot be entered by one of several threads", no_sandbox_for_threads),
+    (
+        "one thread installs rules in 250 namespaces, and stays in none",
+        one_thread_installs_rules_everywhere,
+    ),
+    (
+        "rules are installed, watched and removed from outside of a namespace",
+        rules_are_managed_from_outside,
+    ),
+    ("a deleted namespace is gone with its last handle", deleted_namespace_ends_with_last_handle),
+    ("a sandbox cannot be entered by one of several threads", sandbox_requires_a_single_thread),
 ];
 
 /// Prints addresses that show which namespace a program is in.
@@ -50,10 +56,10 @@ fn entered_by_path_and_name() -> Result<(), Failed> {
     equal("by name", command(&here, "ip -n entered-remote -o address show dev eth0")?, inside)
 }
 
-fn guarded_paths() -> Result<(), Failed> {
+fn insecure_path_is_refused() -> Result<(), Failed> {
     let namespace = isolated("guarded")?;
     let named = Path::new("/run/netns/guarded");
-    equal("by its path", Namespace::open_guarded(named)?.id(), namespace.id())?;
+    equal("by its path", Namespace::open_secure_path(named)?.id(), namespace.id())?;
     let folder = Path::new("/run/guarded");
     fs::create_dir_all(folder)?;
     let (link, linked_folder) = (folder.join("link"), folder.join("netns"));
@@ -75,7 +81,7 @@ fn guarded_paths() -> Result<(), Failed> {
         ("/".into(), "absolute"),
         ("/run/netns/missing".into(), "No such file"),
     ] {
-        let error = Namespace::open_guarded(&path).err().ok_or("it is refused")?;
+        let error = Namespace::open_secure_path(&path).err().ok_or("it is refused")?;
         let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
         equal(&format!("{}: {cause}", path.display()), cause.contains(reason), true)?;
     }
@@ -83,7 +89,7 @@ fn guarded_paths() -> Result<(), Failed> {
     Ok(())
 }
 
-fn other_kind() -> Result<(), Failed> {
+fn other_kind_of_namespace_is_refused() -> Result<(), Failed> {
     let namespace = Namespace::open("/proc/self/ns/uts")?;
     let thread = NamespaceThread::start()?;
     let entered = runtime()?.block_on(thread.call(&namespace, |_| ()));
@@ -107,7 +113,7 @@ fn deleting_frees_the_name() -> Result<(), Failed> {
     equal("the file is there", path.exists(), true)
 }
 
-fn taken_name() -> Result<(), Failed> {
+fn existing_name_is_refused() -> Result<(), Failed> {
     let _holder = isolated("taken")?;
     let again = Namespace::create_named("taken");
     equal("refused", matches!(again, Err(InterceptionError::Namespace { .. })), true)
@@ -155,7 +161,7 @@ fn rules_in(namespace: &Namespace) -> Result<[String; 3], Failed> {
     Ok([nftables, command(namespace, "ip -4 rule")?, command(namespace, "ip -6 rule")?])
 }
 
-fn one_thread_for_all() -> Result<(), Failed> {
+fn one_thread_installs_rules_everywhere() -> Result<(), Failed> {
     /// The number of pods on a node.
     const NAMESPACES: usize = 250;
     /// One in this many namespaces gets rules, because installing them takes most of the time.
@@ -212,7 +218,7 @@ fn one_thread_for_all() -> Result<(), Failed> {
     held.into_iter().try_for_each(|(namespace, _)| Ok(namespace.delete()?))
 }
 
-fn from_outside() -> Result<(), Failed> {
+fn rules_are_managed_from_outside() -> Result<(), Failed> {
     let (pod, neighbour) = (isolated("outside-pod")?, isolated("outside-neighbour")?);
     let before = [rules_in(&pod)?, rules_in(&neighbour)?];
     let thread = NamespaceThread::start()?;
@@ -240,7 +246,7 @@ fn from_outside() -> Result<(), Failed> {
     equal("what is left", [rules_in(&pod)?, rules_in(&neighbour)?], before)
 }
 
-fn deleted_is_gone() -> Result<(), Failed> {
+fn deleted_namespace_ends_with_last_handle() -> Result<(), Failed> {
     let ConnectedPods { pod, remote } = ConnectedPods::new("gone")?;
     let thread = NamespaceThread::start()?;
     let access = NamespaceAccess::new(pod.clone(), thread.clone());
@@ -266,7 +272,7 @@ fn deleted_is_gone() -> Result<(), Failed> {
     equal("the next operation", runtime()?.block_on(inside)?, here.id())
 }
 
-fn no_sandbox_for_threads() -> Result<(), Failed> {
+fn sandbox_requires_a_single_thread() -> Result<(), Failed> {
     // `run` starts another thread, so the process has at least two.
     let entered = isolated("threads")?.run(enter_sandbox)?;
     let remedy = match entered {

@@ -23,18 +23,21 @@ use crate::plans;
 use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated, prepare};
 
 pub(crate) const CASES: &[Case] = &[
-    ("nftables: every match and action is printed as installed", printed_is_installed),
-    ("nftables: nft installs the same rules from the text of every plan", every_plan),
+    ("nftables: every match and action is printed as installed", nft_installs_printed_rules),
+    ("nftables: nft installs the same rules from the text of every plan", nft_installs_every_plan),
     (
         "nftables: installed rules equal the expected ones, by netlink and by nft",
-        installed_is_expected,
+        installed_rules_equal_expected_rules,
     ),
     ("nftables: any change to the own table is a difference", tampering_is_detected),
     ("nftables: changes to other tables are no difference", ignores_other_tables),
-    ("nftables: ten thousand networks form one set", many_networks),
+    ("nftables: ten thousand networks form one set", many_networks_form_one_set),
     ("nftables: changes are reported even if notifications are lost", changes_are_reported),
-    ("nftables: an owned table is distinguished from a missing capability", owned_table),
-    ("nftables: the kernel names an unknown expression", unknown_expression),
+    (
+        "nftables: an owned table is distinguished from a missing capability",
+        owned_table_is_reported,
+    ),
+    ("nftables: the kernel names an unknown expression", kernel_names_unknown_expression),
 ];
 
 const NAT: ChainId = ChainId { table: Table::Nat, name: "OUTPUT" };
@@ -228,7 +231,7 @@ fn assert_same(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
     equal("the number of lines", installed.len(), expected.len())
 }
 
-fn printed_is_installed() -> Result<(), Failed> {
+fn nft_installs_printed_rules() -> Result<(), Failed> {
     let pod = isolated("nft-printed")?;
     let plan = every_rule()?;
     install(&pod, &plan)?;
@@ -241,7 +244,7 @@ fn printed_is_installed() -> Result<(), Failed> {
     equal("nft's listing", printed, installed)
 }
 
-fn every_plan() -> Result<(), Failed> {
+fn nft_installs_every_plan() -> Result<(), Failed> {
     for (number, settings) in plans::all()?.iter().enumerate() {
         let name = format!("nft-plan-{number}");
         let (pod, plan) = (isolated(&name)?, RulePlan::new(settings, PORTS, true));
@@ -256,7 +259,7 @@ fn every_plan() -> Result<(), Failed> {
     Ok(())
 }
 
-fn installed_is_expected() -> Result<(), Failed> {
+fn installed_rules_equal_expected_rules() -> Result<(), Failed> {
     let pod = isolated("nft-expected")?;
     let plan = every_rule()?;
     let [installed, _] = listings(&pod, &plan)?;
@@ -342,7 +345,7 @@ fn ignores_other_tables() -> Result<(), Failed> {
     Ok(())
 }
 
-fn many_networks() -> Result<(), Failed> {
+fn many_networks_form_one_set() -> Result<(), Failed> {
     let pod = isolated("nft-many")?;
     let v4 =
         |n: u32, length| IpNet::new(IpAddr::from((0x0a00_0000 + n * 512).to_be_bytes()), length);
@@ -393,7 +396,7 @@ fn changes_are_reported() -> Result<(), Failed> {
     })
 }
 
-fn owned_table() -> Result<(), Failed> {
+fn owned_table_is_reported() -> Result<(), Failed> {
     let pod = isolated("nft-owned")?;
     let plan = every_rule()?;
     let refused = inside(&pod, async || {
@@ -406,7 +409,7 @@ fn owned_table() -> Result<(), Failed> {
 }
 
 /// The missing module is derived from the name of the expression.
-fn unknown_expression() -> Result<(), Failed> {
+fn kernel_names_unknown_expression() -> Result<(), Failed> {
     let refused = inside(&isolated("nft-unknown")?, async || {
         let kernel = Connection::<Nftables>::new()?;
         let unknown = KernelRule::new("t", "c")

@@ -16,18 +16,18 @@ use crate::Case;
 use crate::pod::{PORTS, command, equal, inside, isolated, prepare, settings};
 
 pub(crate) const CASES: &[Case] = &[
-    ("installing twice gives the same ruleset and routes", installing_twice_is_the_same),
+    ("installing twice gives the same ruleset and routes", second_installation_changes_nothing),
     ("removal leaves nothing in either family", removal_leaves_nothing),
-    ("removal keeps foreign rules and routes", removal_spares_others),
-    ("the printed and the installed plan give the same listing", printed_is_installed),
+    ("removal keeps foreign rules and routes", removal_keeps_foreign_rules),
+    ("the printed and the installed plan give the same listing", installs_the_printed_plan),
     ("installation replaces the rules of another version", leftovers_are_replaced),
     ("a failed installation leaves nothing", failure_leaves_nothing),
-    ("a rejected ruleset undoes its routes", refusal_leaves_nothing),
+    ("a rejected ruleset undoes its routes", rejected_rules_leave_nothing),
     (
         "ip rules and routes of another mode are a difference and are removed",
-        routes_of_another_mode,
+        routes_of_other_mode_are_removed,
     ),
-    ("a dormant own table is replaced by an active one", dormant_is_replaced),
+    ("a dormant own table is replaced by an active one", dormant_table_is_replaced),
     ("IPv6 rules exist while IPv6 is disabled, and its routes follow (nftables)", || {
         disabled_ipv6("nftables")
     }),
@@ -37,9 +37,9 @@ pub(crate) const CASES: &[Case] = &[
     ("IPv6 rules exist while IPv6 is disabled, and its routes follow (legacy)", || {
         disabled_ipv6("iptables-legacy")
     }),
-    ("ipv6: bypass captures IPv4 only, and keeps the return routes", bypass),
-    ("counters name every rule in order", counters_in_order),
-    ("a difference is printed readably", difference_in_words),
+    ("ipv6: bypass captures IPv4 only, and keeps the return routes", bypass_captures_only_ipv4),
+    ("counters name every rule in order", counters_name_rules_in_order),
+    ("a difference is printed readably", difference_is_readable),
     ("foreign rules before own ones are listed", foreign_rules),
 ];
 
@@ -64,7 +64,7 @@ impl Listing {
     }
 }
 
-fn installing_twice_is_the_same() -> Result<(), Failed> {
+fn second_installation_changes_nothing() -> Result<(), Failed> {
     let pod = isolated("twice")?;
     let install = || inside(&pod, async || Ok(prepare("").await?.install().await?));
     install()?;
@@ -103,7 +103,7 @@ fn removal_leaves_nothing() -> Result<(), Failed> {
     equal("the listing after removal", Listing::of(&pod)?, before)
 }
 
-fn removal_spares_others() -> Result<(), Failed> {
+fn removal_keeps_foreign_rules() -> Result<(), Failed> {
     let pod = isolated("others")?;
     command(&pod, "nft add table inet theirs")?;
     command(&pod, "ip rule add fwmark 0x111/0xfff pref 32764 lookup 100")?;
@@ -118,7 +118,7 @@ fn removal_spares_others() -> Result<(), Failed> {
     equal("the listing after removal", Listing::of(&pod)?, before)
 }
 
-fn printed_is_installed() -> Result<(), Failed> {
+fn installs_the_printed_plan() -> Result<(), Failed> {
     for (ipv6, name) in [("ipv6=capture", "printed-both"), ("ipv6=bypass", "printed-v4")] {
         let pod = isolated(name)?;
         let plan = inside(&pod, async || {
@@ -160,7 +160,7 @@ fn failure_leaves_nothing() -> Result<(), Failed> {
     equal("the listing after the failure", Listing::of(&pod)?, before)
 }
 
-fn refusal_leaves_nothing() -> Result<(), Failed> {
+fn rejected_rules_leave_nothing() -> Result<(), Failed> {
     let pod = isolated("refusal")?;
     let before = Listing::of(&pod)?;
     inside(&pod, async || {
@@ -173,7 +173,7 @@ fn refusal_leaves_nothing() -> Result<(), Failed> {
     equal("the listing after the failure", Listing::of(&pod)?, before)
 }
 
-fn routes_of_another_mode() -> Result<(), Failed> {
+fn routes_of_other_mode_are_removed() -> Result<(), Failed> {
     let pod = isolated("other-mode")?;
     inside(&pod, async || {
         prepare("profile=sidecar inbound.mode=tproxy").await?.install().await?;
@@ -197,7 +197,7 @@ fn routes_of_another_mode() -> Result<(), Failed> {
     equal("foreign ip rules", command(&pod, "ip rule")?.matches("lookup 133").count(), 1)
 }
 
-fn dormant_is_replaced() -> Result<(), Failed> {
+fn dormant_table_is_replaced() -> Result<(), Failed> {
     let pod = isolated("dormant")?;
     command(&pod, "nft add table inet underpass { flags dormant; }")?;
     inside(&pod, async || Ok(prepare("").await?.install().await?))?;
@@ -253,7 +253,7 @@ fn disabled_ipv6_of(pod: &Namespace, backend: &str, profile: &str) -> Result<(),
     equal("an own ip rule", rules.contains("fwmark"), false)
 }
 
-fn bypass() -> Result<(), Failed> {
+fn bypass_captures_only_ipv4() -> Result<(), Failed> {
     let pod = isolated("bypass")?;
     let rules = inside(&pod, async || {
         let interception = prepare("ipv6=bypass").await?;
@@ -264,7 +264,7 @@ fn bypass() -> Result<(), Failed> {
     equal("ip rules of IPv6", command(&pod, "ip -6 rule")?.contains("0x111/0xfff"), true)
 }
 
-fn counters_in_order() -> Result<(), Failed> {
+fn counters_name_rules_in_order() -> Result<(), Failed> {
     let pod = isolated("counters")?;
     inside(&pod, async || {
         let interception = prepare("").await?;
@@ -278,7 +278,7 @@ fn counters_in_order() -> Result<(), Failed> {
     })
 }
 
-fn difference_in_words() -> Result<(), Failed> {
+fn difference_is_readable() -> Result<(), Failed> {
     let pod = isolated("words")?;
     inside(&pod, async || Ok(prepare("ipv6=bypass").await?.install().await?))?;
     // nlink cannot print this expression or the planned `ct original zone set` in nft syntax.

@@ -33,7 +33,10 @@ pub(crate) const CASES: &[Case] = &[
         compare(Profile::Sidecar, "walk-sidecar")
     }),
     ("the kernel agrees with the evaluation (osm)", || compare(Profile::Osm, "walk-osm")),
-    ("a redirected connection from a client's address gets no reply over IPv4", loses_reply),
+    (
+        "a redirected connection from a client's address gets no reply over IPv4",
+        reply_to_redirected_client_address_is_lost,
+    ),
 ];
 
 /// The number of random settings per profile.
@@ -42,7 +45,7 @@ const PACKETS: usize = 12;
 /// The time for which a dropped packet must have no effect. Less than a second, after which the
 /// kernel retransmits the SYN. Nat would count that SYN too if a RST had removed the conntrack
 /// entry of the first one.
-const QUIET: Duration = Duration::from_millis(500);
+const DROPPED_PACKET_WAIT: Duration = Duration::from_millis(500);
 
 /// A packet and the namespace that sends it.
 #[derive(Debug, Clone)]
@@ -78,7 +81,7 @@ fn compare(profile: Profile, name: &str) -> Result<(), Failed> {
 
 /// With Istio's TPROXY rules, DNS capture also redirects the proxy's connection from a client's
 /// address to port 53. The kernel can send its reply only over IPv6, from ::1.
-fn loses_reply() -> Result<(), Failed> {
+fn reply_to_redirected_client_address_is_lost() -> Result<(), Failed> {
     let network = Network::new("walk-answers")?;
     let settings = settings("profile=sidecar exact=true inbound.mode=tproxy dns=capture");
     runtime()?.block_on(async {
@@ -166,7 +169,7 @@ impl Installed {
 
     /// The timeout for an outcome.
     fn outcome_timeout(&self, packet: &Packet) -> Duration {
-        if self.expected(packet).1 == Outcome::Lost { QUIET } else { DEADLINE }
+        if self.expected(packet).1 == Outcome::Lost { DROPPED_PACKET_WAIT } else { DEADLINE }
     }
 
     /// Reads the counters of nat rules.
@@ -232,7 +235,7 @@ fn expected(packet: &Packet, walk: &Walk<'_>, reply: Option<ReplyOutcome>) -> Ou
     }
     match walk.end {
         Verdict::Direct => {
-            let position = if walk.local { Position::Pod } else { place_of(packet.destination) };
+            let position = if walk.local { Position::Pod } else { position_of(packet.destination) };
             arrived(position, packet.destination.port(), None)
         }
         Verdict::Redirected(port) | Verdict::Tproxied(port) => {
@@ -246,7 +249,7 @@ fn expected(packet: &Packet, walk: &Walk<'_>, reply: Option<ReplyOutcome>) -> Ou
 }
 
 /// The namespace that has an address outside of the pod.
-fn place_of(address: SocketAddr) -> Position {
+fn position_of(address: SocketAddr) -> Position {
     if network::VM.contains(&address.ip()) { Position::Vm } else { Position::Remote }
 }
 

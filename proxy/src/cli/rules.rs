@@ -15,8 +15,8 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use underpass_config::{InterceptionSettings, Settings};
 use underpass_interception::{
-    Difference, Explanation, Family, Interception, NamespaceAccess, Ports, Protocol, RemovalScope,
-    RuleCounter, RulePlan, Sender, Sign, ipv6_available, remove_everything,
+    Difference, Explanation, Family, Interception, LineStatus, NamespaceAccess, Ports, Protocol,
+    RemovalScope, RuleCounter, RulePlan, Sender, ipv6_available, remove_everything,
 };
 
 use self::options::RuleOptions;
@@ -223,14 +223,14 @@ async fn refuse_beside_proxy(force: bool) -> Result<(), CommandError> {
 /// `[{"location": …, "missing": [rule…], "unexpected": [rule…]}]`
 fn differences(difference: &Difference) -> Vec<Value> {
     let sections = difference.sections().iter().map(|section| {
-        let with = |sign: Sign| -> Vec<&str> {
-            let lines = section.lines.iter().filter(|line| line.sign == sign);
+        let with = |status: LineStatus| -> Vec<&str> {
+            let lines = section.lines.iter().filter(|line| line.status == status);
             lines.map(|line| line.text.as_str()).collect()
         };
         json!({
             "location": section.location,
-            "missing": with(Sign::Missing),
-            "unexpected": with(Sign::Unexpected),
+            "missing": with(LineStatus::Missing),
+            "unexpected": with(LineStatus::Unexpected),
         })
     });
     sections.collect()

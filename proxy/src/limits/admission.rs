@@ -153,7 +153,7 @@ impl PodLimits {
         // All applications of the pod are one source, which the budget of the direction limits.
         let (descriptors, sharing) = match direction {
             Direction::Outbound => (&self.0.descriptors.outbound, Sharing::Greedy),
-            Direction::Inbound => (&self.0.descriptors.inbound, Sharing::Strangers),
+            Direction::Inbound => (&self.0.descriptors.inbound, Sharing::UnknownParts),
         };
         SourceBudgets {
             node: node.clone(),

@@ -34,7 +34,7 @@ impl Buffers {
 
     /// Creates the share of a pod.
     pub(super) fn of_pod(&self) -> Self {
-        let budget = Budget::part(&self.budget, usize::MAX, Sharing::Members);
+        let budget = Budget::part(&self.budget, usize::MAX, Sharing::KnownParts);
         Self { budget: Arc::new(budget), ..self.clone() }
     }
 

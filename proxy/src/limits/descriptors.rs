@@ -103,7 +103,7 @@ impl Descriptors {
     /// Creates the budgets of a pod. Neither direction can take all of its descriptors.
     pub(super) fn of_pod(&self) -> Directions {
         let part = |whole, sharing| Arc::new(Budget::part(whole, usize::MAX, sharing));
-        let pod = part(&self.0.budget, Sharing::Members);
+        let pod = part(&self.0.budget, Sharing::KnownParts);
         let direction = || part(&pod, Sharing::Reserving);
         Directions { outbound: direction(), inbound: direction() }
     }

@@ -57,7 +57,7 @@ impl Handshakes {
     }
 
     pub(super) fn of_source(&self) -> SourceHandshakes {
-        let under_way = Budget::part(&self.under_way, self.per_source, Sharing::Strangers);
+        let under_way = Budget::part(&self.under_way, self.per_source, Sharing::UnknownParts);
         let begun = Arc::new(Budget::new(self.per_source));
         SourceHandshakes { under_way: Arc::new(under_way), begun }
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
-use underpass_interception::{BoundListener, Kept, confine_thread};
+use underpass_interception::{BoundListener, KeptCapabilities, confine_thread};
 
 use crate::mesh::publish;
 use crate::mesh::publish::Reports;
@@ -169,7 +169,7 @@ fn start_thread<F: Future<Output = ()>>(
     let thread = std::thread::Builder::new().name(name.clone());
     let body = move || {
         let _alive = alive;
-        if let Err(error) = confine_thread(Kept::Nothing) {
+        if let Err(error) = confine_thread(KeptCapabilities::Nothing) {
             tracing::warn!(%error, "a worker keeps capabilities that it does not need");
         }
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {

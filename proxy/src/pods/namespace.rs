@@ -59,7 +59,7 @@ fn list(addresses: &[IpAddr]) -> String {
 #[cfg(test)]
 mod tests {
     use underpass_interception::Namespace;
-    use underpass_interception::testing::stand_in_namespace;
+    use underpass_interception::testing::fake_namespace;
 
     use super::*;
 
@@ -73,7 +73,7 @@ mod tests {
         let own = Namespace::current().unwrap().id();
         let error = check_owner(&hosts, own).unwrap_err();
         assert!(matches!(error, NamespaceError::Host { .. }), "{error}");
-        check_owner(&hosts, stand_in_namespace().unwrap().id()).unwrap();
+        check_owner(&hosts, fake_namespace().unwrap().id()).unwrap();
     }
 
     #[test]
@@ -81,7 +81,7 @@ mod tests {
         // Has 10.0.0.1 and fd00::1.
         let environment = Environment::example();
         let check = |expected: &[&str]| {
-            let id = stand_in_namespace().unwrap().id();
+            let id = fake_namespace().unwrap().id();
             check_addresses(id, &addresses(expected), &environment)
         };
         for expected in [&[][..], &["10.0.0.1"], &["10.0.0.9", "fd00::1"], &["::ffff:10.0.0.1"]] {
@@ -94,7 +94,7 @@ mod tests {
     #[test]
     fn rejects_namespace_without_addresses() {
         let none = Environment { interfaces: Vec::new() };
-        let id = stand_in_namespace().unwrap().id();
+        let id = fake_namespace().unwrap().id();
         let error = check_addresses(id, &addresses(&["10.0.0.1"]), &none).unwrap_err();
         assert!(error.to_string().contains("it has none"), "{error}");
     }

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use underpass_config::{FileWatcher, MeshSource, NodeProbes, PodSourceSettings, Settings};
 use underpass_interception::{
-    HostNamespaces, HostRules, Inotify, Kept, Namespace, NamespaceAccess, NamespaceThread,
-    confine_thread, raise_open_files, run_in_background,
+    HostNamespaces, HostRules, Inotify, KeptCapabilities, Namespace, NamespaceAccess,
+    NamespaceThread, confine_thread, raise_open_files, run_in_background,
 };
 
 use crate::admin::endpoints::Readiness;
@@ -217,8 +217,8 @@ impl Daemon {
 /// Drops all capabilities of the control thread, and so of the workers that it starts. The
 /// namespaces thread keeps those for entering pods' namespaces and installing rules.
 async fn confine(thread: &NamespaceThread, settings: &Settings) -> Result<(), CommandError> {
-    confine_thread(Kept::Nothing).map_err(CommandError::Start)?;
+    confine_thread(KeptCapabilities::Nothing).map_err(CommandError::Start)?;
     let programs = settings.interception.install
         && settings.interception.backend != underpass_config::Backend::Nftables;
-    Ok(thread.confine(Kept::Namespaces { programs }).await?)
+    Ok(thread.confine(KeptCapabilities::Namespaces { programs }).await?)
 }

@@ -8,8 +8,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use underpass_config::{Dns, Hint as _, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, Kept, NamespaceAccess, Ports,
-    ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets, ipv6_available,
+    ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, KeptCapabilities,
+    NamespaceAccess, Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets,
+    ipv6_available,
 };
 
 use crate::error::chain;
@@ -203,17 +204,17 @@ impl Capture {
 
     /// The capabilities that the namespaces thread keeps: to repair or remove the rules and to open
     /// sockets.
-    pub(crate) fn kept(&self) -> Kept {
+    pub(crate) fn kept(&self) -> KeptCapabilities {
         let settings = &self.settings.interception;
         let marks = Sockets::new(settings, ipv6_available()).need_net_admin();
         let removes = self.interception.is_some() && settings.on_exit == OnExit::Remove;
         let changes_rules = self.repairs() || removes;
         match &self.interception {
             Some(rules) if rules.backend().runs_programs() && (changes_rules || marks) => {
-                Kept::NetAdminForPrograms
+                KeptCapabilities::NetAdminForPrograms
             }
-            _ if changes_rules || marks => Kept::NetAdmin,
-            _ => Kept::Nothing,
+            _ if changes_rules || marks => KeptCapabilities::NetAdmin,
+            _ => KeptCapabilities::Nothing,
         }
     }
 

@@ -145,7 +145,10 @@ async fn malformed_requests_logged() {
     let lines = [
         ("GET", [refused, "method=GET", "the method is not CONNECT"]),
         ("CONNECT to a name without a port", [refused, "authority=example", "NAME:PORT"]),
-        ("HEADERS on stream 0", ["tunnel failed: HTTP/2 was violated", "error=", "protocol error"]),
+        (
+            "HEADERS on stream 0",
+            ["tunnel failed: HTTP/2 protocol violation", "error=", "protocol error"],
+        ),
     ];
     let malformed_inputs = malformed_inputs(&target);
     for (what, parts) in lines {

@@ -125,7 +125,7 @@ async fn issues_listed_identity_with_root_last_and_capped_validity() {
 }
 
 #[tokio::test]
-async fn refuses_everything_else_with_reason() {
+async fn refuses_unlisted_token_and_identity_with_reason() {
     let served = TestCa::new("serve-refuse", CLIENTS).await;
     let text = |id: &str| Kind::StringValue(id.to_owned());
     let plain = || request(csr(&[CLIENT]), 60);
@@ -385,7 +385,7 @@ impl crate::pool::Dial for DialFrom {
 }
 
 #[tokio::test]
-async fn idle_connections_do_not_keep_a_client_out() {
+async fn idle_connections_do_not_block_a_new_client() {
     let served = TestCa::new("serve-flood", CLIENTS).await;
     let mut flood = Vec::new();
     // Open more connections than the total limit, and more from one source than its limit.

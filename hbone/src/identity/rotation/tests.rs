@@ -31,14 +31,14 @@ struct Scene {
     authority: CertificateAuthority,
     answers: mpsc::UnboundedSender<Answer>,
     source: Option<Script>,
-    told: Arc<Mutex<Vec<String>>>,
+    events: Arc<Mutex<Vec<String>>>,
 }
 
 impl Scene {
     fn new() -> Self {
         let (answers, scripted) = mpsc::unbounded_channel();
         let source = Some(Script(scripted));
-        Self { authority: authority("td"), answers, source, told: Arc::default() }
+        Self { authority: authority("td"), answers, source, events: Arc::default() }
     }
 
     fn answer(&self, answer: Answer) {
@@ -55,9 +55,9 @@ impl Scene {
         &mut self,
         first: FirstIdentity,
     ) -> Result<(CredentialRotator, watch::Receiver<Credentials>), HboneError> {
-        let told = self.told.clone();
+        let events = self.events.clone();
         let tell = move |event: CredentialsEvent<'_>| {
-            told.lock().unwrap().push(match event {
+            events.lock().unwrap().push(match event {
                 CredentialsEvent::Identity(new) => format!("{}", new.identity().spiffe_id()),
                 CredentialsEvent::Trust(_) => "trust".to_owned(),
                 CredentialsEvent::Failed(error) => format!("failed: {}", error.kind()),
@@ -71,8 +71,8 @@ impl Scene {
         CredentialRotator::start(source, Trust::default().fixed(), first, tell).await
     }
 
-    fn told(&self) -> Vec<String> {
-        std::mem::take(&mut self.told.lock().unwrap())
+    fn events(&self) -> Vec<String> {
+        std::mem::take(&mut self.events.lock().unwrap())
     }
 }
 
@@ -92,7 +92,7 @@ async fn start_waits_for_unavailable_ca() {
     scene.answer(Ok(identity(&scene.authority, CLIENT)));
     let (_, credentials) = scene.start().await.unwrap();
     assert_eq!(credentials.borrow().identity().spiffe_id(), &id(CLIENT));
-    assert_eq!(scene.told(), ["failed: issuer", "failed: issuer", CLIENT]);
+    assert_eq!(scene.events(), ["failed: issuer", "failed: issuer", CLIENT]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -100,17 +100,17 @@ async fn start_fails_on_configuration_error() {
     let mut scene = Scene::new();
     scene.answer(Err(bad_file()));
     assert_eq!(scene.start().await.unwrap_err().fault(), Fault::Configuration);
-    assert!(scene.told().is_empty(), "the start reports it");
+    assert!(scene.events().is_empty(), "the start reports it");
 }
 
 #[tokio::test(start_paused = true)]
-async fn awaited_identity_outlasts_configuration_error() {
+async fn awaited_identity_is_requested_again_after_configuration_error() {
     let mut scene = Scene::new();
     scene.answer(Err(bad_file()));
     scene.answer(Ok(identity(&scene.authority, CLIENT)));
     let (_, credentials) = scene.start_with(FirstIdentity::Awaited).await.unwrap();
     assert_eq!(credentials.borrow().identity().spiffe_id(), &id(CLIENT));
-    assert_eq!(scene.told(), ["failed: credential", CLIENT]);
+    assert_eq!(scene.events(), ["failed: credential", CLIENT]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -123,10 +123,10 @@ async fn publishes_new_identity_and_keeps_last_one_after_failure() {
     scene.answer(Ok(identity(&scene.authority, SERVER)));
     credentials.changed().await.unwrap();
     assert_eq!(credentials.borrow_and_update().identity().spiffe_id(), &id(SERVER));
-    assert_eq!(scene.told(), [CLIENT, "failed: credential", SERVER]);
+    assert_eq!(scene.events(), [CLIENT, "failed: credential", SERVER]);
     scene.answer(Err(unreachable_ca()));
     timeout(HOUR / 2, credentials.changed()).await.unwrap_err();
-    assert_eq!(scene.told(), ["failed: issuer"]);
+    assert_eq!(scene.events(), ["failed: issuer"]);
     assert!(!running.is_finished());
 }
 
@@ -137,17 +137,17 @@ async fn reports_an_identity_that_expires_without_a_successor() {
     let (rotator, credentials) = scene.start().await.unwrap();
     let _running = tokio::spawn(rotator.run());
     sleep(HOUR / 2).await;
-    assert_eq!(scene.told(), [CLIENT]);
+    assert_eq!(scene.events(), [CLIENT]);
     sleep(HOUR / 2 - Duration::from_secs(10)).await;
     // The validity began some minutes before the CA issued the certificate.
-    assert_eq!(scene.told(), ["expiring: 22 min"]);
+    assert_eq!(scene.events(), ["expiring: 22 min"]);
     sleep(3 * HOUR).await;
-    assert_eq!(scene.told(), ["expired: credential"]);
+    assert_eq!(scene.events(), ["expired: credential"]);
     assert_eq!(credentials.borrow().identity().spiffe_id(), &id(CLIENT));
     // The next certificate has its own warnings.
     scene.answer(Ok(identity(&scene.authority, SERVER)));
     sleep(2 * HOUR).await;
-    assert_eq!(scene.told(), [SERVER, "expiring: 22 min", "expired: credential"]);
+    assert_eq!(scene.events(), [SERVER, "expiring: 22 min", "expired: credential"]);
 }
 
 /// An identity that is valid for `life` days in total, `passed` of which have elapsed.
@@ -162,27 +162,27 @@ fn identity_of_days(authority: &CertificateAuthority, life: u32, passed: u32) ->
 }
 
 #[tokio::test(start_paused = true)]
-async fn warns_at_two_thirds_then_daily_then_hourly() {
+async fn expiry_warnings_start_at_two_thirds_then_daily_then_hourly() {
     let mut scene = Scene::new();
     scene.answer(Ok(identity_of_days(&scene.authority, 9, 0)));
     let (rotator, _credentials) = scene.start().await.unwrap();
     let _running = tokio::spawn(rotator.run());
     sleep(6 * 24 * HOUR - HOUR).await;
-    assert_eq!(scene.told(), [CLIENT]);
+    assert_eq!(scene.events(), [CLIENT]);
     sleep(4 * 24 * HOUR).await;
     let days = [3, 2].map(|days| format!("expiring: {} min", days * 24 * 60));
     let hours = (1..=24).rev().map(|hours| format!("expiring: {} min", hours * 60));
     let expected: Vec<_> =
         days.into_iter().chain(hours).chain(["expired: credential".to_owned()]).collect();
-    assert_eq!(scene.told(), expected);
+    assert_eq!(scene.events(), expected);
 }
 
 #[tokio::test(start_paused = true)]
-async fn warns_at_once_past_two_thirds() {
+async fn warns_at_once_after_two_thirds_of_validity() {
     let mut scene = Scene::new();
     scene.answer(Ok(identity_of_days(&scene.authority, 30, 28)));
     let (rotator, _credentials) = scene.start().await.unwrap();
     let _running = tokio::spawn(rotator.run());
     sleep(Duration::from_secs(1)).await;
-    assert_eq!(scene.told(), [CLIENT, "expiring: 2880 min"]);
+    assert_eq!(scene.events(), [CLIENT, "expiring: 2880 min"]);
 }

@@ -42,11 +42,11 @@ use crate::trust::bundle::Bundle;
 
 /// The maximum number of concurrent requests: a node may start many workloads, and a CA may serve
 /// many nodes.
-const REQUESTS: usize = 8;
+const MAX_CONCURRENT_REQUESTS: usize = 8;
 /// The timeout of connecting, including TLS and HTTP/2.
-const CONNECT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The timeout of the CA's answer.
-const REPLY: Duration = Duration::from_secs(10);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum size of an answer in bytes: a certificate chain and roots.
 const MAX_ANSWER: usize = 1 << 20;
 
@@ -72,7 +72,7 @@ impl<D: Dial> IstioCa<D> {
         let endpoint = Endpoint::new(&settings).map_err(problem)?;
         let cluster_id = settings.cluster_id.parse();
         let cluster_id = cluster_id.map_err(|_| problem(IssuerProblem::ClusterId))?;
-        let (requests, queue) = (Arc::new(Budget::new(REQUESTS)), Queue::default());
+        let (requests, queue) = (Arc::new(Budget::new(MAX_CONCURRENT_REQUESTS)), Queue::default());
         let ca = Self { settings, endpoint, cluster_id, dial, requests, queue };
         // Report an unreadable token or unreadable roots now, not at the first request.
         ca.token()?;
@@ -94,12 +94,12 @@ impl<D: Dial> IstioCa<D> {
         request.metadata_mut().insert("authorization", token);
         request.metadata_mut().insert("clusterid", self.cluster_id.clone());
         let roots = self.endpoint.roots(&self.settings.roots)?;
-        let connection = timeout(CONNECT, self.endpoint.connect(&self.dial, roots))
+        let connection = timeout(CONNECT_TIMEOUT, self.endpoint.connect(&self.dial, roots))
             .await
-            .map_err(|_| self.problem(IssuerProblem::ConnectTimeout(CONNECT)))??;
-        let answer = timeout(REPLY, self.ask(connection, request))
+            .map_err(|_| self.problem(IssuerProblem::ConnectTimeout(CONNECT_TIMEOUT)))??;
+        let answer = timeout(REPLY_TIMEOUT, self.ask(connection, request))
             .await
-            .map_err(|_| self.problem(IssuerProblem::ReplyTimeout(REPLY)))?;
+            .map_err(|_| self.problem(IssuerProblem::ReplyTimeout(REPLY_TIMEOUT)))?;
         let answer = answer.map_err(|status| self.refusal(id, &status))?;
         identity(Path::new(&self.settings.address), &answer, &key, id)
             .map_err(|what| self.problem(what))

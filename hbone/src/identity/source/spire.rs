@@ -16,7 +16,7 @@ pub use self::workload::WorkloadApiSource;
 use crate::error::{HboneError, IssuerProblem};
 
 /// The timeout of the first answer. Later updates arrive at any time.
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn agent_problem(socket: &Path, what: IssuerProblem, source: Option<io::Error>) -> HboneError {
     let issuer = socket.display().to_string();

@@ -36,10 +36,10 @@ fn readers(ca: &Ca, names: &[&str], change: Change) -> [Result<(), SvidProblem>;
     };
     let server = as_peer(&judge.any_member());
     let client = as_peer(&ExpectedPeer::OneOf([id(CLIENT)].into()));
-    [server, client, own(ca, &chain, key)]
+    [server, client, load_identity(ca, &chain, key)]
 }
 
-fn own(
+fn load_identity(
     ca: &Ca,
     chain: &[CertificateDer<'static>],
     key: PrivateKeyDer<'static>,

@@ -55,11 +55,11 @@ fn refused_amount_is_not_counted() {
 }
 
 #[test]
-fn strangers_leave_a_share_for_newcomers() {
+fn unknown_parts_leave_units_for_new_parts() {
     let whole = root(16_384);
     let mut parts = Vec::new();
     for _ in 0..17 {
-        let stranger = part(&whole, Sharing::Strangers);
+        let stranger = part(&whole, Sharing::UnknownParts);
         assert_eq!(fill(&stranger).1, Exhausted::Share);
         parts.push(stranger);
     }
@@ -68,9 +68,9 @@ fn strangers_leave_a_share_for_newcomers() {
 }
 
 #[test]
-fn strangers_converge_to_equal_use() {
+fn unknown_parts_converge_to_equal_use() {
     let whole = root(1000);
-    let parts: Vec<_> = (0..4).map(|_| part(&whole, Sharing::Strangers)).collect();
+    let parts: Vec<_> = (0..4).map(|_| part(&whole, Sharing::UnknownParts)).collect();
     fill(&parts[0]);
     for _ in 0..20 {
         // Each part closes some connections, then opens as many as it can, one at a time.
@@ -88,20 +88,20 @@ fn strangers_converge_to_equal_use() {
 fn small_budget_is_used_to_the_last_unit() {
     for limit in 1..=MIN_SHARE {
         let whole = root(limit);
-        assert_eq!(fill(&part(&whole, Sharing::Strangers)), (limit, Exhausted::Whole));
+        assert_eq!(fill(&part(&whole, Sharing::UnknownParts)), (limit, Exhausted::Whole));
     }
     let whole = root(10);
     whole.take(8).unwrap();
-    assert_eq!(fill(&part(&whole, Sharing::Strangers)), (2, Exhausted::Whole));
+    assert_eq!(fill(&part(&whole, Sharing::UnknownParts)), (2, Exhausted::Whole));
 }
 
 #[test]
-fn single_member_may_use_everything() {
+fn single_known_part_may_use_everything() {
     let whole = root(100);
-    let first = part(&whole, Sharing::Members);
+    let first = part(&whole, Sharing::KnownParts);
     assert_eq!(fill(&first), (100, Exhausted::Whole));
     first.give_back(100);
-    let second = part(&whole, Sharing::Members);
+    let second = part(&whole, Sharing::KnownParts);
     assert_eq!(fill(&first), (61, Exhausted::Share));
     drop(second);
     assert_eq!(fill(&first), (39, Exhausted::Whole));

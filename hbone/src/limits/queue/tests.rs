@@ -57,7 +57,7 @@ async fn cancelled_wait_loses_no_turn() {
     // Cancel one request in the queue, and one that has just been admitted.
     tasks[2].abort();
     yield_now().await;
-    assert_eq!(waiting.waiting().waiters.len(), 4, "no place is kept for it");
+    assert_eq!(waiting.lock().waiters.len(), 4, "no place is kept for it");
     drop(held);
     tasks[3].abort();
     yield_now().await;
@@ -69,13 +69,13 @@ async fn cancelled_wait_loses_no_turn() {
     }
     assert_eq!(names, ["soon", "late", "later"]);
     assert_eq!(budget.used(), 0);
-    assert!(waiting.waiting().waiters.is_empty());
+    assert!(waiting.lock().waiters.is_empty());
 }
 
 #[tokio::test]
-async fn newcomer_of_another_part_is_not_blocked() {
+async fn request_for_another_part_is_not_blocked() {
     let (waiting, whole) = (Queue::default(), Arc::new(Budget::new(8)));
-    let part = |limit| Arc::new(Budget::part(&whole, limit, Sharing::Strangers));
+    let part = |limit| Arc::new(Budget::part(&whole, limit, Sharing::UnknownParts));
     let (heavy, light) = (part(1), part(8));
     let held = waiting.turn(&heavy, 0u8, || unreachable!()).await;
     let waits = Cell::new(false);
@@ -90,7 +90,7 @@ async fn newcomer_of_another_part_is_not_blocked() {
 #[tokio::test]
 async fn cancelled_front_waiter_lets_the_next_pass() {
     let (waiting, whole) = (Queue::default(), Arc::new(Budget::new(8)));
-    let part = |limit| Arc::new(Budget::part(&whole, limit, Sharing::Strangers));
+    let part = |limit| Arc::new(Budget::part(&whole, limit, Sharing::UnknownParts));
     let (heavy, light) = (part(1), part(8));
     let _held = waiting.turn(&heavy, 0u8, || unreachable!()).await;
     let mut front = Box::pin(waiting.turn(&heavy, 1, || ()));

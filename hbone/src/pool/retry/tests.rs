@@ -81,8 +81,8 @@ async fn error_of_a_request_after_go_away(reason: Reason) -> [HboneError; 2] {
     [reported(unsent).await, reported(unready).await]
 }
 
-fn safe(error: &HboneError) -> [bool; 2] {
-    [false, true].map(|pooled| is_safe(error, pooled))
+fn retryable(error: &HboneError) -> [bool; 2] {
+    [false, true].map(|pooled| is_retryable(error, pooled))
 }
 
 const ALWAYS: [bool; 2] = [true, true];
@@ -93,7 +93,7 @@ const NEVER: [bool; 2] = [false, false];
 async fn retries_request_above_last_stream_of_goaway_with_any_code() {
     for reason in [Reason::NO_ERROR, Reason::ENHANCE_YOUR_CALM, Reason::INTERNAL_ERROR] {
         let error = error_of_a_request_in_flight(&go_away(0, reason)).await;
-        assert_eq!(safe(&error), ALWAYS, "{error:?}");
+        assert_eq!(retryable(&error), ALWAYS, "{error:?}");
     }
 }
 
@@ -101,7 +101,7 @@ async fn retries_request_above_last_stream_of_goaway_with_any_code() {
 async fn retries_request_not_sent_because_of_goaway() {
     for reason in [Reason::NO_ERROR, Reason::ENHANCE_YOUR_CALM] {
         for error in error_of_a_request_after_go_away(reason).await {
-            assert_eq!(safe(&error), ALWAYS, "{error:?}");
+            assert_eq!(retryable(&error), ALWAYS, "{error:?}");
         }
     }
 }
@@ -110,18 +110,18 @@ async fn retries_request_not_sent_because_of_goaway() {
 async fn request_below_last_stream_of_goaway_is_lost_with_connection() {
     for reason in [Reason::NO_ERROR, Reason::INTERNAL_ERROR] {
         let error = error_of_a_request_in_flight(&go_away(1, reason)).await;
-        assert_eq!(safe(&error), IF_POOLED, "{error:?}");
+        assert_eq!(retryable(&error), IF_POOLED, "{error:?}");
     }
 }
 
 #[tokio::test]
 async fn retries_only_refused_stream_of_all_rst_stream_codes() {
     let error = error_of_a_request_in_flight(&rst_stream(Reason::REFUSED_STREAM)).await;
-    assert_eq!(safe(&error), ALWAYS, "{error:?}");
+    assert_eq!(retryable(&error), ALWAYS, "{error:?}");
     for code in (0..=0xd).filter(|code| *code != u32::from(Reason::REFUSED_STREAM)) {
         let error = error_of_a_request_in_flight(&rst_stream(code.into())).await;
         assert!(matches!(error, HboneError::Reset { .. }), "{error:?}");
-        assert_eq!(safe(&error), NEVER, "{error:?}");
+        assert_eq!(retryable(&error), NEVER, "{error:?}");
     }
 }
 
@@ -130,11 +130,11 @@ async fn retries_request_lost_with_pooled_connection() {
     for last_words in [&[][..], &VIOLATION] {
         let error = error_of_a_request_in_flight(last_words).await;
         assert!(matches!(error, HboneError::Lost { .. }), "{error:?}");
-        assert_eq!(safe(&error), IF_POOLED, "{error:?}");
+        assert_eq!(retryable(&error), IF_POOLED, "{error:?}");
     }
     let gone = [HboneError::Lost { source: None }, HboneError::Unresponsive { silent: SECOND }];
     for error in gone {
-        assert_eq!(safe(&error), IF_POOLED, "{error:?}");
+        assert_eq!(retryable(&error), IF_POOLED, "{error:?}");
     }
 }
 
@@ -152,6 +152,6 @@ fn answer_timeout_and_failed_handshake_are_not_retried() {
         HboneError::CertificateRefused { alert: "bad_certificate".to_owned() },
         HboneError::InvalidAuthority { authority: "".into() },
     ] {
-        assert_eq!(safe(&error), NEVER, "{error:?}");
+        assert_eq!(retryable(&error), NEVER, "{error:?}");
     }
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use super::*;
-use crate::pool::load::BUSY_BYTES_PER_SECOND;
+use crate::pool::tunnel_load::BUSY_BYTES_PER_SECOND;
 use crate::testing::{CLIENT, HOUR, SECOND, SERVER, id};
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -26,13 +26,13 @@ struct FakeTunnel(Rc<RefCell<Facts>>);
 
 #[derive(Debug)]
 struct Facts {
-    load: Load,
+    load: TunnelLoad,
     released: bool,
 }
 
 impl FakeTunnel {
     fn new(now: Instant) -> Self {
-        let load = Load {
+        let load = TunnelLoad {
             usable: true,
             streams: 0,
             idle_since: Some(now),
@@ -42,7 +42,7 @@ impl FakeTunnel {
         Self(Rc::new(RefCell::new(Facts { load, released: false })))
     }
 
-    fn set(&self, change: impl FnOnce(&mut Load)) {
+    fn set(&self, change: impl FnOnce(&mut TunnelLoad)) {
         change(&mut self.0.borrow_mut().load);
     }
 
@@ -65,7 +65,7 @@ impl FakeTunnel {
 impl Handle for FakeTunnel {
     type StreamSlot = Self;
 
-    fn load(&self) -> Load {
+    fn current_load(&self) -> TunnelLoad {
         self.0.borrow().load
     }
 
@@ -111,21 +111,21 @@ impl TestPool {
     }
 
     /// Checks out a stream, which must use an existing tunnel. Returns that tunnel.
-    fn used(&mut self) -> FakeTunnel {
+    fn checkout_existing(&mut self) -> FakeTunnel {
         match self.checkout(&key(1), Reuse::Allowed) {
             Checkout::Use { stream_slot, .. } => stream_slot,
             other => panic!("{other:?}"),
         }
     }
 
-    fn waits(&mut self, reuse: Reuse) -> u64 {
+    fn checkout_dial(&mut self, reuse: Reuse) -> u64 {
         match self.checkout(&key(1), reuse) {
             Checkout::Wait { ticket, promised: true } => ticket,
             other => panic!("{other:?}"),
         }
     }
 
-    fn refused(&mut self, reuse: Reuse) -> Duration {
+    fn checkout_refused(&mut self, reuse: Reuse) -> Duration {
         match self.checkout(&key(1), reuse) {
             Checkout::Refuse { remaining, .. } => remaining,
             other => panic!("{other:?}"),
@@ -171,7 +171,11 @@ fn key(port: u16) -> TunnelKey {
 fn callers_of_one_key_share_one_dial() {
     let mut pool = TestPool::new();
     assert_eq!(
-        (pool.waits(Reuse::Allowed), pool.waits(Reuse::Allowed), pool.waits(Reuse::Forbidden)),
+        (
+            pool.checkout_dial(Reuse::Allowed),
+            pool.checkout_dial(Reuse::Allowed),
+            pool.checkout_dial(Reuse::Forbidden)
+        ),
         (1, 1, 1)
     );
     for other in [
@@ -189,36 +193,37 @@ fn callers_of_one_key_share_one_dial() {
 #[test]
 fn burst_starts_several_dials_within_stream_limit() {
     let mut pool = TestPool::new();
-    let tickets: Vec<u64> = (0..10 * DIALS_AT_ONCE).map(|_| pool.waits(Reuse::Allowed)).collect();
+    let tickets: Vec<u64> =
+        (0..10 * MAX_CONCURRENT_DIALS).map(|_| pool.checkout_dial(Reuse::Allowed)).collect();
     assert!(tickets.chunks(10).zip(1..).all(|(some, ticket)| some.iter().all(|t| *t == ticket)));
     // A caller without a promise asks again after the first dial.
     let late = pool.checkout(&key(1), Reuse::Allowed);
     assert!(matches!(late, Checkout::Wait { ticket: 1, promised: false }), "{late:?}");
     let (_, tunnel) = pool.open();
     (0..10).for_each(|_| assert!(pool.state.join(&key(1), &tunnel).is_some()));
-    assert_eq!(pool.waits(Reuse::Allowed), DIALS_AT_ONCE as u64 + 1);
+    assert_eq!(pool.checkout_dial(Reuse::Allowed), MAX_CONCURRENT_DIALS as u64 + 1);
 }
 
 #[test]
 fn concurrent_dial_failures_count_once() {
     let mut pool = TestPool::new();
-    for _ in 0..10 * DIALS_AT_ONCE {
-        pool.waits(Reuse::Allowed);
+    for _ in 0..10 * MAX_CONCURRENT_DIALS {
+        pool.checkout_dial(Reuse::Allowed);
     }
-    for _ in 0..DIALS_AT_ONCE {
+    for _ in 0..MAX_CONCURRENT_DIALS {
         pool.fail();
     }
-    assert!(pool.refused(Reuse::Allowed) <= 120 * MILLISECOND);
+    assert!(pool.checkout_refused(Reuse::Allowed) <= 120 * MILLISECOND);
 }
 
 #[test]
 fn waiting_callers_fill_new_tunnel_to_its_limit() {
     let mut pool = TestPool::new();
-    pool.waits(Reuse::Allowed);
+    pool.checkout_dial(Reuse::Allowed);
     let (_, tunnel) = pool.open();
     let joined = (0..12).filter_map(|_| pool.state.join(&key(1), &tunnel)).count();
-    assert_eq!((joined, tunnel.load().streams), (10, 10));
-    assert_eq!(pool.waits(Reuse::Allowed), 2);
+    assert_eq!((joined, tunnel.current_load().streams), (10, 10));
+    assert_eq!(pool.checkout_dial(Reuse::Allowed), 2);
 }
 
 #[test]
@@ -226,10 +231,10 @@ fn selects_least_loaded_then_oldest_tunnel() {
     let mut pool = TestPool::new();
     let tunnels: Vec<_> = (0..3).map(|_| pool.open().1).collect();
     for expected in [0, 1, 2, 0, 1, 2] {
-        assert!(pool.used().same(&tunnels[expected]));
+        assert!(pool.checkout_existing().same(&tunnels[expected]));
     }
     tunnels[1].end_stream(pool.now);
-    assert!(pool.used().same(&tunnels[1]));
+    assert!(pool.checkout_existing().same(&tunnels[1]));
     assert_eq!(pool.dials, 0);
 }
 
@@ -237,37 +242,41 @@ fn selects_least_loaded_then_oldest_tunnel() {
 fn half_full_tunnel_is_used_during_dial() {
     let mut pool = TestPool::new();
     let (_, tunnel) = pool.open();
-    (0..5).for_each(|_| assert!(pool.used().same(&tunnel)));
+    (0..5).for_each(|_| assert!(pool.checkout_existing().same(&tunnel)));
     assert_eq!(pool.dials, 0);
-    (0..5).for_each(|_| assert!(pool.used().same(&tunnel)));
-    assert_eq!((pool.dials, pool.waits(Reuse::Allowed)), (1, 1), "full, and one is under way");
+    (0..5).for_each(|_| assert!(pool.checkout_existing().same(&tunnel)));
+    assert_eq!(
+        (pool.dials, pool.checkout_dial(Reuse::Allowed)),
+        (1, 1),
+        "full, and one is under way"
+    );
 }
 
 #[test]
-fn load_respects_tunnel_cap_and_full_tunnels_exceed_it() {
+fn only_full_tunnels_lead_to_more_than_the_tunnel_limit() {
     let mut pool = TestPool::new();
     (0..3).for_each(|_| drop(pool.open()));
-    (0..30).for_each(|_| drop(pool.used()));
+    (0..30).for_each(|_| drop(pool.checkout_existing()));
     assert_eq!(pool.dials, 0);
-    assert_eq!(pool.waits(Reuse::Allowed), 1);
+    assert_eq!(pool.checkout_dial(Reuse::Allowed), 1);
     pool.open();
-    (0..10).for_each(|_| drop(pool.used()));
+    (0..10).for_each(|_| drop(pool.checkout_existing()));
     assert_eq!(pool.dials, 1, "beyond the cap, half full is no reason");
-    assert_eq!(pool.waits(Reuse::Allowed), 2);
+    assert_eq!(pool.checkout_dial(Reuse::Allowed), 2);
 }
 
 #[test]
 fn busy_tunnel_is_avoided_if_another_exists() {
     let mut pool = TestPool::new();
     let (_, busy) = pool.open();
-    pool.used();
+    pool.checkout_existing();
     busy.set(|load| load.bytes_per_second = BUSY_BYTES_PER_SECOND);
-    assert!(pool.used().same(&busy));
+    assert!(pool.checkout_existing().same(&busy));
     assert_eq!(pool.dials, 1);
     let (_, quiet) = pool.open();
-    (0..4).for_each(|_| assert!(pool.used().same(&quiet)));
+    (0..4).for_each(|_| assert!(pool.checkout_existing().same(&quiet)));
     busy.set(|load| load.bytes_per_second -= 1);
-    assert!(pool.used().same(&busy), "2 streams, the other has 4");
+    assert!(pool.checkout_existing().same(&busy), "2 streams, the other has 4");
     assert_eq!(pool.dials, 1);
 }
 
@@ -276,13 +285,13 @@ fn peer_limit_applies_to_tunnels_without_settings() {
     let mut pool = TestPool::new();
     let (_, limited) = pool.open();
     limited.set(|load| load.allowed = Some(2));
-    (0..2).for_each(|_| drop(pool.used()));
-    pool.waits(Reuse::Allowed);
+    (0..2).for_each(|_| drop(pool.checkout_existing()));
+    pool.checkout_dial(Reuse::Allowed);
     let (_, unlimited) = pool.open();
     let joined = (0..5).filter_map(|_| pool.state.join(&key(1), &unlimited)).count();
     assert_eq!(joined, 2);
     unlimited.set(|load| load.allowed = Some(4));
-    assert!(pool.used().same(&unlimited), "what it says itself counts");
+    assert!(pool.checkout_existing().same(&unlimited), "what it says itself counts");
 }
 
 #[test]
@@ -290,21 +299,21 @@ fn peer_without_allowed_streams_gets_one_request() {
     let mut pool = TestPool::new();
     let (_, tunnel) = pool.open();
     tunnel.set(|load| load.allowed = Some(0));
-    assert!(pool.used().same(&tunnel));
-    pool.waits(Reuse::Allowed);
+    assert!(pool.checkout_existing().same(&tunnel));
+    pool.checkout_dial(Reuse::Allowed);
 }
 
 #[test]
 fn aged_tunnel_keeps_streams_and_takes_no_new_one() {
     let mut pool = TestPool::new();
     let (id, tunnel) = pool.open();
-    pool.used();
+    pool.checkout_existing();
     let age = pool.inspect(id).unwrap().min(HOUR);
     pool.now += HOUR * 9 / 10 - SECOND;
-    pool.used();
+    pool.checkout_existing();
     assert!(!tunnel.is_released() && age < HOUR);
     pool.now += HOUR / 10 + SECOND;
-    assert_eq!(pool.waits(Reuse::Allowed), 1);
+    assert_eq!(pool.checkout_dial(Reuse::Allowed), 1);
     assert!(tunnel.is_released());
     let counted = pool.state.statistics(pool.now);
     assert_eq!((counted.tunnels, counted.retired, counted.streams), (0, 1, 2));
@@ -313,7 +322,7 @@ fn aged_tunnel_keeps_streams_and_takes_no_new_one() {
 }
 
 #[test]
-fn age_and_idle_limits_have_constant_jitter() {
+fn each_tunnel_has_fixed_random_age_and_idle_limits() {
     let mut pool = TestPool::new();
     let tunnels: Vec<_> = (0..50).map(|_| pool.open().0).collect();
     let entry = &pool.state.entries[&key(1)];
@@ -335,10 +344,10 @@ fn closed_or_draining_tunnel_is_not_used() {
     let (_, first) = pool.open();
     let (_, second) = pool.open();
     first.set(|load| load.usable = false);
-    assert!(pool.used().same(&second));
+    assert!(pool.checkout_existing().same(&second));
     assert!(first.is_released());
     second.set(|load| load.usable = false);
-    assert_eq!((pool.waits(Reuse::Allowed), pool.tunnels()), (1, 0));
+    assert_eq!((pool.checkout_dial(Reuse::Allowed), pool.tunnels()), (1, 0));
 }
 
 #[test]
@@ -347,7 +356,7 @@ fn retired_tunnel_is_not_used() {
     let (id, tunnel) = pool.open();
     pool.state.retire(&key(1), id);
     assert!(tunnel.is_released());
-    assert_eq!(pool.waits(Reuse::Allowed), 1);
+    assert_eq!(pool.checkout_dial(Reuse::Allowed), 1);
     assert_eq!(pool.inspect(id), None);
 }
 
@@ -355,7 +364,7 @@ fn retired_tunnel_is_not_used() {
 fn last_tunnel_closes_after_idle_timeout() {
     let mut pool = TestPool::new();
     let (id, tunnel) = pool.open();
-    pool.used();
+    pool.checkout_existing();
     pool.now += HOUR / 2;
     assert!(pool.inspect(id).is_some(), "it has a stream");
     tunnel.end_stream(pool.now);
@@ -388,69 +397,73 @@ fn surplus_tunnel_closes_early() {
 fn back_off_doubles_and_success_resets_it() {
     let mut pool = TestPool::new();
     for expected in [100, 200, 400, 800, 1600, 2000, 2000] {
-        pool.waits(Reuse::Allowed);
+        pool.checkout_dial(Reuse::Allowed);
         pool.fail();
-        let (remaining, expected) = (pool.refused(Reuse::Allowed), Duration::from_millis(expected));
+        let (remaining, expected) =
+            (pool.checkout_refused(Reuse::Allowed), Duration::from_millis(expected));
         assert!(remaining >= expected * 8 / 10 && remaining <= expected * 12 / 10, "{remaining:?}");
-        assert_eq!(pool.refused(Reuse::Forbidden), remaining);
+        assert_eq!(pool.checkout_refused(Reuse::Forbidden), remaining);
         pool.now += remaining - MILLISECOND;
-        assert_eq!(pool.refused(Reuse::Allowed), MILLISECOND);
+        assert_eq!(pool.checkout_refused(Reuse::Allowed), MILLISECOND);
         pool.now += MILLISECOND;
     }
-    assert_eq!((pool.waits(Reuse::Allowed), pool.dials), (8, 8));
+    assert_eq!((pool.checkout_dial(Reuse::Allowed), pool.dials), (8, 8));
     let (id, _) = pool.open();
     pool.state.retire(&key(1), id);
-    pool.waits(Reuse::Allowed);
+    pool.checkout_dial(Reuse::Allowed);
     pool.fail();
-    assert!(pool.refused(Reuse::Allowed) <= 120 * MILLISECOND);
+    assert!(pool.checkout_refused(Reuse::Allowed) <= 120 * MILLISECOND);
 }
 
 #[test]
-fn failure_expires() {
+fn expired_failure_does_not_lengthen_next_back_off() {
     let mut pool = TestPool::new();
-    pool.waits(Reuse::Allowed);
+    pool.checkout_dial(Reuse::Allowed);
     let earlier = pool.fail();
     pool.now += SECOND;
-    pool.waits(Reuse::Allowed);
+    pool.checkout_dial(Reuse::Allowed);
     let later = pool.fail();
     pool.state.remove_expired_backoff(&key(1), earlier);
     assert_eq!(pool.state.entries(), 1, "another one followed");
     pool.state.remove_expired_backoff(&key(1), later);
     assert_eq!(pool.state.entries(), 0);
     pool.now = later;
-    pool.waits(Reuse::Allowed);
+    pool.checkout_dial(Reuse::Allowed);
     pool.fail();
-    assert!(pool.refused(Reuse::Allowed) <= 120 * MILLISECOND);
+    assert!(pool.checkout_refused(Reuse::Allowed) <= 120 * MILLISECOND);
 }
 
 #[test]
-fn back_off_uses_open_tunnel_and_dials_no_other() {
+fn back_off_allows_open_tunnels_but_no_dial() {
     let mut pool = TestPool::new();
     pool.open();
-    (0..6).for_each(|_| drop(pool.used()));
+    (0..6).for_each(|_| drop(pool.checkout_existing()));
     assert_eq!(pool.dials, 1);
     pool.fail();
-    (0..4).for_each(|_| drop(pool.used()));
+    (0..4).for_each(|_| drop(pool.checkout_existing()));
     assert_eq!(pool.dials, 1);
-    pool.refused(Reuse::Allowed);
+    pool.checkout_refused(Reuse::Allowed);
 }
 
 #[test]
 fn required_new_tunnel_shares_dial_in_progress() {
     let mut pool = TestPool::new();
     pool.open();
-    assert_eq!((pool.waits(Reuse::Forbidden), pool.waits(Reuse::Forbidden)), (1, 1));
-    pool.used();
+    assert_eq!(
+        (pool.checkout_dial(Reuse::Forbidden), pool.checkout_dial(Reuse::Forbidden)),
+        (1, 1)
+    );
+    pool.checkout_existing();
     let (_, fresh) = pool.open();
     assert!(pool.state.join(&key(1), &fresh).is_some());
-    assert_eq!(pool.waits(Reuse::Forbidden), 2);
+    assert_eq!(pool.checkout_dial(Reuse::Forbidden), 2);
 }
 
 #[test]
 fn drained_pool_keeps_only_open_streams() {
     let mut pool = TestPool::new();
     let (id, tunnel) = pool.open();
-    pool.used();
+    pool.checkout_existing();
     pool.checkout(&key(2), Reuse::Allowed);
     pool.state.failed(&key(2), DialId(1), Arc::new(HboneError::Lost { source: None }), pool.now);
     pool.checkout(&key(3), Reuse::Allowed);

@@ -3,14 +3,14 @@
 use super::*;
 use crate::testing::{authority, credentials, identity};
 
-const FIRST_PAUSE: Duration = Duration::from_millis(120);
+const FIRST_BACKOFF: Duration = Duration::from_millis(120);
 
 #[tokio::test(start_paused = true)]
 async fn stuck_dial_does_not_block_other_keys() {
     let client = Arc::new(Client::new());
     let stuck = tokio::spawn({
         let client = client.clone();
-        async move { client.connect(BLACK_HOLE).await }
+        async move { client.connect(NEVER_CONNECTS).await }
     });
     yield_now().await;
     let start = Instant::now();
@@ -25,19 +25,19 @@ async fn stuck_dial_does_not_block_other_keys() {
 #[tokio::test(start_paused = true)]
 async fn failed_dial_fails_all_waiters_and_starts_back_off() {
     let client = Client::new();
-    let answers = join_all((0..5).map(|_| client.connect(CLOSED))).await;
+    let answers = join_all((0..5).map(|_| client.connect(REFUSES_CONNECTIONS))).await;
     assert!(answers.iter().all(|answer| matches!(answer, Err(HboneError::Dial { .. }))));
     assert_eq!((client.dials(), client.pool.statistics().backing_off), (1, 1));
-    let refused = client.connect(CLOSED).await.unwrap_err();
+    let refused = client.connect(REFUSES_CONNECTIONS).await.unwrap_err();
     let HboneError::BackingOff { address, remaining, source } = &refused else {
         panic!("{refused:?}")
     };
-    assert_eq!(*address, key(CLOSED).address);
-    assert!(*remaining > SECOND / 20 && *remaining <= FIRST_PAUSE);
+    assert_eq!(*address, key(REFUSES_CONNECTIONS).address);
+    assert!(*remaining > SECOND / 20 && *remaining <= FIRST_BACKOFF);
     assert!(matches!(**source, HboneError::Dial { .. }));
     assert_eq!(client.dials(), 1);
     sleep(*remaining).await;
-    let again = client.connect(CLOSED).await;
+    let again = client.connect(REFUSES_CONNECTIONS).await;
     assert!(matches!(again, Err(HboneError::Dial { .. })), "{again:?}");
     sleep(20 * SECOND).await;
     assert_eq!(client.entries(), 0, "forgotten");
@@ -70,7 +70,7 @@ async fn certificate_refusal_after_handshake_counts_as_failed_handshake() {
     for dials in 1..=2 {
         let first = client.connect(80).await;
         assert!(matches!(first, Err(HboneError::CertificateRefused { .. })), "{first:?}");
-        client.until(|now| now.backing_off == 1).await;
+        client.wait_until(|now| now.backing_off == 1).await;
         let refused = client.connect(80).await;
         let Err(HboneError::BackingOff { source, .. }) = refused else { panic!("{refused:?}") };
         assert!(matches!(*source, HboneError::CertificateRefused { .. }));
@@ -85,7 +85,7 @@ async fn certificate_refusal_after_handshake_counts_as_failed_handshake() {
 async fn panicked_dial_fails_all_waiters() {
     let client = Client::new();
     for dials in 1..=2 {
-        let answers = join_all((0..3).map(|_| client.connect(PANICS))).await;
+        let answers = join_all((0..3).map(|_| client.connect(DIAL_PANICS))).await;
         assert!(answers.iter().all(|answer| matches!(answer, Err(HboneError::Lost { .. }))));
         assert_eq!((client.dials(), client.entries()), (dials, 0));
     }
@@ -101,7 +101,7 @@ async fn lost_peer_aborts_streams_and_next_stream_dials() {
         assert!(matches!(reader.read().await, Err(HboneError::Lost { .. })));
     }
     let _stream = client.stream().await;
-    client.until(|now| now.retired == 0).await;
+    client.wait_until(|now| now.retired == 0).await;
     assert_eq!((client.dials(), client.pool.tunnels()), (2, 1));
 }
 
@@ -109,9 +109,9 @@ async fn lost_peer_aborts_streams_and_next_stream_dials() {
 async fn silent_tunnel_is_not_reused() {
     let client = Client::new();
     for dials in 1..=2 {
-        let stream = client.connect(MUTE).await.unwrap();
+        let stream = client.connect(ANSWERS_ONCE).await.unwrap();
         sleep(SECOND).await;
-        let second = client.connect(MUTE).await;
+        let second = client.connect(ANSWERS_ONCE).await;
         assert!(matches!(second, Err(HboneError::ReplyTimeout { .. })), "{second:?}");
         assert_eq!((client.pool.tunnels(), client.dials()), (0, dials), "and not tried again");
         drop(stream);
@@ -128,7 +128,7 @@ async fn drained_pool_aborts_dial_in_progress() {
         client.pool.drain();
     };
     let start = Instant::now();
-    let (outcome, ()) = tokio::join!(client.connect(BLACK_HOLE), drain);
+    let (outcome, ()) = tokio::join!(client.connect(NEVER_CONNECTS), drain);
     assert!(matches!(outcome, Err(HboneError::Lost { .. })));
     assert!(client.entries() == 0 && start.elapsed() < SECOND);
 }
@@ -143,7 +143,7 @@ async fn unresponsive_peer_is_closed_by_timeout() {
         long.headers.insert("baggage", value);
         long
     };
-    let key = key(STALLED);
+    let key = key(READS_NOTHING);
     let answers =
         join_all((0..90).map(|number| {
             client.pool.connect(&key, &client.connector, move || long_request(number))
@@ -158,8 +158,8 @@ async fn unresponsive_peer_is_closed_by_timeout() {
 #[tokio::test]
 async fn requests_lost_with_pooled_tunnel_share_one_retry_tunnel() {
     let client = Client::new();
-    let (mut reader, _writer) = client.connect(DIES).await.unwrap().split();
-    let answers = join_all((0..4).map(|_| client.connect(DIES))).await;
+    let (mut reader, _writer) = client.connect(CLOSES_AT_FIFTH_REQUEST).await.unwrap().split();
+    let answers = join_all((0..4).map(|_| client.connect(CLOSES_AT_FIFTH_REQUEST))).await;
     assert!(answers.iter().all(Result::is_ok), "{answers:?}");
     assert_eq!((client.dials(), client.requests()), (2, vec![5, 4]));
     assert!(matches!(reader.read().await, Err(HboneError::Lost { .. })), "that one was answered");
@@ -168,12 +168,12 @@ async fn requests_lost_with_pooled_tunnel_share_one_retry_tunnel() {
 #[tokio::test]
 async fn retry_uses_a_new_tunnel() {
     let client = Client::with(200, PoolSettings { streams_per_tunnel: 2, ..SETTINGS });
-    let _first = client.connect(DIES).await.unwrap();
+    let _first = client.connect(CLOSES_AT_FIFTH_REQUEST).await.unwrap();
     let death = async {
-        client.until(|now| now.tunnels == 2 && client.requests()[0] == 2).await;
+        client.wait_until(|now| now.tunnels == 2 && client.requests()[0] == 2).await;
         client.connection(0).serving.abort();
     };
-    let (second, ()) = tokio::join!(client.connect(DIES), death);
+    let (second, ()) = tokio::join!(client.connect(CLOSES_AT_FIFTH_REQUEST), death);
     second.unwrap();
     assert_eq!((client.dials(), client.requests()), (3, vec![2, 0, 1]));
 }
@@ -181,7 +181,7 @@ async fn retry_uses_a_new_tunnel() {
 #[tokio::test]
 async fn request_lost_with_new_tunnel_is_not_retried() {
     let client = Client::new();
-    let lost = client.connect(NEVER_LIVES).await;
+    let lost = client.connect(CLOSES_AT_FIRST_REQUEST).await;
     assert!(matches!(lost, Err(HboneError::Lost { .. })), "{lost:?}");
     assert_eq!(client.dials(), 1);
 }
@@ -196,7 +196,7 @@ async fn answered_request_is_not_retried() {
         assert_eq!(client.requests()[1], round);
     }
     for round in 1..=2 {
-        let reset = client.connect(RESETS).await;
+        let reset = client.connect(RESETS_STREAMS).await;
         assert!(matches!(reset, Err(HboneError::Reset { .. })), "{reset:?}");
         assert_eq!(client.requests()[2], round);
     }
@@ -216,7 +216,7 @@ async fn graceful_goaway_loses_no_request() {
     let client = Client::new();
     let worker = || async {
         for _ in 0..50 {
-            client.exchange(MOVES_ON).await.unwrap();
+            client.exchange(SENDS_GOAWAY).await.unwrap();
         }
     };
     join_all((0..20).map(|_| worker())).await;
@@ -238,7 +238,7 @@ async fn goaway_moves_new_streams_and_finishes_old_ones() {
     writer.finish().unwrap();
     assert_eq!(reader.read().await.unwrap(), None);
     drop((reader, writer));
-    client.until(|now| now.tunnels == 1 && now.retired == 0).await;
+    client.wait_until(|now| now.tunnels == 1 && now.retired == 0).await;
 }
 
 #[tokio::test(start_paused = true)]

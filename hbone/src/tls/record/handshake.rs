@@ -22,12 +22,12 @@ use super::keys::{KeySchedule, Keys};
 use super::stream::TlsStream;
 
 /// The size of one read in bytes: a certificate chain and a hybrid key share fit.
-const READ: usize = 8 << 10;
+const READ_SIZE: usize = 8 << 10;
 /// The maximum number of bytes buffered for an unauthenticated peer. rustls allows messages of 64
 /// KiB; the rest is for record headers and tags.
 const MAX_INCOMING: usize = 96 << 10;
 /// The bytes that were read after the handshake must fit into one buffer (`Input::new`).
-const _: () = assert!(MAX_INCOMING + READ <= super::buffer::SIZE);
+const _: () = assert!(MAX_INCOMING + READ_SIZE <= super::buffer::SIZE);
 
 /// A connection after its handshake, before the record layer starts.
 pub(in crate::tls) struct FinishedHandshake<C, T> {
@@ -94,7 +94,7 @@ pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + 
 
 impl<C: Handshake, T> FinishedHandshake<C, T> {
     /// The negotiated parameters and the peer's certificates.
-    pub(in crate::tls) fn facts(&self) -> &CommonState {
+    pub(in crate::tls) fn negotiated(&self) -> &CommonState {
         &self.connection
     }
 
@@ -187,8 +187,8 @@ impl Flights {
             let error = Error::from(InvalidMessage::HandshakePayloadTooLarge);
             return Err(io::Error::new(io::ErrorKind::InvalidData, error));
         }
-        self.incoming.reserve(READ);
-        if io.read_buf(&mut (&mut self.incoming).limit(READ)).await? == 0 {
+        self.incoming.reserve(READ_SIZE);
+        if io.read_buf(&mut (&mut self.incoming).limit(READ_SIZE)).await? == 0 {
             let error = "the peer closed the connection during the handshake";
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, error));
         }

@@ -13,7 +13,7 @@ const HEADER: usize = 4;
 const MAX_LENGTH: usize = 0xffff;
 /// The maximum number of consecutive messages without application data. BoringSSL and rustls have
 /// the same limit for key updates.
-const MAX_IN_A_ROW: u8 = 32;
+const MAX_CONSECUTIVE_MESSAGES: u8 = 32;
 
 /// A post-handshake message.
 #[derive(Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ impl Messages {
     }
 
     /// Resets the limit of consecutive messages, after application data.
-    pub(super) fn interrupted(&mut self) {
+    pub(super) fn reset_consecutive(&mut self) {
         self.in_a_row = 0;
     }
 
@@ -82,7 +82,7 @@ impl Messages {
         let mut rest = content;
         while let Some((kind, body, after)) = self.split(rest)? {
             self.in_a_row += 1;
-            if self.in_a_row > MAX_IN_A_ROW {
+            if self.in_a_row > MAX_CONSECUTIVE_MESSAGES {
                 return Err(Failure::unexpected(PeerMisbehaved::TooManyKeyUpdateRequests));
             }
             let message = match kind {

@@ -18,8 +18,8 @@ use super::stream::TlsStream;
 use super::{HEADER, TAG, TRAILER};
 
 /// The first octet of all keys from the peer to the tested stream.
-const TO_US: u8 = 0x20;
-const FROM_US: u8 = 0x40;
+const KEY_FROM_PEER: u8 = 0x20;
+const KEY_TO_PEER: u8 = 0x40;
 
 /// The keys of one direction. Each key update advances the generation.
 #[derive(Debug)]
@@ -166,8 +166,8 @@ pub(super) fn pair_with(
     limit: u64,
     early: &[u8],
 ) -> Result<(TlsStream<Wire>, Peer), Error> {
-    let to_us = || KeyGenerations { direction: TO_US, generation: 0 };
-    let from_us = || KeyGenerations { direction: FROM_US, generation: 0 };
+    let to_us = || KeyGenerations { direction: KEY_FROM_PEER, generation: 0 };
+    let from_us = || KeyGenerations { direction: KEY_TO_PEER, generation: 0 };
     let (wire, tickets) = (Wire::default(), Arc::<Mutex<Vec<_>>>::default());
     let peer = Peer {
         wire: wire.clone(),
@@ -223,8 +223,8 @@ impl Peer {
     #[cfg(test)]
     pub(super) fn seal_empty(&self) -> Vec<u8> {
         use aws_lc_rs::aead::{Aad, LessSafeKey, Nonce, UnboundKey};
-        let key = UnboundKey::new(&AES_128_GCM, &[TO_US; 16]).unwrap();
-        let nonce = Nonce::assume_unique_for_key([TO_US; 12]);
+        let key = UnboundKey::new(&AES_128_GCM, &[KEY_FROM_PEER; 16]).unwrap();
+        let nonce = Nonce::assume_unique_for_key([KEY_FROM_PEER; 12]);
         let header = [23, 3, 3, 0, 16];
         let sealed =
             LessSafeKey::new(key).seal_in_place_separate_tag(nonce, Aad::from(header), &mut []);

@@ -47,8 +47,8 @@ pub(crate) fn run(script: &[u8]) {
     let Ok((stream, peer)) = pair(client, LIMIT) else { return };
     {
         let mut pipe = peer.wire.pipe();
-        pipe.read = choose(setup >> 1, [usize::MAX, 1, 7, 4096]);
-        pipe.write = choose(setup >> 3, [usize::MAX, 1, 1000, 40_000]);
+        pipe.read = select(setup >> 1, [usize::MAX, 1, 7, 4096]);
+        pipe.write = select(setup >> 3, [usize::MAX, 1, 1000, 40_000]);
     }
     let mut run = ScriptRun {
         stream,
@@ -62,7 +62,7 @@ pub(crate) fn run(script: &[u8]) {
         warnings: 0,
         client,
     };
-    let size = choose(setup >> 5, [20_000, 1, 100, 140_000]);
+    let size = select(setup >> 5, [20_000, 1, 100, 140_000]);
     while let Some((&[kind, high, low], after)) = rest.split_first_chunk::<3>() {
         rest = run.step(kind, usize::from(u16::from_be_bytes([high, low])), after);
         run.check(size);
@@ -70,7 +70,7 @@ pub(crate) fn run(script: &[u8]) {
 }
 
 /// Selects by the two low bits.
-fn choose(bits: u8, [first, second, third, fourth]: [usize; 4]) -> usize {
+fn select(bits: u8, [first, second, third, fourth]: [usize; 4]) -> usize {
     match bits & 3 {
         0 => first,
         1 => second,
@@ -92,7 +92,7 @@ impl ScriptRun {
                 let (bytes, after) = script.split_at(script.len().min(size % 64));
                 self.peer.send_raw(bytes);
                 if !bytes.is_empty() {
-                    self.unknown();
+                    self.stop_predicting();
                 }
                 return after;
             }
@@ -100,11 +100,11 @@ impl ScriptRun {
                 let (inner, after) = script.split_at(script.len().min(size % 64));
                 let record = self.peer.seal_inner(inner);
                 self.peer.send_raw(&record);
-                self.unknown();
+                self.stop_predicting();
                 return after;
             }
             7 => self.write(size * 4),
-            _ => self.damage(size),
+            _ => self.send_damaged(size),
         }
         script
     }
@@ -124,7 +124,7 @@ impl ScriptRun {
             (self.empty, self.in_a_row) = (0, 0);
         } else {
             self.empty += 1;
-            self.fail_if(self.empty > 32);
+            self.expect_failure_if(self.empty > 32);
         }
     }
 
@@ -137,7 +137,7 @@ impl ScriptRun {
             }
         }
         self.in_a_row = self.in_a_row.saturating_add(1);
-        self.fail_if(self.in_a_row > 32);
+        self.expect_failure_if(self.in_a_row > 32);
     }
 
     fn key_update(&mut self, size: usize) {
@@ -152,7 +152,7 @@ impl ScriptRun {
         let mut message = vec![4, high, middle, low];
         message.resize(message.len() + length, 7);
         let client = self.client;
-        self.fail_if(!client);
+        self.expect_failure_if(!client);
         self.message(&message, size);
     }
 
@@ -163,9 +163,9 @@ impl ScriptRun {
             (1 | 2, 0, End::None) => self.end = End::Clean,
             (1, 90, _) => {
                 self.warnings = self.warnings.saturating_add(1);
-                self.fail_if(self.warnings > 4);
+                self.expect_failure_if(self.warnings > 4);
             }
-            _ => self.fail_if(true),
+            _ => self.expect_failure_if(true),
         }
     }
 
@@ -193,7 +193,7 @@ impl ScriptRun {
     }
 
     /// Sends a record with one flipped bit.
-    fn damage(&mut self, size: usize) {
+    fn send_damaged(&mut self, size: usize) {
         let mut record = self.peer.seal(ContentType::ApplicationData, &[5; 50], 0);
         let bit = size % (record.len() * 8);
         if let Some(byte) = record.get_mut(bit / 8) {
@@ -201,16 +201,16 @@ impl ScriptRun {
         }
         self.peer.send_raw(&record);
         // If the length field grew, the stream waits for more bytes instead of failing.
-        if matches!(bit / 8, 3 | 4) { self.unknown() } else { self.fail_if(true) }
+        if matches!(bit / 8, 3 | 4) { self.stop_predicting() } else { self.expect_failure_if(true) }
     }
 
-    fn fail_if(&mut self, fails: bool) {
+    fn expect_failure_if(&mut self, fails: bool) {
         if fails && self.end == End::None {
             self.end = End::Failed;
         }
     }
 
-    fn unknown(&mut self) {
+    fn stop_predicting(&mut self) {
         if self.end == End::None {
             self.end = End::Any;
         }

@@ -12,7 +12,7 @@ use super::Failure;
 use super::input::Input;
 use super::keys::Keys;
 use super::output::Output;
-use super::records::{Opened, Records};
+use super::protocol::{Opened, RecordProtocol};
 use super::{HEADER, TAG};
 
 /// A plaintext stream that reads and writes TLS 1.3 records over `io`.
@@ -23,7 +23,7 @@ pub(crate) struct TlsStream<T> {
     io: T,
     input: Input,
     output: Output,
-    records: Records,
+    protocol: RecordProtocol,
     reading: Reading,
     /// True once close_notify is sealed.
     closed: bool,
@@ -42,9 +42,9 @@ enum Reading {
 impl<T> TlsStream<T> {
     /// `early`: the bytes that were read after the handshake.
     pub(super) fn new(io: T, keys: Keys, early: &[u8]) -> Self {
-        let records = Records::new(keys);
+        let protocol = RecordProtocol::new(keys);
         let (input, output) = (Input::new(early), Output::default());
-        Self { io, input, output, records, reading: Reading::Open, closed: false }
+        Self { io, input, output, protocol, reading: Reading::Open, closed: false }
     }
 
     /// The result of a read at the end of the stream. `None` while the stream is open.
@@ -89,14 +89,14 @@ impl<T> TlsStream<T> {
             return Ok(false);
         }
         let opened = if buf.remaining() >= inner {
-            let opened = self.records.open_into(record, buf.initialize_unfilled_to(inner))?;
+            let opened = self.protocol.open_into(record, buf.initialize_unfilled_to(inner))?;
             if let Opened::Data(content) = opened {
                 buf.advance(content);
             }
             self.input.take_record(length);
             opened
         } else {
-            let opened = self.records.open_in_place(record)?;
+            let opened = self.protocol.open_in_place(record)?;
             let content = if let Opened::Data(content) = opened { content } else { 0 };
             self.input.keep_plain(length, content);
             opened
@@ -122,7 +122,7 @@ impl<T> TlsStream<T> {
             && !self.closed
         {
             // Fails only after 2^64 records.
-            let _sealed = self.records.seal_alert(alert, &mut self.output);
+            let _sealed = self.protocol.seal_alert(alert, &mut self.output);
         }
         self.reading = Reading::Failed(failure.error);
         self.input.discard();
@@ -215,7 +215,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<T> {
         if !this.output.fits(length) {
             ready!(this.poll_drain(cx))?;
         }
-        let sealed = this.records.seal(bufs, &mut this.output);
+        let sealed = this.protocol.seal(bufs, &mut this.output);
         Poll::Ready(sealed.map_err(|error| {
             // Sealed records can still be flushed.
             this.fail(Failure { alert: None, error: error.clone() });
@@ -237,7 +237,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<T> {
         let this = self.get_mut();
         if this.check_writable().is_ok() {
             let close = AlertDescription::CloseNotify;
-            this.records.seal_alert(close, &mut this.output).map_err(invalid)?;
+            this.protocol.seal_alert(close, &mut this.output).map_err(invalid)?;
             this.closed = true;
         }
         ready!(this.poll_drain(cx))?;

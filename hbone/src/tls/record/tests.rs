@@ -88,7 +88,7 @@ fn delivers_records_of_any_length_in_any_pieces() {
 }
 
 #[test]
-fn reads_many_records_by_one_call() {
+fn one_read_returns_many_records() {
     let (mut stream, mut peer) = client();
     for _ in 0..8 {
         peer.send(DATA, &numbered(MAX_CONTENT));
@@ -98,7 +98,7 @@ fn reads_many_records_by_one_call() {
 }
 
 #[test]
-fn leaves_a_record_that_does_not_fit_to_the_next_read() {
+fn record_that_does_not_fit_waits_for_next_read() {
     let (mut stream, mut peer) = client();
     peer.send(DATA, &numbered(256));
     peer.send(DATA, &numbered(MAX_CONTENT));
@@ -115,7 +115,7 @@ fn leaves_a_record_that_does_not_fit_to_the_next_read() {
 }
 
 #[test]
-fn holds_no_more_than_a_partial_record_while_it_waits() {
+fn waiting_stream_holds_at_most_one_partial_record() {
     let (mut stream, mut peer) = client();
     peer.send(DATA, b"before");
     let record = peer.seal(DATA, &numbered(MAX_CONTENT), 0);
@@ -127,7 +127,7 @@ fn holds_no_more_than_a_partial_record_while_it_waits() {
 }
 
 #[test]
-fn opens_records_that_arrived_with_the_handshake_first() {
+fn opens_records_received_with_the_handshake_before_later_ones() {
     let (_, mut peer) = server();
     let (first, second) = (peer.seal(DATA, b"early", 0), peer.seal(DATA, b"split", 0));
     let (near, far) = second.split_at(9);
@@ -180,7 +180,7 @@ fn rejects_oversized_records() {
 }
 
 #[test]
-fn rejects_records_that_were_changed_repeated_left_out_or_exchanged() {
+fn rejects_changed_repeated_missing_or_reordered_records() {
     let bad_mac = Some(AlertDescription::BadRecordMac);
     for position in [1, 2, HEADER, HEADER + 4, HEADER + 20] {
         let (stream, mut peer) = client();
@@ -215,7 +215,7 @@ fn delivers_records_before_a_violation() {
 }
 
 #[test]
-fn rejects_records_in_clear() {
+fn rejects_plaintext_records() {
     for (kind, content) in [
         (ALERT, &[1, 0][..]),
         (ContentType::ChangeCipherSpec, &[1]),
@@ -274,7 +274,7 @@ fn keeps_tickets_that_are_split_or_share_a_record() {
 }
 
 #[test]
-fn keeps_the_longest_ticket_and_no_longer_one() {
+fn accepts_ticket_of_maximum_length_and_rejects_longer_one() {
     let (mut stream, mut peer) = client();
     for part in ticket(0xffff).chunks(MAX_CONTENT) {
         peer.send(HANDSHAKE, part);
@@ -287,7 +287,7 @@ fn keeps_the_longest_ticket_and_no_longer_one() {
 }
 
 #[test]
-fn rejects_other_records_within_a_message() {
+fn rejects_other_record_between_parts_of_a_message() {
     for (kind, content) in [(DATA, &b"data"[..]), (DATA, b""), (ALERT, &[1, 0])] {
         let (stream, mut peer) = client();
         peer.send(HANDSHAKE, &ticket(7)[..6]);
@@ -297,7 +297,7 @@ fn rejects_other_records_within_a_message() {
 }
 
 #[test]
-fn rejects_messages_of_the_handshake_by_their_first_byte() {
+fn rejects_messages_of_the_handshake_at_their_first_byte() {
     use rustls::HandshakeType as Type;
     let refused = Some(AlertDescription::UnexpectedMessage);
     for kind in [Type::ClientHello, Type::CertificateRequest, Type::Finished, Type::from(77)] {

@@ -132,7 +132,7 @@ async fn revocation_prevents_resumption() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn session_ends_with_either_certificate() {
+async fn session_expires_with_either_certificate() {
     let ca = Ca::root("ours");
     // The server's certificate has expired: the client offers no ticket.
     let parties =
@@ -153,7 +153,7 @@ async fn session_ends_with_either_certificate() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn tickets_of_several_servers_end_with_earliest_certificate() {
+async fn tickets_of_several_servers_expire_with_earliest_certificate() {
     let ca = Ca::root("ours");
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, 3 * HOUR), credentials(&ca, SERVER, 2, HOUR));
@@ -206,12 +206,12 @@ async fn server_verifies_resuming_client_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn ticket_ends_with_server_certificate() {
+async fn ticket_expires_with_server_certificate() {
     let tickets = Tickets::new(clock::now() + HOUR).unwrap();
     let ticket = tickets.encrypt(b"session").unwrap();
     assert!(tickets.lifetime() >= 3599 && tickets.lifetime() <= 3600);
     assert_eq!(tickets.decrypt(&ticket).unwrap(), b"session");
-    assert_eq!(tickets.encrypt(&[0; SESSION_BYTES + 1]), None);
+    assert_eq!(tickets.encrypt(&[0; MAX_SESSION_BYTES + 1]), None);
     sleep(HOUR).await;
     assert_eq!((tickets.encrypt(b"session"), tickets.decrypt(&ticket)), (None, None));
 }

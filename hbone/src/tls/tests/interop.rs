@@ -56,16 +56,16 @@ async fn our_server(
     (finished.unwrap(), connected.unwrap())
 }
 
-fn both(authority: &CertificateAuthority) -> (Credentials, Arc<ServerConfig>) {
+fn our_client_configs(authority: &CertificateAuthority) -> (Credentials, Arc<ServerConfig>) {
     (credentials(&identity(authority, CLIENT)), server_config(authority))
 }
 
-fn both_reversed(authority: &CertificateAuthority) -> (Credentials, Arc<ClientConfig>) {
+fn our_server_configs(authority: &CertificateAuthority) -> (Credentials, Arc<ClientConfig>) {
     let config = config(authority, &[kx_group::X25519MLKEM768]);
     (credentials(&identity(authority, SERVER)), Arc::new(config))
 }
 
-async fn carry(
+async fn send_and_receive(
     from: &mut (impl AsyncWrite + Unpin),
     to: &mut (impl AsyncRead + Unpin),
     content: &[u8],
@@ -81,72 +81,72 @@ async fn carry(
 }
 
 /// Exchanges data in both directions. The peer updates its key after each round.
-async fn converse<T: AsyncRead + AsyncWrite + Unpin>(
+async fn exchange<T: AsyncRead + AsyncWrite + Unpin>(
     ours: &mut TlsStream<Io>,
     theirs: &mut T,
     mut refresh: impl FnMut(&mut T),
 ) {
     let content: Vec<u8> = (0..=250).cycle().take(300_000).collect();
     for length in [1, 300_000, 100, 16_384, 200_000, 5, 70_000, 0, 16_385] {
-        carry(theirs, ours, &content[..length]).await;
-        carry(ours, theirs, &content[..length]).await;
+        send_and_receive(theirs, ours, &content[..length]).await;
+        send_and_receive(ours, theirs, &content[..length]).await;
         refresh(theirs);
     }
 }
 
 #[tokio::test]
 async fn exchanges_data_and_keys_with_a_rustls_server() {
-    let (client, server) = both(&authority("td"));
+    let (client, server) = our_client_configs(&authority("td"));
     for limit in [7, 1 << 24] {
         let (ours, mut theirs, _) = our_client(&client, &server).await;
         let mut ours = ours.into_limited_stream(limit).unwrap();
         let refresh = |theirs: &mut RustlsServer| {
             theirs.get_mut().1.refresh_traffic_keys().unwrap();
         };
-        converse(&mut ours, &mut theirs, refresh).await;
+        exchange(&mut ours, &mut theirs, refresh).await;
     }
 }
 
 #[tokio::test]
 async fn exchanges_data_and_keys_with_a_rustls_client() {
-    let (server, client) = both_reversed(&authority("td"));
+    let (server, client) = our_server_configs(&authority("td"));
     for limit in [7, 1 << 24] {
         let (ours, mut theirs) = our_server(&server, &client).await;
         let mut ours = ours.into_limited_stream(limit).unwrap();
         let refresh = |theirs: &mut RustlsClient| {
             theirs.get_mut().1.refresh_traffic_keys().unwrap();
         };
-        converse(&mut ours, &mut theirs, refresh).await;
+        exchange(&mut ours, &mut theirs, refresh).await;
     }
 }
 
 #[tokio::test]
 async fn resumes_a_session_with_a_rustls_server() {
-    let (client, server) = both(&authority("td"));
+    let (client, server) = our_client_configs(&authority("td"));
     for expected in [HandshakeKind::Full, HandshakeKind::Resumed, HandshakeKind::Resumed] {
         let (ours, mut theirs, peer) = our_client(&client, &server).await;
         assert_eq!(theirs.get_ref().1.handshake_kind(), Some(expected));
         assert_eq!(peer.resumed, expected == HandshakeKind::Resumed);
         // The server sends the tickets before the data.
-        carry(&mut theirs, &mut ours.into_stream().unwrap(), b"data").await;
+        send_and_receive(&mut theirs, &mut ours.into_stream().unwrap(), b"data").await;
     }
 }
 
 #[tokio::test]
 async fn resumes_a_session_with_a_rustls_client() {
-    let (server, client) = both_reversed(&authority("td"));
+    let (server, client) = our_server_configs(&authority("td"));
     for expected in [HandshakeKind::Full, HandshakeKind::Resumed, HandshakeKind::Resumed] {
         let (ours, mut theirs) = our_server(&server, &client).await;
         assert_eq!(theirs.get_ref().1.handshake_kind(), Some(expected));
-        carry(&mut ours.into_stream().unwrap(), &mut theirs, b"data").await;
+        send_and_receive(&mut ours.into_stream().unwrap(), &mut theirs, b"data").await;
     }
 }
 
 #[tokio::test]
-async fn handshakes_in_small_records() {
+async fn handshake_succeeds_in_small_records() {
     let authority = authority("td");
     for size in [32, 33, 100, 1000] {
-        let (client, server) = both(&authority);
+        let (client, server) = our_client_configs(&authority);
         let mut server = Arc::unwrap_or_clone(server);
         server.max_fragment_size = Some(size);
         let server = Arc::new(server);
@@ -154,19 +154,19 @@ async fn handshakes_in_small_records() {
             let (ours, mut theirs, _) = our_client(&client, &server).await;
             assert_eq!(theirs.get_ref().1.handshake_kind(), Some(expected), "{size}");
             // The tickets span records.
-            carry(&mut theirs, &mut ours.into_stream().unwrap(), &[7; 5000]).await;
+            send_and_receive(&mut theirs, &mut ours.into_stream().unwrap(), &[7; 5000]).await;
         }
-        let (server, client) = both_reversed(&authority);
+        let (server, client) = our_server_configs(&authority);
         let mut client = Arc::unwrap_or_clone(client);
         client.max_fragment_size = Some(size);
         let (ours, mut theirs) = our_server(&server, &Arc::new(client)).await;
-        carry(&mut theirs, &mut ours.into_stream().unwrap(), &[7; 5000]).await;
+        send_and_receive(&mut theirs, &mut ours.into_stream().unwrap(), &[7; 5000]).await;
     }
 }
 
 #[tokio::test]
 async fn end_is_clean_only_with_close_notify() {
-    let (client, server) = both(&authority("td"));
+    let (client, server) = our_client_configs(&authority("td"));
     let (ours, mut theirs, _) = our_client(&client, &server).await;
     let mut ours = ours.into_stream().unwrap();
     ours.write_all(b"last").await.unwrap();
@@ -175,7 +175,7 @@ async fn end_is_clean_only_with_close_notify() {
     theirs.read_to_end(&mut read).await.unwrap();
     assert_eq!(read, b"last");
     // The other direction stays open.
-    carry(&mut theirs, &mut ours, b"answer").await;
+    send_and_receive(&mut theirs, &mut ours, b"answer").await;
     theirs.shutdown().await.unwrap();
     assert_eq!(ours.read(&mut [0; 10]).await.unwrap(), 0);
 
@@ -245,10 +245,10 @@ impl AsyncWrite for Tampered {
 /// If a length field changes, both sides wait for each other. Each handshake therefore has a
 /// timeout in paused time.
 #[tokio::test(start_paused = true)]
-async fn handshakes_in_pieces_and_with_no_changed_byte() {
+async fn handshake_succeeds_in_pieces_and_fails_with_changed_bit() {
     let authority = authority("td");
-    let (ours, theirs) = both(&authority);
-    let (our_server, their_client) = both_reversed(&authority);
+    let (ours, theirs) = our_client_configs(&authority);
+    let (our_server, their_client) = our_server_configs(&authority);
     let expected = [id(SERVER)];
     let intact = usize::MAX;
     let tampered = (0..1450).step_by(3).map(|position| (1 << 14, position));

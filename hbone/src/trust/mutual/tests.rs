@@ -114,7 +114,7 @@ fn publish(to: &watch::Sender<Credentials>, identity: Identity, trust: Trust) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn either_end_ends_trust_when_its_peer_is_revoked() {
+async fn revocation_of_either_end_ends_mutual_trust() {
     let ca = Ca::root("ours");
     let (client, server) = (ca.identity(CLIENT, 1), ca.identity(SERVER, 2));
     let revoked = Files::new().crl("list", &ca.revoke(&[1, 2])).trust();
@@ -132,7 +132,7 @@ async fn either_end_ends_trust_when_its_peer_is_revoked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn renewed_certificates_end_nothing_but_are_verified_for_new_connections() {
+async fn renewed_certificate_keeps_connections_and_is_verified_for_new_ones() {
     let ca = Ca::root("ours");
     let (client, server) = (ca.identity(CLIENT, 1), ca.identity(SERVER, 2));
     let (one, two) = (watched(&(client, Trust::default())), watched(&(server, Trust::default())));
@@ -145,7 +145,7 @@ async fn renewed_certificates_end_nothing_but_are_verified_for_new_connections()
 }
 
 #[tokio::test(start_paused = true)]
-async fn expired_certificate_allows_no_new_connection_and_ends_no_open_one() {
+async fn expired_certificate_prevents_new_connections_and_keeps_open_ones() {
     let ca = Ca::root("ours");
     let end: SystemTime = clock::now() + HOUR / 2;
     let one = watched(&(ca.identity_until(CLIENT, 1, end), Trust::default()));

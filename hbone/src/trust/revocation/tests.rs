@@ -45,7 +45,7 @@ impl Open {
     }
 
     /// Asserts that data passes in both directions.
-    async fn goes_on(self) {
+    async fn assert_open(self) {
         let [near, far] = self.streams;
         let (_near_reader, mut writer) = near.split();
         let (mut reader, _far_writer) = far.split();
@@ -100,7 +100,7 @@ async fn unaffected_tunnels_survive_trust_changes() {
     let later = Files::new().crl("list", &ca.revoke(&[9, 10, 11, 12])).trust();
     publish(&open.server, ca.identity(SERVER, 8), later);
     tokio::time::sleep(SECOND).await;
-    open.goes_on().await;
+    open.assert_open().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -127,7 +127,7 @@ async fn invalid_revocation_list_keeps_tunnels_and_rejects_handshakes() {
         );
         let error = refused.unwrap_err();
         assert!(error.kind().starts_with("revocation_"), "{error:?}");
-        open.goes_on().await;
+        open.assert_open().await;
     }
 }
 

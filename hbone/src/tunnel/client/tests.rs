@@ -124,7 +124,7 @@ async fn tunnel_to(bytes: Vec<u8>) -> (Tunnel, impl Sized) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn gives_up_server_whose_header_block_does_not_end() {
+async fn endless_header_block_of_server_closes_tunnel() {
     let settings = frame(SETTINGS, 0, 0, &[]);
     let block = frame(HEADERS, 0, 1, &[]);
     let silent = (Vec::new(), TunnelLimit::UnfinishedFrame, 10 * SECOND);

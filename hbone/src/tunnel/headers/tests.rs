@@ -111,7 +111,7 @@ fn lines() -> impl Strategy<Value = Vec<(HeaderName, Vec<u8>)>> {
 
 proptest! {
     #[test]
-    fn arbitrary_headers_are_read_or_rejected(lines in lines()) {
+    fn arbitrary_headers_are_parsed_or_ignored(lines in lines()) {
         let read = RequestHeaders::read(&headers_of(&lines));
         prop_assert!(all_are_clean(&read), "{read:?}");
         // Parsed values must be valid when they are forwarded.
@@ -146,7 +146,7 @@ proptest! {
     }
 
     #[test]
-    fn value_cannot_inject_member(cluster in any::<String>(), service in any::<String>()) {
+    fn baggage_value_cannot_inject_a_member(cluster in any::<String>(), service in any::<String>()) {
         let (cluster, service) = (Name::from(cluster), Name::from(service));
         let expected_members = usize::from(!cluster.is_empty() && is_clean(&cluster))
             + usize::from(!service.is_empty() && is_clean(&service));

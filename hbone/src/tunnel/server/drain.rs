@@ -21,8 +21,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The allowed number of refused requests (4xx, or REFUSED_STREAM after a drain): a burst, and a
 /// rate per second. A client that policies refuse, and that retries for each connection of its
 /// application, is drained and not closed.
-const REFUSED: u64 = 1000;
-const REFUSED_PER_SECOND: u64 = 20;
+const REFUSAL_BURST: u64 = 1000;
+const REFUSALS_PER_SECOND: u64 = 20;
 
 /// A drain in progress.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ pub(super) struct Refusals {
 
 impl Default for Refusals {
     fn default() -> Self {
-        Self { seen: 0, budget: TokenBucket::new(REFUSED, REFUSED_PER_SECOND) }
+        Self { seen: 0, budget: TokenBucket::new(REFUSAL_BURST, REFUSALS_PER_SECOND) }
     }
 }
 

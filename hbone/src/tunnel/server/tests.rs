@@ -179,7 +179,7 @@ async fn client_cannot_exceed_stream_limit() {
 }
 
 #[tokio::test]
-async fn headers_above_limit_are_rejected() {
+async fn header_list_above_limit_is_rejected() {
     let (tunnel, server) = Mesh::new().tunnel().await;
     let _served = Served::new(server);
     let mut headers = HeaderMap::new();

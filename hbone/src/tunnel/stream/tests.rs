@@ -78,7 +78,7 @@ async fn end_is_sent_with_last_data() {
 }
 
 #[tokio::test]
-async fn both_sides_know_each_other_and_bytes_come_back_in_order() {
+async fn both_sides_are_identified_and_echoed_bytes_are_in_order() {
     let (near, far, tunnel, _served) = Mesh::new().stream().await;
     assert_eq!(near.peer().spiffe_id().to_string(), SERVER);
     assert_eq!(far.peer().spiffe_id().to_string(), crate::testing::CLIENT);
@@ -192,7 +192,7 @@ async fn lost_connection_is_an_error_not_an_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn unread_stream_bounds_its_writer() {
+async fn unread_stream_blocks_its_writer_after_one_window() {
     let http2 = Http2Settings {
         stream_window: 100_000,
         connection_window: 300_000,

@@ -43,7 +43,7 @@ impl<T> Monitored<T> {
             tunnel_state.record_receipt(),
             activity.useful(),
             |update| {
-                tunnel_state.credited(update);
+                tunnel_state.handle_window_update(update);
             },
         );
         let cost =
@@ -99,7 +99,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.io).poll_write(cx, buf);
-        self.tunnel_state.wrote(&polled);
+        self.tunnel_state.record_write(&polled);
         polled
     }
 
@@ -120,7 +120,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Monitored<T> {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.io).poll_write_vectored(cx, bufs);
-        self.tunnel_state.wrote(&polled);
+        self.tunnel_state.record_write(&polled);
         polled
     }
 
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn read_turn_is_bounded_and_followed_by_another() {
+    async fn one_poll_reads_bounded_data_and_schedules_the_next() {
         let (tunnel, _server) = Mesh::new().tunnel().await;
         let (near, mut far) = duplex(2 * MAX_READ_PER_POLL);
         let mut near = Monitored::new(near, tunnel.tunnel_state().clone(), inspector());

@@ -16,9 +16,9 @@ use h2::RecvStream;
 
 /// The length from which on a piece is not copied, except if the tunnel is crowded. h2's buffer is
 /// at most a few times larger, and copying would cost more than it saves.
-const LARGE_PIECE: usize = 128 << 10;
+const MIN_UNCOPIED_PIECE: usize = 128 << 10;
 /// The maximum length of a buffer that pieces are copied into.
-const CHUNK: usize = 64 << 10;
+const MAX_CHUNK: usize = 64 << 10;
 
 /// The receiving half of a stream. Its reader and the connection's task share it.
 #[derive(Debug, Default)]
@@ -127,13 +127,13 @@ impl Queue {
     fn copy_pieces(&mut self, crowded: bool) {
         let mut chunk = Vec::new();
         while self.stale > 0 {
-            let room = self.stale.min(CHUNK);
+            let room = self.stale.min(MAX_CHUNK);
             // Never pending, because `stale` bytes are available: the reader's waker stays
             // registered.
             let polled = self.poll_piece(&mut Context::from_waker(Waker::noop()));
             let Poll::Ready(Some(Ok(piece))) = polled else { break };
             self.copied_bytes += piece.len();
-            if piece.len() >= LARGE_PIECE && !crowded {
+            if piece.len() >= MIN_UNCOPIED_PIECE && !crowded {
                 self.push(take(&mut chunk));
                 self.copied.push_back(piece);
                 continue;

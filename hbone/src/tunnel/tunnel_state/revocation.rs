@@ -97,7 +97,7 @@ mod tests {
     use crate::testing::Mesh;
 
     #[tokio::test]
-    async fn signal_reaches_every_waiting_task_and_keeps_no_waker() {
+    async fn revocation_signal_wakes_all_tasks_and_keeps_no_waker() {
         let (tunnel, _server) = Mesh::new().tunnel().await;
         let tunnel_state = tunnel.tunnel_state();
         let registered = || tunnel_state.revocation.waiting().len();

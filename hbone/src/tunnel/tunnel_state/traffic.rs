@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mean_follows_traffic() {
+    fn mean_rate_follows_traffic() {
         let traffic = Traffic::default();
         let second = |now: u64, bytes: usize| {
             traffic.count(bytes);
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn mean_decays_without_traffic() {
+    fn mean_rate_decays_without_traffic() {
         let traffic = Traffic::default();
         traffic.count(8000);
         assert_eq!([500, 1000, 2000, 8000].map(|now| traffic.mean(now)), [0, 8000, 4000, 1000]);

@@ -7,13 +7,15 @@ use nlink::netlink::types::rule::{FibRuleAction, FibRuleHdr, FraAttr};
 use nlink::netlink::{MessageBuilder, MessageIter, NetlinkSocket, NlMsgType};
 use underpass_config::PortRange;
 
-use super::{BLACKHOLE, END, EXEMPTIONS, IpRule, Selector, TCP, Verdict};
+use super::{
+    BLACKHOLE_PRIORITY, EXEMPTION_PRIORITY, IpRule, Selector, TARGET_PRIORITY, TCP, Verdict,
+};
 use crate::backend::routes::{PROTOCOL, Version, family};
 use crate::plan::Mark;
 
 /// The number of requests per batch. Their answers must fit into the receive buffer of the socket
 /// (212,992 bytes by default; each answer needs less than 1 KiB).
-pub(super) const BATCH: usize = 32;
+pub(super) const BATCH_SIZE: usize = 32;
 
 impl Selector {
     fn write(&self, message: &mut MessageBuilder) {
@@ -85,16 +87,16 @@ impl IpRule {
         let mut header = FibRuleHdr::new().with_family(family(self.version));
         header.dst_len = self.selector.destination_bits();
         let (action, priority) = match self.verdict {
-            Verdict::Exempt => (FibRuleAction::Goto, EXEMPTIONS),
-            Verdict::Blackhole => (FibRuleAction::Blackhole, BLACKHOLE),
-            Verdict::End => (FibRuleAction::Nop, END),
+            Verdict::Exempt => (FibRuleAction::Goto, EXEMPTION_PRIORITY),
+            Verdict::Blackhole => (FibRuleAction::Blackhole, BLACKHOLE_PRIORITY),
+            Verdict::End => (FibRuleAction::Nop, TARGET_PRIORITY),
         };
         header.action = action as u8;
         message.append(&header);
         message.append_attr_u32(FraAttr::Priority as u16, priority);
         message.append_attr_u8(FraAttr::Protocol as u16, PROTOCOL);
         if self.verdict == Verdict::Exempt {
-            message.append_attr_u32(FraAttr::Goto as u16, END);
+            message.append_attr_u32(FraAttr::Goto as u16, TARGET_PRIORITY);
         }
         self.selector.write(&mut message);
         message
@@ -127,7 +129,7 @@ pub(super) async fn send(
     };
     let requests: Vec<Vec<u8>> = requests.into_iter().map(stamp).collect();
     let mut failed = None;
-    for batch in requests.chunks(BATCH) {
+    for batch in requests.chunks(BATCH_SIZE) {
         // A buffer with several requests requires each to be padded to four bytes.
         socket.send(&batch.concat()).await?;
         let mut answers = 0;

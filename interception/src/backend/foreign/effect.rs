@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn recognises_the_proxys_mark_in_either_notation() {
+    fn proxy_mark_is_recognized_in_nft_and_iptables_notation() {
         for text in [
             "meta mark set 0x00000539",
             "-j MARK --set-xmark 0x4539/0xffffffff",

@@ -21,7 +21,7 @@ use crate::process::privileges::lacks_net_admin;
 /// The time in seconds that a program waits for the lock, which only the legacy variant has.
 const LOCK_WAIT: &str = "30";
 /// The timeout of a program, including the wait for the lock.
-const DEADLINE: Duration = Duration::from_secs(60);
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(60);
 /// The lock file of legacy iptables.
 const LOCK: &str = "/run/xtables.lock";
 
@@ -133,7 +133,7 @@ async fn run(
     arguments: &[&str],
     input: &str,
 ) -> Result<Output, InterceptionError> {
-    let done = timeout(DEADLINE, communicate(entered, program, arguments, input)).await;
+    let done = timeout(PROGRAM_TIMEOUT, communicate(entered, program, arguments, input)).await;
     let done = done.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
     done.map_err(|source| InterceptionError::IptablesProgram {
         program: program.to_owned(),

@@ -226,10 +226,9 @@ impl OwnRules {
                 let own_in_foreign_chains = own_in_foreign_chains(chain, |rule| {
                     jumps_to_own_chain(rule)
                         || ours.records(&chain.name, rule)
-                        || planned
-                            .tables
-                            .get(&table.name)
-                            .is_some_and(|planned| planned.has_guest(&chain.name, rule))
+                        || planned.tables.get(&table.name).is_some_and(|planned| {
+                            planned.contains_in_foreign_chain(&chain.name, rule)
+                        })
                 });
                 ours.own_in_foreign_chains.extend(own_in_foreign_chains);
             }
@@ -313,7 +312,7 @@ impl OwnTable {
         record_chain.is_some_and(|record_chain| record_chain.contains(&rule.text))
     }
 
-    fn has_guest(&self, chain: &str, rule: &SavedRule) -> bool {
+    fn contains_in_foreign_chain(&self, chain: &str, rule: &SavedRule) -> bool {
         let text = canonical(&rule.text);
         self.own_in_foreign_chains.iter().any(|guest| guest.chain == chain && guest.text == text)
     }

@@ -27,7 +27,7 @@ pub(super) fn rule(rule: &Rule) -> nlink::Result<KernelRule> {
 
 /// The expressions of a rule in order.
 pub(super) fn expressions(rule: &Rule) -> nlink::Result<Vec<Expr>> {
-    let mut body = Body::default();
+    let mut body = RuleEncoder::default();
     if let Some(version) = rule.explicit_family() {
         body.family(version);
     }
@@ -41,13 +41,13 @@ pub(super) fn expressions(rule: &Rule) -> nlink::Result<Vec<Expr>> {
 
 /// Builds the expressions of a rule.
 #[derive(Debug, Default)]
-pub(super) struct Body {
+pub(super) struct RuleEncoder {
     pub(super) expressions: Vec<Expr>,
     /// The protocol checks that the rule already contains. nft generates each check once.
     guards: Vec<(MetaKey, u8)>,
 }
 
-impl Body {
+impl RuleEncoder {
     pub(super) fn add(&mut self, expression: impl Into<Expr>) {
         self.expressions.push(expression.into());
     }

@@ -9,7 +9,7 @@ use nlink::netlink::nftables::{
     ChainInfo, ChainKind, CtKey, Family, MetaKey, NatType, RuleExpr, RuleInfo, Verdict,
 };
 
-use super::{Kernel, with_connection};
+use super::{NftablesConnection, with_connection};
 use crate::backend::foreign::effect::{Effect, effect_of_target, sets_proxy_mark};
 use crate::error::InterceptionError;
 use crate::namespace::Entered;
@@ -61,7 +61,7 @@ pub(crate) async fn foreign_chains(
 }
 
 async fn in_table(
-    kernel: &Kernel,
+    kernel: &NftablesConnection,
     family: Family,
     table: &str,
     last: i32,

@@ -9,9 +9,9 @@ use nlink::netlink::nftables::{
 };
 
 use super::encode::octets;
-use super::expressions::Body;
+use super::expressions::RuleEncoder;
 use super::listing::{base_chain_head, installed_table, line, planned_set, sorted, table_head};
-use super::{Size, readable_unknown, replace_table, sets, with_connection};
+use super::{TableSize, readable_unknown, replace_table, sets, with_connection};
 use crate::backend::verify::{Difference, Listing, Section};
 use crate::error::InterceptionError;
 use crate::namespace::Entered;
@@ -20,7 +20,7 @@ use crate::plan::host::{HOST_TABLE, HostAction, HostChain, HostPlan, HostRule};
 /// Replaces the table by the plan in one transaction. Existing connections keep their translation.
 pub(crate) async fn apply(entered: &Entered, plan: &HostPlan) -> Result<(), InterceptionError> {
     let entries = HostChain::ALL.len() + plan.rules().len() + plan.sets().len();
-    let size = Size { entries, elements: plan.pods().len() };
+    let size = TableSize { entries, elements: plan.pods().len() };
     let add = |transaction| add_all(transaction, plan);
     replace_table(entered, "install the rules for kubelet probes", HOST_TABLE, size, &add).await
 }
@@ -74,7 +74,7 @@ fn kernel_rule(rule: &HostRule) -> KernelRule {
 }
 
 fn expressions(rule: &HostRule) -> Vec<Expr> {
-    let mut body = Body::default();
+    let mut body = RuleEncoder::default();
     for (condition, operand) in &rule.matches {
         body.condition(condition, operand);
     }
@@ -89,7 +89,7 @@ fn expressions(rule: &HostRule) -> Vec<Expr> {
     body.expressions
 }
 
-/// Translates the source address to the address in the first register, which [`Body::immediate`]
+/// Translates the source address to the address in the first register, which [`RuleEncoder::immediate`]
 /// loads.
 fn source_nat(source: IpAddr) -> Expr {
     let family = if source.is_ipv4() { Family::Ip } else { Family::Ip6 };

@@ -13,7 +13,7 @@ use nlink::netlink::nftables::{
 };
 
 use super::foreign::names;
-use super::{Kernel, expressions, named_sets, owner, sets, with_connection};
+use super::{NftablesConnection, expressions, named_sets, owner, sets, with_connection};
 use crate::backend::verify::{Listing, Section};
 use crate::error::InterceptionError;
 use crate::namespace::Entered;
@@ -51,7 +51,10 @@ pub(super) async fn installed_table(
 }
 
 /// Reads a table. A table that is removed meanwhile counts as missing.
-async fn read_if_present(kernel: &Kernel, table: &str) -> nlink::Result<Option<Listing>> {
+async fn read_if_present(
+    kernel: &NftablesConnection,
+    table: &str,
+) -> nlink::Result<Option<Listing>> {
     match read(kernel, table).await {
         Err(error) if error.is_not_found() => Ok(None),
         listing => listing,
@@ -75,7 +78,7 @@ pub(super) fn planned_set(set: &NamedSet) -> Section {
     Section { head, lines: sets::planned_lines(&set.values) }
 }
 
-async fn read(kernel: &Kernel, name: &str) -> nlink::Result<Option<Listing>> {
+async fn read(kernel: &NftablesConnection, name: &str) -> nlink::Result<Option<Listing>> {
     let tables = kernel.list_tables_in(Family::Inet).await?;
     let Some(table) = tables.into_iter().find(|table| table.name == name) else {
         return Ok(None);

@@ -20,9 +20,9 @@ use super::encode::{
 use crate::plan::nft::{NamedSet, Values};
 
 /// The maximum size of an element in bytes: both ends of a range of IPv6 addresses.
-pub(super) const ELEMENT: usize = 64;
+pub(super) const MAX_ELEMENT_BYTES: usize = 64;
 /// The number of elements per message. They form one attribute, which is limited to 64 KiB.
-const PER_MESSAGE: usize = 1000;
+const ELEMENTS_PER_MESSAGE: usize = 1000;
 
 /// Type numbers of nft that nlink lacks (enum datatypes, include/datatype.h of nftables). The
 /// kernel stores them, so that nft can list the elements.
@@ -37,7 +37,7 @@ type Range = (u128, u128);
 /// Encodes the messages that create and fill a set. `id` is its number within the transaction.
 pub(super) fn messages(table: &str, set: &NamedSet, id: u32) -> Vec<RawMessage> {
     let ranges = ranges(&set.values);
-    let filled = ranges.chunks(PER_MESSAGE).map(|chunk| fill(table, set, chunk));
+    let filled = ranges.chunks(ELEMENTS_PER_MESSAGE).map(|chunk| fill(table, set, chunk));
     [create(table, set, id)].into_iter().chain(filled).collect()
 }
 
@@ -133,7 +133,7 @@ fn values_size(values: &Values) -> Vec<u8> {
 /// up to the highest key has no second element.
 fn fill(table: &str, set: &NamedSet, ranges: &[Range]) -> RawMessage {
     let length = key_length(&key_type(&set.values));
-    let mut elements = Vec::with_capacity(ranges.len() * ELEMENT);
+    let mut elements = Vec::with_capacity(ranges.len() * MAX_ELEMENT_BYTES);
     for &(first, last) in ranges {
         write_element(&mut elements, first, length, false);
         if set.values.has_ranges()
@@ -306,7 +306,7 @@ mod tests {
     #[test]
     fn message_size_stays_below_attribute_limit() {
         let range = "2001:db8::/32".parse().unwrap();
-        let values = Values::Cidrs(vec![range; PER_MESSAGE + 1]);
+        let values = Values::Cidrs(vec![range; ELEMENTS_PER_MESSAGE + 1]);
         let set = NamedSet { name: "n".repeat(200), values };
         let messages = messages("table", &set, 1);
         assert_eq!(messages.len(), 3);
@@ -314,6 +314,6 @@ mod tests {
         let mut elements = Vec::new();
         write_element(&mut elements, u128::MAX, 16, false);
         write_element(&mut elements, u128::MAX, 16, true);
-        assert!(elements.len() <= ELEMENT);
+        assert!(elements.len() <= MAX_ELEMENT_BYTES);
     }
 }

@@ -4,7 +4,7 @@
 
 use nlink::netlink::nftables::{ChainInfo, ChainKind, Family, Policy};
 
-use super::{Kernel, with_connection};
+use super::{NftablesConnection, with_connection};
 use crate::error::InterceptionError;
 use crate::namespace::Entered;
 
@@ -69,7 +69,11 @@ pub(crate) async fn remove_bare_iptables_tables(
 }
 
 /// Removes the table, unless another program changed the ruleset since the check.
-async fn remove_if_bare(kernel: &Kernel, family: Family, table: &str) -> nlink::Result<()> {
+async fn remove_if_bare(
+    kernel: &NftablesConnection,
+    family: Family,
+    table: &str,
+) -> nlink::Result<()> {
     let generation = kernel.generation().await?;
     if !is_bare(kernel, family, table).await? {
         return Ok(());
@@ -81,7 +85,7 @@ async fn remove_if_bare(kernel: &Kernel, family: Family, table: &str) -> nlink::
     }
 }
 
-async fn is_bare(kernel: &Kernel, family: Family, table: &str) -> nlink::Result<bool> {
+async fn is_bare(kernel: &NftablesConnection, family: Family, table: &str) -> nlink::Result<bool> {
     let lets_pass = |chain: &ChainInfo| match chain.kind() {
         Some(ChainKind::Base(base)) => base.default_policy() != Some(Policy::Drop),
         _ => false,

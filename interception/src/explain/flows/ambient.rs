@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use underpass_config::{InterceptionSettings, KubeletProbes};
 
-use super::{Draft, dns, hbone, inbound, localhost, outbound, udp};
+use super::{FlowBuilder, dns, hbone, inbound, localhost, outbound, udp};
 use crate::explain::network::ExampleNetwork;
 use crate::explain::{Explanation, Flow, Party};
 use crate::plan::Protocol;
@@ -57,7 +57,7 @@ fn probe<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> F
     {
         to.set_port(range.first);
     }
-    Draft::new("A4", "The kubelet probes the app")
+    FlowBuilder::new("A4", "The kubelet probes the app")
         .article("PREROUTING ▶ ISTIO_PRERT, ACCEPT by source 169.254.7.127")
         .note(
             "The article calls 169.254.7.127 an address of Istio. It is not: istio-cni's node agent rewrites \
@@ -79,7 +79,7 @@ fn probe<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> F
 fn metrics<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
     let [metrics, _] = explanation.ports.services;
     let to = SocketAddr::new(network.pod(), metrics.port());
-    Draft::new("metrics", "Prometheus reads the proxy's metrics")
+    FlowBuilder::new("metrics", "Prometheus reads the proxy's metrics")
         .note_if(
             explanation.settings.exact,
             "Istio's ambient rules capture it, and the workload's policies apply to it.",
@@ -89,7 +89,7 @@ fn metrics<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) ->
 }
 
 fn own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
-    Draft::new("A5", "The app connects to its own pod's address")
+    FlowBuilder::new("A5", "The app connects to its own pod's address")
         .article("OUTPUT ▶ ISTIO_OUTPUT, ACCEPT on loopback")
         .hop(network.sent(network.app(), network.app_at_pod(), Party::App))
         .flow()
@@ -97,14 +97,14 @@ fn own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
 
 fn other_loopback(network: ExampleNetwork<'_>) -> Flow<'_> {
     let to = SocketAddr::new([127, 0, 0, 2].into(), network.app_port());
-    Draft::new("A5''", "The app connects to another loopback address")
+    FlowBuilder::new("A5''", "The app connects to another loopback address")
         .hop(network.sent(network.app(), to, Party::App))
         .flow()
 }
 
 fn own_hbone<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
     let to = SocketAddr::new(network.pod(), explanation.ports.hbone);
-    Draft::new("A8", "The app connects to a service, and the proxy selects this same pod")
+    FlowBuilder::new("A8", "The app connects to a service, and the proxy selects this same pod")
         .hop(network.sent(network.app(), network.app_at_remote(), Party::Remote))
         .hop(network.sent(network.proxy(), to, Party::Proxy))
         .hop(network.last_hop(network.pod()))

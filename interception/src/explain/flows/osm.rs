@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::{Draft, hbone, inbound, localhost, outbound, udp};
+use super::{FlowBuilder, hbone, inbound, localhost, outbound, udp};
 use crate::explain::network::ExampleNetwork;
 use crate::explain::{Explanation, Flow, Party};
 
@@ -43,7 +43,7 @@ fn exempt<'e>(
     port: u16,
 ) -> Flow<'e> {
     let to = SocketAddr::new(network.pod(), port);
-    Draft::new(id, title)
+    FlowBuilder::new(id, title)
         .article("PREROUTING ▶ PROXY_INBOUND, RETURN by port")
         .hop(network.received(from, network.remote(), to, Party::Proxy))
         .flow()
@@ -51,7 +51,7 @@ fn exempt<'e>(
 
 fn own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
     let to = network.app_at_pod();
-    Draft::new("O5", "The app connects to its own pod's address")
+    FlowBuilder::new("O5", "The app connects to its own pod's address")
         .note("OSM 0.8, the article's version, captures it; later versions do not.")
         .hop(network.sent(network.app(), to, Party::App))
         .hop(network.sent(network.proxy(), to, Party::App))
@@ -60,7 +60,7 @@ fn own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
 
 fn admin(network: ExampleNetwork<'_>) -> Flow<'_> {
     let to = SocketAddr::new(network.pod(), ADMIN);
-    Draft::new("O7", "The app connects to Envoy's admin port at the pod's address")
+    FlowBuilder::new("O7", "The app connects to Envoy's admin port at the pod's address")
         .article("PROXY_REDIRECT, ACCEPT by port 15000")
         .note("The article's rule for this port follows a redirect of all TCP: it never matches.")
         .hop(network.sent(network.app(), to, Party::Proxy))

@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use super::{Draft, dns, hbone, inbound, localhost, outbound, proxy_connection, udp};
+use super::{FlowBuilder, dns, hbone, inbound, localhost, outbound, proxy_connection, udp};
 use crate::explain::network::{ExampleNetwork, Process};
 use crate::explain::{Explanation, Flow, Party};
 use crate::plan::Protocol;
@@ -64,7 +64,7 @@ fn from_remote<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>
 
 fn metrics(network: ExampleNetwork<'_>) -> Flow<'_> {
     let to = SocketAddr::new(network.pod(), METRICS);
-    Draft::new("3", "Prometheus reads the proxy's metrics")
+    FlowBuilder::new("3", "Prometheus reads the proxy's metrics")
         .article("PREROUTING ▶ ISTIO_INBOUND (not redirected) ▶ INPUT ▶ OUTPUT ▶ ISTIO_OUTPUT rule 3")
         .note(
             "The article leads the reply through rule 3. It does not get there: nat applies only to the \
@@ -78,7 +78,7 @@ fn metrics(network: ExampleNetwork<'_>) -> Flow<'_> {
 
 fn through_service(network: ExampleNetwork<'_>) -> Flow<'_> {
     let service = network.app_at_remote();
-    Draft::new("4", "The app connects to a service, and the proxy selects this same pod")
+    FlowBuilder::new("4", "The app connects to a service, and the proxy selects this same pod")
         .article(
             "OUTPUT ▶ ISTIO_OUTPUT rule 9 ▶ ISTIO_REDIRECT ▶ 15001 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 2 ▶ \
              ISTIO_IN_REDIRECT ▶ 15006 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 1",
@@ -90,7 +90,7 @@ fn through_service(network: ExampleNetwork<'_>) -> Flow<'_> {
 }
 
 fn to_own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
-    Draft::new("4'", "The app connects to its own pod's address")
+    FlowBuilder::new("4'", "The app connects to its own pod's address")
         .note(
             "The article covers only the path through a service. A direct call bypasses the proxy.",
         )
@@ -100,7 +100,7 @@ fn to_own_address(network: ExampleNetwork<'_>) -> Flow<'_> {
 
 fn within_proxy(network: ExampleNetwork<'_>) -> Flow<'_> {
     let to = SocketAddr::new(network.localhost(), ADMIN);
-    Draft::new("5", "The proxy connects to itself on localhost")
+    FlowBuilder::new("5", "The proxy connects to itself on localhost")
         .article("OUTPUT ▶ ISTIO_OUTPUT rule 8")
         .note(
             "The article names rule 8; rule 4 precedes it and matches all traffic of the proxy's user. \
@@ -113,7 +113,7 @@ fn within_proxy(network: ExampleNetwork<'_>) -> Flow<'_> {
 
 fn agent(network: ExampleNetwork<'_>) -> Flow<'_> {
     let agent = Process { party: Party::Agent, ..network.proxy() };
-    Draft::new("6", "The agent connects to istiod")
+    FlowBuilder::new("6", "The agent connects to istiod")
         .article("OUTPUT ▶ ISTIO_OUTPUT rule 9 ▶ 15001 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 4")
         .note(
             "The article says that it is captured. It is not: the agent runs as the proxy's user, which rule 4 excludes.",
@@ -133,6 +133,6 @@ fn agent_by_group<'e>(
     let agent = Process { party: Party::Agent, uid, gid, mark: 0 };
     let to = SocketAddr::new(network.remote(), ISTIOD);
     let title = format!("An agent of user {uid} and the proxy's group connects to istiod");
-    let draft = Draft::new("6'", title).hop(network.sent(agent, to, Party::Istiod));
+    let draft = FlowBuilder::new("6'", title).hop(network.sent(agent, to, Party::Istiod));
     Some(draft.hop(proxy_connection(network, to)).flow())
 }

@@ -88,7 +88,7 @@ fn omits_nftables_only_rules() {
 }
 
 #[test]
-fn line_starts_in_order_of_iptables_save() {
+fn conditions_have_the_order_of_iptables_save() {
     let matches = vec![
         TCP,
         Match::Out(vec!["lo".to_owned()]),
@@ -100,7 +100,7 @@ fn line_starts_in_order_of_iptables_save() {
 }
 
 #[test]
-fn extensions_keep_order_of_rule() {
+fn match_extensions_keep_the_order_of_the_rule() {
     let port = Match::DestinationPort(Protocol::Udp, ports(&["53"]));
     let mark = Match::NotPacketMark(MASKED);
     let (words, mark_words) = ("-m udp --dport 53", "-m mark ! --mark 0x539/0xfff");
@@ -109,7 +109,7 @@ fn extensions_keep_order_of_rule() {
 }
 
 #[test]
-fn lists_expand_to_line_per_combination() {
+fn lists_become_one_line_per_combination() {
     let matches =
         vec![Match::In(vec!["eth1".to_owned(), "eth2".to_owned()]), Match::Uid(vec![1, 2])];
     let expected = [
@@ -122,7 +122,7 @@ fn lists_expand_to_line_per_combination() {
 }
 
 #[test]
-fn negated_owner_list_fits_one_line() {
+fn negated_owner_list_is_one_line() {
     let matches = vec![Match::NotUid(vec![1, 2]), Match::NotGid(vec![3])];
     let expected = "-m owner ! --uid-owner 1 -m owner ! --uid-owner 2 -m owner ! --gid-owner 3";
     assert_eq!(v4(matches), [expected]);
@@ -217,7 +217,7 @@ fn addresses_of_other_family_match_nothing() {
 }
 
 #[test]
-fn negated_output_interface_narrows_list() {
+fn negated_output_interface_is_removed_from_list() {
     let lo = || "lo".to_owned();
     assert_eq!(v4(vec![Match::NotOut(lo())]), ["! -o lo"]);
     let both = vec![Match::Out(vec![lo(), "eth0".to_owned()]), Match::NotOut(lo())];

@@ -192,7 +192,7 @@ fn chain_returns_to_rule_after_jump() {
 }
 
 #[test]
-fn accept_ends_its_table_only() {
+fn accept_skips_only_the_rest_of_its_table() {
     let plan = plan(vec![
         (OUTPUT, vec![], Action::Jump(ONE)),
         (OUTPUT, vec![], Action::Redirect(1)),
@@ -229,7 +229,7 @@ fn tables_run_by_priority() {
 }
 
 #[test]
-fn later_rules_see_new_mark_with_other_bits_kept() {
+fn later_rules_match_new_mark_and_other_bits_stay() {
     let ours = Mark { value: 0x111, mask: 0xfff };
     let plan = plan(vec![
         (MARKS_OUT, vec![], Action::MarkPacket(ours)),

@@ -10,7 +10,7 @@ pub(crate) type OpenNamespace = fn(&Path) -> Result<Namespace, InterceptionError
 
 /// Opens the namespace at `path`, all parts of which must belong to root.
 pub(crate) fn open(path: &Path) -> Result<Namespace, InterceptionError> {
-    Namespace::open_guarded(&without_link(path))
+    Namespace::open_secure_path(&without_link(path))
 }
 
 /// Runtimes use `/var/run`, which is root's link to `/run`. Links are rejected, so the path is

@@ -6,7 +6,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Mutex;
 
-use underpass_interception::testing::stand_in_namespace;
+use underpass_interception::testing::fake_namespace;
 
 use super::*;
 use crate::pods::enrolment::LeaveReason;
@@ -52,7 +52,7 @@ impl Fixture {
 
     /// Creates or replaces a namespace.
     fn namespace(&self, name: &str) {
-        let namespace = stand_in_namespace().unwrap();
+        let namespace = fake_namespace().unwrap();
         self.namespaces.lock().unwrap().insert(format!("/run/netns/{name}").into(), namespace);
     }
 

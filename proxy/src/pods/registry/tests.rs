@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use underpass_interception::testing::stand_in_namespace;
+use underpass_interception::testing::fake_namespace;
 
 use super::*;
 use crate::pods::enrolment::LeaveReason;
@@ -15,7 +15,7 @@ fn pod(uid: &str) -> PodFacts {
 }
 
 fn namespace() -> Namespace {
-    stand_in_namespace().unwrap()
+    fake_namespace().unwrap()
 }
 
 #[tokio::test(start_paused = true)]

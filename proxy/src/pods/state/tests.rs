@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use fastrand::Rng;
-use underpass_interception::testing::stand_in_namespace;
+use underpass_interception::testing::fake_namespace;
 
 use super::*;
 use crate::pods::enrolment::{Operation, PodProblem};
@@ -54,7 +54,7 @@ fn pod(name: &str) -> Arc<PodFacts> {
 }
 
 fn namespace() -> Namespace {
-    stand_in_namespace().unwrap()
+    fake_namespace().unwrap()
 }
 
 /// The state machine with a clock, and the started actions.

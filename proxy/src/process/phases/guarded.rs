@@ -1,7 +1,7 @@
 //! The process with its rules installed.
 
 use underpass_config::Settings;
-use underpass_interception::{Kept, ProxyUser, confine_thread};
+use underpass_interception::{KeptCapabilities, ProxyUser, confine_thread};
 
 use super::serving::Serving;
 use super::{Core, workers};
@@ -94,7 +94,7 @@ impl Guarded {
             let ProxyUser { uid, gid } = user;
             tracing::info!(uid, gid, ?kept, "changed to the proxy's user");
         } else {
-            confine_thread(Kept::Nothing).map_err(CommandError::Start)?;
+            confine_thread(KeptCapabilities::Nothing).map_err(CommandError::Start)?;
         }
         Ok(thread.confine(kept).await?)
     }

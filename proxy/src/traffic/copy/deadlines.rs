@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
 use underpass_config::Timeouts;
-use underpass_interception::probe_every;
+use underpass_interception::enable_keepalive;
 
 use crate::error::ProxyError;
 
@@ -126,7 +126,7 @@ impl IdleTimer {
             let now = Instant::now();
             if self.probe_at.take_if(|at| *at <= now).is_some() {
                 let Probes { first, every, .. } = self.probes;
-                sockets.iter().flatten().for_each(|socket| probe_every(socket, first, every));
+                sockets.iter().flatten().for_each(|socket| enable_keepalive(socket, first, every));
             }
             if let Some(deadline) = self.deadline.as_mut().filter(|one| one.check_at <= now)
                 && deadline.is_expired(now, moved)

@@ -64,7 +64,7 @@ async fn stays_silent(source: &mut FileSource) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn uses_renewed_pair_once_complete() {
+async fn renewed_key_and_certificate_are_used_once_both_match() {
     let folder = TestFolder::new("files-renewed");
     folder.write_pair(&folder.issue(CLIENT));
     let mut source = folder.source();
@@ -96,7 +96,7 @@ async fn ignores_unchanged_content() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn reports_broken_file_once() {
+async fn invalid_file_is_reported_once() {
     let folder = TestFolder::new("files-broken");
     let issued = folder.issue(CLIENT);
     folder.write_pair(&issued);
@@ -116,7 +116,7 @@ async fn reports_broken_file_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn detects_renamed_pair_and_new_roots() {
+async fn renamed_files_and_new_roots_are_detected() {
     let folder = TestFolder::new("files-rename");
     folder.write_pair(&folder.issue(CLIENT));
     let mut source = folder.source();
@@ -133,7 +133,7 @@ async fn detects_renamed_pair_and_new_roots() {
 
 /// Kubernetes mounts a Secret like this: every file is a link through `..data`, which is replaced.
 #[tokio::test(start_paused = true)]
-async fn detects_kubernetes_secret_swap_atomically() {
+async fn kubernetes_secret_swap_is_detected_atomically() {
     let folder = TestFolder::new("files-swap");
     let dir = &folder.dir.0;
     let fill = |version: &str, id: &str| {
@@ -159,7 +159,7 @@ async fn detects_kubernetes_secret_swap_atomically() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rejects_expired_pair() {
+async fn expired_certificate_file_is_rejected() {
     let folder = TestFolder::new("files-expired");
     folder.write_pair(&folder.issue(CLIENT));
     let mut source = folder.source();
@@ -173,7 +173,7 @@ async fn rejects_expired_pair() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn rejects_pair_until_it_is_valid() {
+async fn certificate_is_rejected_until_it_is_valid() {
     let folder = TestFolder::new("files-early");
     let now = clock::now();
     let early = folder.authority.issue_between(&id(CLIENT), now + HOUR, now + 2 * HOUR).unwrap();

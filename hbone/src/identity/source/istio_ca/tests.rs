@@ -120,7 +120,7 @@ async fn reconnects_to_ca_at_new_address() {
 
 /// A proxy whose policy refuses plaintext behaves like this: it accepts, then closes.
 #[tokio::test]
-async fn explains_a_reset_during_the_handshake() {
+async fn reset_during_handshake_is_reported_as_such() {
     let served = served("istio-reset").await;
     let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let dial = DialCa::new(&served);
@@ -176,7 +176,7 @@ async fn silent_ca_times_out() {
     write_token(&served, "client-token");
     let ca = IstioCa::new(settings(&served, NAME), Silence::default()).unwrap();
     let error = ca.issue(&id(CLIENT), Priority::RealTime).await.unwrap_err();
-    assert!(matches!(problem(error), IssuerProblem::ConnectTimeout(CONNECT)));
+    assert!(matches!(problem(error), IssuerProblem::ConnectTimeout(CONNECT_TIMEOUT)));
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer as _;
 
 use self::messages::{BundleRequest, Bundles, Selector, SvidRequest, Svids};
-use super::{ANSWER, agent_problem};
+use super::{ANSWER_TIMEOUT, agent_problem};
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
 use crate::identity::Identity;
 use crate::identity::renewal::Schedule;
@@ -95,8 +95,8 @@ impl DelegatedIdentitySource {
     async fn update(&mut self) -> Result<Update, HboneError> {
         if self.subscription.is_none() {
             self.schedule.due().await;
-            let opened = timeout(ANSWER, open(&self.settings.socket, &self.workload)).await;
-            let opened = opened.map_err(|_| self.problem(IssuerProblem::AgentTimeout(ANSWER)))?;
+            let opened = timeout(ANSWER_TIMEOUT, open(&self.settings.socket, &self.workload)).await;
+            let opened = opened.map_err(|_| self.problem(IssuerProblem::AgentTimeout(ANSWER_TIMEOUT)))?;
             self.subscription = Some(opened.map_err(|error| self.open_problem(error))?);
         }
         let Some(subscription) = &mut self.subscription else {
@@ -104,7 +104,7 @@ impl DelegatedIdentitySource {
         };
         let received = match subscription.update.is_complete() {
             true => Ok(subscription.next().await),
-            false => timeout(ANSWER, subscription.next()).await,
+            false => timeout(ANSWER_TIMEOUT, subscription.next()).await,
         };
         match received {
             Ok(Ok(Some(update))) => {
@@ -113,7 +113,7 @@ impl DelegatedIdentitySource {
             }
             Ok(Ok(None)) => Err(self.problem(IssuerProblem::AgentClosed)),
             Ok(Err(status)) => Err(self.refusal(&status)),
-            Err(_) => Err(self.problem(IssuerProblem::AgentTimeout(ANSWER))),
+            Err(_) => Err(self.problem(IssuerProblem::AgentTimeout(ANSWER_TIMEOUT))),
         }
     }
 

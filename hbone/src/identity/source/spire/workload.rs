@@ -17,7 +17,7 @@ use spiffe::{Certificate, WorkloadApiClient, WorkloadApiError, X509Context, X509
 use tokio::time::timeout;
 use underpass_config::{Quoted, SpiffeError, SpiffeId, SpireSettings};
 
-use super::{ANSWER, agent_problem};
+use super::{ANSWER_TIMEOUT, agent_problem};
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
 use crate::identity::Identity;
 use crate::identity::renewal::Schedule;
@@ -67,15 +67,15 @@ impl WorkloadApiSource {
             Some(stream) => self.stream.insert(stream),
             None => {
                 self.schedule.due().await;
-                let opened = timeout(ANSWER, open(&self.settings.socket)).await;
+                let opened = timeout(ANSWER_TIMEOUT, open(&self.settings.socket)).await;
                 let opened =
-                    opened.map_err(|_| self.problem(IssuerProblem::AgentTimeout(ANSWER)))?;
+                    opened.map_err(|_| self.problem(IssuerProblem::AgentTimeout(ANSWER_TIMEOUT)))?;
                 self.stream.insert(opened.map_err(|error| self.api_problem(error))?)
             }
         };
         let update = match stream.has_answered {
             true => Ok(stream.stream.next().await),
-            false => timeout(ANSWER, stream.stream.next()).await,
+            false => timeout(ANSWER_TIMEOUT, stream.stream.next()).await,
         };
         match update {
             Ok(Some(Ok(context))) => {
@@ -85,7 +85,7 @@ impl WorkloadApiSource {
             }
             Ok(Some(Err(error))) => Err(self.api_problem(error)),
             Ok(None) => Err(self.problem(IssuerProblem::AgentClosed)),
-            Err(_) => Err(self.problem(IssuerProblem::AgentTimeout(ANSWER))),
+            Err(_) => Err(self.problem(IssuerProblem::AgentTimeout(ANSWER_TIMEOUT))),
         }
     }
 

@@ -112,7 +112,7 @@ impl Model {
     fn apply_to(&mut self, event: &Event, key: &TunnelKey, id: TunnelId, tunnel: &FakeTunnel) {
         let now = self.pool.now;
         match *event {
-            Event::EndStream(_) if tunnel.load().streams > 0 => tunnel.end_stream(now),
+            Event::EndStream(_) if tunnel.current_load().streams > 0 => tunnel.end_stream(now),
             Event::GoAway(_) => tunnel.set(|load| load.usable = false),
             Event::Lose(_) => {
                 tunnel.set(|load| {
@@ -144,15 +144,18 @@ impl Model {
             self.tunnels.iter().filter(|(other, ..)| *other == port).map(|(.., tunnel)| tunnel);
         let open: Vec<&FakeTunnel> = open.filter(|tunnel| !tunnel.is_released()).collect();
         let room = |tunnel: &FakeTunnel| {
-            tunnel.load().streams < 4.min(tunnel.load().allowed.unwrap_or(4)).max(1)
+            tunnel.current_load().streams < 4.min(tunnel.current_load().allowed.unwrap_or(4)).max(1)
         };
-        assert!(dialled == 0 || self.dials(port).len() < DIALS_AT_ONCE, "a few dials at a time");
+        assert!(
+            dialled == 0 || self.dials(port).len() < MAX_CONCURRENT_DIALS,
+            "a few dials at a time"
+        );
         match checkout {
             Checkout::Use { stream_slot, .. } => {
                 assert_eq!(reuse, Reuse::Allowed);
-                assert!(stream_slot.load().usable && !stream_slot.is_released());
+                assert!(stream_slot.current_load().usable && !stream_slot.is_released());
                 assert!(open.iter().any(|tunnel| tunnel.same(&stream_slot)), "of the same key");
-                assert!(stream_slot.load().streams <= 4, "within the limit");
+                assert!(stream_slot.current_load().streams <= 4, "within the limit");
                 assert!(dialled == 0 || open.len() < SETTINGS.tunnels_per_peer, "growth has a cap");
                 self.answered += 1;
                 if dialled > 0 {
@@ -162,7 +165,7 @@ impl Model {
             Checkout::Wait { ticket, promised } => {
                 // The peer's limit applies to all its tunnels as soon as one of them has received
                 // it.
-                let limited = |tunnel: &FakeTunnel| tunnel.load().allowed.is_some();
+                let limited = |tunnel: &FakeTunnel| tunnel.current_load().allowed.is_some();
                 let missed = open.iter().any(|tunnel| limited(tunnel) && room(tunnel));
                 assert!(reuse == Reuse::Forbidden || !missed, "nothing to wait for");
                 let (_, waiting) = self.waiting.entry(ticket).or_insert((port, Vec::new()));
@@ -171,7 +174,7 @@ impl Model {
                 assert!(promises <= 4, "no tunnel has more places");
             }
             Checkout::Refuse { remaining, .. } => {
-                assert!(!remaining.is_zero() && remaining <= LONGEST_PAUSE * 12 / 10);
+                assert!(!remaining.is_zero() && remaining <= MAX_BACKOFF * 12 / 10);
                 assert!(self.dials(port).is_empty(), "a dial under way is waited for");
                 self.answered += 1;
             }
@@ -227,10 +230,9 @@ impl Model {
 
     /// Closes the connections that the pool has released and that have no streams.
     fn close_released(&mut self) {
-        for (port, id, _) in self
-            .tunnels
-            .extract_if(.., |(_, _, tunnel)| tunnel.is_released() && tunnel.load().streams == 0)
-        {
+        for (port, id, _) in self.tunnels.extract_if(.., |(_, _, tunnel)| {
+            tunnel.is_released() && tunnel.current_load().streams == 0
+        }) {
             self.pool.state.closed(&key(port), id);
         }
     }
@@ -240,7 +242,7 @@ impl Model {
         assert_eq!(counted.tunnels + counted.retired, self.tunnels.len());
         assert_eq!(
             counted.streams,
-            self.tunnels.iter().map(|(_, _, tunnel)| tunnel.load().streams).sum::<usize>()
+            self.tunnels.iter().map(|(_, _, tunnel)| tunnel.current_load().streams).sum::<usize>()
         );
         assert_eq!(counted.dialing, self.waiting.len());
         let waiting: usize = self.waiting.values().map(|(_, waiting)| waiting.len()).sum();
@@ -262,7 +264,7 @@ impl Model {
             (0..KEYS).for_each(|port| self.dial_succeeds(port));
         }
         for (_, _, tunnel) in &self.tunnels {
-            while tunnel.load().streams > 0 {
+            while tunnel.current_load().streams > 0 {
                 tunnel.end_stream(self.pool.now);
             }
         }

@@ -40,7 +40,7 @@ fn opens_with_the_next_key_after_a_key_update() {
 }
 
 #[test]
-fn answers_requests_once_and_before_the_next_data() {
+fn answers_key_update_requests_once_before_next_data() {
     let (mut stream, mut peer) = client();
     write(&mut stream, b"first");
     for _ in 0..3 {
@@ -98,7 +98,7 @@ fn rejects_a_flood_of_key_updates() {
 }
 
 #[test]
-fn updates_its_key_with_the_last_record_that_it_may_seal() {
+fn key_is_updated_after_its_last_allowed_record() {
     let (mut stream, mut peer) = pair(true, 4).unwrap();
     let mut expected = Vec::new();
     for number in 0..20 {
@@ -112,7 +112,7 @@ fn updates_its_key_with_the_last_record_that_it_may_seal() {
 }
 
 #[test]
-fn updates_its_key_within_one_write() {
+fn key_is_updated_within_one_write() {
     let (mut stream, mut peer) = pair(true, 3).unwrap();
     let sent = numbered(7 * MAX_CONTENT);
     write(&mut stream, &sent);
@@ -143,7 +143,7 @@ fn requests_key_update_at_limit_of_peer_key() {
 }
 
 #[test]
-fn peer_that_updates_its_key_gets_no_request() {
+fn peer_that_updates_its_key_in_time_gets_no_request() {
     let (mut stream, mut peer) = pair(false, 4).unwrap();
     for _ in 0..4 {
         peer.send(DATA, b".");

@@ -88,7 +88,7 @@ fn gathers_pieces_into_records() {
 }
 
 #[test]
-fn writes_a_large_frame_by_one_call() {
+fn large_frame_is_written_by_one_call() {
     let (mut stream, mut peer) = client();
     assert_eq!(write_pieces(&mut stream, &[256, (128 << 10) - 247]), 9 + (128 << 10));
     assert_eq!(peer.wire.pipe().calls, 0, "what is written is sent by the flush");
@@ -115,7 +115,7 @@ fn empty_write_sends_nothing() {
 }
 
 #[test]
-fn unread_peer_blocks_writes() {
+fn peer_that_does_not_read_blocks_writes() {
     let (mut stream, mut peer) = client();
     peer.wire.pipe().room = 1000;
     let all = numbered(1 << 20);
@@ -169,7 +169,7 @@ fn writes_after_close_notify_of_peer() {
 }
 
 #[test]
-fn writes_nothing_but_the_alert_after_a_failure() {
+fn failed_stream_writes_only_the_alert() {
     let (mut stream, mut peer) = client();
     peer.wire.pipe().room = 0;
     let written = polled(&mut stream, |stream, cx| stream.poll_write(cx, b"before"));

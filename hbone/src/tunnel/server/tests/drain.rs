@@ -14,8 +14,9 @@ fn settings_without_timeouts() -> ServerSettings {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refuses_stream_of_client_that_ignores_drain_and_ends_tunnel() {
-    let (mut client, mut server) = RawClient::settled(settings_without_timeouts()).await;
+async fn client_that_ignores_drain_is_refused_and_tunnel_ends() {
+    let (mut client, mut server) =
+        RawClient::new_with_settings_sent(settings_without_timeouts()).await;
     client.send(&connect(1)).await;
     let request = server.next().await.unwrap();
     let stream = request.accept(HeaderMap::new()).unwrap();
@@ -33,8 +34,9 @@ async fn refuses_stream_of_client_that_ignores_drain_and_ends_tunnel() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn serves_stream_that_comes_while_drain_is_on_its_way() {
-    let (mut client, mut server) = RawClient::settled(settings_without_timeouts()).await;
+async fn stream_that_crosses_goaway_is_served() {
+    let (mut client, mut server) =
+        RawClient::new_with_settings_sent(settings_without_timeouts()).await;
     server.drain();
     let mut served = Served::new(server);
     sleep(SECOND).await;
@@ -44,8 +46,9 @@ async fn serves_stream_that_comes_while_drain_is_on_its_way() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn refuses_stream_after_expiry_and_lets_open_one_go_on() {
-    let (mut client, mut server) = RawClient::settled(settings_without_timeouts()).await;
+async fn expired_certificate_refuses_new_streams_and_keeps_open_ones() {
+    let (mut client, mut server) =
+        RawClient::new_with_settings_sent(settings_without_timeouts()).await;
     client.send(&connect(1)).await;
     let (_reader, mut writer) =
         server.next().await.unwrap().accept(HeaderMap::new()).unwrap().split();

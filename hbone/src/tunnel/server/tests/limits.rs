@@ -13,7 +13,8 @@ const FRAME_TIMEOUT: Duration = Duration::from_secs(10);
 /// Sends SETTINGS and `bytes` to a server, and waits until it closes the tunnel. Returns the
 /// exceeded limit, the error code of GOAWAY, and the elapsed time.
 async fn send_and_await_close(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>, Duration) {
-    let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
+    let (mut client, mut server) =
+        RawClient::new_with_settings_sent(ServerSettings::default()).await;
     let start = Instant::now();
     client.send(bytes).await;
     assert!(timeout(HOUR, server.next()).await.unwrap().is_none());
@@ -23,7 +24,7 @@ async fn send_and_await_close(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>
 }
 
 #[tokio::test(start_paused = true)]
-async fn closes_tunnel_whose_header_block_does_not_end() {
+async fn endless_header_block_of_client_closes_tunnel() {
     let enhance_your_calm = Some(u32::from(Reason::ENHANCE_YOUR_CALM));
     for bytes in [
         frame(HEADERS, 0, 1, &[]),
@@ -41,7 +42,7 @@ async fn closes_tunnel_whose_header_block_does_not_end() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn closes_tunnel_at_once_for_frame_beyond_its_cap() {
+async fn oversized_frame_closes_tunnel_at_once() {
     let enhance_your_calm = Some(u32::from(Reason::ENHANCE_YOUR_CALM));
     let too_large = Some(u32::from(Reason::FRAME_SIZE_ERROR));
     let continued = |length| {
@@ -59,7 +60,7 @@ async fn closes_tunnel_at_once_for_frame_beyond_its_cap() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn closes_tunnel_without_settings() {
+async fn tunnel_without_settings_frame_is_closed() {
     let (_client, mut server) = RawClient::new(ServerSettings::default()).await;
     let start = Instant::now();
     assert!(timeout(HOUR, server.next()).await.unwrap().is_none());
@@ -68,7 +69,7 @@ async fn closes_tunnel_without_settings() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn closes_tunnel_for_flood_of_control_frames() {
+async fn flood_of_control_frames_closes_tunnel() {
     let pings = frame(PING, 0, 0, &[0; 8]).repeat(3000);
     let resets: Vec<u8> = (0..3000)
         .flat_map(|index| {
@@ -77,7 +78,8 @@ async fn closes_tunnel_for_flood_of_control_frames() {
         })
         .collect();
     for flood in [pings, resets] {
-        let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
+        let (mut client, mut server) =
+            RawClient::new_with_settings_sent(ServerSettings::default()).await;
         let serve = async { while server.next().await.is_some() {} };
         let send = async {
             let _cut = client.try_send(&flood).await;
@@ -92,7 +94,8 @@ async fn closes_tunnel_for_flood_of_control_frames() {
 
 #[tokio::test(start_paused = true)]
 async fn drains_and_then_closes_tunnel_with_too_many_refused_requests() {
-    let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
+    let (mut client, mut server) =
+        RawClient::new_with_settings_sent(ServerSettings::default()).await;
     let serve = async {
         let mut refused = 0;
         while let Some(request) = server.next().await {
@@ -123,7 +126,8 @@ async fn drains_and_then_closes_tunnel_with_too_many_refused_requests() {
 
 #[tokio::test(start_paused = true)]
 async fn tolerates_occasional_refused_requests() {
-    let (mut client, mut server) = RawClient::settled(ServerSettings::default()).await;
+    let (mut client, mut server) =
+        RawClient::new_with_settings_sent(ServerSettings::default()).await;
     let serve = async {
         while let Some(request) = server.next().await {
             request.refuse(StatusCode::UNAUTHORIZED);

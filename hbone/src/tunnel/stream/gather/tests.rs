@@ -82,7 +82,7 @@ async fn gathers_small_writes_while_connection_is_blocked() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn sends_small_writes_at_once_to_peer_that_bears_them() {
+async fn small_writes_are_sent_at_once_to_peer_without_small_frame_limit() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let ((_reader, mut writer), (mut reader, _writer)) = (near.split(), far.split());
     let start = Instant::now();
@@ -128,7 +128,7 @@ async fn strict_peer() -> (TunnelStream, TunnelStream) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn stalled_reader_of_small_writes_costs_its_neighbour_nothing() {
+async fn stalled_reader_of_small_writes_does_not_affect_other_streams() {
     for pause in [Duration::ZERO, Duration::from_millis(1), Duration::from_millis(3)] {
         let (stalled, neighbour) = strict_peer().await;
         let (_stalled_reader, mut stalled) = stalled.split();

@@ -1,5 +1,5 @@
 //! Tests of a tunnelled stream with tokio's I/O traits: ends, errors and back-pressure.
-//! `pool::through` tests tunnels inside of it.
+//! `pool::gateway` tests tunnels inside of it.
 
 use h2::Reason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -10,7 +10,7 @@ use crate::testing::{Mesh, SECOND};
 use crate::tunnel::settings::{ClientSettings, Http2Settings, ServerSettings};
 
 #[tokio::test]
-async fn either_direction_ends_with_a_shutdown_and_the_other_goes_on() {
+async fn shutdown_ends_one_direction_and_keeps_the_other() {
     let (near, far, tunnel, _served) = Mesh::new().stream().await;
     let (mut near, mut far) = (near.into_io(), far.into_io());
     near.write_all(b"request").await.unwrap();
@@ -35,7 +35,7 @@ async fn either_direction_ends_with_a_shutdown_and_the_other_goes_on() {
 }
 
 #[tokio::test]
-async fn one_that_is_dropped_before_its_end_is_aborted() {
+async fn stream_dropped_before_its_end_is_aborted() {
     for client_aborts in [true, false] {
         let (near, far, _tunnel, _served) = Mesh::new().stream().await;
         let (aborting, other) = if client_aborts { (near, far) } else { (far, near) };
@@ -65,7 +65,7 @@ async fn lost_connection_is_an_io_error() {
 }
 
 #[tokio::test]
-async fn several_buffers_are_one_frame() {
+async fn several_buffers_are_sent_as_one_frame() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let mut near = near.into_io();
     assert!(near.is_write_vectored());
@@ -94,7 +94,7 @@ async fn unread_stream_blocks_its_writer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn carrier_closes_after_both_ends_or_excess_data() {
+async fn outer_stream_closes_after_both_directions_end_or_excess_data() {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let ((mut near, _open), mut far) = (near.into_carrier(), far.into_io());
     timeout(SECOND, near.shutdown()).await.unwrap_err();

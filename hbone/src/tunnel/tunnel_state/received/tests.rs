@@ -19,7 +19,7 @@ async fn accept(served: &mut Served) -> (TunnelReader, TunnelWriter) {
 /// Sends a piece on stream 1 before each frame on stream 3, and reads only stream 3. Then reads
 /// stream 1, and returns its chunks.
 async fn chunks_beside_busy_stream(piece: impl Fn(u8, usize) -> Vec<u8>) -> Vec<usize> {
-    let (mut client, server) = RawClient::settled(ServerSettings::default()).await;
+    let (mut client, server) = RawClient::new_with_settings_sent(ServerSettings::default()).await;
     let mut served = Served::new(server);
     let begin = [frame(SETTINGS, ACK, 0, &[]), connect(1), connect(3)].concat();
     client.send(&begin).await;

@@ -101,7 +101,7 @@ fn reports_table_that_only_nft_supports() {
 }
 
 #[test]
-fn own_part_is_chains_jumps_and_recorded_rules() {
+fn own_chains_jumps_to_them_and_recorded_rules_are_own() {
     let body = ours(SAVED).change_to(&OwnRules::default());
     let expected = "*nat\n:ISTIO_OUTPUT - [0:0]\n:UNDERPASS_OUTPUT - [0:0]\n\
                     -D OUTPUT -o eth1 -j RETURN\n-D OUTPUT -p tcp -j ISTIO_OUTPUT\n\
@@ -110,7 +110,7 @@ fn own_part_is_chains_jumps_and_recorded_rules() {
 }
 
 #[test]
-fn rule_equal_to_planned_one_is_own_without_record() {
+fn rule_that_equals_planned_rule_is_own_without_record() {
     let saved = "*nat\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -o eth1 -j RETURN\nCOMMIT\n";
     assert!(ours(saved).is_empty());
     let planned = OwnRules::of_plan(&plans()[1], Family::V4);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use underpass_config::SpiffeId;
-use underpass_hbone::{Credentials, Distrust, MutualTrust};
+use underpass_hbone::{Credentials, MutualTrustError, MutualTrust};
 
 use crate::node::pod::{Pod, PodId};
 
@@ -33,13 +33,13 @@ struct Neighbour {
 struct Failure {
     generations: [Credentials; 2],
     at: Instant,
-    distrust: Distrust,
+    distrust: MutualTrustError,
 }
 
 /// The reason why two pods do not trust each other.
 #[derive(Debug)]
 pub(crate) struct Untrusted {
-    pub(crate) distrust: Distrust,
+    pub(crate) distrust: MutualTrustError,
     /// Whether it was verified just now, so that the destination records it.
     pub(crate) is_new: bool,
 }

@@ -8,7 +8,7 @@ pub(super) const BUSY_BYTES_PER_SECOND: u64 = 32 << 20;
 
 /// The load of a tunnel.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Load {
+pub(super) struct TunnelLoad {
     /// True if the tunnel takes new streams: it is not closing, and both certificates are valid.
     pub(super) usable: bool,
     pub(super) streams: usize,
@@ -20,7 +20,7 @@ pub(super) struct Load {
     pub(super) bytes_per_second: u64,
 }
 
-impl Load {
+impl TunnelLoad {
     /// The stream limit of the tunnel. `known` is the limit that the peer set in other tunnels; it
     /// applies until this tunnel receives SETTINGS. At least 1: a peer that allows no stream costs
     /// a reply timeout instead of endless dials.

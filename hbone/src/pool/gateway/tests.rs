@@ -30,8 +30,8 @@ use crate::tunnel::server::{Acceptor, Incoming};
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
 const GATEWAY: &str = "spiffe://td/ns/istio-system/sa/gateway";
-const FIRST: &str = "spiffe://td/ns/default/sa/first";
-const SECOND_ONE: &str = "spiffe://td/ns/default/sa/second";
+const FIRST_BACKEND: &str = "spiffe://td/ns/default/sa/first";
+const SECOND_BACKEND: &str = "spiffe://td/ns/default/sa/second";
 
 const SETTINGS: PoolSettings = PoolSettings {
     dial: SECOND,
@@ -45,7 +45,7 @@ const SETTINGS: PoolSettings = PoolSettings {
 
 /// The behaviour of the gateway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum GatewayBehaviour {
     Copies,
     /// The gateway copies data, but never ends its direction.
     NeverEnds,
@@ -57,7 +57,7 @@ enum Way {
 }
 
 /// A request that arrived at a backend, and whether its tunnel resumed a session.
-struct Arrived {
+struct ArrivedRequest {
     incoming: Incoming,
     backend: usize,
     resumed: bool,
@@ -66,12 +66,12 @@ struct Arrived {
 struct Servers {
     gateway: Acceptor,
     backends: Vec<Acceptor>,
-    way: Mutex<Way>,
+    behaviour: Mutex<GatewayBehaviour>,
     next: AtomicUsize,
     /// Aborts the gateway's end of the last tunnel.
     serving: Mutex<Option<AbortHandle>>,
     authorities: Mutex<Vec<String>>,
-    arrived: mpsc::UnboundedSender<Arrived>,
+    arrived: mpsc::UnboundedSender<ArrivedRequest>,
     /// The result of each stream that the gateway copied.
     copied: mpsc::UnboundedSender<io::Result<()>>,
 }
@@ -82,7 +82,7 @@ struct Scene {
     connector: Connector,
     pool: Pool<Arc<Servers>>,
     servers: Arc<Servers>,
-    arrived: mpsc::UnboundedReceiver<Arrived>,
+    arrived: mpsc::UnboundedReceiver<ArrivedRequest>,
     copied: mpsc::UnboundedReceiver<io::Result<()>>,
 }
 
@@ -95,7 +95,7 @@ impl Dial for Arc<Servers> {
         let serving = tokio::spawn(async move {
             let Ok(mut tunnel) = servers.gateway.accept(far, SECOND).await else { return };
             while let Some(incoming) = tunnel.next().await {
-                tokio::spawn(servers.clone().pass(incoming));
+                tokio::spawn(servers.clone().forward(incoming));
             }
         });
         *self.serving.lock().unwrap() = Some(serving.abort_handle());
@@ -104,23 +104,23 @@ impl Dial for Arc<Servers> {
 }
 
 impl Servers {
-    async fn pass(self: Arc<Self>, incoming: Incoming) {
+    async fn forward(self: Arc<Self>, incoming: Incoming) {
         self.authorities.lock().unwrap().push(incoming.authority().to_string());
         assert_eq!(incoming.peer().spiffe_id(), &id(CLIENT));
-        let way = *self.way.lock().unwrap();
-        if way == Way::Refuses {
+        let behaviour = *self.behaviour.lock().unwrap();
+        if behaviour == GatewayBehaviour::Refuses {
             return incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
         }
         let mut outer = incoming.accept(HeaderMap::new()).unwrap().into_io();
-        if way == Way::Intercepts {
+        if behaviour == GatewayBehaviour::Intercepts {
             return self.clone().serve(self.gateway.clone(), outer, usize::MAX).await;
         }
         let (mut near, far) = duplex(64 << 10);
         let backend = self.next.fetch_add(1, Ordering::Relaxed) % self.backends.len();
         tokio::spawn(self.clone().serve(self.backends[backend].clone(), far, backend));
-        let copied = match way {
-            Way::Copies => copy_bidirectional(&mut outer, &mut near).await.map(|_| ()),
-            Way::NeverEnds => {
+        let copied = match behaviour {
+            GatewayBehaviour::Copies => copy_bidirectional(&mut outer, &mut near).await.map(|_| ()),
+            GatewayBehaviour::NeverEnds => {
                 let ((mut from_client, mut to_client), (mut from_backend, mut to_backend)) =
                     (split(outer), split(near));
                 let client_copied = async {
@@ -143,7 +143,7 @@ impl Servers {
         let Ok(mut tunnel) = acceptor.accept(io, SECOND).await else { return };
         let resumed = tunnel.resumed();
         while let Some(incoming) = tunnel.next().await {
-            let _receiver_ended = self.arrived.send(Arrived { incoming, backend, resumed });
+            let _receiver_ended = self.arrived.send(ArrivedRequest { incoming, backend, resumed });
         }
     }
 }
@@ -157,28 +157,28 @@ impl Scene {
         let ca = Ca::root("ours");
         let fixed = |who, serial| {
             let identity = ca.identity(who, serial);
-            Acceptor::new(trusting(identity).fixed(), server_settings.clone())
+            Acceptor::new(credentials(identity).fixed(), server_settings.clone())
         };
         let (found, arrived) = mpsc::unbounded_channel();
         let (ended, copied) = mpsc::unbounded_channel();
         let servers = Arc::new(Servers {
             gateway: fixed(GATEWAY, 2),
-            backends: vec![fixed(FIRST, 3), fixed(SECOND_ONE, 4)],
-            way: Mutex::new(Way::Copies),
+            backends: vec![fixed(FIRST_BACKEND, 3), fixed(SECOND_BACKEND, 4)],
+            behaviour: Mutex::new(GatewayBehaviour::Copies),
             next: AtomicUsize::new(0),
             serving: Mutex::default(),
             authorities: Mutex::default(),
             arrived: found,
             copied: ended,
         });
-        let (client, credentials) = watch::channel(trusting(ca.identity(CLIENT, 1)));
+        let (client, credentials) = watch::channel(credentials(ca.identity(CLIENT, 1)));
         let connector = Connector::new(credentials, client_settings);
         let pool = Pool::new(servers.clone(), SETTINGS);
         Self { ca, client, connector, pool, servers, arrived, copied }
     }
 
-    fn go(&self, way: Way) {
-        *self.servers.way.lock().unwrap() = way;
+    fn set_behaviour(&self, behaviour: GatewayBehaviour) {
+        *self.servers.behaviour.lock().unwrap() = behaviour;
     }
 
     async fn connect_to(&self, peers: &[&str]) -> Result<TunnelStream, HboneError> {
@@ -186,15 +186,15 @@ impl Scene {
     }
 
     async fn connect(&self) -> Result<TunnelStream, HboneError> {
-        self.connect_to(&[FIRST, SECOND_ONE]).await
+        self.connect_to(&[FIRST_BACKEND, SECOND_BACKEND]).await
     }
 
     /// Opens a stream. Returns both ends, the backend, and whether the inner tunnel resumed a
     /// session.
     async fn stream(&mut self) -> (TunnelStream, TunnelStream, usize, bool) {
-        let connecting = open(&self.pool, &self.connector, &[FIRST, SECOND_ONE]);
+        let connecting = open(&self.pool, &self.connector, &[FIRST_BACKEND, SECOND_BACKEND]);
         let (near, far) = tokio::join!(connecting, async {
-            let Arrived { incoming, backend, resumed } = self.arrived.recv().await.unwrap();
+            let ArrivedRequest { incoming, backend, resumed } = self.arrived.recv().await.unwrap();
             assert_eq!(incoming.authority().to_string(), "web.default.svc:8080");
             (incoming.accept(HeaderMap::new()).unwrap(), backend, resumed)
         });
@@ -220,7 +220,7 @@ impl Scene {
     }
 }
 
-fn trusting(identity: Identity) -> Credentials {
+fn credentials(identity: Identity) -> Credentials {
     Credentials::new(identity, Trust::default()).unwrap()
 }
 
@@ -240,7 +240,7 @@ async fn open(
     pool.connect_through(&gateway, connector, outer, &peers, inner).await
 }
 
-fn behind(error: HboneError) -> HboneError {
+fn inner_error(error: HboneError) -> HboneError {
     let HboneError::BehindGateway { gateway, source } = error else {
         panic!("{error:?} is not behind the gateway")
     };
@@ -253,7 +253,7 @@ async fn both_ends_authenticate_through_gateway() {
     let mut scene = Scene::new();
     let (near, far, backend, _) = scene.stream().await;
     assert_eq!(backend, 0);
-    assert_eq!(near.peer().spiffe_id(), &id(FIRST));
+    assert_eq!(near.peer().spiffe_id(), &id(FIRST_BACKEND));
     assert_eq!(far.peer().spiffe_id(), &id(CLIENT));
     assert_eq!(*scene.servers.authorities.lock().unwrap(), ["web.default.svc:80"]);
     let expected = PoolStatistics { tunnels: 1, streams: 1, ..Default::default() };
@@ -267,7 +267,7 @@ async fn streams_share_outer_tunnel_and_have_own_inner_tunnel() {
     for expected in [0, 1, 0, 1] {
         let (near, far, backend, _) = scene.stream().await;
         assert_eq!(backend, expected);
-        assert_eq!(near.peer().spiffe_id(), &id([FIRST, SECOND_ONE][backend]));
+        assert_eq!(near.peer().spiffe_id(), &id([FIRST_BACKEND, SECOND_BACKEND][backend]));
         streams.push((near, far));
     }
     let expected = PoolStatistics { tunnels: 1, streams: 4, ..Default::default() };
@@ -283,7 +283,7 @@ async fn session_ticket_is_not_accepted_by_another_backend() {
         scene.servers.next.store(backend, Ordering::Relaxed);
         let (near, far, arrived, resumed) = scene.stream().await;
         assert_eq!((arrived, resumed), (backend, resumes));
-        assert_eq!(near.peer().spiffe_id(), &id([FIRST, SECOND_ONE][backend]));
+        assert_eq!(near.peer().spiffe_id(), &id([FIRST_BACKEND, SECOND_BACKEND][backend]));
         // The tickets arrive before the data.
         let (mut reader, _writer) = near.split();
         let (_reader, mut writer) = far.split();
@@ -292,33 +292,36 @@ async fn session_ticket_is_not_accepted_by_another_backend() {
     }
     // The client does not resume a session for other expected peers.
     scene.servers.next.store(1, Ordering::Relaxed);
-    let refused = behind(scene.connect_to(&[FIRST]).await.unwrap_err());
+    let refused = inner_error(scene.connect_to(&[FIRST_BACKEND]).await.unwrap_err());
     assert!(matches!(refused, HboneError::UnexpectedPeer { .. }), "{refused:?}");
     // The client does not resume a session with a peer that is no longer trusted.
     scene.revoke(4);
     scene.servers.next.store(1, Ordering::Relaxed);
-    let refused = behind(scene.connect().await.unwrap_err());
+    let refused = inner_error(scene.connect().await.unwrap_err());
     assert!(matches!(refused, HboneError::Revoked), "{refused:?}");
 }
 
 #[tokio::test(start_paused = true)]
 async fn wrong_peer_behind_gateway_receives_no_request() {
     let mut scene = Scene::new();
-    for (way, peers) in [
-        (Way::Copies, &[SECOND_ONE][..]),
-        (Way::Copies, &[]),
-        (Way::Intercepts, &[FIRST, SECOND_ONE]),
+    for (behaviour, peers) in [
+        (GatewayBehaviour::Copies, &[SECOND_BACKEND][..]),
+        (GatewayBehaviour::Copies, &[]),
+        (GatewayBehaviour::Intercepts, &[FIRST_BACKEND, SECOND_BACKEND]),
     ] {
-        scene.go(way);
+        scene.set_behaviour(behaviour);
         scene.servers.next.store(0, Ordering::Relaxed);
-        let refused = behind(scene.connect_to(peers).await.unwrap_err());
+        let refused = inner_error(scene.connect_to(peers).await.unwrap_err());
         let HboneError::UnexpectedPeer { presented, .. } = refused else { panic!("{refused:?}") };
-        assert_eq!(presented.as_str(), if way == Way::Copies { FIRST } else { GATEWAY });
+        assert_eq!(
+            presented.as_str(),
+            if behaviour == GatewayBehaviour::Copies { FIRST_BACKEND } else { GATEWAY }
+        );
         assert!(scene.is_quiet().await);
         sleep(SECOND).await;
         assert!(scene.arrived.try_recv().is_err());
     }
-    scene.go(Way::Copies);
+    scene.set_behaviour(GatewayBehaviour::Copies);
     scene.stream().await;
     assert_eq!(scene.pool.statistics().backing_off, 0, "the gateway is not to blame");
 }
@@ -326,23 +329,25 @@ async fn wrong_peer_behind_gateway_receives_no_request() {
 #[tokio::test(start_paused = true)]
 async fn errors_distinguish_gateway_from_backend() {
     let mut scene = Scene::new();
-    scene.go(Way::Refuses);
+    scene.set_behaviour(GatewayBehaviour::Refuses);
     let refused = scene.connect().await.unwrap_err();
     assert!(matches!(refused, HboneError::Refused { .. }), "{refused:?}");
-    scene.go(Way::Swallows);
+    scene.set_behaviour(GatewayBehaviour::Swallows);
     let silent = scene.connect().await.unwrap_err();
     assert_eq!(silent.kind(), "handshake_timeout");
-    assert!(matches!(behind(silent), HboneError::HandshakeTimeout { .. }));
-    scene.go(Way::Copies);
-    let unanswered = behind(scene.connect().await.unwrap_err());
+    assert!(matches!(inner_error(silent), HboneError::HandshakeTimeout { .. }));
+    scene.set_behaviour(GatewayBehaviour::Copies);
+    let unanswered = inner_error(scene.connect().await.unwrap_err());
     assert!(matches!(unanswered, HboneError::ReplyTimeout { .. }), "{unanswered:?}");
     scene.arrived.recv().await.unwrap();
-    let (refused, ()) =
-        tokio::join!(open(&scene.pool, &scene.connector, &[FIRST, SECOND_ONE]), async {
+    let (refused, ()) = tokio::join!(
+        open(&scene.pool, &scene.connector, &[FIRST_BACKEND, SECOND_BACKEND]),
+        async {
             let arrived = scene.arrived.recv().await.unwrap();
             arrived.incoming.refuse(StatusCode::UNAUTHORIZED);
-        });
-    let refused = behind(refused.unwrap_err());
+        }
+    );
+    let refused = inner_error(refused.unwrap_err());
     let HboneError::Refused { status } = refused else { panic!("{refused:?}") };
     assert_eq!(status, StatusCode::UNAUTHORIZED);
     assert!(scene.is_quiet().await);

@@ -11,7 +11,7 @@ use crate::backend::verify::Listing;
 use crate::plan::{Ports, RulePlan};
 
 /// All plans in use.
-static PLANS: Mutex<Vec<Weak<Planned>>> = Mutex::new(Vec::new());
+static PLANS: Mutex<Vec<Weak<SharedPlan>>> = Mutex::new(Vec::new());
 
 /// The inputs of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,16 +25,16 @@ pub(crate) struct PlanInputs {
 
 /// A plan and the data derived from it.
 #[derive(Debug)]
-pub(crate) struct Planned {
+pub(crate) struct SharedPlan {
     pub(crate) inputs: PlanInputs,
     pub(crate) plan: RulePlan,
     pub(crate) blackhole: Blackhole,
     expected: OnceLock<Listing>,
 }
 
-impl Planned {
+impl SharedPlan {
     /// Returns the plan for these inputs, which another interception may use already.
-    pub(crate) fn shared(inputs: PlanInputs) -> Arc<Self> {
+    pub(crate) fn of_inputs(inputs: PlanInputs) -> Arc<Self> {
         // No code panics while it holds the lock.
         let mut plans = PLANS.lock().unwrap_or_else(PoisonError::into_inner);
         plans.retain(|plan| plan.strong_count() > 0);
@@ -77,8 +77,9 @@ mod tests {
     }
 
     #[test]
-    fn equal_settings_share_one_plan_and_one_listing() {
-        let all = || (0..250).map(|_| Planned::shared(inputs("interception.profile=ambient")));
+    fn equal_settings_share_a_plan_and_a_listing() {
+        let all =
+            || (0..250).map(|_| SharedPlan::of_inputs(inputs("interception.profile=ambient")));
         let (first, pods) = (all().next().unwrap(), all().collect::<Vec<_>>());
         for pod in &pods {
             assert!(Arc::ptr_eq(pod, &first));
@@ -87,8 +88,8 @@ mod tests {
     }
 
     #[test]
-    fn each_difference_of_the_inputs_makes_another_plan() {
-        let one = Planned::shared(inputs("interception.profile=ambient"));
+    fn different_inputs_have_different_plans() {
+        let one = SharedPlan::of_inputs(inputs("interception.profile=ambient"));
         let excluding = inputs("interception.outbound.exclude_cidrs=192.0.2.0/24");
         let others = [
             excluding,
@@ -96,17 +97,17 @@ mod tests {
             PlanInputs { ports: Ports { hbone: 1, ..one.inputs.ports }, ..one.inputs.clone() },
         ];
         for other in others {
-            assert!(!Arc::ptr_eq(&one, &Planned::shared(other)));
+            assert!(!Arc::ptr_eq(&one, &SharedPlan::of_inputs(other)));
         }
     }
 
     #[test]
     fn plan_is_freed_with_the_last_interception_that_uses_it() {
         let unlike_others = || inputs("proxy.outbound_port=16001");
-        let plan = Planned::shared(unlike_others());
+        let plan = SharedPlan::of_inputs(unlike_others());
         let freed = Arc::downgrade(&plan);
         drop(plan);
         assert!(freed.upgrade().is_none());
-        assert_eq!(Planned::shared(unlike_others()).inputs, unlike_others());
+        assert_eq!(SharedPlan::of_inputs(unlike_others()).inputs, unlike_others());
     }
 }

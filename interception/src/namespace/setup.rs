@@ -19,7 +19,7 @@ use crate::namespace::sandbox::sandbox_folder;
 
 /// The folder of named namespaces, in `/run` or in the sandbox's folder. `ip netns` uses
 /// `/run/netns`.
-const NAMED: &str = "netns";
+const NAMED_FOLDER: &str = "netns";
 
 impl Namespace {
     /// Creates a namespace that `ip netns` and `nsenter --net=/run/netns/NAME` find.
@@ -28,7 +28,7 @@ impl Namespace {
     ///
     /// [`InterceptionError::Namespace`], also if the name exists.
     pub fn create_named(name: &str) -> Result<Self, InterceptionError> {
-        let path = sandbox_folder().join(NAMED).join(name);
+        let path = sandbox_folder().join(NAMED_FOLDER).join(name);
         namespace::create_path(&path).map_err(|error| failed("create", &path)(into_io(error)))?;
         Self::open(path)
     }
@@ -68,7 +68,7 @@ impl Namespace {
     ///
     /// [`InterceptionError::Namespace`].
     pub async fn set_loopback_up(&self) -> Result<(), InterceptionError> {
-        self.wired(async |rtnetlink| rtnetlink.set_link_up("lo").await).await
+        self.with_netlink(async |rtnetlink| rtnetlink.set_link_up("lo").await).await
     }
 
     /// Adds a route to `destination` through `gateway`, which must have the same family and be on a
@@ -82,7 +82,7 @@ impl Namespace {
         destination: IpNet,
         gateway: IpAddr,
     ) -> Result<(), InterceptionError> {
-        self.wired(async |rtnetlink| add_route(rtnetlink, destination, gateway).await).await
+        self.with_netlink(async |rtnetlink| add_route(rtnetlink, destination, gateway).await).await
     }
 
     /// Creates a bridge that is up. It forwards between its ports at once, without a delay for
@@ -93,7 +93,7 @@ impl Namespace {
     /// [`InterceptionError::Namespace`], also if the kernel has no bridges.
     pub async fn add_bridge(&self, name: &str) -> Result<(), InterceptionError> {
         let bridge = BridgeLink::new(name).stp(false).forward_delay_ms(0);
-        self.wired(async |rtnetlink| {
+        self.with_netlink(async |rtnetlink| {
             rtnetlink.add_link(bridge).await?;
             rtnetlink.set_link_up(name).await
         })
@@ -110,11 +110,12 @@ impl Namespace {
         bridge: &str,
         interface: &str,
     ) -> Result<(), InterceptionError> {
-        self.wired(async |rtnetlink| rtnetlink.set_link_master(interface, bridge).await).await
+        self.with_netlink(async |rtnetlink| rtnetlink.set_link_master(interface, bridge).await)
+            .await
     }
 
     /// Runs netlink requests in the namespace.
-    async fn wired(
+    async fn with_netlink(
         &self,
         requests: impl AsyncFnOnce(&Connection<Route>) -> nlink::Result<()>,
     ) -> Result<(), InterceptionError> {
@@ -147,13 +148,13 @@ pub struct Endpoint<'a> {
 /// [`InterceptionError::Namespace`].
 pub async fn veth(a: &Endpoint<'_>, b: &Endpoint<'_>) -> Result<(), InterceptionError> {
     let pair = VethLink::new(a.interface, b.interface).peer_netns_fd(b.namespace);
-    a.namespace.wired(async |rtnetlink| rtnetlink.add_link(pair).await).await?;
+    a.namespace.with_netlink(async |rtnetlink| rtnetlink.add_link(pair).await).await?;
     for end in [a, b] {
-        end.namespace.wired(async |rtnetlink| set_up(rtnetlink, end).await).await?;
+        end.namespace.with_netlink(async |rtnetlink| set_up(rtnetlink, end).await).await?;
     }
     for (end, other) in [(a, b), (b, a)] {
         if end.default_route {
-            end.namespace.wired(async |rtnetlink| route_all(rtnetlink, other).await).await?;
+            end.namespace.with_netlink(async |rtnetlink| route_all(rtnetlink, other).await).await?;
         }
     }
     Ok(())

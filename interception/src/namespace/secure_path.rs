@@ -41,7 +41,7 @@ impl Namespace {
     /// # Errors
     ///
     /// [`InterceptionError::Namespace`], also if the file is not a namespace.
-    pub fn open_guarded(path: &Path) -> Result<Self, InterceptionError> {
+    pub fn open_secure_path(path: &Path) -> Result<Self, InterceptionError> {
         let opened = open(path).and_then(|file| NamespaceFile::new(file, path.to_owned()));
         opened.map(|held| Self(Arc::new(held))).map_err(failed("open", path))
     }

@@ -22,7 +22,7 @@ use super::{Failure, HEADER, MAX_CONTENT};
 
 /// The maximum number of consecutive empty records, as in rustls. RFC 8446 section 5.1 allows empty
 /// application data.
-const MAX_EMPTY: u8 = 32;
+const MAX_EMPTY_RECORDS: u8 = 32;
 /// The maximum number of `user_canceled` alerts, which do not end the connection. BoringSSL and
 /// rustls have the same limit.
 const MAX_WARNINGS: u8 = 4;
@@ -31,7 +31,7 @@ const WARNING: u8 = 1;
 const FATAL: u8 = 2;
 /// A slice up to this length gets its own record if a large slice follows, which is then sealed
 /// without a copy. h2 passes the header of a large DATA frame as a slice of 256 bytes.
-const SHORT: usize = 1 << 10;
+const MAX_SHORT_SLICE: usize = 1 << 10;
 
 /// The content of an opened record.
 #[derive(Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub(super) enum Opened {
 }
 
 /// The record protocol state of both directions.
-pub(super) struct Records {
+pub(super) struct RecordProtocol {
     sealing: RecordKey,
     opening: RecordKey,
     schedule: Box<dyn KeySchedule>,
@@ -63,7 +63,7 @@ pub(super) struct Records {
     requested: bool,
 }
 
-impl Records {
+impl RecordProtocol {
     pub(super) fn new(keys: Keys) -> Self {
         let Keys { sealing, opening, schedule, limit } = keys;
         let messages = Messages::new(schedule.takes_tickets());
@@ -128,10 +128,10 @@ impl Records {
     fn receive_data(&mut self, length: usize) -> Result<Opened, Failure> {
         if length > 0 {
             self.empty = 0;
-            self.messages.interrupted();
+            self.messages.reset_consecutive();
         } else {
             self.empty += 1;
-            if self.empty > MAX_EMPTY {
+            if self.empty > MAX_EMPTY_RECORDS {
                 return Err(Failure::unexpected(PeerMisbehaved::TooManyEmptyFragments));
             }
         }
@@ -286,7 +286,7 @@ impl<'a> Plain<'a> {
     fn next_record(&mut self) -> Record<'a> {
         self.skip_empty();
         let next = self.pieces.as_slice().first().map_or(0, |next| next.len());
-        let apart = self.piece.len() <= SHORT && next >= MAX_CONTENT;
+        let apart = self.piece.len() <= MAX_SHORT_SLICE && next >= MAX_CONTENT;
         if self.piece.len() < MAX_CONTENT.min(self.left) && !apart {
             return Record::Gather(self.left.min(MAX_CONTENT));
         }

@@ -17,7 +17,7 @@ async fn drain(reader: &mut TunnelReader) -> Result<usize, HboneError> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn directions_end_independently_and_leak_nothing() {
+async fn directions_end_independently_and_leave_no_state() {
     let tasks = || Runtime::current().metrics().num_alive_tasks();
     let mut scene = Scene::new();
     let (near, far, ..) = scene.stream().await;
@@ -65,7 +65,7 @@ async fn data_before_end_arrives_without_waiting_reader() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn abort_is_seen_at_the_other_end() {
+async fn abort_is_reported_at_the_other_end() {
     let mut scene = Scene::new();
     for client_aborts in [true, false] {
         let (near, far, ..) = scene.stream().await;
@@ -164,7 +164,7 @@ async fn unread_backend_blocks_only_its_own_stream() {
 #[tokio::test(start_paused = true)]
 async fn gateway_that_never_ends_stream_times_out() {
     let mut scene = Scene::new();
-    scene.go(Way::NeverEnds);
+    scene.set_behaviour(GatewayBehaviour::NeverEnds);
     let (near, far, ..) = scene.stream().await;
     let [(near_reader, mut near_writer), (far_reader, mut far_writer)] =
         [near, far].map(TunnelStream::split);
