@@ -38,7 +38,7 @@ pub struct TestNode {
     watcher: FileWatcher,
     rules: RulesTotals,
     supervisor: Supervisor,
-    /// KeptCapabilities open, but never received: a test that loses a task fails anyway.
+    /// Kept open, but never received: a test that loses a task fails anyway.
     _failures: Failures,
     _publishing: Task,
 }
@@ -47,7 +47,7 @@ pub struct TestNode {
 #[derive(Debug)]
 pub struct TestPod {
     pod: ServingPod,
-    /// KeptCapabilities, so that the settings channel stays open.
+    /// Kept, so that the settings channel stays open.
     _settings: watch::Sender<InterceptionSettings>,
 }
 

@@ -96,7 +96,8 @@ impl DelegatedIdentitySource {
         if self.subscription.is_none() {
             self.schedule.due().await;
             let opened = timeout(ANSWER_TIMEOUT, open(&self.settings.socket, &self.workload)).await;
-            let opened = opened.map_err(|_| self.problem(IssuerProblem::AgentTimeout(ANSWER_TIMEOUT)))?;
+            let opened =
+                opened.map_err(|_| self.problem(IssuerProblem::AgentTimeout(ANSWER_TIMEOUT)))?;
             self.subscription = Some(opened.map_err(|error| self.open_problem(error))?);
         }
         let Some(subscription) = &mut self.subscription else {

@@ -68,8 +68,8 @@ impl WorkloadApiSource {
             None => {
                 self.schedule.due().await;
                 let opened = timeout(ANSWER_TIMEOUT, open(&self.settings.socket)).await;
-                let opened =
-                    opened.map_err(|_| self.problem(IssuerProblem::AgentTimeout(ANSWER_TIMEOUT)))?;
+                let opened = opened
+                    .map_err(|_| self.problem(IssuerProblem::AgentTimeout(ANSWER_TIMEOUT)))?;
                 self.stream.insert(opened.map_err(|error| self.api_problem(error))?)
             }
         };

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use underpass_config::SpiffeId;
-use underpass_hbone::{Credentials, MutualTrustError, MutualTrust};
+use underpass_hbone::{Credentials, MutualTrust, MutualTrustError};
 
 use crate::node::pod::{Pod, PodId};
 
