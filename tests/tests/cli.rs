@@ -239,7 +239,7 @@ fn keys_are_private_and_authority_files_are_not_overwritten() {
     assert_eq!((folder.mode("ca/roots.pem"), folder.mode("b.pem")), (0o644, 0o644));
     let before = fs::read(folder.0.join("ca/ca.key")).unwrap();
     let error = folder.underpass("ca init --dir ca").fails(1);
-    assert!(error.contains("ca/ca.key: it exists already and is not overwritten"), "{error}");
+    assert!(error.contains("ca/ca.key: the file exists and is not overwritten"), "{error}");
     assert_eq!(fs::read(folder.0.join("ca/ca.key")).unwrap(), before);
     let foreign = "ca issue --dir ca --spiffe-id spiffe://elsewhere/ns/a/sa/b --out c";
     let error = folder.underpass(foreign).fails(1);

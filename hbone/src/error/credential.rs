@@ -21,25 +21,25 @@ pub enum CredentialProblem {
     #[error("permission denied")]
     Permission,
     /// The file exists and must not be replaced.
-    #[error("it exists already and is not overwritten")]
+    #[error("the file exists and is not overwritten")]
     Exists,
     /// The file is not well-formed PEM.
-    #[error("it is not well-formed PEM ({0})")]
+    #[error("the file is not well-formed PEM ({0})")]
     Pem(String),
     /// The file has no PEM section of the required kind.
-    #[error("it has no PEM section of a {0}")]
+    #[error("the file has no PEM section of a {0}")]
     Empty(&'static str),
     /// The certificate does not parse.
-    #[error("it holds a malformed certificate ({0})")]
+    #[error("the file contains a malformed certificate ({0})")]
     Certificate(String),
     /// The revocation list does not parse.
-    #[error("it holds a malformed or unsupported revocation list ({0})")]
+    #[error("the file contains a malformed or unsupported revocation list ({0})")]
     RevocationList(String),
     /// The roots of the certificate's trust domain are missing.
     #[error("there are no roots of {0}, the certificate's own trust domain")]
     NoRoots(TrustDomain),
     /// The key cannot be used.
-    #[error("it holds no usable private key ({0})")]
+    #[error("the file contains no usable private key ({0})")]
     Key(String),
     /// The key does not match the certificate.
     #[error("the key does not belong to the certificate")]
@@ -61,13 +61,13 @@ pub enum CredentialProblem {
     #[error("the certificate is not valid before {}", utc(*.0))]
     NotYetValid(SystemTime),
     /// The token file does not contain one word.
-    #[error("it holds no token, which is one word of visible ASCII")]
+    #[error("the file contains no token (one word of visible ASCII)")]
     Token,
     /// The certificate signing request is invalid.
     #[error("{0}")]
     Request(RequestProblem),
     /// A server name is neither a host name nor an IP address.
-    #[error("it is not a host name or an IP address")]
+    #[error("the name is not a host name or an IP address")]
     ServerName,
     /// The requested identity belongs to another trust domain than the CA.
     #[error("this authority issues for trust domain {trust_domain}, not for {id}")]
@@ -78,13 +78,13 @@ pub enum CredentialProblem {
         id: SpiffeId,
     },
     /// Another CA issued the certificate.
-    #[error("this authority did not issue it and cannot revoke it")]
+    #[error("another authority issued the certificate, so it cannot be revoked here")]
     ForeignIssuer,
     /// The validity ends after the year 9999, which X.509 cannot express.
     #[error("the lifetime is out of range")]
     Lifetime,
     /// Generating a key or signing a certificate failed.
-    #[error("the certificate could not be generated ({0})")]
+    #[error("generating the certificate failed ({0})")]
     Issue(String),
 }
 
@@ -92,15 +92,17 @@ pub enum CredentialProblem {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum RequestProblem {
     /// The request does not parse.
-    #[error("it is not a certificate request in PEM ({0})")]
+    #[error("the certificate request is not valid PEM ({0})")]
     Malformed(String),
     /// The signature does not match the key in the request.
-    #[error("its signature is wrong, or of a kind that is not supported ({0})")]
+    #[error("the signature of the certificate request is wrong or unsupported ({0})")]
     Signature(String),
     /// The key is too weak or has an unsupported type.
-    #[error("its key must be P-256, P-384, Ed25519, or RSA of at least 2048 bits")]
+    #[error("the key must be P-256, P-384, Ed25519, or RSA of at least 2048 bits")]
     Key,
     /// The request names more than one identity.
-    #[error("it must have at most one URI name, a SPIFFE identity, and has: {0}")]
+    #[error(
+        "the certificate request must have at most one URI name, a SPIFFE identity, and has: {0}"
+    )]
     Names(Quoted),
 }

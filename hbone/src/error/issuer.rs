@@ -13,7 +13,7 @@ use super::{CredentialProblem, Fault};
 #[derive(Debug, Clone, Error)]
 pub enum IssuerProblem {
     /// The configured address has no host.
-    #[error("its address is not https://HOST or https://HOST:PORT")]
+    #[error("the address is not https://HOST or https://HOST:PORT")]
     Address,
     /// The host in the address is not a valid server name.
     #[error("{0:?} is not a host name or an IP address")]
@@ -40,10 +40,10 @@ pub enum IssuerProblem {
     #[error("no answer after {0:?}")]
     ReplyTimeout(Duration),
     /// The CA rejected the token (gRPC status 16).
-    #[error("it rejected the token ({0:?})")]
+    #[error("the CA rejected the token ({0:?})")]
     Unauthenticated(Quoted),
     /// The CA refused the identity (gRPC status 7).
-    #[error("it refused a certificate of {id} ({message:?})")]
+    #[error("the CA refused a certificate of {id} ({message:?})")]
     Denied {
         /// The requested identity.
         id: SpiffeId,
@@ -51,10 +51,10 @@ pub enum IssuerProblem {
         message: Quoted,
     },
     /// The CA is unavailable (gRPC status 14).
-    #[error("it is not available ({0:?})")]
+    #[error("the CA is not available ({0:?})")]
     Unavailable(Quoted),
     /// The CA answered with another gRPC status.
-    #[error("it refused with status {status} ({message:?})")]
+    #[error("the CA refused the request with status {status} ({message:?})")]
     Refused {
         /// The name of the gRPC status.
         status: &'static str,
@@ -62,16 +62,16 @@ pub enum IssuerProblem {
         message: Quoted,
     },
     /// The answer contains no leaf or no root certificate.
-    #[error("it answered with {0} certificates instead of a leaf and at least one root")]
+    #[error("the answer contains {0} certificates instead of a leaf and at least one root")]
     EmptyResponse(usize),
     /// The answer contains no certificate for our key.
     #[error(
-        "it answered with a certificate that cannot be used: {}",
+        "the answer contains an unusable certificate: {}",
         Quoted::bounded(.0, Quoted::MAX_CHAIN_BYTES)
     )]
     Answer(CredentialProblem),
     /// The CA issued a certificate of another identity.
-    #[error("it issued a certificate of {got} instead of {requested}")]
+    #[error("the CA issued a certificate of {got} instead of {requested}")]
     WrongIdentity {
         /// The requested identity.
         requested: SpiffeId,

@@ -147,7 +147,7 @@ fn rejects_revoked_certificate_in_either_role() {
 }
 
 #[test]
-fn rejects_chain_with_revoked_or_uncovered_certificate() {
+fn rejects_chain_with_certificate_that_is_revoked_or_has_no_list() {
     let root = Ca::root("root");
     let middle = root.intermediate("middle", 50);
     let chain = middle.chain(&[CLIENT], 2);

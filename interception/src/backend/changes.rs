@@ -40,8 +40,7 @@ pub struct Changes {
     interval: Option<Interval>,
     /// Poll only while these legacy tables exist. `None`: always poll.
     if_legacy: Option<LegacyTables>,
-    /// True if a polling interval has ended, or started, and the legacy tables were not checked
-    /// since.
+    /// True if the legacy tables must be polled: the interval has elapsed, or polling has started.
     ticked: bool,
 }
 

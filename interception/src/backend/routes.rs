@@ -79,7 +79,7 @@ impl Entry {
 fn foreign(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     let needed = needed_entries(entered, plan);
     let is_needed = |entry: &Entry| match entry {
-        // A route belongs to its table, whichever ip rule selects it.
+        // Compare only the table: several ip rules may select the same route.
         Entry::Route(PolicyRoute { table, .. }, _) => {
             plan.routes().iter().any(|route| route.table == *table)
         }

@@ -49,10 +49,10 @@ pub(crate) const CASES: &[Case] = &[
     ("A4: an exempt kubelet probe reaches the workload (IPv6)", || {
         kubelet_probe_is_exempt(V6, "a4-v6")
     }),
-    ("A4: assert_only_rule_matched declared probe ports are exempt (IPv4)", || {
+    ("A4: only declared probe ports are exempt (IPv4)", || {
         only_declared_probe_ports_are_exempt(V4, "a4-ports-v4")
     }),
-    ("A4: assert_only_rule_matched declared probe ports are exempt (IPv6)", || {
+    ("A4: only declared probe ports are exempt (IPv6)", || {
         only_declared_probe_ports_are_exempt(V6, "a4-ports-v6")
     }),
     ("A5: a workload reaches itself directly (IPv4)", || {
@@ -234,7 +234,7 @@ fn exchange(client: &mut TcpStream, server: &mut TcpStream) -> Result<(), Failed
     equal("the reply", &byte, b"!")
 }
 
-/// Asserts that assert_only_rule_matched this rule matched, once. After bytes were exchanged, this also shows that no
+/// Asserts that only this rule matched, once. After bytes were exchanged, this also shows that no
 /// mangle rule matches captured connections.
 fn assert_only_rule_matched(pod: &Namespace, rule: String) -> Result<(), Failed> {
     equal("rules that matched", counted(pod)?, vec![(rule, 1)])

@@ -30,13 +30,12 @@ pub(crate) const CASES: &[Case] = &[
     ("iptables-legacy: installing gives the same as loading the text", || {
         installs_the_printed_text(LEGACY)
     }),
-    ("iptables-nft: installing second_installation_changes_nothing gives the same ruleset", || {
+    ("iptables-nft: installing twice gives the same ruleset", || {
         second_installation_changes_nothing(NFT)
     }),
-    (
-        "iptables-legacy: installing second_installation_changes_nothing gives the same ruleset",
-        || second_installation_changes_nothing(LEGACY),
-    ),
+    ("iptables-legacy: installing twice gives the same ruleset", || {
+        second_installation_changes_nothing(LEGACY)
+    }),
     ("iptables-nft: installation removes other profiles and options", || {
         installation_removes_other_profiles(NFT)
     }),

@@ -160,7 +160,7 @@ async fn refuses_unlisted_token_and_identity_with_reason() {
             node,
             request("no csr".to_owned(), 60),
             Code::InvalidArgument,
-            "not a certificate request in PEM",
+            "the certificate request is not valid PEM",
         ),
         (
             node,

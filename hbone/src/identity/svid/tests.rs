@@ -1,4 +1,5 @@
-//! Tests with valid and with invalid X.509-SVIDs. Server, client and loading must agree on each.
+//! Tests with valid and with invalid X.509-SVIDs. The server, the client, and the loading of
+//! files must agree on each.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -64,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reuses_the_buffers_of_a_thread_and_keeps_few() {
+    fn thread_reuses_its_buffers_and_keeps_at_most_two() {
         let buffered = [(); MAX_FREE_BUFFERS + 2].map(|()| Buffer::borrow());
         let last = buffered[MAX_FREE_BUFFERS - 1].as_ptr();
         drop(buffered);

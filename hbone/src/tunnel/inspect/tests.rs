@@ -13,7 +13,7 @@ const PING: u8 = 6;
 const CONTINUATION: u8 = 9;
 const UNKNOWN: u8 = 0xee;
 
-const BLOCK: u32 = 64 << 10;
+const MAX_HEADER_BLOCK: u32 = 64 << 10;
 /// More frames than [`CONTROL_FRAME_BURST`].
 const TOO_MANY: usize = 1001;
 
@@ -45,7 +45,7 @@ impl Inspector {
 
 /// An inspector that has already received the peer's SETTINGS.
 fn inspector(role: PeerRole) -> Inspector {
-    let mut inspector = Inspector::new(role, BLOCK);
+    let mut inspector = Inspector::new(role, MAX_HEADER_BLOCK);
     let preface = if role == PeerRole::Client { PREFACE } else { 0 };
     let begin = [vec![b'P'; preface], frame(SETTINGS, 0, 0)].concat();
     assert_eq!(inspector.inspect_all(&begin, 0, 0), Ok(None));
@@ -54,7 +54,7 @@ fn inspector(role: PeerRole) -> Inspector {
 
 #[test]
 fn missing_first_settings_are_unfinished_frame() {
-    let mut inspector = Inspector::new(PeerRole::Client, BLOCK);
+    let mut inspector = Inspector::new(PeerRole::Client, MAX_HEADER_BLOCK);
     let awaited = Some(UnfinishedFrame { since: 0, data: false });
     assert_eq!(inspector.inspect_all(&[b'P'; PREFACE], 7, 0), Ok(awaited));
     assert_eq!(inspector.inspect_all(&frame(PING, 0, 8), 8, 0), Ok(awaited));
@@ -65,9 +65,12 @@ fn missing_first_settings_are_unfinished_frame() {
 fn refuses_header_block_beyond_header_list() {
     for kind in [HEADERS, PUSH_PROMISE] {
         let mut whole = inspector(PeerRole::Client);
-        assert_eq!(whole.inspect_all(&frame(kind, END_HEADERS, BLOCK as usize), 0, 0), Ok(None));
+        assert_eq!(
+            whole.inspect_all(&frame(kind, END_HEADERS, MAX_HEADER_BLOCK as usize), 0, 0),
+            Ok(None)
+        );
         // The frame is rejected before its payload arrives.
-        let larger = head(BLOCK as usize + 1, kind, END_HEADERS);
+        let larger = head(MAX_HEADER_BLOCK as usize + 1, kind, END_HEADERS);
         assert_eq!(whole.inspect_all(&larger, 0, 0), Err(TunnelLimit::HeaderBlock));
     }
     let mut pieces = inspector(PeerRole::Client);

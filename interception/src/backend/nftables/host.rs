@@ -89,8 +89,8 @@ fn expressions(rule: &HostRule) -> Vec<Expr> {
     body.expressions
 }
 
-/// Translates the source address to the address in the first register, which [`RuleEncoder::immediate`]
-/// loads.
+/// Translates the source address to the address in the first register, which
+/// [`RuleEncoder::immediate`] loads.
 fn source_nat(source: IpAddr) -> Expr {
     let family = if source.is_ipv4() { Family::Ip } else { Family::Ip6 };
     let mut nat = NatExpr::snat(family);
