@@ -10,9 +10,16 @@ use std::ops::{Deref, DerefMut};
 
 use super::MAX_SEALED;
 
-/// The size of a buffer: a sealed DATA frame of 128 KiB, which is eight full records, and a small
-/// record with the frame header.
-pub(super) const SIZE: usize = 9 * MAX_SEALED;
+/// The size of a buffer. A sealed DATA frame of 128 KiB takes nine records: eight full ones, and a
+/// small one with the frame header. The tenth puts the buffers into another size class of the
+/// allocator than h2's buffers of such frames. In the same class, the few buffers that a thread
+/// keeps would prevent the allocator from returning the memory of all freed frames, some 3 MiB for
+/// each thread.
+pub(super) const SIZE: usize = 10 * MAX_SEALED;
+
+/// The size class of mimalloc that holds a DATA frame of 128 KiB with its header.
+const SIZE_CLASS_OF_FRAMES: usize = 160 * 1024;
+const _: () = assert!(SIZE > SIZE_CLASS_OF_FRAMES);
 
 /// The number of buffers that a thread keeps: one for reading, one for writing.
 const MAX_FREE_BUFFERS: usize = 2;
