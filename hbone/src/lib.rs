@@ -59,6 +59,7 @@ pub use tunnel::inspect::TunnelLimit;
 pub use tunnel::server::{Acceptor, Incoming, ServerTunnel};
 pub use tunnel::settings::{ClientSettings, Http2Settings, KeepaliveSettings, ServerSettings};
 pub use tunnel::stream::{TunnelIo, TunnelReader, TunnelStream, TunnelWriter};
+pub use tunnel::text::socket_address_text;
 pub use tunnel::tunnel_state::RevocationSignal;
 
 /// Entry points for the fuzz targets in `fuzz/`.

@@ -12,4 +12,5 @@ pub(crate) mod overdue;
 pub(crate) mod server;
 pub(crate) mod settings;
 pub(crate) mod stream;
+pub(crate) mod text;
 pub(crate) mod tunnel_state;

@@ -8,8 +8,6 @@ mod forwarded;
 mod network;
 mod traceparent;
 
-use std::fmt::{self, Write as _};
-
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
 use thiserror::Error;
 use underpass_config::Name;
@@ -97,10 +95,8 @@ impl RequestHeaders {
     }
 }
 
-/// Formats a header value of about `length` bytes. `None` if the value is empty.
-fn header(value: &impl fmt::Display, length: usize) -> Option<HeaderValue> {
-    let mut text = String::with_capacity(length);
-    write!(text, "{value}").ok()?;
+/// Makes a header value of a formatted text. `None` if the text is empty.
+fn header(text: String) -> Option<HeaderValue> {
     // Only control characters are invalid. Tests check that no formatted value contains any.
     HeaderValue::try_from(text).ok().filter(|value| !value.is_empty())
 }

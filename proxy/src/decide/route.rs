@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use crate::decide::endpoint_health::EndpointKey;
 use underpass_config::{IpFamilies, Name, Service, SpiffeId, Workload};
+use underpass_hbone::socket_address_text;
 
 pub(crate) use error::{RouteError, Unusable};
 pub(crate) use inbound::{InboundTarget, inbound};
@@ -183,6 +184,16 @@ pub(crate) enum Target {
     Address(SocketAddr),
     /// The hostname and port of a service.
     Hostname(Name, u16),
+}
+
+impl Target {
+    /// The `:authority` of the CONNECT request.
+    pub(crate) fn authority(&self) -> String {
+        match self {
+            Self::Address(address) => socket_address_text(*address),
+            Self::Hostname(hostname, port) => format!("{hostname}:{port}"),
+        }
+    }
 }
 
 impl fmt::Display for Target {

@@ -420,7 +420,7 @@ impl OutboundConnect<'_> {
         let (key, connector) = self.tunnel_key(permit, peers).await?;
         let own = &self.seat.context().own;
         let request = || ConnectRequest {
-            authority: target.to_string(),
+            authority: target.authority(),
             headers: headers::request(facts, own),
         };
         let opened = self.seat.pool.connect(&key, connector, request).await;
@@ -438,7 +438,7 @@ impl OutboundConnect<'_> {
     ) -> Result<TunnelStream, ProxyError> {
         let (key, connector) = self.tunnel_key(permit, gateway_peers).await?;
         let own = &self.seat.context().own;
-        let request = |headers| ConnectRequest { authority: target.to_string(), headers };
+        let request = |headers| ConnectRequest { authority: target.authority(), headers };
         let outer = || request(headers::request(facts, own));
         let inner = || request(headers::request_from_network(facts, own));
         let opening = self.seat.pool.connect_through(&key, connector, outer, peers, inner);

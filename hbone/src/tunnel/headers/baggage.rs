@@ -65,7 +65,30 @@ impl Baggage {
 
     /// Formats the header value. `None` if all values are unknown.
     pub fn to_header(&self) -> Option<HeaderValue> {
-        header(self, TYPICAL_LENGTH)
+        header(self.to_text())
+    }
+
+    fn to_text(&self) -> String {
+        let mut text = String::with_capacity(TYPICAL_LENGTH);
+        for (key, value) in self.members() {
+            let literal = !value.is_empty() && value.bytes().all(is_literal);
+            if !literal && !has_no_control_characters(value) {
+                continue;
+            }
+            let length = text.len();
+            let comma = if length == 0 { "" } else { "," };
+            text.extend([comma, key, "="]);
+            if literal {
+                text.push_str(value);
+            } else {
+                text.extend(utf8_percent_encode(value, ESCAPED));
+            }
+            // A member that does not fit is omitted entirely.
+            if text.len() > MAX_BYTES {
+                text.truncate(length);
+            }
+        }
+        text
     }
 
     /// The list members in ztunnel's order.
@@ -156,21 +179,7 @@ impl TryFrom<&HeaderValue> for Baggage {
 
 impl fmt::Display for Baggage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut length = 0;
-        for (key, value) in
-            self.members().into_iter().filter(|(_, value)| has_no_control_characters(value))
-        {
-            let comma = if length == 0 { "" } else { "," };
-            let mut value = utf8_percent_encode(value, ESCAPED);
-            let member =
-                [comma, key, "="].into_iter().chain(value.clone()).map(str::len).sum::<usize>();
-            if length + member <= MAX_BYTES {
-                length += member;
-                [comma, key, "="].into_iter().try_for_each(|part| f.write_str(part))?;
-                value.try_for_each(|part| f.write_str(part))?;
-            }
-        }
-        Ok(())
+        f.write_str(&self.to_text())
     }
 }
 
@@ -188,6 +197,12 @@ fn workload_key(kind: WorkloadType) -> &'static str {
 fn decode(value: &str) -> Option<Name> {
     let value = percent_decode_str(value).decode_utf8_lossy();
     has_no_control_characters(&value).then(|| value.into())
+}
+
+/// Whether a character is common in names, and neither a control character nor encoded. Values with
+/// others are checked and encoded character by character, which takes many times as long.
+fn is_literal(c: u8) -> bool {
+    c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'/')
 }
 
 fn has_no_control_characters(value: &str) -> bool {

@@ -3,13 +3,14 @@
 //!
 //! Reads only the first element of a list, which describes the original client.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
 use http::header::{FORWARDED, HeaderMap, HeaderValue};
 
 use super::{HeaderError, OPTIONAL_WHITESPACE, header};
+use crate::tunnel::text::{push_ipv4, push_socket_address};
 
 /// The maximum length of a host: a name (RFC 1035 section 2.3.4), a colon and a port.
 const MAX_HOST_BYTES: usize = 253 + 6;
@@ -45,7 +46,28 @@ impl Forwarded {
 
     /// Formats the header value. `None` if it would be empty.
     pub fn to_header(&self) -> Option<HeaderValue> {
-        header(self, TYPICAL_LENGTH)
+        header(self.to_text())
+    }
+
+    fn to_text(&self) -> String {
+        let mut text = String::with_capacity(TYPICAL_LENGTH);
+        if let Some(source) = self.source {
+            text.push_str("for=\"");
+            match (source.ip(), source.port()) {
+                (IpAddr::V4(ip), 0) => push_ipv4(&mut text, ip),
+                // Writing to a string cannot fail.
+                (IpAddr::V6(ip), 0) => _ = write!(text, "[{ip}]"),
+                _ => push_socket_address(&mut text, source),
+            }
+            text.push('"');
+        }
+        if let Some(host) = &self.host {
+            let separator = if self.source.is_some() { ";" } else { "" };
+            // A valid host contains no quotes or backslashes, so it needs no escapes.
+            let quote = if host.bytes().all(is_token) { "" } else { "\"" };
+            text.extend([separator, "host=", quote, host, quote]);
+        }
+        text
     }
 
     /// Parses the first line of the header. `None` if it is missing, malformed, or has no known
@@ -100,20 +122,7 @@ impl TryFrom<&HeaderValue> for Forwarded {
 
 impl fmt::Display for Forwarded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.source.map(|source| (source.ip(), source.port())) {
-            None => {}
-            Some((IpAddr::V4(ip), 0)) => write!(f, "for=\"{ip}\"")?,
-            Some((IpAddr::V6(ip), 0)) => write!(f, "for=\"[{ip}]\"")?,
-            Some((IpAddr::V4(ip), port)) => write!(f, "for=\"{ip}:{port}\"")?,
-            Some((IpAddr::V6(ip), port)) => write!(f, "for=\"[{ip}]:{port}\"")?,
-        }
-        let separator = if self.source.is_some() { ";" } else { "" };
-        match &self.host {
-            None => Ok(()),
-            Some(host) if host.bytes().all(is_token) => write!(f, "{separator}host={host}"),
-            // A valid host contains no quotes or backslashes, so it needs no escapes.
-            Some(host) => write!(f, "{separator}host=\"{host}\""),
-        }
+        f.write_str(&self.to_text())
     }
 }
 

@@ -11,15 +11,16 @@ use http::header::{HeaderMap, HeaderValue};
 use rustls::crypto::aws_lc_rs;
 
 use super::{HeaderError, TRACEPARENT, header};
+use crate::tunnel::text::push_hex;
 
 /// The length of the header value.
 const LENGTH: usize = 55;
 /// The version that is written. Common fields of later versions are read.
-const VERSION: u128 = 0x00;
+const VERSION: u8 = 0x00;
 /// The forbidden version.
-const RESERVED_VERSION: u128 = 0xff;
+const RESERVED_VERSION: u8 = 0xff;
 /// The only flag of version 00 (Trace Context section 3.2.2.5).
-const SAMPLED: u128 = 0x01;
+const SAMPLED: u8 = 0x01;
 
 thread_local! {
     /// A fast generator is enough, because ids are not secret. aws-lc seeds it: `fastrand` alone
@@ -66,7 +67,20 @@ impl TraceParent {
     /// Formats the header value.
     #[expect(clippy::expect_used, reason = "digits and dashes are a header value")]
     pub fn to_header(self) -> HeaderValue {
-        header(&self, LENGTH).expect("visible ASCII")
+        header(self.to_text()).expect("visible ASCII")
+    }
+
+    fn to_text(self) -> String {
+        let (trace_id, parent_id) = (self.trace_id.get(), self.parent_id.get());
+        let mut text = String::with_capacity(LENGTH);
+        push_hex(&mut text, &[VERSION]);
+        text.push('-');
+        push_hex(&mut text, &trace_id.to_be_bytes());
+        text.push('-');
+        push_hex(&mut text, &parent_id.to_be_bytes());
+        text.push('-');
+        push_hex(&mut text, &[if self.sampled { SAMPLED } else { 0 }]);
+        text
     }
 
     /// Parses the header, which must occur once. `None` if it is missing or malformed.
@@ -87,18 +101,18 @@ impl FromStr for TraceParent {
         let (Some(version), Some(trace_id), Some(parent_id), Some(flags)) = fields_read else {
             return Err(HeaderError::TraceParent);
         };
-        if version == RESERVED_VERSION {
+        if version == RESERVED_VERSION.into() {
             return Err(HeaderError::TraceVersion);
         }
         // Later versions may append fields (Trace Context section 3.2.4).
-        if version == VERSION && fields.next().is_some() {
+        if version == VERSION.into() && fields.next().is_some() {
             return Err(HeaderError::TraceParent);
         }
         let parent_id = u64::try_from(parent_id).map_err(|_| HeaderError::TraceParent)?;
         Ok(Self {
             trace_id: NonZeroU128::new(trace_id).ok_or(HeaderError::TraceIdZero)?,
             parent_id: NonZeroU64::new(parent_id).ok_or(HeaderError::TraceIdZero)?,
-            sampled: flags & SAMPLED != 0,
+            sampled: flags & u128::from(SAMPLED) != 0,
         })
     }
 }
@@ -113,8 +127,7 @@ impl TryFrom<&HeaderValue> for TraceParent {
 
 impl fmt::Display for TraceParent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let flags = if self.sampled { SAMPLED } else { 0 };
-        write!(f, "{VERSION:02x}-{:032x}-{:016x}-{flags:02x}", self.trace_id, self.parent_id)
+        f.write_str(&self.to_text())
     }
 }
 
