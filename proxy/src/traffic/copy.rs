@@ -21,7 +21,8 @@
 //!
 //! An aborted connection sends RST or RST_STREAM to both sides, never FIN or END_STREAM. Sockets
 //! arrive here with a linger time of zero (`accept.rs`, `dial.rs`), so that closing them sends RST;
-//! only [`State::Closed`] restores an orderly close.
+//! only [`State::Closed`] restores an orderly close. That close also sends the FIN of the direction
+//! that ends last.
 //!
 //! Each direction detects an abort of its source and of its sink:
 //!
@@ -110,8 +111,9 @@ trait Sink<'a>: Side<'a> {
         Poll::Ready(Ok(()))
     }
 
-    /// Ends this direction cleanly (FIN, END_STREAM).
-    fn finish(&mut self) -> Result<(), ProxyError>;
+    /// Ends this direction cleanly (FIN, END_STREAM). `closing`: the other direction has ended, so
+    /// that [`Side::close`] follows at once.
+    fn finish(&mut self, closing: bool) -> Result<(), ProxyError>;
 }
 
 /// One side of a connection: the source of one direction and the sink of the other.

@@ -71,7 +71,7 @@ impl<'a> Sink<'a> for Delivered<'a> {
         self.app.poll_flush(cx)
     }
 
-    fn finish(&mut self) -> Result<(), ProxyError> {
-        self.app.finish()
+    fn finish(&mut self, closing: bool) -> Result<(), ProxyError> {
+        self.app.finish(closing)
     }
 }

@@ -21,7 +21,7 @@ pub(super) struct Direction {
 impl Direction {
     /// Moves bytes until it must wait. `count` receives the number of bytes of each write. Ready
     /// when `source` has ended cleanly and the end was forwarded. `watch_sink` means that no
-    /// direction reads `sink`.
+    /// direction reads `sink`, because it has ended its sending.
     pub(super) fn poll<'a>(
         &mut self,
         source: &mut impl Source<'a>,
@@ -49,7 +49,7 @@ impl Direction {
                 self.splice = Some(Box::new(Splice::new()));
             }
         }
-        Poll::Ready(sink.finish())
+        Poll::Ready(sink.finish(watch_sink))
     }
 
     /// Moves one piece; false at a clean end. Each piece polls a socket's readiness at least once,

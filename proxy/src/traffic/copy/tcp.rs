@@ -212,7 +212,8 @@ impl<'a> Sink<'a> for Tcp<'a> {
         self.poll_drain(cx, data, last).map_err(self.into_error)
     }
 
-    fn finish(&mut self) -> Result<(), ProxyError> {
-        end_writing(self.stream).map_err(self.into_error)
+    fn finish(&mut self, closing: bool) -> Result<(), ProxyError> {
+        // close(2) sends the FIN: all received data has been read, so it does not reset.
+        if closing { Ok(()) } else { end_writing(self.stream).map_err(self.into_error) }
     }
 }

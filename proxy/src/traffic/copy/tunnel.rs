@@ -64,7 +64,7 @@ impl Sink<'_> for Tunnelled {
         self.writer.poll_flush(cx).map_err(ProxyError::Tunnel)
     }
 
-    fn finish(&mut self) -> Result<(), ProxyError> {
+    fn finish(&mut self, _: bool) -> Result<(), ProxyError> {
         self.writer.finish().map_err(ProxyError::Tunnel)
     }
 }

@@ -52,7 +52,7 @@ impl Sink<'_> for Scripted {
         Poll::Ready(Ok(some.len()))
     }
 
-    fn finish(&mut self) -> Result<(), ProxyError> {
+    fn finish(&mut self, _: bool) -> Result<(), ProxyError> {
         Ok(())
     }
 }
