@@ -74,11 +74,7 @@ async fn own_application_calls_listeners() {
         let to = SocketAddr::new(family.loopback(), 15001);
         scene.client.dial_and_see_reset(to).await;
         proxy
-            .line(&[
-                "connection failed",
-                "reason=\"own_application_calls_listeners\"",
-                &format!("dst.addr={to}"),
-            ])
+            .line(&["connection failed", "reason=\"own_listener\"", &format!("dst.addr={to}")])
             .await;
     }
     assert_eq!(proxy.access_lines(2).await.len(), 2, "each connection was refused once");
@@ -91,11 +87,7 @@ async fn other_pod_calls_listeners(family: Family) {
         let to = scene.server.at(family, port);
         scene.client.dial_and_see_reset(to).await;
         proxy
-            .line(&[
-                "connection failed",
-                "reason=\"own_application_calls_listeners\"",
-                &format!("dst.addr={to}"),
-            ])
+            .line(&["connection failed", "reason=\"own_listener\"", &format!("dst.addr={to}")])
             .await;
     }
     assert_eq!(proxy.access_lines(2).await.len(), 2, "each connection was refused once");
@@ -110,9 +102,7 @@ async fn tunnel_to_listeners(family: Family) {
     let bad = StatusCode::BAD_REQUEST;
     let unavailable = StatusCode::SERVICE_UNAVAILABLE;
     let cases = elsewhere.map(|to| (to, bad, "not_here"));
-    let cases = cases
-        .into_iter()
-        .chain(listeners.map(|to| (to, unavailable, "own_application_calls_listeners")));
+    let cases = cases.into_iter().chain(listeners.map(|to| (to, unavailable, "own_listener")));
     for (to, expected, reason) in cases {
         let request = ConnectRequest { authority: to.to_string(), headers: HeaderMap::new() };
         let refused = match tunnel.connect(request, DEADLINE).await {
