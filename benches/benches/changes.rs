@@ -213,7 +213,7 @@ async fn update() {
     fs::create_dir_all(&folder).expect("a folder");
     let two = Mesh::default().hbone(&pods.client).hbone(&pods.server);
     fs::write(folder.join("pods.yaml"), two.text()).expect("a mesh file");
-    (0..FILES).for_each(|number| part(&folder, number, 0));
+    (0..FILES).for_each(|number| write_part(&folder, number, 0));
     let client = pods.proxy(&pods.client, &folder).await;
     let server = pods.proxy(&pods.server, &folder).await;
     let (mut without, mut with) = (Vec::new(), Vec::new());
@@ -227,7 +227,7 @@ async fn update() {
         let mut ticks = interval(Duration::from_millis(500));
         for change in 0..10 {
             ticks.tick().await;
-            part(&folder, change % FILES, round * 10 + change + 1);
+            write_part(&folder, change % FILES, round * 10 + change + 1);
         }
         ticks.tick().await;
         let mut changing = stopped(measuring);
@@ -249,7 +249,7 @@ async fn update() {
 }
 
 /// Writes one of the files, with a hundredth of the mesh.
-fn part(folder: &Path, number: usize, version: usize) {
+fn write_part(folder: &Path, number: usize, version: usize) {
     let mut text = format!("# version {version}\nworkloads:\n");
     for index in (number * WORKLOADS / FILES)..((number + 1) * WORKLOADS / FILES) {
         let service = index % (SERVICES / FILES) + number * SERVICES / FILES;

@@ -52,7 +52,7 @@ fn main() {
     let full_size = size(&full, mesh(0..workloads, 0..services, 0..policies, services, false));
     let lean_size = size(&lean, mesh(0..workloads, 0..services, 0..policies, services, true));
     for n in 0..FILES {
-        part(&many, n, [workloads, services, policies]);
+        write_part(&many, n, [workloads, services, policies]);
     }
     println!(
         "{full_size:.1} MiB of YAML, {lean_size:.1} MiB without the keys that may be left out\n"
@@ -71,7 +71,7 @@ fn main() {
 }
 
 /// Writes one of [`FILES`] files with its share of the mesh.
-fn part(folder: &Path, n: u32, all: [u32; 3]) {
+fn write_part(folder: &Path, n: u32, all: [u32; 3]) {
     let [workloads, services, policies] =
         all.map(|count| count * n / FILES..count * (n + 1) / FILES);
     let text = mesh(workloads, services, policies, all[1], false);
@@ -116,12 +116,12 @@ fn load<T>(name: &str, read: impl FnOnce() -> T) -> T {
 fn look_up(mesh: &Mesh, workloads: u32, services: u32) {
     let began = Instant::now();
     for n in 0..LOOKUPS {
-        black_box(mesh.workload("", address(10, scatter(n) % workloads)));
+        black_box(mesh.workload("", address(10, scattered(n) % workloads)));
     }
     println!("\nworkloads by address: {:.1} million/s", per_second(began));
     let began = Instant::now();
     for n in 0..LOOKUPS {
-        black_box(mesh.service("", address(11, scatter(n) % services), "ns-1"));
+        black_box(mesh.service("", address(11, scattered(n) % services), "ns-1"));
     }
     println!("services by virtual address: {:.1} million/s", per_second(began));
     let names: Vec<_> = (0..services).map(hostname).collect();
@@ -137,7 +137,7 @@ fn per_second(began: Instant) -> f64 {
 }
 
 /// A number far from the previous one, to defeat the CPU cache.
-fn scatter(n: u32) -> u32 {
+fn scattered(n: u32) -> u32 {
     n.wrapping_mul(2_654_435_761)
 }
 

@@ -56,11 +56,11 @@ async fn measure(options: &Options) {
     let node = world.pod("node").await;
     let mut pods = Vec::new();
     for number in 0..options.pods {
-        pods.push(made(&node, number).await);
+        pods.push(create_pod(&node, number).await);
     }
     let folder = world.folder().join("pods");
     fs::create_dir(&folder).expect("a folder");
-    let daemon = started(&world, &node, &pods, &folder).await;
+    let daemon = start_daemon(&world, &node, &pods, &folder).await;
     let pid = daemon.pid();
     let before = Idle::read(pid);
     eprintln!("{} pods are made; the daemon runs without a pod: {before}", pods.len());
@@ -116,7 +116,7 @@ impl UnservedPod {
 }
 
 /// Creates a pod with a default route to the node.
-async fn made(node: &Pod, number: u16) -> UnservedPod {
+async fn create_pod(node: &Pod, number: u16) -> UnservedPod {
     let name = format!("pod-{number}");
     let namespace = Namespace::create_named(&format!("bench-{name}")).expect("a namespace");
     namespace.set_loopback_up().await.expect("a loopback interface");
@@ -142,7 +142,7 @@ async fn made(node: &Pod, number: u16) -> UnservedPod {
 }
 
 /// Starts the daemon with an empty folder of pods.
-async fn started(world: &World, node: &Pod, pods: &[UnservedPod], folder: &Path) -> Proxy {
+async fn start_daemon(world: &World, node: &Pod, pods: &[UnservedPod], folder: &Path) -> Proxy {
     let pki = Pki::new(world.folder());
     let mut mesh = String::from("workloads:\n");
     for UnservedPod { name, address, .. } in pods {

@@ -44,7 +44,7 @@ pub(crate) enum DemoError {
     Namespace { doing: &'static str, source: InterceptionError },
     #[error("cannot {doing}")]
     Io { doing: &'static str, source: io::Error },
-    #[error("cannot make the certificates")]
+    #[error("cannot create the certificates")]
     Certificates(#[source] HboneError),
     #[error("the proxy of {subject}")]
     Proxy { subject: &'static str, source: SpawnError },

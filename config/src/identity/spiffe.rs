@@ -17,7 +17,7 @@ const SCHEME: &str = "spiffe://";
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SpiffeError {
     /// The text does not begin with `spiffe://`.
-    #[error("it does not start with spiffe://")]
+    #[error("the identity does not start with spiffe://")]
     Scheme,
     /// The trust domain is empty, too long, or has a character outside `a-z 0-9 . - _`.
     #[error("the trust domain must be 1 to 255 characters of a-z, 0-9, '.', '-' and '_'")]
@@ -28,10 +28,10 @@ pub enum SpiffeError {
     )]
     Path,
     /// The path is missing, which the identity of a workload requires.
-    #[error("it has no path: it names a trust domain, not a workload")]
+    #[error("the path is missing: the identity is a trust domain's, not a workload's")]
     NoPath,
     /// The identity is longer than 2048 bytes.
-    #[error("it is longer than 2048 bytes")]
+    #[error("the identity is longer than 2048 bytes")]
     TooLong,
 }
 

@@ -57,7 +57,7 @@ impl Document {
         };
         let name = document.name.clone();
         let origin = |line, column| Origin::Document { name: name.clone(), line, column };
-        let root = Cursor::nowhere(problems);
+        let root = Cursor::absent_root(problems);
         let mut tell = |part: Part<'_>| match part {
             Part::Whole(node) => reject_non_mapping(&node, problems),
             Part::Key(key, _) if SECTIONS.contains(&key) => {}

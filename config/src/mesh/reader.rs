@@ -90,7 +90,7 @@ impl Reader {
         }
         self.known = known;
         self.shared.drop_unused();
-        mesh_of(&documents, problems)
+        combine(&documents, problems)
     }
 
     fn document(&mut self, file: File, problems: &Problems) -> Option<Arc<Document>> {
@@ -113,10 +113,10 @@ impl Reader {
 pub(super) fn from_text(name: &str, text: &str) -> Result<Mesh, ConfigErrors> {
     let problems = Problems::default();
     let document = Document::read(name, text, &mut Shared::default(), &problems);
-    mesh_of(document.map(Arc::new).as_slice(), problems)
+    combine(document.map(Arc::new).as_slice(), problems)
 }
 
-fn mesh_of(documents: &[Arc<Document>], problems: Problems) -> Result<Mesh, ConfigErrors> {
+fn combine(documents: &[Arc<Document>], problems: Problems) -> Result<Mesh, ConfigErrors> {
     // References may lead to the unreadable file, so missing ones are not reported.
     if !problems.is_empty() {
         return problems.or_else(None);

@@ -74,7 +74,7 @@ pub enum Scope {
 
 impl Scope {
     /// The workload's value; may be empty.
-    pub fn of(self, workload: &Workload) -> &Name {
+    pub fn value_of(self, workload: &Workload) -> &Name {
         match self {
             Self::Region => &workload.locality.region,
             Self::Zone => &workload.locality.zone,
@@ -224,7 +224,7 @@ impl Service {
     pub fn nearest<'a>(&self, count: usize, place: impl Fn(Scope) -> &'a str) -> &[Endpoint] {
         let scopes = self.load_balancing.scopes().iter().take(count);
         let order = |endpoint: &Endpoint| {
-            let parts = scopes.clone().map(|scope| &**scope.of(&endpoint.workload));
+            let parts = scopes.clone().map(|scope| &**scope.value_of(&endpoint.workload));
             parts.cmp(scopes.clone().map(|scope| place(*scope)))
         };
         let first = self.endpoints.partition_point(|endpoint| order(endpoint) == Ordering::Less);
@@ -236,7 +236,7 @@ impl Service {
     /// The order of endpoints: by preferences, most important first, then by uid.
     pub(super) fn order(&self, one: &Workload, other: &Workload) -> Ordering {
         let scopes = self.load_balancing.scopes().iter();
-        let parts = scopes.map(|scope| scope.of(one).cmp(scope.of(other)));
+        let parts = scopes.map(|scope| scope.value_of(one).cmp(scope.value_of(other)));
         parts.fold(Ordering::Equal, Ordering::then).then_with(|| one.uid.cmp(&other.uid))
     }
 }
@@ -289,7 +289,7 @@ mod tests {
             for count in 0..=scopes.len() {
                 let near = |endpoint: &&Endpoint| {
                     let mut scopes = scopes.iter().take(count);
-                    scopes.all(|scope| **scope.of(&endpoint.workload) == *place(*scope))
+                    scopes.all(|scope| **scope.value_of(&endpoint.workload) == *place(*scope))
                 };
                 let expected: Vec<_> = service.endpoints.iter().filter(near).collect();
                 let nearest: Vec<_> = service.nearest(count, place).iter().collect();

@@ -72,8 +72,8 @@ impl PodFolder {
     pub fn read(&self) -> Result<Vec<PodDocument>, ConfigErrors> {
         let error =
             |reason: String| ConfigErrors::one(format!("{}: {reason}", self.path.display()), None);
-        // `files::at` would take a path that is not a folder for a single file.
-        let paths = self.path.read_dir().and_then(|_| files::at(&self.path));
+        // `files::list` would take a path that is not a folder for a single file.
+        let paths = self.path.read_dir().and_then(|_| files::list(&self.path));
         let paths = paths.map_err(|cause| error(format!("cannot be read: {cause}")))?;
         if paths.len() > MAX_FILES {
             return Err(error(format!("has more than {MAX_FILES} pod files")));

@@ -112,7 +112,7 @@ mod tests {
         InterceptionOverlay::new(read_text("pod.yaml", text).unwrap())
     }
 
-    fn laid_over(node: &str, overlays: &[&InterceptionOverlay]) -> Result<Settings, String> {
+    fn with_overlays(node: &str, overlays: &[&InterceptionOverlay]) -> Result<Settings, String> {
         let node = settings_of(node).unwrap();
         node.with_interception(overlays).map_err(|errors| errors.to_string())
     }
@@ -127,7 +127,7 @@ mod tests {
             "interception: {profile: none, dns: capture, dns_servers: [10.0.0.10]}",
             "interception: {kubelet_probes: [8080], inbound: {include_ports: none}}",
         ] {
-            assert_eq!(laid_over(node, &[]).unwrap(), settings_of(node).unwrap(), "{node}");
+            assert_eq!(with_overlays(node, &[]).unwrap(), settings_of(node).unwrap(), "{node}");
         }
     }
 
@@ -135,7 +135,7 @@ mod tests {
     fn overlay_replaces_values_and_keeps_the_others() {
         let node = "interception: {outbound: {exclude_ports: [22], exclude_cidrs: [10.0.0.0/8]}}";
         let pod = overlay("{outbound: {exclude_ports: [80, 443]}, kubelet_probes: on}");
-        let settings = laid_over(node, &[&pod]).unwrap().interception;
+        let settings = with_overlays(node, &[&pod]).unwrap().interception;
         assert_eq!(settings.outbound.exclude_ports, [80, 443].map(PortRange::from));
         assert_eq!(settings.outbound.exclude_cidrs.len(), 1);
         assert_eq!(settings.kubelet_probes, KubeletProbes::On);
@@ -144,17 +144,17 @@ mod tests {
     #[test]
     fn last_overlay_takes_precedence() {
         let [first, last] = ["{ingress: true, drop_invalid: true}", "{ingress: false}"];
-        let settings = laid_over("", &[&overlay(first), &overlay(last)]).unwrap().interception;
+        let settings = with_overlays("", &[&overlay(first), &overlay(last)]).unwrap().interception;
         assert!(!settings.ingress && settings.drop_invalid);
     }
 
     #[test]
     fn derived_defaults_follow_settings_of_the_pod() {
-        let settings = laid_over("", &[&overlay("profile: sidecar")]).unwrap().interception;
+        let settings = with_overlays("", &[&overlay("profile: sidecar")]).unwrap().interception;
         assert_eq!((settings.profile, settings.proxy_uids), (Profile::Sidecar, vec![1337]));
 
         let only_ports = overlay("outbound: {include_ports: [443]}");
-        let settings = laid_over("", &[&only_ports]).unwrap().interception;
+        let settings = with_overlays("", &[&only_ports]).unwrap().interception;
         assert_eq!(settings.outbound.include_cidrs, Some(Vec::new()));
     }
 
@@ -163,7 +163,7 @@ mod tests {
         let mut annotations = InterceptionOverlay::empty();
         annotations.set("virtual_interfaces", "eth0 -j ACCEPT", "istio.io/some-interfaces");
         let file = overlay("ipv6: maybe\nexclude: 1");
-        let errors = laid_over("", &[&annotations, &file]).unwrap_err();
+        let errors = with_overlays("", &[&annotations, &file]).unwrap_err();
         for part in [
             "3 mistakes",
             "annotation istio.io/some-interfaces: interception.virtual_interfaces[0]: \"eth0 -j ACCEPT\"",
@@ -177,7 +177,7 @@ mod tests {
     #[test]
     fn reports_contradictions_with_the_nodes_settings() {
         let node = "interception: {profile: sidecar, outbound: {exclude_gids: [5]}}";
-        let errors = laid_over(node, &[&overlay("outbound: {include_gids: [6]}")]).unwrap_err();
+        let errors = with_overlays(node, &[&overlay("outbound: {include_gids: [6]}")]).unwrap_err();
         assert!(
             errors.contains("the node's settings: interception.outbound.exclude_gids"),
             "{errors}"
@@ -187,12 +187,12 @@ mod tests {
     #[test]
     fn settings_of_a_nodes_pod_obey_the_restrictions_of_the_node() {
         let node = "node: {probes: translate, pods: {directory: /pods}}";
-        let settings = laid_over(node, &[]).unwrap();
+        let settings = with_overlays(node, &[]).unwrap();
         assert_eq!(settings.interception.kubelet_probes, KubeletProbes::On);
-        let off = laid_over(node, &[&overlay("kubelet_probes: off")]).unwrap();
+        let off = with_overlays(node, &[&overlay("kubelet_probes: off")]).unwrap();
         assert_eq!(off.interception.kubelet_probes, KubeletProbes::Off);
         for refused in ["profile: sidecar", "allow_host: true", "install: false"] {
-            let errors = laid_over(node, &[&overlay(refused)]).unwrap_err();
+            let errors = with_overlays(node, &[&overlay(refused)]).unwrap_err();
             assert!(errors.contains("with node.pods"), "{refused}: {errors}");
         }
     }
@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn rejects_section_that_is_not_a_mapping() {
         for text in ["ambient", "[1]"] {
-            let errors = laid_over("", &[&overlay(text)]).unwrap_err();
+            let errors = with_overlays("", &[&overlay(text)]).unwrap_err();
             assert!(errors.contains("must be a mapping"), "{errors}");
         }
     }

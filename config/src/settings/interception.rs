@@ -197,7 +197,7 @@ pub enum PortRangeError {
     #[error("must be a port, 1 to 65535, or a range of them, such as 8000-8100")]
     Port,
     /// The first port is above the last.
-    #[error("must begin with its lower port: {last}-{first}")]
+    #[error("must have its lower port first: {last}-{first}")]
     Order {
         /// The port before the separator.
         first: u16,

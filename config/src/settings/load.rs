@@ -40,7 +40,7 @@ impl Sources {
     /// Warnings about variables with our prefix that set nothing.
     pub fn warnings(&self) -> Vec<Problem> {
         let unknown = |(name, value): &(String, String)| {
-            (Meaning::of(name, value) == Meaning::Unknown)
+            (Meaning::new(name, value) == Meaning::Unknown)
                 .then(|| environment::unknown(name, value))
         };
         self.environment.iter().filter_map(unknown).collect()
@@ -65,7 +65,7 @@ impl Sources {
 
     fn overlay_environment(&self, root: &mut Node, problems: &Problems) {
         for (name, value) in &self.environment {
-            if let Meaning::Key(key) = Meaning::of(name, value) {
+            if let Meaning::Key(key) = Meaning::new(name, value) {
                 overlay(root, key, value, Origin::Environment(name.clone()), problems);
             }
         }

@@ -40,7 +40,7 @@ pub struct LogFilter(String);
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum LogFilterError {
     /// The text is empty, or has two consecutive commas.
-    #[error("an empty directive")]
+    #[error("a directive is empty")]
     Empty,
     /// The level is unknown.
     #[error("{0:?} is not a level: off, error, warn, info, debug or trace")]

@@ -20,7 +20,7 @@ pub(crate) struct File {
 
 /// The file at `path`, or the documents of a folder sorted by name. Skips subfolders, and hidden
 /// files because a mounted ConfigMap contains each file twice.
-pub(crate) fn at(path: &Path) -> io::Result<Vec<PathBuf>> {
+pub(crate) fn list(path: &Path) -> io::Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
@@ -43,7 +43,7 @@ pub(crate) fn read_each(path: &Path, mut read: impl FnMut(File)) -> u64 {
         all.write_u64(file.fingerprint);
         read(file);
     };
-    match at(path) {
+    match list(path) {
         Ok(files) => files.into_iter().for_each(|file| {
             let content = std::fs::read(&file);
             one(file, content);

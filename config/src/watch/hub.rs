@@ -144,7 +144,7 @@ impl State {
         let Some(events) = self.events.clone() else { return Ok(()) };
         loop {
             let Some(watches) = self.subscriptions.get_mut(&id) else { return Ok(()) };
-            watches.relevant = RelevantEntries::of(&watches.path, watches.kind);
+            watches.relevant = RelevantEntries::new(&watches.path, watches.kind);
             let mut folders = BTreeMap::new();
             for folder in watches.relevant.folders() {
                 // Watch known folders again: another folder may have taken the name.

@@ -32,7 +32,7 @@ pub(super) enum FilesOfFolder {
 
 impl RelevantEntries {
     /// The entries of the absolute `path`.
-    pub(super) fn of(path: &Path, kind: FilesOfFolder) -> Self {
+    pub(super) fn new(path: &Path, kind: FilesOfFolder) -> Self {
         if !path.is_dir() {
             return Self { entries: entries(path), folder: None, kind };
         }
@@ -40,7 +40,7 @@ impl RelevantEntries {
         let mut all = entries(&path.join("any"));
         let folder = all.iter().find(|entry| entry.ends_with("any"));
         let folder = folder.and_then(|any| any.parent()).map(Path::to_owned);
-        for document in files::at(path).unwrap_or_default() {
+        for document in files::list(path).unwrap_or_default() {
             all.append(&mut entries(&document));
         }
         Self { entries: all, folder, kind }

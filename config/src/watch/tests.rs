@@ -130,7 +130,7 @@ fn wakes_only_for_events_that_can_change_content() {
     folder.swap("..1", "mesh/..data");
     folder.swap("..data/a.yaml", "mesh/a.yaml");
     let counts = |of: &str, name: &str, kind| {
-        RelevantEntries::of(&folder.root().join(of), kind).has(&folder.root().join(name))
+        RelevantEntries::new(&folder.root().join(of), kind).has(&folder.root().join(name))
     };
     let has = |of: &str, name: &str| counts(of, name, FilesOfFolder::Documents);
     for relevant in ["mesh/a.yaml", "mesh/..data", "mesh/..1/a.yaml"] {

@@ -95,7 +95,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The root of a document that is read in parts.
-    pub(crate) fn nowhere(problems: &'a Problems) -> Self {
+    pub(crate) fn absent_root(problems: &'a Problems) -> Self {
         Self { node: None, parent: None, step: Step::Root, problems }
     }
 
@@ -455,12 +455,12 @@ pub(crate) fn closest<'k>(key: &str, known: &[&'k str]) -> Option<&'k str> {
     if key.len() > MAX_SUGGESTION_LENGTH {
         return None;
     }
-    let near = known.iter().map(|candidate| (edits(key, candidate), *candidate)).min()?;
+    let near = known.iter().map(|candidate| (edit_distance(key, candidate), *candidate)).min()?;
     (near.0 <= 2).then_some(near.1)
 }
 
 /// The Levenshtein distance, ignoring case and `_` (`outboundPort`, `outbound_port`).
-fn edits(a: &str, b: &str) -> usize {
+fn edit_distance(a: &str, b: &str) -> usize {
     let plain = |text: &str| -> Vec<char> {
         text.chars().filter(|c| *c != '_').map(|c| c.to_ascii_lowercase()).collect()
     };

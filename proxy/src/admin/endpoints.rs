@@ -68,13 +68,13 @@ const READY_TEXT: &str = "ready\n";
 
 impl Readiness {
     /// The readiness of `underpass run`, whose only pod has these rules.
-    pub(crate) fn of(rules: RulesHealth) -> Self {
+    pub(crate) fn for_pod(rules: RulesHealth) -> Self {
         Self { rules, ..Self::default() }
     }
 
     /// The readiness of a node daemon, initially without a ready source of pods. The problems of a
     /// pod do not affect it.
-    pub(crate) fn of_node() -> Self {
+    pub(crate) fn for_node() -> Self {
         let readiness = Self::default();
         readiness.source_ready(false);
         readiness

@@ -257,7 +257,7 @@ async fn explain(
     packet: Option<(Sender, Protocol, SocketAddr)>,
     format: ExplainFormat,
 ) -> Result<(), CommandError> {
-    let sourced = SourcedSettings::of(options).await?;
+    let sourced = SourcedSettings::select(options).await?;
     let (settings, ports) = (&sourced.settings.interception, Ports::of(&sourced.settings));
     let access = NamespaceAccess::current().map_err(CommandError::start)?;
     let environment = access.environment().await?;

@@ -49,7 +49,7 @@ impl<T> Registries<T> {
     }
 
     /// The registry of one worker.
-    pub(crate) fn of(&self, worker: usize) -> &Arc<ConnectionRegistry<T>> {
+    pub(crate) fn for_worker(&self, worker: usize) -> &Arc<ConnectionRegistry<T>> {
         worker.checked_sub(1).and_then(|index| self.others.get(index)).unwrap_or(&self.first)
     }
 

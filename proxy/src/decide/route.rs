@@ -129,7 +129,7 @@ impl ForwardVia {
     pub(crate) fn target(&self, hop: SocketAddr) -> Option<SocketAddr> {
         let target = match self {
             Self::Plain { .. } => return None,
-            Self::Tunnel { authority, .. } => authority.at(hop.ip()),
+            Self::Tunnel { authority, .. } => authority.target(hop.ip()),
             Self::DoubleTunnel { authority, .. } => authority.clone(),
         };
         match target {
@@ -169,7 +169,7 @@ pub(crate) enum Authority {
 
 impl Authority {
     /// The target of the request after the peer was dialled at `dialled`.
-    pub(crate) fn at(&self, dialled: IpAddr) -> Target {
+    pub(crate) fn target(&self, dialled: IpAddr) -> Target {
         match self {
             Self::KnownEndpoint(target) => target.clone(),
             Self::AtNextHop(port) => Target::Address(SocketAddr::new(dialled, *port)),

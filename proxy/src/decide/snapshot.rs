@@ -65,7 +65,7 @@ pub(crate) struct MeshSize {
 }
 
 impl MeshSize {
-    pub(crate) fn of(mesh: &Mesh) -> Self {
+    pub(crate) fn new(mesh: &Mesh) -> Self {
         Self {
             workloads: mesh.workloads().len(),
             services: mesh.services().len(),

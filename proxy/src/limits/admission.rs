@@ -102,7 +102,7 @@ impl PodLimits {
     }
 
     /// Waits until descriptors are free for a connection of a new source.
-    pub(crate) async fn room(&self, kind: AdmissionKind) {
+    pub(crate) async fn wait_for_room(&self, kind: AdmissionKind) {
         self.0.node.descriptors.freed(|| self.has_room(kind)).await;
     }
 

@@ -76,7 +76,7 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     pub(crate) fn new(source: MeshSource, first: Arc<Mesh>, own: &WorkloadSettings) -> Self {
-        MeshSize::of(&first).log("mesh loaded");
+        MeshSize::new(&first).log("mesh loaded");
         let current = watch::Sender::new(Arc::new(Snapshot::new(first, own, 1)));
         Self { source, own: own.clone(), current }
     }
@@ -91,7 +91,7 @@ impl Publisher {
         let mut ledger = Ledger::new(workers);
         {
             let first = self.current.borrow();
-            ledger.publish(Published::first(first.generation, MeshSize::of(&first.mesh)));
+            ledger.publish(Published::first(first.generation, MeshSize::new(&first.mesh)));
         }
         loop {
             let complete = tokio::select! {
@@ -118,7 +118,7 @@ impl Publisher {
     /// Publishes a generation. The previous one may not be in force yet.
     fn publish(&self, mesh: Arc<Mesh>, ledger: &mut Ledger) {
         let generation = self.current.borrow().generation + 1;
-        let size = MeshSize::of(&mesh);
+        let size = MeshSize::new(&mesh);
         ledger.publish(Published::change(generation, size, Instant::now()));
         let new = Arc::new(Snapshot::new(mesh, &self.own, generation));
         let old = self.current.send_replace(new).mesh.clone();

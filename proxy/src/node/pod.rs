@@ -78,7 +78,7 @@ impl Pod {
         let sockets = pod_sockets(settings);
         Ok(Self {
             id: PodId::next(),
-            context: PolicyContext::of(settings),
+            context: PolicyContext::new(settings),
             limits: node.limits.pod(),
             sockets: PodSockets::new(access.clone(), sockets, node.limits.descriptors.clone()),
             credentials,

@@ -32,7 +32,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
     let here = Entered::current().expect("a namespace");
     Arc::new(Pod {
         id: PodId::next(),
-        context: PolicyContext::of(&settings),
+        context: PolicyContext::new(&settings),
         limits: Limits::new(&settings.limits, 2).pod(),
         sockets: sockets(&settings),
         credentials: None,

@@ -219,7 +219,7 @@ mod tests {
             let accepted = Accepted::testing(Kind::Plaintext, stream, client);
             let mut ticket = pod.limits.admit(AdmissionKind::Plaintext, client.ip(), None).unwrap();
             ticket.move_to(1).unwrap();
-            let registration = pod.connections.of(1).register(Decision::default());
+            let registration = pod.connections.for_worker(1).register(Decision::default());
             Assignment { pod: pod.clone(), accepted, registration, ticket }
         };
         assert!(worker.assign(assignment()).is_none());

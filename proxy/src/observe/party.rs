@@ -70,14 +70,14 @@ impl From<Baggage> for ClaimedNames {
 }
 
 impl Party {
-    pub(crate) fn at(address: SocketAddr) -> Self {
+    pub(crate) fn at_address(address: SocketAddr) -> Self {
         Self { address: Some(address), ..Self::default() }
     }
 
     /// A plaintext client. Its address is the only indication of its workload.
     pub(crate) fn plaintext_client(address: SocketAddr, snapshot: &Snapshot) -> Self {
         let claim = snapshot.workload(address.ip()).cloned().map(Claim::Address);
-        Self { claim, ..Self::at(address) }
+        Self { claim, ..Self::at_address(address) }
     }
 
     /// A client of a tunnel with a proven identity. It is the workload at its address if their
@@ -94,18 +94,18 @@ impl Party {
             Some(_) => None,
             None => Baggage::read(headers).map(|baggage| Claim::Baggage(Box::new(baggage.into()))),
         };
-        Self { workload, identity: Some(identity.clone()), claim, ..Self::at(address) }
+        Self { workload, identity: Some(identity.clone()), claim, ..Self::at_address(address) }
     }
 
     /// The proven names, for the log.
     pub(crate) fn proven_names(&self) -> Names<'_> {
-        self.workload.as_deref().map(Names::of).unwrap_or_default()
+        self.workload.as_deref().map(Names::from_workload).unwrap_or_default()
     }
 
     /// The claimed names, for the log.
     pub(crate) fn claimed_names(&self) -> Names<'_> {
         match &self.claim {
-            Some(Claim::Address(workload)) => Names::of(workload),
+            Some(Claim::Address(workload)) => Names::from_workload(workload),
             Some(Claim::Baggage(names)) => {
                 let text = |text| Some(Quoted::as_str(text)).filter(|text| !text.is_empty());
                 Names {
@@ -128,7 +128,7 @@ pub(crate) struct Names<'a> {
 }
 
 impl<'a> Names<'a> {
-    fn of(workload: &'a Workload) -> Self {
+    fn from_workload(workload: &'a Workload) -> Self {
         Self {
             workload: Some(&workload.name),
             namespace: Some(&workload.namespace),

@@ -34,7 +34,7 @@ pub(crate) enum FactsError {
     )]
     Name { what: &'static str, value: String },
     #[error(
-        "namespace {namespace:?} and service account {service_account:?} make no SPIFFE identity"
+        "namespace {namespace:?} and service account {service_account:?} do not form a SPIFFE identity"
     )]
     Identity {
         namespace: String,

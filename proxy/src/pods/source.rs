@@ -36,7 +36,7 @@ pub(crate) struct SourceHealth(Readiness);
 impl Default for SourceHealth {
     /// Starts as unhealthy.
     fn default() -> Self {
-        Self::new(Readiness::of_node())
+        Self::new(Readiness::for_node())
     }
 }
 

@@ -226,7 +226,7 @@ impl Pods {
     /// Removes a pod. Returns receivers of its end; empty if it is not active.
     pub(super) fn remove(&mut self, uid: &PodUid) -> Vec<oneshot::Receiver<()>> {
         self.withdraw(uid, LeaveReason::Removed);
-        self.ends(|leaving| leaving.uid == *uid)
+        self.end_receivers(|leaving| leaving.uid == *uid)
     }
 
     /// Removes every pod, and refuses new ones.
@@ -236,10 +236,10 @@ impl Pods {
         for uid in all {
             self.withdraw(&uid, LeaveReason::DaemonStops);
         }
-        self.ends(|_| true)
+        self.end_receivers(|_| true)
     }
 
-    fn ends(&mut self, of: impl Fn(&Leaving) -> bool) -> Vec<oneshot::Receiver<()>> {
+    fn end_receivers(&mut self, of: impl Fn(&Leaving) -> bool) -> Vec<oneshot::Receiver<()>> {
         let end_of = |leaving: &mut Leaving| {
             let (sender, gone) = oneshot::channel();
             leaving.gone.push(sender);

@@ -32,7 +32,7 @@ pub(crate) async fn run(
     start: Start,
 ) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    let life = Box::pin(live(settings, sources, start, supervisor));
+    let life = Box::pin(run_phases(settings, sources, start, supervisor));
     run_until_failure(life, failures).await
 }
 
@@ -56,7 +56,7 @@ fn failed(failure: TaskFailure) -> CommandError {
     error
 }
 
-async fn live(
+async fn run_phases(
     settings: Settings,
     sources: Sources,
     start: Start,

@@ -53,10 +53,10 @@ const WORKER_STOP_TIMEOUT: Duration = Duration::from_secs(1);
 /// The daemon cannot start, or an essential task failed. The rules of pods stay.
 pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    run_until_failure(Box::pin(live(settings, until_eof, supervisor)), failures).await
+    run_until_failure(Box::pin(run_phases(settings, until_eof, supervisor)), failures).await
 }
 
-async fn live(
+async fn run_phases(
     settings: Settings,
     until_eof: bool,
     supervisor: Supervisor,
@@ -112,7 +112,7 @@ impl Daemon {
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
         let sockets = pod_sockets(&settings);
-        let (readiness, gates) = (Readiness::of_node(), Gates::default());
+        let (readiness, gates) = (Readiness::for_node(), Gates::default());
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
         let identities =
             Certificates::identities(&settings, &access, &sockets, None, watcher, &supervisor)?;

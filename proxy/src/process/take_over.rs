@@ -112,7 +112,7 @@ struct Role {
 }
 
 impl Role {
-    fn of(settings: &Settings) -> io::Result<Self> {
+    fn new(settings: &Settings) -> io::Result<Self> {
         let proxy = &settings.proxy;
         Ok(Self {
             version: VERSION,

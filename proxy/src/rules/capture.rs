@@ -204,7 +204,7 @@ impl Capture {
 
     /// The capabilities that the namespaces thread keeps: to repair or remove the rules and to open
     /// sockets.
-    pub(crate) fn kept(&self) -> KeptCapabilities {
+    pub(crate) fn needed_capabilities(&self) -> KeptCapabilities {
         let settings = &self.settings.interception;
         let marks = Sockets::new(settings, ipv6_available()).need_net_admin();
         let removes = self.interception.is_some() && settings.on_exit == OnExit::Remove;

@@ -84,7 +84,7 @@ async fn accept_forever(listening: &Listening) {
         }
         if !pod.limits.has_room(demand(*kind)) {
             let _paused = descriptors.pause(kind.name(), Shortage::Descriptors);
-            pod.limits.room(demand(*kind)).await;
+            pod.limits.wait_for_room(demand(*kind)).await;
         }
         match unconstrained(listener.accept()).await {
             Ok((stream, client)) => {
@@ -140,7 +140,8 @@ fn assign_or_refuse(
     let peer = (kind == Kind::Outbound).then(|| accepted.destination.address().ip());
     match pod.limits.admit(demand(kind), client.ip(), peer) {
         Ok(ticket) => {
-            let registration = pod.connections.of(ticket.worker()).register(Decision::default());
+            let registration =
+                pod.connections.for_worker(ticket.worker()).register(Decision::default());
             assign(worker, Assignment { pod: pod.clone(), accepted, registration, ticket });
         }
         Err(refusal) => refuse(worker, kind, &accepted.stream, refusal),
@@ -154,10 +155,10 @@ fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: Proxy
         Kind::Plaintext | Kind::Hbone => Direction::Inbound,
     };
     let destination = match &error {
-        ProxyError::OwnListener(address) => Party::at(*address),
+        ProxyError::OwnListener(address) => Party::at_address(*address),
         _ => Party::default(),
     };
-    let failure = Facts::new(direction, Party::at(client), destination).failed(error);
+    let failure = Facts::new(direction, Party::at_address(client), destination).failed(error);
     ConnectionRecord::failed(Instant::now(), &failure, &worker.series);
 }
 
@@ -167,7 +168,8 @@ fn assign(worker: &Arc<Worker>, assignment: Assignment) {
         let Accepted { kind, stream, .. } = &returned.accepted;
         return refuse(worker, *kind, stream, refusal);
     }
-    let registration = returned.pod.connections.of(worker.index).register(Decision::default());
+    let registration =
+        returned.pod.connections.for_worker(worker.index).register(Decision::default());
     worker.serve(Assignment { registration, ..returned });
 }
 

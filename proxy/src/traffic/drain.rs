@@ -72,7 +72,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn drain_waits_for_connections_that_end_by_themselves() {
         let connections = Registries::new(1);
-        let registration = connections.of(0).register(());
+        let registration = connections.for_worker(0).register(());
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_secs(3)).await;
             drop(registration);
@@ -85,7 +85,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn drain_terminates_remaining_connections_at_its_deadline() {
         let connections = Registries::new(1);
-        let registration = connections.of(0).register(());
+        let registration = connections.for_worker(0).register(());
         let endless = tokio::spawn(async move {
             registration.termination().or_terminate::<()>(std::future::pending()).await
         });

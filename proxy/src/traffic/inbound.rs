@@ -89,7 +89,11 @@ async fn open_plaintext(
     let snapshot = match registration.termination().or_terminate(mesh).await {
         Ok(snapshot) => snapshot,
         Err(error) => {
-            let facts = Facts::new(Direction::Inbound, Party::at(client), Party::at(destination));
+            let facts = Facts::new(
+                Direction::Inbound,
+                Party::at_address(client),
+                Party::at_address(destination),
+            );
             ConnectionRecord::failed(accepted_at, &facts.failed(error), &seat.worker.series);
             return None;
         }
@@ -99,7 +103,7 @@ async fn open_plaintext(
     let destination = match checked {
         Ok(_) => seat.own_party(&snapshot, destination),
         // The address is not the pod's, so the destination is not its workload.
-        Err(_) => Party::at(destination),
+        Err(_) => Party::at_address(destination),
     };
     drop(snapshot);
     let facts = Facts::new(Direction::Inbound, source, destination);

@@ -152,7 +152,8 @@ async fn connect(
     let snapshot = match registration.termination().or_terminate(mesh).await {
         Ok(snapshot) => snapshot,
         Err(error) => {
-            let (source, destination) = (Party::at(accepted.client), Party::at(destination));
+            let (source, destination) =
+                (Party::at_address(accepted.client), Party::at_address(destination));
             let facts = Facts::new(Direction::Outbound, source, destination);
             return Err(facts.failed(error));
         }
@@ -164,7 +165,7 @@ async fn connect(
     };
     let known = Facts {
         trace: Some(TraceParent::new()),
-        ..Facts::new(Direction::Outbound, source, Party::at(destination))
+        ..Facts::new(Direction::Outbound, source, Party::at_address(destination))
     };
     let source = match checked {
         Ok(source) => source,
@@ -351,7 +352,7 @@ impl OutboundConnect<'_> {
             (via, Some(hop)) => (via.target(hop).unwrap_or(asked), Some(hop)),
         };
         let identity = hbone.and_then(|_| self.identity.clone());
-        let destination = Party { workload: route.workload.clone(), ..Party::at(address) };
+        let destination = Party { workload: route.workload.clone(), ..Party::at_address(address) };
         Facts {
             source: Party { identity, ..self.known.source.clone() },
             destination,
@@ -392,7 +393,7 @@ impl OutboundConnect<'_> {
             }
             ForwardVia::Tunnel { peers, authority, .. } => {
                 let hop = permit.destination();
-                let target = authority.at(hop.ip());
+                let target = authority.target(hop.ip());
                 if let Some(to) = self.neighbour(route, hop, &target) {
                     // Boxed: it would enlarge the future of every other connection.
                     let delivering = Box::pin(self.deliver(to, hop, peers, target, facts));

@@ -94,7 +94,7 @@ async fn harmless_rule_is_listed() {
     let mut proxy = pod.proxy(&scene.client_settings()).await;
     add_rule(pod, "type route hook output priority -200", "tcp dport 8080 meta mark set 0x539")
         .await;
-    proxy.line(&["WARN", "acts before the rules of underpass", "8080"]).await;
+    proxy.line(&["WARN", "precedes the rules of underpass", "8080"]).await;
     let (out, err) = pod.underpass(&["rules", "verify", "-o", "json"]).await.exited(3);
     let found: serde_json::Value = serde_json::from_str(&out).expect("JSON");
     assert_eq!(found["same"], true, "{out}");
@@ -112,7 +112,7 @@ async fn counters() {
     self_test(pod, true).await;
     let out = pod.underpass(&["rules", "verify"]).await.ok();
     assert!(!out.contains("other"), "{out}");
-    assert_eq!(proxy.count(&["acts before"]), 0, "{}", proxy.log());
+    assert_eq!(proxy.count(&["precedes the rules"]), 0, "{}", proxy.log());
 }
 
 async fn legacy_table_makes_proxy_unready() {

@@ -153,7 +153,7 @@ async fn without_privileges() {
     let mut proxy = started.expect("the proxy gets ready");
     proxy.line(&["not installing rules: another program installs them"]).await;
     // The proxy's own connections are not captured, so the self-test is inconclusive.
-    proxy.line(&["cannot test the rules"]).await;
+    proxy.line(&["the self-test of the rules is skipped"]).await;
     let (app, own_app) = (scene.server.listen(APP), scene.client.listen(APP));
     both_ways(&scene, &app, &own_app, SIDECAR).await;
     proxy.access_lines(4).await;

@@ -87,9 +87,9 @@ async fn bad_document() {
             "default/missing",
         ),
     ] {
-        let before = server.count(&["keeping the last good one", told]);
+        let before = server.count(&["the last valid one stays in effect", told]);
         fs::write(scene.client.folder().join("mesh.yaml"), bad).expect("a bad mesh file");
-        server.more_than(before, &["keeping the last good one", told]).await;
+        server.more_than(before, &["the last valid one stays in effect", told]).await;
         scene.echoed().await;
     }
     change(
@@ -147,6 +147,6 @@ async fn deleted_file() {
     let (scene, _client, mut server) = proxies(usual).await;
     let _app = Server::echo(&scene.server, APP);
     fs::remove_file(scene.client.folder().join("mesh.yaml")).expect("the file existed");
-    server.line(&["keeping the last good one", "mesh.yaml"]).await;
+    server.line(&["the last valid one stays in effect", "mesh.yaml"]).await;
     scene.echoed().await;
 }

@@ -75,7 +75,7 @@ fn cycles(files: &[(&str, &str)]) -> Vec<String> {
 }
 
 /// The cycles of a crate with the modules `a` and `b`, where `b` uses `a`.
-fn two(a: &str) -> Vec<String> {
+fn crate_of_two_modules(a: &str) -> Vec<String> {
     cycles(&[
         ("lib.rs", "mod a; mod b;"),
         ("a.rs", a),
@@ -109,7 +109,7 @@ fn module_check_finds_cycle_for_any_form_of_path() {
         "pub struct A; #[derive(Debug)] pub enum E { V(#[from] crate::b::B) }",
         "pub struct A; fn f() { crate::b::make!() }",
     ] {
-        assert_eq!(two(a).len(), 1, "{a}");
+        assert_eq!(crate_of_two_modules(a).len(), 1, "{a}");
     }
 }
 
@@ -124,7 +124,7 @@ fn module_check_accepts_modules_without_cycle() {
         "pub struct A; use std::b::B;",
         "pub struct A; fn f() -> &'static str { \"crate::b::B\" }",
     ] {
-        assert_eq!(two(a), Vec::<String>::new(), "{a}");
+        assert_eq!(crate_of_two_modules(a), Vec::<String>::new(), "{a}");
     }
 }
 

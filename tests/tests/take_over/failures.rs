@@ -219,7 +219,7 @@ async fn another_user() {
     }
     running
         .proxy
-        .line(&["take-over by another process failed", "the other process is user 4711"])
+        .line(&["take-over by another process failed", "the other process runs as user 4711"])
         .await;
     running.assert_continues().await;
 }

@@ -139,7 +139,9 @@ fn identity(
             None
         }
         Err(error) => {
-            item.problem(format!("namespace and serviceAccount make no SPIFFE identity: {error}"));
+            item.problem(format!(
+                "namespace and serviceAccount do not form a SPIFFE identity: {error}"
+            ));
             None
         }
     }

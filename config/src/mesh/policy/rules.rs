@@ -66,7 +66,7 @@ impl Rules {
 impl From<Vec<Vec<Vec<Match>>>> for Rules {
     /// Each rule is a list of clauses, and each clause a list of matches.
     fn from(rules: Vec<Vec<Vec<Match>>>) -> Self {
-        Self(Program::of(rules))
+        Self(Program::compile(rules))
     }
 }
 

@@ -34,7 +34,7 @@ pub(super) enum Meaning {
 }
 
 impl Meaning {
-    pub(super) fn of(name: &str, value: &str) -> Self {
+    pub(super) fn new(name: &str, value: &str) -> Self {
         if !name.starts_with(PREFIX) || name == CONFIG_FILE || is_service_url(name, value) {
             return Self::Nothing;
         }

@@ -58,10 +58,9 @@ pub(super) fn workload(document: Document<'_>) -> Option<WorkloadSettings> {
     let trust_domain = TRUST_DOMAIN.read_sound(document)?;
     let spiffe_id = SpiffeId::istio(trust_domain.clone(), &namespace, &service_account)
         .map_err(|error| {
-            document
-                .root
-                .key("workload")
-                .problem(format!("namespace and serviceAccount make no SPIFFE identity: {error}"));
+            document.root.key("workload").problem(format!(
+                "namespace and serviceAccount do not form a SPIFFE identity: {error}"
+            ));
         })
         .ok()?;
     // The default name of a workload is its service account.

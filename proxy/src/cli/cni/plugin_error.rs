@@ -22,11 +22,11 @@ pub(crate) enum PluginError {
     Version { version: String },
     #[error("version {version} of CNI has no command {command}")]
     CommandVersion { command: &'static str, version: String },
-    #[error("the variable the variable {variable} is not set")]
+    #[error("{variable} is not set")]
     NoVariable { variable: &'static str },
-    #[error("the variable {variable} is invalid")]
+    #[error("{variable} is invalid")]
     Variable { variable: &'static str, source: InvalidName },
-    #[error("the variable the variable {variable} is invalid: {reason}")]
+    #[error("{variable} is invalid: {reason}")]
     Environment { variable: &'static str, reason: String },
     #[error("CNI_NETNS {path} cannot be opened", path = path.display())]
     OpenNamespace { path: PathBuf, source: InterceptionError },

@@ -32,7 +32,7 @@ pub(super) enum Source {
 impl SourcedSettings {
     /// Queries the running proxy if there are no options. Warns on standard error if defaults are
     /// used.
-    pub(super) async fn of(options: RuleOptions) -> Result<Self, CommandError> {
+    pub(super) async fn select(options: RuleOptions) -> Result<Self, CommandError> {
         if !options.are_empty() {
             return Ok(Self { settings: options.load()?, source: Source::Given });
         }

@@ -21,7 +21,7 @@ struct Outcome {
 }
 
 pub(super) async fn run(options: RuleOptions, output: Output) -> Result<(), CommandError> {
-    let sourced = SourcedSettings::of(options).await?;
+    let sourced = SourcedSettings::select(options).await?;
     let interception = prepare(&sourced.settings).await?;
     let outcome = Outcome {
         difference: interception.verify().await?,

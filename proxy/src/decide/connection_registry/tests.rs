@@ -105,10 +105,10 @@ async fn termination_waits_only_for_its_own_connections() {
 #[tokio::test]
 async fn closed_registries_terminate_later_connections_from_their_start() {
     let registries = Registries::new(2);
-    let early = idle(registries.of(1), 1);
+    let early = idle(registries.for_worker(1), 1);
     registries.close(|| ProxyError::Drained).await;
     assert!(matches!(early.await.unwrap(), Err(ProxyError::Drained)));
-    let late = registries.of(0).register(2);
+    let late = registries.for_worker(0).register(2);
     let outcome = late.termination().or_terminate(std::future::ready(Ok(()))).await;
     assert!(matches!(outcome, Err(ProxyError::Drained)), "{outcome:?}");
 }
@@ -116,7 +116,7 @@ async fn closed_registries_terminate_later_connections_from_their_start() {
 #[tokio::test(start_paused = true)]
 async fn registries_wait_for_the_last_connection_of_any_worker() {
     let registries = Registries::new(2);
-    let register = |worker, number| registries.of(worker).register(number);
+    let register = |worker, number| registries.for_worker(worker).register(number);
     let (first, second) = (register(0, 1), register(1, 2));
     assert_eq!(registries.open(), 2);
     let mut ended = std::pin::pin!(registries.all_ended());

@@ -25,7 +25,7 @@ pub(crate) struct PolicyContext {
 
 impl PolicyContext {
     /// The context of a pod with these settings.
-    pub(crate) fn of(settings: &Settings) -> Self {
+    pub(crate) fn new(settings: &Settings) -> Self {
         Self {
             ports: Ports::of(settings),
             own: settings.workload.clone(),

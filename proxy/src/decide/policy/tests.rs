@@ -10,7 +10,7 @@ use crate::node::testing::{self, pod};
 const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
 
 fn context(more: &[&str]) -> PolicyContext {
-    PolicyContext::of(&testing::settings(more))
+    PolicyContext::new(&testing::settings(more))
 }
 
 fn snapshot(generation: u64, policies: &str) -> Snapshot {
@@ -220,7 +220,10 @@ fn mesh_change_skips_connection_permitted_by_newer_generation() {
 async fn terminated(pod: &Pod, old: &Snapshot, new: &Snapshot) -> usize {
     let (mut change, mut terminated) =
         (MeshChange::new(old, new, &pod.context), Terminated::default());
-    pod.connections.of(0).terminate(&mut terminated, |decision| change.check(decision)).await;
+    pod.connections
+        .for_worker(0)
+        .terminate(&mut terminated, |decision| change.check(decision))
+        .await;
     terminated.count()
 }
 
@@ -229,13 +232,13 @@ async fn permit_is_stored_in_registration_of_its_connection() {
     let (old, new) = (Arc::new(snapshot(1, "")), Arc::new(snapshot(2, &deny_client())));
     let (sender, mesh) = watch::channel(old.clone());
     let pod = pod(&[]);
-    let registration = pod.connections.of(0).register(Decision::default());
+    let registration = pod.connections.for_worker(0).register(Decision::default());
     assert_eq!(terminated(&pod, &old, &new).await, 0, "it has no permit yet");
     let allowed = permit(from_client(), &pod, &mesh, &registration).expect("a permit");
     assert_eq!(allowed.destination(), at("10.0.0.1:8080"));
     assert_eq!(terminated(&pod, &old, &new).await, 1);
     sender.send_replace(new);
-    let later = pod.connections.of(0).register(Decision::default());
+    let later = pod.connections.for_worker(0).register(Decision::default());
     let denied = permit(from_client(), &pod, &mesh, &later).map(drop);
     assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
 }
@@ -249,7 +252,7 @@ async fn mesh_change_is_checked_separately_for_each_pod() {
     let registrations = pods.each_ref().map(|pod| {
         let client = Principal { id: CLIENT.parse().expect("an id"), aliases: Arc::default() };
         let subject = Subject::inbound(at("10.0.0.9:40000"), at("192.0.2.1:80"), Some(client));
-        let registration = pod.connections.of(0).register(Decision::default());
+        let registration = pod.connections.for_worker(0).register(Decision::default());
         let permit = permit(subject, pod, &mesh, &registration).expect("a permit");
         assert_eq!(permit.pod().id, pod.id);
         registration

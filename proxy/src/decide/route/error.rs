@@ -45,7 +45,7 @@ pub(crate) enum RouteError {
     )]
     UnknownService { hostname: Name },
     #[error(
-        "the tunnel requests service {service}, of which the local workload is neither an endpoint nor the waypoint"
+        "the tunnel requests service {service}, but the local workload is neither its endpoint nor its waypoint"
     )]
     NotEndpoint { service: Arc<Service> },
     #[error("service {service} has no address for the PROXY header")]

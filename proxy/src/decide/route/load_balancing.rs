@@ -272,7 +272,8 @@ impl<'m> Selection<'m, '_> {
     /// preferences.
     fn rank(&self, workload: &Workload) -> usize {
         let matched = |scopes: &[Scope]| {
-            let near = |scope: &&Scope| **scope.of(workload) == *self.caller_locality(**scope);
+            let near =
+                |scope: &&Scope| **scope.value_of(workload) == *self.caller_locality(**scope);
             scopes.iter().take_while(near).count()
         };
         match (matched(self.preferences()), self.preferences()) {
@@ -302,7 +303,7 @@ impl<'m> Selection<'m, '_> {
     fn caller_locality(&self, scope: Scope) -> &str {
         match (scope, self.caller.workload) {
             (Scope::Network, _) => self.caller.network,
-            (_, Some(workload)) => scope.of(workload),
+            (_, Some(workload)) => scope.value_of(workload),
             (_, None) => "",
         }
     }

@@ -111,7 +111,7 @@ impl DemoNode {
 
     /// Writes the file of a pod, and waits until the daemon serves the pod.
     pub(super) async fn add(&mut self, pod: &DemoPod) -> Result<(), DemoError> {
-        // A rename makes the file appear complete.
+        // The rename is atomic: the daemon never reads a partial file.
         let (file, unfinished) = (self.file(pod), self.pods.join(".unfinished"));
         fs::write(&unfinished, pod.file())
             .and_then(|()| fs::rename(&unfinished, file))

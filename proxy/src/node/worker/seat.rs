@@ -97,7 +97,7 @@ impl Seat {
         Arc::new_cyclic(|seat| Self {
             worker: worker.clone(),
             pod: pod.clone(),
-            registry: pod.connections.of(worker.index).clone(),
+            registry: pod.connections.for_worker(worker.index).clone(),
             pool: Pool::new(TunnelDialer::new(seat.clone()), settings),
             neighbours: Neighbours::default(),
             endpoints: OnceLock::new(),
@@ -198,13 +198,16 @@ impl Seat {
             None => at_address().filter(|workload| self.pod.can_be(workload)).cloned(),
         };
         let (workload, claim) = (proven.cloned(), claim.map(Claim::Address));
-        Party { workload, claim, ..Party::at(address) }
+        Party { workload, claim, ..Party::at_address(address) }
     }
 
     /// The pod as the source of a connection from another address: of a virtual machine in it, or
     /// of a client of an ingress gateway.
     pub(crate) fn party_behind(&self, snapshot: &Snapshot, address: SocketAddr) -> Party {
-        Party { workload: snapshot.named(&self.context().own).cloned(), ..Party::at(address) }
+        Party {
+            workload: snapshot.named(&self.context().own).cloned(),
+            ..Party::at_address(address)
+        }
     }
 
     /// Whether `address` is one of the pod's own.

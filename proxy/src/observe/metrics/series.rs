@@ -224,12 +224,12 @@ impl Series {
 
     /// Counts the end of an opened connection.
     pub(crate) fn closed(&self, flags: ResponseFlags) {
-        self.closed.of(flags).fetch_add(1, Relaxed);
+        self.closed.counter(flags).fetch_add(1, Relaxed);
     }
 
     /// Counts a connection that could not be opened.
     pub(crate) fn failed(&self, flags: ResponseFlags) {
-        self.failed.of(flags).fetch_add(1, Relaxed);
+        self.failed.counter(flags).fetch_add(1, Relaxed);
     }
 
     /// How many connections are open.
@@ -327,7 +327,7 @@ struct CountersByFlags {
 }
 
 impl CountersByFlags {
-    fn of(&self, flags: ResponseFlags) -> &AtomicU64 {
+    fn counter(&self, flags: ResponseFlags) -> &AtomicU64 {
         match flags {
             ResponseFlags::None => &self.none,
             ResponseFlags::Deny => &self.deny,
@@ -339,7 +339,7 @@ impl CountersByFlags {
     }
 
     fn all(&self) -> impl Iterator<Item = (ResponseFlags, u64)> {
-        ResponseFlags::ALL.into_iter().map(|flags| (flags, self.of(flags).load(Relaxed)))
+        ResponseFlags::ALL.into_iter().map(|flags| (flags, self.counter(flags).load(Relaxed)))
     }
 
     fn sum(&self) -> u64 {

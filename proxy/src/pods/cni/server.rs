@@ -80,12 +80,16 @@ pub(super) async fn serve(
 
 /// Answers the requests of one call.
 async fn answer(connection: &Handover, ledger: &Ledger, not_ready: &NotReady) {
-    if let Err(error) = converse(connection, ledger, not_ready).await {
+    if let Err(error) = serve_requests(connection, ledger, not_ready).await {
         tracing::debug!(%error, "a call of the CNI plugin ended early");
     }
 }
 
-async fn converse(connection: &Handover, ledger: &Ledger, not_ready: &NotReady) -> io::Result<()> {
+async fn serve_requests(
+    connection: &Handover,
+    ledger: &Ledger,
+    not_ready: &NotReady,
+) -> io::Result<()> {
     let peer = connection.peer()?;
     if !peer.is_trusted() {
         let refusal = untrusted_refusal(peer.uid);

@@ -77,24 +77,24 @@ impl Node {
 
     fn pass(&mut self, time: Duration) {
         self.now = Some(self.now() + time);
-        self.act();
+        self.perform_actions();
     }
 
     fn add(&mut self, facts: &Arc<PodFacts>, namespace: &Namespace) -> Outcome {
         let (answer, outcome) = oneshot::channel();
         let now = self.now();
         self.pods.add(now, facts.clone(), namespace.clone(), answer);
-        self.act();
+        self.perform_actions();
         outcome
     }
 
     fn remove(&mut self, uid: &PodUid) -> Vec<oneshot::Receiver<()>> {
         let gone = self.pods.remove(uid);
-        self.act();
+        self.perform_actions();
         gone
     }
 
-    fn act(&mut self) {
+    fn perform_actions(&mut self) {
         let now = self.now();
         while let Some(action) = self.pods.next_action(now) {
             match action {
@@ -119,7 +119,7 @@ impl Node {
         });
         let now = self.now();
         let pause = self.pods.finished(now, attempt, outcome, 0.0);
-        self.act();
+        self.perform_actions();
         pause
     }
 
@@ -127,7 +127,7 @@ impl Node {
         let (namespace, _, pod) = self.leaving.remove(index);
         drop(pod);
         self.pods.left(namespace);
-        self.act();
+        self.perform_actions();
     }
 
     fn state(&mut self, uid: &PodUid) -> Option<PodState> {
@@ -303,7 +303,7 @@ fn end_of_snapshot_removes_unnamed_pods_at_once() {
     }
     node.end(0, Ok(()));
     node.pods.retain(&[uid("b")].into());
-    node.act();
+    node.perform_actions();
     assert!(!node.pods.keep(&uid("a")) && node.pods.keep(&uid("b")) && !node.pods.keep(&uid("c")));
     assert_eq!(node.leaving.len(), 1);
 }
@@ -315,7 +315,7 @@ fn stopping_removes_all_pods_and_refuses_new_ones() {
     node.add(&pod("b"), &here);
     node.end(1, Ok(()));
     let ends = node.pods.stop();
-    node.act();
+    node.perform_actions();
     assert_eq!(ends.len(), 2);
     assert!(matches!(enrolling.try_recv().unwrap(), Err(EnrolError::Stopping)));
     let mut refused = node.add(&pod("c"), &namespace());
@@ -393,14 +393,14 @@ fn random_actions_keep_one_pod_per_namespace_and_one_answer_per_add() {
                 9 if random.u8(0..10) == 0 => {
                     let named = (0..8).filter(|_| random.bool());
                     node.pods.retain(&named.map(|n| uid(&format!("pod-{n}"))).collect());
-                    node.act();
+                    node.perform_actions();
                 }
                 _ => node.pass(Duration::from_millis(random.u64(0..2000))),
             }
             check(&node);
         }
         let ends = node.pods.stop();
-        node.act();
+        node.perform_actions();
         while !node.attempts.is_empty() || !node.leaving.is_empty() {
             if !node.attempts.is_empty() {
                 node.end(0, if random.bool() { Ok(()) } else { Err(retryable()) });

@@ -62,7 +62,7 @@ impl Bound {
             gates.accept.close().await;
         }
         let (health, sockets) = (RulesHealth::default(), pod_sockets(&settings));
-        let readiness = Readiness::of(health.clone());
+        let readiness = Readiness::for_pod(health.clone());
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
         let identities = Certificates::identities(
             &settings,

@@ -87,7 +87,7 @@ impl Guarded {
     /// thread keeps those that it needs.
     async fn confine(&self) -> Result<(), CommandError> {
         let (thread, capture) = (&self.core.thread, self.pod.capture());
-        let kept = capture.kept();
+        let kept = capture.needed_capabilities();
         if let Some(user) = capture.user() {
             thread.prepare_change_of_user(kept).await?;
             user.switch()?;

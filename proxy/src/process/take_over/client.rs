@@ -51,7 +51,7 @@ impl TakeoverClient {
         if !peer.is_trusted() {
             return Err(TakeOverError::UntrustedUser { socket, uid: peer.uid });
         }
-        let role = Role::of(settings).map_err(TakeOverError::Namespace)?;
+        let role = Role::new(settings).map_err(TakeOverError::Namespace)?;
         let client = Self::new(conversation, socket.clone());
         let (names, sockets) = client.ask("hello", &role.to_string()).await?;
         let mut handed = ReceivedSockets::default();

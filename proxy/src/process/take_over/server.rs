@@ -65,7 +65,7 @@ impl TakeoverServer {
         gates: Gates,
         handed: Option<ControlSocket>,
     ) -> Result<Self, TakeOverError> {
-        let role = Role::of(settings).map_err(TakeOverError::Namespace)?;
+        let role = Role::new(settings).map_err(TakeOverError::Namespace)?;
         let control_socket = match handed {
             Some(socket) => Some(socket),
             None => bind_control_socket(settings)?,
@@ -105,7 +105,7 @@ impl TakeoverServer {
     pub(crate) async fn answer(&mut self, conversation: Handover) -> TakeoverOutcome {
         let peer = conversation.peer();
         let outcome = match &peer {
-            Ok(peer) => self.converse(&conversation, *peer).await,
+            Ok(peer) => self.perform(&conversation, *peer).await,
             Err(error) => Err(ConversationError::Io(io::Error::from(error.kind()))),
         };
         let pid = peer.ok().and_then(|peer| peer.pid);
@@ -129,7 +129,7 @@ impl TakeoverServer {
         }
     }
 
-    async fn converse(&self, conversation: &Handover, peer: Peer) -> Result<(), ConversationError> {
+    async fn perform(&self, conversation: &Handover, peer: Peer) -> Result<(), ConversationError> {
         let role = receive(conversation, "hello", "connecting", ANSWER_TIMEOUT).await?;
         if !peer.is_trusted() {
             conversation

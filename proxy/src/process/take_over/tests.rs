@@ -26,7 +26,7 @@ fn server() -> (TakeoverServer, Gates, Handover, Handover) {
 }
 
 fn role(flags: &[&str]) -> String {
-    Role::of(&settings(flags)).unwrap().to_string()
+    Role::new(&settings(flags)).unwrap().to_string()
 }
 
 /// Sends each line and waits for its answer.
@@ -72,7 +72,7 @@ async fn silent_new_process_times_out_and_gates_reopen() {
 
 #[test]
 fn refused_take_over_names_both_roles() {
-    let own = Role::of(&settings(&[])).unwrap();
+    let own = Role::new(&settings(&[])).unwrap();
     assert_eq!(own.refusal(&role(&["proxy.workers=3", "limits.handshakes=7"])), None);
     for flag in [
         "proxy.outbound_port=1",

@@ -211,7 +211,7 @@ mod tests {
 
     const AFTER: std::time::Duration = std::time::Duration::from_secs(1);
 
-    fn broken() -> io::Error {
+    fn broken_pipe() -> io::Error {
         io::ErrorKind::ConnectionReset.into()
     }
 
@@ -223,14 +223,15 @@ mod tests {
     #[tokio::test]
     async fn delivery_records_have_the_errors_of_tunnel_ends() {
         let registry = Registries::<()>::new(1);
-        let (source, destination) = (registry.of(0).register(()), registry.of(0).register(()));
+        let (source, destination) =
+            (registry.for_worker(0).register(()), registry.for_worker(0).register(()));
         let of = |error, by_destination| {
             let (source, destination) = (source.termination(), destination.termination());
             codes(split(error, source, destination, by_destination))
         };
-        let client = ProxyError::Client(broken());
+        let client = ProxyError::Client(broken_pipe());
         assert_eq!(of(client, false), ["client_reset", "reset"]);
-        let upstream = ProxyError::Upstream(broken());
+        let upstream = ProxyError::Upstream(broken_pipe());
         assert_eq!(of(upstream, false), ["reset", "upstream_reset"]);
         let revoked = || ProxyError::Tunnel(HboneError::Revoked);
         assert_eq!(of(revoked(), false), ["revoked", "lost"]);
@@ -250,12 +251,12 @@ mod tests {
             (true, true, ["no_longer_allowed"; 2]),
         ] {
             let (source, destination) = (Registries::new(1), Registries::new(1));
-            let ends = [&source, &destination].map(|end| end.of(0).register(()));
+            let ends = [&source, &destination].map(|end| end.for_worker(0).register(()));
             let mut terminated = Terminated::default();
             for (registry, is_terminated) in [(&source, at_source), (&destination, at_destination)]
             {
                 if is_terminated {
-                    registry.of(0).terminate(&mut terminated, |()| Err(denied())).await;
+                    registry.for_worker(0).terminate(&mut terminated, |()| Err(denied())).await;
                 }
             }
             let [source, destination] = ends.each_ref().map(|end| end.termination());

@@ -71,13 +71,13 @@ enum Kind {
 
 impl Default for Program {
     fn default() -> Self {
-        Self::of(Vec::new())
+        Self::compile(Vec::new())
     }
 }
 
 impl Program {
     /// Compiles rules from last to first, so that each step knows its successors.
-    pub(super) fn of(rules: Vec<Vec<Vec<Match>>>) -> Self {
+    pub(super) fn compile(rules: Vec<Vec<Vec<Match>>>) -> Self {
         let mut program = Self {
             start: NO_MATCH,
             steps: Vec::new(),
@@ -206,7 +206,7 @@ struct Facts<'a> {
 }
 
 impl<'a> Facts<'a> {
-    fn of(connection: &Connection<'a>) -> Self {
+    fn new(connection: &Connection<'a>) -> Self {
         let identity = connection.identity;
         let istio = identity.and_then(|identity| identity.namespace_and_service_account());
         Self {
@@ -224,7 +224,7 @@ impl<'a> Facts<'a> {
 
 impl Program {
     pub(super) fn matches(&self, connection: &Connection<'_>) -> bool {
-        let facts = Facts::of(connection);
+        let facts = Facts::new(connection);
         let mut at = self.start;
         // Steps refer only to steps that were added before, so the loop terminates.
         while let Some(step) = self.steps.get(at) {

@@ -355,7 +355,7 @@ async fn check_command_queries_the_daemon() {
     let requests = daemon.requests().await;
     assert!(matches!(&requests[..], [(Request::Check(_), descriptors)] if descriptors.len() == 1));
     let (code, message, _) = failure(&[check], &config(json!({"cniVersion": "0.3.1"}))).await;
-    assert_eq!((code, &*message), (1, "underpass: cniVersion 0.3.1 has no CHECK"));
+    assert_eq!((code, &*message), (1, "underpass: version 0.3.1 of CNI has no command CHECK"));
     let (code, _, _) = failure(&[check], &config(json!({"prevResult": null}))).await;
     assert_eq!(code, 7);
 }

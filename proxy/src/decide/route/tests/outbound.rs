@@ -253,9 +253,9 @@ fn routes_every_destination_by_the_mesh() {
 #[test]
 fn connect_to_hostname_requests_dialled_address() {
     let dialled = "fd00::1".parse().unwrap();
-    assert_eq!(Authority::AtNextHop(80).at(dialled).to_string(), "[fd00::1]:80");
+    assert_eq!(Authority::AtNextHop(80).target(dialled).to_string(), "[fd00::1]:80");
     let known = Authority::KnownEndpoint(Target::Hostname("web.example".into(), 80));
-    assert_eq!(known.at(dialled).to_string(), "web.example:80");
+    assert_eq!(known.target(dialled).to_string(), "web.example:80");
 }
 
 #[test]

@@ -32,10 +32,10 @@ impl NetworkConfig {
             }
         }
         files.sort_unstable();
-        Ok(files.iter().filter_map(|file| Self::of(file)).collect())
+        Ok(files.iter().filter_map(|file| Self::from_file(file)).collect())
     }
 
-    fn of(file: &Path) -> Option<Self> {
+    fn from_file(file: &Path) -> Option<Self> {
         let name = file.file_name()?.to_str()?;
         match file.extension()?.to_str()? {
             "conflist" => Some(match name.strip_suffix(DERIVED_LIST_SUFFIX) {
@@ -151,7 +151,7 @@ mod tests {
 
     #[test]
     fn list_derived_from_single_configuration_precedes_it() {
-        let found = NetworkConfig::of(Path::new("/net.d/10-a.conf")).unwrap();
+        let found = NetworkConfig::from_file(Path::new("/net.d/10-a.conf")).unwrap();
         let NetworkConfig::Single { source, list } = &found else { panic!("{found:?}") };
         assert_eq!(list.to_str(), Some("/net.d/10-a-underpass.conflist"));
         assert!(list < source);
@@ -185,7 +185,7 @@ mod tests {
     #[test]
     fn files_that_runtimes_ignore_are_ignored() {
         for name in ["10-a.conflist.bak", "README", ".10-a.conflist.7.new", "10-a.yaml"] {
-            assert_eq!(NetworkConfig::of(&Path::new("/net.d").join(name)), None, "{name}");
+            assert_eq!(NetworkConfig::from_file(&Path::new("/net.d").join(name)), None, "{name}");
         }
     }
 }

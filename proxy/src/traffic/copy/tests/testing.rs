@@ -236,7 +236,7 @@ fn expected() -> [SpiffeId; 1] {
     ["spiffe://td/ns/default/sa/server".parse().unwrap()]
 }
 
-async fn carried() -> TunnelledStream {
+async fn tunnelled_stream() -> TunnelledStream {
     let [client, server] = credentials();
     let mut client_settings = ClientSettings::default();
     let mut server_settings = ServerSettings::default();
@@ -319,7 +319,7 @@ impl Scene {
             };
             (ends, socket, Side::Socket(server), None)
         } else {
-            let TunnelledStream { near, far, tunnel, driver } = carried().await;
+            let TunnelledStream { near, far, tunnel, driver } = tunnelled_stream().await;
             let tunnel = Some((tunnel, driver));
             if way == FlowKind::IntoTunnel {
                 (Ends::IntoTunnel(ours, near), socket, Side::stream(far), tunnel)
