@@ -155,7 +155,7 @@ mod tests {
             (
                 "web",
                 "10.0.0.2",
-                "the pod has the address 10.0.0.2, which is that of shop/db in the mesh",
+                "the pod has the address 10.0.0.2, which belongs to shop/db in the mesh",
             ),
         ] {
             let found = finder().find(&attached(name, &[address])).unwrap_err();

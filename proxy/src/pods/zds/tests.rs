@@ -211,7 +211,7 @@ async fn repeated_add_is_idempotent_and_new_namespace_replaces_pod() {
     }
     proxy.serves(&["a"]).await;
     let reason = agent.add("b", 1).await;
-    assert!(reason.contains("that of the pod a"), "{reason}");
+    assert!(reason.contains("belongs to the pod a"), "{reason}");
     proxy.serves(&["a"]).await;
 }
 
