@@ -5,6 +5,7 @@
 //! key, value and remedy.
 
 mod cidr;
+mod cluster;
 mod error;
 mod hint;
 mod identity;
@@ -16,6 +17,7 @@ pub mod testing;
 mod watch;
 mod yaml;
 
+pub use cluster::{ClusterAccess, ClusterCredential, ClusterDocument};
 pub use error::{ConfigErrors, Problem};
 pub use hint::Hint;
 pub use identity::ca_clients::{CaClient, CaClients, CaToken, IdentityPattern};
@@ -39,8 +41,8 @@ pub use settings::resolve::{keys, reference};
 pub use settings::{
     Backend, BundleFile, Cipher, CniInstallSettings, Dns, Egress, EgressSettings, IdentityFiles,
     IdentitySettings, InboundCapture, InboundMode, InterceptionSettings, Ipv6, IstioCaSettings,
-    KubeletProbes, Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls,
-    MtlsOverride, MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit,
+    KubeletProbes, KubernetesWatch, Limits, LocalCaSettings, LogFilter, LogFilterError, LogFormat,
+    Logging, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit,
     OutboundCapture, PacedConnections, PodSourceSettings, PortRange, PortRangeError, Profile,
     ProxySettings, SameNode, SeriesSettings, Settings, SpireApi, SpireSettings, TakeOver, Timeouts,
     TrustSettings, TunnelSettings, WorkloadSettings,

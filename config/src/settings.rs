@@ -31,7 +31,7 @@ pub use interception::{
 pub use limits::{Limits, SeriesSettings, TakeOver, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
-pub use node::{CniInstallSettings, NodeProbes, NodeSettings, PodSourceSettings};
+pub use node::{CniInstallSettings, KubernetesWatch, NodeProbes, NodeSettings, PodSourceSettings};
 pub use same_node::SameNode;
 
 use crate::identity::spiffe::{SpiffeId, TrustDomain};

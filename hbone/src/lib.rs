@@ -18,6 +18,7 @@ mod ca;
 mod clock;
 mod crypto;
 mod error;
+mod https;
 mod identity;
 mod limits;
 mod pool;
@@ -34,6 +35,7 @@ pub use ca::{
 pub use error::{
     CredentialProblem, ExpectedPeer, Fault, HboneError, IssuerProblem, RequestProblem, SvidProblem,
 };
+pub use https::{HttpsError, HttpsRequest, HttpsResponse, HttpsServer, Pem};
 pub use identity::Identity;
 pub use identity::credentials::Credentials;
 pub use identity::rotation::{CredentialRotator, CredentialsEvent, FirstIdentity};

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::lookup_host;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::SpiffeId;
@@ -37,6 +38,19 @@ pub trait Dial: Send + Sync + 'static {
 
     /// Connects to `address`. The pool sets the deadline.
     fn dial(&self, address: SocketAddr) -> impl Future<Output = io::Result<Self::Io>> + Send;
+}
+
+/// Connects to the first address of a host that answers.
+pub(crate) async fn dial_host<D: Dial>(dial: &D, host: &str, port: u16) -> io::Result<D::Io> {
+    let addresses: Vec<SocketAddr> = lookup_host((host, port)).await?.collect();
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in addresses {
+        match dial.dial(address).await {
+            Ok(io) => return Ok(io),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// The pool's deadlines and limits.

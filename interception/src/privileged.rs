@@ -6,6 +6,7 @@
 mod access;
 mod operations;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -77,6 +78,8 @@ pub enum Request {
         /// The address and purpose of the listener.
         listener: ListenerRequest,
     },
+    /// List the inodes of the listening TCP sockets.
+    Listening,
     /// Open a netlink socket that looks up the namespace's local addresses.
     OpenLocalAddresses,
     /// Open the sockets of the self-test.
@@ -173,6 +176,8 @@ pub enum Reply {
     Sockets(Vec<ReadySocket>),
     /// See [`Request::Listen`].
     Listener(BoundListener),
+    /// See [`Request::Listening`].
+    Listening(BTreeSet<u64>),
     /// See [`Request::OpenLocalAddresses`].
     LocalAddresses(LocalAddresses),
     /// See [`Request::OpenProbes`].

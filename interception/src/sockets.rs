@@ -4,6 +4,7 @@
 mod descriptors;
 pub(crate) mod handover;
 pub(crate) mod listener;
+pub(crate) mod listening;
 pub(crate) mod local;
 pub(crate) mod pacing;
 pub(crate) mod peer;

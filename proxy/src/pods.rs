@@ -6,6 +6,7 @@ pub(crate) mod cni;
 pub(crate) mod directory;
 pub(crate) mod enrolment;
 pub(crate) mod facts;
+pub(crate) mod kubernetes;
 pub(crate) mod namespace;
 pub(crate) mod node_enroller;
 pub(crate) mod probes;

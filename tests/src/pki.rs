@@ -78,6 +78,13 @@ impl Pki {
         self.write(account, &issued)
     }
 
+    /// A certificate for a server with this name.
+    #[must_use]
+    pub fn issue_server(&self, name: &str) -> IdentityFiles {
+        let issued = self.ca.issue_server(&[name.to_owned()], HOUR);
+        self.write(name, &issued.or_fail("issue a certificate"))
+    }
+
     /// Issues a certificate that expired an hour ago.
     #[must_use]
     pub fn issue_expired(&self, account: &str) -> IdentityFiles {

@@ -17,6 +17,12 @@ pub struct NodeSettings {
     pub exempt_namespaces: Vec<String>,
     /// Whether the daemon changes the source address of the node's own connections to its pods.
     pub probes: NodeProbes,
+    /// Whether the daemon learns facts about its pods from the API server of Kubernetes.
+    pub kubernetes: KubernetesWatch,
+    /// The kubeconfig file with the address and the credential of the API server.
+    pub kubeconfig: Option<PathBuf>,
+    /// The folder in which container runtimes keep the results of CNI plugins.
+    pub cni_results: PathBuf,
     /// The folders in which the daemon installs the CNI plugin and keeps it installed.
     pub cni_install: Option<CniInstallSettings>,
 }
@@ -46,6 +52,25 @@ impl Word for NodeProbes {
 }
 
 impl fmt::Display for NodeProbes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// Whether a node daemon watches its pods at the API server of Kubernetes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KubernetesWatch {
+    /// If there is a kubeconfig file or a service account.
+    Auto,
+    /// Never.
+    Off,
+}
+
+impl Word for KubernetesWatch {
+    const WORDS: &'static [(&'static str, Self)] = &[("auto", Self::Auto), ("off", Self::Off)];
+}
+
+impl fmt::Display for KubernetesWatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.word())
     }

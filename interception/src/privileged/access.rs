@@ -2,6 +2,7 @@
 //!
 //! `operations` performs them.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -115,6 +116,15 @@ impl NamespaceAccess {
     /// [`InterceptionError::Socket`] if the kernel cannot list them.
     pub async fn environment(&self) -> Result<Environment, InterceptionError> {
         ask!(self, Request::Environment, Reply::Environment(environment) => environment)
+    }
+
+    /// Returns the inodes of the listening TCP sockets, as [`BoundListener::inode`] has them.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Socket`]: /proc cannot be read.
+    pub async fn listening(&self) -> Result<BTreeSet<u64>, InterceptionError> {
+        ask!(self, Request::Listening, Reply::Listening(inodes) => inodes)
     }
 
     /// Returns true if IPv6 is enabled on the loopback interface.

@@ -18,6 +18,7 @@ use crate::process::privileges::lacks_net_admin;
 use crate::rules::{self, RuleSettings};
 use crate::self_test::ProbeSockets;
 use crate::self_test::return_path::ReturnPathProbe;
+use crate::sockets::listening::listening;
 use crate::sockets::local::LocalAddresses;
 use crate::sockets::socket::{ReadySocket, SocketKind, Sockets};
 use crate::subscription::RuleSubscription;
@@ -87,6 +88,10 @@ async fn perform(entered: &Entered, request: Request) -> Result<Reply, Intercept
         }
         Request::Listen { sockets, listener } => {
             sockets.listen(entered, listener).map(Reply::Listener)
+        }
+        Request::Listening => {
+            let found = listening(entered);
+            found.map(Reply::Listening).map_err(failed("list the listening sockets"))
         }
         Request::OpenProbes => {
             let opened = ProbeSockets::open(entered);

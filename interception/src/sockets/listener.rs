@@ -6,6 +6,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::fs::fstat;
 use rustix::net::{SocketFlags, acceptfrom_with};
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::io::Interest;
@@ -41,6 +42,15 @@ impl BoundListener {
     /// The kernel rejected the operation.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
+    }
+
+    /// Returns the inode of the socket, which no other open socket has.
+    ///
+    /// # Errors
+    ///
+    /// The kernel rejected the operation.
+    pub fn inode(&self) -> io::Result<u64> {
+        Ok(fstat(&self.listener)?.st_ino)
     }
 
     /// Registers the listener with the current tokio runtime.

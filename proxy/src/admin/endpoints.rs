@@ -1,11 +1,12 @@
 //! Serves readiness (`/healthz/ready`), the status of a node's pods (`/healthz/pods`) and metrics
 //! (`/metrics`) over HTTP/1.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -46,10 +47,18 @@ pub(crate) struct Readiness {
     out_of_descriptors: Arc<AtomicBool>,
     /// Reports the status of a node's pods.
     pods: Arc<OnceLock<PodReport>>,
-    /// Whether the source of a node's pods has failed or is not ready yet.
-    source_lost: Arc<AtomicBool>,
+    source: Arc<Mutex<SourceStatus>>,
     /// Whether the proxy's certificate has expired, so that every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
+}
+
+/// The status of the source of a node's pods.
+#[derive(Debug, Default)]
+struct SourceStatus {
+    /// Why the node is not ready.
+    problem: Option<Cow<'static, str>>,
+    /// Information.
+    notice: Option<String>,
 }
 
 /// Writes the status of each pod of a node on one line.
@@ -64,7 +73,7 @@ impl fmt::Debug for PodReport {
 const STARTING: u8 = 0;
 const READY: u8 = 1;
 const DRAINING: u8 = 2;
-const READY_TEXT: &str = "ready\n";
+const NO_SOURCE: &str = "the source of pods (node.pods) is not connected or read";
 
 impl Readiness {
     /// The readiness of `underpass run`, whose only pod has these rules.
@@ -87,12 +96,27 @@ impl Readiness {
 
     /// Records whether the source of a node's pods is ready.
     pub(crate) fn source_ready(&self, is_ready: bool) {
-        self.source_lost.store(!is_ready, Relaxed);
+        self.source().problem = (!is_ready).then_some(Cow::Borrowed(NO_SOURCE));
+    }
+
+    /// Sets why the node is not ready on account of its source of pods.
+    pub(crate) fn source_problem(&self, problem: Option<String>) {
+        self.source().problem = problem.map(Cow::Owned);
+    }
+
+    /// Sets information about the source of a node's pods.
+    pub(crate) fn source_notice(&self, notice: Option<String>) {
+        self.source().notice = notice;
+    }
+
+    fn source(&self) -> MutexGuard<'_, SourceStatus> {
+        // No code panics while it holds the lock.
+        self.source.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(test)]
     pub(crate) fn is_source_ready(&self) -> bool {
-        !self.source_lost.load(Relaxed)
+        self.source().problem.is_none()
     }
 
     /// The rules of the only pod of `underpass run`.
@@ -121,27 +145,34 @@ impl Readiness {
         self.out_of_descriptors.load(Relaxed)
     }
 
-    /// `ready`, or the reason why the process is not ready.
-    pub(crate) fn text(&self) -> &'static str {
-        match self.phase.load(Relaxed) {
-            // Checked first, because it can cause failures to read the rules.
-            READY if self.out_of_descriptors.load(Relaxed) => {
-                "not ready: out of file descriptors\n"
+    /// `ready`, or the reason why it is not; then lines of information.
+    pub(crate) fn text(&self) -> String {
+        match self.not_ready() {
+            Some(reason) => format!("not ready: {reason}\n"),
+            None => {
+                let notice = self.source().notice.clone();
+                let notice = notice.map(|notice| format!("{notice}\n")).unwrap_or_default();
+                format!("ready\n{notice}")
             }
-            READY if self.rules.are_lost() => "not ready: another program changes the rules\n",
-            READY if self.rules.has_self_test_failed() => {
-                "not ready: the self-test of the rules failed\n"
-            }
-            READY if self.source_lost.load(Relaxed) => {
-                "not ready: the source of pods (node.pods) is not connected or read\n"
-            }
-            READY if self.certificate_expired.load(Relaxed) => {
-                "not ready: the certificate has expired\n"
-            }
-            READY => READY_TEXT,
-            STARTING => "not ready: starting\n",
-            _ => "not ready: draining\n",
         }
+    }
+
+    /// The reason why it is not ready.
+    fn not_ready(&self) -> Option<Cow<'static, str>> {
+        let reason = match self.phase.load(Relaxed) {
+            // Checked first, because it is the cause of failures to read the rules.
+            READY if self.out_of_descriptors.load(Relaxed) => "out of file descriptors",
+            READY if self.rules.are_lost() => "another program changes the rules",
+            READY if self.rules.has_self_test_failed() => "the self-test of the rules failed",
+            READY => {
+                let expired = self.certificate_expired.load(Relaxed);
+                let certificate = expired.then_some(Cow::Borrowed("the certificate has expired"));
+                return self.source().problem.clone().or(certificate);
+            }
+            STARTING => "starting",
+            _ => "draining",
+        };
+        Some(Cow::Borrowed(reason))
     }
 
     fn answer_pods(&self) -> Response<Full<Bytes>> {
@@ -150,10 +181,11 @@ impl Readiness {
     }
 
     fn answer(&self) -> Response<Full<Bytes>> {
-        match self.text() {
-            READY_TEXT => text(StatusCode::OK, READY_TEXT),
-            not_ready => text(StatusCode::SERVICE_UNAVAILABLE, not_ready),
-        }
+        let status = match self.not_ready() {
+            None => StatusCode::OK,
+            Some(_) => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        text(status, self.text())
     }
 }
 
@@ -240,8 +272,8 @@ async fn accept(listener: &Listener) -> Option<(TcpStream, IpAddr)> {
     }
 }
 
-fn text(status: StatusCode, body: &'static str) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(body));
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
     response
 }

@@ -46,7 +46,7 @@ enum Command {
     )]
     Install {
         #[command(flatten)]
-        place: Place,
+        options: InstallOptions,
         /// Add a separate drop-in file instead of an entry in the list. The runtime must read it,
         /// or pods bypass the mesh: this requires libcni 1.3 or later (containerd 2.1)
         #[arg(long)]
@@ -56,13 +56,13 @@ enum Command {
     #[command(after_help = "Example:\n  underpass cni uninstall --platform k3s")]
     Uninstall {
         #[command(flatten)]
-        place: Place,
+        options: InstallOptions,
     },
 }
 
-/// The folders in which the runtime looks for plugins.
+/// Options of installing and removing the plugin.
 #[derive(Debug, clap::Args)]
-struct Place {
+struct InstallOptions {
     /// The platform, which determines the default folders
     #[arg(long, value_enum, default_value_t = Platform::Kubeadm)]
     platform: Platform,
@@ -80,7 +80,7 @@ struct Place {
     dry_run: bool,
 }
 
-impl Place {
+impl InstallOptions {
     fn installation(&self, drop_in: bool) -> Installation {
         let folder = |given: &Option<PathBuf>, default: &Path| {
             given.clone().unwrap_or_else(|| default.to_owned())
@@ -107,13 +107,13 @@ pub(super) fn command_line(arguments: impl Iterator<Item = OsString>) -> Vec<OsS
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     match arguments.command {
         None => call(),
-        Some(Command::Install { place, drop_in }) => {
-            let changes = place.installation(drop_in).install()?;
-            make(&changes, place.dry_run, "the plugin is installed already")
+        Some(Command::Install { options, drop_in }) => {
+            let changes = options.installation(drop_in).install()?;
+            make(&changes, options.dry_run, "the plugin is installed already")
         }
-        Some(Command::Uninstall { place }) => {
-            let changes = place.installation(false).uninstall()?;
-            make(&changes, place.dry_run, "there is nothing to remove")
+        Some(Command::Uninstall { options }) => {
+            let changes = options.installation(false).uninstall()?;
+            make(&changes, options.dry_run, "there is nothing to remove")
         }
     }
 }

@@ -30,6 +30,8 @@ pub(crate) enum PodError {
     },
     #[error("the workers cannot accept the pod's connections")]
     Accept(#[source] io::Error),
+    #[error("the listener for {purpose} ({setting}) is closed")]
+    ListenerClosed { purpose: &'static str, setting: &'static str },
     #[error("the installed rules differ from those of the settings: {0}")]
     Changed(Difference),
 }
@@ -55,6 +57,9 @@ impl Hint for PodError {
                 "set interception.dns: off; `underpass rules install` can redirect queries to another DNS proxy"
             }
             Self::Accept(_) => return None,
+            Self::ListenerClosed { .. } => {
+                "another program has closed it, for example with `ss -K`: create the pod again"
+            }
             Self::Changed(_) => "install the rules with `underpass rules install`",
         };
         Some(fixed.into())

@@ -48,6 +48,8 @@ const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
 const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const TERMINATED: &str = "underpass_connections_terminated_total";
 const PODS: &str = "underpass_pods";
+const NOT_ADDED: &str = "underpass_pods_without_plugin";
+const KUBERNETES: &str = "underpass_kubernetes_connected";
 const RESTARTS: &str = "underpass_task_restarts_total";
 const DIRECT: &str = "underpass_direct_connections_total";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
@@ -129,6 +131,8 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
         "Open connections terminated because a change of the mesh forbids them."
     );
     describe_gauge!(PODS, "Pods of the node, by state.");
+    describe_gauge!(NOT_ADDED, "Running pods of the node without a call of the CNI plugin.");
+    describe_gauge!(KUBERNETES, "Whether changes of pods at the API server arrive (1) or not (0).");
     describe_counter!(DIRECT, "Connections between two pods of the process without a tunnel.");
     describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
     describe_counter!(RESTARTS, "Tasks of the proxy that failed and were started again, by task.");
@@ -276,6 +280,16 @@ pub(crate) fn mesh_refused() {
 /// Reports the number of pods in this state.
 pub(crate) fn pods(state: &'static str, count: usize) {
     gauge!(PODS, "state" => state).set(count as f64);
+}
+
+/// Reports how many running pods the container runtime has not added.
+pub(crate) fn pods_not_added(count: usize) {
+    gauge!(NOT_ADDED).set(count as f64);
+}
+
+/// Reports whether changes of pods at the API server arrive.
+pub(crate) fn kubernetes_connected(is_connected: bool) {
+    gauge!(KUBERNETES).set(if is_connected { 1.0 } else { 0.0 });
 }
 
 /// Counts a restart of a failed task.

@@ -13,7 +13,8 @@ use underpass_config::{
 
 use crate::pods::facts::{FactsError, PodFacts};
 
-const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+/// A label of a pod, or of its namespace.
+pub(crate) const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
 const SIDECAR_STATUS: &str = "sidecar.istio.io/status";
 const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
@@ -45,7 +46,7 @@ const INCLUSION_ANNOTATIONS: &[(&str, &str)] = &[
 pub(crate) enum ExemptReason {
     /// Its namespace is in `node.exempt_namespaces`.
     ExemptNamespace,
-    /// The label `istio.io/dataplane-mode: none`.
+    /// The label `istio.io/dataplane-mode: none` of the pod, or of its namespace.
     OptedOut,
     /// The annotation `sidecar.istio.io/status`.
     HasSidecar,
@@ -55,7 +56,9 @@ impl fmt::Display for ExemptReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::ExemptNamespace => f.write_str("node.exempt_namespaces contains its namespace"),
-            Self::OptedOut => write!(f, "its label {DATAPLANE_MODE} is none"),
+            Self::OptedOut => {
+                write!(f, "the label {DATAPLANE_MODE} of the pod or its namespace is none")
+            }
             Self::HasSidecar => write!(f, "it has a sidecar (annotation {SIDECAR_STATUS})"),
         }
     }
@@ -73,7 +76,7 @@ pub(crate) fn exemption(
     if node.exempt_namespaces.contains(&facts.namespace) {
         return Ok(Some(ExemptReason::ExemptNamespace));
     }
-    let mode = facts.labels.get(DATAPLANE_MODE);
+    let mode = facts.labels.get(DATAPLANE_MODE).or(facts.namespace_mode.as_ref());
     match mode.map(String::as_str) {
         Some("none") => Ok(Some(ExemptReason::OptedOut)),
         Some("ambient") | None => {

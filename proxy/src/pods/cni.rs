@@ -7,19 +7,23 @@
 //!
 //! In reading order: `attachment` defines names, and `protocol` the messages between plugin and
 //! daemon. `server` answers the plugin, `ledger` tracks the attachments, and `facts` looks pods up
-//! in the mesh. `store` keeps pods across restarts. `install` installs the plugin, and `upkeep`
-//! keeps it installed.
+//! at the API server or in the mesh. `unadded` and `results` find pods that bypass the plugin.
+//! `store` keeps pods across restarts. `install` installs the plugin, `upkeep` keeps it installed,
+//! and `report` says whether pods can be added.
 
 pub(crate) mod attachment;
-mod facts;
+pub(crate) mod facts;
 pub(crate) mod install;
 mod ledger;
 pub(crate) mod namespace_file;
 pub(crate) mod protocol;
+mod report;
+mod results;
 mod server;
 mod store;
 #[cfg(test)]
 pub(crate) mod testing;
+mod unadded;
 mod upkeep;
 
 use std::convert::Infallible;
@@ -28,16 +32,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use underpass_config::{FileWatcher, Settings};
 
-use self::facts::FactFinder;
+use self::facts::{FactFinder, FactOrigin};
 use self::install::Installation;
 use self::ledger::Ledger;
+use self::report::{Condition, Report};
+use self::results::CniResults;
 use self::store::{Store, StoreError};
-use self::upkeep::{Report, Upkeep};
-use crate::decide::snapshot::Snapshot;
+use self::upkeep::Upkeep;
 use crate::pods::registry::PodRegistry;
 use crate::pods::source::{PodSource, SourceEnd, SourceHealth, SourceRun};
 use crate::process::take_over::control_socket::ControlSocket;
@@ -47,6 +51,9 @@ use crate::process::take_over::control_socket::ControlSocket;
 pub(crate) struct CniSource {
     socket: PathBuf,
     facts: FactFinder,
+    results: CniResults,
+    /// Follow the facts of Kubernetes.
+    watches: JoinSet<()>,
     /// Keeps the plugin installed; `None` if the operator installs it.
     upkeep: Option<Upkeep>,
 }
@@ -63,11 +70,13 @@ enum CniError {
 }
 
 impl CniSource {
-    /// Serves the plugin on `socket`. `mesh` provides the service accounts of pods.
+    /// The plugin connects to `socket`. The facts about pods that it does not know come from
+    /// `origin`, which `watches` follow.
     pub(crate) fn new(
         settings: &Settings,
         socket: PathBuf,
-        mesh: watch::Receiver<Arc<Snapshot>>,
+        origin: FactOrigin,
+        watches: JoinSet<()>,
         watcher: &FileWatcher,
     ) -> Self {
         let upkeep = settings.node.cni_install.as_ref().map(|folders| {
@@ -79,7 +88,8 @@ impl CniSource {
             };
             Upkeep::new(installation, watcher.clone())
         });
-        Self { socket, facts: FactFinder::new(settings, mesh), upkeep }
+        let results = CniResults::new(settings.node.cni_results.clone());
+        Self { socket, facts: FactFinder::new(settings, origin), results, watches, upkeep }
     }
 
     async fn serve(
@@ -92,17 +102,15 @@ impl CniSource {
             .map_err(|source| CniError::Listen { socket: self.socket.clone(), source })?;
         let store = Store::open(self.socket.with_extension("pods"))?;
         let ledger = Arc::new(Ledger::new(registry, self.facts, store, namespace_file::open));
-        // Dropping this future ends the tasks.
-        let mut tasks = JoinSet::new();
-        for pod in ledger.resume().map_err(CniError::Read)? {
-            let ledger = ledger.clone();
-            tasks.spawn(async move { ledger.resume_late(pod).await });
-        }
-        let report = Report::new(health);
+        ledger.resume().map_err(CniError::Read)?;
+        let report = Arc::new(Report::new(health));
         let not_ready = report.subscribe();
+        // Ended when this future is dropped, as are the watches.
+        let mut tasks = self.watches;
+        tasks.spawn(ledger.clone().follow_facts(self.results, report.clone()));
         match self.upkeep {
             Some(upkeep) => drop(tasks.spawn(upkeep.run(report))),
-            None => report.set(None),
+            None => report.set(Condition::Installed, None),
         }
         Ok(server::serve(socket, ledger, not_ready).await)
     }

@@ -227,6 +227,8 @@ impl From<PodFile> for KnownPod {
             ips,
             labels,
             annotations,
+            namespace_mode: None,
+            probe_ports: None,
             interception: file.interception,
         };
         Self { uid, netns, facts, added: None, error: None }

@@ -104,6 +104,8 @@ pub(crate) enum EnrolError {
     Pod(#[source] Arc<PodError>),
     #[error("the pod was removed, or replaced by a pod in another namespace")]
     Removed,
+    #[error("the runtime did not call the CNI plugin for the pod, so it bypasses the mesh")]
+    NotAdded,
     #[error("the pod is unknown")]
     Unknown,
     #[error("the pod is still being enrolled")]
@@ -121,12 +123,15 @@ impl EnrolError {
             // For example, a network plugin may assign the pod's addresses later.
             Self::Pod(_)
             | Self::Namespace(_)
-            | Self::ForeignNamespace(NamespaceError::OtherAddresses { .. })
+            | Self::ForeignNamespace(
+                NamespaceError::OtherAddresses { .. } | NamespaceError::OfAnotherWorkload { .. },
+            )
             | Self::Pending
             | Self::Panicked => true,
             Self::Facts(_)
             | Self::ForeignNamespace(NamespaceError::Host { .. })
             | Self::NamespaceInUse(_)
+            | Self::NotAdded
             | Self::Removed
             | Self::Unknown
             | Self::Stopping => false,
@@ -148,6 +153,9 @@ impl Hint for EnrolError {
                 });
             }
             Self::ForeignNamespace(_) => "correct the namespace or the addresses of the pod",
+            Self::NotAdded => {
+                "check that the network configuration has the plugin (`underpass cni install`), then create the pod again"
+            }
             Self::Pending => return None,
             Self::Removed | Self::Unknown => "add the pod again",
             Self::Stopping => "add the pod once the daemon runs again",

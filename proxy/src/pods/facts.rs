@@ -1,6 +1,6 @@
 //! The facts about one pod that its source reports.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use thiserror::Error;
@@ -20,6 +20,10 @@ pub(crate) struct PodFacts {
     pub(crate) ips: Vec<IpAddr>,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) annotations: BTreeMap<String, String>,
+    /// The value of the label `istio.io/dataplane-mode` of the pod's namespace.
+    pub(crate) namespace_mode: Option<String>,
+    /// The ports to which the kubelet connects; `None` when the source does not know them.
+    pub(crate) probe_ports: Option<BTreeSet<u16>>,
     /// The pod's own interception settings, which only a file of the pod directory has.
     pub(crate) interception: Option<InterceptionOverlay>,
 }
@@ -109,6 +113,8 @@ pub(crate) mod tests {
             ips: vec!["10.0.0.1".parse().unwrap()],
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
+            namespace_mode: None,
+            probe_ports: None,
             interception: None,
         }
     }

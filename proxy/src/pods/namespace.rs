@@ -7,7 +7,10 @@
 use std::net::IpAddr;
 
 use thiserror::Error;
+use underpass_config::{Workload, WorkloadSettings};
 use underpass_interception::{Environment, HostNamespaces, NamespaceId};
+
+use crate::decide::snapshot::Snapshot;
 
 /// The reason why a network namespace cannot be the pod's.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -20,6 +23,10 @@ pub(crate) enum NamespaceError {
         list(found)
     )]
     OtherAddresses { namespace: NamespaceId, expected: Vec<IpAddr>, found: Vec<IpAddr> },
+    #[error(
+        "the network namespace {namespace} has the address {address}, which is that of {other} in the mesh"
+    )]
+    OfAnotherWorkload { namespace: NamespaceId, address: IpAddr, other: String },
 }
 
 /// Rejects the host's namespaces.
@@ -39,14 +46,46 @@ pub(crate) fn check_addresses(
     expected: &[IpAddr],
     environment: &Environment,
 ) -> Result<(), NamespaceError> {
-    let addresses = environment.interfaces.iter().flat_map(|interface| &interface.addresses);
-    let found: Vec<IpAddr> =
-        addresses.map(|network| network.addr()).filter(|address| !address.is_loopback()).collect();
+    let found = addresses(environment);
     let is_found = |address: &IpAddr| found.contains(&address.to_canonical());
     if expected.is_empty() || expected.iter().any(is_found) {
         return Ok(());
     }
     Err(NamespaceError::OtherAddresses { namespace, expected: expected.to_vec(), found })
+}
+
+/// Rejects a namespace with an address that the mesh gives to another workload than `pod`, and with
+/// none that it gives to `pod`: for a source that does not know the pod's addresses.
+///
+/// Addresses that the mesh does not know are accepted. A pod whose sandbox is made again, for
+/// example after a reboot, has a new address, which the mesh gets once the sandbox is up.
+pub(crate) fn check_mesh(
+    namespace: NamespaceId,
+    pod: &WorkloadSettings,
+    mesh: &Snapshot,
+    environment: &Environment,
+) -> Result<(), NamespaceError> {
+    let is_own = |workload: &Workload| {
+        (&*workload.namespace, &*workload.name) == (&*pod.namespace, &*pod.name)
+    };
+    let found = addresses(environment);
+    let known = || found.iter().filter_map(|address| Some((address, mesh.workload(*address)?)));
+    if known().any(|(_, workload)| is_own(workload)) {
+        return Ok(());
+    }
+    match known().next() {
+        None => Ok(()),
+        Some((&address, other)) => {
+            let other = format!("{}/{}", other.namespace, other.name);
+            Err(NamespaceError::OfAnotherWorkload { namespace, address, other })
+        }
+    }
+}
+
+/// The addresses of the namespace without those of the loopback interface.
+fn addresses(environment: &Environment) -> Vec<IpAddr> {
+    let addresses = environment.interfaces.iter().flat_map(|interface| &interface.addresses);
+    addresses.map(|network| network.addr()).filter(|address| !address.is_loopback()).collect()
 }
 
 fn list(addresses: &[IpAddr]) -> String {
@@ -62,8 +101,9 @@ mod tests {
     use underpass_interception::testing::fake_namespace;
 
     use super::*;
+    use crate::node::testing::{settings, snapshot};
 
-    fn addresses(texts: &[&str]) -> Vec<IpAddr> {
+    fn parsed(texts: &[&str]) -> Vec<IpAddr> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
     }
 
@@ -82,7 +122,7 @@ mod tests {
         let environment = Environment::example();
         let check = |expected: &[&str]| {
             let id = fake_namespace().unwrap().id();
-            check_addresses(id, &addresses(expected), &environment)
+            check_addresses(id, &parsed(expected), &environment)
         };
         for expected in [&[][..], &["10.0.0.1"], &["10.0.0.9", "fd00::1"], &["::ffff:10.0.0.1"]] {
             check(expected).unwrap();
@@ -92,10 +132,31 @@ mod tests {
     }
 
     #[test]
+    fn mesh_rejects_namespace_of_another_workload() {
+        // Has 10.0.0.1 and fd00::1.
+        let environment = Environment::example();
+        let check = |workloads: &str| {
+            let mesh = snapshot(1, &format!("workloads: [{workloads}]"));
+            let id = fake_namespace().unwrap().id();
+            check_mesh(id, &settings(&[]).workload, &mesh, &environment)
+        };
+        let server = |ip: &str| format!("{{name: server, workloadIps: [{ip}]}}");
+        let other = "{name: other, namespace: shop, workloadIps: [10.0.0.1]}";
+        for accepted in ["", &server("10.0.0.1"), &server("10.0.0.9")] {
+            check(accepted).unwrap();
+        }
+        check(&format!("{}, {other}", server("\"fd00::1\""))).unwrap();
+        for rejected in [other, &format!("{}, {other}", server("10.0.0.9"))] {
+            let error = check(rejected).unwrap_err().to_string();
+            assert!(error.contains("10.0.0.1, which is that of shop/other"), "{error}");
+        }
+    }
+
+    #[test]
     fn rejects_namespace_without_addresses() {
         let none = Environment { interfaces: Vec::new() };
         let id = fake_namespace().unwrap().id();
-        let error = check_addresses(id, &addresses(&["10.0.0.1"]), &none).unwrap_err();
+        let error = check_addresses(id, &parsed(&["10.0.0.1"]), &none).unwrap_err();
         assert!(error.to_string().contains("it has none"), "{error}");
     }
 }

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tracing::Instrument as _;
-use underpass_config::{InterceptionSettings, OnExit, Settings};
+use underpass_config::{InterceptionSettings, OnExit, Settings, WorkloadSettings};
 use underpass_interception::{HostNamespaces, Namespace, NamespaceAccess, NamespaceThread};
 
+use crate::decide::snapshot::Snapshot;
 use crate::error::chain;
 use crate::node::data_plane::{CertificateState, DataPlane};
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
@@ -16,7 +17,7 @@ use crate::pods::enrolment::{
     EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, PodProblem,
 };
 use crate::pods::facts::PodFacts;
-use crate::pods::namespace::{check_addresses, check_owner};
+use crate::pods::namespace::{check_addresses, check_mesh, check_owner};
 use crate::pods::settings::{PodSettings, pod_settings};
 use crate::process::pause_gate::PauseGate;
 use crate::process::reload::follow;
@@ -34,6 +35,8 @@ pub(crate) struct NodeEnroller {
     pub(crate) rules: RulesTotals,
     /// The host's namespaces, which no pod may have.
     pub(crate) hosts: HostNamespaces,
+    /// The addresses of pods, for a source that does not know them.
+    pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
 }
 
 impl Enroller for NodeEnroller {
@@ -62,7 +65,7 @@ impl NodeEnroller {
             PodSettings::Enrolled(settings) => Arc::<Settings>::from(settings),
             PodSettings::Exempt(reason) => return Ok(Enrolled::Exempt(reason)),
         };
-        let access = self.accepted(facts, namespace).await?;
+        let access = self.accepted(facts, &settings.workload, namespace).await?;
         let (interception, changes) = watch::channel(settings.interception.clone());
         let health = self.rules.pod();
         let spec = PodSpec {
@@ -86,6 +89,7 @@ impl NodeEnroller {
     async fn accepted(
         &self,
         facts: &PodFacts,
+        workload: &WorkloadSettings,
         namespace: Namespace,
     ) -> Result<NamespaceAccess, EnrolError> {
         let id = namespace.id();
@@ -94,6 +98,10 @@ impl NodeEnroller {
         let environment = access.environment().await;
         let environment = environment.map_err(|error| EnrolError::Namespace(Arc::new(error)))?;
         check_addresses(id, &facts.ips, &environment)?;
+        if facts.ips.is_empty() {
+            let mesh = self.mesh.borrow().clone();
+            check_mesh(id, workload, &mesh, &environment)?;
+        }
         Ok(access)
     }
 }
@@ -129,8 +137,8 @@ impl EnrolledPod for NodePod {
     }
 
     fn check(&self) -> Operation<Result<(), EnrolError>> {
-        let capture = self.pod.capture().clone();
-        Box::pin(async move { Ok(capture.verify().await?) })
+        let check = self.pod.check();
+        Box::pin(async move { Ok(check.await?) })
     }
 
     fn problem(&self) -> Option<PodProblem> {

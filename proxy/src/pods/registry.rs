@@ -99,8 +99,8 @@ impl PodRegistry {
     }
 
     /// Whether the pod is known.
-    pub(crate) fn keep(&self, uid: &PodUid) -> bool {
-        self.pods().keep(uid)
+    pub(crate) fn is_known(&self, uid: &PodUid) -> bool {
+        self.pods().is_known(uid)
     }
 
     /// Removes the pods that are not in `named`, at the end of a snapshot of all pods.

@@ -1,6 +1,6 @@
 //! The settings of one pod: those of its node, with the pod's identity and interception settings.
 
-use underpass_config::{Settings, SpiffeId, WorkloadSettings};
+use underpass_config::{KubeletProbes, NodeProbes, Settings, SpiffeId, WorkloadSettings};
 
 use crate::pods::annotations::{self, ExemptReason};
 use crate::pods::facts::{FactsError, PodFacts};
@@ -22,8 +22,23 @@ pub(crate) fn pod_settings(node: &Settings, facts: &PodFacts) -> Result<PodSetti
     let from_annotations = annotations::interception(facts, &node.interception)?;
     let overlays: Vec<_> = std::iter::once(&from_annotations).chain(&facts.interception).collect();
     let settings = node.with_interception(&overlays).map_err(FactsError::Interception)?;
-    let workload = workload(&node.workload, facts)?;
+    let (mut settings, workload) = (settings, workload(&node.workload, facts)?);
+    narrow_probes(&mut settings, facts);
     Ok(PodSettings::Enrolled(Box::new(Settings { workload, ..settings })))
+}
+
+/// Exempts the ports of the pod's probes only, if they are known. `exact` rules exempt all.
+fn narrow_probes(settings: &mut Settings, facts: &PodFacts) {
+    let interception = &mut settings.interception;
+    let is_translated = settings.node.probes == NodeProbes::Translate && !interception.exact;
+    if let (Some(ports), KubeletProbes::On) = (&facts.probe_ports, &interception.kubelet_probes)
+        && is_translated
+    {
+        interception.kubelet_probes = match ports.is_empty() {
+            true => KubeletProbes::Off,
+            false => KubeletProbes::Ports(ports.iter().map(|port| (*port).into()).collect()),
+        };
+    }
 }
 
 fn workload(node: &WorkloadSettings, facts: &PodFacts) -> Result<WorkloadSettings, FactsError> {

@@ -51,6 +51,16 @@ impl SourceHealth {
         self.0.source_ready(ready);
     }
 
+    /// Sets why the source does not deliver pods, or what is wrong with them; `None` if all is well.
+    pub(crate) fn set_problem(&self, problem: Option<String>) {
+        self.0.source_problem(problem);
+    }
+
+    /// Sets information about the source, which readiness shows without being unready.
+    pub(crate) fn set_notice(&self, notice: Option<String>) {
+        self.0.source_notice(notice);
+    }
+
     #[cfg(test)]
     pub(crate) fn is_ready(&self) -> bool {
         self.0.is_source_ready()

@@ -183,6 +183,8 @@ impl Pods {
         let Some(entry) = known.filter(|entry| entry.namespace() == Some(namespace.id())) else {
             return Some((answer, LeaveReason::Removed));
         };
+        // The source tries again: the next attempt is due now, and starts a new back-off.
+        entry.failures = 0;
         match &mut entry.phase {
             Phase::Serving { pod, .. } => {
                 if entry.facts != *facts
@@ -194,7 +196,6 @@ impl Pods {
                 answer.send(Ok(())).ok();
             }
             Phase::Waiting { turn, .. } => {
-                // The source retries by itself, so skip the back-off.
                 self.queue.remove(turn);
                 *turn = (now, self.next_turn);
                 self.next_turn += 1;
@@ -211,16 +212,15 @@ impl Pods {
         None
     }
 
-    pub(super) fn keep(&self, uid: &PodUid) -> bool {
+    /// Whether the pod is known.
+    pub(super) fn is_known(&self, uid: &PodUid) -> bool {
         self.pods.contains_key(uid)
     }
 
     /// Removes the pods that are not in `named`.
     pub(super) fn retain(&mut self, named: &BTreeSet<PodUid>) {
         let gone: Vec<_> = self.pods.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
-        for uid in gone {
-            self.withdraw(&uid, LeaveReason::Removed);
-        }
+        gone.iter().for_each(|uid| self.withdraw(uid, LeaveReason::Removed));
     }
 
     /// Removes a pod. Returns receivers of its end; empty if it is not active.

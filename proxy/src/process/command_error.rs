@@ -48,6 +48,8 @@ pub(crate) enum CommandError {
     SettingsOfNode,
     #[error("node.pods is not set: `underpass node` has no source of pods")]
     NoPodSource,
+    #[error("node.name is not set, by which the API server selects the pods of this node")]
+    NoNodeName,
     #[error(transparent)]
     PodSource(#[from] SourceEnd),
     /// Exit code 3: the rules differ. The difference is already printed.
@@ -96,6 +98,7 @@ impl CommandError {
             | Self::NoRules
             | Self::SettingsOfNode
             | Self::NoPodSource
+            | Self::NoNodeName
             | Self::NoSuchCommand(_) => ExitCode::from(2),
             Self::Difference | Self::Bypassed(_) => ExitCode::from(3),
             _ => ExitCode::FAILURE,

@@ -11,7 +11,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use underpass_config::{FileWatcher, MeshSource, NodeProbes, PodSourceSettings, Settings};
+use tokio::task::JoinSet;
+use underpass_config::{
+    ClusterAccess, FileWatcher, KubernetesWatch, MeshSource, NodeProbes, PodSourceSettings,
+    Settings,
+};
 use underpass_interception::{
     HostNamespaces, HostRules, Inotify, KeptCapabilities, Namespace, NamespaceAccess,
     NamespaceThread, confine_thread, raise_open_files, run_in_background,
@@ -26,7 +30,10 @@ use crate::node::workers::{WorkerThreads, Workers};
 use crate::node::{Node, certificates};
 use crate::observe::metrics;
 use crate::pods::cni::CniSource;
+use crate::pods::cni::facts::FactOrigin;
 use crate::pods::directory::DirectorySource;
+use crate::pods::kubernetes;
+use crate::pods::kubernetes::api::Api;
 use crate::pods::node_enroller::NodeEnroller;
 use crate::pods::probes::{self, ProbeTranslation};
 use crate::pods::registry::PodRegistry;
@@ -41,6 +48,7 @@ use crate::process::phases::endpoints::Endpoints;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::{Supervisor, Task, restarting};
 use crate::rules::health::RulesTotals;
+use crate::traffic::dial::PlainDialer;
 use crate::traffic::listeners::Listeners;
 
 /// A worker that has not stopped by then is abandoned: the end of the process frees its resources.
@@ -73,19 +81,46 @@ async fn run_phases(
 fn source(
     settings: &Arc<Settings>,
     node: &Node,
+    access: &NamespaceAccess,
     watcher: &FileWatcher,
 ) -> Result<Box<dyn PodSource>, CommandError> {
-    let mesh = node.mesh.clone();
     match &settings.node.pods {
         Some(PodSourceSettings::Zds(socket)) => Ok(Box::new(ZdsSource::new(socket.clone()))),
         Some(PodSourceSettings::Cni(socket)) => {
-            Ok(Box::new(CniSource::new(settings, socket.clone(), mesh, watcher)))
+            let (origin, watches) = facts(settings, node, access)?;
+            Ok(Box::new(CniSource::new(settings, socket.clone(), origin, watches, watcher)))
         }
         Some(PodSourceSettings::Directory(folder)) => {
             Ok(Box::new(DirectorySource::open(folder, watcher)?))
         }
         None => Err(CommandError::NoPodSource),
     }
+}
+
+/// Where the facts about pods come from that the CNI plugin does not know, and the tasks that
+/// follow it.
+fn facts(
+    settings: &Settings,
+    node: &Node,
+    access: &NamespaceAccess,
+) -> Result<(FactOrigin, JoinSet<()>), CommandError> {
+    let cluster = match (settings.node.kubernetes, &settings.node.kubeconfig) {
+        (KubernetesWatch::Off, _) => None,
+        (KubernetesWatch::Auto, Some(file)) => Some(ClusterAccess::of_kubeconfig(file)?),
+        (KubernetesWatch::Auto, None) => ClusterAccess::of_service_account(),
+    };
+    let Some(cluster) = cluster else {
+        return Ok((FactOrigin::Mesh(node.mesh.clone()), JoinSet::new()));
+    };
+    let name = settings.node.name.as_deref().ok_or(CommandError::NoNodeName)?;
+    tracing::info!(
+        server = cluster.server,
+        node = name,
+        "watching the pods of this node at the API server"
+    );
+    let dialer = PlainDialer { access: access.clone(), sockets: pod_sockets(settings) };
+    let (view, watches) = kubernetes::watch::follow(Api::new(cluster, dialer), name);
+    Ok((FactOrigin::Kubernetes(view), watches))
 }
 
 /// A running daemon.
@@ -136,6 +171,7 @@ impl Daemon {
             thread: thread.clone(),
             rules: RulesTotals::default(),
             hosts,
+            mesh: node.mesh.clone(),
         };
         let (registry, pods) = PodRegistry::new(Arc::new(enroller));
         let reported = registry.clone();
@@ -152,7 +188,7 @@ impl Daemon {
             limits,
         ];
         // Open the source before rules are installed, so that a failure leaves no rules.
-        let pod_source = source(&settings, &node, watcher)?;
+        let pod_source = source(&settings, &node, &access, watcher)?;
         let mut probes = None;
         if settings.node.probes == NodeProbes::Translate {
             let translation = ProbeTranslation::start(access, registry.served_addresses()).await?;

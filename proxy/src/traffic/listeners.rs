@@ -3,6 +3,7 @@
 //! Listeners are bound at the start, or taken over from the running process. A new listener is one
 //! row of a [`ListenerKind::TABLE`].
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -127,6 +128,27 @@ impl Kind {
 /// All bound listeners of a table.
 #[derive(Debug)]
 pub(crate) struct Listeners<K: 'static>(Vec<(&'static ListenerSpec<K>, BoundListener)>);
+
+/// The inodes of the listeners of a pod, by which the kernel lists them.
+#[derive(Debug, Clone)]
+pub(crate) struct ListenerInodes(Vec<(&'static ListenerSpec<Kind>, u64)>);
+
+impl ListenerInodes {
+    /// The purpose and the setting of a listener that is not among the `open` sockets.
+    pub(crate) fn closed(&self, open: &BTreeSet<u64>) -> Option<(&'static str, &'static str)> {
+        let (closed, _) = self.0.iter().find(|(_, inode)| !open.contains(inode))?;
+        Some((closed.purpose, closed.setting))
+    }
+}
+
+impl Listeners<Kind> {
+    pub(crate) fn inodes(&self) -> io::Result<ListenerInodes> {
+        let inode = |(spec, listener): &(&'static ListenerSpec<Kind>, BoundListener)| {
+            Ok((*spec, listener.inode()?))
+        };
+        self.0.iter().map(inode).collect::<io::Result<_>>().map(ListenerInodes)
+    }
+}
 
 /// Listeners with their names for a take-over.
 pub(crate) type NamedListeners = Vec<(&'static str, BoundListener)>;

@@ -7,15 +7,15 @@ use crate::settings::declare::{
     Declared, Document, Fallback, Kind, PATH, TEXT, given_list, list, settings, word,
 };
 use crate::settings::{
-    CniInstallSettings, IdentitySettings, InterceptionSettings, KubeletProbes, NodeProbes,
-    NodeSettings, PodSourceSettings, Profile, Settings, SpireApi,
+    CniInstallSettings, IdentitySettings, InterceptionSettings, KubeletProbes, KubernetesWatch,
+    NodeProbes, NodeSettings, PodSourceSettings, Profile, Settings, SpireApi,
 };
 
 /// The hint for an identity that all pods would share.
 const SHARED_IDENTITY: &str = "use istio_ca, local_ca or spire.admin_socket";
 
 settings! {
-    /// the name of this node in the log
+    /// the name of this node in the log, and of the Node in Kubernetes
     NAME: String = "node.name", NAME_OF_NODE,
         Fallback::Varies("none"), |s| s.node.name.clone();
     /// `underpass node`: the Unix socket of the agent of istio-cni (or Cilium), which reports the
@@ -35,6 +35,10 @@ settings! {
     /// with `net_dir`: the runtime's folder of plugins, such as `/opt/cni/bin`
     BIN_DIR: PathBuf = "node.cni_install.bin_dir", PATH, Fallback::Varies("none"),
         |s| s.node.cni_install.as_ref().map(|folders| folders.bin_dir.clone());
+    /// with `node.pods.cni` and without Kubernetes: the folder in which the runtime (libcni) keeps
+    /// the results of plugins, by which the daemon finds pods that the runtime did not add
+    CNI_RESULTS: PathBuf = "node.cni_results", PATH,
+        Fallback::Is(|| "/var/lib/cni/results".into()), |s| Some(s.node.cni_results.clone());
     /// namespaces whose pods are never enrolled, because other pods need these to start; none with
     /// `node.pods.zds`, whose agent selects the pods
     EXEMPT_NAMESPACES: Vec<String> = "node.exempt_namespaces",
@@ -45,6 +49,15 @@ settings! {
     /// exempts; that setting is then `on` by default
     PROBES: NodeProbes = "node.probes", word("`translate`, `off`"),
         Fallback::Is(|| NodeProbes::Off), |s| Some(s.node.probes);
+    /// with `node.pods.cni`: `auto` watches the pods of the node `node.name` at the API server, if
+    /// there is `node.kubeconfig` or a service account, and takes service account, labels and
+    /// annotations from there; `off` takes the service account from the mesh
+    KUBERNETES: KubernetesWatch = "node.kubernetes", word("`auto`, `off`"),
+        Fallback::Is(|| KubernetesWatch::Auto), |s| Some(s.node.kubernetes);
+    /// the kubeconfig file with the address and the credential of the API server
+    KUBECONFIG: PathBuf = "node.kubeconfig", PATH,
+        Fallback::Varies("none: the service account of the daemon's pod"),
+        |s| s.node.kubeconfig.clone();
 }
 
 const NAME_OF_NODE: Kind<String> = Kind {
@@ -100,7 +113,28 @@ pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
             None => PROBES.problem(document, "has a meaning with node.pods only"),
         }
     }
-    Some(NodeSettings { name, pods, exempt_namespaces, probes, cni_install })
+    let cni_results = CNI_RESULTS.read(document)?;
+    let kubernetes = KUBERNETES.read(document)?;
+    let kubeconfig = KUBECONFIG.read(document);
+    if kubeconfig.is_some() && kubernetes == KubernetesWatch::Off {
+        KUBECONFIG.problem(document, "has no meaning with node.kubernetes: off");
+    }
+    if kubeconfig.is_some() && !matches!(pods, Some(PodSourceSettings::Cni(_))) {
+        KUBECONFIG.problem(document, "has a meaning with node.pods.cni only");
+    }
+    if kubeconfig.is_some() && name.is_none() {
+        NAME.problem(document, "is missing: node.kubeconfig needs the name of this node");
+    }
+    Some(NodeSettings {
+        name,
+        pods,
+        exempt_namespaces,
+        probes,
+        kubernetes,
+        kubeconfig,
+        cni_results,
+        cni_install,
+    })
 }
 
 fn cni_install(document: Document<'_>) -> Option<CniInstallSettings> {

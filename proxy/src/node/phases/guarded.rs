@@ -53,8 +53,12 @@ impl GuardedPod {
             Ok(subscribed) => subscribed,
             Err(error) => return Err(rules.leave_after(error).await),
         };
+        let listeners = match pod.listeners.inodes() {
+            Ok(listeners) => listeners,
+            Err(error) => return Err(rules.leave_after(PodError::Accept(error)).await),
+        };
         match data_plane.serve(pod).await {
-            Ok(served) => Ok(OpenPod { served, rules, probes, subscribed, health }),
+            Ok(served) => Ok(OpenPod { served, rules, listeners, probes, subscribed, health }),
             Err(error) => Err(rules.leave_after(error).await),
         }
     }

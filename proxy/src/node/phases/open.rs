@@ -14,12 +14,14 @@ use crate::rules::capture::SelfTestSockets;
 use crate::rules::health::RulesHealth;
 use crate::rules::kubelet_probes;
 use crate::rules::watch::{RuleWatch, Subscriptions};
+use crate::traffic::listeners::ListenerInodes;
 
 /// A pod that accepts connections, before the self-test of its rules.
 #[derive(Debug)]
 pub(crate) struct OpenPod {
     pub(super) served: Box<dyn ServedPod>,
     pub(super) rules: OwnedRules,
+    pub(super) listeners: ListenerInodes,
     pub(super) probes: SelfTestSockets,
     pub(super) subscribed: Subscriptions,
     pub(super) health: RulesHealth,
@@ -43,14 +45,14 @@ impl OpenPod {
 
     /// Starts to watch the rules. `gate` pauses their repair.
     pub(crate) fn watch(self, gate: PauseGate) -> ServingPod {
-        let Self { served, rules, probes, subscribed, health } = self;
+        let Self { served, rules, listeners, probes, subscribed, health } = self;
         kubelet_probes::warn(&rules.capture.current_settings().borrow());
         let watch = RuleWatch::new(rules.capture.clone(), served.arrivals(), probes, health, gate);
         let (mut subscribed, span) = (Some(subscribed), Span::current());
         let task = supervise::restarting("watch of the rules", move || {
             watch.clone().run(subscribed.take()).instrument(span.clone())
         });
-        ServingPod::new(served, rules, task)
+        ServingPod::new(served, rules, listeners, task)
     }
 
     /// Drains the connections until `deadline`, and keeps or removes the rules. Returns `error`,

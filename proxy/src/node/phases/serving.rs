@@ -9,19 +9,26 @@ use crate::node::data_plane::{CertificateState, ServedPod};
 use crate::node::pod_error::PodError;
 use crate::process::supervise::Task;
 use crate::rules::capture::Capture;
+use crate::traffic::listeners::ListenerInodes;
 
 /// A pod in service. Dropping it closes its listeners and leaves the rules.
 #[derive(Debug)]
 pub(crate) struct ServingPod {
     served: Box<dyn ServedPod>,
     rules: OwnedRules,
+    listeners: ListenerInodes,
     /// The task that repairs and tests the rules; `None` once the pod drains.
     watch: Option<Task>,
 }
 
 impl ServingPod {
-    pub(super) fn new(served: Box<dyn ServedPod>, rules: OwnedRules, watch: Task) -> Self {
-        Self { served, rules, watch: Some(watch) }
+    pub(super) fn new(
+        served: Box<dyn ServedPod>,
+        rules: OwnedRules,
+        listeners: ListenerInodes,
+        watch: Task,
+    ) -> Self {
+        Self { served, rules, listeners, watch: Some(watch) }
     }
 
     /// The state of the pod's certificate.
@@ -36,6 +43,18 @@ impl ServingPod {
     /// Fails if the installed rules differ from the current settings.
     pub(crate) async fn verify(&self) -> Result<(), PodError> {
         self.rules.capture.verify().await
+    }
+
+    /// Fails if a listener is closed, or the rules are not those of the current settings.
+    pub(crate) fn check(&self) -> impl Future<Output = Result<(), PodError>> + Send + use<> {
+        let (capture, listeners) = (self.capture().clone(), self.listeners.clone());
+        async move {
+            let open = capture.access().listening().await?;
+            match listeners.closed(&open) {
+                Some((purpose, setting)) => Err(PodError::ListenerClosed { purpose, setting }),
+                None => capture.verify().await,
+            }
+        }
     }
 
     /// Installs the rules again if they differ from the current settings.
@@ -82,7 +101,7 @@ impl ServingPod {
     ///
     /// The rules cannot be kept or removed.
     pub(crate) async fn leave_with(self, on_exit: OnExit) -> Result<(), PodError> {
-        let Self { served, rules, watch } = self;
+        let Self { served, rules, watch, .. } = self;
         drop(watch);
         served.stop_accepting().await;
         served.close().await;

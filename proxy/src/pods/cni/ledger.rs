@@ -1,7 +1,9 @@
 //! Tracks the attachments of the node, and the pod of each.
 //!
 //! A pod is in the registry as long as it has an attachment. The store has the attachments whose
-//! `ADD` was answered with success.
+//! addition has been answered. `follow` keeps the facts about the pods current.
+
+mod follow;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,6 +12,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::Notify;
 use underpass_config::{Hint as _, PodUid};
 use underpass_interception::{Namespace, NamespaceId};
 
@@ -20,6 +23,7 @@ use super::protocol::{Refusal, StoredPod, code};
 use super::store::Store;
 use crate::error::chain;
 use crate::pods::enrolment::EnrolError;
+use crate::pods::facts::PodFacts;
 use crate::pods::registry::{PodRegistry, Removal};
 use crate::pods::status::PodState;
 
@@ -30,8 +34,10 @@ pub(super) struct Ledger {
     facts: FactFinder,
     store: Store,
     open: OpenNamespace,
-    /// Never locked across an await.
+    /// Never locked across an await. Locked before the facts are, if both are needed.
     known: Mutex<Known>,
+    /// Wakes [`Ledger::follow_facts`] after a change of the attachments.
+    changed: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -40,17 +46,27 @@ struct Known {
     next_call: u64,
 }
 
+impl Known {
+    /// Whether the pod has an attachment.
+    fn has(&self, uid: &PodUid) -> bool {
+        self.entries.values().any(|entry| entry.pod.pod.uid == *uid)
+    }
+}
+
 /// The state of one attachment.
 #[derive(Debug)]
 struct Entry {
     /// The number of the `ADD` call that created it, or of a later call for the same attachment.
     call: u64,
     progress: Progress,
-    uid: PodUid,
-    network: NetworkName,
+    pod: AttachedPod,
     namespace: NamespaceId,
-    /// The file of the namespace; `None` if this process cannot open it.
-    path: Option<Box<Path>>,
+    /// Whether this process can see the namespace's file.
+    is_visible: bool,
+    /// The facts that the registry has; `None` until they are known after a restart.
+    facts: Option<PodFacts>,
+    /// Why they are not known or not applied, which is logged once.
+    problem: Option<String>,
 }
 
 /// The progress of an `ADD` call.
@@ -96,7 +112,8 @@ impl Ledger {
         store: Store,
         open: OpenNamespace,
     ) -> Self {
-        Self { registry, facts, store, open, known: Mutex::default() }
+        let (known, changed) = (Mutex::default(), Notify::new());
+        Self { registry, facts, store, open, known, changed }
     }
 
     /// Enrols a pod, and returns once it is served. Dropping the future or its result undoes this.
@@ -105,13 +122,13 @@ impl Ledger {
         pod: AttachedPod,
         namespace: Namespace,
     ) -> Result<Addition<'_>, Refusal> {
-        if self.facts.is_exempt(&pod.pod) {
+        if self.facts.is_exempt(&pod.pod.namespace) {
             let pod = format!("{}/{}", pod.pod.namespace, pod.pod.name);
             tracing::info!(pod, "pod not enrolled: its namespace is in node.exempt_namespaces");
             return Ok(Addition { ledger: self, undo: None });
         }
-        let facts = self.facts.find(&pod).map_err(Refusal::from)?;
-        let call = self.begin(&pod, namespace.id(), Progress::Adding);
+        let facts = self.facts.wait_for(&pod).await.map_err(Refusal::from)?;
+        let call = self.begin(&pod, namespace.id(), Progress::Adding, Some(facts.clone()));
         let addition = Addition { ledger: self, undo: Some((pod.attachment.clone(), call)) };
         let enrolment = self.registry.add(facts, namespace.clone());
         enrolment.first_outcome().await.map_err(|error| Refusal::from(&error))?;
@@ -119,21 +136,28 @@ impl Ledger {
         Ok(addition)
     }
 
-    fn begin(&self, pod: &AttachedPod, namespace: NamespaceId, progress: Progress) -> u64 {
-        let path = Path::new(&pod.namespace_path);
-        let path = leads_to(path, namespace).then(|| path.into());
-        if path.is_none() {
+    fn begin(
+        &self,
+        pod: &AttachedPod,
+        namespace: NamespaceId,
+        progress: Progress,
+        facts: Option<PodFacts>,
+    ) -> u64 {
+        let is_visible = leads_to(Path::new(&pod.namespace_path), namespace);
+        if !is_visible {
             tracing::warn!(
                 path = pod.namespace_path, attachment = %pod.attachment, hint = MOUNT_HINT,
                 "the daemon cannot see a pod's namespace: it cannot enrol the pod again after a restart"
             );
         }
-        let (uid, network) = (pod.pod.uid.clone(), pod.network.clone());
         let mut known = self.known();
         let call = known.next_call;
         known.next_call += 1;
-        let entry = Entry { call, progress, uid, network, namespace, path };
-        known.entries.insert(pod.attachment.clone(), entry);
+        let (pod, problem) = (pod.clone(), None);
+        let attachment = pod.attachment.clone();
+        let entry = Entry { call, progress, pod, namespace, is_visible, facts, problem };
+        known.entries.insert(attachment, entry);
+        self.changed.notify_one();
         call
     }
 
@@ -178,8 +202,9 @@ impl Ledger {
             tracing::error!(%error, %attachment, "cannot remove a stored pod");
         }
         let removed = known.entries.remove(attachment)?;
-        let is_shared = known.entries.values().any(|entry| entry.uid == removed.uid);
-        (!is_shared).then(|| self.registry.remove(&removed.uid))
+        self.changed.notify_one();
+        let uid = &removed.pod.pod.uid;
+        (!known.has(uid)).then(|| self.registry.remove(uid))
     }
 
     /// Verifies a pod's listeners and rules.
@@ -188,7 +213,7 @@ impl Ledger {
         pod: &AttachedPod,
         namespace: NamespaceId,
     ) -> Result<(), Refusal> {
-        if self.facts.is_exempt(&pod.pod) {
+        if self.facts.is_exempt(&pod.pod.namespace) {
             return Ok(());
         }
         let known = self.known().entries.get(&pod.attachment).map(|entry| entry.namespace);
@@ -215,7 +240,7 @@ impl Ledger {
     /// Removes the attachments of a network that are not in `valid`.
     pub(super) fn collect(&self, network: &NetworkName, valid: &BTreeSet<Attachment>) {
         self.remove_where(|attachment, entry| {
-            entry.network == *network && !valid.contains(attachment)
+            entry.pod.network == *network && !valid.contains(attachment)
         });
     }
 
@@ -224,7 +249,7 @@ impl Ledger {
     pub(super) fn sweep(&self) {
         self.remove_where(|_, entry| {
             let (device, inode) = (entry.namespace.device(), entry.namespace.inode());
-            entry.path.as_ref().is_some_and(|path| has_left(path, device, inode))
+            entry.is_visible && has_left(Path::new(&entry.pod.namespace_path), device, inode)
         });
     }
 
@@ -241,10 +266,8 @@ impl Ledger {
         }
     }
 
-    /// Enrols the stored pods of an earlier process. Returns those for which the mesh has no facts
-    /// yet.
-    pub(super) fn resume(&self) -> io::Result<Vec<AttachedPod>> {
-        let mut incomplete = Vec::new();
+    /// Learns the pods of an earlier process, which [`Ledger::follow_facts`] enrols again.
+    pub(super) fn resume(&self) -> io::Result<()> {
         for StoredPod { pod, device, inode } in self.store.load()? {
             let path = Path::new(&pod.namespace_path);
             let namespace = match (self.open)(path) {
@@ -268,51 +291,9 @@ impl Ledger {
                     continue;
                 }
             };
-            self.begin(&pod, namespace.id(), Progress::Enrolled);
-            match self.facts.find(&pod) {
-                // The registry retries failed enrolments.
-                Ok(facts) => drop(self.registry.add(facts, namespace)),
-                Err(_) => incomplete.push(pod),
-            }
+            self.begin(&pod, namespace.id(), Progress::Enrolled, None);
         }
-        Ok(incomplete)
-    }
-
-    /// Enrols a stored pod once the mesh has its facts. Ends when the attachment is removed.
-    pub(super) async fn resume_late(&self, pod: AttachedPod) {
-        let mut mesh = self.facts.mesh();
-        let mut logged = None;
-        loop {
-            mesh.mark_unchanged();
-            let known = self.known().entries.get(&pod.attachment).map(|entry| entry.namespace);
-            let Some(namespace) = known else { return };
-            match self.facts.find(&pod) {
-                Ok(facts) => {
-                    match (self.open)(pod.namespace_path.as_ref()) {
-                        Ok(found) if found.id() == namespace => {
-                            drop(self.registry.add(facts, found));
-                        }
-                        // The sweep removes the pod.
-                        Ok(_) => {}
-                        Err(error) => {
-                            let (uid, error) = (&pod.pod.uid, chain(&error));
-                            tracing::error!(%uid, error, "cannot enrol a pod again");
-                        }
-                    }
-                    return;
-                }
-                Err(problem) if logged.as_ref() != Some(&problem) => {
-                    let (uid, hint) = (&pod.pod.uid, problem.hint());
-                    let hint = hint.as_deref();
-                    tracing::error!(%uid, error = %problem, hint, "cannot enrol a pod again");
-                    logged = Some(problem);
-                }
-                Err(_) => {}
-            }
-            if mesh.changed().await.is_err() {
-                return;
-            }
-        }
+        Ok(())
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {

@@ -103,25 +103,19 @@ async fn serve_requests(
     }
     let mut valid = BTreeSet::new();
     while let Some((line, descriptors)) = timeout(REQUEST_TIMEOUT, connection.receive()).await?? {
-        match Request::decode(&line) {
-            Ok(Request::Add(pod)) => {
-                let added = tokio::select! {
-                    added = add(ledger, *pod, descriptors) => added,
-                    // The plugin has exited, or has sent a request before its answer.
-                    _ = connection.receive() => return Ok(()),
-                };
-                match added {
-                    Ok(addition) => {
-                        connection.send(&Answer::Done.encode(), &[]).await?;
-                        addition.keep();
-                    }
-                    Err(refusal) => refuse(connection, refusal).await?,
-                }
+        let outcome = tokio::select! {
+            // First, so that a request is begun even if its plugin has ended already.
+            biased;
+            outcome = perform(&line, descriptors, &mut valid, ledger, not_ready) => outcome,
+            // The plugin has ended, or does not wait for its answer.
+            _ = connection.receive() => return Ok(()),
+        };
+        match outcome {
+            Ok(addition) => {
+                connection.send(&Answer::Done.encode(), &[]).await?;
+                addition.into_iter().for_each(Addition::keep);
             }
-            request => match perform(request, descriptors, &mut valid, ledger, not_ready).await {
-                Ok(()) => connection.send(&Answer::Done.encode(), &[]).await?,
-                Err(refusal) => refuse(connection, refusal).await?,
-            },
+            Err(refusal) => refuse(connection, refusal).await?,
         }
     }
     Ok(())
@@ -144,43 +138,42 @@ async fn add<'a>(
         .unwrap_or_else(|_| Err(timeout_refusal("enrolled", ADD_TIMEOUT)))
 }
 
-/// Performs a request other than an addition.
-async fn perform(
-    request: Result<Request, ProtocolError>,
+/// Performs a request. Returns the addition, which is undone unless the plugin gets the answer.
+async fn perform<'a>(
+    line: &str,
     descriptors: Vec<OwnedFd>,
     valid: &mut BTreeSet<Attachment>,
-    ledger: &Ledger,
+    ledger: &'a Ledger,
     not_ready: &NotReady,
-) -> Result<(), Refusal> {
-    match request {
-        // The caller answers an addition, because it may have to be undone.
-        Ok(Request::Add(_)) => Ok(()),
-        Ok(Request::Check(pod)) => {
+) -> Result<Option<Addition<'a>>, Refusal> {
+    match Request::decode(line).map_err(|error| malformed_refusal(&error))? {
+        Request::Add(pod) => return add(ledger, *pod, descriptors).await.map(Some),
+        Request::Check(pod) => {
             let namespace = namespace(descriptors)?.id();
             let checked = timeout(CHECK_TIMEOUT, ledger.check(&pod, namespace)).await;
-            checked.unwrap_or_else(|_| Err(timeout_refusal("verified", CHECK_TIMEOUT)))
+            checked.unwrap_or_else(|_| Err(timeout_refusal("verified", CHECK_TIMEOUT)))?;
         }
-        Ok(Request::Delete(attachment)) => {
+        Request::Delete(attachment) => {
             let gone = ledger.delete(&attachment).map(Removal::gone);
             if let Some(gone) = gone {
                 timeout(DELETE_TIMEOUT, gone).await.ok();
             }
-            Ok(())
         }
-        Ok(Request::Status) => {
-            let why = not_ready.borrow().clone();
-            why.map_or(Ok(()), |why| {
-                Err(Refusal { code: code::NOT_READY, message: why, hint: STATUS_HINT.to_owned() })
-            })
+        Request::Status => status(not_ready)?,
+        Request::Collect { network, valid: more, last } => {
+            collect(&network, more, last, valid, ledger)?;
         }
-        Ok(Request::Collect { network, valid: more, last }) => {
-            collect(&network, more, last, valid, ledger)
-        }
-        Err(error) => Err(malformed_refusal(&error)),
     }
+    Ok(None)
 }
 
-const STATUS_HINT: &str = "the log of `underpass node` has more";
+fn status(not_ready: &NotReady) -> Result<(), Refusal> {
+    let hint = || "the log of `underpass node` has more".to_owned();
+    match not_ready.borrow().clone() {
+        None => Ok(()),
+        Some(message) => Err(Refusal { code: code::NOT_READY, message, hint: hint() }),
+    }
+}
 
 fn collect(
     network: &NetworkName,

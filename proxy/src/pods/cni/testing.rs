@@ -10,7 +10,7 @@ use underpass_config::{Mesh, Settings};
 use underpass_interception::Namespace;
 
 use super::attachment::{AttachedPod, Attachment, NetworkName, PodReference};
-use super::facts::FactFinder;
+use super::facts::{FactFinder, FactOrigin};
 use crate::decide::snapshot::Snapshot;
 use crate::node::testing::settings;
 
@@ -63,7 +63,7 @@ pub(super) fn namespace_path(kind: &str) -> String {
 pub(super) fn facts() -> (FactFinder, watch::Sender<Arc<Snapshot>>) {
     let settings = settings(&["node.exempt_namespaces=core"]);
     let mesh = watch::Sender::new(snapshot(&settings, &["web", "db"]));
-    (FactFinder::new(&settings, mesh.subscribe()), mesh)
+    (FactFinder::new(&settings, FactOrigin::Mesh(mesh.subscribe())), mesh)
 }
 
 /// A mesh that has these pods of the namespace `shop`.

@@ -3,15 +3,15 @@
 //! Network plugins and other chained plugins rewrite the network configuration. Without our entry a
 //! new pod bypasses the mesh, so the node is unready until the entry is restored.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
 use tokio::time::sleep;
 use underpass_config::{FileWatcher, FolderFilesWatch, Hint as _};
 
 use super::install::{InstallError, Installation};
+use super::report::{Condition, Report};
 use crate::error::chain;
-use crate::pods::source::SourceHealth;
 
 /// The pause after a repair, which limits the cost of a conflict with another program.
 const DELAY_AFTER_REPAIR: Duration = Duration::from_millis(200);
@@ -25,37 +25,13 @@ pub(super) struct Upkeep {
     watcher: FileWatcher,
 }
 
-/// Reports whether pods can be added: to readiness, and to the plugin's `STATUS`.
-#[derive(Debug)]
-pub(super) struct Report {
-    health: SourceHealth,
-    not_ready: watch::Sender<Option<String>>,
-}
-
-impl Report {
-    pub(super) fn new(health: SourceHealth) -> Self {
-        let not_ready = watch::Sender::new(Some("the daemon starts".to_owned()));
-        Self { health, not_ready }
-    }
-
-    /// Reports the reason why pods cannot be added; `None` if they can.
-    pub(super) fn set(&self, reason: Option<String>) {
-        self.health.set_ready(reason.is_none());
-        self.not_ready.send_replace(reason);
-    }
-
-    pub(super) fn subscribe(&self) -> watch::Receiver<Option<String>> {
-        self.not_ready.subscribe()
-    }
-}
-
 impl Upkeep {
     pub(super) fn new(installation: Installation, watcher: FileWatcher) -> Self {
         Self { installation, watcher }
     }
 
-    /// Never returns.
-    pub(super) async fn run(self, report: Report) {
+    /// Runs for ever.
+    pub(super) async fn run(self, report: Arc<Report>) {
         let mut was_installed = false;
         let mut logged = None;
         let mut watch = None;
@@ -64,7 +40,7 @@ impl Upkeep {
             let watched = watch.get_or_insert_with(|| self.watch());
             match self.install() {
                 Ok(changes) => {
-                    report.set(None);
+                    report.set(Condition::Installed, None);
                     logged = None;
                     let is_repair = std::mem::replace(&mut was_installed, true);
                     log_changes(changes, is_repair);
@@ -74,7 +50,8 @@ impl Upkeep {
                 }
                 Err(error) => {
                     let (error, hint) = (chain(&error), error.hint());
-                    report.set(Some(format!("the CNI plugin is not installed: {error}")));
+                    let problem = format!("the CNI plugin is not installed: {error}");
+                    report.set(Condition::Installed, Some(problem));
                     if logged.as_ref() != Some(&error) {
                         let hint = hint.as_deref();
                         tracing::error!(
@@ -133,6 +110,7 @@ mod tests {
     use super::*;
     use crate::pods::cni::install::PLUGIN_NAME;
     use crate::pods::cni::testing::Folder;
+    use crate::pods::source::SourceHealth;
 
     const LIST: &str = r#"{"name":"a","cniVersion":"1.0.0","plugins":[{"type":"bridge"}]}"#;
 
@@ -148,7 +126,8 @@ mod tests {
             socket: folder.path("cni.sock"),
             drop_in: false,
         };
-        let report = Report::new(SourceHealth::default());
+        let report = Arc::new(Report::new(SourceHealth::default()));
+        report.set(Condition::Facts, None);
         let mut not_ready = report.subscribe();
         let upkeep = Upkeep::new(installation, FileWatcher::new(Inotify::open));
         let running = tokio::spawn(upkeep.run(report));

@@ -24,10 +24,10 @@ async fn added_pod_is_served_and_removed_pod_has_left() {
     let registry = enroller.registry();
     let (web, uid) = (pod("web"), pod("web").uid);
     registry.add(web, namespace()).first_outcome().await.unwrap();
-    assert!(registry.keep(&uid) && enroller.serving() == [uid.clone()]);
+    assert!(registry.is_known(&uid) && enroller.serving() == [uid.clone()]);
     registry.check(&uid).await.unwrap();
     registry.remove(&uid).gone().await;
-    assert!(!registry.keep(&uid) && enroller.serving().is_empty());
+    assert!(!registry.is_known(&uid) && enroller.serving().is_empty());
     assert!(matches!(registry.check(&uid).await, Err(EnrolError::Unknown)));
     registry.remove(&uid).gone().await;
     assert_eq!(enroller.left(), [uid]);
@@ -61,7 +61,7 @@ async fn removal_continues_when_source_does_not_wait() {
     registry.add(pod("web"), namespace()).first_outcome().await.unwrap();
     let leaving = enroller.hold_leaving();
     drop(registry.remove(&uid));
-    assert!(!registry.keep(&uid));
+    assert!(!registry.is_known(&uid));
     let states = registry.status();
     assert!(matches!(&states[..], [PodStatus { state: PodState::Leaving, .. }]), "{states:?}");
     drop(leaving);

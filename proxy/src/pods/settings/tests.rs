@@ -76,6 +76,34 @@ fn label_and_sidecar_exclude_a_pod() {
 }
 
 #[test]
+fn label_of_namespace_applies_to_pods_without_their_own() {
+    let in_namespace = |mode: &str| PodFacts { namespace_mode: Some(mode.to_owned()), ..facts() };
+    let opted_out = PodSettings::Exempt(ExemptReason::OptedOut);
+    assert_eq!(pod_settings(&node(""), &in_namespace("none")).unwrap(), opted_out);
+    enrolled("", &in_namespace("ambient"));
+    let labels = map(&[("istio.io/dataplane-mode", "ambient")]);
+    enrolled("", &PodFacts { labels, ..in_namespace("none") });
+    pod_settings(&node(""), &in_namespace("sidecar")).unwrap_err();
+}
+
+#[test]
+fn known_probe_ports_alone_are_exempt() {
+    let probes = |settings: &str, ports: Option<&[u16]>| {
+        let probe_ports = ports.map(|ports| ports.iter().copied().collect());
+        let settings = format!("node: {{pods: {{cni: /x}}, probes: translate}}\n{settings}");
+        enrolled(&settings, &PodFacts { probe_ports, ..facts() }).interception.kubelet_probes
+    };
+    assert_eq!(probes("", None), KubeletProbes::On);
+    assert_eq!(probes("", Some(&[8080, 9000])), KubeletProbes::Ports(ports([8080, 9000])));
+    assert_eq!(probes("", Some(&[])), KubeletProbes::Off);
+    let listed = "interception: {kubelet_probes: [7000]}";
+    assert_eq!(probes(listed, Some(&[8080])), KubeletProbes::Ports(ports([7000])));
+    assert_eq!(probes("interception: {exact: true}", Some(&[8080])), KubeletProbes::On);
+    let facts = PodFacts { probe_ports: Some([8080].into()), ..facts() };
+    assert_eq!(enrolled("", &facts).interception.kubelet_probes, KubeletProbes::Off);
+}
+
+#[test]
 fn exempt_namespace_excludes_a_pod_unless_an_agent_selects_it() {
     let pod = PodFacts { namespace: "kube-system".to_owned(), ..facts() };
     let exempt = PodSettings::Exempt(ExemptReason::ExemptNamespace);

@@ -184,7 +184,7 @@ fn second_pod_of_namespace_is_refused() {
     let mut other = node.add(&pod("other"), &here);
     let refused = other.try_recv().unwrap().unwrap_err();
     assert!(matches!(refused, EnrolError::NamespaceInUse(uid) if uid == web.uid));
-    assert!(!node.pods.keep(&uid("other")) && node.pods.keep(&web.uid));
+    assert!(!node.pods.is_known(&uid("other")) && node.pods.is_known(&web.uid));
 }
 
 #[test]
@@ -238,7 +238,10 @@ fn failed_pod_is_retried_with_back_off() {
     assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000]);
     assert!(matches!(first.try_recv().unwrap(), Err(EnrolError::Panicked)));
     node.end(0, Err(retryable()));
-    // Adding the pod again skips the back-off.
+    // A source that adds the pod again does not wait for the back-off, which starts over.
+    let mut again = node.add(&web, &here);
+    assert_eq!(node.end(0, Err(retryable())), Some(MIN_BACKOFF));
+    assert!(matches!(again.try_recv().unwrap(), Err(EnrolError::Panicked)));
     let mut again = node.add(&web, &here);
     node.end(0, Ok(()));
     again.try_recv().unwrap().unwrap();
@@ -251,7 +254,7 @@ fn permanent_failure_is_kept_and_frees_namespace() {
     node.add(&web, &here);
     assert_eq!(node.end(0, Err(permanent())), None);
     assert!(matches!(node.state(&web.uid), Some(PodState::Failed(_))));
-    assert!(node.pods.keep(&web.uid));
+    assert!(node.pods.is_known(&web.uid));
     node.add(&pod("other"), &here);
     node.end(0, Ok(()));
     // The source corrects its facts.
@@ -304,7 +307,11 @@ fn end_of_snapshot_removes_unnamed_pods_at_once() {
     node.end(0, Ok(()));
     node.pods.retain(&[uid("b")].into());
     node.perform_actions();
-    assert!(!node.pods.keep(&uid("a")) && node.pods.keep(&uid("b")) && !node.pods.keep(&uid("c")));
+    assert!(
+        !node.pods.is_known(&uid("a"))
+            && node.pods.is_known(&uid("b"))
+            && !node.pods.is_known(&uid("c"))
+    );
     assert_eq!(node.leaving.len(), 1);
 }
 

@@ -132,7 +132,7 @@ impl Connection {
         match self.session.receive(&message.bytes, message.descriptors)? {
             Command::Add { facts, namespace } => self.add(*facts, namespace).await?,
             Command::Keep(uid) => {
-                if !self.registry.keep(&uid) {
+                if !self.registry.is_known(&uid) {
                     tracing::warn!(%uid, "pod not enrolled: the node agent has no network namespace of it");
                 }
             }

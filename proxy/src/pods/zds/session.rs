@@ -161,6 +161,8 @@ fn facts(uid: PodUid, info: WorkloadInfo) -> PodFacts {
         ips: Vec::new(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
+        namespace_mode: None,
+        probe_ports: None,
         interception: None,
     }
 }

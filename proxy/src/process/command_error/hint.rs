@@ -24,6 +24,9 @@ impl Hint for CommandError {
             }
             Self::NoRules => "choose ambient, sidecar or osm (`--profile`)",
             Self::SettingsOfNode => "run `underpass node`, or remove node.pods",
+            Self::NoNodeName => {
+                "set node.name to the name of the Node, for example UNDERPASS_NODE_NAME from spec.nodeName, or node.kubernetes: off"
+            }
             Self::NoPodSource => "set node.pods.zds, node.pods.cni or node.pods.directory",
             Self::Difference => "install the rules with `underpass rules install`",
             Self::Bypassed(_) => {

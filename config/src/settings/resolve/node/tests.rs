@@ -109,6 +109,26 @@ fn rejects_identity_shared_by_all_pods() {
 }
 
 #[test]
+fn kubeconfig_needs_the_plugin_and_the_name_of_the_node() {
+    let node = |more: &str| format!("node: {{kubeconfig: /k, {more}}}");
+    let settings = settings_of(&node("name: n1, pods: {cni: /run/x}")).unwrap().node;
+    assert_eq!(settings.kubeconfig, Some("/k".into()));
+    assert_eq!(settings.kubernetes, KubernetesWatch::Auto);
+    for (more, mistake) in [
+        ("name: n1, pods: {zds: /run/x}", "node.kubeconfig: has a meaning with node.pods.cni only"),
+        ("pods: {cni: /run/x}", "node.name: is missing: node.kubeconfig needs"),
+        (
+            "name: n1, pods: {cni: /run/x}, kubernetes: off",
+            "node.kubeconfig: has no meaning with node.kubernetes: off",
+        ),
+    ] {
+        let found = mistakes(&node(more));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].starts_with(mistake), "{found:?}");
+    }
+}
+
+#[test]
 fn rejects_unusable_names() {
     assert_eq!(mistakes("node: {name: ''}").len(), 1);
     assert_eq!(mistakes("node: {name: 'a b'}").len(), 1);

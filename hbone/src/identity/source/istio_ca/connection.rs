@@ -4,7 +4,6 @@
 //! [`Dial`] opens the socket; the caller sets deadlines.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,7 +15,6 @@ use hyper::client::conn::http2::{self, SendRequest};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::ServerName;
-use tokio::net::lookup_host;
 use tokio_rustls::TlsConnector;
 use tonic::body::Body;
 use tower_service::Service;
@@ -24,7 +22,7 @@ use underpass_config::{Cipher, IstioCaSettings};
 
 use crate::crypto::provider;
 use crate::error::{HboneError, IssuerProblem};
-use crate::pool::Dial;
+use crate::pool::{Dial, dial_host};
 use crate::task::log_panic;
 use crate::tls;
 use crate::trust::bundle::Bundle;
@@ -71,24 +69,11 @@ impl Endpoint {
         dial: &impl Dial,
         roots: Arc<RootCertStore>,
     ) -> Result<Connection, HboneError> {
-        let io =
-            self.dial(dial).await.map_err(|error| self.problem(IssuerProblem::Connect, error))?;
+        let io = dial_host(dial, &self.host, self.port).await;
+        let io = io.map_err(|error| self.problem(IssuerProblem::Connect, error))?;
         self.handshake(Box::new(io), roots)
             .await
             .map_err(|error| self.problem(handshake_problem(&error), error))
-    }
-
-    async fn dial<D: Dial>(&self, dial: &D) -> io::Result<D::Io> {
-        let addresses: Vec<SocketAddr> =
-            lookup_host((self.host.as_str(), self.port)).await?.collect();
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-        for address in addresses {
-            match dial.dial(address).await {
-                Ok(io) => return Ok(io),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
     }
 
     async fn handshake(&self, io: Io, roots: Arc<RootCertStore>) -> io::Result<Connection> {

@@ -3,12 +3,19 @@
 use std::sync::Arc;
 
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use super::*;
 use crate::decide::snapshot::Snapshot;
 use crate::node::testing::settings;
 use crate::pods::cni::attachment::PodReference;
+use crate::pods::cni::facts::FactOrigin;
+use crate::pods::cni::report::Report;
+use crate::pods::cni::results::CniResults;
 use crate::pods::cni::testing::{Folder, attached, facts, namespace, namespace_path, snapshot};
+use crate::pods::enrolment::LeaveReason;
+use crate::pods::kubernetes::testing::{cluster, namespace as kubernetes_namespace, pod};
+use crate::pods::source::SourceHealth;
 use crate::pods::testing::FakeEnroller;
 
 /// A daemon that stores pods in a folder.
@@ -16,6 +23,7 @@ struct Daemon {
     ledger: Arc<Ledger>,
     enroller: FakeEnroller,
     mesh: watch::Sender<Arc<Snapshot>>,
+    results: CniResults,
 }
 
 impl Daemon {
@@ -25,7 +33,8 @@ impl Daemon {
         let store = Store::open(folder.path("pods")).unwrap();
         let ledger =
             Arc::new(Ledger::new(enroller.registry(), facts, store, |path| Namespace::open(path)));
-        Self { ledger, enroller, mesh }
+        let results = CniResults::new(folder.path("results"));
+        Self { ledger, enroller, mesh, results }
     }
 
     async fn add(&self, pod: &AttachedPod, kind: &str) -> Result<(), Refusal> {
@@ -36,6 +45,14 @@ impl Daemon {
         if let Some(removal) = self.ledger.delete(&pod.attachment) {
             removal.gone().await;
         }
+    }
+
+    /// Follows the facts until the result is dropped.
+    fn follow(&self) -> JoinSet<()> {
+        let mut following = JoinSet::new();
+        let report = Arc::new(Report::new(SourceHealth::default()));
+        following.spawn(self.ledger.clone().follow_facts(self.results.clone(), report));
+        following
     }
 
     fn serving(&self) -> Vec<String> {
@@ -102,7 +119,7 @@ async fn abandoned_addition_is_undone() {
             }
         }
     }
-    assert!(!daemon.ledger.registry.keep(&web.pod.uid));
+    assert!(!daemon.ledger.registry.is_known(&web.pod.uid));
     drop(release);
     daemon.add(&web, "uts").await.unwrap();
     daemon.serves(&["uid-of-web"]).await;
@@ -117,7 +134,7 @@ async fn failed_addition_leaves_nothing() {
     let refusal = daemon.add(&web, "uts").await.unwrap_err();
     assert_eq!(refusal.code, 11);
     assert_eq!(refusal.message, "the pod is not enrolled: the attempt to enrol the pod panicked");
-    assert!(!daemon.ledger.registry.keep(&web.pod.uid));
+    assert!(!daemon.ledger.registry.is_known(&web.pod.uid));
     assert_eq!(daemon.stored(), 0);
 }
 
@@ -211,7 +228,7 @@ async fn garbage_collection_keeps_valid_and_foreign_attachments() {
         () = tokio::task::yield_now() => {}
     }
     daemon.ledger.collect(&web.network, &valid);
-    assert!(daemon.ledger.registry.keep(&db.pod.uid), "an addition in progress is spared");
+    assert!(daemon.ledger.registry.is_known(&db.pod.uid), "an addition in progress is spared");
 }
 
 #[tokio::test]
@@ -247,7 +264,8 @@ async fn restarted_daemon_enrols_pods_that_still_exist() {
         daemon.add(&db, "ipc").await.unwrap();
     }
     let daemon = Daemon::start(&folder);
-    assert_eq!(daemon.ledger.resume().unwrap(), []);
+    daemon.ledger.resume().unwrap();
+    daemon.ledger.apply_facts();
     daemon.serves(&["uid-of-web"]).await;
     assert_eq!(daemon.stored(), 1);
     daemon.ledger.check(&web, namespace("uts").id()).await.unwrap();
@@ -262,12 +280,9 @@ async fn restarted_daemon_waits_for_facts_about_a_pod() {
     Daemon::start(&folder).add(&web, "uts").await.unwrap();
     let daemon = Daemon::start(&folder);
     daemon.mesh.send_replace(snapshot(&settings(&[]), &["db"]));
-    let late = daemon.ledger.resume().unwrap();
-    assert_eq!(late, std::slice::from_ref(&web));
-    let ledger = daemon.ledger.clone();
-    let waiting = tokio::spawn(async move { ledger.resume_late(web).await });
+    daemon.ledger.resume().unwrap();
+    let _following = daemon.follow();
     daemon.mesh.send_replace(snapshot(&settings(&[]), &["db", "web"]));
-    waiting.await.unwrap();
     daemon.serves(&["uid-of-web"]).await;
 }
 
@@ -280,8 +295,71 @@ async fn pod_deleted_while_facts_are_missing_is_not_enrolled() {
     daemon.mesh.send_replace(snapshot(&settings(&[]), &[]));
     daemon.ledger.resume().unwrap();
     daemon.delete(&web).await;
-    daemon.ledger.resume_late(web).await;
-    assert_eq!(daemon.serving(), [""; 0]);
+    daemon.mesh.send_replace(snapshot(&settings(&[]), &["web"]));
+    daemon.ledger.apply_facts();
+    assert!(!daemon.ledger.registry.is_known(&web.pod.uid));
+}
+
+#[tokio::test]
+async fn changed_facts_are_applied_to_running_pod() {
+    let folder = Folder::new();
+    let (enroller, view) = (FakeEnroller::default(), watch::Sender::default());
+    let store = Store::open(folder.path("pods")).unwrap();
+    let origin = FactOrigin::Kubernetes(view.subscribe());
+    let facts = FactFinder::new(&settings(&[]), origin);
+    let ledger = Ledger::new(enroller.registry(), facts, store, |path| Namespace::open(path));
+    let (web, mut object) = (attached("web", &["10.0.0.1"]), pod("web"));
+    cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
+    ledger.add(web.clone(), namespace("uts")).await.unwrap().keep();
+    ledger.apply_facts();
+    assert_eq!(enroller.attempts(&web.pod.uid), 1, "nothing has changed");
+    // The fake pod follows labels alone, so an annotation enrols it again.
+    object["metadata"]["labels"]["istio.io/dataplane-mode"] = "none".into();
+    cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
+    ledger.apply_facts();
+    assert_eq!(enroller.attempts(&web.pod.uid), 1);
+    object["spec"]["serviceAccountName"] = "other".into();
+    cluster(&view, &[object], &[kubernetes_namespace("shop", "ambient")]);
+    ledger.apply_facts();
+    while enroller.attempts(&web.pod.uid) < 2 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(enroller.departures(), [LeaveReason::EnrolledAgain]);
+    // The last facts stay when the pod is no longer listed.
+    cluster(&view, &[], &[]);
+    ledger.apply_facts();
+    assert!(ledger.registry.is_known(&web.pod.uid));
+}
+
+#[tokio::test(start_paused = true)]
+async fn sandbox_without_addition_is_failed_until_it_is_added() {
+    let folder = Folder::new();
+    let daemon = Daemon::start(&folder);
+    fs::create_dir(folder.path("results")).unwrap();
+    for (container, name, path) in [
+        ("web-1", "web", namespace_path("uts")),
+        ("gone-1", "gone", folder.path("gone").display().to_string()),
+    ] {
+        let arguments = [["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", name]];
+        let result = serde_json::json!({
+            "kind": "cniCacheV1", "containerId": container, "netns": path, "cniArgs": arguments,
+        });
+        fs::write(folder.path("results").join(container), result.to_string()).unwrap();
+    }
+    let _following = daemon.follow();
+    let report = async |expected: &str| {
+        while daemon.ledger.registry.report() != expected {
+            tokio::time::advance(std::time::Duration::from_secs(1)).await;
+        }
+    };
+    report(
+        "shop/web web-1 failed: the runtime did not call the CNI plugin for it, so it bypasses the mesh\n",
+    )
+    .await;
+    let pod = PodReference::new("shop", "web", "web-1").unwrap();
+    let web = AttachedPod { pod, ..attached("web", &["10.0.0.1"]) };
+    daemon.add(&web, "uts").await.unwrap();
+    report("shop/web web-1 serving\n").await;
 }
 
 #[tokio::test]

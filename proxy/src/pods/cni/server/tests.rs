@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::pods::cni::CniSource;
+use crate::pods::cni::results::CniResults;
 use crate::pods::cni::testing::{Folder, attached, facts, namespace};
 use crate::pods::source::{PodSource as _, SourceEnd, SourceHealth};
 use crate::pods::testing::FakeEnroller;
@@ -22,7 +23,9 @@ struct Daemon {
 impl Daemon {
     async fn start() -> Self {
         let (folder, enroller) = (Folder::new(), FakeEnroller::default());
-        let source = CniSource { socket: folder.path("cni.sock"), facts: facts().0, upkeep: None };
+        let (socket, watches) = (folder.path("cni.sock"), JoinSet::new());
+        let results = CniResults::new(folder.path("results"));
+        let source = CniSource { socket, facts: facts().0, results, watches, upkeep: None };
         let health = SourceHealth::default();
         let running = tokio::spawn(Box::new(source).run(enroller.registry(), health.clone()));
         while !health.is_ready() {
@@ -104,6 +107,17 @@ async fn killing_the_plugin_undoes_its_addition() {
     let check = Request::Check(Box::new(pod));
     while code(daemon.ask(&check, &[namespace.as_fd()]).await) != 3 {}
     drop(held);
+    daemon.serves(0).await;
+}
+
+#[tokio::test]
+async fn deletion_of_plugin_that_is_killed_is_performed() {
+    let daemon = Daemon::start().await;
+    let pod = attached("web", &[]);
+    assert_eq!(daemon.ask(&add("web"), &[namespace("uts").as_fd()]).await, Answer::Done);
+    let connection = daemon.connect().await;
+    connection.send(&Request::Delete(pod.attachment).encode(), &[]).await.unwrap();
+    drop(connection);
     daemon.serves(0).await;
 }
 

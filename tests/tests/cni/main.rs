@@ -1,17 +1,18 @@
 //! Tests of `underpass cni`, the real binary as a CNI plugin, against `underpass node`.
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
+mod api_server;
+mod kubernetes;
+mod scene;
+
 use std::fs;
-use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use underpass_interception::TABLE;
-use underpass_tests::{
-    APP, Family, Mesh, Pki, Pod, Proxy, Settings, Suite, World, binary, exchange, tool, until,
-};
+use underpass_tests::{Family, Mesh, Suite, tool, until};
+
+use crate::scene::{Scene, has_rules, previous_result};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
@@ -20,106 +21,10 @@ fn main() -> ExitCode {
     suite.test("a daemon that was killed serves its pods again", restart);
     suite.test("garbage collection removes pods that the runtime does not name", collection);
     suite.test("the daemon installs the plugin and repairs its entry", upkeep);
+    suite.test("a pod with IPv6 alone is served", ipv6_alone);
+    suite.test("CHECK fails once a listener of the pod is closed", closed_listener);
+    kubernetes::add_to(&mut suite);
     suite.run()
-}
-
-/// A node with the wired pods `a` and `b`.
-struct Scene {
-    node: Pod,
-    a: Pod,
-    b: Pod,
-    pki: Pki,
-    world: World,
-}
-
-impl Scene {
-    async fn new() -> Self {
-        let mut world = World::new();
-        let node = world.pod("node").await;
-        let (mut a, mut b) = (world.pod("a").await, world.pod("b").await);
-        world.wire(&mut a, &mut b).await;
-        let pki = Pki::new(world.folder());
-        Self { node, a, b, pki, world }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.world.folder().join("cni.sock")
-    }
-
-    /// Starts the daemon in the node's namespace. The mesh has both pods.
-    async fn daemon(&self, more: &str) -> Proxy {
-        let mesh = Mesh::default().hbone(&self.a).hbone(&self.b).write(&self.node, "mesh");
-        let source = format!("cni: {:?}", self.socket());
-        let identity = format!("identity: {{local_ca: {:?}}}", self.pki.dir());
-        let settings = Settings::node("node", &source).section(&identity).mesh(&mesh);
-        // The plugin's timeout must not include a drain.
-        let settings = settings.set("proxy.mtls=strict").set("timeouts.drain=100ms");
-        self.node.proxy(&set_all(settings, more)).await
-    }
-
-    /// Calls the plugin like a runtime. Returns its exit code and its result.
-    async fn call(&self, command: &str, pod: &Pod, changes: Value) -> (i32, String) {
-        let ips: Vec<Value> = pod
-            .ips()
-            .iter()
-            .map(|ip| json!({"interface": 0, "address": format!("{ip}/24")}))
-            .collect();
-        let path = pod.namespace().path();
-        let mut config = json!({
-            "cniVersion": "1.1.0", "name": "pods", "type": "underpass-cni", "socket": self.socket(),
-            "prevResult": {
-                "cniVersion": "1.1.0", "ips": ips, "interfaces": [{"name": "eth0", "sandbox": path}],
-            },
-        });
-        for (key, value) in changes.as_object().expect("an object") {
-            config[key] = value.clone();
-        }
-        let name = pod.name();
-        let file = self.world.folder().join(format!("{command}-{name}.json"));
-        fs::write(&file, config.to_string()).expect("a file");
-        let script = format!(
-            "CNI_COMMAND={command} CNI_CONTAINERID=container-{name} CNI_IFNAME=eth0 CNI_NETNS={} \
-             CNI_ARGS='K8S_POD_NAMESPACE=default;K8S_POD_NAME={name};K8S_POD_UID=uid-{name}' \
-             exec {} cni < {}",
-            path.display(),
-            binary().display(),
-            file.display()
-        );
-        let printed = tool(&self.node, "sh", &["-c", &script]).await;
-        (printed.status.code().unwrap_or(-1), printed.out)
-    }
-
-    async fn succeeds(&self, command: &str, pod: &Pod, changes: Value) -> String {
-        let (status, out) = self.call(command, pod, changes).await;
-        assert_eq!(status, 0, "{command}: {out}");
-        out
-    }
-
-    /// The error code and the message of a call that must fail.
-    async fn fails(&self, command: &str, pod: &Pod, changes: Value) -> (u64, String) {
-        let (status, out) = self.call(command, pod, changes).await;
-        assert_eq!(status, 1, "{command}: {out}");
-        let error: Value = serde_json::from_str(&out).expect("an error in JSON");
-        let text = |key: &str| error[key].as_str().unwrap_or_default();
-        (error["code"].as_u64().expect("a code"), format!("{}; {}", text("msg"), text("details")))
-    }
-
-    /// Sends bytes from an application in `a` to one in `b`.
-    async fn exchanged(&self, family: Family) {
-        let app = self.b.listen(APP);
-        let to = SocketAddr::new(self.b.ip(family), APP);
-        let (mut client, mut server, peer) = self.a.meet(&app, to).await;
-        exchange(&mut client, &mut server).await;
-        assert_eq!(peer.ip(), self.a.ip(family), "the client's own address");
-    }
-}
-
-fn set_all(settings: Settings, assignments: &str) -> Settings {
-    assignments.split_whitespace().fold(settings, Settings::set)
-}
-
-async fn has_rules(pod: &Pod) -> bool {
-    tool(pod, "nft", &["list", "table", "inet", TABLE]).await.status.success()
 }
 
 async fn lifecycle(family: Family) {
@@ -237,4 +142,34 @@ async fn upkeep() {
     let [net, bin] = [net, bin].map(|folder| folder.display().to_string());
     let uninstall = ["cni", "uninstall", "--net-dir", &net, "--bin-dir", &bin, "--dry-run"];
     assert!(scene.node.underpass(&uninstall).await.ok().contains("would remove"));
+}
+
+async fn ipv6_alone() {
+    let scene = Scene::new().await;
+    let mut mesh = Mesh::default();
+    for pod in [&scene.a, &scene.b] {
+        tool(pod, "ip", &["-4", "address", "flush", "dev", "eth0"]).await.ok();
+        mesh = mesh.workload(pod.name(), &[pod.ip(Family::V6)], "HBONE");
+    }
+    let mut daemon = scene.daemon_in(mesh, "").await;
+    for pod in [&scene.a, &scene.b] {
+        let previous = previous_result(pod, &[pod.ip(Family::V6)]);
+        let result = scene.succeeds("ADD", pod, json!({"prevResult": previous})).await;
+        assert!(!result.contains("10."), "{result}");
+    }
+    scene.exchanged(Family::V6).await;
+    daemon.line(&["access: ", "sa/a", "sa/b"]).await;
+    let previous = previous_result(&scene.a, &scene.a.ips());
+    scene.succeeds("CHECK", &scene.a, json!({"prevResult": previous})).await;
+}
+
+async fn closed_listener() {
+    let scene = Scene::new().await;
+    let _daemon = scene.daemon("").await;
+    scene.succeeds("ADD", &scene.a, json!({})).await;
+    scene.succeeds("CHECK", &scene.a, json!({})).await;
+    tool(&scene.a, "ss", &["-K", "state", "listening", "sport", "=", ":15008"]).await.ok();
+    let (code, text) = scene.fails("CHECK", &scene.a, json!({})).await;
+    assert_eq!(code, 100);
+    assert!(text.contains("the listener for tunnels (proxy.hbone_port) is closed"), "{text}");
 }

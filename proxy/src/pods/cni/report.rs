@@ -1,0 +1,86 @@
+//! Reports whether pods can be added and are all covered: to readiness, and to `STATUS` of the
+//! plugin.
+
+use std::sync::{Mutex, PoisonError};
+
+use tokio::sync::watch;
+
+use crate::pods::source::SourceHealth;
+
+/// A condition of the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::pods::cni) enum Condition {
+    /// The plugin is in the network configuration. Without it new pods bypass the mesh.
+    Installed,
+    /// The facts about pods are known. Without them no pod can be added.
+    Facts,
+    /// The runtime has called the plugin for each pod. Others bypass the mesh.
+    AllAdded,
+}
+
+const CONDITIONS: usize = 3;
+
+/// The conditions of the node.
+#[derive(Debug)]
+pub(in crate::pods::cni) struct Report {
+    health: SourceHealth,
+    /// Why each condition is not met, in the order of [`Condition`].
+    problems: Mutex<[Option<String>; CONDITIONS]>,
+    not_ready: watch::Sender<Option<String>>,
+}
+
+impl Report {
+    /// A report of a daemon that starts: no condition is known to be met.
+    pub(in crate::pods::cni) fn new(health: SourceHealth) -> Self {
+        let starts = Some("the daemon starts".to_owned());
+        let problems = Mutex::new([starts.clone(), starts.clone(), None]);
+        Self { health, problems, not_ready: watch::Sender::new(starts) }
+    }
+
+    /// Sets why a condition is not met; `None` if it is.
+    pub(in crate::pods::cni) fn set(&self, condition: Condition, problem: Option<String>) {
+        // No code panics while it holds the lock.
+        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        let [installed, facts, all_added] = &mut *problems;
+        *match condition {
+            Condition::Installed => &mut *installed,
+            Condition::Facts => &mut *facts,
+            Condition::AllAdded => &mut *all_added,
+        } = problem;
+        // A pod that bypasses the mesh is no reason to add no further pods.
+        let cannot_add = installed.clone().or_else(|| facts.clone());
+        self.health.set_problem(cannot_add.clone().or_else(|| all_added.clone()));
+        self.not_ready.send_replace(cannot_add);
+    }
+
+    /// Sets information that does not make the node unready.
+    pub(in crate::pods::cni) fn set_notice(&self, notice: Option<String>) {
+        self.health.set_notice(notice);
+    }
+
+    /// Why pods cannot be added now; `None` if they can.
+    pub(in crate::pods::cni) fn subscribe(&self) -> watch::Receiver<Option<String>> {
+        self.not_ready.subscribe()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn node_is_ready_once_all_conditions_are_met() {
+        let health = SourceHealth::default();
+        let report = Report::new(health.clone());
+        let not_ready = report.subscribe();
+        let is_ready = || (health.is_ready(), not_ready.borrow().is_none());
+        report.set(Condition::Installed, None);
+        assert_eq!(is_ready(), (false, false));
+        report.set(Condition::Facts, None);
+        assert_eq!(is_ready(), (true, true));
+        report.set(Condition::AllAdded, Some("shop/web".to_owned()));
+        assert_eq!(is_ready(), (false, true), "other pods can be added");
+        report.set(Condition::Installed, Some("no entry".to_owned()));
+        assert_eq!(not_ready.borrow().as_deref(), Some("no entry"));
+    }
+}

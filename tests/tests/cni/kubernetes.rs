@@ -1,0 +1,183 @@
+//! The daemon with facts from a scripted API server of Kubernetes.
+
+use serde_json::{Value, json};
+use underpass_tests::{Family, Pod, Proxy, Suite, until};
+
+use crate::api_server::ApiServer;
+use crate::scene::{Scene, has_rules};
+
+const MODE: &str = "istio.io/dataplane-mode";
+
+pub(crate) fn add_to(suite: &mut Suite) {
+    suite.test("labels at the API server enrol and remove a pod while it runs", labels);
+    suite.test("an addition waits for its pod at the API server, and fails closed", late_facts);
+    suite.test("facts stay while the API server is lost, and follow it afterwards", outages);
+    suite.test("a pod that the runtime did not add makes the node unready", unadded);
+}
+
+struct Cluster {
+    scene: Scene,
+    api: ApiServer,
+    daemon: Proxy,
+}
+
+impl Cluster {
+    /// A daemon whose API server has both pods.
+    async fn new(more: &str) -> Self {
+        let scene = Scene::new().await;
+        let api = ApiServer::start(&scene.node, &scene.pki);
+        for name in ["a", "b"] {
+            api.pod(name, |_| {});
+        }
+        let daemon = scene.daemon(&format!("{} {more}", api.settings())).await;
+        Self { scene, api, daemon }
+    }
+
+    async fn rules_are(&self, pod: &Pod, expected: bool) {
+        let what = format!("the rules of {} are there: {expected}", pod.name());
+        until(&what, async || has_rules(pod).await == expected).await;
+    }
+
+    async fn is_ready_with(&self, status: u16, text: &str) {
+        until(&format!("readiness says {text:?}"), async || {
+            let (found, body) = self.scene.readiness().await;
+            found == status && body.contains(text)
+        })
+        .await;
+    }
+}
+
+/// Sets a label of a pod.
+fn mode(mode: &'static str) -> impl FnOnce(&mut Value) {
+    move |pod| pod["metadata"]["labels"][MODE] = json!(mode)
+}
+
+async fn labels() {
+    let Cluster { scene, api, .. } = &mut Cluster::new("").await;
+    api.pod("b", mode("none"));
+    scene.succeeds("ADD", &scene.a, json!({})).await;
+    until("the label of b is known", async || {
+        scene.succeeds("ADD", &scene.b, json!({})).await;
+        !has_rules(&scene.b).await
+    })
+    .await;
+    assert!(scene.pods().await.contains("default/b uid-b exempt"), "{}", scene.pods().await);
+    scene.succeeds("CHECK", &scene.b, json!({})).await;
+    api.pod("b", |_| {});
+    until("b is enrolled", async || scene.pods().await.contains("default/b uid-b serving")).await;
+    scene.exchanged(Family::V4).await;
+    // The label of the namespace applies to pods without one of their own.
+    api.pod("a", mode("ambient"));
+    api.namespace("default", json!({MODE: "none"}));
+    until("b is left alone", async || !has_rules(&scene.b).await).await;
+    assert!(has_rules(&scene.a).await);
+    api.namespace("default", json!({}));
+    until("b is enrolled", async || scene.pods().await.contains("default/b uid-b serving")).await;
+    scene.exchanged(Family::V6).await;
+    // An annotation changes the rules of a pod that is served.
+    let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
+    api.pod("b", |pod| pod["metadata"]["annotations"][key] = json!("2222"));
+    until("the rules exclude the port", async || {
+        let rules = underpass_tests::tool(&scene.b, "nft", &["list", "ruleset"]).await;
+        rules.out.contains("2222")
+    })
+    .await;
+}
+
+async fn late_facts() {
+    let cluster = Cluster::new("").await;
+    let Cluster { scene, api, .. } = &cluster;
+    let late = scene.world.pod("late").await;
+    let result = json!({"prevResult": {"ips": [{"address": "192.0.2.1/24"}]}});
+    let (added, ()) = tokio::join!(scene.fails("ADD", &late, result.clone()), async {
+        cluster.is_ready_with(200, "ready").await;
+        api.pod("late", |pod| pod["metadata"]["name"] = json!("other"));
+    });
+    assert_eq!(added.0, 11);
+    assert!(
+        added.1.contains("is default/other at the API server, but default/late"),
+        "{}",
+        added.1
+    );
+    api.delete_pod("late");
+    api.pod("late", |pod| pod["spec"]["hostNetwork"] = json!(true));
+    until("the pod uses the network of the host", async || {
+        let (code, text) = scene.fails("ADD", &late, result.clone()).await;
+        code == 11 && text.contains("hostNetwork")
+    })
+    .await;
+    assert!(!has_rules(&late).await);
+    api.pod("a", |_| {});
+    scene.succeeds("ADD", &scene.a, json!({})).await;
+    cluster.rules_are(&scene.a, true).await;
+}
+
+async fn outages() {
+    let mut cluster = Cluster::new("").await;
+    {
+        let Cluster { scene, api, .. } = &cluster;
+        scene.succeeds("ADD", &scene.a, json!({})).await;
+        api.refuse(Some((403, "pods is forbidden: User \"x\" cannot list")));
+        cluster.is_ready_with(200, "cannot list").await;
+        // The facts that are known suffice.
+        scene.succeeds("ADD", &scene.b, json!({})).await;
+        scene.exchanged(Family::V4).await;
+    }
+    let denied = ["the API server denies the request", "list and watch pods and namespaces"];
+    cluster.daemon.line(&denied).await;
+    let Cluster { scene, api, .. } = &cluster;
+    // Missed while there was no watch, and the version is forgotten.
+    api.pod("b", mode("none"));
+    api.forget();
+    let (lists, _) = api.counts();
+    api.refuse(None);
+    cluster.rules_are(&scene.b, false).await;
+    assert!(api.counts().0 > lists, "the pods are listed again");
+    cluster.is_ready_with(200, "ready").await;
+    // Watches go on from a bookmark, without another list.
+    until("bookmarks arrive", async || {
+        api.pod("b", |_| {});
+        api.counts().1 > 2
+    })
+    .await;
+    cluster.rules_are(&scene.b, true).await;
+    let (lists, _) = api.counts();
+    api.disconnect();
+    api.pod("b", mode("none"));
+    cluster.rules_are(&scene.b, false).await;
+    assert_eq!(api.counts().0, lists, "the pods are not listed again");
+}
+
+async fn unadded() {
+    let cluster = Cluster::new("").await;
+    let Cluster { scene, api, .. } = &cluster;
+    let running = |pod: &mut Value| {
+        pod["status"] = json!({
+            "podIPs": [{"ip": "10.9.0.1"}], "containerStatuses": [{"state": {"running": {}}}],
+        });
+    };
+    scene.succeeds("ADD", &scene.a, json!({})).await;
+    for name in ["a", "b", "host"] {
+        api.pod(name, |pod| {
+            running(pod);
+            pod["spec"]["hostNetwork"] = json!(name == "host");
+        });
+    }
+    let text = "the runtime did not call the CNI plugin: default/b\n";
+    cluster.is_ready_with(503, text).await;
+    let pods = scene.pods().await;
+    assert!(pods.contains("default/b uid-b failed: the runtime did not call"), "{pods}");
+    let metrics = scene.metrics().await;
+    assert!(metrics.contains("\nunderpass_pods_without_plugin 1\n"), "{metrics}");
+    assert!(metrics.contains("\nunderpass_kubernetes_connected 1\n"), "{metrics}");
+    // Other pods can still be added.
+    scene.succeeds("STATUS", &scene.a, json!({})).await;
+    scene.succeeds("ADD", &scene.b, json!({})).await;
+    cluster.is_ready_with(200, "ready").await;
+    scene.exchanged(Family::V4).await;
+    scene.succeeds("DEL", &scene.b, json!({})).await;
+    cluster.is_ready_with(503, "default/b").await;
+    api.delete_pod("b");
+    cluster.is_ready_with(200, "ready").await;
+    assert!(!scene.pods().await.contains("uid-b"), "{}", scene.pods().await);
+}
