@@ -154,7 +154,7 @@ impl Hint for IssuerProblem {
                  (k8s:ns:NAMESPACE and k8s:sa:ACCOUNT)"
             }
             Self::NotDelegate(_) => {
-                "add the SPIFFE ID of this process to authorized_delegates in the agent's settings"
+                "add a registration entry for this process, and its SPIFFE ID to authorized_delegates of the agent"
             }
             Self::Lost | Self::ReplyTimeout(_) | Self::AgentTimeout(_) | Self::AgentClosed => {
                 return None;
