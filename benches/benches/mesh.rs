@@ -7,7 +7,10 @@
 //! * a cold load of one file, a load while the previous snapshot is held, and a load of a file with
 //!   required keys only;
 //! * the same mesh in 100 watched files, and the time from each change of one file to the new
-//!   snapshot. The wait for further changes is part of that time, but not of the CPU time.
+//!   snapshot. The wait for further changes is part of that time, but not of the CPU time;
+//! * the same mesh as the first state of a control plane, in one response;
+//! * 10,000 changes of one workload each, with a snapshot after every 100. That is ten snapshots a
+//!   second at 1,000 changes a second.
 //!
 //! The allocator reuses freed memory, so only the first row's memory is exact.
 
@@ -23,9 +26,15 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 use std::path::Path;
 
+use bytes::Bytes;
+use prost::Message as _;
 use tokio::time::Instant;
-use underpass_config::{FileWatcher, Mesh, MeshSource};
+use underpass_config::{
+    ControlPlane, DeltaResponse, FileWatcher, LocalWorkloads, Mesh, MeshSource, Node, Resource,
+    ResourceType, retire_mesh,
+};
 use underpass_interception::{Inotify, run_in_background};
+use underpass_tests::{field, number, resource, response};
 
 /// The number of files of the watched mesh.
 const FILES: u32 = 100;
@@ -33,6 +42,9 @@ const FILES: u32 = 100;
 const CHANGES: u32 = 5;
 /// The number of lookups per figure.
 const LOOKUPS: u32 = 1_000_000;
+/// The number of changes of a control plane, and of those in one snapshot.
+const DELTAS: u32 = 10_000;
+const DELTAS_PER_SNAPSHOT: u32 = 100;
 
 fn main() {
     let Some(arguments) = underpass_benches::bench_arguments() else { return };
@@ -63,6 +75,7 @@ fn main() {
     drop(first);
     drop(load("lean", || Mesh::from_file(&lean).expect("the mesh is right")));
     follow(&many);
+    follow_control_plane(workloads, services);
     fs::remove_dir_all(&folder).expect("it can be removed");
     look_up(&second, workloads, services);
     let began = Instant::now();
@@ -97,8 +110,91 @@ fn follow(folder: &Path) {
         mesh = load("one of them changed", || {
             runtime.block_on(source.changed()).expect("the mesh is right")
         });
-        runtime.block_on(source.retire(before));
+        runtime.block_on(retire_mesh(before, run_in_background));
     }
+}
+
+fn follow_control_plane(workloads: u32, services: u32) {
+    let kind = ResourceType::Address;
+    let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default());
+    // As the channel does: the messages share the memory of the encoded response.
+    let encoded: Bytes = {
+        let addresses = (0..workloads).map(|n| address_of_workload(n, services, "v1"));
+        let all = addresses.chain((0..services).map(address_of_service)).collect();
+        response(kind, all, &[]).encode_to_vec().into()
+    };
+    println!("| {:.1} MiB in a response | | | | |", mebibytes(encoded.len()));
+    let first = load("first state of a control plane", || {
+        let response = DeltaResponse::decode(encoded).expect("it was encoded");
+        let applied = plane.receive(response).expect("the protocol is kept");
+        assert!(applied.rejected.is_empty(), "{:?}", applied.rejected.first());
+        plane.snapshot()
+    });
+    assert_eq!(first.size().workloads, usize::try_from(workloads).expect("a number"));
+    let mut held = first;
+    let name = format!("{DELTAS} changes, {} snapshots", DELTAS / DELTAS_PER_SNAPSHOT);
+    load(&name, || {
+        for n in 0..DELTAS {
+            let changed = address_of_workload(scattered(n) % workloads, services, "v2");
+            let applied = plane.receive(response(kind, vec![changed], &[]));
+            assert!(applied.expect("the protocol is kept").rejected.is_empty());
+            if n % DELTAS_PER_SNAPSHOT == 0 {
+                held = plane.snapshot();
+            }
+        }
+    });
+    look_up(&held, workloads, services);
+}
+
+/// The workload of [`mesh`] as a resource.
+fn address_of_workload(n: u32, services: u32, revision: &str) -> Resource {
+    let service = n % services.max(1);
+    let namespace = format!("ns-{}", service % 500);
+    let app = format!("app-{service}");
+    let uid = format!("cluster1//Pod/{namespace}/app-{service}-{n}");
+    let port = |port, target| field(1, [number(1, port), number(2, target)].concat());
+    let ports = [port(80, 8080), port(443, 8443)].concat();
+    let key = format!("{namespace}/{}", hostname(service));
+    let locality = [field(1, format!("r{}", n % 3)), field(2, format!("z{}", n % 9))].concat();
+    let workload = [
+        field(1, format!("{app}-{n}")),
+        field(2, &namespace),
+        field(3, octets(10, n)),
+        number(5, 1),
+        field(7, format!("sa-{service}")),
+        field(9, format!("node-{}", n % 2000)),
+        field(10, &app),
+        field(11, revision),
+        field(13, &app),
+        field(18, "cluster1"),
+        field(20, &uid),
+        field(22, [field(1, key), field(2, ports)].concat()),
+        field(24, locality),
+    ];
+    resource(ResourceType::Address, &uid, field(1, workload.concat()))
+}
+
+/// The service of [`mesh`] as a resource.
+fn address_of_service(n: u32) -> Resource {
+    let namespace = format!("ns-{}", n % 500);
+    let port = |port, target| field(5, [number(1, port), number(2, target)].concat());
+    let service = [
+        field(1, format!("svc-{n}")),
+        field(2, &namespace),
+        field(3, hostname(n)),
+        field(4, field(2, octets(11, n))),
+        port(80, 8080),
+        port(443, 8443),
+        field(6, format!("spiffe://cluster.local/ns/{namespace}/sa/sa-{n}")),
+        number(11, 1),
+    ];
+    let name = format!("{namespace}/{}", hostname(n));
+    resource(ResourceType::Address, &name, field(2, service.concat()))
+}
+
+fn octets(net: u8, n: u32) -> [u8; 4] {
+    let [_, b, c, d] = n.to_be_bytes();
+    [net, b, c, d]
 }
 
 fn load<T>(name: &str, read: impl FnOnce() -> T) -> T {
@@ -142,8 +238,7 @@ fn scattered(n: u32) -> u32 {
 }
 
 fn address(net: u8, n: u32) -> IpAddr {
-    let [_, b, c, d] = n.to_be_bytes();
-    Ipv4Addr::new(net, b, c, d).into()
+    Ipv4Addr::from(octets(net, n)).into()
 }
 
 fn hostname(service: u32) -> String {

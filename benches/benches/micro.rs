@@ -357,7 +357,8 @@ fn policy(criterion: &mut Criterion) {
     criterion.bench_function("policy/five ask, none allows", |bencher| {
         bencher.iter(|| {
             let policies = mesh.policies(black_box("ns-1000"), None);
-            let mut allowing = policies.deciding(PolicyAction::Allow);
+            let mut allowing =
+                policies.layers().flat_map(|layer| layer.deciding(PolicyAction::Allow));
             black_box(allowing.any(|policy| policy.matches(&connection)))
         });
     });

@@ -15,7 +15,7 @@ use std::fmt::Write as _;
 use std::hint::black_box;
 
 use tokio::time::Instant;
-use underpass_config::{Connection, Mesh, PolicyAction, PolicySet, SpiffeId};
+use underpass_config::{Connection, Mesh, PolicyAction, PolicyLayers, SpiffeId};
 
 const NAMESPACES: usize = 1111;
 /// The policies per namespace. One more is mesh-wide.
@@ -35,7 +35,7 @@ fn main() {
     let mesh = Mesh::from_text("bench", &text).expect("a mesh file without mistakes");
     println!(
         "{} policies, {} MB of text, read in {} ms\n",
-        mesh.policy_count(),
+        mesh.size().policies,
         text.len() / 1_000_000,
         start.elapsed().as_millis()
     );
@@ -57,7 +57,8 @@ fn main() {
         near,
         |policies, connection| {
             let actions = [PolicyAction::Deny, PolicyAction::Allow];
-            let mut all = actions.into_iter().flat_map(|action| policies.dry_run(action));
+            let dry_run = |action| policies.layers().flat_map(move |layer| layer.dry_run(action));
+            let mut all = actions.into_iter().flat_map(dry_run);
             black_box(all.any(|policy| policy.matches(connection)));
         },
     );
@@ -71,12 +72,12 @@ fn identity(text: &str) -> SpiffeId {
 }
 
 /// Decides like `authorization::decide`, which is private to the proxy.
-fn decides(policies: PolicySet<'_>, connection: &Connection<'_>) {
-    let denied = policies.deciding(PolicyAction::Deny).any(|policy| policy.matches(connection));
-    let mut allowing = policies.deciding(PolicyAction::Allow).peekable();
-    black_box(
-        !denied && (allowing.peek().is_none() || allowing.any(|policy| policy.matches(connection))),
-    );
+fn decides(policies: PolicyLayers<'_>, connection: &Connection<'_>) {
+    black_box(policies.layers().all(|layer| {
+        let denied = layer.deciding(PolicyAction::Deny).any(|policy| policy.matches(connection));
+        let mut allowing = layer.deciding(PolicyAction::Allow).peekable();
+        !denied && (allowing.peek().is_none() || allowing.any(|policy| policy.matches(connection)))
+    }));
 }
 
 fn measure(
@@ -84,7 +85,7 @@ fn measure(
     mesh: &Mesh,
     identity: Option<&SpiffeId>,
     namespace: impl Fn(usize) -> String,
-    what: impl Fn(PolicySet<'_>, &Connection<'_>),
+    what: impl Fn(PolicyLayers<'_>, &Connection<'_>),
 ) {
     let connection = Connection {
         source: [192, 0, 2, 1].into(),

@@ -119,7 +119,7 @@ impl ClusterAccess {
             .map_err(|error| ConfigErrors::one(format!("{name}: cannot be read: {error}"), None))?;
         let root = read_text(&name, &text)?;
         let problems = Problems::default();
-        let folder = path.parent().unwrap_or(Path::new(""));
+        let folder = path.parent().unwrap_or_else(|| Path::new(""));
         let access = read(Cursor::root(&root, &problems), folder);
         problems.or_else(access)
     }

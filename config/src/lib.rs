@@ -15,6 +15,7 @@ mod settings;
 #[doc(hidden)]
 pub mod testing;
 mod watch;
+mod xds;
 mod yaml;
 
 pub use cluster::{ClusterAccess, ClusterCredential, ClusterDocument};
@@ -26,10 +27,10 @@ pub use ipnet::{IpNet, Ipv4Net};
 pub use mesh::{
     ApplicationTunnel, Background, Condition, Connection, Destination, Endpoint, Gateway,
     GatewayDestination, IpFamilies, Item, LoadBalancing, LoadBalancingMode, Locality, Match, Mesh,
-    MeshBuilder, MeshSource, Mistake, Name, NamespacedHostname, NetworkAddress, NetworkCidr,
-    NetworkMode, Policy, PolicyAction, PolicyScope, PolicySet, PortMap, Protocol, Rules, Scope,
-    Service, StringMatch, TunnelHeader, Values, Visibility, WeightedWaypoint, Workload,
-    WorkloadDraft, WorkloadType,
+    MeshBuilder, MeshSize, MeshSource, Mistake, Name, NamespacedHostname, NetworkAddress,
+    NetworkCidr, NetworkMode, Policy, PolicyAction, PolicyLayers, PolicyScope, PolicySet, PortMap,
+    Protocol, Rules, Scope, Service, StringMatch, TunnelHeader, Values, Visibility,
+    WeightedWaypoint, Workload, WorkloadDraft, WorkloadType, retire_mesh,
 };
 pub use pod::file::PodFile;
 pub use pod::folder::{PodDocument, PodFolder};
@@ -45,10 +46,26 @@ pub use settings::{
     Logging, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit,
     OutboundCapture, PacedConnections, PodSourceSettings, PortRange, PortRangeError, Profile,
     ProxySettings, SameNode, SeriesSettings, Settings, SpireApi, SpireSettings, TakeOver, Timeouts,
-    TrustSettings, TunnelSettings, WorkloadSettings,
+    TrustSettings, TunnelSettings, WorkloadSettings, XdsHeader, XdsSettings,
 };
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
 pub use watch::{FileWatch, FileWatcher, FolderFilesWatch};
+pub use xds::control_plane::{Applied, ControlPlane, LocalWorkloads};
+pub use xds::convert::Rejection;
+pub use xds::message::{
+    Any, DeltaRequest, DeltaResponse, Metadata, MetadataValue, Node, Resource, Status,
+};
+pub use xds::session::{ResourceType, SessionError};
 pub use yaml::document::Origin;
 pub use yaml::quote::Quoted;
 pub use yaml::read::parse_duration;
+
+/// Entry points for the fuzz targets in `fuzz/` only.
+#[cfg(feature = "fuzz")]
+pub mod fuzz {
+    /// Runs a script of a control plane against the client. Panics if the client differs from its
+    /// model.
+    pub fn xds_session(script: &[u8]) {
+        crate::xds::script::run(script);
+    }
+}

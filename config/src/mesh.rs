@@ -1,17 +1,27 @@
 //! The mesh: an immutable snapshot of workloads, services and policies, and the source of
 //! snapshots.
 //!
-//! A snapshot is built, checked and replaced as a whole, so its users see a consistent state. The
-//! proxy decides about routes and policies.
+//! A snapshot never changes, so its users see a consistent state. The next one shares all unchanged
+//! parts with it. The proxy decides about routes and policies.
+//!
+//! ```text
+//! mesh file ─▶ document.rs ─▶ builder.rs ┐
+//!                                        ├─▶ index.rs ─▶ Mesh
+//! control plane ─▶ xds/ ────▶ store.rs ──┘
+//! ```
 
 mod builder;
 mod document;
-mod names;
+mod index;
+mod list;
+pub(crate) mod names;
 mod network;
 mod policy;
 mod reader;
 mod service;
+pub(crate) mod shared;
 mod source;
+pub(crate) mod store;
 mod workload;
 
 use std::net::IpAddr;
@@ -21,21 +31,22 @@ use std::sync::Arc;
 pub use builder::{Item, MeshBuilder, Mistake, WorkloadDraft};
 pub use names::{Name, NamespacedHostname, NetworkAddress, NetworkCidr};
 pub use policy::{
-    Condition, Connection, Match, Policy, PolicyAction, PolicyScope, PolicySet, Rules, StringMatch,
-    Values,
+    Condition, Connection, Match, Policy, PolicyAction, PolicyLayers, PolicyScope, PolicySet,
+    Rules, StringMatch, Values,
 };
 pub use service::{
     Endpoint, IpFamilies, LoadBalancing, LoadBalancingMode, PortMap, Scope, Service, Visibility,
     WeightedWaypoint,
 };
-pub use source::{Background, MeshSource};
+pub use source::{Background, MeshSource, retire_mesh};
 pub use workload::{
     ApplicationTunnel, Gateway, GatewayDestination, Locality, NetworkMode, Protocol, TunnelHeader,
     Workload, WorkloadType,
 };
 
 use crate::error::ConfigErrors;
-use names::Map;
+use list::{List, SharedMap, items};
+use names::NamespacedName;
 use network::{Network, select_service};
 
 /// A destination with a name or address in the mesh.
@@ -47,24 +58,36 @@ pub enum Destination<'a> {
     Service(&'a Arc<Service>),
 }
 
-/// A snapshot of the mesh.
-#[derive(Debug, Default)]
+/// A snapshot of the mesh. A clone takes constant time.
+#[derive(Debug, Clone, Default)]
 pub struct Mesh {
-    networks: Map<Name, Network>,
-    hostnames: Map<Name, Vec<Arc<Service>>>,
-    workload_hostnames: Map<Name, Vec<Arc<Workload>>>,
+    networks: SharedMap<Name, Network>,
+    hostnames: SharedMap<Name, List<Service>>,
+    workload_hostnames: SharedMap<Name, List<Workload>>,
+    names: SharedMap<NamespacedName, List<Workload>>,
     policies: Policies,
-    workloads: Vec<Arc<Workload>>,
-    services: Vec<Arc<Service>>,
+    size: MeshSize,
+    /// The mesh of a file beside a control plane: consulted for what the control plane does not
+    /// know.
+    fallback: Option<Arc<Self>>,
 }
 
 /// The policies whose scope is global or a namespace.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Policies {
-    global: Box<[Arc<Policy>]>,
-    namespaces: Map<Name, Box<[Arc<Policy>]>>,
-    /// The number of all policies, including those that workloads reference.
-    count: usize,
+    global: List<Policy>,
+    namespaces: SharedMap<Name, List<Policy>>,
+}
+
+/// The numbers of items of a mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MeshSize {
+    /// Workloads.
+    pub workloads: usize,
+    /// Services.
+    pub services: usize,
+    /// Policies.
+    pub policies: usize,
 }
 
 impl Mesh {
@@ -85,21 +108,30 @@ impl Mesh {
         reader::from_text(name, text)
     }
 
+    /// This mesh, with `fallback` for every address and name that it does not know. A connection
+    /// must be allowed by the policies of both.
+    #[must_use]
+    pub fn with_fallback(&self, fallback: Option<Arc<Self>>) -> Self {
+        Self { fallback, ..self.clone() }
+    }
+
     /// The workload with this address in `network`; `None` if several share it.
     pub fn workload(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.networks.get(network)?.workload(address.to_canonical())
+        let address = address.to_canonical();
+        self.network_at(network, address)?.workload(address)
     }
 
     /// Whether at least one workload has this address in `network`.
     pub fn has_workload(&self, network: &str, address: IpAddr) -> bool {
-        let known = self.networks.get(network);
-        known.is_some_and(|known| known.has_workload(address.to_canonical()))
+        let address = address.to_canonical();
+        self.network_at(network, address).is_some_and(|known| known.has_workload(address))
     }
 
     /// Whether a workload with this address in `network` supports HBONE, even if several share the
-    /// address.
+    /// address, or the control plane's item for it was rejected.
     pub fn speaks_hbone(&self, network: &str, address: IpAddr) -> bool {
-        self.networks.get(network).is_some_and(|known| known.speaks_hbone(address.to_canonical()))
+        let address = address.to_canonical();
+        self.network_at(network, address).is_some_and(|known| known.speaks_hbone(address))
     }
 
     /// The service that this address in `network` denotes for a workload of `namespace`.
@@ -109,7 +141,8 @@ impl Mesh {
         address: IpAddr,
         namespace: &str,
     ) -> Option<&Arc<Service>> {
-        self.networks.get(network)?.service(address.to_canonical(), namespace)
+        let address = address.to_canonical();
+        self.network_at(network, address)?.service(address, namespace)
     }
 
     /// All services with this address in `network` or a range that contains it, regardless of
@@ -119,8 +152,16 @@ impl Mesh {
         network: &str,
         address: IpAddr,
     ) -> impl Iterator<Item = &Arc<Service>> {
-        let known = self.networks.get(network).into_iter();
-        known.flat_map(move |known| known.services_at(address.to_canonical()))
+        let address = address.to_canonical();
+        let known = self.network_at(network, address).into_iter();
+        known.flat_map(move |known| known.services_at(address))
+    }
+
+    /// The network with whatever has this address: this mesh's, otherwise the fallback's.
+    fn network_at(&self, network: &str, address: IpAddr) -> Option<&Network> {
+        let own = self.networks.get(network);
+        let Some(fallback) = &self.fallback else { return own };
+        own.filter(|own| own.knows(address)).or_else(|| fallback.network_at(network, address))
     }
 
     /// The service that this hostname denotes for a workload of `namespace`.
@@ -130,18 +171,30 @@ impl Mesh {
 
     /// All services with this hostname, regardless of visibility.
     pub fn services_named(&self, hostname: &str) -> &[Arc<Service>] {
-        self.hostnames.get(hostname).map(Vec::as_slice).unwrap_or_default()
+        match (items(&self.hostnames, hostname), &self.fallback) {
+            ([], Some(fallback)) => fallback.services_named(hostname),
+            (known, _) => known,
+        }
+    }
+
+    /// All workloads with this name.
+    pub fn workloads_named(&self, namespace: &str, name: &str) -> &[Arc<Workload>] {
+        match (items(&self.names, &(namespace, name)), &self.fallback) {
+            ([], Some(fallback)) => fallback.workloads_named(namespace, name),
+            (known, _) => known,
+        }
     }
 
     /// The service with this name, otherwise the workload with this hostname.
     pub fn named(&self, name: &NamespacedHostname) -> Option<Destination<'_>> {
-        let mut services = self.services_named(&name.hostname).iter();
+        let mut services = items(&self.hostnames, &name.hostname).iter();
         let service = services.find(|service| service.namespace == name.namespace);
-        service.map(Destination::Service).or_else(|| {
-            let workloads = self.workload_hostnames.get(&name.hostname)?;
-            let workload = workloads.iter().find(|workload| workload.namespace == name.namespace);
+        let known = service.map(Destination::Service).or_else(|| {
+            let mut workloads = items(&self.workload_hostnames, &name.hostname).iter();
+            let workload = workloads.find(|workload| workload.namespace == name.namespace);
             workload.map(Destination::Workload)
-        })
+        });
+        known.or_else(|| self.fallback.as_ref()?.named(name))
     }
 
     /// The policies for a workload of `namespace`, and those that `workload` references.
@@ -149,27 +202,49 @@ impl Mesh {
         &'a self,
         namespace: &str,
         workload: Option<&'a Workload>,
-    ) -> PolicySet<'a> {
-        let of_namespace = self.policies.namespaces.get(namespace);
-        PolicySet {
-            global: &self.policies.global,
-            namespace: of_namespace.map(|policies| &**policies).unwrap_or_default(),
-            workload: workload.map(|workload| &*workload.policies).unwrap_or_default(),
-        }
+    ) -> PolicyLayers<'a> {
+        let selecting = workload.map(|workload| &*workload.policies).unwrap_or_default();
+        let Some(fallback) = &self.fallback else {
+            return PolicyLayers([self.policies.of(namespace, selecting), PolicySet::default()]);
+        };
+        let own = workload.is_some_and(|workload| self.contains(workload));
+        let (selecting, of_fallback) =
+            if own { (selecting, &[][..]) } else { (&[][..], selecting) };
+        PolicyLayers([
+            self.policies.of(namespace, selecting),
+            fallback.policies.of(namespace, of_fallback),
+        ])
     }
 
-    /// All workloads.
-    pub fn workloads(&self) -> &[Arc<Workload>] {
-        &self.workloads
+    /// Whether this very workload is in this mesh, and not in its fallback.
+    fn contains(&self, workload: &Workload) -> bool {
+        let same_name = items(&self.names, &(&*workload.namespace, &*workload.name));
+        same_name.iter().any(|one| std::ptr::eq(&**one, workload))
     }
 
-    /// All services.
-    pub fn services(&self) -> &[Arc<Service>] {
-        &self.services
+    /// All workloads by uid, without those of the fallback.
+    pub fn workloads(&self) -> Vec<&Arc<Workload>> {
+        let mut all: Vec<_> = self.names.values().flat_map(|list| list.iter()).collect();
+        all.sort_by(|one, other| one.uid.cmp(&other.uid));
+        all
     }
 
-    /// The number of policies.
-    pub fn policy_count(&self) -> usize {
-        self.policies.count
+    /// All services by namespace and hostname, without those of the fallback.
+    pub fn services(&self) -> Vec<&Arc<Service>> {
+        let mut all: Vec<_> = self.hostnames.values().flat_map(|list| list.iter()).collect();
+        all.sort_by_key(|service| (&service.namespace, &service.hostname));
+        all
+    }
+
+    /// The numbers of items, without those of the fallback.
+    pub fn size(&self) -> MeshSize {
+        self.size
+    }
+}
+
+impl Policies {
+    fn of<'a>(&'a self, namespace: &str, workload: &'a [Arc<Policy>]) -> PolicySet<'a> {
+        let namespace = items(&self.namespaces, namespace);
+        PolicySet { global: &self.global, namespace, workload }
     }
 }

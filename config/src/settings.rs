@@ -15,6 +15,7 @@ mod node;
 pub(crate) mod resolve;
 mod same_node;
 pub(crate) mod show;
+mod xds;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -33,6 +34,7 @@ pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 pub use node::{CniInstallSettings, KubernetesWatch, NodeProbes, NodeSettings, PodSourceSettings};
 pub use same_node::SameNode;
+pub use xds::{XdsHeader, XdsSettings};
 
 use crate::identity::spiffe::{SpiffeId, TrustDomain};
 
@@ -58,6 +60,8 @@ pub struct Settings {
     /// The file or folder that describes the mesh: workloads, services and policies. `None` means
     /// that no other workload is known.
     pub mesh_file: Option<PathBuf>,
+    /// The control plane that serves the mesh. The file of `mesh_file` adds what it does not know.
+    pub xds: Option<XdsSettings>,
     /// The source of the proxy's certificate and trusted roots. `None` turns HBONE off in both
     /// directions.
     pub identity: Option<IdentitySettings>,

@@ -16,6 +16,7 @@
 
 mod ca;
 mod clock;
+mod control_plane;
 mod crypto;
 mod error;
 mod https;
@@ -32,6 +33,7 @@ mod tunnel;
 pub use ca::{
     CaServer, CaServerSettings, CertificateAuthority, CertificateRequest, IssuedCertificate, Serial,
 };
+pub use control_plane::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream};
 pub use error::{
     CredentialProblem, ExpectedPeer, Fault, HboneError, IssuerProblem, RequestProblem, SvidProblem,
 };

@@ -17,6 +17,7 @@
 //! * `demo`: the demonstration.
 
 mod admin;
+mod backoff;
 pub mod bench;
 mod cli;
 mod decide;

@@ -1,7 +1,6 @@
 //! The pods of a node daemon: their sources, facts, settings and enrolment.
 
 pub(crate) mod annotations;
-pub(crate) mod backoff;
 pub(crate) mod cni;
 pub(crate) mod directory;
 pub(crate) mod enrolment;

@@ -12,6 +12,7 @@ use underpass_interception::{
 };
 
 use crate::admin::endpoints::Readiness;
+use crate::mesh::feed::MeshFeed;
 use crate::mesh::publish::Publisher;
 use crate::node::Node;
 use crate::node::certificates::Certificates;
@@ -72,7 +73,7 @@ impl TestNode {
         let watcher = FileWatcher::new(Inotify::open);
         let (source, mesh) =
             MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
-        let publisher = Publisher::new(source, mesh, &settings.workload);
+        let publisher = Publisher::new(MeshFeed::File(Box::new(source)), mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter(settings)?.series);
         let node = Arc::new(Node::new(settings, workers, mesh, Gates::default(), series));
         let (supervisor, _failures) = Supervisor::new();

@@ -10,6 +10,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a harness fails a test by panicking")]
 
 mod binary;
+mod control_plane;
 mod counters;
 mod mesh;
 mod metrics;
@@ -26,6 +27,10 @@ mod tls;
 mod tools;
 
 pub use binary::binary;
+pub use control_plane::{
+    ControlPlaneEvent, ScriptedControlPlane, deny_port, field, hbone_workload, number, resource,
+    response,
+};
 pub use counters::Counters;
 pub use mesh::Mesh;
 pub use metrics::{Metrics, http_get};

@@ -137,16 +137,16 @@ impl TlsServer {
     }
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 
-fn chain(file: &Path) -> Vec<CertificateDer<'static>> {
+pub(crate) fn chain(file: &Path) -> Vec<CertificateDer<'static>> {
     let certificates = CertificateDer::pem_file_iter(file).or_fail("read a certificate");
     certificates.collect::<Result<_, _>>().or_fail("read a certificate")
 }
 
-fn key(file: &Path) -> PrivateKeyDer<'static> {
+pub(crate) fn key(file: &Path) -> PrivateKeyDer<'static> {
     PrivateKeyDer::from_pem_file(file).or_fail("read a key")
 }
 

@@ -106,8 +106,8 @@ fn crates_depend_only_on_allowed_crates() {
 fn third_party_crates_are_used_by_their_owners_only() {
     let owners: [(&[&str], &[&str]); 4] = [
         (&["saphyr-parser"], &["underpass-config"]),
-        // One crate uses prost for the CA's protocol, the other for the node agent's.
-        (&["prost"], &["underpass-hbone", "underpass"]),
+        // For the messages of control planes, of the CA, and of the node agent.
+        (&["prost"], &["underpass-config", "underpass-hbone", "underpass"]),
         (
             &[
                 "h2",

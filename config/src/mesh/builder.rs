@@ -4,12 +4,11 @@
 
 use std::sync::Arc;
 
+use super::Mesh;
 use super::names::{Map, Name, NamespacedHostname, Set};
-use super::network::Network;
 use super::policy::{Policy, PolicyScope};
 use super::service::{Endpoint, PortMap, Service};
 use super::workload::{Gateway, GatewayDestination, Workload};
-use super::{Mesh, Policies};
 
 /// A workload with unresolved references.
 #[derive(Debug)]
@@ -121,6 +120,9 @@ pub(super) fn build(parts: &[&MeshBuilder]) -> Result<Mesh, Vec<Mistake>> {
 #[derive(Default)]
 struct Build<'a> {
     mesh: Mesh,
+    /// The workloads and services of `mesh` in their order.
+    workloads: Vec<Arc<Workload>>,
+    services: Vec<Arc<Service>>,
     policies: Map<String, Arc<Policy>>,
     /// Indexes of services by namespace and hostname.
     names: Map<(&'a str, &'a str), usize>,
@@ -151,9 +153,11 @@ impl<'a> Build<'a> {
                 self.mistake(Item::Policy(index), "name", reason);
             }
         }
-        let namespaces = namespaces.into_iter().map(|(name, list)| (name, list.into())).collect();
-        let count = self.policies.len();
-        self.mesh.policies = Policies { global: global.into(), namespaces, count };
+        self.mesh.set_policies(None, global.into());
+        for (namespace, list) in namespaces {
+            self.mesh.set_policies(Some(&namespace), list.into());
+        }
+        self.mesh.set_policy_count(self.policies.len());
     }
 
     fn name_services(&mut self, parts: &[&'a MeshBuilder]) -> Vec<(&'a Service, Vec<Endpoint>)> {
@@ -169,16 +173,14 @@ impl<'a> Build<'a> {
     }
 
     fn workloads(&mut self, parts: &[&'a MeshBuilder], services: &mut [(&Service, Vec<Endpoint>)]) {
-        let count = parts.iter().map(|part| part.workloads.len()).sum();
-        self.mesh.workloads.reserve_exact(count);
-        self.uids.reserve(count);
         for (index, draft) in parts.iter().flat_map(|part| &part.workloads).enumerate() {
             let item = Item::Workload(index);
             self.name_workload(item, draft);
             let workload = self.selected_by(item, draft);
             self.endpoint(item, &workload, &draft.ports, services);
-            self.index_workload(item, &workload);
-            self.mesh.workloads.push(workload);
+            self.check_addresses(item, &workload);
+            self.workloads.push(workload.clone());
+            self.mesh.add_workload(&workload);
         }
     }
 
@@ -232,46 +234,24 @@ impl<'a> Build<'a> {
         }
     }
 
-    fn index_workload(&mut self, item: Item, workload: &Arc<Workload>) {
-        let network = self.network(&workload.network);
-        let taken: Vec<_> = workload
-            .addresses
-            .iter()
-            .filter_map(|address| Some((*address, network.add_workload(*address, workload).err()?)))
-            .collect();
-        for (address, other) in taken {
-            let reason = format!("{address} already belongs to {other}");
+    fn check_addresses(&mut self, item: Item, workload: &Arc<Workload>) {
+        let network = self.mesh.network(&workload.network);
+        let earlier = |at: usize| workload.addresses.get(..at).unwrap_or_default();
+        let taken = workload.addresses.iter().enumerate().filter_map(|(at, address)| {
+            let repeated = earlier(at).contains(address).then_some(workload);
+            let other = network.conflict(*address, workload).or(repeated)?;
+            Some(format!("{address} already belongs to {other}"))
+        });
+        for reason in taken.collect::<Vec<_>>() {
             self.mistake(item, "workloadIps", reason);
         }
-        if !workload.hostname.is_empty() {
-            let named = self.mesh.workload_hostnames.entry(workload.hostname.clone());
-            named.or_default().push(workload.clone());
-        }
-    }
-
-    fn network(&mut self, name: &Name) -> &mut Network {
-        self.mesh.networks.entry(name.clone()).or_default()
     }
 
     fn services(&mut self, services: Vec<(&Service, Vec<Endpoint>)>) {
-        for (service, mut endpoints) in services {
-            endpoints.sort_by(|one, other| service.order(&one.workload, &other.workload));
-            let mut capacity = 0;
-            for endpoint in &mut endpoints {
-                capacity += u64::from(endpoint.workload.capacity);
-                endpoint.capacity_through = capacity;
-            }
-            let endpoints = endpoints.into();
-            let service = Arc::new(Service { endpoints, ..service.clone() });
-            for vip in &service.vips {
-                self.network(&vip.network).add_vip(vip.address, &service);
-            }
-            for vip in &service.cidr_vips {
-                self.network(&vip.network).add_cidr_vip(vip.cidr, &service);
-            }
-            let named = self.mesh.hostnames.entry(service.hostname.clone());
-            named.or_default().push(service.clone());
-            self.mesh.services.push(service);
+        for (service, endpoints) in services {
+            let service = Arc::new(service.with_endpoints(endpoints));
+            self.mesh.add_service(&service);
+            self.services.push(service);
         }
     }
 
@@ -287,11 +267,11 @@ impl<'a> Build<'a> {
                 mistakes.push(Mistake { item, key, reason, hint: None });
             }
         };
-        for (index, workload) in self.mesh.workloads.iter().enumerate() {
+        for (index, workload) in self.workloads.iter().enumerate() {
             check(Item::Workload(index), "waypoint", workload.waypoint.as_deref());
             check(Item::Workload(index), "networkGateway", workload.network_gateway.as_deref());
         }
-        for (index, service) in self.mesh.services.iter().enumerate() {
+        for (index, service) in self.services.iter().enumerate() {
             check(Item::Service(index), "waypoint", service.waypoint.as_ref());
             for weighted in &service.weighted_waypoints {
                 check(Item::Service(index), "weightedWaypoints", Some(&weighted.gateway));

@@ -8,12 +8,11 @@
 mod gateway;
 mod policy;
 mod service;
-mod shared;
 mod workload;
 
 use std::sync::Arc;
 
-pub(super) use self::shared::Shared;
+use super::shared::Shared;
 use super::{Item, MeshBuilder, Mistake};
 use crate::error::{Problem, Reason};
 use crate::yaml::document::{Node, Origin, Part, Value, parts};

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use equivalent::Equivalent;
 use foldhash::fast::RandomState;
 use ipnet::IpNet;
 
@@ -14,6 +15,16 @@ use crate::cidr::canonical;
 
 /// An interned name: a namespace, a node, a network.
 pub type Name = Arc<str>;
+
+/// The namespace and the name of a workload. Hashed as a pair of strings, which look it up.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct NamespacedName(pub(super) Name, pub(super) Name);
+
+impl Equivalent<NamespacedName> for (&str, &str) {
+    fn equivalent(&self, NamespacedName(namespace, name): &NamespacedName) -> bool {
+        *self == (&**namespace, &**name)
+    }
+}
 
 /// A map with a fast hash function. Keys come from the control plane and not from peers, so hash
 /// collisions are no attack.

@@ -1,41 +1,35 @@
 //! Indexes the addresses of one network: workloads, virtual addresses of services, and their
 //! ranges.
 
-use std::collections::BTreeSet;
-use std::collections::hash_map::Entry;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::names::Map;
+use super::list::{List, SharedMap, add, items, remove};
 use super::service::Service;
 use super::workload::{NetworkMode, Protocol, Workload};
 
 /// The addresses of one network.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Network {
-    workloads: Map<IpAddr, AddressOwner>,
-    vips: Map<IpAddr, Vec<Arc<Service>>>,
-    cidr_vips: Map<IpNet, Vec<Arc<Service>>>,
-    /// The prefix lengths of the ranges; only these are looked up.
-    lengths: BTreeSet<u8>,
-}
-
-/// The workload at an address.
-#[derive(Debug)]
-struct AddressOwner {
-    workload: Arc<Workload>,
-    /// Whether several workloads share the address, which then identifies none of them.
-    shared: bool,
-    /// Whether any of these workloads supports HBONE.
-    hbone: bool,
+    workloads: SharedMap<IpAddr, List<Workload>>,
+    vips: SharedMap<IpAddr, List<Service>>,
+    cidr_vips: SharedMap<IpNet, List<Service>>,
+    /// The prefix lengths of the ranges with the number of ranges, longest first: only these are
+    /// looked up.
+    lengths: Vec<(u8, usize)>,
+    /// The number of rejected items at each address that has any.
+    withheld: SharedMap<IpAddr, usize>,
 }
 
 impl Network {
+    /// The workload of `address`: the newest one that has it exclusively, otherwise the only one.
     pub(super) fn workload(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        let owner = self.workloads.get(&address)?;
-        (!owner.shared).then_some(&owner.workload)
+        match items(&self.workloads, &address) {
+            [only] => Some(only),
+            several => several.iter().rfind(|one| one.network_mode == NetworkMode::Standard),
+        }
     }
 
     /// Whether at least one workload has this address.
@@ -43,9 +37,11 @@ impl Network {
         self.workloads.contains_key(&address)
     }
 
-    /// Whether a workload with this address supports HBONE.
+    /// Whether a workload with this address supports HBONE, or may: its last version was rejected.
     pub(super) fn speaks_hbone(&self, address: IpAddr) -> bool {
-        self.workloads.get(&address).is_some_and(|owner| owner.hbone)
+        let workloads = items(&self.workloads, &address);
+        workloads.iter().any(|workload| workload.protocol == Protocol::Hbone)
+            || self.withheld.contains_key(&address)
     }
 
     /// Whether a workload or service has this address.
@@ -53,26 +49,29 @@ impl Network {
         self.workloads.contains_key(&address) || self.services_at(address).next().is_some()
     }
 
+    /// Whether anything has this address, even if it was rejected.
+    pub(super) fn knows(&self, address: IpAddr) -> bool {
+        self.has_address(address) || self.withheld.contains_key(&address)
+    }
+
     /// The service at `address` for a workload of `namespace`: one with this address, otherwise one
     /// with a range that contains it. Services that the workload cannot see are ignored.
     pub(super) fn service(&self, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
-        let exact = self.vips.get(&address).map(Vec::as_slice).unwrap_or_default();
-        select_service(exact, namespace).or_else(|| self.service_around(address, namespace))
+        select_service(items(&self.vips, &address), namespace)
+            .or_else(|| self.service_around(address, namespace))
     }
 
     /// All services with `address` or a range that contains it, regardless of visibility.
     pub(super) fn services_at(&self, address: IpAddr) -> impl Iterator<Item = &Arc<Service>> {
-        let exact = self.vips.get(&address);
         let around = self.ranges_around(address).flatten();
-        exact.into_iter().flatten().chain(around)
+        items(&self.vips, &address).iter().chain(around)
     }
 
     /// The services of each range that contains `address`, longest prefix first.
-    fn ranges_around(&self, address: IpAddr) -> impl Iterator<Item = &Vec<Arc<Service>>> {
-        let longest_first = self.lengths.iter().rev();
-        longest_first.filter_map(move |length| {
+    fn ranges_around(&self, address: IpAddr) -> impl Iterator<Item = &[Arc<Service>]> {
+        self.lengths.iter().filter_map(move |(length, _)| {
             let around = IpNet::new(address, *length).ok()?.trunc();
-            self.cidr_vips.get(&around)
+            self.cidr_vips.get(&around).map(|services| &**services)
         })
     }
 
@@ -91,37 +90,75 @@ impl Network {
             .map(|(_, service)| service)
     }
 
-    /// Adds an address of a workload. If another workload has the address, and the two do not share
-    /// their node's address, returns that workload.
-    pub(super) fn add_workload(
-        &mut self,
-        address: IpAddr,
-        workload: &Arc<Workload>,
-    ) -> Result<(), Arc<Workload>> {
+    /// The workload that already has this address, unless it and `workload` share the address of
+    /// their node.
+    pub(super) fn conflict(&self, address: IpAddr, workload: &Workload) -> Option<&Arc<Workload>> {
         let on_node = |workload: &Workload| workload.network_mode == NetworkMode::HostNetwork;
-        let hbone = workload.protocol == Protocol::Hbone;
-        let owner = match self.workloads.entry(address) {
-            Entry::Vacant(free) => {
-                free.insert(AddressOwner { workload: workload.clone(), shared: false, hbone });
-                return Ok(());
-            }
-            Entry::Occupied(taken) => taken.into_mut(),
-        };
-        if !(on_node(&owner.workload) && on_node(workload)) {
-            return Err(owner.workload.clone());
-        }
-        owner.shared = true;
-        owner.hbone |= hbone;
-        Ok(())
+        items(&self.workloads, &address).iter().find(|owner| !(on_node(owner) && on_node(workload)))
+    }
+
+    pub(super) fn add_workload(&mut self, address: IpAddr, workload: &Arc<Workload>) {
+        add(&mut self.workloads, address, workload);
+    }
+
+    pub(super) fn remove_workload(&mut self, address: IpAddr, workload: &Arc<Workload>) {
+        remove(&mut self.workloads, &address, workload);
     }
 
     pub(super) fn add_vip(&mut self, address: IpAddr, service: &Arc<Service>) {
-        self.vips.entry(address).or_default().push(service.clone());
+        add(&mut self.vips, address, service);
+    }
+
+    pub(super) fn remove_vip(&mut self, address: IpAddr, service: &Arc<Service>) {
+        remove(&mut self.vips, &address, service);
     }
 
     pub(super) fn add_cidr_vip(&mut self, cidr: IpNet, service: &Arc<Service>) {
-        self.lengths.insert(cidr.prefix_len());
-        self.cidr_vips.entry(cidr).or_default().push(service.clone());
+        if !self.cidr_vips.contains_key(&cidr) {
+            self.count_length(cidr.prefix_len(), |ranges| ranges + 1);
+        }
+        add(&mut self.cidr_vips, cidr, service);
+    }
+
+    pub(super) fn remove_cidr_vip(&mut self, cidr: IpNet, service: &Arc<Service>) {
+        if !self.cidr_vips.contains_key(&cidr) {
+            return;
+        }
+        remove(&mut self.cidr_vips, &cidr, service);
+        if !self.cidr_vips.contains_key(&cidr) {
+            self.count_length(cidr.prefix_len(), |ranges| ranges - 1);
+        }
+    }
+
+    /// Changes the number of ranges with this prefix length.
+    fn count_length(&mut self, length: u8, change: impl FnOnce(usize) -> usize) {
+        match self.lengths.binary_search_by(|(known, _)| length.cmp(known)) {
+            Ok(at) => {
+                if let Some((_, ranges)) = self.lengths.get_mut(at) {
+                    *ranges = change(*ranges);
+                }
+                self.lengths.retain(|(_, ranges)| *ranges > 0);
+            }
+            Err(at) => self.lengths.insert(at, (length, change(0))),
+        }
+    }
+
+    /// Counts a rejected item at this address, which may support HBONE.
+    pub(super) fn withhold(&mut self, address: IpAddr) {
+        let rejected = self.withheld.get(&address).copied().unwrap_or_default();
+        self.withheld.insert(address, rejected + 1);
+    }
+
+    /// Forgets an item of [`withhold`](Self::withhold).
+    pub(super) fn release(&mut self, address: IpAddr) {
+        match self.withheld.get(&address).copied() {
+            Some(rejected @ 2..) => {
+                self.withheld.insert(address, rejected - 1);
+            }
+            _ => {
+                self.withheld.remove(&address);
+            }
+        }
     }
 }
 

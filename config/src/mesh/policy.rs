@@ -77,8 +77,34 @@ impl fmt::Display for Policy {
     }
 }
 
-/// The policies that apply to a workload.
-#[derive(Debug, Clone, Copy)]
+impl Policy {
+    /// The policy instead of one that is unknown or was rejected: it denies every connection, so
+    /// that nothing is allowed that the real policy might deny.
+    pub(crate) fn denying(namespace: Name, name: &str, scope: PolicyScope) -> Self {
+        let (action, rules) = (PolicyAction::Deny, Rules::from(vec![Vec::new()]));
+        Self { name: name.into(), namespace, scope, action, dry_run: false, rules }
+    }
+}
+
+/// The policies of a control plane and those of a mesh file beside it. A connection must be allowed
+/// by both, so that the file cannot widen what the control plane allows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PolicyLayers<'a>(pub(super) [PolicySet<'a>; 2]);
+
+impl<'a> PolicyLayers<'a> {
+    /// The layers. Each decides, and the first that denies is the reason.
+    pub fn layers(self) -> impl Iterator<Item = PolicySet<'a>> {
+        self.0.into_iter()
+    }
+
+    /// The policies of both layers.
+    pub fn iter(self) -> impl Iterator<Item = &'a Arc<Policy>> {
+        self.layers().flat_map(PolicySet::iter)
+    }
+}
+
+/// The policies of one layer that apply to a workload.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct PolicySet<'a> {
     pub(super) global: &'a [Arc<Policy>],
     pub(super) namespace: &'a [Arc<Policy>],

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::Mesh;
 use super::builder::build;
-use super::document::{Document, Shared, problem};
+use super::document::{Document, problem};
+use super::shared::Shared;
 use crate::error::{ConfigErrors, Problem};
 use crate::watch::files;
 use crate::watch::files::File;

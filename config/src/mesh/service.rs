@@ -207,6 +207,17 @@ impl Service {
         NamespacedHostname { namespace: self.namespace.clone(), hostname: self.hostname.clone() }
     }
 
+    /// This service with these endpoints.
+    pub(super) fn with_endpoints(&self, mut endpoints: Vec<Endpoint>) -> Self {
+        endpoints.sort_by(|one, other| self.order(&one.workload, &other.workload));
+        let mut capacity = 0;
+        for endpoint in &mut endpoints {
+            capacity += u64::from(endpoint.workload.capacity);
+            endpoint.capacity_through = capacity;
+        }
+        Self { endpoints: endpoints.into(), ..self.clone() }
+    }
+
     /// Whether workloads of `namespace` can see the service.
     pub fn visible_to(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || &*self.namespace == namespace

@@ -74,20 +74,17 @@ impl MeshSource {
             None => std::future::pending().await,
         }
     }
+}
 
-    /// Waits until a replaced snapshot is no longer used, and frees it in the background, because
-    /// freeing a large one would delay connections. Call it for each replaced snapshot.
-    pub fn retire(&self, mut replaced: Arc<Mesh>) -> impl Future<Output = ()> + Send + use<> {
-        let background = self.background;
-        async move {
-            loop {
-                match Arc::try_unwrap(replaced) {
-                    Ok(mesh) => return background(Box::new(move || drop(mesh))),
-                    Err(shared) => replaced = shared,
-                }
-                sleep(RETIRE_POLL_INTERVAL).await;
-            }
+/// Waits until a replaced snapshot is no longer used, and frees it in the background, because
+/// freeing a large one would delay connections. Call it for each replaced snapshot.
+pub async fn retire_mesh(mut replaced: Arc<Mesh>, background: Background) {
+    loop {
+        match Arc::try_unwrap(replaced) {
+            Ok(mesh) => return background(Box::new(move || drop(mesh))),
+            Err(shared) => replaced = shared,
         }
+        sleep(RETIRE_POLL_INTERVAL).await;
     }
 }
 

@@ -11,6 +11,7 @@ mod services;
 mod timeouts;
 mod tunnels;
 mod workload;
+mod xds;
 
 use std::path::Path;
 
@@ -21,6 +22,7 @@ use crate::yaml::read::Cursor;
 /// Every setting, in the order of `config show` and of docs/settings.md.
 const SETTINGS: &[&[&dyn Declared]] = &[
     workload::ALL,
+    xds::ALL,
     node::ALL,
     identity::ALL,
     interception::ALL,
@@ -33,7 +35,7 @@ const SETTINGS: &[&[&dyn Declared]] = &[
 ];
 
 /// Keys of planned features. They are rejected with that reason instead of as unknown.
-const UNIMPLEMENTED_KEYS: &[&str] = &["mesh.xds", "admin"];
+const UNIMPLEMENTED_KEYS: &[&str] = &["mesh.xds.on_demand", "admin"];
 
 /// Every setting.
 pub(crate) fn declared() -> impl Iterator<Item = &'static dyn Declared> {
@@ -56,6 +58,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let document = Document { root, files: Files { folder } };
     let workload = workload::workload(document);
     let mesh_file = workload::mesh_file(document);
+    let xds = workload.as_ref().and_then(|workload| xds::xds(document, workload));
     let identity = identity::identity(document);
     let own = workload.as_ref().map(|workload| &workload.trust_domain);
     let trust = identity::trust(document, own)?;
@@ -82,6 +85,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     Some(Settings {
         node,
         mesh_file,
+        xds,
         identity,
         trust,
         interception,

@@ -150,6 +150,18 @@ identity: {spire: {admin_socket: /run/spire/admin.sock}}
     const CNI: &str = r"
 node: {pods: {cni: /run/cni.sock}, cni_install: {net_dir: /net.d, bin_dir: /bin}}
 identity: {local_ca: /ca}
+mesh:
+  xds:
+    address: https://istiod.istio-system.svc:15012
+    server_name: istiod
+    roots: /istio/root-cert.pem
+    token: /var/run/secrets/tokens/istio-token
+    certificate: /c.pem
+    key: /c.key
+    cluster_id: east
+    headers: [x-revision=canary, 'a=b, c']
+    name: underpass-x
+    namespace: istio-system
 ";
     const DIRECTORY: &str =
         "node: {probes: translate, pods: {directory: /run/pods}}\nworkload: {network: east}";

@@ -50,6 +50,8 @@ pub(crate) struct Readiness {
     source: Arc<Mutex<SourceStatus>>,
     /// Whether the proxy's certificate has expired, so that every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
+    /// Whether the first state of the control plane has not arrived.
+    mesh_awaited: Arc<AtomicBool>,
 }
 
 /// The status of the source of a node's pods.
@@ -136,6 +138,12 @@ impl Readiness {
         self.out_of_descriptors.store(are_out, Relaxed);
     }
 
+    /// Sets whether the mesh of the control plane is known. An outage of the control plane does not
+    /// change that.
+    pub(crate) fn mesh_known(&self, is_known: bool) {
+        self.mesh_awaited.store(!is_known, Relaxed);
+    }
+
     pub(crate) fn certificate_expired(&self, has_expired: bool) {
         self.certificate_expired.store(has_expired, Relaxed);
     }
@@ -168,6 +176,9 @@ impl Readiness {
                 let expired = self.certificate_expired.load(Relaxed);
                 let certificate = expired.then_some(Cow::Borrowed("the certificate has expired"));
                 return self.source().problem.clone().or(certificate);
+            }
+            STARTING if self.mesh_awaited.load(Relaxed) => {
+                "waiting for the control plane (mesh.xds)"
             }
             STARTING => "starting",
             _ => "draining",

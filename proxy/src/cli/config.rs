@@ -3,17 +3,17 @@
 use std::borrow::Cow;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 use tokio::net::TcpStream;
 use underpass_config::{
-    ConfigErrors, Dns, Hint, IdentitySettings, Mesh, Problem, Profile, Protocol, Reference,
-    Settings, Workload, reference,
+    ConfigErrors, Dns, Hint, IdentitySettings, Mesh, MeshSize, Problem, Profile, Protocol,
+    Reference, Settings, reference,
 };
 use underpass_hbone::{
-    Credentials, Dial, FileSource, HboneError, Identity, IstioCa, LocalCaSource, Trust,
+    ControlPlaneClient, Credentials, Dial, FileSource, HboneError, Identity, IstioCa,
+    LocalCaSource, Trust,
 };
 use underpass_interception::Ports;
 
@@ -97,6 +97,7 @@ impl Check {
         self.settings(settings);
         self.identity = self.credentials(settings);
         self.mesh = self.mesh(settings);
+        self.control_plane(settings);
         if let Some(identity) = self.identity.clone() {
             self.identity(settings, &identity);
         }
@@ -110,8 +111,7 @@ impl Check {
         if !self.problems.is_empty() {
             return Ok(());
         }
-        let (workloads, services) = (self.mesh.workloads().len(), self.mesh.services().len());
-        let policies = self.mesh.policy_count();
+        let MeshSize { workloads, services, policies } = self.mesh.size();
         print(&format!(
             "ok; workloads: {workloads}, services: {services}, policies: {policies}\n"
         ))?;
@@ -140,9 +140,9 @@ impl Check {
             "problems": problems,
             "more_problems": self.more,
             "warnings": self.warnings,
-            "workloads": self.mesh.workloads().len(),
-            "services": self.mesh.services().len(),
-            "policies": self.mesh.policy_count(),
+            "workloads": self.mesh.size().workloads,
+            "services": self.mesh.size().services,
+            "policies": self.mesh.size().policies,
             "certificate": certificate,
         })
     }
@@ -165,6 +165,14 @@ impl Check {
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             let error = PodError::NoDnsProxy { port: Ports::of(settings).dns };
             self.problem("interception.dns", Some("capture".to_owned()), &error);
+        }
+    }
+
+    /// Checks the files of the control plane's client. It does not connect.
+    fn control_plane(&mut self, settings: &Settings) {
+        let Some(xds) = &settings.xds else { return };
+        if let Err(error) = ControlPlaneClient::new(xds.clone(), NoDialer) {
+            self.problem("mesh.xds", None, &error);
         }
     }
 
@@ -229,10 +237,7 @@ impl Check {
     /// Checks that the mesh file's entry of this workload agrees with the settings.
     fn own_workload(&mut self, settings: &Settings, mesh: &Mesh) {
         let own = &settings.workload;
-        let is_own = |workload: &&Arc<Workload>| {
-            *workload.name == *own.name && *workload.namespace == *own.namespace
-        };
-        let Some(workload) = mesh.workloads().iter().find(is_own) else {
+        let Some(workload) = mesh.workloads_named(&own.namespace, &own.name).first() else {
             self.warnings.push(format!(
                 "mesh.file: it has no workload {:?} of namespace {:?} (workload.name, workload.namespace): peers with the \
                  same file do not know this one",
@@ -290,7 +295,7 @@ fn in_words(duration: Duration) -> String {
     }
 }
 
-/// A dialer that never connects, because the check does not contact a CA.
+/// A dialer that never connects, because the check contacts no CA and no control plane.
 struct NoDialer;
 
 impl Dial for NoDialer {

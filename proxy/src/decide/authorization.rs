@@ -6,7 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use thiserror::Error;
-use underpass_config::{Connection, Policy, PolicyAction, PolicySet};
+use underpass_config::{Connection, Policy, PolicyAction, PolicyLayers, PolicySet};
 
 /// The reason why policies deny a connection.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -32,7 +32,14 @@ pub(crate) enum DryRun {
 
 /// Decides as Istio documents it (AuthorizationPolicy): a matching DENY policy denies; otherwise,
 /// if there are ALLOW policies, one must match. Dry-run policies are not enforced.
-pub(crate) fn decide(policies: PolicySet<'_>, connection: &Connection<'_>) -> Result<(), Denial> {
+pub(crate) fn decide(
+    policies: PolicyLayers<'_>,
+    connection: &Connection<'_>,
+) -> Result<(), Denial> {
+    policies.layers().try_for_each(|layer| decide_layer(layer, connection))
+}
+
+fn decide_layer(policies: PolicySet<'_>, connection: &Connection<'_>) -> Result<(), Denial> {
     if let Some(policy) = denying(policies, connection) {
         return Err(Denial::By(policy.clone()));
     }
@@ -45,7 +52,11 @@ pub(crate) fn decide(policies: PolicySet<'_>, connection: &Connection<'_>) -> Re
 
 /// The decisions of dry-run policies in ztunnel's order: ALLOW policies are skipped if an enforced
 /// policy denies.
-pub(crate) fn dry_run(policies: PolicySet<'_>, connection: &Connection<'_>) -> Vec<DryRun> {
+pub(crate) fn dry_run(policies: PolicyLayers<'_>, connection: &Connection<'_>) -> Vec<DryRun> {
+    policies.layers().flat_map(|layer| dry_run_of_layer(layer, connection)).collect()
+}
+
+fn dry_run_of_layer(policies: PolicySet<'_>, connection: &Connection<'_>) -> Vec<DryRun> {
     let matching = |action| {
         policies.dry_run(action).filter(|policy| policy.matches(connection)).map(Arc::clone)
     };

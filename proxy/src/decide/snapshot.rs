@@ -2,7 +2,7 @@
 //! entire snapshot.
 
 use std::net::IpAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use underpass_config::{Mesh, Workload, WorkloadSettings};
 
@@ -13,19 +13,11 @@ pub(crate) struct Snapshot {
     /// The first generation is 1.
     pub(crate) generation: u64,
     network: String,
-    /// The namespace, name and workload of the pod that the settings configure.
-    own: (String, String, Option<Arc<Workload>>),
-    /// All workloads by namespace and name. Computed on the first lookup of another pod, so never
-    /// in a process with one pod.
-    by_name: OnceLock<Box<[Arc<Workload>]>>,
 }
 
 impl Snapshot {
     pub(crate) fn new(mesh: Arc<Mesh>, own: &WorkloadSettings, generation: u64) -> Self {
-        let workload = best(mesh.workloads().iter().filter(|w| named(w) == key(own)), own).cloned();
-        let network = own.network.clone();
-        let own = (own.namespace.clone(), own.name.clone(), workload);
-        Self { mesh, generation, network, own, by_name: OnceLock::new() }
+        Self { mesh, generation, network: own.network.clone() }
     }
 
     /// The workload at an address of our network: a peer of the pod.
@@ -33,20 +25,10 @@ impl Snapshot {
         self.mesh.workload(&self.network, address)
     }
 
-    /// The workload with the namespace and the name of a pod.
+    /// The workload with the namespace and the name of a pod, preferably in the pod's network.
     pub(crate) fn named(&self, pod: &WorkloadSettings) -> Option<&Arc<Workload>> {
-        let (namespace, name, workload) = &self.own;
-        if *namespace == pod.namespace && *name == pod.name {
-            return workload.as_ref();
-        }
-        let all = self.by_name.get_or_init(|| {
-            let mut all = self.mesh.workloads().to_vec();
-            all.sort_by(|a, b| named(a).cmp(&named(b)));
-            all.into()
-        });
-        let first = all.partition_point(|workload| named(workload) < key(pod));
-        let from_first = all.get(first..).unwrap_or_default().iter();
-        best(from_first.take_while(|workload| named(workload) == key(pod)), pod)
+        let same_name = self.mesh.workloads_named(&pod.namespace, &pod.name).iter();
+        same_name.min_by_key(|workload| *workload.network != *pod.network)
     }
 
     /// The workload of a pod, by namespace and name. If the mesh has none, the workload at
@@ -54,45 +36,6 @@ impl Snapshot {
     pub(crate) fn local(&self, pod: &WorkloadSettings, address: IpAddr) -> Option<&Arc<Workload>> {
         self.named(pod).or_else(|| self.workload(address))
     }
-}
-
-/// The numbers of workloads, services and policies of a mesh.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct MeshSize {
-    pub(crate) workloads: usize,
-    pub(crate) services: usize,
-    pub(crate) policies: usize,
-}
-
-impl MeshSize {
-    pub(crate) fn new(mesh: &Mesh) -> Self {
-        Self {
-            workloads: mesh.workloads().len(),
-            services: mesh.services().len(),
-            policies: mesh.policy_count(),
-        }
-    }
-
-    pub(crate) fn log(self, event: &str) {
-        let Self { workloads, services, policies } = self;
-        tracing::info!(workloads, services, policies, "{event}");
-    }
-}
-
-fn named(workload: &Workload) -> (&str, &str) {
-    (&workload.namespace, &workload.name)
-}
-
-fn key(pod: &WorkloadSettings) -> (&str, &str) {
-    (&pod.namespace, &pod.name)
-}
-
-/// The workload in the pod's network, among those with its name.
-fn best<'a>(
-    several: impl Iterator<Item = &'a Arc<Workload>>,
-    pod: &WorkloadSettings,
-) -> Option<&'a Arc<Workload>> {
-    several.min_by_key(|workload| *workload.network != *pod.network)
 }
 
 #[cfg(test)]

@@ -13,12 +13,14 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use underpass_config::{Hint as _, Mesh, MeshSource, WorkloadSettings};
+use underpass_config::{Mesh, WorkloadSettings, retire_mesh};
 use underpass_hbone::log_panic;
+use underpass_interception::run_in_background;
 
 use self::ledger::{Ledger, Published};
-use crate::decide::snapshot::{MeshSize, Snapshot};
-use crate::observe::metrics;
+use super::feed::MeshFeed;
+use super::report::{log_refused, log_size};
+use crate::decide::snapshot::Snapshot;
 
 /// The reports of all workers.
 #[derive(Debug)]
@@ -69,16 +71,27 @@ pub(crate) fn reports(workers: usize) -> (Vec<Reporter>, Reports) {
 /// Publishes every generation of the mesh.
 #[derive(Debug)]
 pub(crate) struct Publisher {
-    source: MeshSource,
+    feed: MeshFeed,
     own: WorkloadSettings,
     current: watch::Sender<Arc<Snapshot>>,
 }
 
 impl Publisher {
-    pub(crate) fn new(source: MeshSource, first: Arc<Mesh>, own: &WorkloadSettings) -> Self {
-        MeshSize::new(&first).log("mesh loaded");
+    pub(crate) fn new(feed: MeshFeed, first: Arc<Mesh>, own: &WorkloadSettings) -> Self {
+        if matches!(feed, MeshFeed::File(_)) {
+            log_size(first.size(), "mesh loaded");
+        }
         let current = watch::Sender::new(Arc::new(Snapshot::new(first, own, 1)));
-        Self { source, own: own.clone(), current }
+        Self { feed, own: own.clone(), current }
+    }
+
+    /// Waits for the first state of a control plane, however long that takes. Call it before any
+    /// connection is accepted: no traffic is decided on an empty mesh.
+    pub(crate) async fn first_state(&mut self) {
+        if let Some(first) = self.feed.first().await {
+            log_size(first.size(), "mesh received");
+            self.current.send_replace(Arc::new(Snapshot::new(first, &self.own, 1)));
+        }
     }
 
     /// The current snapshot of the mesh, which workers apply.
@@ -91,21 +104,14 @@ impl Publisher {
         let mut ledger = Ledger::new(workers);
         {
             let first = self.current.borrow();
-            ledger.publish(Published::first(first.generation, MeshSize::new(&first.mesh)));
+            ledger.publish(Published::first(first.generation, first.mesh.size()));
         }
         loop {
             let complete = tokio::select! {
-                changed = self.source.changed() => {
+                changed = self.feed.changed() => {
                     match changed {
                         Ok(mesh) => self.publish(mesh, &mut ledger),
-                        Err(errors) => {
-                            metrics::mesh_refused();
-                            let hint = errors.hint();
-                            tracing::error!(
-                                hint = hint.as_deref(),
-                                "cannot read the mesh, the last valid one stays in effect: {errors}"
-                            );
-                        }
+                        Err(errors) => log_refused(&errors),
                     }
                     continue;
                 }
@@ -118,11 +124,12 @@ impl Publisher {
     /// Publishes a generation. The previous one may not be in force yet.
     fn publish(&self, mesh: Arc<Mesh>, ledger: &mut Ledger) {
         let generation = self.current.borrow().generation + 1;
-        let size = MeshSize::new(&mesh);
+        let size = mesh.size();
         ledger.publish(Published::change(generation, size, Instant::now()));
         let new = Arc::new(Snapshot::new(mesh, &self.own, generation));
         let old = self.current.send_replace(new).mesh.clone();
-        tokio::spawn(log_panic("release of an old mesh", self.source.retire(old)));
+        let released = retire_mesh(old, run_in_background);
+        tokio::spawn(log_panic("release of an old mesh", released));
     }
 }
 

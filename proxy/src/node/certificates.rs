@@ -233,5 +233,10 @@ fn reloaded_files(settings: &Settings) -> Vec<PathBuf> {
     files.extend(settings.trust.bundles.iter().map(|bundle| bundle.file.clone()));
     files.extend(settings.trust.crls.iter().cloned());
     files.extend(settings.mesh_file.clone());
+    if let Some(xds) = &settings.xds {
+        files.push(xds.roots.clone());
+        files.extend(xds.token.clone());
+        files.extend(xds.client.iter().flat_map(|(certificate, key)| [certificate, key]).cloned());
+    }
     files
 }

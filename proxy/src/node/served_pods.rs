@@ -103,6 +103,6 @@ mod tests {
         pods.add(&pod);
         let text = "workloads: [{name: server, workloadIps: [10.0.0.1]}]";
         let mesh = Mesh::from_text("mesh", text).unwrap();
-        assert!(pods.proven(&mesh.workloads()[0]).is_none());
+        assert!(pods.proven(mesh.workloads()[0]).is_none());
     }
 }

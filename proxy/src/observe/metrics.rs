@@ -13,13 +13,12 @@ use std::time::SystemTime;
 
 use metrics::{Gauge, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
-use underpass_config::{Profile, SeriesSettings, SpiffeId};
+use underpass_config::{MeshSize, Profile, SeriesSettings, SpiffeId};
 use underpass_interception::Backend;
 
 pub(crate) use self::known::KnownSeries;
 pub(crate) use self::registry::SeriesRegistry;
 pub(crate) use self::series::{Labels, Series};
-use crate::decide::snapshot::MeshSize;
 
 const PAUSES: &str = "underpass_accept_paused_total";
 const BUILD: &str = "istio_build";
@@ -44,6 +43,9 @@ const HANDSHAKES_REFUSED: &str = "underpass_handshakes_refused_total";
 const MESH_UPDATES: &str = "underpass_mesh_updates_total";
 const MESH_GENERATION: &str = "underpass_mesh_generation";
 const MESH_SIZE: &str = "underpass_mesh_size";
+const CONTROL_PLANE: &str = "underpass_control_plane_connected";
+const CONTROL_PLANE_LOST: &str = "underpass_control_plane_streams_ended_total";
+const CONTROL_PLANE_RESOURCES: &str = "underpass_control_plane_resources_total";
 const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
 const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const TERMINATED: &str = "underpass_connections_terminated_total";
@@ -121,6 +123,12 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     describe_counter!(MESH_UPDATES, "Changes of the mesh, by result.");
     describe_gauge!(MESH_GENERATION, "Generation of the mesh that every worker has applied.");
     describe_gauge!(MESH_SIZE, "Workloads, services and policies in the mesh.");
+    describe_gauge!(CONTROL_PLANE, "Whether the stream of the control plane is open.");
+    describe_counter!(CONTROL_PLANE_LOST, "Streams and attempts to open one that ended.");
+    describe_counter!(
+        CONTROL_PLANE_RESOURCES,
+        "Resources of the control plane, by type and result."
+    );
     describe_counter!(
         BUFFERS_REFUSED,
         "Buffers or pipes that busy connections did not get, by the exhausted resource."
@@ -270,6 +278,29 @@ pub(crate) fn mesh_superseded() {
 /// Counts connections that a change of the mesh has terminated.
 pub(crate) fn connections_terminated(connections: usize) {
     counter!(TERMINATED).increment(connections as u64);
+}
+
+/// Reports whether the stream of the control plane is open.
+pub(crate) fn control_plane_connected(is_open: bool) {
+    gauge!(CONTROL_PLANE).set(f64::from(u8::from(is_open)));
+}
+
+/// Counts a stream of the control plane that ended, or that was not opened.
+pub(crate) fn control_plane_lost() {
+    counter!(CONTROL_PLANE_LOST).increment(1);
+}
+
+/// Counts the resources of one response.
+pub(crate) fn control_plane_resources(
+    kind: &'static str,
+    set: usize,
+    removed: usize,
+    rejected: usize,
+) {
+    for (result, count) in [("set", set), ("removed", removed), ("rejected", rejected)] {
+        counter!(CONTROL_PLANE_RESOURCES, "type" => kind, "result" => result)
+            .increment(count as u64);
+    }
 }
 
 /// Counts a change of the mesh that could not be read.

@@ -20,8 +20,8 @@ use tokio::time::Instant;
 use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
+use crate::backoff;
 use crate::pods::annotations::ExemptReason;
-use crate::pods::backoff;
 use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, LeaveReason};
 use crate::pods::facts::PodFacts;
 use crate::pods::status::{PodState, PodStatus, Step};

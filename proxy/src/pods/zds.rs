@@ -22,7 +22,7 @@ use tokio::time::sleep;
 use underpass_config::{Hint, Quoted};
 use underpass_interception::SeqPacket;
 
-use crate::pods::backoff::Backoff;
+use crate::backoff::Backoff;
 use crate::pods::registry::PodRegistry;
 use crate::pods::source::{PodSource, SourceHealth, SourceRun};
 use crate::pods::zds::connection::{Connection, ConnectionError};

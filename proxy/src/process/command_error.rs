@@ -13,6 +13,7 @@ use underpass_hbone::HboneError;
 use underpass_interception::InterceptionError;
 
 use crate::demo::DemoError;
+use crate::mesh::feed::MeshFeedError;
 use crate::node::pod_error::PodError;
 use crate::pods::cni::install::InstallError;
 use crate::pods::source::SourceEnd;
@@ -61,6 +62,8 @@ pub(crate) enum CommandError {
     #[error(transparent)]
     Hbone(#[from] HboneError),
     #[error(transparent)]
+    Mesh(#[from] MeshFeedError),
+    #[error(transparent)]
     Demo(#[from] DemoError),
     #[error("cannot set up the process")]
     Start(#[source] io::Error),
@@ -93,6 +96,7 @@ impl CommandError {
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Self::Config(_)
+            | Self::Mesh(MeshFeedError::File(_))
             | Self::Mistakes(_)
             | Self::Pod(PodError::NoDnsProxy { .. })
             | Self::NoRules

@@ -13,15 +13,15 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use underpass_config::{
-    ClusterAccess, FileWatcher, KubernetesWatch, MeshSource, NodeProbes, PodSourceSettings,
-    Settings,
+    ClusterAccess, FileWatcher, KubernetesWatch, NodeProbes, PodSourceSettings, Settings,
 };
 use underpass_interception::{
     HostNamespaces, HostRules, Inotify, KeptCapabilities, Namespace, NamespaceAccess,
-    NamespaceThread, confine_thread, raise_open_files, run_in_background,
+    NamespaceThread, confine_thread, raise_open_files,
 };
 
 use crate::admin::endpoints::Readiness;
+use crate::mesh::feed::MeshFeed;
 use crate::mesh::publish::Publisher;
 use crate::node::certificates::Certificates;
 use crate::node::in_process::InProcess;
@@ -72,7 +72,8 @@ async fn run_phases(
     let mut stop = StopSignal::new(until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
     let watcher = FileWatcher::new(Inotify::open);
-    let (daemon, source) = Daemon::start(Arc::new(settings), &watcher, supervisor).await?;
+    let started = Daemon::start(Arc::new(settings), &watcher, supervisor, &mut stop).await?;
+    let Some((daemon, source)) = started else { return Ok(()) };
     let why = daemon.serve(source, &mut stop).await?;
     daemon.stop(why, &mut stop).await;
     Ok(())
@@ -142,7 +143,8 @@ impl Daemon {
         settings: Arc<Settings>,
         watcher: &FileWatcher,
         supervisor: Supervisor,
-    ) -> Result<(Self, Box<dyn PodSource>), CommandError> {
+        stop: &mut StopSignal,
+    ) -> Result<Option<(Self, Box<dyn PodSource>)>, CommandError> {
         let hosts = HostNamespaces::read()?;
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
@@ -151,9 +153,9 @@ impl Daemon {
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
         let identities =
             Certificates::identities(&settings, &access, &sockets, None, watcher, &supervisor)?;
-        let mesh_file = settings.mesh_file.as_deref();
-        let (mesh_source, mesh) = MeshSource::open(mesh_file, watcher, run_in_background)?;
-        let publisher = Publisher::new(mesh_source, mesh, &settings.workload);
+        let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
+        let (feed, mesh) = MeshFeed::open(&settings, watcher, dialer, &readiness, &supervisor)?;
+        let mut publisher = Publisher::new(feed, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let count = settings.proxy.workers.unwrap_or_else(available_cpus);
         let node = Node::new(&settings, count, mesh, gates.clone(), series);
@@ -162,6 +164,14 @@ impl Daemon {
         let _endpoints = Endpoints::serve(listeners, readiness.clone(), &exporter, &gates.accept);
         confine(&thread, &settings).await?;
         certificates::warn_if_unreadable(&settings);
+        // Without a pod there is no traffic to hold: pods are enrolled afterwards.
+        tokio::select! {
+            () = publisher.first_state() => {}
+            why = stop.wait() => {
+                tracing::info!(why, "stopped while waiting for the control plane");
+                return Ok(None);
+            }
+        }
         let (workers, threads, reports) =
             Workers::start(&node, count, &supervisor).map_err(CommandError::start)?;
         let enroller = NodeEnroller {
@@ -198,7 +208,7 @@ impl Daemon {
         }
         let daemon =
             Self { settings, node, registry, readiness, threads, tasks, probes, _endpoints };
-        Ok((daemon, pod_source))
+        Ok(Some((daemon, pod_source)))
     }
 
     /// Serves until a stop signal, and returns the signal's name.

@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod changes;
+mod control_plane;
 mod gateways;
 mod policies;
 mod services;
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     policies::add(&mut suite);
     changes::add(&mut suite);
     settings::add(&mut suite);
+    control_plane::add(&mut suite);
     suite.run()
 }
 

@@ -1,7 +1,7 @@
 //! Reads values that workloads and services share: gateways and port maps.
 
-use super::shared::Shared;
 use crate::mesh::names::Set;
+use crate::mesh::shared::Shared;
 use crate::mesh::{Gateway, GatewayDestination, NamespacedHostname, NetworkAddress, PortMap};
 use crate::yaml::read::{Cursor, parse_port};
 

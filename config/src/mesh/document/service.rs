@@ -1,11 +1,11 @@
 //! Reads the services of the mesh file.
 
 use super::gateway::{gateway, ports};
-use super::shared::Shared;
 use crate::cidr::canonical;
 use crate::error::Reason;
 use crate::identity::spiffe::SpiffeId;
 use crate::mesh::names::{Name, NetworkCidr};
+use crate::mesh::shared::Shared;
 use crate::mesh::{
     IpFamilies, LoadBalancing, LoadBalancingMode, NetworkAddress, Scope, Service, Visibility,
     WeightedWaypoint,

@@ -154,13 +154,15 @@ fn accepts_workloads_in_other_networks_or_without_address() {
     let address = "10.0.0.1".parse().unwrap();
     assert_eq!(&*mesh.workload("", address).unwrap().name, "gw");
     assert_eq!(&*mesh.workload("far", address).unwrap().name, "same");
-    let gateway = mesh.workloads()[1].network_gateway.as_deref().unwrap();
+    let of = |name| mesh.workloads_named("default", name).first().unwrap();
+    let gateway = of("far").network_gateway.as_deref().unwrap();
     assert_eq!(
         (gateway.destination.to_string().as_str(), gateway.hbone_port),
         ("/10.0.0.1", 15009)
     );
     let named = mesh.named(&"data/db.example.com".parse().unwrap());
-    assert_eq!(named, Some(Destination::Workload(&mesh.workloads()[2])));
+    let expected = &mesh.workloads_named("data", "named")[0];
+    assert_eq!(named, Some(Destination::Workload(expected)));
 }
 
 #[test]
@@ -187,7 +189,7 @@ services:
 ",
     )
     .unwrap();
-    let service = &mesh.services()[0];
+    let service = mesh.services()[0];
     let vips: Vec<_> = service.vips.iter().map(ToString::to_string).collect();
     assert_eq!(vips, ["/127.10.0.1", "remote/127.10.0.2", "/127.10.0.3"]);
     let ranges: Vec<_> = service.cidr_vips.iter().map(ToString::to_string).collect();
@@ -315,7 +317,7 @@ policies:
     assert!(service.canonical);
     assert_eq!(service.ports.iter().collect::<Vec<_>>(), [(80, 0), (443, 8443)]);
     assert_eq!(service.endpoints[0].ports.get(80), Some(8080));
-    assert!(mesh.policies("", None).global[0].dry_run);
+    assert!(mesh.policies("", None).iter().next().unwrap().dry_run);
 }
 
 #[test]
@@ -404,7 +406,7 @@ fn deduplicates_names_identities_and_localities() {
                 - {name: b, workloadIps: [10.0.0.2], node: n, locality: {region: r}, services: {default/s: {80: 1}}}\n\
                 services: [{hostname: s}]\n";
     let mesh = mesh(text).unwrap();
-    let [a, b] = mesh.workloads() else { panic!("two") };
+    let [a, b] = *mesh.workloads() else { panic!("two") };
     assert!(Arc::ptr_eq(&a.node, &b.node) && Arc::ptr_eq(&a.locality, &b.locality));
     assert!(std::ptr::eq(a.identity.principal(), b.identity.principal()));
     assert!(Arc::ptr_eq(&a.services[0].hostname, &mesh.services()[0].hostname));

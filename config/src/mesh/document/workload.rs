@@ -4,9 +4,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::gateway::{gateway, ports};
-use super::shared::Shared;
 use crate::identity::spiffe::{SpiffeError, SpiffeId};
 use crate::mesh::names::Name;
+use crate::mesh::shared::Shared;
 use crate::mesh::{
     ApplicationTunnel, Locality, NamespacedHostname, NetworkMode, PortMap, Protocol, TunnelHeader,
     Workload, WorkloadDraft, WorkloadType,

@@ -70,7 +70,7 @@ async fn documents_of_folder_form_one_mesh() {
     folder.write("mesh/notes.txt", "nonsense");
     folder.write("mesh/below/c.yaml", "nonsense");
     let mesh = next(&mut source).await.unwrap();
-    assert_eq!(mesh.services()[0].endpoints[0].workload, mesh.workloads()[0]);
+    assert_eq!(&mesh.services()[0].endpoints[0].workload, mesh.workloads()[0]);
     fs::remove_file(folder.path("mesh/b.json")).unwrap();
     let errors = next(&mut source).await.unwrap_err();
     let file = folder.path("mesh/a.yaml");
@@ -123,9 +123,8 @@ async fn unchanged_files_are_not_read_again() {
     folder.write("mesh/b.yaml", &workload("c", 2));
     let second = next(&mut source).await.unwrap();
     assert_eq!(names(&second), ["a", "c"]);
-    assert!(Arc::ptr_eq(&first.workloads()[0], &second.workloads()[0]));
-    // Unchanged documents are not read again either after other documents had mistakes, of their
-    // own or in combination.
+    assert!(Arc::ptr_eq(first.workloads()[0], second.workloads()[0]));
+    // Nor are they when others had mistakes in the meantime, alone or in the light of theirs.
     folder.write("mesh/b.yaml", "nonsense");
     next(&mut source).await.unwrap_err();
     folder.write("mesh/b.yaml", &workload("d", 1));
@@ -134,9 +133,9 @@ async fn unchanged_files_are_not_read_again() {
     fs::remove_file(folder.path("mesh/b.yaml")).unwrap();
     folder.write("mesh/0.yaml", &workload("d", 2));
     let third = next(&mut source).await.unwrap();
-    assert_eq!(names(&third), ["d", "a"]);
-    assert!(Arc::ptr_eq(&first.workloads()[0], &third.workloads()[1]));
-    // The same text in another file is another document.
+    assert_eq!(names(&third), ["a", "d"]);
+    assert!(Arc::ptr_eq(first.workloads()[0], third.workloads()[0]));
+    // The same text is another document once it is in another file.
     fs::remove_file(folder.path("mesh/0.yaml")).unwrap();
     folder.rename("mesh/a.yaml", "mesh/c.yaml");
     folder.write("mesh/d.yaml", &workload("a", 2));
@@ -164,7 +163,7 @@ async fn references_follow_changes_in_other_files() {
     let second = next(&mut source).await.unwrap();
     assert_eq!((action(&first), action(&second)), (PolicyAction::Allow, PolicyAction::Deny));
     let [endpoint] = &*second.services()[0].endpoints else { panic!("it has one") };
-    assert!(Arc::ptr_eq(&endpoint.workload, &second.workloads()[0]));
+    assert!(Arc::ptr_eq(&endpoint.workload, second.workloads()[0]));
     assert_eq!(endpoint.ports.get(80), Some(8080));
     folder.write("mesh/policies.yaml", "policies: []");
     let errors = next(&mut source).await.unwrap_err().to_string();
@@ -258,8 +257,7 @@ async fn failed_background_read_is_error_and_next_change_is_read() {
 async fn replaced_snapshot_is_freed_when_unused() {
     let mesh = Arc::new(Mesh::from_text("mesh", &workload("a", 1)).unwrap());
     let kept = mesh.workloads()[0].clone();
-    let (source, _) = MeshSource::open(None, &FileWatcher::default(), at_once).unwrap();
-    let retirement = tokio::spawn(source.retire(mesh.clone()));
+    let retirement = tokio::spawn(retire_mesh(mesh.clone(), at_once));
     sleep(RETIRE_POLL_INTERVAL * 2).await;
     assert!(!retirement.is_finished());
     drop(mesh);

@@ -192,7 +192,8 @@ fn load_reports_all_mistakes_at_once() {
 
 #[test]
 fn rejects_planned_keys_by_name() {
-    let file = "mesh: {xds: x}\nadmin: {address: x}\n";
+    let xds = "address: https://istiod:15012, roots: r, on_demand: true";
+    let file = &format!("mesh: {{xds: {{{xds}}}}}\nadmin: {{address: x}}\n");
     let found = mistakes(load(file, &[], &[]));
     let later: Vec<_> = found.iter().filter(|found| found.ends_with("not supported yet")).collect();
     assert_eq!(later.len(), 2, "{found:?}");

@@ -84,10 +84,11 @@ settings! {
         Fallback::Is(|| Cipher::ALL.to_vec()), |s| Some(s.trust.ciphers.clone());
 }
 
-const HTTPS: Kind<String> = Kind { name: "`https://HOST:PORT`", read: https_address, ..TEXT };
-const HOST: Kind<String> = Kind { name: "host name", read: server_name, ..TEXT };
+pub(super) const HTTPS: Kind<String> =
+    Kind { name: "`https://HOST:PORT`", read: https_address, ..TEXT };
+pub(super) const HOST: Kind<String> = Kind { name: "host name", read: server_name, ..TEXT };
 /// A header carries the value: only visible ASCII is portable (RFC 9110 section 5.5).
-const CLUSTER: Kind<String> = Kind { read: cluster_id, ..TEXT };
+pub(super) const CLUSTER: Kind<String> = Kind { read: cluster_id, ..TEXT };
 const SOCKET: Kind<PathBuf> = Kind { read: socket, ..PATH };
 const LIFETIME: Kind<Duration> = Kind { read: ttl, ..DURATION };
 const PATHS: Kind<Vec<PathBuf>> = Kind {

@@ -3,8 +3,6 @@
 //! Each request opens a connection: requests are rare, and an idle connection would need keepalive.
 //! `ca::server` is the server.
 
-pub(super) mod connection;
-
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::fmt;
@@ -26,12 +24,12 @@ use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 use underpass_config::{IstioCaSettings, Quoted, SpiffeId};
 
-use self::connection::{Connection, Endpoint};
 use super::{IdentitySource, NextIdentity, Priority, valid_now};
 use crate::ca::{
     CREATE_CERTIFICATE, IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse, read_token,
 };
 use crate::clock;
+use crate::control_plane::endpoint::{Connection, Endpoint};
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
 use crate::identity::Identity;
 use crate::identity::renewal::Schedule;
@@ -69,7 +67,7 @@ impl<D: Dial> IstioCa<D> {
     pub fn new(settings: IstioCaSettings, dial: D) -> Result<Self, HboneError> {
         let issuer = &settings.address;
         let problem = |what| HboneError::Issuer { issuer: issuer.clone(), what, source: None };
-        let endpoint = Endpoint::new(&settings).map_err(problem)?;
+        let endpoint = Endpoint::new(issuer, settings.server_name.as_deref()).map_err(problem)?;
         let cluster_id = settings.cluster_id.parse();
         let cluster_id = cluster_id.map_err(|_| problem(IssuerProblem::ClusterId))?;
         let (requests, queue) = (Arc::new(Budget::new(MAX_CONCURRENT_REQUESTS)), Queue::default());
@@ -94,7 +92,7 @@ impl<D: Dial> IstioCa<D> {
         request.metadata_mut().insert("authorization", token);
         request.metadata_mut().insert("clusterid", self.cluster_id.clone());
         let roots = self.endpoint.roots(&self.settings.roots)?;
-        let connection = timeout(CONNECT_TIMEOUT, self.endpoint.connect(&self.dial, roots))
+        let connection = timeout(CONNECT_TIMEOUT, self.endpoint.connect(&self.dial, roots, None))
             .await
             .map_err(|_| self.problem(IssuerProblem::ConnectTimeout(CONNECT_TIMEOUT)))??;
         let answer = timeout(REPLY_TIMEOUT, self.ask(connection, request))

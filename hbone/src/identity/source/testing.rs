@@ -13,10 +13,10 @@ use tonic::{Request, Status};
 use tonic_prost::ProstCodec;
 use underpass_config::IstioCaSettings;
 
-pub(crate) use super::istio_ca::connection::Connection;
-use super::istio_ca::connection::Endpoint;
 use crate::ca::server::tests::{NAME, TestCa};
 use crate::ca::{CREATE_CERTIFICATE, IstioCertificateRequest, IstioCertificateResponse};
+pub(crate) use crate::control_plane::endpoint::Connection;
+use crate::control_plane::endpoint::Endpoint;
 use crate::error::HboneError;
 use crate::pool::Dial;
 
@@ -74,9 +74,9 @@ pub(crate) async fn connect_with(
     dial: &impl Dial,
 ) -> Result<Connection, HboneError> {
     let settings = settings(served, server_name);
-    let endpoint = Endpoint::new(&settings).unwrap();
+    let endpoint = Endpoint::new(&settings.address, settings.server_name.as_deref()).unwrap();
     let roots = endpoint.roots(&settings.roots).unwrap();
-    endpoint.connect(dial, roots).await
+    endpoint.connect(dial, roots, None).await
 }
 
 /// Sends one request with this `authorization` header on a new connection.

@@ -191,7 +191,7 @@ fn scope(text: &str) -> Scope {
 
 /// The workload with this name.
 pub(super) fn named<'m>(mesh: &'m Mesh, name: &str) -> &'m Arc<Workload> {
-    mesh.workloads().iter().find(|workload| &*workload.name == name).unwrap()
+    mesh.workloads().into_iter().find(|workload| &*workload.name == name).unwrap()
 }
 
 /// The caller of a connection from `workload`.

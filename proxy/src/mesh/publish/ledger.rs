@@ -10,9 +10,10 @@
 use std::collections::VecDeque;
 
 use tokio::time::Instant;
+use underpass_config::MeshSize;
 
 use super::Report;
-use crate::decide::snapshot::MeshSize;
+use crate::mesh::report::log_size;
 use crate::observe::metrics;
 
 /// The generations that at least one worker has not applied yet.
@@ -121,7 +122,7 @@ impl Published {
         }
         metrics::mesh_applied(size, generation);
         if let Some(took) = took {
-            size.log("mesh changed");
+            log_size(size, "mesh changed");
             tracing::info!(generation, terminated, ?took, "the change of the mesh is in force");
         }
     }

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::task::Poll;
 
+use underpass_config::MeshSize;
+
 use super::*;
 use crate::decide::subject::{Decision, Subject};
 use crate::error::ProxyError;

@@ -12,8 +12,8 @@ use underpass_hbone::Dial;
 use super::api::{Api, KubernetesError};
 use super::reflector::{Change, Reflector, WATCH_SECONDS};
 use super::view::{ClusterView, Kind};
+use crate::backoff::Backoff;
 use crate::observe::metrics;
-use crate::pods::backoff::Backoff;
 
 /// The waits between failed requests.
 const FIRST_WAIT: Duration = Duration::from_millis(250);

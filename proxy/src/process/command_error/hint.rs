@@ -6,6 +6,7 @@ use underpass_config::Hint;
 
 use super::CommandError;
 use crate::demo::DemoError;
+use crate::mesh::feed::MeshFeedError;
 
 impl Hint for CommandError {
     fn hint(&self) -> Option<Cow<'static, str>> {
@@ -13,6 +14,8 @@ impl Hint for CommandError {
             Self::Config(errors) => return errors.hint(),
             Self::Interception(error) => return error.hint(),
             Self::Hbone(error) => return error.hint(),
+            Self::Mesh(MeshFeedError::File(errors)) => return errors.hint(),
+            Self::Mesh(MeshFeedError::ControlPlane(error)) => return error.hint(),
             Self::Pod(error) => return error.hint(),
             Self::TakeOver(error) => return error.hint(),
             Self::Instance(error) => return error.hint(),

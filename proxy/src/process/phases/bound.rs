@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use underpass_config::{FileWatcher, MeshSource, Settings, Sources};
-use underpass_interception::{
-    Inotify, Namespace, NamespaceAccess, NamespaceThread, run_in_background,
-};
+use underpass_config::{FileWatcher, Settings, Sources};
+use underpass_interception::{Inotify, Namespace, NamespaceAccess, NamespaceThread};
 
 use super::endpoints::Endpoints;
 use super::guarded::{Guarded, lease};
 use super::{Core, workers};
 use crate::admin::endpoints::Readiness;
+use crate::mesh::feed::MeshFeed;
 use crate::mesh::publish::Publisher;
 use crate::node::certificates::Certificates;
 use crate::node::identities::CredentialLease;
@@ -25,6 +24,7 @@ use crate::process::reload::Reload;
 use crate::process::supervise::Supervisor;
 use crate::process::take_over::{ReceivedSockets, TakeoverClient, TakeoverServer};
 use crate::rules::health::RulesHealth;
+use crate::traffic::dial::PlainDialer;
 use crate::traffic::listeners::Listeners;
 
 /// The process with its sockets bound. Dropping it leaves no trace.
@@ -72,9 +72,9 @@ impl Bound {
             &watcher,
             &supervisor,
         )?;
-        let (source, mesh) =
-            MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
-        let publisher = Publisher::new(source, mesh, &settings.workload);
+        let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
+        let (feed, mesh) = MeshFeed::open(&settings, &watcher, dialer, &readiness, &supervisor)?;
+        let publisher = Publisher::new(feed, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let node = Node::new(&settings, workers(&settings), mesh, gates.clone(), series);
         let (node, identities) = (Arc::new(node), identities.map(Arc::new));

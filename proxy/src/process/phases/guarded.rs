@@ -73,6 +73,13 @@ impl Guarded {
                 }
             };
         }
+        tokio::select! {
+            () = self.publisher.first_state() => {}
+            why = stop.wait() => {
+                tracing::info!(why, "stopped while waiting for the control plane");
+                return Ok(None);
+            }
+        }
         if let Some(client) = &self.client {
             client.accept().await?;
             node.gates.accept.open();

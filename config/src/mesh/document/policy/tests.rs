@@ -31,7 +31,7 @@ policies:
     };
     assert_eq!(names("shop"), ["root/everywhere", "shop/here"]);
     assert_eq!(names("bank"), ["root/everywhere"]);
-    assert_eq!(mesh.policy_count(), 3);
+    assert_eq!(mesh.size().policies, 3);
     let here = mesh.policies("shop", None).iter().nth(1).unwrap();
     assert_eq!((here.scope, here.action), (PolicyScope::Namespace, PolicyAction::Allow));
     assert!(here.dry_run);

@@ -1,5 +1,5 @@
-//! One HTTP/2 connection over TLS to the CA. The server proves its name by its certificate; the
-//! client authenticates by a token in each request.
+//! One HTTP/2 connection over TLS to a control plane. The server proves its name by its
+//! certificate; the client authenticates by a token in each request, or by a certificate.
 //!
 //! [`Dial`] opens the socket; the caller sets deadlines.
 
@@ -8,20 +8,22 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use http::uri::{Scheme, Uri};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{self, SendRequest};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::{ClientConfig, RootCertStore};
-use rustls_pki_types::ServerName;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::TlsConnector;
 use tonic::body::Body;
 use tower_service::Service;
-use underpass_config::{Cipher, IstioCaSettings};
+use underpass_config::Cipher;
 
 use crate::crypto::provider;
-use crate::error::{HboneError, IssuerProblem};
+use crate::error::{CredentialProblem, HboneError, IssuerProblem};
 use crate::pool::{Dial, dial_host};
 use crate::task::log_panic;
 use crate::tls;
@@ -29,8 +31,16 @@ use crate::trust::bundle::Bundle;
 use crate::tunnel::io::Io;
 
 const HTTPS_PORT: u16 = 443;
+/// A control plane that does not answer a PING sent after this idle time is gone.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Flow-control windows of a connection: the first state of a large mesh has tens of MiB.
+const WINDOW: u32 = 4 << 20;
 
-/// The address of the CA, and the name in its certificate.
+/// The PEM files of a client's certificate chain and key, which authenticate it besides a token.
+pub(crate) type ClientCertificate<'a> = (&'a Path, &'a Path);
+
+/// The address of a control plane, and the name in its certificate.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     origin: Uri,
@@ -40,16 +50,16 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    pub(crate) fn new(settings: &IstioCaSettings) -> Result<Self, IssuerProblem> {
-        let origin: Uri = settings.address.parse().map_err(|_| IssuerProblem::Address)?;
+    pub(crate) fn new(address: &str, server_name: Option<&str>) -> Result<Self, IssuerProblem> {
+        let origin: Uri = address.parse().map_err(|_| IssuerProblem::Address)?;
         let is_root = matches!(origin.path(), "" | "/") && origin.query().is_none();
         let host = origin.host().filter(|_| origin.scheme() == Some(&Scheme::HTTPS) && is_root);
         let host = host.ok_or(IssuerProblem::Address)?;
         let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
         let port = origin.port_u16().unwrap_or(HTTPS_PORT);
-        let name = settings.server_name.as_ref().unwrap_or(&host);
-        let server_name = ServerName::try_from(name.clone())
-            .map_err(|_| IssuerProblem::ServerName(name.clone()))?;
+        let name = server_name.unwrap_or(&host).to_owned();
+        let server_name = ServerName::try_from(name.clone());
+        let server_name = server_name.map_err(|_| IssuerProblem::ServerName(name))?;
         Ok(Self { origin, host, port, server_name })
     }
 
@@ -57,7 +67,7 @@ impl Endpoint {
         &self.origin
     }
 
-    /// Reads the roots that verify the CA's certificate.
+    /// Reads the roots that verify the server's certificate.
     pub(crate) fn roots(&self, file: &Path) -> Result<Arc<RootCertStore>, HboneError> {
         let pem = std::fs::read(file).map_err(|error| HboneError::file(file, error))?;
         Ok(Bundle::from_pem(file, &pem)?.roots())
@@ -68,31 +78,50 @@ impl Endpoint {
         &self,
         dial: &impl Dial,
         roots: Arc<RootCertStore>,
+        client: Option<ClientCertificate<'_>>,
     ) -> Result<Connection, HboneError> {
+        let client = client.map(read_client).transpose()?;
         let io = dial_host(dial, &self.host, self.port).await;
         let io = io.map_err(|error| self.problem(IssuerProblem::Connect, error))?;
-        self.handshake(Box::new(io), roots)
+        self.handshake(Box::new(io), roots, client)
             .await
             .map_err(|error| self.problem(handshake_problem(&error), error))
     }
 
-    async fn handshake(&self, io: Io, roots: Arc<RootCertStore>) -> io::Result<Connection> {
-        let mut config = ClientConfig::builder_with_provider(provider(&Cipher::ALL))
+    async fn handshake(
+        &self,
+        io: Io,
+        roots: Arc<RootCertStore>,
+        client: Option<ClientKey>,
+    ) -> io::Result<Connection> {
+        let config = ClientConfig::builder_with_provider(provider(&Cipher::ALL))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(io::Error::other)?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
+            .with_root_certificates(roots);
+        let mut config = match client {
+            Some((chain, key)) => {
+                config.with_client_auth_cert(chain, key).map_err(io::Error::other)?
+            }
+            None => config.with_no_client_auth(),
+        };
         config.alpn_protocols = vec![tls::ALPN.to_vec()];
         let connector = TlsConnector::from(Arc::new(config));
         let stream = connector.connect(self.server_name.clone(), io).await?;
         if stream.get_ref().1.alpn_protocol() != Some(tls::ALPN) {
             return Err(io::Error::other(rustls::Error::NoApplicationProtocol));
         }
-        let (requests, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+        let (requests, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .handshake(TokioIo::new(stream))
             .await
             .map_err(io::Error::other)?;
         // The request reports the connection's error, so the task ignores it.
-        tokio::spawn(log_panic("connection to the CA", connection));
+        tokio::spawn(log_panic("connection to the control plane", connection));
         Ok(Connection(requests))
     }
 
@@ -120,8 +149,23 @@ impl Service<http::Request<Body>> for Connection {
     }
 }
 
-/// Explains a failed handshake. A proxy in front of the CA may accept a connection before its
-/// policy refuses it.
+pub(super) type ClientKey = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+pub(super) fn read_client(
+    (certificate, key): ClientCertificate<'_>,
+) -> Result<ClientKey, HboneError> {
+    let pem = |file: &Path| std::fs::read(file).map_err(|error| HboneError::file(file, error));
+    let problem =
+        |file: &Path, what: String| HboneError::credential(file, CredentialProblem::Pem(what));
+    let chain = CertificateDer::pem_slice_iter(&pem(certificate)?)
+        .collect::<Result<_, _>>()
+        .map_err(|error| problem(certificate, error.to_string()))?;
+    let private = PrivateKeyDer::from_pem_slice(&pem(key)?);
+    Ok((chain, private.map_err(|error| problem(key, error.to_string()))?))
+}
+
+/// Explains a failed handshake. A proxy in front of the control plane may accept a connection
+/// before its policy refuses it.
 fn handshake_problem(error: &io::Error) -> IssuerProblem {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     match error.kind() {

@@ -2,23 +2,24 @@
 
 use std::sync::Arc;
 
+use super::names::{Interned, Map, Name, Names, Set};
+use super::service::PortMap;
+use super::workload::{Gateway, Locality};
 use crate::identity::spiffe::{SpiffeError, SpiffeId, TrustDomain};
-use crate::mesh::names::{Interned, Map, Name, Names, Set};
-use crate::mesh::{Gateway, Locality, PortMap};
 
 /// The values that several items of the mesh share, each allocated once.
 #[derive(Debug, Default)]
-pub(in crate::mesh) struct Shared {
-    pub(super) names: Names,
-    pub(super) localities: Interned<Locality>,
-    pub(super) gateways: Interned<Gateway>,
+pub(crate) struct Shared {
+    pub(crate) names: Names,
+    pub(crate) localities: Interned<Locality>,
+    pub(crate) gateways: Interned<Gateway>,
     ports: Set<PortMap>,
     identities: Map<[Name; 3], SpiffeId>,
 }
 
 impl Shared {
     /// Drops values without other references.
-    pub(in crate::mesh) fn drop_unused(&mut self) {
+    pub(crate) fn drop_unused(&mut self) {
         self.identities.retain(|_, identity| identity.is_shared());
         self.ports.retain(PortMap::is_shared);
         self.gateways.drop_unused();
@@ -27,11 +28,11 @@ impl Shared {
         self.names.drop_unused();
     }
 
-    pub(super) fn name(&mut self, text: &str) -> Name {
+    pub(crate) fn name(&mut self, text: &str) -> Name {
         self.names.shared(text)
     }
 
-    pub(super) fn ports(&mut self, ports: PortMap) -> PortMap {
+    pub(crate) fn ports(&mut self, ports: PortMap) -> PortMap {
         if let Some(known) = self.ports.get(&ports) {
             return known.clone();
         }
@@ -39,12 +40,12 @@ impl Shared {
         ports
     }
 
-    pub(super) fn gateway(&mut self, gateway: Gateway) -> Arc<Gateway> {
+    pub(crate) fn gateway(&mut self, gateway: Gateway) -> Arc<Gateway> {
         self.gateways.shared(gateway)
     }
 
     /// The identity that Istio derives from trust domain, namespace and service account.
-    pub(super) fn identity(&mut self, of: [Name; 3]) -> Result<SpiffeId, SpiffeError> {
+    pub(crate) fn identity(&mut self, of: [Name; 3]) -> Result<SpiffeId, SpiffeError> {
         if let Some(known) = self.identities.get(&of) {
             return Ok(known.clone());
         }

@@ -1,0 +1,91 @@
+//! Adds items to the indexes of a mesh, and removes them.
+//!
+//! An item is indexed as a whole under each of its addresses and names. Items never change: a new
+//! version is removed and added.
+
+use std::sync::Arc;
+
+use super::list::{List, add, remove};
+use super::names::{Name, NamespacedName, NetworkAddress};
+use super::network::Network;
+use super::policy::Policy;
+use super::service::Service;
+use super::workload::Workload;
+use super::{Mesh, MeshSize};
+
+impl Mesh {
+    pub(super) fn add_workload(&mut self, workload: &Arc<Workload>) {
+        let network = self.networks.entry(workload.network.clone()).or_default();
+        workload.addresses.iter().for_each(|address| network.add_workload(*address, workload));
+        if !workload.hostname.is_empty() {
+            add(&mut self.workload_hostnames, workload.hostname.clone(), workload);
+        }
+        add(&mut self.names, name(workload), workload);
+        self.size.workloads += 1;
+    }
+
+    pub(super) fn remove_workload(&mut self, workload: &Arc<Workload>) {
+        let network = self.networks.entry(workload.network.clone()).or_default();
+        workload.addresses.iter().for_each(|address| network.remove_workload(*address, workload));
+        if !workload.hostname.is_empty() {
+            remove(&mut self.workload_hostnames, &workload.hostname, workload);
+        }
+        remove(&mut self.names, &name(workload), workload);
+        self.size.workloads -= 1;
+    }
+
+    pub(super) fn add_service(&mut self, service: &Arc<Service>) {
+        for vip in &service.vips {
+            self.network(&vip.network).add_vip(vip.address, service);
+        }
+        for vip in &service.cidr_vips {
+            self.network(&vip.network).add_cidr_vip(vip.cidr, service);
+        }
+        add(&mut self.hostnames, service.hostname.clone(), service);
+        self.size.services += 1;
+    }
+
+    pub(super) fn remove_service(&mut self, service: &Arc<Service>) {
+        for vip in &service.vips {
+            self.network(&vip.network).remove_vip(vip.address, service);
+        }
+        for vip in &service.cidr_vips {
+            self.network(&vip.network).remove_cidr_vip(vip.cidr, service);
+        }
+        remove(&mut self.hostnames, &service.hostname, service);
+        self.size.services -= 1;
+    }
+
+    /// Replaces the policies of a namespace, or those of all namespaces for `None`.
+    pub(super) fn set_policies(&mut self, namespace: Option<&Name>, policies: List<Policy>) {
+        match namespace {
+            None => self.policies.global = policies,
+            Some(namespace) if policies.is_empty() => {
+                self.policies.namespaces.remove(namespace);
+            }
+            Some(namespace) => {
+                self.policies.namespaces.insert(namespace.clone(), policies);
+            }
+        }
+    }
+
+    pub(super) fn set_policy_count(&mut self, policies: usize) {
+        self.size = MeshSize { policies, ..self.size };
+    }
+
+    /// Counts a rejected item at each of these addresses, or forgets it.
+    pub(super) fn withhold(&mut self, addresses: &[NetworkAddress], withheld: bool) {
+        for NetworkAddress { network, address } in addresses {
+            let network = self.network(network);
+            if withheld { network.withhold(*address) } else { network.release(*address) }
+        }
+    }
+
+    pub(super) fn network(&mut self, name: &Name) -> &mut Network {
+        self.networks.entry(name.clone()).or_default()
+    }
+}
+
+fn name(workload: &Workload) -> NamespacedName {
+    NamespacedName(workload.namespace.clone(), workload.name.clone())
+}

@@ -1,0 +1,287 @@
+//! The items of a control plane, and the snapshot of them after each change.
+//!
+//! Items arrive in any order and refer to items that arrive later or never. A change marks what
+//! depends on it, and [`MeshStore::snapshot`] indexes that once: a service with many changed
+//! endpoints is indexed once per snapshot.
+//!
+//! ```text
+//! policy ── selects ──> workload ── is an endpoint of ──> service
+//! ```
+
+use std::sync::Arc;
+
+use super::Mesh;
+use super::builder::WorkloadDraft;
+use super::names::{Map, Name, NamespacedHostname, NetworkAddress, Set};
+use super::policy::{Policy, PolicyScope};
+use super::service::{Endpoint, PortMap, Service};
+use super::shared::Shared;
+use super::workload::Workload;
+
+/// The items of a control plane.
+#[derive(Debug, Default)]
+pub(crate) struct MeshStore {
+    shared: Shared,
+    workloads: Map<Name, WorkloadEntry>,
+    services: Map<NamespacedHostname, ServiceEntry>,
+    policies: Map<Name, Arc<Policy>>,
+    /// The uids of the workloads that refer to each service and each policy, known or not.
+    endpoints: Map<NamespacedHostname, Set<Name>>,
+    selected: Map<Name, Set<Name>>,
+    /// The addresses of rejected items by the name of the resource.
+    withheld: Map<Name, Box<[NetworkAddress]>>,
+    /// The items that changed since the last snapshot.
+    changed: Changed,
+    mesh: Mesh,
+}
+
+#[derive(Debug)]
+struct WorkloadEntry {
+    /// The workload without policies.
+    draft: Arc<Workload>,
+    /// The ports for each of its services.
+    ports: Box<[PortMap]>,
+    policies: Box<[Name]>,
+    /// The indexed version.
+    indexed: Option<Arc<Workload>>,
+}
+
+#[derive(Debug)]
+struct ServiceEntry {
+    /// The service without endpoints.
+    draft: Service,
+    /// The indexed version.
+    indexed: Option<Arc<Service>>,
+}
+
+#[derive(Debug, Default)]
+struct Changed {
+    workloads: Set<Name>,
+    services: Set<NamespacedHostname>,
+    /// The namespaces whose policies changed; `None` for those of all namespaces.
+    policies: Set<Option<Name>>,
+}
+
+impl MeshStore {
+    /// Interns values of new items.
+    pub(crate) fn shared(&mut self) -> &mut Shared {
+        &mut self.shared
+    }
+
+    /// Whether there is a workload with this uid.
+    pub(crate) fn has_workload(&self, uid: &str) -> bool {
+        self.workloads.contains_key(uid)
+    }
+
+    /// Whether there is a service with this name.
+    pub(crate) fn has_service(&self, key: &NamespacedHostname) -> bool {
+        self.services.contains_key(key)
+    }
+
+    /// Whether there is a policy with this name (`namespace/name`).
+    pub(crate) fn has_policy(&self, key: &str) -> bool {
+        self.policies.contains_key(key)
+    }
+
+    /// Adds or replaces the workload with its uid.
+    pub(crate) fn set_workload(&mut self, draft: WorkloadDraft) {
+        let WorkloadDraft { mut workload, services, policies } = draft;
+        let uid = workload.uid.clone();
+        self.release(&uid);
+        let indexed = self.unlink(&uid);
+        let (services, ports): (Vec<_>, Vec<_>) = services.into_iter().unzip();
+        for service in &services {
+            self.endpoints.entry(service.clone()).or_default().insert(uid.clone());
+        }
+        for policy in &policies {
+            self.selected.entry(policy.clone()).or_default().insert(uid.clone());
+        }
+        self.changed.services.extend(services.iter().cloned());
+        workload.services = services.into();
+        let (draft, ports, policies) = (Arc::new(workload), ports.into(), policies.into());
+        self.workloads.insert(uid.clone(), WorkloadEntry { draft, ports, policies, indexed });
+        self.changed.workloads.insert(uid);
+    }
+
+    /// Removes a workload. Returns false if there is none with this uid.
+    pub(crate) fn remove_workload(&mut self, uid: &str) -> bool {
+        self.release(uid);
+        let known = self.workloads.contains_key(uid);
+        if let Some(indexed) = self.unlink(uid) {
+            self.mesh.remove_workload(&indexed);
+        }
+        self.changed.workloads.remove(uid);
+        known
+    }
+
+    /// Removes the entry of a workload and the references from it. Returns its indexed version.
+    fn unlink(&mut self, uid: &str) -> Option<Arc<Workload>> {
+        let WorkloadEntry { draft, policies, indexed, .. } = self.workloads.remove(uid)?;
+        for service in &draft.services {
+            remove_reference(&mut self.endpoints, service, uid);
+        }
+        for policy in &policies {
+            remove_reference(&mut self.selected, policy, uid);
+        }
+        self.changed.services.extend(draft.services.iter().cloned());
+        indexed
+    }
+
+    /// Adds or replaces the service with its name.
+    pub(crate) fn set_service(&mut self, draft: Service) {
+        let key = draft.key();
+        self.release(&key.to_string());
+        let indexed = self.services.remove(&key).and_then(|entry| entry.indexed);
+        self.services.insert(key.clone(), ServiceEntry { draft, indexed });
+        self.changed.services.insert(key);
+    }
+
+    /// Removes a service. Returns false if there is none with this name.
+    pub(crate) fn remove_service(&mut self, key: &NamespacedHostname) -> bool {
+        self.release(&key.to_string());
+        let Some(entry) = self.services.remove(key) else { return false };
+        if let Some(indexed) = entry.indexed {
+            self.mesh.remove_service(&indexed);
+        }
+        true
+    }
+
+    /// Adds or replaces the policy with the name `key` (`namespace/name`).
+    pub(crate) fn set_policy(&mut self, key: Name, policy: Policy) {
+        let scope = policy_list(&policy);
+        let before = self.policies.insert(key.clone(), Arc::new(policy));
+        self.policy_changed(&key, [before.as_deref().and_then(policy_list), scope]);
+    }
+
+    /// Removes a policy. Returns false if there is none with this name.
+    pub(crate) fn remove_policy(&mut self, key: &str) -> bool {
+        let Some(policy) = self.policies.remove(key) else { return false };
+        self.policy_changed(key, [policy_list(&policy), None]);
+        true
+    }
+
+    fn policy_changed(&mut self, key: &str, lists: [Option<Option<Name>>; 2]) {
+        self.changed.policies.extend(lists.into_iter().flatten());
+        if let Some(selected) = self.selected.get(key) {
+            self.changed.workloads.extend(selected.iter().cloned());
+        }
+    }
+
+    /// Refuses plaintext to the addresses of a rejected resource without an accepted version: it
+    /// may have announced HBONE.
+    pub(crate) fn withhold(&mut self, resource: Name, addresses: Box<[NetworkAddress]>) {
+        self.release(&resource);
+        self.mesh.withhold(&addresses, true);
+        self.withheld.insert(resource, addresses);
+    }
+
+    fn release(&mut self, resource: &str) {
+        if let Some(addresses) = self.withheld.remove(resource) {
+            self.mesh.withhold(&addresses, false);
+        }
+    }
+
+    /// The mesh after all changes.
+    pub(crate) fn snapshot(&mut self) -> Mesh {
+        let Changed { workloads, services, policies } = std::mem::take(&mut self.changed);
+        for list in policies {
+            self.index_policies(list.as_ref());
+        }
+        self.mesh.set_policy_count(self.policies.len());
+        let mut services = services;
+        for uid in workloads {
+            self.index_workload(&uid, &mut services);
+        }
+        for key in services {
+            self.index_service(&key);
+        }
+        self.mesh.clone()
+    }
+
+    /// Drops interned values that no item uses any longer.
+    pub(crate) fn drop_unused(&mut self) {
+        self.shared.drop_unused();
+    }
+
+    fn index_policies(&mut self, namespace: Option<&Name>) {
+        let list = Some(namespace.cloned());
+        let mut policies: Vec<_> =
+            self.policies.values().filter(|policy| policy_list(policy) == list).cloned().collect();
+        policies.sort_by(|one, other| one.name.cmp(&other.name));
+        self.mesh.set_policies(namespace, policies.into());
+    }
+
+    fn index_workload(&mut self, uid: &Name, changed: &mut Set<NamespacedHostname>) {
+        let Self { workloads, policies, mesh, .. } = self;
+        let Some(entry) = workloads.get_mut(uid) else { return };
+        let selecting = entry.policies.iter().map(|key| match policies.get(key) {
+            Some(policy) => policy.clone(),
+            None => missing(key),
+        });
+        let workload = match &*entry.policies {
+            [] => entry.draft.clone(),
+            _ => Arc::new(Workload { policies: selecting.collect(), ..(*entry.draft).clone() }),
+        };
+        if let Some(before) = entry.indexed.replace(workload.clone()) {
+            mesh.remove_workload(&before);
+        }
+        mesh.add_workload(&workload);
+        changed.extend(workload.services.iter().cloned());
+    }
+
+    fn index_service(&mut self, key: &NamespacedHostname) {
+        let endpoints = self.endpoints_of(key);
+        let Some(entry) = self.services.get_mut(key) else { return };
+        let accepts = |endpoint: &Endpoint| {
+            endpoint.workload.healthy || entry.draft.load_balancing.allow_unhealthy
+        };
+        let endpoints = endpoints.into_iter().filter(accepts).collect();
+        let service = Arc::new(entry.draft.with_endpoints(endpoints));
+        if let Some(before) = entry.indexed.replace(service.clone()) {
+            self.mesh.remove_service(&before);
+        }
+        self.mesh.add_service(&service);
+    }
+
+    fn endpoints_of(&self, key: &NamespacedHostname) -> Vec<Endpoint> {
+        let uids = self.endpoints.get(key).into_iter().flatten();
+        let endpoint = |uid: &Name| {
+            let WorkloadEntry { ports, indexed, .. } = self.workloads.get(uid)?;
+            let workload = indexed.clone()?;
+            let at = workload.services.iter().position(|service| service == key)?;
+            let ports = ports.get(at)?.clone();
+            Some(Endpoint { workload, ports, capacity_through: 0 })
+        };
+        uids.filter_map(endpoint).collect()
+    }
+}
+
+/// The list that a policy is in: that of its namespace, or of all namespaces. `None` if workloads
+/// refer to it.
+fn policy_list(policy: &Policy) -> Option<Option<Name>> {
+    match policy.scope {
+        PolicyScope::Global => Some(None),
+        PolicyScope::Namespace => Some(Some(policy.namespace.clone())),
+        PolicyScope::WorkloadSelector => None,
+    }
+}
+
+/// The policy instead of one that a workload refers to and that is unknown.
+fn missing(key: &str) -> Arc<Policy> {
+    let (namespace, name) = key.split_once('/').unwrap_or(("", key));
+    let name = format!("{name} (missing)");
+    Arc::new(Policy::denying(namespace.into(), &name, PolicyScope::WorkloadSelector))
+}
+
+fn remove_reference<K: std::hash::Hash + Eq>(
+    references: &mut Map<K, Set<Name>>,
+    key: &K,
+    uid: &str,
+) {
+    if let Some(uids) = references.get_mut(key) {
+        uids.remove(uid);
+        if uids.is_empty() {
+            references.remove(key);
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The settings `mesh.xds`: the control plane that serves the mesh.
+
+use std::path::PathBuf;
+
+use super::identity::{CLUSTER, HOST, HTTPS};
+use crate::settings::declare::{
+    Declared as _, Document, Fallback, PATH, TEXT, given_list, list, settings,
+};
+use crate::settings::{Settings, WorkloadSettings, XdsHeader, XdsSettings};
+
+settings! {
+    /// `https://HOST:PORT` of a control plane that serves the mesh (istiod): [mesh.md](mesh.md),
+    /// "A control plane"
+    ADDRESS: String = "mesh.xds.address", HTTPS,
+        Fallback::Varies("none"), |s| s.xds.as_ref().map(|xds| xds.address.clone());
+    /// the name in its certificate
+    SERVER_NAME: String = "mesh.xds.server_name", HOST,
+        Fallback::Varies("the host of `address`"),
+        |s| s.xds.as_ref().and_then(|xds| xds.server_name.clone());
+    /// PEM: the roots that its certificate chains to; read for every connection
+    ROOTS: PathBuf = "mesh.xds.roots", PATH,
+        Fallback::Varies("with `address`"), |s| s.xds.as_ref().map(|xds| xds.roots.clone());
+    /// the file of the token that authenticates this client; read for every connection
+    TOKEN: PathBuf = "mesh.xds.token", PATH,
+        Fallback::Varies("none"), |s| s.xds.as_ref().and_then(|xds| xds.token.clone());
+    /// PEM: a client certificate and its chain; read for every connection
+    CERTIFICATE: PathBuf = "mesh.xds.certificate", PATH,
+        Fallback::Varies("none"), |s| client_of(s).map(|(certificate, _)| certificate.clone());
+    /// PEM: the key of `certificate`
+    KEY: PathBuf = "mesh.xds.key", PATH,
+        Fallback::Varies("with `certificate`"), |s| client_of(s).map(|(_, key)| key.clone());
+    /// what the control plane calls our cluster
+    CLUSTER_ID: String = "mesh.xds.cluster_id", CLUSTER,
+        Fallback::Is(|| "Kubernetes".to_owned()),
+        |s| s.xds.as_ref().map(|xds| xds.cluster_id.clone());
+    /// further headers of the request, each as `NAME=VALUE`
+    HEADERS: Vec<XdsHeader> = "mesh.xds.headers",
+        list("list of `NAME=VALUE`", |cursor, _| given_list(cursor, header)),
+        Fallback::Is(Vec::new), |s| s.xds.as_ref().map(|xds| xds.headers.clone());
+    /// the name of this client, such as that of its pod
+    NAME: String = "mesh.xds.name", TEXT,
+        Fallback::Varies("`workload.name`"), |s| s.xds.as_ref().map(|xds| xds.name.clone());
+    /// its namespace: istiod requires that of the token's service account
+    NAMESPACE: String = "mesh.xds.namespace", TEXT,
+        Fallback::Varies("`workload.namespace`"),
+        |s| s.xds.as_ref().map(|xds| xds.namespace.clone());
+}
+
+/// Parses `mesh.xds`; `None` if it is absent, or after a mistake in it.
+pub(super) fn xds(document: Document<'_>, own: &WorkloadSettings) -> Option<XdsSettings> {
+    const NEEDED: &str = "is needed to ask a control plane";
+    if !document.root.key("mesh").key("xds").is_given() {
+        return None;
+    }
+    let address = ADDRESS.needed(document, NEEDED);
+    let roots = ROOTS.needed(document, NEEDED);
+    let client = match (CERTIFICATE.given(document), KEY.given(document)) {
+        (Some(certificate), Some(key)) => Some((certificate, key)),
+        (None, None) => None,
+        (Some(_), None) => {
+            KEY.problem(document, "is needed with `certificate`");
+            None
+        }
+        (None, Some(_)) => {
+            CERTIFICATE.problem(document, "is needed with `key`");
+            None
+        }
+    };
+    Some(XdsSettings {
+        server_name: SERVER_NAME.given(document),
+        token: TOKEN.given(document),
+        client,
+        cluster_id: CLUSTER_ID.read(document)?,
+        headers: HEADERS.read(document)?,
+        name: NAME.given(document).unwrap_or_else(|| own.name.clone()),
+        namespace: NAMESPACE.given(document).unwrap_or_else(|| own.namespace.clone()),
+        address: address?,
+        roots: roots?,
+    })
+}
+
+fn client_of(settings: &Settings) -> Option<&(PathBuf, PathBuf)> {
+    settings.xds.as_ref()?.client.as_ref()
+}
+
+/// Parses `NAME=VALUE`, where the name is one of HTTP/2 (RFC 9113 section 8.2) and the value is
+/// visible ASCII.
+fn header(text: &str) -> Result<XdsHeader, String> {
+    let (name, value) = text.split_once('=').unwrap_or_default();
+    let allowed = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+    let reserved = ["authorization", "clusterid", "te", "content-type"];
+    if name.is_empty() || !name.bytes().all(allowed) || reserved.contains(&name) {
+        return Err("must be NAME=VALUE, such as x-revision=canary".to_owned());
+    }
+    if !value.bytes().all(|c| c == b' ' || c.is_ascii_graphic()) {
+        return Err("must have a value of visible ASCII".to_owned());
+    }
+    Ok(XdsHeader { name: name.to_owned(), value: value.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::settings::load::Sources;
+    use crate::settings::{Settings, XdsHeader};
+
+    fn load(flags: &[&str]) -> Result<Settings, String> {
+        let flags = flags.iter().map(|flag| format!("mesh.xds.{flag}")).collect();
+        let sources = Sources { file: None, environment: Vec::new(), flags };
+        sources.load().map_err(|errors| errors.to_string())
+    }
+
+    const NEEDED: [&str; 2] = ["address=https://istiod:15012", "roots=roots.pem"];
+
+    #[test]
+    fn reads_every_setting_with_defaults() {
+        let xds = load(&NEEDED).unwrap().xds.unwrap();
+        assert_eq!(
+            (&*xds.cluster_id, &*xds.name, &*xds.namespace),
+            ("Kubernetes", "default", "default")
+        );
+        assert_eq!((xds.token, xds.client, xds.server_name), (None, None, None));
+        let more =
+            ["headers=a=b,c-d=e f", "certificate=c", "key=k", "token=t", "name=z", "namespace=n"];
+        let xds = load(&[&NEEDED[..], &more].concat()).unwrap().xds.unwrap();
+        let header = |name: &str, value: &str| XdsHeader { name: name.into(), value: value.into() };
+        assert_eq!(xds.headers, [header("a", "b"), header("c-d", "e f")]);
+        assert_eq!(xds.client, Some(("c".into(), "k".into())));
+        assert_eq!((xds.token, &*xds.name, &*xds.namespace), (Some("t".into()), "z", "n"));
+        assert_eq!(load(&[]).unwrap().xds, None);
+    }
+
+    #[test]
+    fn rejects_incomplete_section_and_reserved_headers() {
+        for (flags, reason) in [
+            (&["token=t"][..], "mesh.xds.address: is needed"),
+            (
+                &["address=http://a:1", "roots=r"],
+                "mesh.xds.address: \"http://a:1\": must be https://HOST:PORT",
+            ),
+            (&[NEEDED[0], NEEDED[1], "key=k"], "mesh.xds.certificate: is needed with `key`"),
+            (&[NEEDED[0], NEEDED[1], "certificate=c"], "mesh.xds.key: is needed"),
+            (&[NEEDED[0], NEEDED[1], "headers=authorization=x"], "must be NAME=VALUE"),
+            (&[NEEDED[0], NEEDED[1], "headers=A=x"], "must be NAME=VALUE"),
+        ] {
+            let errors = load(flags).unwrap_err();
+            assert!(errors.contains(reason), "{errors}");
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! The settings of a control plane that serves the mesh.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// The client of a control plane (delta xDS, as istiod serves it to ztunnel).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct XdsSettings {
+    /// `https://HOST:PORT`.
+    pub address: String,
+    /// The name in the server's certificate, if not the host of `address`.
+    pub server_name: Option<String>,
+    /// PEM: the roots that the server's certificate chains to. Read for every connection.
+    pub roots: PathBuf,
+    /// The file with the bearer token. Read for every connection.
+    pub token: Option<PathBuf>,
+    /// PEM: the client's certificate with its chain, and its key. Read for every connection.
+    pub client: Option<(PathBuf, PathBuf)>,
+    /// The ID of our cluster, sent as a header and in the node's metadata.
+    pub cluster_id: String,
+    /// Further headers of the request.
+    pub headers: Vec<XdsHeader>,
+    /// The name of this client.
+    pub name: String,
+    /// Its namespace, which must be that of the token.
+    pub namespace: String,
+}
+
+/// A header of the request.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct XdsHeader {
+    /// The name.
+    pub name: String,
+    /// The value.
+    pub value: String,
+}
+
+impl fmt::Display for XdsHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.name, self.value)
+    }
+}

@@ -1,0 +1,436 @@
+//! Tests of the mesh that responses of a control plane give.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::super::message::Resource;
+use super::super::testing::{
+    IntoResource, behind, encoded, node, policy, resource, response, service, workload,
+};
+use super::*;
+use crate::mesh::{Connection, Destination, PolicyAction};
+
+const ADDRESS: ResourceType = ResourceType::Address;
+const POLICY: ResourceType = ResourceType::Authorization;
+/// The values of `Authorization.scope` and `.action`.
+const GLOBAL: i32 = 0;
+const NAMESPACE: i32 = 1;
+const SELECTOR: i32 = 2;
+const ALLOW: i32 = 0;
+const DENY: i32 = 1;
+
+struct Client(ControlPlane);
+
+impl Client {
+    fn new() -> Self {
+        Self(ControlPlane::new(node(), LocalWorkloads::default()))
+    }
+
+    fn apply(&mut self, kind: ResourceType, resources: Vec<Resource>, removed: &[&str]) -> Applied {
+        self.0.receive(response(kind, resources, removed)).unwrap()
+    }
+
+    /// Applies an item. Returns the mesh.
+    fn set<T: IntoResource>(&mut self, item: T) -> Mesh {
+        let applied = self.apply(T::KIND, vec![resource(item)], &[]);
+        assert_eq!(applied.rejected, []);
+        self.0.snapshot()
+    }
+
+    fn remove(&mut self, kind: ResourceType, name: &str) -> Mesh {
+        self.apply(kind, Vec::new(), &[name]);
+        self.0.snapshot()
+    }
+
+    /// Sends a resource that is rejected for `reason`.
+    fn rejected(&mut self, sent: Resource, kind: ResourceType, reason: &str) -> Mesh {
+        let name = sent.name.clone();
+        let applied = self.apply(kind, vec![sent], &[]);
+        let [(rejected, rejection)] = &*applied.rejected else { panic!("{:?}", applied.rejected) };
+        assert_eq!((&**rejected, &*rejection.to_string()), (&*name, reason));
+        let detail = applied.answer.error_detail.unwrap();
+        assert_eq!(detail.message, format!("{name}: {reason}"));
+        self.0.snapshot()
+    }
+}
+
+fn at(address: [u8; 4]) -> IpAddr {
+    address.into()
+}
+
+fn endpoints(mesh: &Mesh, hostname: &str) -> Vec<String> {
+    let name = format!("ns/{hostname}").parse().unwrap();
+    let Some(Destination::Service(service)) = mesh.named(&name) else { return Vec::new() };
+    service.endpoints.iter().map(|endpoint| endpoint.workload.name.to_string()).collect()
+}
+
+/// Whether policies allow a plaintext connection to this port of the workload.
+fn allows(mesh: &Mesh, address: [u8; 4], port: u16) -> bool {
+    let workload = mesh.workload("", at(address)).unwrap();
+    let connection = Connection {
+        source: at([192, 0, 2, 1]),
+        destination: (address, port).into(),
+        identity: None,
+        aliases: &[],
+    };
+    mesh.policies(&workload.namespace, Some(workload)).layers().all(|layer| {
+        let mut denying = layer.deciding(PolicyAction::Deny);
+        let mut allowing = layer.deciding(PolicyAction::Allow).peekable();
+        !denying.any(|policy| policy.matches(&connection))
+            && (allowing.peek().is_none() || allowing.any(|policy| policy.matches(&connection)))
+    })
+}
+
+#[test]
+fn accepts_references_in_any_order() {
+    let mut client = Client::new();
+    let mesh = client.set(behind("s", workload("a", [10, 0, 0, 1])));
+    assert_eq!(mesh.workload("", at([10, 0, 0, 1])).unwrap().to_string(), "ns/a");
+    assert_eq!(endpoints(&mesh, "s"), [""; 0]);
+    let mesh = client.set(service("s", [10, 96, 0, 1]));
+    assert_eq!(endpoints(&mesh, "s"), ["a"]);
+    let found = mesh.service("", at([10, 96, 0, 1]), "ns").unwrap();
+    assert_eq!(found.endpoints[0].ports.get(80), Some(8080));
+    let mesh = client.set(behind("s", workload("b", [10, 0, 0, 2])));
+    assert_eq!(endpoints(&mesh, "s"), ["a", "b"]);
+    let mesh = client.remove(ADDRESS, "cluster//Pod/ns/a");
+    assert_eq!(endpoints(&mesh, "s"), ["b"]);
+    assert!(!mesh.has_workload("", at([10, 0, 0, 1])));
+    // The service leaves and returns; its endpoints stay known.
+    let mesh = client.remove(ADDRESS, "ns/s");
+    assert!(mesh.service("", at([10, 96, 0, 1]), "ns").is_none());
+    assert_eq!(endpoints(&client.set(service("s", [10, 96, 0, 9])), "s"), ["b"]);
+    assert_eq!(mesh.size().services, 0);
+}
+
+#[test]
+fn earlier_snapshot_and_unchanged_services_stay() {
+    let mut client = Client::new();
+    client.set(service("s", [10, 96, 0, 1]));
+    client.set(service("t", [10, 96, 0, 2]));
+    let before = client.set(behind("s", workload("a", [10, 0, 0, 1])));
+    let after = client.set(behind("s", workload("b", [10, 0, 0, 2])));
+    assert_eq!((endpoints(&before, "s").len(), endpoints(&after, "s").len()), (1, 2));
+    let [_, untouched] = *before.services() else { panic!("two services") };
+    assert!(Arc::ptr_eq(untouched, after.services()[1]));
+}
+
+#[test]
+fn moved_workload_leaves_its_old_address_and_service() {
+    let mut client = Client::new();
+    client.set(service("s", [10, 96, 0, 1]));
+    client.set(service("t", [10, 96, 0, 2]));
+    client.set(behind("s", workload("a", [10, 0, 0, 1])));
+    let mesh = client.set(behind("t", workload("a", [10, 0, 0, 2])));
+    assert!(!mesh.has_workload("", at([10, 0, 0, 1])));
+    assert_eq!([endpoints(&mesh, "s").len(), endpoints(&mesh, "t").len()], [0, 1]);
+    assert_eq!((mesh.size().workloads, mesh.workloads_named("ns", "a").len()), (1, 1));
+}
+
+/// A new pod gets the address of one that is not removed yet.
+#[test]
+fn address_of_two_workloads_denotes_newer_one() {
+    let mut client = Client::new();
+    client.set(workload("old", [10, 0, 0, 1]));
+    let mesh = client.set(workload("new", [10, 0, 0, 1]));
+    assert_eq!(&*mesh.workload("", at([10, 0, 0, 1])).unwrap().name, "new");
+    let mesh = client.remove(ADDRESS, "cluster//Pod/ns/old");
+    assert_eq!(&*mesh.workload("", at([10, 0, 0, 1])).unwrap().name, "new");
+}
+
+#[test]
+fn missing_policy_of_workload_denies_everything() {
+    let mut client = Client::new();
+    let mut selected = workload("a", [10, 0, 0, 1]);
+    selected.authorization_policies = vec!["ns/p".into()];
+    let mesh = client.set(selected);
+    assert!(!allows(&mesh, [10, 0, 0, 1], 80) && !allows(&mesh, [10, 0, 0, 1], 81));
+    let mesh = client.set(policy("p", SELECTOR, ALLOW));
+    assert!(allows(&mesh, [10, 0, 0, 1], 80) && !allows(&mesh, [10, 0, 0, 1], 81));
+    let mesh = client.set(policy("p", SELECTOR, DENY));
+    assert!(!allows(&mesh, [10, 0, 0, 1], 80) && allows(&mesh, [10, 0, 0, 1], 81));
+    let mesh = client.remove(POLICY, "ns/p");
+    assert!(!allows(&mesh, [10, 0, 0, 1], 81));
+}
+
+#[test]
+fn policy_follows_its_scope() {
+    let mut client = Client::new();
+    client.set(workload("a", [10, 0, 0, 1]));
+    for scope in [GLOBAL, NAMESPACE] {
+        let mesh = client.set(policy("p", scope, DENY));
+        assert_eq!([80, 81].map(|port| allows(&mesh, [10, 0, 0, 1], port)), [false, true]);
+        assert_eq!(mesh.policies("other", None).iter().count(), usize::from(scope == GLOBAL));
+    }
+    let mesh = client.set(policy("p", SELECTOR, DENY));
+    assert!(allows(&mesh, [10, 0, 0, 1], 80));
+    assert_eq!(mesh.size().policies, 1);
+}
+
+#[test]
+fn rejected_policy_keeps_accepted_version_or_denies() {
+    let mut client = Client::new();
+    client.set(workload("a", [10, 0, 0, 1]));
+    client.set(policy("p", NAMESPACE, DENY));
+    let mut unsupported = policy("p", NAMESPACE, 7);
+    let mesh =
+        client.rejected(resource(unsupported.clone()), POLICY, "action: unsupported value 7");
+    assert_eq!([80, 81].map(|port| allows(&mesh, [10, 0, 0, 1], port)), [false, true]);
+    // Without an accepted version.
+    unsupported.name = "q".into();
+    let mesh = client.rejected(resource(unsupported), POLICY, "action: unsupported value 7");
+    assert_eq!([80, 81].map(|port| allows(&mesh, [10, 0, 0, 1], port)), [false, false]);
+    let mesh = client.remove(POLICY, "ns/q");
+    assert!(allows(&mesh, [10, 0, 0, 1], 81));
+    // Of an unreadable policy even the scope is unknown.
+    let truncated = encoded(POLICY, "far/r", vec![0x0a, 200]);
+    let reason =
+        "cannot be decoded: failed to decode Protobuf message: Authorization.name: invalid varint";
+    let mesh = client.rejected(truncated, POLICY, reason);
+    assert!(!allows(&mesh, [10, 0, 0, 1], 81));
+    let mut known = policy("r", NAMESPACE, DENY);
+    known.namespace = "far".into();
+    assert!(allows(&client.set(known), [10, 0, 0, 1], 81));
+}
+
+#[test]
+fn rejected_dry_run_policy_denies_nothing() {
+    let mut client = Client::new();
+    client.set(workload("a", [10, 0, 0, 1]));
+    let mut unsupported = policy("p", NAMESPACE, 7);
+    unsupported.dry_run = true;
+    let mesh = client.rejected(resource(unsupported), POLICY, "action: unsupported value 7");
+    assert!(allows(&mesh, [10, 0, 0, 1], 80));
+}
+
+#[test]
+fn policy_with_unknown_field_is_rejected() {
+    let mut client = Client::new();
+    client.set(workload("a", [10, 0, 0, 1]));
+    // Field 14 in a match, in rules, in a group, in the policy.
+    let unknown = [0x72, 1, b'x'];
+    let nested = |number: u8, content: Vec<u8>| {
+        let length = u8::try_from(content.len()).unwrap();
+        [vec![number << 3 | 2, length], content].concat()
+    };
+    let content = |depth: usize| {
+        let levels = [5, 1, 2];
+        let body = levels.iter().take(depth).rev();
+        body.fold(unknown.to_vec(), |content, number| nested(*number, content))
+    };
+    for depth in 0..=3 {
+        let mut sent = policy("p", NAMESPACE, ALLOW);
+        sent.groups.clear();
+        let sent = [sent.encode_to_vec(), content(depth)].concat();
+        let mesh = client.rejected(encoded(POLICY, "ns/p", sent), POLICY, "unknown field 14");
+        assert!(!allows(&mesh, [10, 0, 0, 1], 80), "{depth}");
+    }
+}
+
+#[test]
+fn rejected_workload_keeps_accepted_version_or_withholds_address() {
+    const REASON: &str = "tunnel_protocol: unsupported value 2";
+    let mut client = Client::new();
+    let legacy = |name: &str, address| {
+        let mut legacy = workload(name, address);
+        legacy.tunnel_protocol = 2;
+        resource(legacy)
+    };
+    let mut plain = workload("a", [10, 0, 0, 1]);
+    plain.tunnel_protocol = 0;
+    client.set(plain);
+    let mesh = client.rejected(legacy("a", [10, 0, 0, 1]), ADDRESS, REASON);
+    assert!(mesh.has_workload("", at([10, 0, 0, 1])) && !mesh.speaks_hbone("", at([10, 0, 0, 1])));
+    // An unknown address would be reached in plaintext.
+    let mesh = client.rejected(legacy("b", [10, 0, 0, 2]), ADDRESS, REASON);
+    assert!(mesh.workload("", at([10, 0, 0, 2])).is_none());
+    assert!(mesh.speaks_hbone("", at([10, 0, 0, 2])));
+    let mesh = client.rejected(legacy("b", [10, 0, 0, 3]), ADDRESS, REASON);
+    assert_eq!([2, 3].map(|n| mesh.speaks_hbone("", at([10, 0, 0, n]))), [false, true]);
+    let mesh = client.remove(ADDRESS, "cluster//Pod/ns/b");
+    assert!(!mesh.speaks_hbone("", at([10, 0, 0, 3])));
+    client.rejected(legacy("b", [10, 0, 0, 2]), ADDRESS, REASON);
+    let mut plain = workload("b", [10, 0, 0, 2]);
+    plain.tunnel_protocol = 0;
+    assert!(!client.set(plain).speaks_hbone("", at([10, 0, 0, 2])));
+}
+
+#[test]
+fn rejected_service_withholds_address() {
+    let mut client = Client::new();
+    let mut unknown = service("s", [10, 96, 0, 1]);
+    unknown.visibility = 9;
+    let reason = "visibility: unsupported value 9";
+    let mesh = client.rejected(resource(unknown), ADDRESS, reason);
+    assert!(mesh.speaks_hbone("", at([10, 96, 0, 1])));
+    let mesh = client.set(service("s", [10, 96, 0, 1]));
+    assert!(!mesh.speaks_hbone("", at([10, 96, 0, 1])));
+}
+
+#[test]
+fn rejects_resource_with_name_of_another() {
+    let mut client = Client::new();
+    let other = Resource { name: "x".into(), ..resource(workload("a", [10, 0, 0, 1])) };
+    client.rejected(other, ADDRESS, "its content is named cluster//Pod/ns/a");
+    let other = Resource { name: "ns/x".into(), ..resource(policy("p", NAMESPACE, DENY)) };
+    client.rejected(other, POLICY, "its content is named ns/p");
+}
+
+#[test]
+fn policies_and_local_workloads_are_urgent() {
+    let local =
+        LocalWorkloads { node: Some("here".into()), named: Some(("ns".into(), "own".into())) };
+    let mut client = Client(ControlPlane::new(node(), local));
+    let mut on_node = workload("a", [10, 0, 0, 1]);
+    on_node.node = "here".into();
+    for (item, urgent) in [
+        (on_node, true),
+        (workload("own", [10, 0, 0, 2]), true),
+        (workload("b", [10, 0, 0, 3]), false),
+    ] {
+        assert_eq!(client.apply(ADDRESS, vec![resource(item)], &[]).is_urgent, urgent);
+    }
+    assert!(client.apply(POLICY, vec![resource(policy("p", NAMESPACE, DENY))], &[]).is_urgent);
+    assert!(client.apply(POLICY, Vec::new(), &["ns/p"]).is_urgent);
+}
+
+/// A file beside the control plane adds what that does not know.
+#[test]
+fn control_plane_precedes_file_and_both_must_allow() {
+    let file = "workloads:
+- {name: a, namespace: ns, workloadIps: [10.0.0.1, 10.0.0.9]}
+- {name: f, namespace: ns, workloadIps: [10.0.0.2], protocol: HBONE, authorizationPolicies: [ns/seven]}
+services: [{hostname: f, namespace: ns, vips: [/10.96.0.1, /10.96.0.2]}]
+policies:
+- {name: allow, namespace: ns, scope: Namespace, action: Allow, rules: [[[{destinationPorts: [80, 81, 7]}]]]}
+- {name: seven, namespace: ns, scope: WorkloadSelector, action: Allow, rules: [[[{destinationPorts: [7]}]]]}
+";
+    let file = Arc::new(Mesh::from_text("mesh", file).unwrap());
+    let mut client = Client::new();
+    client.set(workload("a", [10, 0, 0, 1]));
+    client.set(service("s", [10, 96, 0, 1]));
+    let mesh = client.set(policy("p", NAMESPACE, ALLOW)).with_fallback(Some(file));
+    assert!(mesh.speaks_hbone("", at([10, 0, 0, 1])));
+    assert_eq!(&*mesh.service("", at([10, 96, 0, 1]), "ns").unwrap().name, "s");
+    assert_eq!(&*mesh.service("", at([10, 96, 0, 2]), "ns").unwrap().name, "f");
+    assert_eq!(&*mesh.workload("", at([10, 0, 0, 2])).unwrap().name, "f");
+    assert_eq!(mesh.workloads_named("ns", "a")[0].addresses.len(), 1);
+    assert_eq!(mesh.workloads_named("ns", "f").len(), 1);
+    // The control plane allows 80 only; the file does not add 81, nor 7 to its own workload.
+    let ports = [80, 81, 7];
+    assert_eq!(ports.map(|port| allows(&mesh, [10, 0, 0, 1], port)), [true, false, false]);
+    assert_eq!(ports.map(|port| allows(&mesh, [10, 0, 0, 2], port)), [true, false, false]);
+}
+
+/// A description of a mesh that does not depend on the order of its changes.
+fn described(mesh: &Mesh) -> String {
+    let addresses = (0..8).map(|n| mesh.workload("", at([10, 0, 0, n])).map(|one| one.uid.clone()));
+    let policies: Vec<_> = mesh.policies("ns", None).iter().map(|one| format!("{one:?}")).collect();
+    let named: Vec<_> = (0..8).map(|n| mesh.workloads_named("ns", &n.to_string()).len()).collect();
+    format!(
+        "{:?} {:?} {policies:?} {:?} {named:?} {:?}",
+        mesh.workloads(),
+        mesh.services(),
+        addresses.collect::<Vec<_>>(),
+        mesh.size()
+    )
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Workload { n: u8, service: u8, policy: bool },
+    Service(u8),
+    Policy { n: u8, scope: i32 },
+    Remove(u8),
+    Snapshot,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..8_u8, 0..4_u8, any::<bool>())
+            .prop_map(|(n, service, policy)| Step::Workload { n, service, policy }),
+        2 => (0..4_u8).prop_map(Step::Service),
+        2 => (0..3_u8, 0..3_i32).prop_map(|(n, scope)| Step::Policy { n, scope }),
+        2 => (0..15_u8).prop_map(Step::Remove),
+        1 => Just(Step::Snapshot),
+    ]
+}
+
+fn step_workload(n: u8, service: u8, policy: bool) -> Resource {
+    let mut made = behind(&service.to_string(), workload(&n.to_string(), [10, 0, 0, n]));
+    if policy {
+        made.authorization_policies = vec!["ns/0".into()];
+    }
+    resource(made)
+}
+
+proptest! {
+    /// Any sequence of deltas leads to the mesh that one response with the rest gives.
+    #[test]
+    fn deltas_lead_to_same_mesh_as_full_state(steps in prop::collection::vec(step(), 1..40)) {
+        let mut client = Client::new();
+        let mut left: BTreeMap<(bool, String), Resource> = BTreeMap::new();
+        for step in steps {
+            let (kind, sent) = match step {
+                Step::Workload { n, service, policy } => {
+                    (ADDRESS, step_workload(n, service, policy))
+                }
+                Step::Service(n) => (ADDRESS, resource(service(&n.to_string(), [10, 96, 0, n]))),
+                Step::Policy { n, scope } => {
+                    (POLICY, resource(policy(&n.to_string(), scope, i32::from(n) % 2)))
+                }
+                Step::Remove(n) => {
+                    let (kind, name) = match n {
+                        0..8 => (ADDRESS, format!("cluster//Pod/ns/{n}")),
+                        8..12 => (ADDRESS, format!("ns/{}", n - 8)),
+                        _ => (POLICY, format!("ns/{}", n - 12)),
+                    };
+                    client.apply(kind, Vec::new(), &[&name]);
+                    left.remove(&(kind == POLICY, name));
+                    continue;
+                }
+                Step::Snapshot => {
+                    client.0.snapshot();
+                    continue;
+                }
+            };
+            left.insert((kind == POLICY, sent.name.clone()), sent.clone());
+            client.apply(kind, vec![sent], &[]);
+        }
+        let mut whole = Client::new();
+        for kind in [POLICY, ADDRESS] {
+            let of_kind = left.iter().filter(|((is_policy, _), _)| *is_policy == (kind == POLICY));
+            whole.apply(kind, of_kind.map(|(_, sent)| sent.clone()).collect(), &[]);
+        }
+        prop_assert_eq!(described(&client.0.snapshot()), described(&whole.0.snapshot()));
+        let names: BTreeSet<_> = left.keys().map(|(_, name)| name.clone()).collect();
+        let retained = client.0.open().into_iter().flat_map(|one| one.initial_resource_versions);
+        prop_assert_eq!(retained.map(|(name, _)| name).collect::<BTreeSet<_>>(), names);
+    }
+
+    #[test]
+    fn accepts_or_rejects_any_content(
+        content in prop::collection::vec(any::<u8>(), 0..60),
+        flips in prop::collection::vec((0..200_usize, any::<u8>()), 0..6),
+    ) {
+        let mut client = Client::new();
+        let mut valid = [
+            (ADDRESS, behind("s", workload("a", [10, 0, 0, 1])).encoded()),
+            (ADDRESS, service("s", [10, 96, 0, 1]).encoded()),
+            (POLICY, policy("p", NAMESPACE, DENY).encoded()),
+        ];
+        for (_, encoded) in &mut valid {
+            for (at, byte) in &flips {
+                let length = encoded.len();
+                encoded[at % length] = *byte;
+            }
+        }
+        for (kind, content) in valid.into_iter().chain([(ADDRESS, content.clone()), (POLICY, content)]) {
+            client.apply(kind, vec![encoded(kind, "ns/x", content)], &[]);
+            client.0.snapshot();
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Converts resources of a control plane to items of the mesh.
+//!
+//! A value that affects routing or policies and is not understood rejects the resource: ignoring it
+//! could widen a policy or send plaintext to a workload that speaks HBONE.
+
+mod policy;
+mod service;
+mod workload;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+
+use bytes::Bytes;
+use prost::{DecodeError, Message as _};
+use thiserror::Error;
+
+pub(super) use self::policy::{policy, substitute};
+pub(super) use self::service::{service, service_key};
+pub(super) use self::workload::workload;
+use super::workload::{
+    Address, AddressType, GatewayAddress, GatewayDestination, NetworkAddress, Port,
+};
+use crate::identity::spiffe::SpiffeError;
+use crate::mesh::shared::Shared;
+use crate::mesh::{self, Gateway, NamespacedHostname, PortMap};
+
+/// Why a resource is rejected. The control plane logs it.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Rejection {
+    /// The encoding is broken.
+    #[error("cannot be decoded: {0}")]
+    Decode(DecodeError),
+    /// The resource is larger than allowed.
+    #[error("has {0} bytes, more than the limit")]
+    Size(usize),
+    /// The resource has no content, or that of another type.
+    #[error("has no content of its type")]
+    Type,
+    /// The name is not that of the content.
+    #[error("its content is named {0}")]
+    Name(String),
+    /// A field has a value that is unknown or makes no sense.
+    #[error("{field}: unsupported value {value}")]
+    Value {
+        /// The field.
+        field: &'static str,
+        /// The value, shortened.
+        value: String,
+    },
+    /// The policy has a field that is unknown, which may narrow what it matches.
+    #[error("unknown field {0}")]
+    UnknownField(u32),
+    /// Namespace, service account and trust domain make no SPIFFE id.
+    #[error("makes no SPIFFE id: {0}")]
+    Identity(SpiffeError),
+}
+
+impl From<DecodeError> for Rejection {
+    fn from(error: DecodeError) -> Self {
+        Self::Decode(error)
+    }
+}
+
+impl Rejection {
+    fn value(field: &'static str, value: impl fmt::Debug) -> Self {
+        const SHOWN: usize = 100;
+        Self::Value { field, value: format!("{value:?}").chars().take(SHOWN).collect() }
+    }
+}
+
+/// The value with this number in a table.
+fn one_of<T: Copy>(field: &'static str, number: i32, table: &[(i32, T)]) -> Result<T, Rejection> {
+    let found = table.iter().find(|(known, _)| *known == number);
+    found.map(|(_, value)| *value).ok_or_else(|| Rejection::value(field, number))
+}
+
+/// An IPv4 or IPv6 address in network order.
+fn address(field: &'static str, bytes: &Bytes) -> Result<IpAddr, Rejection> {
+    let v4 = <[u8; 4]>::try_from(&**bytes).map(IpAddr::from);
+    let address = v4.or_else(|_| <[u8; 16]>::try_from(&**bytes).map(IpAddr::from));
+    address.map(|address| address.to_canonical()).map_err(|_| Rejection::value(field, bytes))
+}
+
+fn network_address(
+    field: &'static str,
+    given: &NetworkAddress,
+    shared: &mut Shared,
+) -> Result<mesh::NetworkAddress, Rejection> {
+    let (network, address) = (shared.name(&given.network), address(field, &given.address)?);
+    Ok(mesh::NetworkAddress { network, address })
+}
+
+/// The addresses of a rejected workload or service, as far as they are understood.
+pub(super) fn addresses_of(content: &Bytes, shared: &mut Shared) -> Box<[mesh::NetworkAddress]> {
+    let kind = Address::decode(content.clone()).ok().and_then(|address| address.kind);
+    let addresses: Vec<(String, Bytes)> = match kind {
+        Some(AddressType::Workload(workload)) => {
+            let network = workload.network;
+            workload.addresses.into_iter().map(|address| (network.clone(), address)).collect()
+        }
+        Some(AddressType::Service(service)) => {
+            service.addresses.into_iter().map(|one| (one.network, one.address)).collect()
+        }
+        None => Vec::new(),
+    };
+    let understood = addresses.into_iter().filter_map(|(network, bytes)| {
+        let address = address("addresses", &bytes).ok()?;
+        Some(mesh::NetworkAddress { network: shared.name(&network), address })
+    });
+    understood.collect()
+}
+
+/// A port in the range of TCP; 0 only where it has a meaning.
+fn port(field: &'static str, number: u32, zero: bool) -> Result<u16, Rejection> {
+    let port = u16::try_from(number).ok().filter(|port| zero || *port != 0);
+    port.ok_or_else(|| Rejection::value(field, number))
+}
+
+/// A map from ports of a service to target ports. With `named`, target 0 denotes a named port. Of a
+/// repeated port the last target counts, as in ztunnel: istiod also sends UDP ports.
+fn ports(
+    field: &'static str,
+    given: &[Port],
+    named: bool,
+    shared: &mut Shared,
+) -> Result<PortMap, Rejection> {
+    let pair = |one: &Port| -> Result<_, Rejection> {
+        Ok((port(field, one.service_port, false)?, port(field, one.target_port, named)?))
+    };
+    let pairs: BTreeMap<u16, u16> = given.iter().map(pair).collect::<Result<_, _>>()?;
+    Ok(shared.ports(pairs.into_iter().collect()))
+}
+
+fn gateway(
+    field: &'static str,
+    given: Option<&GatewayAddress>,
+    shared: &mut Shared,
+) -> Result<Option<Gateway>, Rejection> {
+    let Some(GatewayAddress { destination, hbone_mtls_port }) = given else { return Ok(None) };
+    let destination =
+        match destination {
+            Some(GatewayDestination::Hostname(name)) => mesh::GatewayDestination::Hostname(
+                hostname(field, &name.namespace, &name.hostname, shared)?,
+            ),
+            Some(GatewayDestination::Address(at)) => {
+                mesh::GatewayDestination::Address(network_address(field, at, shared)?)
+            }
+            None => return Err(Rejection::value(field, "no destination")),
+        };
+    Ok(Some(Gateway { destination, hbone_port: port(field, *hbone_mtls_port, false)? }))
+}
+
+fn hostname(
+    field: &'static str,
+    namespace: &str,
+    hostname: &str,
+    shared: &mut Shared,
+) -> Result<NamespacedHostname, Rejection> {
+    if hostname.is_empty() || hostname.contains('/') || namespace.contains('/') {
+        return Err(Rejection::value(field, hostname));
+    }
+    Ok(NamespacedHostname { namespace: shared.name(namespace), hostname: shared.name(hostname) })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+//! The protocol of delta xDS on one stream, and what a client retains for the next one.
+//!
+//! ```text
+//! open ──> one request for each type: all resources, with the names and versions retained
+//! receive ──> Update ──> finish ──> ACK, or NACK with the rejected names
+//! ```
+//!
+//! istiod computes removals on a new stream from the retained names, so every name that was not
+//! removed is retained, also that of a rejected resource.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use thiserror::Error;
+
+use super::convert::Rejection;
+use super::message::{DeltaRequest, DeltaResponse, Node, Resource, Status};
+use crate::mesh::Name;
+use crate::mesh::names::Map;
+
+/// Maximum size of one resource: a service with thousands of addresses.
+const MAX_RESOURCE: usize = 1 << 20;
+/// Maximum length of a name.
+const MAX_NAME: usize = 2048;
+/// Maximum number of resources of a type.
+const MAX_RESOURCES: usize = 1 << 20;
+/// Maximum number of names in a NACK.
+const MAX_REPORTED: usize = 20;
+/// `INVALID_ARGUMENT` of gRPC.
+const INVALID_ARGUMENT: i32 = 3;
+
+/// A type of resources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ResourceType {
+    /// Workloads and services.
+    Address,
+    /// Authorization policies.
+    Authorization,
+}
+
+impl ResourceType {
+    /// All types, in the order of their subscriptions.
+    pub const ALL: [Self; 2] = [Self::Address, Self::Authorization];
+
+    /// The URL of the type.
+    pub fn url(self) -> &'static str {
+        match self {
+            Self::Address => "type.googleapis.com/istio.workload.Address",
+            Self::Authorization => "type.googleapis.com/istio.security.Authorization",
+        }
+    }
+
+    /// The name in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Address => "address",
+            Self::Authorization => "authorization",
+        }
+    }
+}
+
+/// The control plane violates the protocol. The stream must be closed; nothing was applied.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum SessionError {
+    /// A response of a type without a subscription.
+    #[error("a response of the unknown type {0:?}")]
+    UnknownType(String),
+    /// More resources than a client holds.
+    #[error("more than {MAX_RESOURCES} resources of type {}", .0.name())]
+    TooMany(ResourceType),
+    /// The state of the client was lost.
+    #[error("no thread to apply a response")]
+    Lost,
+    /// An empty or overlong name.
+    #[error("a resource without a usable name")]
+    Name,
+}
+
+/// A response of the control plane, to be applied.
+#[derive(Debug)]
+pub(super) struct Update {
+    pub(super) kind: ResourceType,
+    /// Names of removed resources. Removed before `resources` are applied.
+    pub(super) removed: Vec<String>,
+    pub(super) resources: Vec<Item>,
+    nonce: String,
+}
+
+/// A new or changed resource.
+#[derive(Debug)]
+pub(super) struct Item {
+    pub(super) name: Name,
+    version: String,
+    pub(super) content: Result<Bytes, Rejection>,
+}
+
+/// The state of the client.
+#[derive(Debug)]
+pub(super) struct Session {
+    node: Node,
+    subscriptions: [Subscription; 2],
+}
+
+#[derive(Debug)]
+struct Subscription {
+    kind: ResourceType,
+    /// The retained names with their versions; empty if rejected or without version.
+    versions: Map<Name, Box<str>>,
+    /// Whether a response was applied, on any stream.
+    synced: bool,
+}
+
+impl Session {
+    pub(super) fn new(node: Node) -> Self {
+        let subscription = |kind| Subscription { kind, versions: Map::default(), synced: false };
+        Self { node, subscriptions: ResourceType::ALL.map(subscription) }
+    }
+
+    pub(super) fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// The first requests of a new stream.
+    pub(super) fn open(&self) -> Vec<DeltaRequest> {
+        let mut node = Some(self.node.clone());
+        let subscriptions = self.subscriptions.iter();
+        let requests = subscriptions.map(|Subscription { kind, versions, .. }| DeltaRequest {
+            node: node.take(),
+            type_url: kind.url().to_owned(),
+            initial_resource_versions: versions
+                .iter()
+                .map(|(name, version)| (name.to_string(), version.to_string()))
+                .collect(),
+            ..DeltaRequest::default()
+        });
+        requests.collect()
+    }
+
+    /// Checks a response. The update must be applied and given to [`finish`](Self::finish).
+    pub(super) fn receive(&self, response: DeltaResponse) -> Result<Update, SessionError> {
+        let DeltaResponse { resources, type_url, nonce, removed_resources: removed } = response;
+        let known = self.subscriptions.iter().find(|one| one.kind.url() == type_url);
+        let Some(Subscription { kind, versions, .. }) = known else {
+            return Err(SessionError::UnknownType(type_url.chars().take(100).collect()));
+        };
+        let is_new = |one: &&Resource| !versions.contains_key(&*one.name);
+        if versions.len() + resources.iter().filter(is_new).count() > MAX_RESOURCES {
+            return Err(SessionError::TooMany(*kind));
+        }
+        let resources = resources.into_iter().map(|resource| self.item(*kind, resource));
+        Ok(Update { kind: *kind, removed, resources: resources.collect::<Result<_, _>>()?, nonce })
+    }
+
+    fn item(&self, kind: ResourceType, resource: Resource) -> Result<Item, SessionError> {
+        let Resource { version, resource, name } = resource;
+        if name.is_empty() || name.len() > MAX_NAME || version.len() > MAX_NAME {
+            return Err(SessionError::Name);
+        }
+        let retained = self.subscription(kind).versions.get_key_value(&*name);
+        let name = retained.map_or_else(|| Arc::from(name), |(name, _)| name.clone());
+        let content = match resource {
+            Some(any) if any.type_url != kind.url() => Err(Rejection::Type),
+            Some(any) if any.value.len() > MAX_RESOURCE => Err(Rejection::Size(any.value.len())),
+            Some(any) => Ok(any.value),
+            None => Err(Rejection::Type),
+        };
+        Ok(Item { name, version, content })
+    }
+
+    /// Retains what was applied. Returns the ACK, or the NACK if any resource was rejected.
+    pub(super) fn finish(
+        &mut self,
+        update: Update,
+        rejected: &[(Name, Rejection)],
+    ) -> DeltaRequest {
+        let Update { kind, removed, resources, nonce } = update;
+        let Some(subscription) = self.subscriptions.iter_mut().find(|one| one.kind == kind) else {
+            return DeltaRequest::default();
+        };
+        subscription.synced = true;
+        let versions = &mut subscription.versions;
+        for name in &removed {
+            versions.remove(&**name);
+        }
+        let refused: Map<&Name, ()> = rejected.iter().map(|(name, _)| (name, ())).collect();
+        for Item { name, version, .. } in resources {
+            if refused.contains_key(&name) {
+                versions.entry(name).or_default();
+            } else {
+                versions.insert(name, version.into());
+            }
+        }
+        DeltaRequest {
+            type_url: kind.url().to_owned(),
+            response_nonce: nonce,
+            error_detail: (!rejected.is_empty()).then(|| nack(rejected)),
+            ..DeltaRequest::default()
+        }
+    }
+
+    /// Whether the first state of every type was applied.
+    pub(super) fn is_synced(&self) -> bool {
+        self.subscriptions.iter().all(|one| one.synced)
+    }
+
+    fn subscription(&self, kind: ResourceType) -> &Subscription {
+        let [address, authorization] = &self.subscriptions;
+        match kind {
+            ResourceType::Address => address,
+            ResourceType::Authorization => authorization,
+        }
+    }
+}
+
+fn nack(rejected: &[(Name, Rejection)]) -> Status {
+    let mut message = String::new();
+    for (name, reason) in rejected.iter().take(MAX_REPORTED) {
+        // Writing to a string does not fail.
+        write!(message, "{name}: {reason}; ").ok();
+    }
+    if let Some(more @ 1..) = rejected.len().checked_sub(MAX_REPORTED) {
+        write!(message, "and {more} more").ok();
+    }
+    Status { code: INVALID_ARGUMENT, message: message.trim_end_matches("; ").to_owned() }
+}
+
+#[cfg(test)]
+mod tests;

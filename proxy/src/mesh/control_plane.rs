@@ -1,0 +1,266 @@
+//! Follows a control plane: keeps a stream to it, applies its responses, and hands on the mesh.
+//!
+//! ```text
+//! connect ─▶ open ─▶ responses ─▶ ControlPlane (config) ─▶ snapshot ─▶ publisher
+//!    ▲ back-off          └─ ACK or NACK ─▶
+//!    └── lost: the last mesh stays
+//! ```
+//!
+//! Policies and workloads of this process take effect at once; other changes are collected for
+//! [`COALESCE`], so that endpoint churn costs a few snapshots a second. Nothing is handed on before
+//! the first state is complete.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep_until};
+use underpass_config::{
+    Applied, ControlPlane, DeltaResponse, Hint as _, LocalWorkloads, Mesh, MeshSource, Metadata,
+    MetadataValue, Node, SessionError, Settings, XdsSettings,
+};
+use underpass_hbone::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream, Dial};
+use underpass_interception::run_in_background;
+
+use super::report::log_refused;
+use crate::admin::endpoints::Readiness;
+use crate::backoff::Backoff;
+use crate::observe::metrics;
+
+/// The waits before another connection, as in ztunnel, but with jitter.
+const FIRST_WAIT: Duration = Duration::from_millis(10);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// How long changes that are not urgent are collected.
+const COALESCE: Duration = Duration::from_millis(100);
+/// A response with more changes is applied on another thread, so that it delays no other task.
+const MAX_INLINE: usize = 256;
+/// The number of rejected resources that the log names for each response.
+const MAX_LOGGED: usize = 5;
+/// The address in the node's id, which istiod requires and does not use; ztunnel's default.
+const ADDRESS: &str = "1.1.1.1";
+
+/// Follows one control plane, and the mesh file beside it.
+#[derive(Debug)]
+pub(crate) struct ControlPlaneFollower {
+    address: String,
+    plane: ControlPlane,
+    file: MeshSource,
+    /// The mesh of the file, if there is one.
+    fallback: Option<Arc<Mesh>>,
+    snapshots: watch::Sender<Option<Arc<Mesh>>>,
+    /// When collected changes are handed on.
+    due: Option<Instant>,
+}
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+enum StreamEnd {
+    #[error(transparent)]
+    Stream(#[from] ControlPlaneError),
+    #[error("it violates the protocol: {0}")]
+    Session(#[from] SessionError),
+}
+
+impl ControlPlaneFollower {
+    /// A follower that hands on snapshots to the returned receiver.
+    pub(crate) fn new(
+        settings: &Settings,
+        xds: &XdsSettings,
+        file: MeshSource,
+        fallback: Option<Arc<Mesh>>,
+    ) -> (Self, watch::Receiver<Option<Arc<Mesh>>>) {
+        let plane = ControlPlane::new(node(settings, xds), local(settings));
+        let (snapshots, receiver) = watch::channel(None);
+        let address = xds.address.clone();
+        (Self { address, plane, file, fallback, snapshots, due: None }, receiver)
+    }
+
+    /// Follows the control plane for ever.
+    pub(crate) async fn run<D: Dial>(
+        mut self,
+        client: ControlPlaneClient<D>,
+        readiness: Readiness,
+    ) {
+        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        readiness.mesh_known(false);
+        metrics::control_plane_connected(false);
+        loop {
+            let opened = self.or_file_changes(client.open(self.plane.open())).await;
+            let end = match opened {
+                Ok(stream) => self.follow(stream, &mut backoff, &readiness).await,
+                Err(error) => StreamEnd::Stream(error),
+            };
+            metrics::control_plane_connected(false);
+            metrics::control_plane_lost();
+            let (wait, address) = (backoff.next(), &self.address);
+            log_end(address, &end, wait);
+            self.or_file_changes(tokio::time::sleep(wait)).await;
+        }
+    }
+
+    /// Applies the responses of one stream until it ends.
+    async fn follow(
+        &mut self,
+        mut stream: ControlPlaneStream,
+        backoff: &mut Backoff,
+        readiness: &Readiness,
+    ) -> StreamEnd {
+        metrics::control_plane_connected(true);
+        tracing::info!(address = self.address, "connected to the control plane");
+        loop {
+            let response = match self.or_file_changes(stream.next()).await {
+                Ok(response) => response,
+                Err(error) => return error.into(),
+            };
+            let applied = match self.apply(response).await {
+                Ok(applied) => applied,
+                Err(error) => return error.into(),
+            };
+            backoff.reset();
+            report(&applied);
+            stream.send(applied.answer);
+            if !self.plane.is_synced() {
+                continue;
+            }
+            readiness.mesh_known(true);
+            let is_first = self.snapshots.borrow().is_none();
+            if applied.is_urgent || is_first {
+                self.hand_on();
+            } else {
+                self.due.get_or_insert_with(|| Instant::now() + COALESCE);
+            }
+        }
+    }
+
+    /// Applies a response; a large one on another thread.
+    async fn apply(&mut self, response: DeltaResponse) -> Result<Applied, SessionError> {
+        let changes = response.resources.len() + response.removed_resources.len();
+        if changes <= MAX_INLINE {
+            return self.plane.receive(response);
+        }
+        let empty = self.plane.renewed();
+        let mut plane = std::mem::replace(&mut self.plane, empty);
+        let (finished, applied) = oneshot::channel();
+        run_in_background(Box::new(move || {
+            let applied = plane.receive(response);
+            plane.snapshot();
+            // The process may be ending.
+            finished.send((plane, applied)).ok();
+        }));
+        match applied.await {
+            Ok((plane, applied)) => {
+                self.plane = plane;
+                applied
+            }
+            // No thread could be started, so the state is lost. The control plane sends it again
+            // after the stream ended; until then the last mesh stays.
+            Err(_) => Err(SessionError::Lost),
+        }
+    }
+
+    /// Hands on the mesh after all changes.
+    fn hand_on(&mut self) {
+        self.due = None;
+        let mesh = self.plane.snapshot().with_fallback(self.fallback.clone());
+        self.snapshots.send_replace(Some(Arc::new(mesh)));
+    }
+
+    /// Waits for `other`, and meanwhile hands on collected changes and those of the file.
+    async fn or_file_changes<T>(&mut self, other: impl Future<Output = T>) -> T {
+        tokio::pin!(other);
+        loop {
+            let due = self.due;
+            let is_due = async {
+                match due {
+                    Some(due) => sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = is_due => self.hand_on(),
+                done = &mut other => return done,
+                changed = self.file.changed() => match changed {
+                    Ok(mesh) => {
+                        self.fallback = Some(mesh);
+                        if self.snapshots.borrow().is_some() {
+                            self.hand_on();
+                        }
+                    }
+                    Err(errors) => log_refused(&errors),
+                },
+            }
+        }
+    }
+}
+
+/// Logs and counts what a response changed.
+fn report(Applied { kind, set, removed, rejected, .. }: &Applied) {
+    let kind = kind.name();
+    metrics::control_plane_resources(kind, set - rejected.len(), *removed, rejected.len());
+    tracing::debug!(kind, set, removed, rejected = rejected.len(), "response of the control plane");
+    for (name, reason) in rejected.iter().take(MAX_LOGGED) {
+        tracing::error!(
+            kind,
+            name = %underpass_config::Quoted::new(name),
+            %reason,
+            "cannot use a resource of the control plane"
+        );
+    }
+    if let Some(more @ 1..) = rejected.len().checked_sub(MAX_LOGGED) {
+        tracing::error!(kind, more, "cannot use more resources of the control plane");
+    }
+}
+
+/// Logs the end of a stream: as a warning, unless the next attempt follows at once.
+fn log_end(address: &str, end: &StreamEnd, retry_in: Duration) {
+    let hint = match end {
+        StreamEnd::Stream(error) => error.hint(),
+        StreamEnd::Session(_) => None,
+    };
+    let error = error_chain(end);
+    if retry_in > Duration::from_secs(1) {
+        tracing::warn!(
+            address,
+            ?retry_in,
+            hint = hint.as_deref(),
+            "no control plane, keeping the last mesh: {error}"
+        );
+    } else {
+        tracing::info!(address, ?retry_in, "the control plane's stream ended: {error}");
+    }
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(error.source(), |error| error.source());
+    sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
+}
+
+/// The node of this client, in ztunnel's form.
+fn node(settings: &Settings, xds: &XdsSettings) -> Node {
+    let XdsSettings { name, namespace, cluster_id, .. } = xds;
+    let mut facts = vec![
+        ("NAME", name.as_str()),
+        ("NAMESPACE", namespace.as_str()),
+        ("INSTANCE_IPS", ADDRESS),
+        ("CLUSTER_ID", cluster_id.as_str()),
+    ];
+    facts.extend(settings.node.name.as_deref().map(|node| ("NODE_NAME", node)));
+    let fields = facts
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), MetadataValue { text: Some(value.to_owned()) }));
+    Node {
+        id: format!("ztunnel~{ADDRESS}~{name}.{namespace}~{namespace}.svc.cluster.local"),
+        metadata: Some(Metadata { fields: fields.collect() }),
+    }
+}
+
+fn local(settings: &Settings) -> LocalWorkloads {
+    let own = &settings.workload;
+    let is_node = settings.node.pods.is_some();
+    let named = (!is_node).then(|| (own.namespace.clone(), own.name.clone()));
+    LocalWorkloads { node: settings.node.name.clone().filter(|_| is_node), named }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,64 @@
+//! Tests of collecting changes, and of the node that the client announces.
+
+use underpass_config::{FileWatcher, ResourceType};
+
+use super::*;
+use crate::node::testing::settings;
+
+const XDS: [&str; 4] = [
+    "mesh.xds.address=https://istiod:15012",
+    "mesh.xds.roots=roots.pem",
+    "mesh.xds.cluster_id=east",
+    "workload.name=web",
+];
+
+fn follower() -> (ControlPlaneFollower, watch::Receiver<Option<Arc<Mesh>>>) {
+    let settings = settings(&XDS);
+    let (file, _) = MeshSource::open(None, &FileWatcher::default(), run_in_background).unwrap();
+    ControlPlaneFollower::new(&settings, settings.xds.as_ref().unwrap(), file, None)
+}
+
+fn empty(kind: ResourceType) -> DeltaResponse {
+    DeltaResponse { type_url: kind.url().to_owned(), ..DeltaResponse::default() }
+}
+
+#[test]
+fn node_has_ztunnels_form_and_own_workload_is_local() {
+    let settings = settings(&XDS);
+    let node = node(&settings, settings.xds.as_ref().unwrap());
+    assert_eq!(node.id, "ztunnel~1.1.1.1~web.default~default.svc.cluster.local");
+    let metadata = node.metadata.unwrap().fields;
+    let fact = |name: &str| metadata.get(name).and_then(|value| value.text.as_deref());
+    assert_eq!(
+        ["NAME", "NAMESPACE", "CLUSTER_ID", "NODE_NAME"].map(fact),
+        [Some("web"), Some("default"), Some("east"), None]
+    );
+    let local = local(&settings);
+    assert_eq!((local.node, local.named), (None, Some(("default".into(), "web".into()))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn collected_changes_are_handed_on_once_after_interval() {
+    let (mut follower, mut snapshots) = follower();
+    follower.due = Some(Instant::now() + COALESCE);
+    let waited = follower.or_file_changes(tokio::time::sleep(COALESCE / 2));
+    waited.await;
+    assert!(!snapshots.has_changed().unwrap());
+    follower.or_file_changes(tokio::time::sleep(COALESCE)).await;
+    assert!(snapshots.borrow_and_update().is_some());
+    follower.or_file_changes(tokio::time::sleep(COALESCE * 10)).await;
+    assert!(!snapshots.has_changed().unwrap());
+}
+
+#[tokio::test]
+async fn small_and_large_responses_are_applied() {
+    let (mut follower, _) = follower();
+    assert!(!follower.plane.is_synced());
+    let removed = (0..=MAX_INLINE).map(|name| name.to_string()).collect();
+    let large = DeltaResponse { removed_resources: removed, ..empty(ResourceType::Address) };
+    assert_eq!(follower.apply(large).await.unwrap().removed, MAX_INLINE + 1);
+    assert!(follower.apply(empty(ResourceType::Authorization)).await.unwrap().is_urgent);
+    assert!(follower.plane.is_synced());
+    let unknown = DeltaResponse { type_url: "unknown".into(), ..DeltaResponse::default() };
+    follower.apply(unknown).await.unwrap_err();
+}

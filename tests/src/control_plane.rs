@@ -1,0 +1,281 @@
+//! A scripted control plane: a gRPC server of delta xDS that sends whatever a test tells it.
+//!
+//! Without code of underpass, except for the messages of the protocol's envelope. The resources are
+//! encoded by hand.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use h2::server::SendResponse;
+use h2::{RecvStream, SendStream};
+use http::{HeaderMap, Response};
+use prost::Message as _;
+use rustls::ServerConfig;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_rustls::TlsAcceptor;
+use underpass_config::{Any, DeltaRequest, DeltaResponse, Resource, ResourceType};
+
+use crate::or_fail::OrFail;
+use crate::peers::within;
+use crate::pki::Pki;
+use crate::pods::{Family, Pod};
+use crate::tls::{chain, key, provider};
+
+/// The name in the certificate.
+const NAME: &str = "istiod.test";
+
+/// A running control plane.
+#[derive(Debug)]
+pub struct ScriptedControlPlane {
+    address: SocketAddr,
+    roots: PathBuf,
+    events: mpsc::UnboundedReceiver<ControlPlaneEvent>,
+    script: Arc<Mutex<Script>>,
+    serving: JoinHandle<()>,
+}
+
+/// An action of a client.
+#[derive(Debug)]
+pub enum ControlPlaneEvent {
+    /// It opened a stream with these headers.
+    Opened(HeaderMap),
+    /// It sent a request.
+    Request(Box<DeltaRequest>),
+}
+
+#[derive(Debug, Default)]
+struct Script {
+    /// The bytes that each new stream sends at once.
+    first: Vec<Bytes>,
+    /// The open stream; `None` ends it.
+    stream: Option<mpsc::UnboundedSender<Option<Bytes>>>,
+}
+
+impl ScriptedControlPlane {
+    /// Listens in `pod`. Sends nothing to its clients.
+    #[must_use]
+    pub fn start(pod: &Pod, port: u16, pki: &Pki) -> Self {
+        let files = pki.issue_server(NAME);
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .or_fail("set up TLS")
+            .with_no_client_auth()
+            .with_single_cert(chain(&files.certificate), key(&files.key))
+            .or_fail("use a certificate");
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let (acceptor, listener) = (TlsAcceptor::from(Arc::new(config)), pod.listen(port));
+        let (sender, events) = mpsc::unbounded_channel();
+        let script = Arc::<Mutex<Script>>::default();
+        let shared = script.clone();
+        let serving = tokio::spawn(async move {
+            loop {
+                let (tcp, _) = listener.accept().await;
+                let serve = serve(acceptor.clone(), tcp, sender.clone(), shared.clone());
+                tokio::spawn(async move { serve.await.ok() });
+            }
+        });
+        let (address, roots) = (pod.at(Family::V4, port), pki.roots().to_owned());
+        Self { address, roots, events, script, serving }
+    }
+
+    /// The settings of a client, in YAML.
+    #[must_use]
+    pub fn settings(&self) -> String {
+        let Self { address, roots, .. } = self;
+        format!(
+            "mesh: {{xds: {{address: \"https://{address}\", server_name: {NAME}, roots: {roots:?}, \
+             headers: [x-test=1]}}}}"
+        )
+    }
+
+    /// Sends these responses at the start of each later stream.
+    pub fn set_first(&self, responses: &[DeltaResponse]) {
+        self.script().first = responses.iter().map(framed).collect();
+    }
+
+    /// Sends a response on the open stream.
+    pub fn send(&self, response: &DeltaResponse) {
+        self.send_raw(framed(response));
+    }
+
+    /// Sends bytes on the open stream.
+    pub fn send_raw(&self, bytes: Bytes) {
+        let stream = self.script().stream.clone().expect("no open stream");
+        stream.send(Some(bytes)).or_fail("send on the open stream");
+    }
+
+    /// Ends the open stream and its connection.
+    pub fn end_stream(&self) {
+        let stream = self.script().stream.take().expect("no open stream");
+        stream.send(None).ok();
+    }
+
+    /// The headers of the next stream that a client opens. Skips requests.
+    pub async fn opened(&mut self) -> HeaderMap {
+        loop {
+            if let ControlPlaneEvent::Opened(headers) = self.event().await {
+                return headers;
+            }
+        }
+    }
+
+    /// The next request of a client.
+    pub async fn request(&mut self) -> DeltaRequest {
+        loop {
+            if let ControlPlaneEvent::Request(request) = self.event().await {
+                return *request;
+            }
+        }
+    }
+
+    async fn event(&mut self) -> ControlPlaneEvent {
+        within("the control plane's client", self.events.recv()).await.expect("it is served")
+    }
+
+    fn script(&self) -> std::sync::MutexGuard<'_, Script> {
+        self.script.lock().or_fail("lock the script")
+    }
+}
+
+impl Drop for ScriptedControlPlane {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+async fn serve(
+    acceptor: TlsAcceptor,
+    tcp: TcpStream,
+    events: mpsc::UnboundedSender<ControlPlaneEvent>,
+    script: Arc<Mutex<Script>>,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let mut connection = h2::server::handshake(acceptor.accept(tcp).await?).await?;
+    while let Some(accepted) = connection.accept().await {
+        let (request, respond) = accepted?;
+        let (parts, body) = request.into_parts();
+        events.send(ControlPlaneEvent::Opened(parts.headers))?;
+        let (stream, commands) = mpsc::unbounded_channel();
+        {
+            let mut script = script.lock().map_err(|_| "poisoned")?;
+            for bytes in &script.first {
+                stream.send(Some(bytes.clone()))?;
+            }
+            script.stream = Some(stream);
+        }
+        tokio::spawn(read(body, events.clone()));
+        let writing = write(respond, commands);
+        tokio::select! {
+            written = writing => return written,
+            next = connection.accept() => drop(next),
+        }
+    }
+    Ok(())
+}
+
+/// Reports each request, which a prefix of five bytes precedes.
+async fn read(mut body: RecvStream, events: mpsc::UnboundedSender<ControlPlaneEvent>) {
+    let mut buffer = BytesMut::new();
+    while let Some(Ok(data)) = body.data().await {
+        body.flow_control().release_capacity(data.len()).ok();
+        buffer.extend_from_slice(&data);
+        while let Some((_, after)) = buffer.split_first_chunk::<1>()
+            && let Some((length, rest)) = after.split_first_chunk::<4>()
+            && let Ok(length) = usize::try_from(u32::from_be_bytes(*length))
+            && let Some(message) = rest.get(..length)
+        {
+            let request = DeltaRequest::decode(message).or_fail("decode a request");
+            events.send(ControlPlaneEvent::Request(Box::new(request))).ok();
+            buffer.advance(5 + length);
+        }
+    }
+}
+
+/// Sends the bytes of the script until it ends the stream.
+async fn write(
+    mut respond: SendResponse<Bytes>,
+    mut commands: mpsc::UnboundedReceiver<Option<Bytes>>,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let headers = Response::builder().header("content-type", "application/grpc").body(())?;
+    let mut stream: SendStream<Bytes> = respond.send_response(headers, false)?;
+    while let Some(Some(bytes)) = commands.recv().await {
+        stream.send_data(bytes, false)?;
+    }
+    Ok(())
+}
+
+fn framed(response: &DeltaResponse) -> Bytes {
+    let message = response.encode_to_vec();
+    let length = u32::try_from(message.len()).or_fail("send a message").to_be_bytes();
+    [&[0], &length[..], &message].concat().into()
+}
+
+/// A field of a protobuf message with this content.
+#[must_use]
+pub fn field(number: u32, content: impl AsRef<[u8]>) -> Vec<u8> {
+    let content = content.as_ref();
+    let mut bytes = Vec::new();
+    prost::encoding::encode_varint(u64::from(number << 3 | 2), &mut bytes);
+    prost::encoding::encode_varint(u64::try_from(content.len()).or_fail("count"), &mut bytes);
+    bytes.extend_from_slice(content);
+    bytes
+}
+
+/// A field of a protobuf message with this number.
+#[must_use]
+pub fn number(number: u32, value: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    prost::encoding::encode_varint(u64::from(number << 3), &mut bytes);
+    prost::encoding::encode_varint(u64::from(value), &mut bytes);
+    bytes
+}
+
+/// A resource of this type, name and content.
+#[must_use]
+pub fn resource(kind: ResourceType, name: &str, content: Vec<u8>) -> Resource {
+    let any = Any { type_url: kind.url().to_owned(), value: content.into() };
+    Resource { version: "1".to_owned(), name: name.to_owned(), resource: Some(any) }
+}
+
+/// A response with these resources.
+#[must_use]
+pub fn response(kind: ResourceType, resources: Vec<Resource>, removed: &[&str]) -> DeltaResponse {
+    DeltaResponse {
+        resources,
+        type_url: kind.url().to_owned(),
+        nonce: "nonce".to_owned(),
+        removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),
+    }
+}
+
+/// The HBONE workload of a pod, with the pod's name as its service account.
+#[must_use]
+pub fn hbone_workload(pod: &Pod) -> Resource {
+    let uid = format!("Kubernetes//Pod/default/{}", pod.name());
+    let addresses = pod.ips().into_iter().flat_map(|ip| match ip {
+        std::net::IpAddr::V4(ip) => field(3, ip.octets()),
+        std::net::IpAddr::V6(ip) => field(3, ip.octets()),
+    });
+    let workload = [
+        field(1, pod.name()),
+        field(2, "default"),
+        addresses.collect(),
+        number(5, 1),
+        field(7, pod.name()),
+        field(20, &uid),
+    ];
+    resource(ResourceType::Address, &uid, field(1, workload.concat()))
+}
+
+/// The policy `default/NAME` of the namespace, which denies connections to `port`.
+#[must_use]
+pub fn deny_port(name: &str, port: u16) -> Resource {
+    let ports = field(9, number(0, u32::from(port)).get(1..).unwrap_or_default());
+    let groups = field(5, field(1, field(2, ports)));
+    let policy = [field(1, name), field(2, "default"), number(3, 1), number(4, 1), groups];
+    let name = format!("default/{name}");
+    resource(ResourceType::Authorization, &name, policy.concat())
+}
