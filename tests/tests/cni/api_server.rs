@@ -158,7 +158,7 @@ impl Cluster {
         let objects = self.objects.iter().filter(|(known, ..)| *known == kind);
         let count = objects.clone().count();
         let items: Vec<&Value> = objects.skip(index).take(1).map(|(_, _, object)| object).collect();
-        let next = (index + 1 < count).then(|| (index + 1).to_string()).unwrap_or_default();
+        let next = if index + 1 < count { (index + 1).to_string() } else { String::new() };
         let page = json!({
             "metadata": {"resourceVersion": self.version.to_string(), "continue": next},
             "items": items,

@@ -367,7 +367,7 @@ mod tests {
         let waiting = finder.wait_for(&web);
         tokio::pin!(waiting);
         cluster(&view, &[], &[namespace("shop", "ambient")]);
-        assert!(timeout(FACTS_TIMEOUT / 2, &mut waiting).await.is_err());
+        timeout(FACTS_TIMEOUT / 2, &mut waiting).await.unwrap_err();
         cluster(&view, &[pod("web")], &[namespace("shop", "ambient")]);
         assert_eq!(waiting.await.unwrap().service_account, "web-account");
         let late = finder.wait_for(&attached("db", &[])).await.unwrap_err();
