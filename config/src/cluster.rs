@@ -21,16 +21,16 @@ const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// The hint for a kubeconfig file with an unsupported credential.
 const CREDENTIAL_HINT: &str = "use a token, a token file or a client certificate";
 
-/// How to reach the API server.
+/// The address and the credentials of the API server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClusterAccess {
     /// `https://HOST:PORT`.
     pub server: String,
-    /// The name in the server's certificate, if it is not the host.
+    /// The name in the server's certificate, if it differs from the host.
     pub server_name: Option<String>,
     /// The roots of the server's certificate, in PEM.
     pub roots: ClusterDocument,
-    /// How the daemon authenticates.
+    /// The credential with which the daemon authenticates.
     pub credential: ClusterCredential,
 }
 
@@ -46,9 +46,9 @@ pub enum ClusterCredential {
 /// A certificate, key or token. `Debug` does not contain it.
 #[derive(Clone, PartialEq, Eq)]
 pub enum ClusterDocument {
-    /// In a file, which may be replaced.
+    /// A file, which may be replaced.
     File(PathBuf),
-    /// In the kubeconfig file, with its key there.
+    /// A value of the kubeconfig file, with its key.
     Inline(&'static str, Vec<u8>),
 }
 
@@ -81,7 +81,8 @@ impl fmt::Debug for ClusterDocument {
 }
 
 impl ClusterAccess {
-    /// The access of the service account of this pod, if the process runs in one that has it.
+    /// The access with the service account of this pod; `None` outside a pod or without a service
+    /// account.
     #[expect(
         clippy::disallowed_methods,
         reason = "Kubernetes names its API server by these variables in every pod: they are no settings"
@@ -99,7 +100,7 @@ impl ClusterAccess {
         if !token.exists() {
             return None;
         }
-        // Colons are in IPv6 addresses only.
+        // Only IPv6 addresses contain colons.
         let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
         Some(Self {
             server: format!("https://{host}:{port}"),
@@ -109,10 +110,10 @@ impl ClusterAccess {
         })
     }
 
-    /// The access of the current context of a kubeconfig file. Relative paths refer to its folder.
+    /// Reads the access of the current context from a kubeconfig file. Relative paths refer to its
+    /// folder.
     ///
-    /// # Errors
-    /// All mistakes in the file, or the reason why it cannot be read.
+    /// # Errors All mistakes in the file, or the reason why it cannot be read.
     pub fn of_kubeconfig(path: &Path) -> Result<Self, ConfigErrors> {
         let name = path.display().to_string();
         let text = fs::read_to_string(path)
@@ -208,7 +209,7 @@ fn document(
         return match BASE64_STANDARD.decode(text) {
             Ok(content) => Some(ClusterDocument::Inline(data_key, content)),
             Err(_) => {
-                // Not with its value, which may be a key.
+                // Without the value, which may be a key.
                 cursor.problem(format!("{data_key} is not base64"));
                 None
             }

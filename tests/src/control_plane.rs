@@ -1,7 +1,7 @@
-//! A scripted control plane: a gRPC server of delta xDS that sends whatever a test tells it.
+//! A scripted control plane: a gRPC server of delta xDS that sends what a test requests.
 //!
-//! Without code of underpass, except for the messages of the protocol's envelope. The resources are
-//! encoded by hand.
+//! It uses no code of underpass except for the messages of the envelope. The resources are encoded
+//! by hand.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -41,9 +41,9 @@ pub struct ScriptedControlPlane {
 /// An action of a client.
 #[derive(Debug)]
 pub enum ControlPlaneEvent {
-    /// It opened a stream with these headers.
+    /// The client opened a stream with these headers.
     Opened(HeaderMap),
-    /// It sent a request.
+    /// The client sent a request.
     Request(Box<DeltaRequest>),
 }
 
@@ -56,7 +56,7 @@ struct Script {
 }
 
 impl ScriptedControlPlane {
-    /// Listens in `pod`. Sends nothing to its clients.
+    /// Listens in `pod`. Sends nothing to clients by itself.
     #[must_use]
     pub fn start(pod: &Pod, port: u16, pki: &Pki) -> Self {
         let files = pki.issue_server(NAME);
@@ -176,7 +176,7 @@ async fn serve(
     Ok(())
 }
 
-/// Reports each request, which a prefix of five bytes precedes.
+/// Reports each request. A prefix of five bytes precedes it.
 async fn read(mut body: RecvStream, events: mpsc::UnboundedSender<ControlPlaneEvent>) {
     let mut buffer = BytesMut::new();
     while let Some(Ok(data)) = body.data().await {

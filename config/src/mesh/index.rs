@@ -73,7 +73,7 @@ impl Mesh {
         self.size = MeshSize { policies, ..self.size };
     }
 
-    /// Counts a rejected item at each of these addresses, or forgets it.
+    /// Counts a rejected item at each of these addresses, or ends this.
     pub(super) fn withhold(&mut self, addresses: &[NetworkAddress], withheld: bool) {
         for NetworkAddress { network, address } in addresses {
             let network = self.network(network);

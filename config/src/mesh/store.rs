@@ -1,8 +1,8 @@
 //! The items of a control plane, and the snapshot of them after each change.
 //!
-//! Items arrive in any order and refer to items that arrive later or never. A change marks what
-//! depends on it, and [`MeshStore::snapshot`] indexes that once: a service with many changed
-//! endpoints is indexed once per snapshot.
+//! Items arrive in any order, and may refer to items that arrive later or never. A change marks the
+//! items that depend on it, and [`MeshStore::snapshot`] indexes each marked item once: also a
+//! service with many changed endpoints.
 //!
 //! ```text
 //! policy ── selects ──> workload ── is an endpoint of ──> service
@@ -167,8 +167,8 @@ impl MeshStore {
         }
     }
 
-    /// Refuses plaintext to the addresses of a rejected resource without an accepted version: it
-    /// may have announced HBONE.
+    /// Refuses plaintext to the addresses of a rejected resource without an accepted version,
+    /// because the resource may have announced HBONE.
     pub(crate) fn withhold(&mut self, resource: Name, addresses: Box<[NetworkAddress]>) {
         self.release(&resource);
         self.mesh.withhold(&addresses, true);
@@ -266,7 +266,7 @@ fn policy_list(policy: &Policy) -> Option<Option<Name>> {
     }
 }
 
-/// The policy instead of one that a workload refers to and that is unknown.
+/// A substitute for a policy that a workload refers to and that is unknown.
 fn missing(key: &str) -> Arc<Policy> {
     let (namespace, name) = key.split_once('/').unwrap_or(("", key));
     let name = format!("{name} (missing)");

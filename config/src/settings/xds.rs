@@ -8,21 +8,21 @@ use std::path::PathBuf;
 pub struct XdsSettings {
     /// `https://HOST:PORT`.
     pub address: String,
-    /// The name in the server's certificate, if not the host of `address`.
+    /// The name in the server's certificate, if it differs from the host of `address`.
     pub server_name: Option<String>,
-    /// PEM: the roots that the server's certificate chains to. Read for every connection.
+    /// PEM: the roots that verify the server's certificate. Read for every connection.
     pub roots: PathBuf,
     /// The file with the bearer token. Read for every connection.
     pub token: Option<PathBuf>,
     /// PEM: the client's certificate with its chain, and its key. Read for every connection.
     pub client: Option<(PathBuf, PathBuf)>,
-    /// The ID of our cluster, sent as a header and in the node's metadata.
+    /// The id of our cluster, sent as a header and in the node's metadata.
     pub cluster_id: String,
     /// Further headers of the request.
     pub headers: Vec<XdsHeader>,
     /// The name of this client.
     pub name: String,
-    /// Its namespace, which must be that of the token.
+    /// The namespace of this client, which must be that of the token.
     pub namespace: String,
 }
 

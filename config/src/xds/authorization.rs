@@ -135,8 +135,8 @@ const GROUP: Fields = Fields(&[(1, Some(&RULES))]);
 const AUTHORIZATION: Fields =
     Fields(&[(1, None), (2, None), (3, None), (4, None), (5, Some(&GROUP)), (6, None), (7, None)]);
 
-/// The number of the first field that this version does not have, which [`Message::decode`] skips:
-/// it may narrow what the policy matches. `policy` must be a message that decodes.
+/// The number of the first field that this version does not know and [`Message::decode`] skips: it
+/// may narrow the matches of the policy. `policy` must be a valid message.
 pub(super) fn unknown_field(policy: &[u8]) -> Option<u32> {
     unknown_in(policy, &AUTHORIZATION)
 }

@@ -22,12 +22,12 @@ pub struct ControlPlane {
     changes: usize,
 }
 
-/// The workloads that this process serves: their changes take effect at once.
+/// The workloads that this process serves. Their changes take effect at once.
 #[derive(Debug, Clone, Default)]
 pub struct LocalWorkloads {
-    /// The node, all of whose workloads are local.
+    /// The node of the process, if all workloads of the node are local.
     pub node: Option<String>,
-    /// The namespace and the name of the workload of a process that serves one.
+    /// The namespace and the name of the workload, if the process serves only one.
     pub named: Option<(String, String)>,
 }
 
@@ -38,9 +38,9 @@ pub struct Applied {
     pub answer: DeltaRequest,
     /// The type of the resources.
     pub kind: ResourceType,
-    /// The numbers of resources that were set and removed.
+    /// The number of resources that were added or changed.
     pub set: usize,
-    /// See `set`.
+    /// The number of resources that were removed.
     pub removed: usize,
     /// The rejected resources.
     pub rejected: Vec<(Name, Rejection)>,
@@ -49,7 +49,7 @@ pub struct Applied {
 }
 
 impl ControlPlane {
-    /// A control plane to which the client is `node`.
+    /// Creates a client with this node id and these local workloads.
     pub fn new(node: Node, local: LocalWorkloads) -> Self {
         Self { session: Session::new(node), store: MeshStore::default(), local, changes: 0 }
     }
@@ -72,8 +72,8 @@ impl ControlPlane {
 
     /// Applies a response to the next snapshot.
     ///
-    /// # Errors
-    /// The control plane violates the protocol. Nothing was applied; close the stream.
+    /// # Errors The control plane violates the protocol. The response was not applied; close the
+    /// stream.
     pub fn receive(&mut self, response: DeltaResponse) -> Result<Applied, SessionError> {
         let update = self.session.receive(response)?;
         let (kind, set, removed) = (update.kind, update.resources.len(), update.removed.len());
@@ -110,7 +110,7 @@ impl ControlPlane {
         self.store.snapshot()
     }
 
-    /// Applies a workload or a service. Returns true if it is a local workload.
+    /// Applies a workload or a service. Returns whether it is a local workload.
     fn address(&mut self, name: &Name, content: &Bytes) -> Result<bool, Rejection> {
         let applied = self.try_address(name, content);
         if applied.is_err() {
@@ -153,8 +153,8 @@ impl ControlPlane {
         }
     }
 
-    /// Keeps the accepted version of a rejected resource. Without one, nothing that the resource
-    /// may forbid is allowed.
+    /// Keeps the accepted version of a rejected resource. Without one, connections that the
+    /// resource may forbid are refused.
     fn reject(&mut self, kind: ResourceType, name: &Name, content: &Bytes) {
         match kind {
             ResourceType::Address => {

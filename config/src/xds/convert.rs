@@ -1,7 +1,7 @@
 //! Converts resources of a control plane to items of the mesh.
 //!
-//! A value that affects routing or policies and is not understood rejects the resource: ignoring it
-//! could widen a policy or send plaintext to a workload that speaks HBONE.
+//! An unknown value that affects routing or policies rejects the resource: ignoring it could widen
+//! a policy, or send plaintext to a workload that speaks HBONE.
 
 mod policy;
 mod service;
@@ -25,7 +25,7 @@ use crate::identity::spiffe::SpiffeError;
 use crate::mesh::shared::Shared;
 use crate::mesh::{self, Gateway, NamespacedHostname, PortMap};
 
-/// Why a resource is rejected. The control plane logs it.
+/// The reason why a resource is rejected. The control plane logs it.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Rejection {
     /// The encoding is broken.
@@ -34,13 +34,13 @@ pub enum Rejection {
     /// The resource is larger than allowed.
     #[error("has {0} bytes, more than the limit")]
     Size(usize),
-    /// The resource has no content, or that of another type.
+    /// The resource has no content, or content of another type.
     #[error("has no content of its type")]
     Type,
-    /// The name is not that of the content.
+    /// The name differs from that of the content.
     #[error("its content is named {0}")]
     Name(String),
-    /// A field has a value that is unknown or makes no sense.
+    /// A field has an unknown or invalid value.
     #[error("{field}: unsupported value {value}")]
     Value {
         /// The field.
@@ -48,10 +48,10 @@ pub enum Rejection {
         /// The value, shortened.
         value: String,
     },
-    /// The policy has a field that is unknown, which may narrow what it matches.
+    /// The policy has an unknown field, which may narrow its matches.
     #[error("unknown field {0}")]
     UnknownField(u32),
-    /// Namespace, service account and trust domain make no SPIFFE id.
+    /// Namespace, service account and trust domain do not form a SPIFFE id.
     #[error("makes no SPIFFE id: {0}")]
     Identity(SpiffeError),
 }
@@ -69,7 +69,7 @@ impl Rejection {
     }
 }
 
-/// The value with this number in a table.
+/// The value for this number in a table.
 fn one_of<T: Copy>(field: &'static str, number: i32, table: &[(i32, T)]) -> Result<T, Rejection> {
     let found = table.iter().find(|(known, _)| *known == number);
     found.map(|(_, value)| *value).ok_or_else(|| Rejection::value(field, number))
@@ -91,7 +91,7 @@ fn network_address(
     Ok(mesh::NetworkAddress { network, address })
 }
 
-/// The addresses of a rejected workload or service, as far as they are understood.
+/// The readable addresses of a rejected workload or service.
 pub(super) fn addresses_of(content: &Bytes, shared: &mut Shared) -> Box<[mesh::NetworkAddress]> {
     let kind = Address::decode(content.clone()).ok().and_then(|address| address.kind);
     let addresses: Vec<(String, Bytes)> = match kind {
@@ -111,14 +111,14 @@ pub(super) fn addresses_of(content: &Bytes, shared: &mut Shared) -> Box<[mesh::N
     understood.collect()
 }
 
-/// A port in the range of TCP; 0 only where it has a meaning.
+/// A TCP port. 0 is allowed only if it has a meaning.
 fn port(field: &'static str, number: u32, zero: bool) -> Result<u16, Rejection> {
     let port = u16::try_from(number).ok().filter(|port| zero || *port != 0);
     port.ok_or_else(|| Rejection::value(field, number))
 }
 
-/// A map from ports of a service to target ports. With `named`, target 0 denotes a named port. Of a
-/// repeated port the last target counts, as in ztunnel: istiod also sends UDP ports.
+/// A map from ports of a service to target ports. With `named`, target 0 is a named port. The last
+/// target of a repeated port counts, as in ztunnel: istiod also sends UDP ports.
 fn ports(
     field: &'static str,
     given: &[Port],

@@ -30,7 +30,7 @@ pub struct DeltaRequest {
     pub error_detail: Option<Status>,
 }
 
-/// `core.v3.Node`: who the client is.
+/// `core.v3.Node`: the identity of the client.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Node {
     /// The id, in Istio's form.

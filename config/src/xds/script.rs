@@ -11,8 +11,8 @@ use super::control_plane::{ControlPlane, LocalWorkloads};
 use super::message::{DeltaResponse, Node};
 use super::session::ResourceType;
 
-/// Runs `script`. Panics if the client differs from the model: it retains exactly the names of the
-/// resources that were not removed, and its mesh has at most one item for each.
+/// Runs `script`. Panics if the client differs from the model, which retains exactly the names of
+/// resources that were not removed. The mesh has at most one item for each name.
 pub(crate) fn run(script: &[u8]) {
     let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default());
     let mut names: [BTreeSet<String>; 2] = Default::default();
@@ -47,7 +47,7 @@ mod tests {
     use super::super::testing::{behind, policy, resource, response, service, workload};
     use super::*;
 
-    /// Valid messages, as the corpus of the fuzz target has them.
+    /// Valid messages, as in the corpus of the fuzz target.
     fn messages() -> Vec<Vec<u8>> {
         let kinds = [ResourceType::Address, ResourceType::Authorization];
         let [address, authorization] = kinds;

@@ -1,11 +1,11 @@
-//! The protocol of delta xDS on one stream, and what a client retains for the next one.
+//! The protocol of delta xDS on one stream, and the state that a client retains for the next one.
 //!
 //! ```text
 //! open ──> one request for each type: all resources, with the names and versions retained
 //! receive ──> Update ──> finish ──> ACK, or NACK with the rejected names
 //! ```
 //!
-//! istiod computes removals on a new stream from the retained names, so every name that was not
+//! istiod computes removals on a new stream from the retained names. So every name that was not
 //! removed is retained, also that of a rejected resource.
 
 use std::fmt::Write as _;
@@ -19,13 +19,13 @@ use super::message::{DeltaRequest, DeltaResponse, Node, Resource, Status};
 use crate::mesh::Name;
 use crate::mesh::names::Map;
 
-/// Maximum size of one resource: a service with thousands of addresses.
+/// The maximum size of one resource in bytes: a service with thousands of addresses.
 const MAX_RESOURCE: usize = 1 << 20;
-/// Maximum length of a name.
+/// The maximum length of a name in bytes.
 const MAX_NAME: usize = 2048;
-/// Maximum number of resources of a type.
+/// The maximum number of resources of a type.
 const MAX_RESOURCES: usize = 1 << 20;
-/// Maximum number of names in a NACK.
+/// The maximum number of names in a NACK.
 const MAX_REPORTED: usize = 20;
 /// `INVALID_ARGUMENT` of gRPC.
 const INVALID_ARGUMENT: i32 = 3;
@@ -60,13 +60,14 @@ impl ResourceType {
     }
 }
 
-/// The control plane violates the protocol. The stream must be closed; nothing was applied.
+/// A violation of the protocol by the control plane. The response was not applied; the stream must
+/// be closed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum SessionError {
     /// A response of a type without a subscription.
     #[error("a response of the unknown type {0:?}")]
     UnknownType(String),
-    /// More resources than a client holds.
+    /// More resources than the client's maximum.
     #[error("more than {MAX_RESOURCES} resources of type {}", .0.name())]
     TooMany(ResourceType),
     /// The state of the client was lost.
@@ -81,7 +82,7 @@ pub enum SessionError {
 #[derive(Debug)]
 pub(super) struct Update {
     pub(super) kind: ResourceType,
-    /// Names of removed resources. Removed before `resources` are applied.
+    /// The names of removed resources, which are removed before `resources` are applied.
     pub(super) removed: Vec<String>,
     pub(super) resources: Vec<Item>,
     nonce: String,
@@ -105,7 +106,8 @@ pub(super) struct Session {
 #[derive(Debug)]
 struct Subscription {
     kind: ResourceType,
-    /// The retained names with their versions; empty if rejected or without version.
+    /// The retained names with their versions; a version is empty if the resource was rejected or
+    /// has none.
     versions: Map<Name, Box<str>>,
     /// Whether a response was applied, on any stream.
     synced: bool,
@@ -137,7 +139,7 @@ impl Session {
         requests.collect()
     }
 
-    /// Checks a response. The update must be applied and given to [`finish`](Self::finish).
+    /// Checks a response. The caller must apply the update and then call [`finish`](Self::finish).
     pub(super) fn receive(&self, response: DeltaResponse) -> Result<Update, SessionError> {
         let DeltaResponse { resources, type_url, nonce, removed_resources: removed } = response;
         let known = self.subscriptions.iter().find(|one| one.kind.url() == type_url);
@@ -168,7 +170,8 @@ impl Session {
         Ok(Item { name, version, content })
     }
 
-    /// Retains what was applied. Returns the ACK, or the NACK if any resource was rejected.
+    /// Retains the names of an applied update. Returns the ACK, or the NACK if any resource was
+    /// rejected.
     pub(super) fn finish(
         &mut self,
         update: Update,
@@ -216,7 +219,7 @@ impl Session {
 fn nack(rejected: &[(Name, Rejection)]) -> Status {
     let mut message = String::new();
     for (name, reason) in rejected.iter().take(MAX_REPORTED) {
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         write!(message, "{name}: {reason}; ").ok();
     }
     if let Some(more @ 1..) = rejected.len().checked_sub(MAX_REPORTED) {

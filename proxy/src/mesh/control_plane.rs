@@ -1,4 +1,5 @@
-//! Follows a control plane: keeps a stream to it, applies its responses, and hands on the mesh.
+//! Follows a control plane: keeps a stream to it, applies its responses, and passes the mesh to the
+//! publisher.
 //!
 //! ```text
 //! connect ─▶ open ─▶ responses ─▶ ControlPlane (config) ─▶ snapshot ─▶ publisher
@@ -6,9 +7,10 @@
 //!    └── lost: the last mesh stays
 //! ```
 //!
-//! Policies and workloads of this process take effect at once; other changes are collected for
-//! [`COALESCE`], so that endpoint churn costs a few snapshots a second. Nothing is handed on before
-//! the first state is complete.
+//! Policies and workloads of this process take effect at once. Other changes are collected for
+//! [`COALESCE`], so that frequent changes of endpoints cost only a few snapshots a second. No mesh
+//! is
+//! passed on before the first state is complete.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,14 +29,15 @@ use crate::admin::endpoints::Readiness;
 use crate::backoff::Backoff;
 use crate::observe::metrics;
 
-/// The waits before another connection, as in ztunnel, but with jitter.
+/// The bounds of the back-off before a new connection, as in ztunnel but with jitter.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
-/// How long changes that are not urgent are collected.
+/// The time for which changes that are not urgent are collected.
 const COALESCE: Duration = Duration::from_millis(100);
-/// A response with more changes is applied on another thread, so that it delays no other task.
+/// The maximum number of changes that are applied on this thread. A larger response is applied on
+/// another thread, so that it delays no other task.
 const MAX_INLINE: usize = 256;
-/// The number of rejected resources that the log names for each response.
+/// The maximum number of rejected resources that the log names for each response.
 const MAX_LOGGED: usize = 5;
 /// The address in the node's id, which istiod requires and does not use; ztunnel's default.
 const ADDRESS: &str = "1.1.1.1";
@@ -48,11 +51,11 @@ pub(crate) struct ControlPlaneFollower {
     /// The mesh of the file, if there is one.
     fallback: Option<Arc<Mesh>>,
     snapshots: watch::Sender<Option<Arc<Mesh>>>,
-    /// When collected changes are handed on.
+    /// The time at which collected changes are passed on.
     due: Option<Instant>,
 }
 
-/// Why a stream ended.
+/// The reason why a stream ended.
 #[derive(Debug, thiserror::Error)]
 enum StreamEnd {
     #[error(transparent)]
@@ -62,7 +65,7 @@ enum StreamEnd {
 }
 
 impl ControlPlaneFollower {
-    /// A follower that hands on snapshots to the returned receiver.
+    /// Creates a follower that passes snapshots to the returned receiver.
     pub(crate) fn new(
         settings: &Settings,
         xds: &XdsSettings,
@@ -75,7 +78,7 @@ impl ControlPlaneFollower {
         (Self { address, plane, file, fallback, snapshots, due: None }, receiver)
     }
 
-    /// Follows the control plane for ever.
+    /// Follows the control plane. Never returns.
     pub(crate) async fn run<D: Dial>(
         mut self,
         client: ControlPlaneClient<D>,
@@ -144,7 +147,7 @@ impl ControlPlaneFollower {
         run_in_background(Box::new(move || {
             let applied = plane.receive(response);
             plane.snapshot();
-            // The process may be ending.
+            // Fails if the process is ending.
             finished.send((plane, applied)).ok();
         }));
         match applied.await {
@@ -152,20 +155,20 @@ impl ControlPlaneFollower {
                 self.plane = plane;
                 applied
             }
-            // No thread could be started, so the state is lost. The control plane sends it again
-            // after the stream ended; until then the last mesh stays.
+            // No thread could be started, so the state is lost. The control plane sends it again on
+            // a new stream; until then the last mesh stays.
             Err(_) => Err(SessionError::Lost),
         }
     }
 
-    /// Hands on the mesh after all changes.
+    /// Passes on the mesh after all changes.
     fn hand_on(&mut self) {
         self.due = None;
         let mesh = self.plane.snapshot().with_fallback(self.fallback.clone());
         self.snapshots.send_replace(Some(Arc::new(mesh)));
     }
 
-    /// Waits for `other`, and meanwhile hands on collected changes and those of the file.
+    /// Waits for `other`, and meanwhile passes on collected changes and those of the file.
     async fn or_file_changes<T>(&mut self, other: impl Future<Output = T>) -> T {
         tokio::pin!(other);
         loop {
@@ -194,7 +197,7 @@ impl ControlPlaneFollower {
     }
 }
 
-/// Logs and counts what a response changed.
+/// Logs and counts the changes of a response.
 fn report(Applied { kind, set, removed, rejected, .. }: &Applied) {
     let kind = kind.name();
     metrics::control_plane_resources(kind, set - rejected.len(), *removed, rejected.len());

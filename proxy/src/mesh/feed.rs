@@ -1,4 +1,4 @@
-//! Where the mesh comes from: a file, a control plane, or both.
+//! The source of the mesh: a file, a control plane, or both.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ pub(crate) enum MeshFeed {
     ControlPlane { snapshots: watch::Receiver<Option<Arc<Mesh>>>, _follower: Task },
 }
 
-/// Why there is no source.
+/// The reason why the source could not be opened.
 #[derive(Debug, Error)]
 pub(crate) enum MeshFeedError {
     #[error(transparent)]
@@ -31,8 +31,8 @@ pub(crate) enum MeshFeedError {
 }
 
 impl MeshFeed {
-    /// Opens the sources that the settings name. Returns the first mesh: that of the file, or an
-    /// empty one until [`first`](Self::first).
+    /// Opens the sources in the settings. Returns the first mesh: that of the file, or an empty one
+    /// until [`first`](Self::first) returns.
     pub(crate) fn open(
         settings: &Settings,
         watcher: &FileWatcher,
@@ -51,7 +51,7 @@ impl MeshFeed {
         Ok((Self::ControlPlane { snapshots, _follower }, Arc::default()))
     }
 
-    /// The first complete state of a control plane; `None` for a file. Waits as long as it takes.
+    /// The first complete state of a control plane; `None` for a file. Has no timeout.
     pub(crate) async fn first(&mut self) -> Option<Arc<Mesh>> {
         match self {
             Self::File(_) => None,

@@ -1,11 +1,11 @@
-//! What Kubernetes says about the pods of this node and their namespaces (`node.kubernetes`).
+//! Kubernetes' facts about the pods of this node and their namespaces (`node.kubernetes`).
 //!
 //! ```text
 //! API server ─ list, watch ─▶ watch ─▶ reflector (the protocol without I/O) ─▶ view ─▶ cni/facts
 //! ```
 //!
-//! The last facts stay while there is no connection. Nothing is written, and only the pods of this
-//! node are read. In reading order: `objects`, `view`, `reflector`, `api` (requests), `watch`.
+//! The last facts stay while there is no connection. The daemon only reads, and only the pods of
+//! this node. In reading order: `objects`, `view`, `reflector`, `api` (requests), `watch`.
 
 pub(crate) mod api;
 pub(crate) mod objects;

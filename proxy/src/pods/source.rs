@@ -51,7 +51,7 @@ impl SourceHealth {
         self.0.source_ready(ready);
     }
 
-    /// Sets why the source does not deliver pods, or what is wrong with them; `None` if all is well.
+    /// Sets the problem of the source or of its pods; `None` if there is none.
     pub(crate) fn set_problem(&self, problem: Option<String>) {
         self.0.source_problem(problem);
     }

@@ -1,6 +1,6 @@
 //! A scripted API server of Kubernetes: HTTP/1.1 over TLS, with lists in pages and watches.
 //!
-//! Each page has one object, so that every list has several. Versions count the changes.
+//! Each page has one object, so that every list has several pages. Versions count the changes.
 
 use std::io;
 use std::path::PathBuf;
@@ -32,13 +32,13 @@ struct State {
 #[derive(Default)]
 struct Cluster {
     version: u64,
-    /// Watches from older versions are gone.
+    /// The oldest version from which a watch can continue.
     oldest: u64,
-    /// The path of its collection, its name, and the object.
+    /// The objects, each with the path of its collection and its name.
     objects: Vec<(&'static str, String, Value)>,
     /// The version, the collection and the event of each change.
     events: Vec<(u64, &'static str, Value)>,
-    /// The status of every response, instead of an answer.
+    /// The status of every response, while the server refuses requests.
     refusal: Option<(u16, &'static str)>,
     lists: usize,
     bookmarks: usize,
@@ -68,7 +68,7 @@ impl ApiServer {
         server
     }
 
-    /// The settings of a daemon that uses it.
+    /// The settings of a daemon that uses this server.
     pub(crate) fn settings(&self) -> String {
         format!("node.kubeconfig={}", self.kubeconfig.display())
     }
@@ -78,7 +78,7 @@ impl ApiServer {
         self.put("namespaces", name, json!({"metadata": {"name": name, "labels": labels}}));
     }
 
-    /// Adds or changes a pod of the namespace `default`, whose service account has its name.
+    /// Adds or changes a pod of the namespace `default`. The service account has the pod's name.
     pub(crate) fn pod(&self, name: &str, change: impl FnOnce(&mut Value)) {
         let mut pod = json!({
             "metadata": {
@@ -103,7 +103,7 @@ impl ApiServer {
         self.state.epoch.send_modify(|_| {});
     }
 
-    /// Answers every request with a status from now on, or no longer.
+    /// Sets the status with which every request is refused; `None` ends this.
     pub(crate) fn refuse(&self, refusal: Option<(u16, &'static str)>) {
         self.state.cluster().refusal = refusal;
         self.disconnect();
@@ -114,14 +114,14 @@ impl ApiServer {
         self.state.epoch.send_modify(|epoch| *epoch += 1);
     }
 
-    /// Forgets all versions: later watches from them are gone.
+    /// Forgets all versions, so that later watches from them get 410 Gone.
     pub(crate) fn forget(&self) {
         let mut cluster = self.state.cluster();
         cluster.version += 1;
         cluster.oldest = cluster.version;
     }
 
-    /// How many lists were complete, and how many bookmarks sent.
+    /// The numbers of complete lists and of sent bookmarks.
     pub(crate) fn counts(&self) -> (usize, usize) {
         let cluster = self.state.cluster();
         (cluster.lists, cluster.bookmarks)

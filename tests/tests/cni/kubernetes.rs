@@ -1,4 +1,4 @@
-//! The daemon with facts from a scripted API server of Kubernetes.
+//! Tests of the daemon with facts from a scripted API server of Kubernetes.
 
 use serde_json::{Value, json};
 use underpass_tests::{Family, Pod, Proxy, Suite, until};
@@ -66,7 +66,7 @@ async fn labels() {
     api.pod("b", |_| {});
     until("b is enrolled", async || scene.pods().await.contains("default/b uid-b serving")).await;
     scene.exchanged(Family::V4).await;
-    // The label of the namespace applies to pods without one of their own.
+    // The label of the namespace applies to pods without such a label.
     api.pod("a", mode("ambient"));
     api.namespace("default", json!({MODE: "none"}));
     until("b is left alone", async || !has_rules(&scene.b).await).await;
@@ -74,7 +74,7 @@ async fn labels() {
     api.namespace("default", json!({}));
     until("b is enrolled", async || scene.pods().await.contains("default/b uid-b serving")).await;
     scene.exchanged(Family::V6).await;
-    // An annotation changes the rules of a pod that is served.
+    // An annotation changes the rules of a served pod.
     let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
     api.pod("b", |pod| pod["metadata"]["annotations"][key] = json!("2222"));
     until("the rules exclude the port", async || {
@@ -119,14 +119,14 @@ async fn outages() {
         scene.succeeds("ADD", &scene.a, json!({})).await;
         api.refuse(Some((403, "pods is forbidden: User \"x\" cannot list")));
         cluster.is_ready_with(200, "cannot list").await;
-        // The facts that are known suffice.
+        // The known facts suffice.
         scene.succeeds("ADD", &scene.b, json!({})).await;
         scene.exchanged(Family::V4).await;
     }
     let denied = ["the API server denies the request", "list and watch pods and namespaces"];
     cluster.daemon.line(&denied).await;
     let Cluster { scene, api, .. } = &cluster;
-    // Missed while there was no watch, and the version is forgotten.
+    // The change was missed without a watch, and the server has forgotten the version.
     api.pod("b", mode("none"));
     api.forget();
     let (lists, _) = api.counts();
@@ -134,7 +134,7 @@ async fn outages() {
     cluster.rules_are(&scene.b, false).await;
     assert!(api.counts().0 > lists, "the pods are listed again");
     cluster.is_ready_with(200, "ready").await;
-    // Watches go on from a bookmark, without another list.
+    // Watches continue from a bookmark, without another list.
     until("bookmarks arrive", async || {
         api.pod("b", |_| {});
         api.counts().1 > 2

@@ -1,4 +1,4 @@
-//! A node with two pods, and calls of the plugin as a runtime makes them.
+//! A node with two pods, and calls of the plugin in the way of a runtime.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -10,7 +10,7 @@ use underpass_tests::{
     APP, Family, Mesh, Pki, Pod, Proxy, Settings, World, binary, exchange, http_get, tool,
 };
 
-/// A node with the pods `a` and `b`, which are wired to each other.
+/// A node with the wired pods `a` and `b`.
 pub(crate) struct Scene {
     pub(crate) node: Pod,
     pub(crate) a: Pod,
@@ -45,7 +45,7 @@ impl Scene {
         let source = format!("cni: {:?}", self.socket());
         let identity = format!("identity: {{local_ca: {:?}}}", self.pki.dir());
         let settings = Settings::node("node", &source).section(&identity).mesh(&mesh);
-        // The plugin's deadline does not wait for a drain.
+        // The plugin's timeout must not include a drain.
         let settings = settings.set("proxy.mtls=strict").set("timeouts.drain=100ms");
         self.node.proxy(&more.split_whitespace().fold(settings, Settings::set)).await
     }
@@ -55,7 +55,7 @@ impl Scene {
         http_get(&self.node, SocketAddr::from(([127, 0, 0, 1], 15021)), "/healthz/ready").await
     }
 
-    /// The lines of the daemon about its pods.
+    /// The daemon's status lines about its pods.
     pub(crate) async fn pods(&self) -> String {
         http_get(&self.node, SocketAddr::from(([127, 0, 0, 1], 15021)), "/healthz/pods").await.1
     }
@@ -64,7 +64,7 @@ impl Scene {
         http_get(&self.node, SocketAddr::from(([127, 0, 0, 1], 15020)), "/metrics").await.1
     }
 
-    /// Calls the plugin as a runtime does; returns its exit code and its result.
+    /// Calls the plugin like a runtime. Returns its exit code and its result.
     pub(crate) async fn call(&self, command: &str, pod: &Pod, changes: Value) -> (i32, String) {
         let path = pod.namespace().path();
         let mut config = json!({
@@ -95,7 +95,7 @@ impl Scene {
         out
     }
 
-    /// The error code of a call that fails, and its message.
+    /// The error code and the message of a call that must fail.
     pub(crate) async fn fails(&self, command: &str, pod: &Pod, changes: Value) -> (u64, String) {
         let (status, out) = self.call(command, pod, changes).await;
         assert_eq!(status, 1, "{command}: {out}");
@@ -114,7 +114,7 @@ impl Scene {
     }
 }
 
-/// The result of the plugin before ours, which gave the pod these addresses.
+/// The result of the previous plugin, which gave the pod these addresses.
 pub(crate) fn previous_result(pod: &Pod, ips: &[IpAddr]) -> Value {
     let address = |ip: &IpAddr| json!({"interface": 0, "address": format!("{ip}/24")});
     let ips: Vec<Value> = ips.iter().map(address).collect();

@@ -1,5 +1,5 @@
-//! The mesh of a control plane: first state, changes, rejected resources, outages, and a control
-//! plane that misbehaves.
+//! Tests of the mesh of a control plane: first state, changes, rejected resources, outages, and
+//! malformed responses.
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use underpass_config::{DeltaResponse, ResourceType};
@@ -85,7 +85,7 @@ async fn first_state() {
     let client = scene.client.proxy(&client_settings);
     let flow = async {
         plane.opened().await;
-        // The rules are installed before the control plane is asked.
+        // The rules are installed before the first request to the control plane.
         let mut one = scene.client.dial(scene.app(Family::V4)).await.expect("a connection");
         one.write_all(b"early").await.expect("it is open");
         assert!(!app.is_reached(), "a connection without a mesh");
@@ -115,7 +115,7 @@ async fn rejected() {
     let message = answer.error_detail.expect("a NACK").message;
     assert_eq!(message, "default/p: unknown field 14");
     server.line(&["cannot use a resource", "default/p", "unknown field 14"]).await;
-    // Without a good version, the policy denies.
+    // Without an accepted version, the policy denies.
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
     server.line(&["connection failed", "default/p (rejected)"]).await;
     plane.send(&response(POLICY, vec![deny_port("p", 2)], &[]));
@@ -172,11 +172,11 @@ async fn misbehaving() {
                 plane.end_stream();
             }
         }
-        // The stream is opened again, and sends the usual state.
+        // The client opens the stream again, and gets the usual state.
         server.more_than(round, &[CONNECTED]).await;
         scene.echoed().await;
     }
-    // Deep nesting, and a flood of changes, are only resources.
+    // Deep nesting and a flood of changes are ordinary resources.
     plane.send(&response(POLICY, vec![resource(POLICY, "default/deep", deep)], &[]));
     server.line(&["cannot use a resource", "default/deep"]).await;
     plane.send(&response(POLICY, Vec::new(), &["default/deep"]));
@@ -191,11 +191,11 @@ async fn misbehaving() {
     scene.echoed().await;
 }
 
-/// How a control plane misbehaves.
+/// The misbehaviour of a control plane.
 enum Attack {
     Response(DeltaResponse),
     Raw(&'static [u8]),
-    /// These bytes, and the end of the connection.
+    /// The control plane sends these bytes, and ends the connection.
     Unfinished(&'static [u8]),
 }
 
@@ -215,7 +215,7 @@ async fn with_file() {
     plane.send(&response(POLICY, Vec::new(), &["default/deny"]));
     server.line(&["mesh changed", "policies=0"]).await;
     scene.echoed().await;
-    // The file may narrow.
+    // The file may restrict connections further.
     let narrowed = Mesh::default().policy("narrow", "Deny", "[[]]");
     assert_eq!(narrowed.write(&scene.server, "beside"), file);
     server.more_than(1, &["mesh changed"]).await;

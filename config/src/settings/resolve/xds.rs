@@ -13,23 +13,23 @@ settings! {
     /// "A control plane"
     ADDRESS: String = "mesh.xds.address", HTTPS,
         Fallback::Varies("none"), |s| s.xds.as_ref().map(|xds| xds.address.clone());
-    /// the name in its certificate
+    /// the name in the control plane's certificate
     SERVER_NAME: String = "mesh.xds.server_name", HOST,
         Fallback::Varies("the host of `address`"),
         |s| s.xds.as_ref().and_then(|xds| xds.server_name.clone());
-    /// PEM: the roots that its certificate chains to; read for every connection
+    /// PEM: the roots that verify the control plane's certificate; read for every connection
     ROOTS: PathBuf = "mesh.xds.roots", PATH,
         Fallback::Varies("with `address`"), |s| s.xds.as_ref().map(|xds| xds.roots.clone());
-    /// the file of the token that authenticates this client; read for every connection
+    /// the file with the token that authenticates this client; read for every connection
     TOKEN: PathBuf = "mesh.xds.token", PATH,
         Fallback::Varies("none"), |s| s.xds.as_ref().and_then(|xds| xds.token.clone());
     /// PEM: a client certificate and its chain; read for every connection
     CERTIFICATE: PathBuf = "mesh.xds.certificate", PATH,
         Fallback::Varies("none"), |s| client_of(s).map(|(certificate, _)| certificate.clone());
-    /// PEM: the key of `certificate`
+    /// PEM: the private key of `certificate`
     KEY: PathBuf = "mesh.xds.key", PATH,
         Fallback::Varies("with `certificate`"), |s| client_of(s).map(|(_, key)| key.clone());
-    /// what the control plane calls our cluster
+    /// the control plane's name of this cluster
     CLUSTER_ID: String = "mesh.xds.cluster_id", CLUSTER,
         Fallback::Is(|| "Kubernetes".to_owned()),
         |s| s.xds.as_ref().map(|xds| xds.cluster_id.clone());
@@ -40,13 +40,13 @@ settings! {
     /// the name of this client, such as that of its pod
     NAME: String = "mesh.xds.name", TEXT,
         Fallback::Varies("`workload.name`"), |s| s.xds.as_ref().map(|xds| xds.name.clone());
-    /// its namespace: istiod requires that of the token's service account
+    /// the namespace of this client: istiod requires that of the token's service account
     NAMESPACE: String = "mesh.xds.namespace", TEXT,
         Fallback::Varies("`workload.namespace`"),
         |s| s.xds.as_ref().map(|xds| xds.namespace.clone());
 }
 
-/// Parses `mesh.xds`; `None` if it is absent, or after a mistake in it.
+/// Parses `mesh.xds`. Returns `None` if it is absent, or after a mistake in it.
 pub(super) fn xds(document: Document<'_>, own: &WorkloadSettings) -> Option<XdsSettings> {
     const NEEDED: &str = "is needed to ask a control plane";
     if !document.root.key("mesh").key("xds").is_given() {

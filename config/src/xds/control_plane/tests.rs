@@ -1,4 +1,4 @@
-//! Tests of the mesh that responses of a control plane give.
+//! Tests of the meshes that result from responses of a control plane.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -99,7 +99,7 @@ fn accepts_references_in_any_order() {
     let mesh = client.remove(ADDRESS, "cluster//Pod/ns/a");
     assert_eq!(endpoints(&mesh, "s"), ["b"]);
     assert!(!mesh.has_workload("", at([10, 0, 0, 1])));
-    // The service leaves and returns; its endpoints stay known.
+    // The service is removed and added again. Its endpoints stay known.
     let mesh = client.remove(ADDRESS, "ns/s");
     assert!(mesh.service("", at([10, 96, 0, 1]), "ns").is_none());
     assert_eq!(endpoints(&client.set(service("s", [10, 96, 0, 9])), "s"), ["b"]);
@@ -185,7 +185,7 @@ fn rejected_policy_keeps_accepted_version_or_denies() {
     assert_eq!([80, 81].map(|port| allows(&mesh, [10, 0, 0, 1], port)), [false, false]);
     let mesh = client.remove(POLICY, "ns/q");
     assert!(allows(&mesh, [10, 0, 0, 1], 81));
-    // Of an unreadable policy even the scope is unknown.
+    // The scope of an unreadable policy is unknown too.
     let truncated = encoded(POLICY, "far/r", vec![0x0a, 200]);
     let reason =
         "cannot be decoded: failed to decode Protobuf message: Authorization.name: invalid varint";
@@ -244,7 +244,7 @@ fn rejected_workload_keeps_accepted_version_or_withholds_address() {
     client.set(plain);
     let mesh = client.rejected(legacy("a", [10, 0, 0, 1]), ADDRESS, REASON);
     assert!(mesh.has_workload("", at([10, 0, 0, 1])) && !mesh.speaks_hbone("", at([10, 0, 0, 1])));
-    // An unknown address would be reached in plaintext.
+    // Connections to an unknown address would be in plaintext.
     let mesh = client.rejected(legacy("b", [10, 0, 0, 2]), ADDRESS, REASON);
     assert!(mesh.workload("", at([10, 0, 0, 2])).is_none());
     assert!(mesh.speaks_hbone("", at([10, 0, 0, 2])));
@@ -297,7 +297,7 @@ fn policies_and_local_workloads_are_urgent() {
     assert!(client.apply(POLICY, Vec::new(), &["ns/p"]).is_urgent);
 }
 
-/// A file beside the control plane adds what that does not know.
+/// The mesh file adds items that the control plane does not have.
 #[test]
 fn control_plane_precedes_file_and_both_must_allow() {
     let file = "workloads:
@@ -368,7 +368,7 @@ fn step_workload(n: u8, service: u8, policy: bool) -> Resource {
 }
 
 proptest! {
-    /// Any sequence of deltas leads to the mesh that one response with the rest gives.
+    /// Any sequence of deltas leads to the same mesh as one response with the remaining resources.
     #[test]
     fn deltas_lead_to_same_mesh_as_full_state(steps in prop::collection::vec(step(), 1..40)) {
         let mut client = Client::new();

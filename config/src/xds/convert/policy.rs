@@ -1,7 +1,7 @@
 //! Converts `istio.security.Authorization`.
 //!
-//! A policy that is not understood is never weakened: it is rejected, and if there is no accepted
-//! version of it, a substitute denies what it applies to.
+//! A policy with an unknown part is never weakened: it is rejected. Without an accepted version, a
+//! substitute denies all connections in its scope.
 
 use bytes::Bytes;
 use ipnet::IpNet;
@@ -47,9 +47,9 @@ pub(in crate::xds) fn policy(
     })
 }
 
-/// The policy instead of a rejected one without an accepted version: it denies everything in its
-/// scope, or everywhere if even the scope is not understood. `None` if the rejected one is in dry
-/// run, which denies nothing.
+/// A substitute for a rejected policy without an accepted version. It denies all connections in the
+/// policy's scope, or everywhere if the scope is unreadable. Returns `None` for a dry-run policy,
+/// which denies nothing.
 pub(in crate::xds) fn substitute(key: &str, encoded: &Bytes) -> Option<Policy> {
     let given = message::Authorization::decode(encoded.clone()).ok();
     if given.as_ref().is_some_and(|given| given.dry_run) {
@@ -97,8 +97,8 @@ fn texts(given: &[message::StringMatch]) -> Result<Vec<StringMatch>, Rejection> 
     given.iter().map(text).collect()
 }
 
-/// Identities without the scheme, as Istio sends them. With it they would match no peer, so that a
-/// DENY policy would have no effect.
+/// Identities without the scheme, as Istio sends them. With the scheme they would match no peer, so
+/// that a DENY policy would have no effect.
 fn principals(given: &[message::StringMatch]) -> Result<Vec<StringMatch>, Rejection> {
     let principals = texts(given)?;
     for one in &principals {

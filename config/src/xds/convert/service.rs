@@ -59,7 +59,7 @@ pub(in crate::xds) fn service(
     })
 }
 
-/// The service that the name of a resource denotes.
+/// The service with the name of a resource.
 pub(in crate::xds) fn service_key(name: &str) -> Option<NamespacedHostname> {
     NamespacedHostname::read(name, |text| Name::from(text)).ok()
 }
@@ -85,13 +85,13 @@ fn addresses(
     Ok((vips, cidr_vips))
 }
 
-/// The address as it was sent, to which the prefix length applies.
+/// The address as sent, because the prefix length applies to this form.
 fn unmapped(given: &message::NetworkAddress) -> Option<std::net::IpAddr> {
     let v4 = <[u8; 4]>::try_from(&*given.address).map(Into::into);
     v4.or_else(|_| <[u8; 16]>::try_from(&*given.address).map(Into::into)).ok()
 }
 
-/// The accepted identities. A name that is no SPIFFE id matches no peer, so it is left out.
+/// The accepted identities. A name that is not a SPIFFE id matches no peer, so it is omitted.
 fn subject_alt_names(given: &[String]) -> Box<[SpiffeId]> {
     given.iter().filter_map(|name| name.parse().ok()).collect()
 }

@@ -11,7 +11,7 @@ use crate::mesh::{
 };
 use crate::xds::workload as message;
 
-/// A protocol without an entry is refused: its workload must not be reached in plaintext instead.
+/// A workload with another protocol is rejected: it must not be reached in plaintext instead.
 const PROTOCOLS: &[(i32, Protocol)] = &[(0, Protocol::Tcp), (1, Protocol::Hbone)];
 const STATUSES: &[(i32, bool)] = &[(0, true), (1, false)];
 const MODES: &[(i32, NetworkMode)] = &[(0, NetworkMode::Standard), (1, NetworkMode::HostNetwork)];
@@ -53,7 +53,7 @@ pub(in crate::xds) fn workload(
         policies: Box::default(),
         services: Box::default(),
         workload_name: shared.name(or(&given.workload_name, &given.name)),
-        // Only information: a new kind rejects nothing.
+        // A new type is only information, so it rejects nothing.
         workload_type: one_of("workload_type", given.workload_type, TYPES)
             .unwrap_or(WorkloadType::Pod),
         canonical_name: shared.name(&given.canonical_name),

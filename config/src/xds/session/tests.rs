@@ -81,7 +81,7 @@ fn nack_names_rejected_resources_and_keeps_their_versions() {
         "a: has no content of its type; b: has 9 bytes, more than the limit"
     );
     assert_eq!(answer.response_nonce, "2");
-    // A removal of "b" is computed from its name.
+    // The control plane needs the name of "b" to compute its removal.
     let expected = [("a", "1"), ("b", ""), ("c", "2")].map(|(n, v)| (n.into(), v.into()));
     assert_eq!(retained(&session), expected.into());
 }
@@ -148,8 +148,8 @@ fn rejects_resource_of_other_type_without_content_or_too_large() {
 }
 
 proptest! {
-    /// The retained names and versions are those of a model: a map of what was accepted, and of
-    /// what was rejected without an accepted version.
+    /// The session retains the names and versions of a model: the accepted resources, and those
+    /// that were rejected without an accepted version.
     #[test]
     fn retains_what_model_retains(
         steps in prop::collection::vec(
@@ -160,7 +160,7 @@ proptest! {
         let (mut session, mut model) = (session(), BTreeMap::<String, String>::new());
         for (nonce, (resources, removed)) in steps.into_iter().enumerate() {
             let removed: Vec<_> = removed.into_iter().map(|name| name.to_string()).collect();
-            // Only the last resource of a name decides, so each name occurs once.
+            // Only the last resource with a name counts, so each name occurs once.
             let unique: BTreeMap<_, _> =
                 resources.into_iter().map(|(name, version, bad)| (name, (version, bad))).collect();
             let sent = unique.iter().map(|(name, (version, _))| {

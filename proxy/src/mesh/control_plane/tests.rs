@@ -1,4 +1,4 @@
-//! Tests of collecting changes, and of the node that the client announces.
+//! Tests of collecting changes, and of the node id of the client.
 
 use underpass_config::{FileWatcher, ResourceType};
 

@@ -1,5 +1,5 @@
-//! Reports whether pods can be added and are all covered: to readiness, and to `STATUS` of the
-//! plugin.
+//! Reports whether pods can be added and whether all were added: to readiness, and to the plugin's
+//! `STATUS`.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -7,37 +7,37 @@ use tokio::sync::watch;
 
 use crate::pods::source::SourceHealth;
 
-/// A condition of the node.
+/// A condition of the node's readiness.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::pods::cni) enum Condition {
-    /// The plugin is in the network configuration. Without it new pods bypass the mesh.
+    /// The network configuration has the plugin. Without it new pods bypass the mesh.
     Installed,
     /// The facts about pods are known. Without them no pod can be added.
     Facts,
-    /// The runtime has called the plugin for each pod. Others bypass the mesh.
+    /// The runtime has called the plugin for each pod. Other pods bypass the mesh.
     AllAdded,
 }
 
 const CONDITIONS: usize = 3;
 
-/// The conditions of the node.
+/// The conditions of the node's readiness.
 #[derive(Debug)]
 pub(in crate::pods::cni) struct Report {
     health: SourceHealth,
-    /// Why each condition is not met, in the order of [`Condition`].
+    /// The reason why each condition is not met, in the order of [`Condition`].
     problems: Mutex<[Option<String>; CONDITIONS]>,
     not_ready: watch::Sender<Option<String>>,
 }
 
 impl Report {
-    /// A report of a daemon that starts: no condition is known to be met.
+    /// Creates the report of a starting daemon: no condition is met yet.
     pub(in crate::pods::cni) fn new(health: SourceHealth) -> Self {
         let starts = Some("the daemon starts".to_owned());
         let problems = Mutex::new([starts.clone(), starts.clone(), None]);
         Self { health, problems, not_ready: watch::Sender::new(starts) }
     }
 
-    /// Sets why a condition is not met; `None` if it is.
+    /// Sets the reason why a condition is not met; `None` if it is met.
     pub(in crate::pods::cni) fn set(&self, condition: Condition, problem: Option<String>) {
         // No code panics while it holds the lock.
         let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
@@ -47,7 +47,7 @@ impl Report {
             Condition::Facts => &mut *facts,
             Condition::AllAdded => &mut *all_added,
         } = problem;
-        // A pod that bypasses the mesh is no reason to add no further pods.
+        // Pods that bypass the mesh do not prevent adding others.
         let cannot_add = installed.clone().or_else(|| facts.clone());
         self.health.set_problem(cannot_add.clone().or_else(|| all_added.clone()));
         self.not_ready.send_replace(cannot_add);
@@ -58,7 +58,7 @@ impl Report {
         self.health.set_notice(notice);
     }
 
-    /// Why pods cannot be added now; `None` if they can.
+    /// The reason why pods cannot be added at present; `None` if they can.
     pub(in crate::pods::cni) fn subscribe(&self) -> watch::Receiver<Option<String>> {
         self.not_ready.subscribe()
     }

@@ -1,8 +1,8 @@
-//! The sandboxes that a container runtime has connected to a network: libcni keeps the result of
+//! Reads the pod containers that a runtime has connected to a network: libcni keeps the result of
 //! each addition in a file until the deletion (`cniCacheV1`, libcni/api.go).
 //!
-//! Without Kubernetes they tell which pods run without a call of the plugin. Containers that are
-//! not pods are left out: their networks need no plugin of ours.
+//! Without Kubernetes the results show which pods run without a call of the plugin. Containers that
+//! are not pods are omitted, because their networks do not need the plugin.
 
 use std::fs;
 use std::io::{self, Read as _};
@@ -22,7 +22,7 @@ pub(in crate::pods::cni) struct CniResults {
     folder: PathBuf,
 }
 
-/// A sandbox that is connected to a network.
+/// A pod's container that is connected to a network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::pods::cni) struct Sandbox {
     pub(in crate::pods::cni) container: String,
@@ -36,10 +36,10 @@ impl CniResults {
         Self { folder }
     }
 
-    /// The sandboxes of pods. None if there is no folder: libcni makes it at the first addition.
+    /// The containers of pods; empty without a folder, which libcni creates at the first addition.
     pub(in crate::pods::cni) fn sandboxes(&self) -> Vec<Sandbox> {
         let files = fs::read_dir(&self.folder).into_iter().flatten().flatten().take(MAX_FILES);
-        // A file that cannot be read is being written or removed.
+        // An unreadable file is being written or removed.
         files.filter_map(|file| sandbox(&read(&file.path()).ok()?)).collect()
     }
 }
@@ -68,7 +68,7 @@ fn sandbox(result: &Value) -> Option<Sandbox> {
     Some(Sandbox { container: container.to_owned(), pod, namespace_path: path.into() })
 }
 
-/// libcni before 1.3 keeps the path in the result alone.
+/// libcni before 1.3 stores the path only in the result.
 fn sandbox_of_interface(result: &Value) -> Option<&str> {
     let mut interfaces = result.pointer("/result/interfaces")?.as_array()?.iter();
     interfaces.find_map(|interface| interface.get("sandbox")?.as_str().filter(|s| !s.is_empty()))

@@ -1,7 +1,7 @@
 //! Finds pods that run although the runtime has not called the plugin for them.
 //!
-//! Such a pod bypasses the mesh: the network configuration did not have the plugin when its sandbox
-//! was made, or the runtime did not read it.
+//! Such a pod bypasses the mesh: the network configuration had no plugin when the pod was created,
+//! or the runtime did not read it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -11,31 +11,31 @@ use underpass_config::PodUid;
 
 use crate::pods::facts::PodFacts;
 
-/// How long a pod may run before its addition is missed: the API server reports the end of a
-/// sandbox later than the runtime.
+/// The time that a pod may run before a missing addition is reported: the API server learns of the
+/// end of a container later than the runtime.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// The pods that run without an addition.
 #[derive(Debug, Default)]
 pub(in crate::pods::cni) struct UnaddedPods {
     since: BTreeMap<PodUid, Instant>,
-    /// With their names.
+    /// The reported pods, with their names.
     reported: BTreeMap<PodUid, String>,
 }
 
-/// What has changed.
+/// The changes of the reported pods.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(in crate::pods::cni) struct UnaddedChange {
-    /// Pods that are to be reported from now on.
+    /// Pods that are reported from now on.
     pub(in crate::pods::cni) new: Vec<PodFacts>,
-    /// Pods that were reported, and have been added or have ended.
+    /// Reported pods that have been added or have ended.
     pub(in crate::pods::cni) gone: Vec<PodUid>,
-    /// When the grace of another pod ends.
+    /// The end of the next pod's grace time.
     pub(in crate::pods::cni) next: Option<Instant>,
 }
 
 impl UnaddedPods {
-    /// Updates the pods. `running` are those that should have been added and have not been.
+    /// Updates the pods. `running` are those that should have been added and were not.
     pub(in crate::pods::cni) fn update(
         &mut self,
         now: Instant,
@@ -57,7 +57,7 @@ impl UnaddedPods {
         change
     }
 
-    /// The names of the pods that are reported.
+    /// The names of the reported pods.
     pub(in crate::pods::cni) fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.reported.values().map(String::as_str)
     }
@@ -86,7 +86,7 @@ mod tests {
         assert_eq!((change.new, pods.names().len()), (vec![pod("b")], 2));
         let change = pods.update(later + GRACE, vec![pod("b")]);
         assert_eq!((change.gone, change.new, pods.names().len()), (vec![pod("a").uid], vec![], 1));
-        // It runs again without an addition.
+        // The pod runs again without an addition.
         let change = pods.update(later + GRACE, vec![pod("a"), pod("b")]);
         assert_eq!(change.next, Some(later + GRACE + GRACE));
     }

@@ -1,4 +1,4 @@
-//! Requests to the API server, and why they fail.
+//! Requests to the API server, and their errors.
 
 use std::borrow::Cow;
 use std::io;
@@ -14,16 +14,16 @@ use underpass_hbone::{Dial, HttpsError, HttpsRequest, HttpsResponse, HttpsServer
 
 use super::reflector::ReflectorError;
 
-/// Timeout of connecting, TLS and the head of the response.
+/// Timeout for the connect, TLS and the head of the response.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout of a page of a list.
+/// Timeout for a page of a list.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-/// The maximum size of a page of a list, in bytes: 500 pods of the largest size are less likely
-/// than a server that sends something else.
+/// The maximum size of a page of a list in bytes. 500 pods of the maximum size are less likely than
+/// a faulty server.
 const MAX_PAGE: usize = 64 << 20;
-/// The maximum size of an event, in bytes. The API server accepts objects of 3 MiB.
+/// The maximum size of an event in bytes. The API server accepts objects of 3 MiB.
 const MAX_EVENT: usize = 8 << 20;
-/// The maximum size of the explanation of an error, in bytes.
+/// The maximum size of the message of an error in bytes.
 const MAX_STATUS: usize = 64 << 10;
 
 /// The API server.
@@ -33,7 +33,7 @@ pub(crate) struct Api<D> {
     dial: D,
 }
 
-/// Why the API server does not answer as it should.
+/// The error of a request to the API server.
 #[derive(Debug, Error)]
 pub(super) enum KubernetesError {
     #[error("cannot read {path}", path = path.display())]
@@ -59,7 +59,7 @@ pub(super) enum KubernetesError {
 }
 
 impl KubernetesError {
-    /// Whether the version or the page of the request is no longer known.
+    /// Whether the server no longer knows the version or the page of the request.
     pub(super) fn is_gone(&self) -> bool {
         matches!(self, Self::Status { status: 410, .. })
     }
@@ -95,7 +95,7 @@ impl<D: Dial> Api<D> {
         &self.access.server
     }
 
-    /// The JSON document at a path.
+    /// Gets the JSON document at a path.
     pub(super) async fn get(&self, path: &str) -> Result<Value, KubernetesError> {
         let mut response = self.request(path).await?;
         let body = timeout(BODY_TIMEOUT, self.body(&mut response, MAX_PAGE)).await;
@@ -202,14 +202,14 @@ pub(super) struct Events<'a, D> {
 }
 
 impl<D: Dial> Events<'_, D> {
-    /// The next event; `None` at the end of the watch.
+    /// Waits for the next event; `None` at the end of the watch.
     pub(super) async fn next(&mut self) -> Result<Option<Value>, KubernetesError> {
         loop {
             if let Some(line) = self.lines.next() {
                 return Ok(Some(serde_json::from_slice(&line)?));
             }
             match timeout_at(self.deadline, self.response.piece()).await {
-                // The connection is lost, or the server keeps the watch longer than asked.
+                // The connection is lost, or the server keeps the watch longer than requested.
                 Err(_) => return Ok(None),
                 Ok(piece) => match piece.map_err(|source| self.api.failed(source))? {
                     None => return Ok(None),
@@ -224,7 +224,7 @@ impl<D: Dial> Events<'_, D> {
 #[derive(Debug, Default)]
 struct Lines {
     buffer: Vec<u8>,
-    /// The start of the buffer has no end of line up to here.
+    /// The length of the buffer's start that contains no line break.
     searched: usize,
 }
 
@@ -237,7 +237,7 @@ impl Lines {
         Ok(())
     }
 
-    /// The next whole line that is not empty.
+    /// The next complete line that is not empty.
     fn next(&mut self) -> Option<Vec<u8>> {
         loop {
             let rest = self.buffer.get(self.searched..).unwrap_or_default();

@@ -9,7 +9,8 @@ use underpass_config::PodUid;
 
 use crate::pods::annotations::DATAPLANE_MODE;
 
-/// The uid by which the kubelet and the runtime know a static pod. That of its object differs.
+/// The annotation with the uid of a static pod at the kubelet and the runtime. Its object has
+/// another uid.
 const STATIC_UID: &str = "kubernetes.io/config.mirror";
 /// The domain of the labels and annotations that the daemon interprets.
 const DOMAIN: &str = "istio.io";
@@ -17,19 +18,19 @@ const DOMAIN: &str = "istio.io";
 /// A pod of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ClusterPod {
-    /// As the runtime has it.
+    /// The uid of the pod at the runtime.
     pub(crate) uid: PodUid,
     pub(crate) namespace: String,
     pub(crate) name: String,
     pub(crate) service_account: String,
-    /// Those of Istio.
+    /// The labels of Istio's domain.
     pub(crate) labels: BTreeMap<String, String>,
-    /// Those of Istio.
+    /// The annotations of Istio's domain.
     pub(crate) annotations: BTreeMap<String, String>,
     /// The ports to which the kubelet connects.
     pub(crate) probe_ports: BTreeSet<u16>,
     pub(crate) host_network: bool,
-    /// Of its last sandbox; empty before the first one.
+    /// The addresses of the pod's last sandbox; empty before the first one.
     pub(crate) addresses: Vec<IpAddr>,
     /// Whether a container runs.
     pub(crate) is_running: bool,
@@ -43,7 +44,7 @@ pub(crate) struct ClusterNamespace {
     pub(crate) dataplane_mode: Option<String>,
 }
 
-/// An object that no API server sends.
+/// The error of an object that no API server sends.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("the API server sent an object without a valid {0}")]
 pub(crate) struct MalformedObject(pub(crate) &'static str);
@@ -58,7 +59,7 @@ impl ClusterPod {
             uid,
             namespace: needed(object, "/metadata/namespace")?,
             name: needed(object, "/metadata/name")?,
-            // Empty if no admission controller sets it; the facts of such a pod are incomplete.
+            // Empty if no admission controller sets it. The facts of such a pod are incomplete.
             service_account: text(object, "/spec/serviceAccountName")
                 .unwrap_or_default()
                 .to_owned(),
@@ -94,7 +95,7 @@ fn needed(object: &Value, pointer: &'static str) -> Result<String, MalformedObje
     found.map(str::to_owned).ok_or(MalformedObject(pointer))
 }
 
-/// The labels or annotations of Istio: others may be long, and change often.
+/// The labels or annotations of Istio's domain. Others may be long, and change often.
 fn of_istio(map: Option<&Value>) -> BTreeMap<String, String> {
     let is_of_istio = |key: &str| {
         let domain = key.split_once('/').map_or("", |(domain, _)| domain);
@@ -105,8 +106,8 @@ fn of_istio(map: Option<&Value>) -> BTreeMap<String, String> {
     texts.filter(|(key, _)| is_of_istio(key)).collect()
 }
 
-/// The containers of a specification, or their states in a status: also those that run before the
-/// others, of which sidecars have probes.
+/// The containers of a specification, or their states in a status. Includes init containers,
+/// because sidecars among them have probes.
 fn containers<'a>(
     object: &'a Value,
     section: &'static str,
@@ -168,7 +169,7 @@ fn addresses(object: &Value) -> Vec<IpAddr> {
 }
 
 fn is_running(object: &Value) -> bool {
-    // One that is being deleted may have lost its sandbox already.
+    // A pod that is being deleted may have lost its sandbox already.
     let is_deleted = object.pointer("/metadata/deletionTimestamp").is_some();
     let runs = |status: &Map<String, Value>| {
         status.get("state").is_some_and(|state| state.get("running").is_some())

@@ -14,8 +14,8 @@ use super::view::{Kind, Object};
 
 /// The maximum number of objects in a page.
 const PAGE: usize = 500;
-/// How long the server keeps a watch open, in seconds. A connection that is lost without a reset
-/// is noticed after that.
+/// The maximum duration of a watch in seconds. A connection that is lost without a reset is
+/// detected afterwards.
 pub(super) const WATCH_SECONDS: u64 = 240;
 
 /// The state of the watch of one kind.
@@ -29,9 +29,9 @@ pub(super) struct Reflector {
 
 #[derive(Debug)]
 enum Position {
-    /// A page of the list is due.
+    /// The next request gets a page of the list.
     Listing { gathered: Vec<Object>, token: Option<String> },
-    /// Later changes are due.
+    /// The next request watches for later changes.
     Watching { version: String },
 }
 
@@ -44,7 +44,7 @@ pub(super) enum Change {
     Remove(Object),
 }
 
-/// Why an event or a page cannot be used.
+/// The reason why an event or a page cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(super) enum ReflectorError {
     #[error(transparent)]
@@ -58,7 +58,7 @@ impl Reflector {
         Self { kind, node: node.to_owned(), position: listing() }
     }
 
-    /// Whether the next request is a watch, whose body has one event a line.
+    /// Whether the next request is a watch, whose body has one event on each line.
     pub(super) fn is_watching(&self) -> bool {
         matches!(self.position, Position::Watching { .. })
     }
@@ -82,16 +82,17 @@ impl Reflector {
         format!("/api/v1/{objects}{query}")
     }
 
-    /// The server has forgotten the version or the page: the next request is a new list.
+    /// Records that the server no longer knows the version or the page. The next request is a new
+    /// list.
     pub(super) fn expired(&mut self) {
         self.position = listing();
     }
 
-    /// A page of the list. Returns all objects after the last page.
+    /// Applies a page of the list. Returns all objects after the last page.
     pub(super) fn page(&mut self, page: &Value) -> Result<Option<Change>, ReflectorError> {
         let Position::Listing { gathered, token } = &mut self.position else { return Ok(None) };
         let items = page.get("items").and_then(Value::as_array);
-        // A list without objects may have null.
+        // The items of an empty list may be null.
         for item in items.into_iter().flatten() {
             gathered.push(parse(self.kind, item)?);
         }
@@ -108,7 +109,7 @@ impl Reflector {
         Ok(Some(Change::Replace(all)))
     }
 
-    /// An event of a watch.
+    /// Applies an event of a watch.
     pub(super) fn event(&mut self, event: &Value) -> Result<Option<Change>, ReflectorError> {
         let kind = event.get("type").and_then(Value::as_str).unwrap_or_default();
         let object = event.get("object").ok_or(MalformedObject("object"))?;
@@ -149,7 +150,7 @@ fn parse(kind: Kind, object: &Value) -> Result<Object, MalformedObject> {
     }
 }
 
-/// The text for a query.
+/// Escapes the text for a query.
 fn escaped(text: &str) -> String {
     let mut escaped = String::new();
     for byte in text.bytes() {

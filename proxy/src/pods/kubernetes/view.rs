@@ -1,4 +1,4 @@
-//! The last state of the cluster that the API server has sent.
+//! The state of the cluster according to the API server.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,9 +11,9 @@ use super::objects::{ClusterNamespace, ClusterPod};
 #[derive(Debug, Clone, Default)]
 pub(crate) struct ClusterView {
     pods: Option<BTreeMap<PodUid, Arc<ClusterPod>>>,
-    /// The mode of the pods of each namespace.
+    /// The dataplane mode of each namespace.
     namespaces: Option<BTreeMap<String, Option<String>>>,
-    /// Why changes of pods do not arrive, then of namespaces.
+    /// The reasons why changes of pods and of namespaces do not arrive.
     problems: [Option<String>; 2],
 }
 
@@ -37,7 +37,7 @@ impl ClusterView {
         self.pods.is_some() && self.namespaces.is_some()
     }
 
-    /// Why changes do not arrive; the facts may be old.
+    /// The reason why changes do not arrive, so that the facts may be old.
     pub(crate) fn problem(&self) -> Option<&str> {
         self.problems.iter().flatten().map(String::as_str).next()
     }
@@ -50,12 +50,13 @@ impl ClusterView {
         self.pods.iter().flat_map(BTreeMap::values)
     }
 
-    /// The mode of the pods of a namespace; `None` if the namespace is unknown.
+    /// The dataplane mode of a namespace; `None` if the namespace is unknown.
     pub(crate) fn mode_of(&self, namespace: &str) -> Option<Option<&str>> {
         Some(self.namespaces.as_ref()?.get(namespace)?.as_deref())
     }
 
-    /// Sets or clears why changes of a kind do not arrive. Returns whether that is new.
+    /// Sets the reason why changes of a kind do not arrive; `None` if they do. Returns whether it
+    /// is new.
     pub(super) fn set_problem(&mut self, kind: Kind, problem: Option<String>) -> bool {
         let [pods, namespaces] = &mut self.problems;
         let of_kind = match kind {
@@ -67,7 +68,7 @@ impl ClusterView {
         is_new
     }
 
-    /// Replaces all objects of a kind. Returns whether one has changed.
+    /// Replaces all objects of a kind. Returns whether any object has changed.
     pub(super) fn replace(&mut self, kind: Kind, objects: Vec<Object>) -> bool {
         let mut new = Self::default();
         match kind {

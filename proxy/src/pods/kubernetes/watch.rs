@@ -15,14 +15,14 @@ use super::view::{ClusterView, Kind};
 use crate::backoff::Backoff;
 use crate::observe::metrics;
 
-/// The waits between failed requests.
+/// The bounds of the back-off after failed requests.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// How long a watch may last: what the server was asked for, and time for its end to arrive.
+/// Timeout of a watch: the requested duration, and time for its end to arrive.
 const WATCH: Duration = Duration::from_secs(WATCH_SECONDS + 10);
 
-/// Follows the pods of the node `node` and the namespaces until the receivers are dropped, which
-/// must happen in a tokio runtime.
+/// Follows the pods of the node `node` and the namespaces until the receivers are dropped. Requires
+/// a tokio runtime.
 pub(crate) fn follow<D: Dial>(
     api: Api<D>,
     node: &str,
@@ -45,7 +45,7 @@ pub(crate) fn follow<D: Dial>(
 
 /// The end of a request.
 enum Ended {
-    /// The next request is due.
+    /// The next request gets another page or watches.
     Page,
     Watch,
 }
@@ -60,7 +60,7 @@ struct Follower<D> {
 }
 
 impl<D: Dial> Follower<D> {
-    /// Runs for ever.
+    /// Never returns.
     async fn run(mut self) {
         loop {
             let outcome = match self.reflector.is_watching() {
@@ -73,12 +73,13 @@ impl<D: Dial> Follower<D> {
                 Err(error) if error.is_gone() => self.reflector.expired(),
                 Err(error) => self.failed(&error),
             }
-            // Also after a watch: a server that ends each one at once gets no flood of requests.
+            // Wait also after a watch, so that a server that ends each watch at once gets no flood
+            // of requests.
             sleep(self.backoff.next()).await;
         }
     }
 
-    /// Gets the page of the list that is due.
+    /// Gets the next page of the list.
     async fn list(&mut self) -> Result<Ended, KubernetesError> {
         let page = self.api.get(&self.reflector.path()).await?;
         if let Some(change) = self.reflector.page(&page)? {
@@ -126,7 +127,7 @@ impl<D: Dial> Follower<D> {
         }
     }
 
-    /// Returns whether the problem is new.
+    /// Sets the problem of this kind. Returns whether it is new.
     fn set_problem(&self, problem: Option<String>) -> bool {
         let is_new = self.view.send_if_modified(|view| view.set_problem(self.kind, problem));
         let view = self.view.borrow();

@@ -1,7 +1,7 @@
-//! Keeps the facts about the attached pods current, and finds the pods that were never attached.
+//! Updates the facts about the attached pods, and finds the pods that were never attached.
 //!
-//! A pod whose labels, annotations or service account change is enrolled, changed or exempted
-//! while it runs. A pod of an earlier process is enrolled once its facts are known.
+//! A pod whose labels, annotations or service account change is enrolled, changed or exempted while
+//! it runs. A pod of an earlier process is enrolled once its facts are known.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -23,13 +23,13 @@ use crate::pods::enrolment::EnrolError;
 use crate::pods::facts::PodFacts;
 use crate::pods::kubernetes::objects::ClusterPod;
 
-/// How often the results of the runtime are read: no call reports a pod without our plugin.
+/// The interval of reading the runtime's results: no call reports a pod without our plugin.
 const LOOK_AT_RESULTS: Duration = Duration::from_secs(10);
-/// The number of pods that a problem names.
+/// The maximum number of pods that the message of a problem names.
 const NAMED: usize = 3;
 
 impl Ledger {
-    /// Follows the facts for ever.
+    /// Follows the facts. Never returns.
     pub(in crate::pods::cni) async fn follow_facts(
         self: Arc<Self>,
         results: CniResults,
@@ -60,8 +60,8 @@ impl Ledger {
         }
     }
 
-    /// Gives the registry the facts that have changed. Those of a pod that are no longer found
-    /// stay.
+    /// Passes changed facts to the registry. If the facts of a pod are no longer found, the last
+    /// ones stay.
     pub(super) fn apply_facts(&self) {
         for entry in self.known().entries.values_mut() {
             match self.facts.find(&entry.pod) {
@@ -79,7 +79,7 @@ impl Ledger {
     fn enrol(&self, entry: &mut Entry, facts: PodFacts) {
         match (self.open)(Path::new(&entry.pod.namespace_path)) {
             Ok(namespace) if namespace.id() == entry.namespace => {
-                // The registry tries again for as long as it fails.
+                // The registry retries failed enrolments.
                 drop(self.registry.add(facts.clone(), namespace));
                 entry.facts = Some(facts);
                 entry.problem = None;
@@ -93,11 +93,11 @@ impl Ledger {
         }
     }
 
-    /// Shows the pods that run without an addition as failed. Returns when another one may have to
-    /// be shown.
+    /// Reports pods that run without an addition as failed. Returns the time at which another pod
+    /// may have to be reported.
     fn report_unadded(&self, running: Vec<PodFacts>, unadded: &mut UnaddedPods) -> Option<Instant> {
         let UnaddedChange { new, gone, next } = unadded.update(Instant::now(), running);
-        // An addition that begins now adds the pod to the registry after this.
+        // Holding the lock ensures that a concurrent addition adds its pod to the registry later.
         let known = self.known();
         for facts in new.into_iter().filter(|facts| !known.has(&facts.uid)) {
             let (pod, uid) = (facts.full_name(), facts.uid.clone());
@@ -113,8 +113,8 @@ impl Ledger {
         next
     }
 
-    /// The pods that run, should have been added, and have no attachment; `None` without a list of
-    /// the node's pods.
+    /// The running pods that should have been added and have no attachment; `None` without a list
+    /// of the node's pods.
     fn running_in_cluster(&self, origin: &FactOrigin) -> Option<Vec<PodFacts>> {
         let added: BTreeSet<PodUid> = {
             let known = self.known();
@@ -141,7 +141,7 @@ impl Ledger {
             added.any(|attachment| attachment.container() == sandbox.container)
         };
         let unadded = sandboxes.into_iter().filter(|sandbox| {
-            // libcni keeps the result of a sandbox that a reboot has ended.
+            // libcni keeps the results of containers that ended with a reboot.
             !is_added(sandbox) && (self.open)(&sandbox.namespace_path).is_ok()
         });
         let facts = unadded.map(|sandbox| names(sandbox.pod));
@@ -174,7 +174,7 @@ fn report_conditions(origin: &FactOrigin, unadded: &UnaddedPods, report: &Report
     report.set(Condition::AllAdded, bypassing(unadded));
 }
 
-/// The pods that bypass the mesh, of which some are named.
+/// The problem of pods that bypass the mesh, with the names of some of them.
 fn bypassing(unadded: &UnaddedPods) -> Option<String> {
     let names: Vec<&str> = unadded.names().take(NAMED).collect();
     let more = match unadded.names().len().saturating_sub(NAMED) {
@@ -188,7 +188,7 @@ fn bypassing(unadded: &UnaddedPods) -> Option<String> {
     ))
 }
 
-/// The facts about a pod of which only its names are known.
+/// The facts about a pod of which only the names are known.
 fn names(pod: PodReference) -> PodFacts {
     let PodReference { namespace, name, uid } = pod;
     PodFacts {
