@@ -42,7 +42,7 @@ const FILES: u32 = 100;
 const CHANGES: u32 = 5;
 /// The number of lookups per figure.
 const LOOKUPS: u32 = 1_000_000;
-/// The number of changes of a control plane, and of those in one snapshot.
+/// The number of changes by a control plane, and the number of changes in one snapshot.
 const DELTAS: u32 = 10_000;
 const DELTAS_PER_SNAPSHOT: u32 = 100;
 
@@ -117,7 +117,7 @@ fn follow(folder: &Path) {
 fn follow_control_plane(workloads: u32, services: u32) {
     let kind = ResourceType::Address;
     let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default());
-    // As the channel does: the messages share the memory of the encoded response.
+    // As with the channel, the messages share the memory of the encoded response.
     let encoded: Bytes = {
         let addresses = (0..workloads).map(|n| address_of_workload(n, services, "v1"));
         let all = addresses.chain((0..services).map(address_of_service)).collect();

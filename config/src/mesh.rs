@@ -67,8 +67,8 @@ pub struct Mesh {
     names: SharedMap<NamespacedName, List<Workload>>,
     policies: Policies,
     size: MeshSize,
-    /// The mesh of a file beside a control plane: consulted for what the control plane does not
-    /// know.
+    /// The mesh of a file beside a control plane, for addresses and names that the control plane
+    /// does not know.
     fallback: Option<Arc<Self>>,
 }
 
@@ -79,14 +79,14 @@ struct Policies {
     namespaces: SharedMap<Name, List<Policy>>,
 }
 
-/// The numbers of items of a mesh.
+/// The numbers of items in a mesh.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MeshSize {
-    /// Workloads.
+    /// The number of workloads.
     pub workloads: usize,
-    /// Services.
+    /// The number of services.
     pub services: usize,
-    /// Policies.
+    /// The number of policies.
     pub policies: usize,
 }
 
@@ -108,8 +108,8 @@ impl Mesh {
         reader::from_text(name, text)
     }
 
-    /// This mesh, with `fallback` for every address and name that it does not know. A connection
-    /// must be allowed by the policies of both.
+    /// This mesh, with `fallback` for every address and name that it does not know. The policies of
+    /// both must allow a connection.
     #[must_use]
     pub fn with_fallback(&self, fallback: Option<Arc<Self>>) -> Self {
         Self { fallback, ..self.clone() }
@@ -127,8 +127,8 @@ impl Mesh {
         self.network_at(network, address).is_some_and(|known| known.has_workload(address))
     }
 
-    /// Whether a workload with this address in `network` supports HBONE, even if several share the
-    /// address, or the control plane's item for it was rejected.
+    /// Whether a workload with this address in `network` supports HBONE. Also true if the control
+    /// plane's item for the address was rejected.
     pub fn speaks_hbone(&self, network: &str, address: IpAddr) -> bool {
         let address = address.to_canonical();
         self.network_at(network, address).is_some_and(|known| known.speaks_hbone(address))
@@ -157,7 +157,7 @@ impl Mesh {
         known.flat_map(move |known| known.services_at(address))
     }
 
-    /// The network with whatever has this address: this mesh's, otherwise the fallback's.
+    /// The network that knows this address: that of this mesh, otherwise that of the fallback.
     fn network_at(&self, network: &str, address: IpAddr) -> Option<&Network> {
         let own = self.networks.get(network);
         let Some(fallback) = &self.fallback else { return own };
@@ -216,7 +216,7 @@ impl Mesh {
         ])
     }
 
-    /// Whether this very workload is in this mesh, and not in its fallback.
+    /// Whether `workload` itself is in this mesh, and not in its fallback.
     fn contains(&self, workload: &Workload) -> bool {
         let same_name = items(&self.names, &(&*workload.namespace, &*workload.name));
         same_name.iter().any(|one| std::ptr::eq(&**one, workload))

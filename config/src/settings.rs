@@ -60,7 +60,8 @@ pub struct Settings {
     /// The file or folder that describes the mesh: workloads, services and policies. `None` means
     /// that no other workload is known.
     pub mesh_file: Option<PathBuf>,
-    /// The control plane that serves the mesh. The file of `mesh_file` adds what it does not know.
+    /// The control plane that serves the mesh. `mesh_file` adds items that the control plane does
+    /// not have.
     pub xds: Option<XdsSettings>,
     /// The source of the proxy's certificate and trusted roots. `None` turns HBONE off in both
     /// directions.

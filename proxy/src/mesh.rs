@@ -1,4 +1,4 @@
-//! The mesh as the workers see it: where it comes from, published, and in force.
+//! The mesh in the proxy: its sources, its publication to the workers, and the generation in force.
 
 pub(crate) mod control_plane;
 pub(crate) mod feed;

@@ -106,7 +106,7 @@ fn crates_depend_only_on_allowed_crates() {
 fn third_party_crates_are_used_by_their_owners_only() {
     let owners: [(&[&str], &[&str]); 4] = [
         (&["saphyr-parser"], &["underpass-config"]),
-        // For the messages of control planes, of the CA, and of the node agent.
+        // prost encodes the messages of control planes, of the CA, and of the node agent.
         (&["prost"], &["underpass-config", "underpass-hbone", "underpass"]),
         (
             &[

@@ -16,7 +16,8 @@ use crate::cidr::canonical;
 /// An interned name: a namespace, a node, a network.
 pub type Name = Arc<str>;
 
-/// The namespace and the name of a workload. Hashed as a pair of strings, which look it up.
+/// The namespace and the name of a workload. It has the hash of a pair of strings, so that a pair
+/// can look it up.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct NamespacedName(pub(super) Name, pub(super) Name);
 

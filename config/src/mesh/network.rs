@@ -16,15 +16,15 @@ pub(super) struct Network {
     workloads: SharedMap<IpAddr, List<Workload>>,
     vips: SharedMap<IpAddr, List<Service>>,
     cidr_vips: SharedMap<IpNet, List<Service>>,
-    /// The prefix lengths of the ranges with the number of ranges, longest first: only these are
+    /// The prefix lengths of the ranges with the number of ranges, longest first. Only these are
     /// looked up.
     lengths: Vec<(u8, usize)>,
-    /// The number of rejected items at each address that has any.
+    /// The number of rejected items for each address.
     withheld: SharedMap<IpAddr, usize>,
 }
 
 impl Network {
-    /// The workload of `address`: the newest one that has it exclusively, otherwise the only one.
+    /// The workload at `address`: the newest one that does not share it, otherwise the only one.
     pub(super) fn workload(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         match items(&self.workloads, &address) {
             [only] => Some(only),
@@ -37,7 +37,8 @@ impl Network {
         self.workloads.contains_key(&address)
     }
 
-    /// Whether a workload with this address supports HBONE, or may: its last version was rejected.
+    /// Whether a workload with this address supports HBONE, or may support it because its last
+    /// version was rejected.
     pub(super) fn speaks_hbone(&self, address: IpAddr) -> bool {
         let workloads = items(&self.workloads, &address);
         workloads.iter().any(|workload| workload.protocol == Protocol::Hbone)
@@ -49,7 +50,7 @@ impl Network {
         self.workloads.contains_key(&address) || self.services_at(address).next().is_some()
     }
 
-    /// Whether anything has this address, even if it was rejected.
+    /// Whether an item has this address, even if it was rejected.
     pub(super) fn knows(&self, address: IpAddr) -> bool {
         self.has_address(address) || self.withheld.contains_key(&address)
     }
@@ -90,8 +91,7 @@ impl Network {
             .map(|(_, service)| service)
     }
 
-    /// The workload that already has this address, unless it and `workload` share the address of
-    /// their node.
+    /// The workload that already has this address, unless both share the address of their node.
     pub(super) fn conflict(&self, address: IpAddr, workload: &Workload) -> Option<&Arc<Workload>> {
         let on_node = |workload: &Workload| workload.network_mode == NetworkMode::HostNetwork;
         items(&self.workloads, &address).iter().find(|owner| !(on_node(owner) && on_node(workload)))
@@ -149,7 +149,7 @@ impl Network {
         self.withheld.insert(address, rejected + 1);
     }
 
-    /// Forgets an item of [`withhold`](Self::withhold).
+    /// Ends the count of an item from [`withhold`](Self::withhold).
     pub(super) fn release(&mut self, address: IpAddr) {
         match self.withheld.get(&address).copied() {
             Some(rejected @ 2..) => {

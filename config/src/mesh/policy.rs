@@ -78,21 +78,21 @@ impl fmt::Display for Policy {
 }
 
 impl Policy {
-    /// The policy instead of one that is unknown or was rejected: it denies every connection, so
-    /// that nothing is allowed that the real policy might deny.
+    /// A substitute for a policy that is unknown or was rejected. It denies every connection, so
+    /// that no connection is allowed that the real policy might deny.
     pub(crate) fn denying(namespace: Name, name: &str, scope: PolicyScope) -> Self {
         let (action, rules) = (PolicyAction::Deny, Rules::from(vec![Vec::new()]));
         Self { name: name.into(), namespace, scope, action, dry_run: false, rules }
     }
 }
 
-/// The policies of a control plane and those of a mesh file beside it. A connection must be allowed
-/// by both, so that the file cannot widen what the control plane allows.
+/// The policies of a control plane and of a mesh file beside it. Both must allow a connection, so
+/// that the file cannot widen what the control plane allows.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PolicyLayers<'a>(pub(super) [PolicySet<'a>; 2]);
 
 impl<'a> PolicyLayers<'a> {
-    /// The layers. Each decides, and the first that denies is the reason.
+    /// The layers. Each layer decides, and the first one that denies is the reason.
     pub fn layers(self) -> impl Iterator<Item = PolicySet<'a>> {
         self.0.into_iter()
     }

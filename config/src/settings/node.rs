@@ -60,9 +60,9 @@ impl fmt::Display for NodeProbes {
 /// Whether a node daemon watches its pods at the API server of Kubernetes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KubernetesWatch {
-    /// If there is a kubeconfig file or a service account.
+    /// Watch if there is a kubeconfig file or a service account.
     Auto,
-    /// Never.
+    /// Never watch.
     Off,
 }
 

@@ -50,16 +50,16 @@ pub(crate) struct Readiness {
     source: Arc<Mutex<SourceStatus>>,
     /// Whether the proxy's certificate has expired, so that every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
-    /// Whether the first state of the control plane has not arrived.
+    /// Whether the first state of the control plane has not arrived yet.
     mesh_awaited: Arc<AtomicBool>,
 }
 
 /// The status of the source of a node's pods.
 #[derive(Debug, Default)]
 struct SourceStatus {
-    /// Why the node is not ready.
+    /// The reason why the node is not ready.
     problem: Option<Cow<'static, str>>,
-    /// Information.
+    /// Information that does not affect readiness.
     notice: Option<String>,
 }
 
@@ -101,7 +101,7 @@ impl Readiness {
         self.source().problem = (!is_ready).then_some(Cow::Borrowed(NO_SOURCE));
     }
 
-    /// Sets why the node is not ready on account of its source of pods.
+    /// Sets the reason why the source of pods makes the node unready.
     pub(crate) fn source_problem(&self, problem: Option<String>) {
         self.source().problem = problem.map(Cow::Owned);
     }
@@ -138,8 +138,8 @@ impl Readiness {
         self.out_of_descriptors.store(are_out, Relaxed);
     }
 
-    /// Sets whether the mesh of the control plane is known. An outage of the control plane does not
-    /// change that.
+    /// Records whether the control plane has sent a mesh. An outage of the control plane does not
+    /// change this.
     pub(crate) fn mesh_known(&self, is_known: bool) {
         self.mesh_awaited.store(!is_known, Relaxed);
     }
@@ -153,7 +153,7 @@ impl Readiness {
         self.out_of_descriptors.load(Relaxed)
     }
 
-    /// `ready`, or the reason why it is not; then lines of information.
+    /// `ready`, or the reason why the process is not ready; then lines of information.
     pub(crate) fn text(&self) -> String {
         match self.not_ready() {
             Some(reason) => format!("not ready: {reason}\n"),
@@ -165,10 +165,10 @@ impl Readiness {
         }
     }
 
-    /// The reason why it is not ready.
+    /// The reason why the process is not ready.
     fn not_ready(&self) -> Option<Cow<'static, str>> {
         let reason = match self.phase.load(Relaxed) {
-            // Checked first, because it is the cause of failures to read the rules.
+            // Checked first, because it can cause failures to read the rules.
             READY if self.out_of_descriptors.load(Relaxed) => "out of file descriptors",
             READY if self.rules.are_lost() => "another program changes the rules",
             READY if self.rules.has_self_test_failed() => "the self-test of the rules failed",

@@ -168,7 +168,7 @@ impl Check {
         }
     }
 
-    /// Checks the files of the control plane's client. It does not connect.
+    /// Checks the files for the connection to the control plane, without connecting.
     fn control_plane(&mut self, settings: &Settings) {
         let Some(xds) = &settings.xds else { return };
         if let Err(error) = ControlPlaneClient::new(xds.clone(), NoDialer) {
@@ -295,7 +295,7 @@ fn in_words(duration: Duration) -> String {
     }
 }
 
-/// A dialer that never connects, because the check contacts no CA and no control plane.
+/// A dialer that never connects, because the check contacts neither a CA nor a control plane.
 struct NoDialer;
 
 impl Dial for NoDialer {

@@ -85,8 +85,8 @@ impl Publisher {
         Self { feed, own: own.clone(), current }
     }
 
-    /// Waits for the first state of a control plane, however long that takes. Call it before any
-    /// connection is accepted: no traffic is decided on an empty mesh.
+    /// Waits for the first state of a control plane, without a timeout. Call it before any
+    /// connection is accepted, so that no decision uses an empty mesh.
     pub(crate) async fn first_state(&mut self) {
         if let Some(first) = self.feed.first().await {
             log_size(first.size(), "mesh received");

@@ -285,7 +285,7 @@ pub(crate) fn control_plane_connected(is_open: bool) {
     gauge!(CONTROL_PLANE).set(f64::from(u8::from(is_open)));
 }
 
-/// Counts a stream of the control plane that ended, or that was not opened.
+/// Counts a stream of the control plane that ended or could not be opened.
 pub(crate) fn control_plane_lost() {
     counter!(CONTROL_PLANE_LOST).increment(1);
 }
@@ -313,12 +313,12 @@ pub(crate) fn pods(state: &'static str, count: usize) {
     gauge!(PODS, "state" => state).set(count as f64);
 }
 
-/// Reports how many running pods the container runtime has not added.
+/// Reports the number of running pods that the container runtime has not added.
 pub(crate) fn pods_not_added(count: usize) {
     gauge!(NOT_ADDED).set(count as f64);
 }
 
-/// Reports whether changes of pods at the API server arrive.
+/// Reports whether changes of pods arrive from the API server.
 pub(crate) fn kubernetes_connected(is_connected: bool) {
     gauge!(KUBERNETES).set(if is_connected { 1.0 } else { 0.0 });
 }

@@ -52,7 +52,7 @@ pub(crate) struct CniSource {
     socket: PathBuf,
     facts: FactFinder,
     results: CniResults,
-    /// Follow the facts of Kubernetes.
+    /// The tasks that follow the facts from Kubernetes.
     watches: JoinSet<()>,
     /// Keeps the plugin installed; `None` if the operator installs it.
     upkeep: Option<Upkeep>,
@@ -70,8 +70,8 @@ enum CniError {
 }
 
 impl CniSource {
-    /// The plugin connects to `socket`. The facts about pods that it does not know come from
-    /// `origin`, which `watches` follow.
+    /// Serves the plugin on `socket`. `origin` provides the facts that the plugin does not know;
+    /// `watches` keep it current.
     pub(crate) fn new(
         settings: &Settings,
         socket: PathBuf,
@@ -105,7 +105,7 @@ impl CniSource {
         ledger.resume().map_err(CniError::Read)?;
         let report = Arc::new(Report::new(health));
         let not_ready = report.subscribe();
-        // Ended when this future is dropped, as are the watches.
+        // Dropping this future ends the tasks, including the watches.
         let mut tasks = self.watches;
         tasks.spawn(ledger.clone().follow_facts(self.results, report.clone()));
         match self.upkeep {

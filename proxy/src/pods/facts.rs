@@ -22,7 +22,7 @@ pub(crate) struct PodFacts {
     pub(crate) annotations: BTreeMap<String, String>,
     /// The value of the label `istio.io/dataplane-mode` of the pod's namespace.
     pub(crate) namespace_mode: Option<String>,
-    /// The ports to which the kubelet connects; `None` when the source does not know them.
+    /// The ports to which the kubelet connects; `None` if the source does not know them.
     pub(crate) probe_ports: Option<BTreeSet<u16>>,
     /// The pod's own interception settings, which only a file of the pod directory has.
     pub(crate) interception: Option<InterceptionOverlay>,

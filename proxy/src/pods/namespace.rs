@@ -54,11 +54,11 @@ pub(crate) fn check_addresses(
     Err(NamespaceError::OtherAddresses { namespace, expected: expected.to_vec(), found })
 }
 
-/// Rejects a namespace with an address that the mesh gives to another workload than `pod`, and with
-/// none that it gives to `pod`: for a source that does not know the pod's addresses.
+/// Rejects a namespace with an address that the mesh assigns to another workload than `pod`, unless
+/// it also has an address of `pod`. This is for a source that does not know the pod's addresses.
 ///
-/// Addresses that the mesh does not know are accepted. A pod whose sandbox is made again, for
-/// example after a reboot, has a new address, which the mesh gets once the sandbox is up.
+/// Addresses that the mesh does not know are accepted: a pod with a new sandbox, for example after
+/// a reboot, has a new address, which the mesh gets later.
 pub(crate) fn check_mesh(
     namespace: NamespaceId,
     pod: &WorkloadSettings,
@@ -82,7 +82,7 @@ pub(crate) fn check_mesh(
     }
 }
 
-/// The addresses of the namespace without those of the loopback interface.
+/// The addresses of the namespace except for those of the loopback interface.
 fn addresses(environment: &Environment) -> Vec<IpAddr> {
     let addresses = environment.interfaces.iter().flat_map(|interface| &interface.addresses);
     addresses.map(|network| network.addr()).filter(|address| !address.is_loopback()).collect()

@@ -35,7 +35,7 @@ pub(crate) struct NodeEnroller {
     pub(crate) rules: RulesTotals,
     /// The host's namespaces, which no pod may have.
     pub(crate) hosts: HostNamespaces,
-    /// The addresses of pods, for a source that does not know them.
+    /// The mesh, for the addresses of pods whose source does not know them.
     pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
 }
 

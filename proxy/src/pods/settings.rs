@@ -27,7 +27,7 @@ pub(crate) fn pod_settings(node: &Settings, facts: &PodFacts) -> Result<PodSetti
     Ok(PodSettings::Enrolled(Box::new(Settings { workload, ..settings })))
 }
 
-/// Exempts the ports of the pod's probes only, if they are known. `exact` rules exempt all.
+/// Exempts only the ports of the pod's probes, if they are known. `exact` rules exempt all ports.
 fn narrow_probes(settings: &mut Settings, facts: &PodFacts) {
     let interception = &mut settings.interception;
     let is_translated = settings.node.probes == NodeProbes::Translate && !interception.exact;

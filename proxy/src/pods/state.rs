@@ -183,7 +183,7 @@ impl Pods {
         let Some(entry) = known.filter(|entry| entry.namespace() == Some(namespace.id())) else {
             return Some((answer, LeaveReason::Removed));
         };
-        // The source tries again: the next attempt is due now, and starts a new back-off.
+        // The source retries: the next attempt is due now, and starts a new back-off.
         entry.failures = 0;
         match &mut entry.phase {
             Phase::Serving { pod, .. } => {

@@ -98,8 +98,7 @@ fn source(
     }
 }
 
-/// Where the facts about pods come from that the CNI plugin does not know, and the tasks that
-/// follow it.
+/// The origin of the facts that the CNI plugin does not know, and the tasks that keep it current.
 fn facts(
     settings: &Settings,
     node: &Node,
@@ -164,7 +163,7 @@ impl Daemon {
         let _endpoints = Endpoints::serve(listeners, readiness.clone(), &exporter, &gates.accept);
         confine(&thread, &settings).await?;
         certificates::warn_if_unreadable(&settings);
-        // Without a pod there is no traffic to hold: pods are enrolled afterwards.
+        // Without a pod no traffic is waiting. Pods are enrolled afterwards.
         tokio::select! {
             () = publisher.first_state() => {}
             why = stop.wait() => {

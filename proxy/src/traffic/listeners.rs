@@ -129,12 +129,12 @@ impl Kind {
 #[derive(Debug)]
 pub(crate) struct Listeners<K: 'static>(Vec<(&'static ListenerSpec<K>, BoundListener)>);
 
-/// The inodes of the listeners of a pod, by which the kernel lists them.
+/// The inodes of the listeners of a pod, with which the kernel lists them.
 #[derive(Debug, Clone)]
 pub(crate) struct ListenerInodes(Vec<(&'static ListenerSpec<Kind>, u64)>);
 
 impl ListenerInodes {
-    /// The purpose and the setting of a listener that is not among the `open` sockets.
+    /// The purpose and the setting of a listener that is missing in the `open` sockets.
     pub(crate) fn closed(&self, open: &BTreeSet<u64>) -> Option<(&'static str, &'static str)> {
         let (closed, _) = self.0.iter().find(|(_, inode)| !open.contains(inode))?;
         Some((closed.purpose, closed.setting))

@@ -124,7 +124,8 @@ async fn unchanged_files_are_not_read_again() {
     let second = next(&mut source).await.unwrap();
     assert_eq!(names(&second), ["a", "c"]);
     assert!(Arc::ptr_eq(first.workloads()[0], second.workloads()[0]));
-    // Nor are they when others had mistakes in the meantime, alone or in the light of theirs.
+    // Unchanged documents are not read again either after other documents had mistakes, of their
+    // own or in combination.
     folder.write("mesh/b.yaml", "nonsense");
     next(&mut source).await.unwrap_err();
     folder.write("mesh/b.yaml", &workload("d", 1));
@@ -135,7 +136,7 @@ async fn unchanged_files_are_not_read_again() {
     let third = next(&mut source).await.unwrap();
     assert_eq!(names(&third), ["a", "d"]);
     assert!(Arc::ptr_eq(first.workloads()[0], third.workloads()[0]));
-    // The same text is another document once it is in another file.
+    // The same text in another file is another document.
     fs::remove_file(folder.path("mesh/0.yaml")).unwrap();
     folder.rename("mesh/a.yaml", "mesh/c.yaml");
     folder.write("mesh/d.yaml", &workload("a", 2));

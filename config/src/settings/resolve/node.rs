@@ -36,7 +36,7 @@ settings! {
     BIN_DIR: PathBuf = "node.cni_install.bin_dir", PATH, Fallback::Varies("none"),
         |s| s.node.cni_install.as_ref().map(|folders| folders.bin_dir.clone());
     /// with `node.pods.cni` and without Kubernetes: the folder in which the runtime (libcni) keeps
-    /// the results of plugins, by which the daemon finds pods that the runtime did not add
+    /// the results of plugins, to find pods that the runtime did not add
     CNI_RESULTS: PathBuf = "node.cni_results", PATH,
         Fallback::Is(|| "/var/lib/cni/results".into()), |s| Some(s.node.cni_results.clone());
     /// namespaces whose pods are never enrolled, because other pods need these to start; none with
@@ -50,8 +50,8 @@ settings! {
     PROBES: NodeProbes = "node.probes", word("`translate`, `off`"),
         Fallback::Is(|| NodeProbes::Off), |s| Some(s.node.probes);
     /// with `node.pods.cni`: `auto` watches the pods of the node `node.name` at the API server, if
-    /// there is `node.kubeconfig` or a service account, and takes service account, labels and
-    /// annotations from there; `off` takes the service account from the mesh
+    /// there is `node.kubeconfig` or a service account, for their service accounts, labels and
+    /// annotations; `off` takes the service account from the mesh
     KUBERNETES: KubernetesWatch = "node.kubernetes", word("`auto`, `off`"),
         Fallback::Is(|| KubernetesWatch::Auto), |s| Some(s.node.kubernetes);
     /// the kubeconfig file with the address and the credential of the API server

@@ -45,7 +45,7 @@ impl ServingPod {
         self.rules.capture.verify().await
     }
 
-    /// Fails if a listener is closed, or the rules are not those of the current settings.
+    /// Fails if a listener is closed, or the installed rules differ from the current settings.
     pub(crate) fn check(&self) -> impl Future<Output = Result<(), PodError>> + Send + use<> {
         let (capture, listeners) = (self.capture().clone(), self.listeners.clone());
         async move {

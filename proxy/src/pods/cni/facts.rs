@@ -22,7 +22,7 @@ use crate::pods::facts::PodFacts;
 use crate::pods::kubernetes::objects::ClusterPod;
 use crate::pods::kubernetes::view::ClusterView;
 
-/// How long an addition waits for the facts about its pod. The API server sends a new pod to this
+/// Timeout of an addition for the facts about its pod. The API server sends a new pod to this
 /// node's watch at the same time as to the kubelet.
 const FACTS_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -30,13 +30,13 @@ const FACTS_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct FactFinder {
     origin: FactOrigin,
-    /// The node's: trust domain and network.
+    /// The node's own workload, with its trust domain and network.
     own: WorkloadSettings,
-    /// Which pods are enrolled.
+    /// The settings that select the pods to enrol.
     node: NodeSettings,
 }
 
-/// Where the facts come from that the plugin does not know. Clones follow it independently.
+/// The origin of the facts that the plugin does not know. Clones follow it independently.
 #[derive(Debug, Clone)]
 pub(crate) enum FactOrigin {
     Mesh(watch::Receiver<Arc<Snapshot>>),
@@ -99,14 +99,14 @@ impl Hint for FactProblem {
 }
 
 impl FactProblem {
-    /// Whether the fact may arrive in a moment.
+    /// Whether the fact may arrive soon.
     fn is_late(&self) -> bool {
         matches!(self, Self::NotListed { .. } | Self::NoPod { .. } | Self::NoNamespace(_))
     }
 }
 
 impl FactOrigin {
-    /// Waits for facts that are not seen yet; for ever if there will be none.
+    /// Waits for new facts. Never returns if there will be none.
     pub(in crate::pods::cni) async fn changed(&mut self) {
         let changed = match self {
             Self::Mesh(mesh) => mesh.changed().await,
@@ -141,13 +141,13 @@ impl FactFinder {
         self.node.exempt_namespaces.iter().any(|exempt| exempt == namespace)
     }
 
-    /// Whether the pod is to be enrolled: not exempt by a setting, a label or an annotation. One
-    /// with an invalid label is.
+    /// Whether the pod must be enrolled: no setting, label or annotation exempts it. An invalid
+    /// label does not exempt.
     pub(in crate::pods::cni) fn selects(&self, facts: &PodFacts) -> bool {
         !matches!(exemption(facts, &self.node), Ok(Some(_)))
     }
 
-    /// The facts about a pod, for which this waits if Kubernetes may send them in a moment.
+    /// Finds the facts about a pod. Waits if Kubernetes may send them soon.
     pub(super) async fn wait_for(&self, attached: &AttachedPod) -> Result<PodFacts, FactProblem> {
         let mut origin = self.origin.clone();
         let found = async {
@@ -210,8 +210,8 @@ impl FactFinder {
     }
 }
 
-/// The facts that Kubernetes has. Its addresses are not compared: until the sandbox is up they are
-/// those of the pod's last one, for example before a reboot.
+/// The facts from Kubernetes. Addresses are not compared: until the sandbox is up, Kubernetes has
+/// those of the previous one, for example before a reboot.
 fn in_cluster(view: &ClusterView, attached: &AttachedPod) -> Result<PodFacts, FactProblem> {
     let PodReference { namespace, name, uid } = &attached.pod;
     let problem = || view.problem().map(str::to_owned);
@@ -332,7 +332,7 @@ mod tests {
     fn kubernetes_has_the_facts_of_a_pod_by_its_uid() {
         let (finder, view) = in_kubernetes();
         cluster(&view, &[pod("web")], &[namespace("shop", "none")]);
-        // The API server still has the addresses of the pod's last sandbox.
+        // The API server still has the addresses of the previous sandbox.
         let facts = finder.find(&attached("web", &["10.0.0.9"])).unwrap();
         assert_eq!((&*facts.service_account, &*facts.name), ("web-account", "web"));
         assert_eq!(facts.ips, ["10.0.0.9".parse::<IpAddr>().unwrap()]);

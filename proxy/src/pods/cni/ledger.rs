@@ -1,7 +1,7 @@
 //! Tracks the attachments of the node, and the pod of each.
 //!
 //! A pod is in the registry as long as it has an attachment. The store has the attachments whose
-//! addition has been answered. `follow` keeps the facts about the pods current.
+//! `ADD` was answered with success. `follow` keeps the facts about the pods current.
 
 mod follow;
 
@@ -34,7 +34,7 @@ pub(super) struct Ledger {
     facts: FactFinder,
     store: Store,
     open: OpenNamespace,
-    /// Never locked across an await. Locked before the facts are, if both are needed.
+    /// Never locked across an await. Locked before the facts if both are needed.
     known: Mutex<Known>,
     /// Wakes [`Ledger::follow_facts`] after a change of the attachments.
     changed: Notify,
@@ -61,11 +61,11 @@ struct Entry {
     progress: Progress,
     pod: AttachedPod,
     namespace: NamespaceId,
-    /// Whether this process can see the namespace's file.
+    /// Whether this process can open the namespace's file.
     is_visible: bool,
     /// The facts that the registry has; `None` until they are known after a restart.
     facts: Option<PodFacts>,
-    /// Why they are not known or not applied, which is logged once.
+    /// The reason why facts are unknown or not applied, to log it once.
     problem: Option<String>,
 }
 
@@ -266,7 +266,7 @@ impl Ledger {
         }
     }
 
-    /// Learns the pods of an earlier process, which [`Ledger::follow_facts`] enrols again.
+    /// Loads the pods of an earlier process, which [`Ledger::follow_facts`] enrols again.
     pub(super) fn resume(&self) -> io::Result<()> {
         for StoredPod { pod, device, inode } in self.store.load()? {
             let path = Path::new(&pod.namespace_path);

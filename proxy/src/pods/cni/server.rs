@@ -104,10 +104,10 @@ async fn serve_requests(
     let mut valid = BTreeSet::new();
     while let Some((line, descriptors)) = timeout(REQUEST_TIMEOUT, connection.receive()).await?? {
         let outcome = tokio::select! {
-            // First, so that a request is begun even if its plugin has ended already.
+            // Poll this first, so that a request is started even if its plugin has already exited.
             biased;
             outcome = perform(&line, descriptors, &mut valid, ledger, not_ready) => outcome,
-            // The plugin has ended, or does not wait for its answer.
+            // The plugin has exited, or has sent a request before its answer.
             _ = connection.receive() => return Ok(()),
         };
         match outcome {

@@ -30,7 +30,7 @@ impl Upkeep {
         Self { installation, watcher }
     }
 
-    /// Runs for ever.
+    /// Never returns.
     pub(super) async fn run(self, report: Arc<Report>) {
         let mut was_installed = false;
         let mut logged = None;

@@ -238,7 +238,7 @@ fn failed_pod_is_retried_with_back_off() {
     assert_eq!(pauses, [250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000]);
     assert!(matches!(first.try_recv().unwrap(), Err(EnrolError::Panicked)));
     node.end(0, Err(retryable()));
-    // A source that adds the pod again does not wait for the back-off, which starts over.
+    // Adding the pod again skips the back-off, which starts over.
     let mut again = node.add(&web, &here);
     assert_eq!(node.end(0, Err(retryable())), Some(MIN_BACKOFF));
     assert!(matches!(again.try_recv().unwrap(), Err(EnrolError::Panicked)));
