@@ -148,7 +148,13 @@ node: {pods: {zds: /run/ztunnel.sock}}
 identity: {spire: {admin_socket: /run/spire/admin.sock}}
 ";
     const CNI: &str = r"
-node: {pods: {cni: /run/cni.sock}, cni_install: {net_dir: /net.d, bin_dir: /bin}}
+node:
+  name: node-1
+  pods: {cni: /run/cni.sock}
+  cni_install: {net_dir: /net.d, bin_dir: /bin}
+  cni_results: /results
+  kubernetes: auto
+  kubeconfig: /kubeconfig
 identity: {local_ca: /ca}
 mesh:
   xds:
