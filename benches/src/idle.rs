@@ -24,11 +24,27 @@ pub struct Idle {
 }
 
 impl Idle {
-    /// Reads `/proc/PID`.
+    /// Reads `/proc/PID` of the process and of its children: a node daemon is two processes.
     ///
-    /// # Panics The process has ended, or belongs to another user.
+    /// # Panics
+    /// The process has ended, or belongs to another user.
     #[must_use]
     pub fn read(process: u32) -> Self {
+        children(process).into_iter().map(Self::read).fold(Self::of_one(process), Self::plus)
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            private_kib: self.private_kib + other.private_kib,
+            descriptors: self.descriptors + other.descriptors,
+            threads: self.threads + other.threads,
+            inotify: self.inotify + other.inotify,
+            switches: self.switches + other.switches,
+            cpu_seconds: self.cpu_seconds + other.cpu_seconds,
+        }
+    }
+
+    fn of_one(process: u32) -> Self {
         let proc = PathBuf::from(format!("/proc/{process}"));
         let read = |file: &str| fs::read_to_string(proc.join(file)).expect("the process runs");
         let list = |folder: &str| {
@@ -49,6 +65,16 @@ impl Idle {
             cpu_seconds: cpu_seconds(&[process]),
         }
     }
+}
+
+/// The children of a process (`CONFIG_PROC_CHILDREN`).
+fn children(process: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
+    let children = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    let parse = |text: String| -> Vec<u32> {
+        text.split_whitespace().filter_map(|child| child.parse().ok()).collect()
+    };
+    children.flat_map(parse).collect()
 }
 
 impl fmt::Display for Idle {
@@ -85,7 +111,7 @@ mod tests {
 
     #[test]
     fn reads_this_process() {
-        let idle = Idle::read(std::process::id());
+        let idle = Idle::of_one(std::process::id());
         assert!(idle.private_kib > 0.0 && idle.threads > 0 && idle.switches > 0.0, "{idle}");
     }
 }

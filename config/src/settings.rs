@@ -12,6 +12,7 @@ pub(crate) mod load;
 mod logging;
 mod mtls;
 mod node;
+mod privileges;
 pub(crate) mod resolve;
 mod same_node;
 pub(crate) mod show;
@@ -33,10 +34,11 @@ pub use limits::{Limits, SeriesSettings, TakeOver, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 pub use node::{CniInstallSettings, KubernetesWatch, NodeProbes, NodeSettings, PodSourceSettings};
+pub use privileges::{Broker, PrivilegesSettings};
 pub use same_node::SameNode;
 pub use xds::{XdsHeader, XdsSettings};
 
-use crate::identity::spiffe::{SpiffeId, TrustDomain};
+use crate::identity::spiffe::{SpiffeError, SpiffeId, TrustDomain};
 
 /// A value with a fixed set of words.
 pub(crate) trait Word: Copy + PartialEq + 'static {
@@ -57,6 +59,8 @@ pub struct Settings {
     pub workload: WorkloadSettings,
     /// The settings of a node daemon, with the source of its pods.
     pub node: NodeSettings,
+    /// Whether the privileged part is a process of its own.
+    pub privileges: PrivilegesSettings,
     /// The file or folder that describes the mesh: workloads, services and policies. `None` means
     /// that no other workload is known.
     pub mesh_file: Option<PathBuf>,
@@ -107,6 +111,28 @@ pub struct WorkloadSettings {
     pub network: String,
     /// The identity, derived from namespace, service account and trust domain.
     pub spiffe_id: SpiffeId,
+}
+
+impl WorkloadSettings {
+    /// The workload of a pod on a node with these settings.
+    ///
+    /// # Errors
+    /// Namespace and service account make no SPIFFE identity.
+    pub fn of_pod(
+        &self,
+        name: &str,
+        namespace: &str,
+        service_account: &str,
+    ) -> Result<Self, SpiffeError> {
+        Ok(Self {
+            name: name.to_owned(),
+            namespace: namespace.to_owned(),
+            service_account: service_account.to_owned(),
+            trust_domain: self.trust_domain.clone(),
+            network: self.network.clone(),
+            spiffe_id: SpiffeId::istio(self.trust_domain.clone(), namespace, service_account)?,
+        })
+    }
 }
 
 /// The connections whose packets are paced, if the kernel's congestion control supports it.

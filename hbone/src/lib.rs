@@ -42,8 +42,8 @@ pub use identity::Identity;
 pub use identity::credentials::Credentials;
 pub use identity::rotation::{CredentialRotator, CredentialsEvent, FirstIdentity};
 pub use identity::source::{
-    DelegatedIdentitySource, FileSource, IdentitySource, IstioCa, IstioCaSource, LocalCaSource,
-    NextIdentity, Priority, WorkloadApiSource,
+    CertificateIssuer, DelegatedIdentitySource, FileSource, IdentitySource, IssueFuture,
+    IssuedSource, IstioCa, IstioCaSource, LocalCaSource, NextIdentity, Priority, WorkloadApiSource,
 };
 pub use limits::log_limit::LogLimit;
 pub use limits::{

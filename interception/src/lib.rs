@@ -63,6 +63,7 @@ pub use process::privileges::{
     KeptCapabilities, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
     confine_thread, prepare_change_of_user,
 };
+pub use process::separate::SeparationError;
 pub use rules::RuleSettings;
 pub use self_test::packets::{PacketCapture, TcpSegment};
 pub use self_test::return_path::ReturnPathProbe;

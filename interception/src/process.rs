@@ -5,5 +5,6 @@ pub(crate) mod background;
 pub(crate) mod bypass;
 pub(crate) mod limits;
 pub(crate) mod privileges;
+pub(crate) mod separate;
 mod user;
 pub(crate) mod user_ids;

@@ -8,6 +8,7 @@ mod cni;
 mod config;
 mod man;
 mod node;
+mod proxy_process;
 mod rules;
 mod run;
 
@@ -18,6 +19,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use underpass_config::Hint as _;
 
+use crate::broker::child;
 use crate::demo;
 use crate::error::chain;
 use crate::process::command_error::CommandError;
@@ -44,6 +46,9 @@ enum Command {
     Run(run::Arguments),
     /// Run a proxy for every pod of a node; istio-cni, a CNI plugin or a folder reports the pods
     Node(node::Arguments),
+    /// Serve the pods of `underpass node`, which starts this command without privileges
+    #[command(name = child::COMMAND, hide = true)]
+    ProxyProcess(proxy_process::Arguments),
     /// Act as the CNI plugin that container runtimes call, or install it
     Cni(cni::Arguments),
     /// Manage interception rules in the current network namespace
@@ -73,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Demo(arguments) => demo::run(&arguments).map_err(CommandError::from),
         Command::Run(arguments) => run::run(arguments),
         Command::Node(arguments) => node::run(arguments),
+        Command::ProxyProcess(arguments) => proxy_process::run(&arguments),
         Command::Cni(arguments) => cni::run(arguments),
         Command::Rules(command) => rules::run(command),
         Command::Ca(command) => ca::run(command),

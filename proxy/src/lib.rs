@@ -4,6 +4,7 @@
 //! In reading order:
 //!
 //! * `cli`: the commands;
+//! * `broker`: a node daemon as two processes;
 //! * `process`: start, reload, take-over and stop of the process;
 //! * `node`: state of the process, of a pod, of a worker, and of a pod on a worker;
 //! * `pods`: the pods of a node daemon: facts, settings, sources;
@@ -19,6 +20,7 @@
 mod admin;
 mod backoff;
 pub mod bench;
+mod broker;
 mod cli;
 mod decide;
 mod demo;
@@ -45,6 +47,12 @@ pub mod fuzz {
     /// its model.
     pub fn zds_session(script: &[u8]) {
         crate::pods::zds::session::script::run(script);
+    }
+
+    /// Decodes a message between the broker and the proxy process. Panics if the message changes
+    /// when it is encoded and decoded again.
+    pub fn broker_messages(bytes: &[u8]) {
+        crate::broker::message::check_bytes(bytes);
     }
 
     /// Decodes a line between the CNI plugin and the daemon. Panics if the message changes when it

@@ -2,5 +2,6 @@
 
 pub(crate) mod control_plane;
 pub(crate) mod feed;
+pub(crate) mod follow;
 pub(crate) mod publish;
 mod report;

@@ -6,6 +6,7 @@ pub(crate) mod cpus;
 pub(crate) mod daemon;
 pub(crate) mod instance;
 pub(crate) mod logging;
+pub(crate) mod node_proxy;
 pub(crate) mod notify;
 pub(crate) mod parent;
 pub(crate) mod pause_gate;

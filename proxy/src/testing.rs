@@ -110,12 +110,14 @@ impl TestNode {
             &settings,
             &access,
             &sockets,
+            None,
             Some(&readiness),
             &self.watcher,
             &self.supervisor,
         )?;
         let _settings = watch::Sender::new(settings.interception.clone());
         let spec = PodSpec {
+            uid: None,
             settings: settings.clone(),
             access,
             interception: _settings.subscribe(),

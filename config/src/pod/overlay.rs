@@ -9,7 +9,9 @@ use std::path::Path;
 use crate::error::ConfigErrors;
 use crate::settings::Settings;
 use crate::settings::declare::{Declared, Document, Files, Written};
+use crate::settings::load::read_text;
 use crate::settings::resolve::{declared, interception_settings};
+use crate::settings::show::Sections;
 use crate::yaml::document::{Node, Origin, Value};
 use crate::yaml::read::{Cursor, Problems};
 
@@ -54,6 +56,22 @@ impl Settings {
             root.lay_over(&[SECTION], section);
         }
         self.read_interception(&root)
+    }
+
+    /// The interception settings as a settings file, for another process with these settings of
+    /// the node.
+    #[must_use]
+    pub fn interception_text(&self) -> String {
+        Sections { settings: self, prefix: "interception." }.to_string()
+    }
+
+    /// These settings with the interception settings of a text that
+    /// [`Settings::interception_text`] wrote.
+    ///
+    /// # Errors
+    /// All mistakes in the text, and contradictions between it and these settings.
+    pub fn with_interception_text(&self, text: &str) -> Result<Self, ConfigErrors> {
+        self.read_interception(&read_text("pod", text)?)
     }
 
     fn read_interception(&self, root: &Node) -> Result<Self, ConfigErrors> {
@@ -103,7 +121,7 @@ fn scalar(text: String, origin: &Origin) -> Node {
 
 #[cfg(test)]
 mod tests {
-    use crate::settings::load::{read_text, settings_of};
+    use crate::settings::load::settings_of;
     use crate::settings::{KubeletProbes, PortRange, Profile};
 
     use super::*;
@@ -194,6 +212,22 @@ mod tests {
         for refused in ["profile: sidecar", "allow_host: true", "install: false"] {
             let errors = with_overlays(node, &[&overlay(refused)]).unwrap_err();
             assert!(errors.contains("with node.pods"), "{refused}: {errors}");
+        }
+    }
+
+    #[test]
+    fn interception_text_gives_another_process_the_same_settings() {
+        let node = "node: {probes: translate, pods: {directory: /pods}}";
+        for pod in [
+            "{}",
+            "{kubelet_probes: [8080], ingress: true, virtual_interfaces: [veth0]}",
+            "{outbound: {include_ports: [443]}, inbound: {exclude_ports: [9000-9010]}, exact: true}",
+            "{outbound: {include_cidrs: none, exclude_uids: [5]}, ipv6: reject, on_exit: remove}",
+        ] {
+            let settings = with_overlays(node, &[&overlay(pod)]).unwrap();
+            let read = settings_of(node).unwrap();
+            let read = read.with_interception_text(&settings.interception_text()).unwrap();
+            assert_eq!(read, settings, "{pod}");
         }
     }
 

@@ -6,6 +6,7 @@ mod identity;
 mod interception;
 mod limits;
 mod node;
+mod privileges;
 mod proxy;
 mod services;
 mod timeouts;
@@ -24,6 +25,7 @@ const SETTINGS: &[&[&dyn Declared]] = &[
     workload::ALL,
     xds::ALL,
     node::ALL,
+    privileges::ALL,
     identity::ALL,
     interception::ALL,
     proxy::ALL,
@@ -65,6 +67,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let interception = interception::settings(document)?;
     let node = node::node(document)?;
     let interception = node::interception(document, interception, &node);
+    let privileges = privileges::privileges(document, &node)?;
     if node.pods.is_some() {
         node::refuse_settings_of_one_pod(document);
         identity.iter().for_each(|identity| node::refuse_shared_identity(document, identity));
@@ -84,6 +87,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let (timeouts, take_over) = (timeouts::timeouts(document)?, timeouts::take_over(document)?);
     Some(Settings {
         node,
+        privileges,
         mesh_file,
         xds,
         identity,

@@ -11,9 +11,21 @@ use crate::settings::resolve::declared;
 
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Sections { settings: self, prefix: "" }.fmt(f)
+    }
+}
+
+/// The settings whose keys begin with `prefix`.
+pub(crate) struct Sections<'a> {
+    pub(crate) settings: &'a Settings,
+    pub(crate) prefix: &'a str,
+}
+
+impl fmt::Display for Sections<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut open: Vec<&str> = Vec::new();
-        for setting in declared() {
-            let Some(value) = setting.written(self) else { continue };
+        for setting in declared().filter(|setting| setting.key().starts_with(self.prefix)) {
+            let Some(value) = setting.written(self.settings) else { continue };
             let mut sections: Vec<&str> = setting.key().split('.').collect();
             let Some(key) = sections.pop() else { continue };
             let shared = open.iter().zip(&sections).take_while(|(one, other)| one == other).count();
@@ -169,8 +181,7 @@ mesh:
     name: underpass-x
     namespace: istio-system
 ";
-    const DIRECTORY: &str =
-        "node: {probes: translate, pods: {directory: /run/pods}}\nworkload: {network: east}";
+    const DIRECTORY: &str = "node: {probes: translate, pods: {directory: /run/pods}}\nworkload: {network: east}\nprivileges: {broker: off, user: 7}";
     const ALL: [&str; 7] = [SIDECAR, AMBIENT, OSM, SPIRE, ZDS, CNI, DIRECTORY];
 
     #[test]

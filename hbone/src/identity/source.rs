@@ -3,6 +3,7 @@
 //! `rotation` publishes the certificates; the caller selects the source.
 
 mod files;
+mod issued;
 mod istio_ca;
 mod local_ca;
 mod spire;
@@ -18,6 +19,7 @@ use crate::error::{CredentialProblem, HboneError};
 use crate::identity::Identity;
 
 pub use self::files::FileSource;
+pub use self::issued::{CertificateIssuer, IssueFuture, IssuedSource};
 pub use self::istio_ca::{IstioCa, IstioCaSource};
 pub use self::local_ca::LocalCaSource;
 pub use self::spire::{DelegatedIdentitySource, WorkloadApiSource};

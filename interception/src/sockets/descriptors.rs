@@ -10,7 +10,7 @@ use rustix::net::{
 };
 
 /// The maximum number of descriptors in one call.
-pub(super) const MAX_DESCRIPTORS: usize = 16;
+pub(super) const MAX_DESCRIPTORS: usize = 64;
 
 /// The bytes and descriptors of one receive call.
 pub(super) struct Received {

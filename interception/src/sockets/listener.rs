@@ -86,6 +86,13 @@ impl From<TcpListener> for BoundListener {
     }
 }
 
+impl From<BoundListener> for OwnedFd {
+    /// The socket, to pass it to another process.
+    fn from(bound: BoundListener) -> Self {
+        bound.listener.into()
+    }
+}
+
 impl TryFrom<OwnedFd> for BoundListener {
     type Error = io::Error;
 

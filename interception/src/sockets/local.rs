@@ -40,6 +40,20 @@ pub struct LocalAddresses {
     sequence: Mutex<u32>,
 }
 
+impl From<OwnedFd> for LocalAddresses {
+    /// Uses the socket of another process' lookup.
+    fn from(socket: OwnedFd) -> Self {
+        Self { socket, sequence: Mutex::default() }
+    }
+}
+
+impl From<LocalAddresses> for OwnedFd {
+    /// The socket, to pass it to another process.
+    fn from(addresses: LocalAddresses) -> Self {
+        addresses.socket
+    }
+}
+
 impl LocalAddresses {
     /// Opens a netlink socket in the namespace.
     ///

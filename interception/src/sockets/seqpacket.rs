@@ -6,15 +6,18 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::io::ioctl_fionbio;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, socketpair,
+};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use crate::sockets::descriptors;
 use crate::sockets::peer::Peer;
 
-/// The maximum length of a received message in bytes. istio-cni's longest message has about 600:
-/// two names of 253 octets and a namespace of 63.
+/// The default maximum length of a received message in bytes. istio-cni's longest message has about
+/// 600: two names of 253 octets and a namespace of 63.
 const MAX_MESSAGE: usize = 4096;
 
 /// The socket has the type `SOCK_SEQPACKET`, for which tokio has no type. tokio's `UnixStream` only
@@ -24,6 +27,8 @@ pub struct SeqPacket {
     /// Of type `SOCK_SEQPACKET`. Tokio has no type for it, and none for any descriptor that is
     /// safe; this one only registers the socket and waits for it.
     socket: UnixStream,
+    /// The maximum length of a received message in bytes.
+    max_message: usize,
 }
 
 /// A received message.
@@ -56,7 +61,43 @@ impl SeqPacket {
     ///
     /// The error of the kernel.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
-        Ok(Self { socket: UnixStream::from_std(StdUnixStream::from(socket))? })
+        let socket = UnixStream::from_std(StdUnixStream::from(socket))?;
+        Ok(Self { socket, max_message: MAX_MESSAGE })
+    }
+
+    /// Two connected sockets that are not in any runtime; the second one waits when it is read.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel.
+    pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+        let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+        let (one, other) = socketpair(family, kind, SocketFlags::CLOEXEC, None)?;
+        ioctl_fionbio(&one, true)?;
+        Ok((one, other))
+    }
+
+    /// The same with another maximum length of received messages.
+    #[must_use]
+    pub fn with_limit(self, max_message: usize) -> Self {
+        Self { max_message, ..self }
+    }
+
+    /// Receives the first message of `socket`, which waits when it is read, and then makes it
+    /// non-blocking. For a process whose runtime depends on that message.
+    ///
+    /// # Errors
+    ///
+    /// As [`receive`](Self::receive); `UnexpectedEof` if there is none.
+    pub fn receive_first(socket: OwnedFd, max_message: usize) -> io::Result<(OwnedFd, Message)> {
+        let mut bytes = vec![0; max_message];
+        let received = descriptors::receive(&socket, &mut bytes)?;
+        bytes.truncate(received.bytes);
+        if bytes.is_empty() {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        ioctl_fionbio(&socket, true)?;
+        Ok((socket, Message { bytes, descriptors: received.descriptors }))
     }
 
     /// The process that listened at the other end.
@@ -91,7 +132,7 @@ impl SeqPacket {
     /// The error of the kernel. `InvalidData` if the message is too long or has too many
     /// descriptors; all received descriptors are closed then.
     pub async fn receive(&self) -> io::Result<Option<Message>> {
-        let mut bytes = vec![0; MAX_MESSAGE];
+        let mut bytes = vec![0; self.max_message];
         let receive = || descriptors::receive(&self.socket, &mut bytes);
         let received = self.socket.async_io(Interest::READABLE, receive).await?;
         bytes.truncate(received.bytes);
@@ -157,7 +198,7 @@ mod tests {
         let many: Vec<_> = (0..=descriptors::MAX_DESCRIPTORS).map(|_| file.as_fd()).collect();
         let error = one.send(b"many", &many).await.expect_err("too many");
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
-        let mut space = [MaybeUninit::uninit(); 256];
+        let mut space = [MaybeUninit::uninit(); 512];
         let mut attached = SendAncillaryBuffer::new(&mut space);
         assert!(attached.push(SendAncillaryMessage::ScmRights(&many)));
         let bytes = [IoSlice::new(b"many")];

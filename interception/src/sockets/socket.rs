@@ -6,7 +6,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -254,6 +254,13 @@ impl Sockets {
         Ok(ReadySocket { socket, kind, pacing })
     }
 
+    /// Uses a socket of this kind that another process has opened with these options.
+    #[must_use]
+    pub fn adopt(&self, socket: OwnedFd, kind: SocketKind) -> ReadySocket {
+        let pacing = self.pacing.clone().filter(Pacing::depends_on_distance);
+        ReadySocket { socket: socket.into(), kind, pacing }
+    }
+
     /// The pacing to decide on for an accepted connection, once the peer's distance is known.
     /// `None` if pacing does not depend on the distance.
     #[must_use]
@@ -308,6 +315,13 @@ impl Sockets {
         };
         let probes = TcpKeepalive::new().with_time(keepalive).with_interval(keepalive);
         socket.set_tcp_keepalive(&probes.with_retries(KEEPALIVE_PROBES))
+    }
+}
+
+impl From<ReadySocket> for OwnedFd {
+    /// The socket, to pass it to another process.
+    fn from(ready: ReadySocket) -> Self {
+        ready.socket.into()
     }
 }
 

@@ -10,12 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_hbone::{ConnectionSlot, ConnectionSlots, log_panic};
@@ -54,6 +56,18 @@ pub(crate) struct Readiness {
     mesh_awaited: Arc<AtomicBool>,
 }
 
+/// A report of a source for the node's readiness.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum SourceReport {
+    /// Whether the source is connected and has sent all pods, or has read its folder.
+    Ready(bool),
+    /// The reason why it does not deliver pods, or a problem with them; `None` without a problem.
+    Problem(Option<String>),
+    /// Information that readiness shows without being unready.
+    Notice(Option<String>),
+}
+
 /// The status of the source of a node's pods.
 #[derive(Debug, Default)]
 struct SourceStatus {
@@ -64,7 +78,7 @@ struct SourceStatus {
 }
 
 /// Writes the status of each pod of a node on one line.
-struct PodReport(Box<dyn Fn() -> String + Send + Sync>);
+struct PodReport(Box<dyn Fn() -> BoxFuture<'static, String> + Send + Sync>);
 
 impl fmt::Debug for PodReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -87,38 +101,33 @@ impl Readiness {
     /// pod do not affect it.
     pub(crate) fn for_node() -> Self {
         let readiness = Self::default();
-        readiness.source_ready(false);
+        readiness.source_reports(SourceReport::Ready(false));
         readiness
     }
 
     /// Sets the function that reports the status of a node's pods. Must be called once.
-    pub(crate) fn report_pods(&self, report: impl Fn() -> String + Send + Sync + 'static) {
+    pub(crate) fn report_pods(
+        &self,
+        report: impl Fn() -> BoxFuture<'static, String> + Send + Sync + 'static,
+    ) {
         self.pods.set(PodReport(Box::new(report))).ok();
     }
 
-    /// Records whether the source of a node's pods is ready.
-    pub(crate) fn source_ready(&self, is_ready: bool) {
-        self.source().problem = (!is_ready).then_some(Cow::Borrowed(NO_SOURCE));
-    }
-
-    /// Sets the reason why the source of pods makes the node unready.
-    pub(crate) fn source_problem(&self, problem: Option<String>) {
-        self.source().problem = problem.map(Cow::Owned);
-    }
-
-    /// Sets information about the source of a node's pods.
-    pub(crate) fn source_notice(&self, notice: Option<String>) {
-        self.source().notice = notice;
+    /// Records a report of the source of a node's pods.
+    pub(crate) fn source_reports(&self, report: SourceReport) {
+        let mut source = self.source();
+        match report {
+            SourceReport::Ready(ready) => {
+                source.problem = (!ready).then_some(Cow::Borrowed(NO_SOURCE));
+            }
+            SourceReport::Problem(problem) => source.problem = problem.map(Cow::Owned),
+            SourceReport::Notice(notice) => source.notice = notice,
+        }
     }
 
     fn source(&self) -> MutexGuard<'_, SourceStatus> {
         // No code panics while it holds the lock.
         self.source.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    #[cfg(test)]
-    pub(crate) fn is_source_ready(&self) -> bool {
-        self.source().problem.is_none()
     }
 
     /// The rules of the only pod of `underpass run`.
@@ -186,8 +195,11 @@ impl Readiness {
         Some(Cow::Borrowed(reason))
     }
 
-    fn answer_pods(&self) -> Response<Full<Bytes>> {
-        let report = self.pods.get().map(|report| (report.0)()).unwrap_or_default();
+    async fn answer_pods(&self) -> Response<Full<Bytes>> {
+        let report = match self.pods.get() {
+            Some(report) => (report.0)().await,
+            None => String::new(),
+        };
         Response::new(Full::from(report))
     }
 
@@ -208,11 +220,11 @@ pub(crate) enum Endpoint {
 }
 
 impl Endpoint {
-    fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
-        if request.method() != Method::GET {
+    async fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+        if method != Method::GET {
             return text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n");
         }
-        match (self, request.uri().path()) {
+        match (self, path) {
             (Self::Readiness(readiness), "/healthz/ready") => readiness.answer(),
             (Self::Metrics(metrics), "/metrics" | "/stats/prometheus") => {
                 let mut response = Response::new(Full::from(metrics.render()));
@@ -220,7 +232,7 @@ impl Endpoint {
                 response
             }
             (Self::Readiness(readiness), "/healthz/pods") if readiness.pods.get().is_some() => {
-                readiness.answer_pods()
+                readiness.answer_pods().await
             }
             (Self::Readiness(_), _) => {
                 text(StatusCode::NOT_FOUND, "not found: this endpoint serves /healthz/ready\n")
@@ -253,8 +265,11 @@ impl Endpoint {
 
     /// Serves one connection until it ends, its deadline passes, or it is evicted.
     async fn serve_connection(self, stream: TcpStream, slot: ConnectionSlot) {
-        let answer =
-            service_fn(|request| std::future::ready(Ok::<_, Infallible>(self.answer(&request))));
+        let endpoint = &self;
+        let answer = service_fn(move |request: Request<Incoming>| {
+            let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+            async move { Ok::<_, Infallible>(endpoint.answer(&method, &path).await) }
+        });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEADER_TIMEOUT)

@@ -13,8 +13,9 @@ use underpass_config::{
     SpiffeId, SpireApi, SpireSettings,
 };
 use underpass_hbone::{
-    CredentialsEvent, DelegatedIdentitySource, FileSource, HboneError, Identity, IdentitySource,
-    IstioCa, IstioCaSource, LocalCaSource, Priority, WorkloadApiSource,
+    CertificateIssuer, CredentialsEvent, DelegatedIdentitySource, FileSource, HboneError, Identity,
+    IdentitySource, IssuedSource, IstioCa, IstioCaSource, LocalCaSource, Priority,
+    WorkloadApiSource,
 };
 use underpass_interception::{NamespaceAccess, Sockets};
 
@@ -42,16 +43,20 @@ pub(crate) struct Certificates {
 enum Origin {
     Files(IdentityFiles),
     LocalCa(LocalCaSettings),
+    /// A local CA whose key another process has.
+    Issuer(Arc<dyn CertificateIssuer>),
     IstioCa(Arc<IstioCa<PlainDialer>>),
     Spire(SpireSettings),
 }
 
 impl Certificates {
-    /// Starts the configured identities; `None` turns HBONE off.
+    /// Starts the configured identities; `None` turns HBONE off. `authority` issues certificates
+    /// instead of a local CA.
     pub(crate) fn identities(
         settings: &Settings,
         access: &NamespaceAccess,
         sockets: &Sockets,
+        authority: Option<Arc<dyn CertificateIssuer>>,
         readiness: Option<&Readiness>,
         watcher: &FileWatcher,
         supervisor: &Supervisor,
@@ -61,7 +66,7 @@ impl Certificates {
             return Ok(None);
         };
         let certificates = Self {
-            issuer: issuer(identity, access, sockets).map_err(PodError::Identity)?,
+            issuer: issuer(identity, access, sockets, authority).map_err(PodError::Identity)?,
             origin: origin(identity),
             watcher: watcher.clone(),
             readiness: readiness.cloned(),
@@ -82,10 +87,14 @@ fn issuer(
     identity: &IdentitySettings,
     access: &NamespaceAccess,
     sockets: &Sockets,
+    authority: Option<Arc<dyn CertificateIssuer>>,
 ) -> Result<Origin, HboneError> {
     Ok(match identity {
         IdentitySettings::Files(files) => Origin::Files(files.clone()),
-        IdentitySettings::LocalCa(ca) => Origin::LocalCa(ca.clone()),
+        IdentitySettings::LocalCa(ca) => match authority {
+            Some(authority) => Origin::Issuer(authority),
+            None => Origin::LocalCa(ca.clone()),
+        },
         IdentitySettings::IstioCa(ca) => {
             let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
             Origin::IstioCa(Arc::new(IstioCa::new(ca.clone(), dialer)?))
@@ -109,6 +118,7 @@ impl Issuer for Certificates {
         match &self.issuer {
             Origin::Files(files) => Box::new(FileSource::new(files.clone(), &self.watcher)),
             Origin::LocalCa(ca) => Box::new(LocalCaSource::new(ca.clone(), id.clone())),
+            Origin::Issuer(issuer) => Box::new(IssuedSource::new(issuer.clone(), id.clone())),
             Origin::IstioCa(ca) => {
                 Box::new(IstioCaSource::new(ca.clone(), id.clone(), Priority::RealTime))
             }
@@ -199,12 +209,12 @@ fn whole_seconds(duration: Duration) -> Duration {
 }
 
 /// Warns of files that the proxy's user cannot read again when they change. Called after the change
-/// to that user.
-pub(crate) fn warn_if_unreadable(settings: &Settings) {
+/// to that user. `issues`: whether this process has the key of the local CA.
+pub(crate) fn warn_if_unreadable(settings: &Settings, issues: bool) {
     let unreadable = |file: &PathBuf| {
         File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
     };
-    for file in reloaded_files(settings).iter().filter(|file| unreadable(file)) {
+    for file in reloaded_files(settings, issues).iter().filter(|file| unreadable(file)) {
         let file = file.display();
         if matches!(&settings.identity, Some(IdentitySettings::LocalCa(_))) {
             tracing::warn!(
@@ -221,14 +231,16 @@ pub(crate) fn warn_if_unreadable(settings: &Settings) {
     }
 }
 
-fn reloaded_files(settings: &Settings) -> Vec<PathBuf> {
+fn reloaded_files(settings: &Settings, issues: bool) -> Vec<PathBuf> {
     let mut files = match &settings.identity {
         Some(IdentitySettings::Files(files)) => {
             vec![files.certificate.clone(), files.key.clone(), files.roots.clone()]
         }
-        Some(IdentitySettings::LocalCa(ca)) => vec![ca.dir.join("ca.key"), ca.dir.join("ca.pem")],
+        Some(IdentitySettings::LocalCa(ca)) if issues => {
+            vec![ca.dir.join("ca.key"), ca.dir.join("ca.pem")]
+        }
         Some(IdentitySettings::IstioCa(ca)) => vec![ca.roots.clone(), ca.token.clone()],
-        Some(IdentitySettings::Spire(_)) | None => Vec::new(),
+        Some(IdentitySettings::LocalCa(_) | IdentitySettings::Spire(_)) | None => Vec::new(),
     };
     files.extend(settings.trust.bundles.iter().map(|bundle| bundle.file.clone()));
     files.extend(settings.trust.crls.iter().cloned());

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
-use underpass_config::{InterceptionSettings, Settings};
+use underpass_config::{InterceptionSettings, PodUid, Settings};
 use underpass_interception::NamespaceAccess;
 
 use crate::node::pod_error::PodError;
@@ -27,6 +27,8 @@ pub(crate) trait DataPlane: fmt::Debug + Send + Sync {
 /// A pod for the data plane.
 #[derive(Debug)]
 pub(crate) struct PodToServe {
+    /// Its uid; `None` for the fixed pod of `underpass run`.
+    pub(crate) uid: Option<PodUid>,
     /// The settings of the pod.
     pub(crate) settings: Arc<Settings>,
     /// The current interception settings; a reload changes them.

@@ -32,7 +32,7 @@ impl DataPlane for InProcess {
 
 impl InProcess {
     async fn open(self, pod: PodToServe) -> Result<Box<dyn ServedPod>, PodError> {
-        let PodToServe { settings, interception, access, listeners } = pod;
+        let PodToServe { settings, interception, access, listeners, .. } = pod;
         let identities = self.identities.as_ref();
         let credentials =
             identities.map(|identities| identities.lease_awaited(&settings.workload.spiffe_id));

@@ -32,6 +32,8 @@ pub(crate) enum PodError {
     Accept(#[source] io::Error),
     #[error("the listener for {purpose} ({setting}) is closed")]
     ListenerClosed { purpose: &'static str, setting: &'static str },
+    #[error("the proxy process cannot serve it: {0}")]
+    ProxyProcess(String),
     #[error("the installed rules differ from those of the settings: {0}")]
     Changed(Difference),
 }
@@ -60,6 +62,7 @@ impl Hint for PodError {
             Self::ListenerClosed { .. } => {
                 "another program has closed it, for example with `ss -K`: create the pod again"
             }
+            Self::ProxyProcess(_) => "see the log of the proxy process",
             Self::Changed(_) => "install the rules with `underpass rules install`",
         };
         Some(fixed.into())

@@ -54,6 +54,7 @@ const NOT_ADDED: &str = "underpass_pods_without_plugin";
 const KUBERNETES: &str = "underpass_kubernetes_connected";
 const RESTARTS: &str = "underpass_task_restarts_total";
 const DIRECT: &str = "underpass_direct_connections_total";
+const BROKER_REFUSALS: &str = "underpass_broker_refusals_total";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
 
 /// Renders `/metrics`.
@@ -142,6 +143,10 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     describe_gauge!(NOT_ADDED, "Running pods of the node without a call of the CNI plugin.");
     describe_gauge!(KUBERNETES, "Whether changes of pods at the API server arrive (1) or not (0).");
     describe_counter!(DIRECT, "Connections between two pods of the process without a tunnel.");
+    describe_counter!(
+        BROKER_REFUSALS,
+        "Messages of the proxy process that the broker refused, by reason."
+    );
     describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
     describe_counter!(RESTARTS, "Tasks of the proxy that failed and were started again, by task.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
@@ -326,6 +331,11 @@ pub(crate) fn kubernetes_connected(is_connected: bool) {
 /// Counts a restart of a failed task.
 pub(crate) fn task_restarted(task: &'static str) {
     counter!(RESTARTS, "task" => task).increment(1);
+}
+
+/// Counts a message of the proxy process that the broker refused.
+pub(crate) fn broker_refused(reason: &'static str) {
+    counter!(BROKER_REFUSALS, "reason" => reason).increment(1);
 }
 
 /// Counts an ejection of an endpoint.

@@ -9,6 +9,7 @@ use thiserror::Error;
 use underpass_config::{Hint, PodUid};
 use underpass_interception::{InterceptionError, Namespace};
 
+use crate::node::data_plane::CertificateState;
 use crate::node::pod_error::PodError;
 use crate::pods::annotations::ExemptReason;
 use crate::pods::facts::{FactsError, PodFacts};
@@ -76,6 +77,17 @@ pub(crate) enum PodProblem {
     /// The first certificate is not issued yet.
     CertificateAwaited,
     CertificateExpired,
+}
+
+impl PodProblem {
+    /// The problem of a pod with a certificate in this state.
+    pub(crate) fn of_certificate(state: CertificateState) -> Option<Self> {
+        match state {
+            CertificateState::Valid => None,
+            CertificateState::Awaited => Some(Self::CertificateAwaited),
+            CertificateState::Expired => Some(Self::CertificateExpired),
+        }
+    }
 }
 
 impl fmt::Display for PodProblem {

@@ -11,7 +11,7 @@ use underpass_interception::{HostNamespaces, Namespace, NamespaceAccess, Namespa
 
 use crate::decide::snapshot::Snapshot;
 use crate::error::chain;
-use crate::node::data_plane::{CertificateState, DataPlane};
+use crate::node::data_plane::DataPlane;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
 use crate::pods::enrolment::{
     EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, PodProblem,
@@ -69,6 +69,7 @@ impl NodeEnroller {
         let (interception, changes) = watch::channel(settings.interception.clone());
         let health = self.rules.pod();
         let spec = PodSpec {
+            uid: Some(facts.uid.clone()),
             settings: settings.clone(),
             access,
             interception: changes,
@@ -148,11 +149,7 @@ impl EnrolledPod for NodePod {
         if self.health.has_self_test_failed() {
             return Some(PodProblem::SelfTestFailed);
         }
-        match self.pod.certificate() {
-            CertificateState::Valid => None,
-            CertificateState::Awaited => Some(PodProblem::CertificateAwaited),
-            CertificateState::Expired => Some(PodProblem::CertificateExpired),
-        }
+        PodProblem::of_certificate(self.pod.certificate())
     }
 
     fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()> {

@@ -1,6 +1,6 @@
 //! The settings of one pod: those of its node, with the pod's identity and interception settings.
 
-use underpass_config::{KubeletProbes, NodeProbes, Settings, SpiffeId, WorkloadSettings};
+use underpass_config::{KubeletProbes, NodeProbes, Settings, WorkloadSettings};
 
 use crate::pods::annotations::{self, ExemptReason};
 use crate::pods::facts::{FactsError, PodFacts};
@@ -42,15 +42,12 @@ fn narrow_probes(settings: &mut Settings, facts: &PodFacts) {
 }
 
 fn workload(node: &WorkloadSettings, facts: &PodFacts) -> Result<WorkloadSettings, FactsError> {
-    let PodFacts { name, namespace, service_account, .. } = facts.clone();
-    let spiffe_id = SpiffeId::istio(node.trust_domain.clone(), &namespace, &service_account);
-    let spiffe_id = spiffe_id.map_err(|source| FactsError::Identity {
+    let PodFacts { name, namespace, service_account, .. } = facts;
+    node.of_pod(name, namespace, service_account).map_err(|source| FactsError::Identity {
         namespace: namespace.clone(),
         service_account: service_account.clone(),
         source,
-    })?;
-    let (trust_domain, network) = (node.trust_domain.clone(), node.network.clone());
-    Ok(WorkloadSettings { name, namespace, service_account, trust_domain, network, spiffe_id })
+    })
 }
 
 #[cfg(test)]

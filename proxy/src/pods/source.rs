@@ -3,10 +3,11 @@
 use std::error::Error;
 use std::fmt;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::admin::endpoints::Readiness;
+use crate::admin::endpoints::SourceReport;
 use crate::pods::registry::PodRegistry;
 
 /// A source of pods, which adds and removes pods in the registry.
@@ -29,40 +30,58 @@ pub(crate) struct SourceEnd {
     pub(crate) error: Box<dyn Error + Send + Sync>,
 }
 
-/// Whether the source delivers pods: a condition of the node's readiness. Clones share the state.
-#[derive(Debug, Clone)]
-pub(crate) struct SourceHealth(Readiness);
+/// Reports whether the source delivers pods: a condition of the node's readiness.
+#[derive(Clone)]
+pub(crate) struct SourceHealth {
+    report: Arc<dyn Fn(SourceReport) + Send + Sync>,
+    #[cfg(test)]
+    ready: Arc<std::sync::atomic::AtomicBool>,
+}
 
 impl Default for SourceHealth {
-    /// Starts as unhealthy.
+    /// Reports to nothing.
     fn default() -> Self {
-        Self::new(Readiness::for_node())
+        Self::new(|_| {})
     }
 }
 
 impl SourceHealth {
-    /// Reports to `readiness`.
-    pub(crate) fn new(readiness: Readiness) -> Self {
-        Self(readiness)
+    /// Calls `report` with each report.
+    pub(crate) fn new(report: impl Fn(SourceReport) + Send + Sync + 'static) -> Self {
+        Self {
+            report: Arc::new(report),
+            #[cfg(test)]
+            ready: Arc::default(),
+        }
     }
 
     /// A source is ready when it is connected and has sent all pods, or has read its folder.
     pub(crate) fn set_ready(&self, ready: bool) {
-        self.0.source_ready(ready);
+        #[cfg(test)]
+        self.ready.store(ready, std::sync::atomic::Ordering::Relaxed);
+        (self.report)(SourceReport::Ready(ready));
     }
 
     /// Sets the problem of the source or of its pods; `None` if there is none.
     pub(crate) fn set_problem(&self, problem: Option<String>) {
-        self.0.source_problem(problem);
+        #[cfg(test)]
+        self.ready.store(problem.is_none(), std::sync::atomic::Ordering::Relaxed);
+        (self.report)(SourceReport::Problem(problem));
     }
 
     /// Sets information about the source, which readiness shows without being unready.
     pub(crate) fn set_notice(&self, notice: Option<String>) {
-        self.0.source_notice(notice);
+        (self.report)(SourceReport::Notice(notice));
     }
 
     #[cfg(test)]
     pub(crate) fn is_ready(&self) -> bool {
-        self.0.is_source_ready()
+        self.ready.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+impl fmt::Debug for SourceHealth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SourceHealth").finish_non_exhaustive()
     }
 }

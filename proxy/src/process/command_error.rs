@@ -4,7 +4,7 @@ mod hint;
 
 use std::io;
 use std::net::SocketAddr;
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
 
 use metrics_exporter_prometheus::BuildError;
 use thiserror::Error;
@@ -65,6 +65,13 @@ pub(crate) enum CommandError {
     Mesh(#[from] MeshFeedError),
     #[error(transparent)]
     Demo(#[from] DemoError),
+    /// The proxy process has logged why it ended.
+    #[error("the proxy process has ended{}", described(*status))]
+    ProxyProcess { status: Option<ExitStatus> },
+    #[error("the broker process has ended")]
+    BrokerEnded,
+    #[error("`underpass node` starts this command")]
+    InternalCommand(#[source] io::Error),
     #[error("cannot set up the process")]
     Start(#[source] io::Error),
     #[error("cannot start a thread")]
@@ -82,6 +89,10 @@ pub(crate) enum CommandError {
     Install(#[from] InstallError),
     #[error("cannot write the result")]
     Output(#[source] io::Error),
+}
+
+fn described(status: Option<ExitStatus>) -> String {
+    status.map(|status| format!(": {status}")).unwrap_or_default()
 }
 
 impl CommandError {
@@ -104,6 +115,10 @@ impl CommandError {
             | Self::NoPodSource
             | Self::NoNodeName
             | Self::NoSuchCommand(_) => ExitCode::from(2),
+            Self::ProxyProcess { status } => {
+                let code = status.and_then(|status| status.code()).unwrap_or(1);
+                if code == 2 { ExitCode::from(2) } else { ExitCode::FAILURE }
+            }
             Self::Difference | Self::Bypassed(_) => ExitCode::from(3),
             _ => ExitCode::FAILURE,
         }

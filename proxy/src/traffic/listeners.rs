@@ -178,6 +178,20 @@ impl<K: ListenerKind> Listeners<K> {
         Ok(Self(bound))
     }
 
+    /// The listeners of a table that another process has bound; `None` if one is missing.
+    pub(crate) fn adopt(mut named: Vec<(String, BoundListener)>) -> Option<Self> {
+        let take = |spec: &'static ListenerSpec<K>| {
+            let index = named.iter().position(|(name, _)| name == spec.name)?;
+            Some((spec, named.swap_remove(index).1))
+        };
+        K::TABLE.iter().map(take).collect::<Option<Vec<_>>>().map(Self)
+    }
+
+    /// Each listener with its name, for another process.
+    pub(crate) fn into_named(self) -> impl Iterator<Item = (&'static str, BoundListener)> {
+        self.0.into_iter().map(|(spec, listener)| (spec.name, listener))
+    }
+
     /// Listeners on arbitrary ports of the loopback interface.
     #[cfg(test)]
     pub(crate) fn testing() -> Self {

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use underpass_config::{InterceptionSettings, Settings};
+use underpass_config::{InterceptionSettings, PodUid, Settings};
 use underpass_interception::{BoundListener, NamespaceAccess};
 
 use super::guarded::GuardedPod;
@@ -19,6 +19,8 @@ use crate::traffic::listeners::{Listeners, NamedListeners};
 /// The parts from which a pod is bound.
 #[derive(Debug)]
 pub(crate) struct PodSpec {
+    /// Its uid; `None` for the fixed pod of `underpass run`.
+    pub(crate) uid: Option<PodUid>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) access: NamespaceAccess,
     /// The current interception settings; a reload changes them.
@@ -46,12 +48,12 @@ impl BoundPod {
         spec: PodSpec,
         handed: &mut Vec<(String, BoundListener)>,
     ) -> Result<Self, PodError> {
-        let PodSpec { settings, access, interception, health } = spec;
+        let PodSpec { uid, settings, access, interception, health } = spec;
         let capture =
             Capture::prepare(settings.clone(), interception.clone(), access.clone()).await?;
         let sockets = pod_sockets(&settings);
         let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
-        let pod = PodToServe { settings, interception, access, listeners };
+        let pod = PodToServe { uid, settings, interception, access, listeners };
         Ok(Self { pod, capture, health })
     }
 

@@ -39,6 +39,13 @@ impl Hint for CommandError {
                 "raise the limit of processes (`ulimit -u`, pids.max of the cgroup, TasksMax of the service)"
             }
             Self::Listen { .. } => "choose another address, or stop the process that listens there",
+            Self::ProxyProcess { .. } => {
+                "its log says why; its user (privileges.user) must be able to read the files of mesh, trust and identity; `privileges.broker: off` makes one process"
+            }
+            Self::InternalCommand(_) => "run `underpass node`",
+            Self::BrokerEnded => {
+                "start `underpass node` again; the rules stay, and connections are refused until it runs again"
+            }
             Self::NoSuchCommand(_) => "`underpass --help` lists the commands",
             Self::Mistakes(_)
             | Self::PodSource(_)

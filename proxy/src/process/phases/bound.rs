@@ -68,6 +68,7 @@ impl Bound {
             &settings,
             &access,
             &sockets,
+            None,
             Some(&readiness),
             &watcher,
             &supervisor,
@@ -79,6 +80,7 @@ impl Bound {
         let node = Node::new(&settings, workers(&settings), mesh, gates.clone(), series);
         let (node, identities) = (Arc::new(node), identities.map(Arc::new));
         let spec = PodSpec {
+            uid: None,
             settings: settings.clone(),
             access: access.clone(),
             interception: reload.subscribe(),

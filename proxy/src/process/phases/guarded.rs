@@ -63,7 +63,7 @@ impl Guarded {
         let Core { settings, supervisor, node, identities, .. } = &self.core;
         self.pod.capture().warn_of_bypassing().await;
         self.confine().await?;
-        certificates::warn_if_unreadable(settings);
+        certificates::warn_if_unreadable(settings, true);
         if self.credentials.is_none() {
             self.credentials = tokio::select! {
                 lease = lease(identities.as_deref(), settings) => lease?,

@@ -1,0 +1,42 @@
+//! The settings `privileges`.
+
+use crate::settings::declare::{Declared, Document, Fallback, Kind, Written, settings, word};
+use crate::settings::{Broker, NodeSettings, PrivilegesSettings};
+
+settings! {
+    /// `underpass node`: `auto`: one process enters namespaces, changes rules and signs
+    /// certificates; another one without privileges serves the connections. It needs SETUID and
+    /// SETGID; without them, with `mesh.xds` and with `off`, there is one process
+    BROKER: Broker = "privileges.broker", word("`auto`, `off`"),
+        Fallback::Varies("`auto` with `node.pods`, else `off`"), |s| Some(s.privileges.broker);
+    /// user and group of the process without privileges. It reads the mesh file, trust bundles,
+    /// revocation lists, and the roots and token of `identity.istio_ca`, and connects to the socket
+    /// of `identity.spire`; no other process should have this user
+    USER: u32 = "privileges.user", USER_ID,
+        Fallback::Is(|| 15008), |s| Some(s.privileges.user);
+}
+
+/// The next id is -1, which means no change (setresuid(2)).
+const LARGEST: usize = u32::MAX as usize - 1;
+
+const USER_ID: Kind<u32> = Kind {
+    name: "number",
+    is_list: false,
+    read: |cursor, _| {
+        let id = cursor.number(1..=LARGEST, "the id of a user other than root")?;
+        u32::try_from(id).ok()
+    },
+    write: |user| Written::scalar(user),
+};
+
+pub(super) fn privileges(
+    document: Document<'_>,
+    node: &NodeSettings,
+) -> Option<PrivilegesSettings> {
+    let given = BROKER.read(document);
+    if node.pods.is_none() && given == Some(Broker::Auto) {
+        BROKER.problem(document, "must be off without node.pods: `underpass run` is one process");
+    }
+    let default = if node.pods.is_some() { Broker::Auto } else { Broker::Off };
+    Some(PrivilegesSettings { broker: given.unwrap_or(default), user: USER.read(document)? })
+}

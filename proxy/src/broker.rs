@@ -1,0 +1,36 @@
+//! Separates the privileges of a node daemon: the broker, and the proxy process.
+//!
+//! ```text
+//! broker (this binary, as it was started)          proxy process (this binary, executed again)
+//! SYS_ADMIN and NET_ADMIN on one thread            a user of its own, no capability
+//! settings, source of pods, registry, rules,       mesh, workers, tunnels, policies,
+//! listeners, key of the local CA                   endpoints for readiness and metrics
+//!      │  commands, with listeners attached    ──────▶  serve, stop accepting, drain, close a pod
+//!      ◀──────  requests: sockets of a served pod, its certificate, the status of all pods
+//! ```
+//!
+//! The proxy process parses what peers send. It names a pod that it serves. It cannot name a
+//! network namespace, a mark, a rule, an address, a port or an identity. It cannot change rules.
+//! The broker refuses, counts and logs everything else (`requests.rs`), and limits the rate.
+//!
+//! The broker is the parent: it has the privileges from the start, so that no process gains any.
+//! If one of the two ends, the other one ends too. The rules stay: the pods are closed.
+//!
+//! * `message`: the messages, and `link`: the connection;
+//! * of the broker: `child`, `remote` (the other process' data plane), `requests`, `recorder`;
+//! * of the proxy process: `proxy_process`, `served` (its pods), `operations` (their sockets),
+//!   `issuer` (their certificates), `reported` (the broker's metrics).
+
+pub(crate) mod child;
+mod issuer;
+mod link;
+pub(crate) mod message;
+mod operations;
+pub(crate) mod proxy_process;
+pub(crate) mod recorder;
+pub(crate) mod remote;
+mod reported;
+pub(crate) mod requests;
+mod served;
+#[cfg(test)]
+mod tests;

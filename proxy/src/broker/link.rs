@@ -1,0 +1,151 @@
+//! One end of the connection between the broker and the proxy process.
+
+use std::collections::HashMap;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use underpass_interception::{Message as Received, SeqPacket};
+
+use crate::broker::message::{MAX_MESSAGE, Message};
+
+/// The number of messages that wait for the other process to read.
+const QUEUE: usize = 1024;
+/// A process that does not read for this long counts as failed.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a message was not sent.
+#[derive(Debug, Error)]
+pub(crate) enum LinkError {
+    #[error("the message is longer than {MAX_MESSAGE} bytes")]
+    TooLong,
+    #[error("the other process has ended, or does not read")]
+    Closed,
+}
+
+/// Sends messages of type `M`. Clones share the connection.
+#[derive(Debug)]
+pub(crate) struct Sender<M> {
+    queue: mpsc::Sender<Outgoing>,
+    _messages: PhantomData<fn(M)>,
+}
+
+/// A message that waits for the other process to read.
+#[derive(Debug)]
+struct Outgoing {
+    bytes: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+}
+
+/// Receives the messages of the other process.
+#[derive(Debug)]
+pub(crate) struct Receiver(Arc<SeqPacket>);
+
+/// Writes the messages that senders have queued.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    socket: Arc<SeqPacket>,
+    queue: mpsc::Receiver<Outgoing>,
+}
+
+/// Uses a connected, non-blocking socket.
+pub(crate) fn open<M>(socket: OwnedFd) -> io::Result<(Sender<M>, Receiver, Writer)> {
+    let socket = Arc::new(SeqPacket::new(socket)?.with_limit(MAX_MESSAGE));
+    let (queue, queued) = mpsc::channel(QUEUE);
+    let sender = Sender { queue, _messages: PhantomData };
+    Ok((sender, Receiver(socket.clone()), Writer { socket, queue: queued }))
+}
+
+impl<M> Clone for Sender<M> {
+    fn clone(&self) -> Self {
+        Self { queue: self.queue.clone(), _messages: PhantomData }
+    }
+}
+
+impl<M: Message> Sender<M> {
+    /// Sends a message with these descriptors, which this process closes then.
+    pub(crate) async fn send(
+        &self,
+        message: &M,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), LinkError> {
+        let bytes = message.encode().ok_or(LinkError::TooLong)?;
+        let outgoing = Outgoing { bytes, descriptors };
+        self.queue.send(outgoing).await.map_err(|_| LinkError::Closed)
+    }
+
+    /// Sends a message, unless too many wait already.
+    pub(crate) fn post(&self, message: &M) -> Result<(), LinkError> {
+        let bytes = message.encode().ok_or(LinkError::TooLong)?;
+        let outgoing = Outgoing { bytes, descriptors: Vec::new() };
+        self.queue.try_send(outgoing).map_err(|_| LinkError::Closed)
+    }
+}
+
+impl Receiver {
+    /// The next message; `None` after the other process has ended.
+    pub(crate) async fn next(&self) -> io::Result<Option<Received>> {
+        self.0.receive().await
+    }
+}
+
+impl Writer {
+    /// Writes until the other process ends or does not read.
+    pub(crate) async fn run(mut self) {
+        while let Some(Outgoing { bytes, descriptors }) = self.queue.recv().await {
+            let attached: Vec<_> = descriptors.iter().map(|one| one.as_fd()).collect();
+            match timeout(WRITE_TIMEOUT, self.socket.send(&bytes, &attached)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::debug!(%error, "cannot send to the other process");
+                    return;
+                }
+                Err(_) => {
+                    tracing::error!(after = ?WRITE_TIMEOUT, "the other process does not read");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// The answers that this process waits for.
+#[derive(Debug)]
+pub(crate) struct Pending<T> {
+    next: AtomicU64,
+    waiting: Mutex<HashMap<u64, oneshot::Sender<T>>>,
+}
+
+impl<T> Default for Pending<T> {
+    fn default() -> Self {
+        Self { next: AtomicU64::default(), waiting: Mutex::default() }
+    }
+}
+
+impl<T> Pending<T> {
+    /// The number of a new message, and its answer.
+    pub(crate) fn register(&self) -> (u64, oneshot::Receiver<T>) {
+        let number = self.next.fetch_add(1, Relaxed);
+        let (sender, answer) = oneshot::channel();
+        self.waiting().insert(number, sender);
+        (number, answer)
+    }
+
+    /// Delivers an answer; `false` if none was awaited.
+    pub(crate) fn answer(&self, number: u64, answer: T) -> bool {
+        let waiting = self.waiting().remove(&number);
+        // Fails if the caller has stopped waiting.
+        waiting.map(|waiting| waiting.send(answer).ok()).is_some()
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<T>>> {
+        // No code panics while it holds the lock.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

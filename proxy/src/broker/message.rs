@@ -1,0 +1,278 @@
+//! The messages between the broker and the proxy process, one JSON value for each message.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use underpass_interception::{Family, SocketKind, SocketRole};
+
+use crate::admin::endpoints::SourceReport;
+
+/// The maximum length of a message in bytes. The kernel's default limit of one that is sent is
+/// 212,992 (`net.core.wmem_default`, which includes overhead).
+pub(crate) const MAX_MESSAGE: usize = 128 << 10;
+/// The maximum number of sockets in one answer: what one message can carry.
+pub(crate) const MAX_SOCKETS: usize = 64;
+
+/// A message that can be encoded and decoded.
+pub(crate) trait Message: Serialize + for<'a> Deserialize<'a> + fmt::Debug {
+    /// Its bytes; `None` if it is too long.
+    fn encode(&self) -> Option<Vec<u8>> {
+        serde_json::to_vec(self).ok().filter(|bytes| bytes.len() <= MAX_MESSAGE)
+    }
+
+    /// The message of these bytes.
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        serde_json::from_slice(bytes).ok()
+    }
+}
+
+/// From the broker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum ToProxy {
+    /// The first message. Attached: the listeners of the endpoints, in this order.
+    Start { settings: String, endpoints: Vec<String> },
+    /// Answered by [`ToBroker::Done`] with this number.
+    Command { number: u64, command: Command },
+    /// The answer to a request. Attached: its sockets.
+    Answer { number: u64, answer: Result<Answer, Refusal> },
+    /// The interception settings of a pod have changed.
+    Interception { pod: PodKey, interception: String },
+    /// The self-test has ended: all connections are served.
+    EndTest { pod: PodKey },
+    /// A metric of the broker.
+    Metric(Metric),
+    /// A report of the source of pods.
+    Source(SourceReport),
+    /// The node serves its pods.
+    Serving,
+    /// The node stops.
+    Draining,
+    /// All pods are closed: the process ends.
+    End,
+}
+
+/// A command to the proxy process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum Command {
+    /// Serve a pod. Attached: its listeners, in this order, and a socket to look up its addresses.
+    Serve(PodToStart),
+    /// Connections to `destination` are those of the self-test.
+    Expect {
+        pod: PodKey,
+        destination: SocketAddr,
+    },
+    StopAccepting {
+        pod: PodKey,
+    },
+    Drain {
+        pod: PodKey,
+        deadline: Duration,
+    },
+    /// Terminate all connections of the pod, and close its tunnels and sockets.
+    Close {
+        pod: PodKey,
+    },
+}
+
+/// A pod that the proxy process will serve.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PodToStart {
+    pub(crate) pod: PodKey,
+    pub(crate) name: String,
+    pub(crate) namespace: String,
+    pub(crate) service_account: String,
+    /// The interception settings as a settings file.
+    pub(crate) interception: String,
+    pub(crate) listeners: Vec<String>,
+}
+
+/// Names a pod that is served: a uid can be enrolled again in another namespace.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PodKey {
+    pub(crate) uid: String,
+    /// Never used again.
+    pub(crate) enrolment: u64,
+}
+
+/// From the proxy process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum ToBroker {
+    /// The workers run.
+    Ready,
+    /// The outcome of a command.
+    Done { number: u64, outcome: Result<Outcome, String> },
+    /// A connection of the self-test has arrived.
+    Arrived { pod: PodKey },
+    /// Answered by [`ToProxy::Answer`] with this number.
+    Request { number: u64, request: Request },
+}
+
+/// The outcome of a command that was performed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum Outcome {
+    Done,
+    /// The number of connections that a drain has terminated.
+    Terminated(usize),
+}
+
+/// Everything that the proxy process can request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum Request {
+    /// Sockets to connect with.
+    Sockets { of: SocketsOf, kind: WireKind, count: usize },
+    /// A certificate of the pod's identity and its key, from the local CA.
+    Certificate { pod: PodKey },
+    /// The status of pods, without the first ones.
+    Pods { skip: usize },
+}
+
+/// The network namespace of requested sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum SocketsOf {
+    /// The node's own, for connections to its CA.
+    Node,
+    Pod(PodKey),
+}
+
+/// The kind of a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireKind {
+    pub(crate) v6: bool,
+    /// Whether it is for connections to the workload.
+    pub(crate) workload: bool,
+}
+
+/// The answer to a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum Answer {
+    /// The sockets are attached.
+    Sockets,
+    /// A certificate chain, its key, and the trusted roots, in PEM.
+    Certificate {
+        chain: String,
+        key: String,
+        roots: String,
+    },
+    Pods {
+        pods: Vec<PodLine>,
+        more: bool,
+    },
+}
+
+/// The status of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PodLine {
+    pub(crate) uid: String,
+    /// The status without the state of its certificate.
+    pub(crate) text: String,
+    /// Whether the pod is served without other trouble.
+    pub(crate) serving: bool,
+}
+
+/// Why the broker does not do what is requested.
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum Refusal {
+    #[error("the message is malformed")]
+    Malformed,
+    #[error("the message has descriptors attached")]
+    Descriptors,
+    #[error("it answers no command")]
+    UnexpectedAnswer,
+    #[error("no such pod is served")]
+    UnknownPod,
+    #[error("{0} sockets were requested: 1 to {MAX_SOCKETS} are allowed")]
+    SocketCount(usize),
+    #[error("the settings need no connections of the node itself")]
+    SocketsOfNode,
+    #[error("the settings have no local CA")]
+    NoAuthority,
+    /// The request is allowed, and the operation failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A change of a metric.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Metric {
+    pub(crate) name: String,
+    pub(crate) labels: Vec<(String, String)>,
+    pub(crate) change: Change,
+}
+
+/// How a metric changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum Change {
+    /// Increments a counter.
+    Count(u64),
+    /// Sets a gauge to the number with these bits: JSON would round it.
+    Set { bits: u64 },
+}
+
+impl Message for ToProxy {}
+impl Message for ToBroker {}
+
+impl fmt::Display for PodKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.uid)
+    }
+}
+
+impl Refusal {
+    /// The label of the metric; `None` for a failure, which is not the fault of the proxy process.
+    pub(crate) fn reason(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Malformed | Self::Descriptors => "malformed",
+            Self::UnexpectedAnswer => "unexpected_answer",
+            Self::UnknownPod => "unknown_pod",
+            Self::SocketCount(_) => "socket_count",
+            Self::SocketsOfNode => "sockets_of_node",
+            Self::NoAuthority => "no_authority",
+            Self::Failed(_) => return None,
+        })
+    }
+}
+
+impl From<SocketKind> for WireKind {
+    fn from(kind: SocketKind) -> Self {
+        Self { v6: kind.family == Family::V6, workload: kind.role == SocketRole::Workload }
+    }
+}
+
+impl From<WireKind> for SocketKind {
+    fn from(WireKind { v6, workload }: WireKind) -> Self {
+        let family = if v6 { Family::V6 } else { Family::V4 };
+        let role = if workload { SocketRole::Workload } else { SocketRole::Upstream };
+        Self { family, role }
+    }
+}
+
+/// Decodes a message of each side. Panics if one that decodes does not survive its encoding. For
+/// the fuzz target and the tests.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn check_bytes(bytes: &[u8]) {
+    fn check<M: Message + PartialEq>(bytes: &[u8]) {
+        let Some(message) = M::decode(bytes) else { return };
+        // An escaped text can be longer than the message that it came in.
+        let Some(encoded) = message.encode() else { return };
+        assert_eq!(M::decode(&encoded), Some(message));
+    }
+    check::<ToProxy>(bytes);
+    check::<ToBroker>(bytes);
+}

@@ -1,0 +1,265 @@
+//! The data plane in the proxy process, as the broker sees it.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
+use underpass_config::{InterceptionSettings, PodUid, Quoted, Settings, SpiffeId};
+use underpass_interception::{NamespaceAccess, Sockets};
+
+use crate::broker::link::{LinkError, Pending, Sender};
+use crate::broker::message::{Command, Outcome, PodKey, PodToStart, ToProxy};
+use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
+use crate::node::pod::pod_sockets;
+use crate::node::pod_error::PodError;
+use crate::rules::self_test::Arrivals;
+
+/// Timeout of a command. The workers of a busy proxy process answer within milliseconds.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The data plane of the proxy process. Clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct RemoteDataPlane(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    sender: Sender<ToProxy>,
+    commands: Pending<Result<Outcome, String>>,
+    /// By enrolment.
+    pods: Mutex<HashMap<u64, Arc<RemoteState>>>,
+    /// By enrolment: the self-tests that run.
+    arrivals: Mutex<HashMap<u64, mpsc::UnboundedSender<()>>>,
+    next: AtomicU64,
+}
+
+/// The broker's knowledge of a pod that the proxy process serves.
+#[derive(Debug)]
+pub(crate) struct RemoteState {
+    key: PodKey,
+    pub(crate) access: NamespaceAccess,
+    pub(crate) sockets: Sockets,
+    pub(crate) identity: SpiffeId,
+}
+
+impl DataPlane for RemoteDataPlane {
+    fn serve(&self, pod: PodToServe) -> BoxFuture<'static, Result<Box<dyn ServedPod>, PodError>> {
+        let this = self.clone();
+        Box::pin(async move { this.open(pod).await })
+    }
+}
+
+impl RemoteDataPlane {
+    pub(crate) fn new(sender: Sender<ToProxy>) -> Self {
+        let (commands, pods, arrivals, next) = Default::default();
+        Self(Arc::new(Shared { sender, commands, pods, arrivals, next }))
+    }
+
+    pub(crate) fn sender(&self) -> &Sender<ToProxy> {
+        &self.0.sender
+    }
+
+    /// The pod of this key, if the proxy process serves it.
+    pub(crate) fn pod(&self, key: &PodKey) -> Option<Arc<RemoteState>> {
+        self.0.pods().get(&key.enrolment).filter(|pod| pod.key == *key).cloned()
+    }
+
+    /// Delivers the outcome of a command; `false` if none was awaited.
+    pub(crate) fn done(&self, number: u64, outcome: Result<Outcome, String>) -> bool {
+        self.0.commands.answer(number, outcome)
+    }
+
+    /// Reports a test connection. One that arrives after the end of its test is ignored.
+    pub(crate) fn arrived(&self, key: &PodKey) {
+        if let Some(arrived) = self.0.arrivals().get(&key.enrolment) {
+            arrived.send(()).ok();
+        }
+    }
+
+    async fn open(self, pod: PodToServe) -> Result<Box<dyn ServedPod>, PodError> {
+        let PodToServe { uid, settings, interception, access, listeners } = pod;
+        let local = access.local_addresses().await?;
+        let uid = uid.as_ref().map(PodUid::as_str).unwrap_or_default().to_owned();
+        let key = PodKey { uid, enrolment: self.0.next.fetch_add(1, Relaxed) };
+        let (names, listeners): (Vec<_>, Vec<_>) =
+            listeners.into_named().map(|(name, one)| (name.to_owned(), OwnedFd::from(one))).unzip();
+        let command = Command::Serve(PodToStart {
+            pod: key.clone(),
+            name: settings.workload.name.clone(),
+            namespace: settings.workload.namespace.clone(),
+            service_account: settings.workload.service_account.clone(),
+            interception: settings.interception_text(),
+            listeners: names,
+        });
+        let identity = settings.workload.spiffe_id.clone();
+        let state =
+            RemoteState { key: key.clone(), access, sockets: pod_sockets(&settings), identity };
+        // Before the command: the proxy process may request sockets at once.
+        self.0.pods().insert(key.enrolment, Arc::new(state));
+        let following = follow(self.0.sender.clone(), key.clone(), settings, interception);
+        let (shared, is_closed) = (self.0, AtomicBool::new(false));
+        let _following = AbortOnDropHandle::new(tokio::spawn(following));
+        let pod = RemotePod { shared, key, is_closed, _following };
+        let descriptors = listeners.into_iter().chain([OwnedFd::from(local)]).collect();
+        pod.shared.command(command, descriptors, COMMAND_TIMEOUT).await?;
+        Ok(Box::new(pod))
+    }
+}
+
+/// Sends changed interception settings.
+async fn follow(
+    sender: Sender<ToProxy>,
+    pod: PodKey,
+    settings: Arc<Settings>,
+    mut interception: watch::Receiver<InterceptionSettings>,
+) {
+    while interception.changed().await.is_ok() {
+        let interception = interception.borrow_and_update().clone();
+        let settings = Settings { interception, ..(*settings).clone() };
+        let interception = settings.interception_text();
+        let message = ToProxy::Interception { pod: pod.clone(), interception };
+        if let Err(error) = sender.send(&message, Vec::new()).await {
+            tracing::error!(%error, uid = %pod, "cannot send changed settings to the proxy process");
+        }
+    }
+}
+
+impl Shared {
+    async fn command(
+        &self,
+        command: Command,
+        descriptors: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<Outcome, PodError> {
+        let (number, answer) = self.commands.register();
+        let failed = |error: LinkError| PodError::ProxyProcess(error.to_string());
+        self.sender
+            .send(&ToProxy::Command { number, command }, descriptors)
+            .await
+            .map_err(failed)?;
+        match timeout(limit, answer).await {
+            Ok(Ok(outcome)) => {
+                outcome.map_err(|error| PodError::ProxyProcess(Quoted::new(error).to_string()))
+            }
+            Ok(Err(_)) => Err(failed(LinkError::Closed)),
+            Err(_) => Err(PodError::ProxyProcess(format!("it did not answer within {limit:?}"))),
+        }
+    }
+
+    fn pods(&self) -> MutexGuard<'_, HashMap<u64, Arc<RemoteState>>> {
+        // No code panics while it holds the lock.
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn arrivals(&self) -> MutexGuard<'_, HashMap<u64, mpsc::UnboundedSender<()>>> {
+        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A pod that the proxy process serves.
+#[derive(Debug)]
+struct RemotePod {
+    shared: Arc<Shared>,
+    key: PodKey,
+    is_closed: AtomicBool,
+    _following: AbortOnDropHandle<()>,
+}
+
+impl RemotePod {
+    /// A command that every served pod obeys. A failure is logged: the pod leaves all the same.
+    async fn obey(&self, command: Command, limit: Duration) -> Option<Outcome> {
+        let outcome = self.shared.command(command, Vec::new(), limit).await;
+        let warn = |error: &PodError| {
+            tracing::warn!(error = crate::error::chain(error), uid = %self.key, "a command failed");
+        };
+        outcome.inspect_err(warn).ok()
+    }
+
+    /// Serves no request for this pod from now on.
+    fn forget(&self) {
+        self.is_closed.store(true, Relaxed);
+        self.shared.pods().remove(&self.key.enrolment);
+        self.shared.arrivals().remove(&self.key.enrolment);
+    }
+}
+
+impl ServedPod for RemotePod {
+    fn arrivals(&self) -> Arc<dyn Arrivals> {
+        Arc::new(RemoteArrivals { shared: self.shared.clone(), key: self.key.clone() })
+    }
+
+    /// The proxy process adds the state of the certificate to the status.
+    fn certificate(&self) -> CertificateState {
+        CertificateState::Valid
+    }
+
+    fn stop_accepting(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            self.obey(Command::StopAccepting { pod: self.key.clone() }, COMMAND_TIMEOUT).await;
+        })
+    }
+
+    fn drain(&self, deadline: Duration) -> BoxFuture<'_, usize> {
+        Box::pin(async move {
+            let command = Command::Drain { pod: self.key.clone(), deadline };
+            match self.obey(command, deadline.saturating_add(COMMAND_TIMEOUT)).await {
+                Some(Outcome::Terminated(connections)) => connections,
+                Some(Outcome::Done) | None => 0,
+            }
+        })
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            self.obey(Command::Close { pod: self.key.clone() }, COMMAND_TIMEOUT).await;
+            self.forget();
+        })
+    }
+}
+
+impl Drop for RemotePod {
+    fn drop(&mut self) {
+        if self.is_closed.load(Relaxed) {
+            return;
+        }
+        self.forget();
+        let (number, _) = self.shared.commands.register();
+        let command = Command::Close { pod: self.key.clone() };
+        // Fails if the proxy process has ended.
+        self.shared.sender.post(&ToProxy::Command { number, command }).ok();
+    }
+}
+
+/// Learns from the proxy process which test connections arrive.
+#[derive(Debug)]
+struct RemoteArrivals {
+    shared: Arc<Shared>,
+    key: PodKey,
+}
+
+impl Arrivals for RemoteArrivals {
+    fn expect(&self, destination: SocketAddr) -> BoxFuture<'static, mpsc::UnboundedReceiver<()>> {
+        let (arrived, arrivals) = mpsc::unbounded_channel();
+        let (shared, pod) = (self.shared.clone(), self.key.clone());
+        shared.arrivals().insert(pod.enrolment, arrived);
+        Box::pin(async move {
+            let command = Command::Expect { pod, destination };
+            if let Err(error) = shared.command(command, Vec::new(), COMMAND_TIMEOUT).await {
+                tracing::warn!(error = crate::error::chain(&error), "cannot begin the self-test");
+            }
+            arrivals
+        })
+    }
+
+    fn end(&self) {
+        self.shared.arrivals().remove(&self.key.enrolment);
+        // Fails if the proxy process has ended.
+        self.shared.sender.post(&ToProxy::EndTest { pod: self.key.clone() }).ok();
+    }
+}

@@ -1,0 +1,306 @@
+//! Receives the messages of the proxy process in the broker, and performs what it may request.
+//!
+//! Everything in these messages may be hostile. A pod counts as known only while the proxy process
+//! serves it. The broker alone decides the namespace, the marks and the identity in an answer.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{Instant, sleep_until};
+use underpass_config::{IdentitySettings, LocalCaSettings, Quoted, Settings};
+use underpass_hbone::{CertificateAuthority, HboneError, LogLimit, log_panic};
+use underpass_interception::{
+    InterceptionError, Message as Received, NamespaceAccess, SocketKind, Sockets,
+};
+
+use crate::broker::link::Receiver;
+use crate::broker::message::{
+    Answer, MAX_SOCKETS, Message as _, PodKey, PodLine, Refusal, Request, SocketsOf, ToBroker,
+    ToProxy, WireKind,
+};
+use crate::broker::remote::RemoteDataPlane;
+use crate::node::pod::pod_sockets;
+use crate::observe::metrics;
+use crate::pods::registry::PodRegistry;
+use crate::pods::status::{PodState, PodStatus};
+
+/// The maximum number of requests that are performed at a time. Further messages wait in the
+/// socket, and then the proxy process waits.
+const CONCURRENT: usize = 64;
+/// The maximum number of messages in each [`WINDOW`]: twice what 20,000 new connections per second
+/// need.
+const MESSAGES: u32 = 200;
+const WINDOW: Duration = Duration::from_millis(100);
+/// The pause after a message that is refused. The proxy process sends none, except about a pod that
+/// is just removed.
+const REFUSED_PAUSE: Duration = Duration::from_millis(10);
+/// The length of the status texts in one answer.
+const STATUS_BYTES: usize = 48 << 10;
+/// The longest status text of a pod.
+const MAX_STATUS: usize = 4096;
+
+/// Performs the requests of the proxy process.
+#[derive(Debug)]
+pub(crate) struct RequestServer {
+    data_plane: RemoteDataPlane,
+    context: Arc<Context>,
+    /// Set when the proxy process is ready.
+    ready: watch::Sender<bool>,
+}
+
+/// The objects that requests may concern.
+#[derive(Debug)]
+struct Context {
+    data_plane: RemoteDataPlane,
+    registry: PodRegistry,
+    /// The sockets of the node itself, if it connects to a CA.
+    node: Option<(NamespaceAccess, Sockets)>,
+    authority: Option<LocalCaSettings>,
+}
+
+impl RequestServer {
+    pub(crate) fn new(
+        data_plane: RemoteDataPlane,
+        registry: PodRegistry,
+        settings: &Settings,
+        access: NamespaceAccess,
+    ) -> Self {
+        let (node, authority) = match &settings.identity {
+            Some(IdentitySettings::IstioCa(_)) => (Some((access, pod_sockets(settings))), None),
+            Some(IdentitySettings::LocalCa(ca)) => (None, Some(ca.clone())),
+            Some(IdentitySettings::Files(_) | IdentitySettings::Spire(_)) | None => (None, None),
+        };
+        let context = Context { data_plane: data_plane.clone(), registry, node, authority };
+        Self { data_plane, context: Arc::new(context), ready: watch::Sender::default() }
+    }
+
+    /// Whether the workers of the proxy process run.
+    pub(crate) fn ready(&self) -> watch::Receiver<bool> {
+        self.ready.subscribe()
+    }
+
+    /// Serves until the proxy process ends.
+    pub(crate) async fn run(self, receiver: Receiver) {
+        let permits = Arc::new(Semaphore::new(CONCURRENT));
+        let mut pace = Pace::default();
+        loop {
+            pace.pass().await;
+            let message = match receiver.next().await {
+                Ok(Some(message)) => self.read(&message),
+                Ok(None) => return,
+                // A message that is too long; the connection remains.
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    Err(Refusal::Malformed)
+                }
+                Err(error) => {
+                    return tracing::error!(%error, "cannot receive from the proxy process");
+                }
+            };
+            match message {
+                Ok(None) => {}
+                Ok(Some((number, request))) => {
+                    let Ok(permit) = permits.clone().acquire_owned().await else { return };
+                    let context = self.context.clone();
+                    let answering = async move {
+                        context.answer(number, request).await;
+                        drop(permit);
+                    };
+                    tokio::spawn(log_panic("request of the proxy process", answering));
+                }
+                Err(refusal) => {
+                    report(&refusal);
+                    pace.after_refusal();
+                }
+            }
+        }
+    }
+
+    /// Processes a message. Returns the request that it contains.
+    fn read(&self, message: &Received) -> Result<Option<(u64, Request)>, Refusal> {
+        if !message.descriptors.is_empty() {
+            return Err(Refusal::Descriptors);
+        }
+        match ToBroker::decode(&message.bytes).ok_or(Refusal::Malformed)? {
+            ToBroker::Ready => {
+                self.ready.send_replace(true);
+            }
+            ToBroker::Done { number, outcome } => {
+                if !self.data_plane.done(number, outcome) {
+                    return Err(Refusal::UnexpectedAnswer);
+                }
+            }
+            ToBroker::Arrived { pod } => self.data_plane.arrived(&pod),
+            ToBroker::Request { number, request } => return Ok(Some((number, request))),
+        }
+        Ok(None)
+    }
+}
+
+/// Limits the rate of messages.
+#[derive(Debug, Default)]
+struct Pace {
+    /// The end of the current window.
+    until: Option<Instant>,
+    messages: u32,
+    not_before: Option<Instant>,
+}
+
+impl Pace {
+    /// Waits until another message may be read.
+    async fn pass(&mut self) {
+        if let Some(pause) = self.not_before.take() {
+            sleep_until(pause).await;
+        }
+        let now = Instant::now();
+        let until = self.until.filter(|until| *until > now);
+        match until {
+            Some(until) if self.messages >= MESSAGES => {
+                sleep_until(until).await;
+                self.begin(until);
+            }
+            Some(_) => self.messages += 1,
+            None => self.begin(now),
+        }
+    }
+
+    fn begin(&mut self, now: Instant) {
+        self.until = Some(now + WINDOW);
+        self.messages = 1;
+    }
+
+    fn after_refusal(&mut self) {
+        self.not_before = Some(Instant::now() + REFUSED_PAUSE);
+    }
+}
+
+/// Counts and logs a message that is refused.
+fn report(refusal: &Refusal) {
+    static LIMIT: LogLimit = LogLimit::new("refused messages of the proxy process");
+    let Some(reason) = refusal.reason() else {
+        return tracing::debug!(%refusal, "a request of the proxy process failed");
+    };
+    metrics::broker_refused(reason);
+    if LIMIT.admit(reason) {
+        tracing::error!(
+            reason,
+            %refusal,
+            hint = "unless a pod was just removed, restart the daemon and look for an attack in the proxy's log",
+            "the broker refused a message of the proxy process"
+        );
+    }
+}
+
+impl Context {
+    async fn answer(&self, number: u64, request: Request) {
+        let outcome = self.perform(request).await;
+        let (answer, sockets) = match outcome {
+            Ok((answer, sockets)) => (Ok(answer), sockets),
+            Err(refusal) => {
+                report(&refusal);
+                (Err(refusal), Vec::new())
+            }
+        };
+        let message = ToProxy::Answer { number, answer };
+        if let Err(error) = self.data_plane.sender().send(&message, sockets).await {
+            tracing::debug!(%error, "cannot answer the proxy process");
+        }
+    }
+
+    async fn perform(&self, request: Request) -> Result<(Answer, Vec<OwnedFd>), Refusal> {
+        match request {
+            Request::Sockets { of, kind, count } => {
+                let sockets = self.sockets(&of, kind, count).await?;
+                Ok((Answer::Sockets, sockets))
+            }
+            Request::Certificate { pod } => Ok((self.certificate(&pod)?, Vec::new())),
+            Request::Pods { skip } => Ok((self.pods(skip), Vec::new())),
+        }
+    }
+
+    async fn sockets(
+        &self,
+        of: &SocketsOf,
+        kind: WireKind,
+        count: usize,
+    ) -> Result<Vec<OwnedFd>, Refusal> {
+        if !(1..=MAX_SOCKETS).contains(&count) {
+            return Err(Refusal::SocketCount(count));
+        }
+        let opened = match of {
+            SocketsOf::Node if kind.workload => return Err(Refusal::SocketsOfNode),
+            SocketsOf::Node => {
+                let (access, sockets) = self.node.as_ref().ok_or(Refusal::SocketsOfNode)?;
+                access.open_sockets(sockets, kind.into(), count).await
+            }
+            SocketsOf::Pod(key) => {
+                let pod = self.data_plane.pod(key).ok_or(Refusal::UnknownPod)?;
+                pod.access.open_sockets(&pod.sockets, SocketKind::from(kind), count).await
+            }
+        };
+        let failed = |error: InterceptionError| Refusal::Failed(crate::error::chain(&error));
+        Ok(opened.map_err(failed)?.into_iter().map(OwnedFd::from).collect())
+    }
+
+    /// A new certificate of the pod's identity. The key is generated here, so that this process,
+    /// which has the authority's key, parses nothing of the proxy process' making.
+    fn certificate(&self, pod: &PodKey) -> Result<Answer, Refusal> {
+        let ca = self.authority.as_ref().ok_or(Refusal::NoAuthority)?;
+        let pod = self.data_plane.pod(pod).ok_or(Refusal::UnknownPod)?;
+        let failed = |error: HboneError| Refusal::Failed(crate::error::chain(&error));
+        let authority = CertificateAuthority::open(&ca.dir).map_err(failed)?;
+        let issued = authority.issue(&pod.identity, ca.ttl).map_err(failed)?;
+        let (chain, key) = (issued.chain_pem, issued.key_pem);
+        Ok(Answer::Certificate { chain, key, roots: authority.roots_pem().to_owned() })
+    }
+
+    fn pods(&self, skip: usize) -> Answer {
+        let status = self.registry.status();
+        let mut pods = Vec::new();
+        let mut length = 0;
+        for status in status.iter().skip(skip) {
+            let line = line(status);
+            length += line.uid.len() + line.text.len();
+            if length > STATUS_BYTES {
+                return Answer::Pods { pods, more: true };
+            }
+            pods.push(line);
+        }
+        Answer::Pods { pods, more: false }
+    }
+}
+
+fn line(status: &PodStatus) -> PodLine {
+    let serving = matches!(status.state, PodState::Serving(None));
+    let text = Quoted::bounded(status, MAX_STATUS).to_string();
+    PodLine { uid: status.uid.as_str().to_owned(), text, serving }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn pace_limits_messages_in_each_window() {
+        let (mut pace, began) = (Pace::default(), Instant::now());
+        for _ in 0..MESSAGES * 3 {
+            pace.pass().await;
+        }
+        assert_eq!(began.elapsed(), WINDOW * 2);
+        tokio::time::sleep(WINDOW * 5).await;
+        let later = Instant::now();
+        pace.pass().await;
+        assert_eq!(later.elapsed(), Duration::ZERO, "a pause costs nothing afterwards");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refused_message_is_followed_by_a_pause() {
+        let (mut pace, began) = (Pace::default(), Instant::now());
+        for _ in 0..100 {
+            pace.pass().await;
+            pace.after_refusal();
+        }
+        assert_eq!(began.elapsed(), REFUSED_PAUSE * 99);
+    }
+}

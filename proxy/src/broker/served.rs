@@ -1,0 +1,207 @@
+//! The pods that the proxy process serves by command of the broker.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use underpass_config::{Hint as _, InterceptionSettings, Settings, SpiffeId};
+use underpass_hbone::log_panic;
+use underpass_interception::{BoundListener, LocalAddresses, NamespaceAccess};
+
+use crate::broker::message::{Command, Outcome, PodKey, PodLine, PodToStart, SocketsOf, ToBroker};
+use crate::broker::operations::{BrokerOperations, Requests};
+use crate::error::chain;
+use crate::node::data_plane::{DataPlane, PodToServe, ServedPod};
+use crate::node::in_process::InProcess;
+use crate::pods::enrolment::PodProblem;
+use crate::rules::self_test::Arrivals;
+use crate::traffic::listeners::Listeners;
+
+/// The pods of this process, by enrolment.
+#[derive(Debug, Default)]
+pub(super) struct ServedKeys(Mutex<HashMap<u64, Entry>>);
+
+/// One pod.
+#[derive(Debug)]
+struct Entry {
+    key: PodKey,
+    settings: Arc<Settings>,
+    interception: watch::Sender<InterceptionSettings>,
+    /// `None` until it is served.
+    served: Option<Served>,
+}
+
+/// A pod that is served.
+#[derive(Debug, Clone)]
+struct Served {
+    pod: Arc<dyn ServedPod>,
+    arrivals: Arc<dyn Arrivals>,
+}
+
+impl ServedKeys {
+    /// A pod with this identity.
+    pub(super) fn with_identity(&self, id: &SpiffeId) -> Option<PodKey> {
+        let entries = self.entries();
+        let mut entries = entries.values();
+        let entry = entries.find(|entry| entry.settings.workload.spiffe_id == *id);
+        entry.map(|entry| entry.key.clone())
+    }
+
+    /// The status of a pod, completed by the state of its certificate.
+    pub(super) fn complete(&self, PodLine { uid, text, serving }: PodLine) -> String {
+        let entries = self.entries();
+        let of_pod = entries.values().filter(|entry| serving && entry.key.uid == uid);
+        let newest = of_pod.max_by_key(|entry| entry.key.enrolment);
+        let served = newest.and_then(|entry| entry.served.as_ref());
+        match served.and_then(|served| PodProblem::of_certificate(served.pod.certificate())) {
+            Some(trouble) => format!("{text}: {trouble}\n"),
+            None => format!("{text}\n"),
+        }
+    }
+
+    fn served(&self, key: &PodKey) -> Result<Served, String> {
+        let entries = self.entries();
+        let served = entries.get(&key.enrolment).and_then(|entry| entry.served.clone());
+        served.ok_or_else(|| "it is not served".to_owned())
+    }
+
+    fn entries(&self) -> MutexGuard<'_, HashMap<u64, Entry>> {
+        // No code panics while it holds the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Performs the commands of the broker. Clones share the pods.
+#[derive(Debug, Clone)]
+pub(super) struct CommandServer {
+    pub(super) data_plane: InProcess,
+    /// The settings of the node.
+    pub(super) settings: Arc<Settings>,
+    pub(super) requests: Requests,
+    pub(super) pods: Arc<ServedKeys>,
+}
+
+impl CommandServer {
+    /// Performs a command, and sends its outcome.
+    pub(super) async fn perform(self, number: u64, command: Command, attached: Vec<OwnedFd>) {
+        let outcome = match command {
+            Command::Serve(pod) => self.serve(pod, attached).await.map(|()| Outcome::Done),
+            Command::Expect { pod, destination } => self.expect(pod, destination).await,
+            Command::StopAccepting { pod } => self.stop_accepting(&pod).await,
+            Command::Drain { pod, deadline } => self.drain(&pod, deadline).await,
+            Command::Close { pod } => self.close(&pod).await,
+        };
+        let done = ToBroker::Done { number, outcome };
+        if let Err(error) = self.requests.sender().send(&done, Vec::new()).await {
+            tracing::debug!(%error, "cannot send the outcome of a command");
+        }
+    }
+
+    async fn serve(&self, pod: PodToStart, attached: Vec<OwnedFd>) -> Result<(), String> {
+        let PodToStart { pod: key, name, namespace, service_account, interception, listeners } =
+            pod;
+        let node = &self.settings;
+        let settings = node.with_interception_text(&interception);
+        let settings = settings.map_err(|errors| errors.to_string())?;
+        let workload = node.workload.of_pod(&name, &namespace, &service_account);
+        let workload = workload.map_err(|error| error.to_string())?;
+        let settings = Arc::new(Settings { workload, ..settings });
+        let mut attached = attached.into_iter();
+        let named = listeners.into_iter().zip(attached.by_ref()).map(named);
+        let listeners = named.collect::<Result<Vec<_>, _>>()?;
+        let missing = || "a descriptor is missing".to_owned();
+        let listeners = Listeners::adopt(listeners).ok_or_else(missing)?;
+        let local = LocalAddresses::from(attached.next().ok_or_else(missing)?);
+        let of = SocketsOf::Pod(key.clone());
+        let operations = BrokerOperations::new(self.requests.clone(), of, Some(local));
+        let access = NamespaceAccess::through(Arc::new(operations));
+        let (sender, interception) = watch::channel(settings.interception.clone());
+        let entry = Entry {
+            key: key.clone(),
+            settings: settings.clone(),
+            interception: sender,
+            served: None,
+        };
+        // Before it is served: its certificate is requested for this pod.
+        self.pods.entries().insert(key.enrolment, entry);
+        let pod = PodToServe { uid: None, settings, interception, access, listeners };
+        match self.data_plane.serve(pod).await {
+            Ok(pod) => {
+                let pod = Arc::<dyn ServedPod>::from(pod);
+                let served = Served { arrivals: pod.arrivals(), pod };
+                let mut entries = self.pods.entries();
+                if let Some(entry) = entries.get_mut(&key.enrolment) {
+                    entry.served = Some(served);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.pods.entries().remove(&key.enrolment);
+                Err(chain(&error))
+            }
+        }
+    }
+
+    async fn expect(&self, pod: PodKey, destination: SocketAddr) -> Result<Outcome, String> {
+        let mut arrived = self.pods.served(&pod)?.arrivals.expect(destination).await;
+        let sender = self.requests.sender().clone();
+        let report = async move {
+            // Ends with the test, or with the next destination.
+            while arrived.recv().await.is_some() {
+                let arrived = ToBroker::Arrived { pod: pod.clone() };
+                sender.send(&arrived, Vec::new()).await.ok();
+            }
+        };
+        tokio::spawn(log_panic("report of test connections", report));
+        Ok(Outcome::Done)
+    }
+
+    /// Ends a self-test.
+    pub(super) fn end_test(&self, pod: &PodKey) {
+        if let Ok(served) = self.pods.served(pod) {
+            served.arrivals.end();
+        }
+    }
+
+    async fn stop_accepting(&self, pod: &PodKey) -> Result<Outcome, String> {
+        self.pods.served(pod)?.pod.stop_accepting().await;
+        Ok(Outcome::Done)
+    }
+
+    async fn drain(&self, pod: &PodKey, deadline: Duration) -> Result<Outcome, String> {
+        let terminated = self.pods.served(pod)?.pod.drain(deadline).await;
+        Ok(Outcome::Terminated(terminated))
+    }
+
+    async fn close(&self, pod: &PodKey) -> Result<Outcome, String> {
+        let closed = self.pods.entries().remove(&pod.enrolment);
+        if let Some(Served { pod, .. }) = closed.and_then(|entry| entry.served) {
+            pod.stop_accepting().await;
+            pod.close().await;
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Applies changed interception settings.
+    pub(super) fn follow(&self, pod: &PodKey, interception: &str) {
+        let settings = match self.settings.with_interception_text(interception) {
+            Ok(settings) => settings,
+            Err(errors) => {
+                let hint = errors.hint();
+                let hint = hint.as_deref();
+                return tracing::error!(uid = %pod, %errors, hint, "cannot apply changed settings");
+            }
+        };
+        if let Some(entry) = self.pods.entries().get(&pod.enrolment) {
+            entry.interception.send_replace(settings.interception);
+        }
+    }
+}
+
+fn named((name, listener): (String, OwnedFd)) -> Result<(String, BoundListener), String> {
+    let listener = BoundListener::try_from(listener);
+    listener.map(|listener| (name, listener)).map_err(|error| error.to_string())
+}

@@ -1,0 +1,305 @@
+//! A hostile proxy process, and one that does not answer, against the broker.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use tokio::sync::watch;
+use underpass_config::{PodUid, Settings, Sources};
+use underpass_hbone::{CertificateAuthority, Identity};
+use underpass_interception::{NamespaceAccess, SeqPacket};
+
+use crate::broker::link;
+use crate::broker::message::{
+    Answer, Command, MAX_MESSAGE, MAX_SOCKETS, Message as _, Outcome, PodKey, Refusal, Request,
+    SocketsOf, ToBroker, ToProxy, WireKind, check_bytes,
+};
+use crate::broker::remote::RemoteDataPlane;
+use crate::broker::requests::RequestServer;
+use crate::node::data_plane::{DataPlane as _, PodToServe, ServedPod};
+use crate::node::pod_error::PodError;
+use crate::node::testing::settings;
+use crate::pods::facts::PodFacts;
+use crate::pods::registry::PodRegistry;
+use crate::pods::testing::FakeEnroller;
+use crate::traffic::listeners::Listeners;
+
+const KIND: WireKind = WireKind { v6: false, workload: false };
+
+/// A broker, and the other end of its connection.
+struct Scene {
+    data_plane: RemoteDataPlane,
+    registry: PodRegistry,
+    proxy: SeqPacket,
+}
+
+impl Scene {
+    fn new(settings: &Settings) -> Self {
+        let (ours, theirs) = SeqPacket::pair().unwrap();
+        let (sender, receiver, writer) = link::open(ours).unwrap();
+        tokio::spawn(writer.run());
+        let data_plane = RemoteDataPlane::new(sender);
+        let registry = FakeEnroller::default().registry();
+        let access = NamespaceAccess::current().unwrap();
+        let server = RequestServer::new(data_plane.clone(), registry.clone(), settings, access);
+        tokio::spawn(server.run(receiver));
+        let theirs = StdUnixStream::from(theirs);
+        theirs.set_nonblocking(true).unwrap();
+        let proxy = SeqPacket::new(theirs.into()).unwrap().with_limit(MAX_MESSAGE);
+        Self { data_plane, registry, proxy }
+    }
+
+    async fn send(&self, message: &ToBroker) {
+        self.proxy.send(&message.encode().unwrap(), &[]).await.unwrap();
+    }
+
+    async fn next(&self) -> (ToProxy, Vec<OwnedFd>) {
+        let message = self.proxy.receive().await.unwrap().unwrap();
+        (ToProxy::decode(&message.bytes).unwrap(), message.descriptors)
+    }
+
+    /// Sends a request, and returns the answer with the number of its sockets.
+    async fn request(&self, request: Request) -> (Result<Answer, Refusal>, usize) {
+        self.send(&ToBroker::Request { number: 7, request }).await;
+        match self.next().await {
+            (ToProxy::Answer { number: 7, answer }, sockets) => (answer, sockets.len()),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    async fn refusal(&self, request: Request) -> Refusal {
+        self.request(request).await.0.unwrap_err()
+    }
+
+    /// Serves a pod, which the proxy process accepts.
+    async fn serve(&self) -> (Box<dyn ServedPod>, PodKey) {
+        let serving = self.data_plane.serve(pod());
+        let accept = async {
+            let (message, descriptors) = self.next().await;
+            let ToProxy::Command { number, command: Command::Serve(start) } = message else {
+                panic!("{message:?}");
+            };
+            assert_eq!(start.listeners, ["outbound", "hbone", "inbound"]);
+            assert_eq!(descriptors.len(), 4, "three listeners and a lookup of addresses");
+            self.send(&ToBroker::Done { number, outcome: Ok(Outcome::Done) }).await;
+            start.pod
+        };
+        let (served, key) = tokio::join!(serving, accept);
+        (served.unwrap(), key)
+    }
+}
+
+/// A pod of the workload `server`, whose sockets need no privilege.
+fn pod() -> PodToServe {
+    let settings = Arc::new(settings(&["interception.profile=none"]));
+    let interception = watch::Sender::new(settings.interception.clone()).subscribe();
+    let access = NamespaceAccess::current().unwrap();
+    PodToServe { uid: None, settings, interception, access, listeners: Listeners::testing() }
+}
+
+/// The settings of a node with this identity.
+fn node(identity: &str) -> Settings {
+    let flags = ["node.pods.directory=/pods", identity].map(str::to_owned).to_vec();
+    Sources { file: None, environment: Vec::new(), flags }.load().unwrap()
+}
+
+struct LocalCa(PathBuf);
+
+impl LocalCa {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("broker-{name}-{}", std::process::id()));
+        CertificateAuthority::init(&dir, "cluster.local".parse().unwrap()).unwrap();
+        Self(dir)
+    }
+
+    fn node(&self) -> Settings {
+        node(&format!("identity.local_ca={}", self.0.display()))
+    }
+}
+
+impl Drop for LocalCa {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+fn facts(uid: PodUid) -> PodFacts {
+    PodFacts {
+        uid,
+        name: "n".repeat(250),
+        namespace: "shop".to_owned(),
+        service_account: "web".to_owned(),
+        ips: Vec::new(),
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        namespace_mode: None,
+        probe_ports: None,
+        interception: None,
+    }
+}
+
+fn sockets(pod: &PodKey, count: usize) -> Request {
+    Request::Sockets { of: SocketsOf::Pod(pod.clone()), kind: KIND, count }
+}
+
+#[tokio::test]
+async fn served_pod_gets_its_sockets_and_a_certificate_of_its_own_identity() {
+    let ca = LocalCa::new("served");
+    let scene = Scene::new(&ca.node());
+    let (_served, key) = scene.serve().await;
+    for count in [1, MAX_SOCKETS] {
+        assert_eq!(scene.request(sockets(&key, count)).await, (Ok(Answer::Sockets), count));
+    }
+    let (answer, _) = scene.request(Request::Certificate { pod: key }).await;
+    let Ok(Answer::Certificate { chain, key, roots }) = answer else { panic!("{answer:?}") };
+    let [chain, key, roots] = [&chain, &key, &roots].map(|pem| pem.as_bytes());
+    let identity = Identity::from_pem(chain, key, roots).unwrap();
+    let own = settings(&["interception.profile=none"]).workload.spiffe_id;
+    assert_eq!(identity.spiffe_id(), &own);
+}
+
+#[tokio::test]
+async fn refuses_requests_beyond_the_served_pods() {
+    let ca = LocalCa::new("refused");
+    let scene = Scene::new(&ca.node());
+    let (served, key) = scene.serve().await;
+    let of_other = |key: PodKey| PodKey { uid: "another-pod".to_owned(), ..key };
+    let later = |key: PodKey| PodKey { enrolment: key.enrolment + 1, ..key };
+    for unknown in [of_other(key.clone()), later(key.clone())] {
+        assert_eq!(scene.refusal(sockets(&unknown, 1)).await, Refusal::UnknownPod);
+        let certificate = Request::Certificate { pod: unknown };
+        assert_eq!(scene.refusal(certificate).await, Refusal::UnknownPod, "another identity");
+    }
+    for count in [0, MAX_SOCKETS + 1, usize::MAX] {
+        assert_eq!(scene.refusal(sockets(&key, count)).await, Refusal::SocketCount(count));
+    }
+    for workload in [false, true] {
+        let kind = WireKind { workload, ..KIND };
+        let of_node = Request::Sockets { of: SocketsOf::Node, kind, count: 1 };
+        assert_eq!(scene.refusal(of_node).await, Refusal::SocketsOfNode);
+    }
+    drop(served);
+    let (message, _) = scene.next().await;
+    assert!(matches!(message, ToProxy::Command { command: Command::Close { .. }, .. }));
+    assert_eq!(scene.refusal(sockets(&key, 1)).await, Refusal::UnknownPod, "it is closed");
+    assert_eq!(scene.refusal(Request::Certificate { pod: key }).await, Refusal::UnknownPod);
+}
+
+#[tokio::test]
+async fn refuses_certificates_without_local_ca() {
+    let files = settings(&["interception.profile=none"]);
+    let scene = Scene::new(&files);
+    let (_served, key) = scene.serve().await;
+    assert_eq!(scene.refusal(Request::Certificate { pod: key }).await, Refusal::NoAuthority);
+}
+
+#[tokio::test]
+async fn survives_messages_that_are_malformed_or_forbidden() {
+    let scene = Scene::new(&settings(&[]));
+    let (_served, key) = scene.serve().await;
+    let pod = serde_json::to_string(&key).unwrap();
+    let forbidden = [
+        "garbage".to_owned(),
+        "{}".to_owned(),
+        // A proxy process must never be able to say this.
+        format!(r#"{{"Request":{{"number":1,"request":{{"RemoveRules":{{"pod":{pod}}}}}}}}}"#),
+        format!(
+            r#"{{"Request":{{"number":1,"request":{{"Sockets":{{"of":{{"Pod":{pod}}},"kind":{{"v6":false,"workload":true,"mark":0}},"count":1}}}}}}}}"#
+        ),
+        format!(
+            r#"{{"Request":{{"number":1,"request":{{"Sockets":{{"of":{{"Path":"/proc/1/ns/net"}},"kind":{{"v6":false,"workload":false}},"count":1}}}}}}}}"#
+        ),
+        r#"{"Done":{"number":999,"outcome":{"Ok":"Done"}}}"#.to_owned(),
+        "x".repeat(MAX_MESSAGE + 1),
+    ];
+    for message in forbidden {
+        scene.proxy.send(message.as_bytes(), &[]).await.unwrap();
+    }
+    let file = std::fs::File::open("/proc/self/stat").unwrap();
+    let ready = ToBroker::Ready.encode().unwrap();
+    scene.proxy.send(&ready, &[file.as_fd()]).await.unwrap();
+    // None of them has an answer, and the next request has one.
+    assert_eq!(scene.request(sockets(&key, 2)).await, (Ok(Answer::Sockets), 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn silent_proxy_process_fails_the_attempt_to_serve_a_pod() {
+    let scene = Scene::new(&settings(&[]));
+    let began = tokio::time::Instant::now();
+    let error = scene.data_plane.serve(pod()).await.unwrap_err();
+    assert!(matches!(error, PodError::ProxyProcess(_)), "{error}");
+    assert_eq!(began.elapsed(), Duration::from_secs(10));
+}
+
+#[tokio::test]
+async fn self_test_hears_of_arrivals_until_its_end() {
+    let scene = Scene::new(&settings(&[]));
+    let (served, key) = scene.serve().await;
+    let (arrivals, destination) = (served.arrivals(), SocketAddr::from(([192, 0, 2, 2], 1404)));
+    let expecting = arrivals.expect(destination);
+    let confirm = async {
+        let (message, _) = scene.next().await;
+        let ToProxy::Command { number, command } = message else { panic!("{message:?}") };
+        assert_eq!(command, Command::Expect { pod: key.clone(), destination });
+        scene.send(&ToBroker::Done { number, outcome: Ok(Outcome::Done) }).await;
+        scene.send(&ToBroker::Arrived { pod: key.clone() }).await;
+    };
+    let (mut arrived, ()) = tokio::join!(expecting, confirm);
+    assert_eq!(arrived.recv().await, Some(()));
+    arrivals.end();
+    assert_eq!(scene.next().await.0, ToProxy::EndTest { pod: key.clone() });
+    scene.send(&ToBroker::Arrived { pod: key }).await;
+    assert_eq!(arrived.recv().await, None);
+}
+
+#[tokio::test]
+async fn status_of_many_pods_arrives_in_parts() {
+    let scene = Scene::new(&settings(&[]));
+    for number in 0..150 {
+        let uid = format!("{number:0>250}").parse().unwrap();
+        let namespace = underpass_interception::testing::stand_in_namespace().unwrap();
+        drop(scene.registry.add(facts(uid), namespace));
+    }
+    let (mut uids, mut parts) = (Vec::new(), 0);
+    loop {
+        let (answer, _) = scene.request(Request::Pods { skip: uids.len() }).await;
+        let Ok(Answer::Pods { pods, more }) = answer else { panic!("{answer:?}") };
+        uids.extend(pods.into_iter().map(|pod| pod.uid));
+        parts += 1;
+        if !more {
+            break;
+        }
+    }
+    uids.sort();
+    uids.dedup();
+    assert!(uids.len() == 150 && parts > 1, "{} pods in {parts} parts", uids.len());
+}
+
+proptest! {
+    #[test]
+    fn decoding_survives_arbitrary_bytes(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        check_bytes(&bytes);
+    }
+
+    #[test]
+    fn decoding_survives_changed_messages(at in 0_usize..400, byte in any::<u8>(), which in 0_usize..4) {
+        let pod = PodKey { uid: "6f1b-\u{e4}\"".to_owned(), enrolment: u64::MAX };
+        let request = |request| ToBroker::Request { number: 1, request }.encode();
+        let message = match which {
+            0 => request(sockets(&pod, usize::MAX)),
+            1 => request(Request::Certificate { pod }),
+            2 => ToBroker::Done { number: 0, outcome: Err("\u{0}".to_owned()) }.encode(),
+            _ => ToProxy::Answer { number: 3, answer: Err(Refusal::SocketCount(9)) }.encode(),
+        };
+        let mut bytes = message.unwrap();
+        check_bytes(&bytes);
+        let at = at % bytes.len();
+        bytes[at] = byte;
+        check_bytes(&bytes);
+    }
+}

@@ -1,0 +1,166 @@
+//! The proxy part of the daemon: in this process, or a process of its own.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use underpass_config::{FileWatcher, MeshSource, PodSourceSettings, Settings};
+use underpass_interception::{NamespaceAccess, run_in_background};
+
+use crate::broker::child::{self, ProxyProcess};
+use crate::broker::message::ToProxy;
+use crate::broker::requests::RequestServer;
+use crate::decide::snapshot::Snapshot;
+use crate::mesh::follow::follow;
+use crate::node::data_plane::DataPlane;
+use crate::pods::registry::PodRegistry;
+use crate::pods::source::SourceHealth;
+use crate::process::command_error::CommandError;
+use crate::process::node_proxy::{LoadedNode, RunningNode};
+use crate::process::supervise::{Supervisor, Task};
+use crate::traffic::listeners::{EndpointKind, Listeners};
+
+/// The proxy part before this process drops its privileges.
+pub(super) enum PreparedProxy {
+    InProcess(Box<LoadedNode>, Listeners<EndpointKind>),
+    Process(ProxyProcess),
+}
+
+/// The proxy part.
+pub(super) enum ProxyPart {
+    InProcess(RunningNode),
+    Process(ProxyProcess),
+}
+
+impl PreparedProxy {
+    /// Starts the proxy process, or loads mesh and trust.
+    pub(super) async fn new(
+        settings: &Arc<Settings>,
+        access: &NamespaceAccess,
+        endpoints: Listeners<EndpointKind>,
+        watcher: &FileWatcher,
+        supervisor: &Supervisor,
+    ) -> Result<Self, CommandError> {
+        if let Some(user) = child::user(settings) {
+            let started = ProxyProcess::start(user, settings, endpoints, supervisor).await;
+            return started.map(Self::Process);
+        }
+        let node = LoadedNode::load(settings, access, None, watcher, supervisor)?;
+        Ok(Self::InProcess(Box::new(node), endpoints))
+    }
+
+    /// Starts the workers, if they are in this process, once a control plane has sent the mesh.
+    pub(super) async fn start(self, supervisor: &Supervisor) -> Result<ProxyPart, CommandError> {
+        Ok(match self {
+            Self::InProcess(node, endpoints) => {
+                ProxyPart::InProcess(node.serve(endpoints, supervisor).await?)
+            }
+            Self::Process(process) => ProxyPart::Process(process),
+        })
+    }
+}
+
+impl ProxyPart {
+    pub(super) fn data_plane(&self) -> Arc<dyn DataPlane> {
+        match self {
+            Self::InProcess(node) => Arc::new(node.data_plane().clone()),
+            Self::Process(process) => Arc::new(process.data_plane.clone()),
+        }
+    }
+
+    /// Connects it with the registry of pods. Waits until its workers run.
+    pub(super) async fn connect(
+        &mut self,
+        registry: &PodRegistry,
+        settings: &Settings,
+        access: NamespaceAccess,
+        supervisor: &Supervisor,
+    ) -> Result<(), CommandError> {
+        match self {
+            Self::InProcess(node) => {
+                let registry = registry.clone();
+                node.readiness().report_pods(move || {
+                    let report = registry.report();
+                    Box::pin(async { report })
+                });
+                Ok(())
+            }
+            Self::Process(process) => {
+                let (data_plane, registry) = (process.data_plane.clone(), registry.clone());
+                let server = RequestServer::new(data_plane, registry, settings, access);
+                process.serve(server, supervisor).await
+            }
+        }
+    }
+
+    /// The mesh, for the facts about pods. A broker follows a mesh of its own, except with a folder
+    /// of pods, which has all facts.
+    pub(super) fn mesh(
+        &self,
+        settings: &Settings,
+        watcher: &FileWatcher,
+        supervisor: &Supervisor,
+    ) -> Result<(watch::Receiver<Arc<Snapshot>>, Option<Task>), CommandError> {
+        match self {
+            Self::InProcess(node) => Ok((node.mesh(), None)),
+            Self::Process(_) => {
+                let has_facts = matches!(settings.node.pods, Some(PodSourceSettings::Directory(_)));
+                let file = settings.mesh_file.as_deref().filter(|_| !has_facts);
+                let (source, mesh) = MeshSource::open(file, watcher, run_in_background)?;
+                let (mesh, following) = follow(source, mesh, &settings.workload);
+                let task = supervisor.essential("mesh of the broker", following);
+                Ok((mesh, Some(task)))
+            }
+        }
+    }
+
+    /// Passes the reports of the source of pods to the node's readiness.
+    pub(super) fn source_health(&self) -> SourceHealth {
+        match self {
+            Self::InProcess(node) => {
+                let readiness = node.readiness().clone();
+                SourceHealth::new(move |report| readiness.source_reports(report))
+            }
+            Self::Process(process) => {
+                let sender = process.sender().clone();
+                SourceHealth::new(move |report| {
+                    // Fails if the proxy process has ended.
+                    sender.post(&ToProxy::Source(report)).ok();
+                })
+            }
+        }
+    }
+
+    pub(super) fn ready(&self) {
+        match self {
+            Self::InProcess(node) => node.readiness().ready(),
+            Self::Process(process) => process.post(&ToProxy::Serving),
+        }
+    }
+
+    /// Reports that the node is not ready any longer. Pods take no new connections.
+    pub(super) fn drain(&self) {
+        match self {
+            Self::InProcess(node) => node.drain(),
+            Self::Process(process) => process.post(&ToProxy::Draining),
+        }
+    }
+
+    /// Waits until it fails. Cancel-safe.
+    pub(super) async fn failed(&mut self) -> CommandError {
+        match self {
+            Self::InProcess(_) => std::future::pending().await,
+            Self::Process(process) => process.ended().await,
+        }
+    }
+
+    /// Ends the workers.
+    pub(super) async fn end(self) {
+        match self {
+            Self::InProcess(node) => node.end().await,
+            Self::Process(mut process) => {
+                process.post(&ToProxy::End);
+                process.end().await;
+            }
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The proxy part of a node daemon: mesh, certificates, workers and endpoints. It is a process of
+//! its own, or a part of the daemon (`privileges.broker: off`).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use underpass_config::{FileWatcher, Settings};
+use underpass_hbone::CertificateIssuer;
+use underpass_interception::NamespaceAccess;
+
+use crate::admin::endpoints::Readiness;
+use crate::decide::snapshot::Snapshot;
+use crate::mesh::feed::MeshFeed;
+use crate::mesh::publish::Publisher;
+use crate::node::certificates::Certificates;
+use crate::node::identities::Identities;
+use crate::node::in_process::InProcess;
+use crate::node::pod::pod_sockets;
+use crate::node::workers::{WorkerThreads, Workers};
+use crate::node::{Node, certificates};
+use crate::observe::metrics;
+use crate::observe::metrics::Exporter;
+use crate::process::command_error::CommandError;
+use crate::process::cpus::available_cpus;
+use crate::process::pause_gate::Gates;
+use crate::process::phases::endpoints::Endpoints;
+use crate::process::supervise::{Supervisor, Task, restarting};
+use crate::traffic::dial::PlainDialer;
+use crate::traffic::listeners::{EndpointKind, Listeners};
+
+/// Timeout for the end of the workers: the end of the process frees the resources of one that does
+/// not stop in time.
+const WORKER_STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The proxy of a node with its mesh and its trust loaded. No thread runs yet.
+pub(crate) struct LoadedNode {
+    settings: Arc<Settings>,
+    node: Arc<Node>,
+    readiness: Readiness,
+    identities: Option<Arc<Identities>>,
+    /// Whether this process has the key of the local CA.
+    issues: bool,
+    publisher: Publisher,
+    exporter: Exporter,
+}
+
+impl LoadedNode {
+    /// Loads the mesh and the trust. `access` is that of the node's own sockets; `authority` issues
+    /// instead of a local CA.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read, or is invalid.
+    pub(crate) fn load(
+        settings: &Arc<Settings>,
+        access: &NamespaceAccess,
+        authority: Option<Arc<dyn CertificateIssuer>>,
+        watcher: &FileWatcher,
+        supervisor: &Supervisor,
+    ) -> Result<Self, CommandError> {
+        let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
+        let (sockets, issues) = (pod_sockets(settings), authority.is_none());
+        let identities = Certificates::identities(
+            settings, access, &sockets, authority, None, watcher, supervisor,
+        )?;
+        let (readiness, dialer) =
+            (Readiness::for_node(), PlainDialer { access: access.clone(), sockets });
+        let (feed, mesh) = MeshFeed::open(settings, watcher, dialer, &readiness, supervisor)?;
+        let publisher = Publisher::new(feed, mesh, &settings.workload);
+        let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
+        let node = Arc::new(Node::new(settings, workers(settings), mesh, Gates::default(), series));
+        let (settings, identities) = (settings.clone(), identities.map(Arc::new));
+        Ok(Self { settings, node, readiness, identities, issues, publisher, exporter })
+    }
+
+    /// Serves the endpoints, and starts the workers, which have the capabilities of the calling
+    /// thread. Waits for the first state of a control plane, however long that takes.
+    ///
+    /// # Errors
+    ///
+    /// A thread cannot be started.
+    pub(crate) async fn serve(
+        self,
+        endpoints: Listeners<EndpointKind>,
+        supervisor: &Supervisor,
+    ) -> Result<RunningNode, CommandError> {
+        let Self { settings, node, readiness, identities, issues, mut publisher, exporter } = self;
+        let _endpoints =
+            Endpoints::serve(endpoints, readiness.clone(), &exporter, &node.gates.accept);
+        certificates::warn_if_unreadable(&settings, issues);
+        publisher.first_state().await;
+        let (workers, threads, reports) =
+            Workers::start(&node, node.workers, supervisor).map_err(CommandError::start)?;
+        let (limits, reported) = (node.limits.clone(), readiness.clone());
+        let limits = restarting("report of limits", move || {
+            let (limits, readiness) = (limits.clone(), reported.clone());
+            async move { limits.report(readiness).await }
+        });
+        let publishing = supervisor.essential("publisher of the mesh", publisher.follow(reports));
+        let (data_plane, tasks) =
+            (InProcess { node, workers, identities }, vec![publishing, limits]);
+        Ok(RunningNode { data_plane, readiness, threads, tasks, _endpoints })
+    }
+}
+
+/// The number of workers.
+pub(crate) fn workers(settings: &Settings) -> usize {
+    settings.proxy.workers.unwrap_or_else(available_cpus)
+}
+
+/// The running proxy of a node.
+pub(crate) struct RunningNode {
+    data_plane: InProcess,
+    readiness: Readiness,
+    threads: WorkerThreads,
+    /// Tasks that run until the last pod is removed: among them the enforcement of policies.
+    tasks: Vec<Task>,
+    _endpoints: Endpoints,
+}
+
+impl RunningNode {
+    pub(crate) fn data_plane(&self) -> &InProcess {
+        &self.data_plane
+    }
+
+    pub(crate) fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+
+    pub(crate) fn mesh(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.data_plane.node.mesh.clone()
+    }
+
+    /// Reports that the process is not ready any longer. Pods take no new connections.
+    pub(crate) fn drain(&self) {
+        self.readiness.draining();
+        self.data_plane.node.drain.close();
+    }
+
+    /// Ends the workers.
+    pub(crate) async fn end(self) {
+        self.data_plane.node.drain.end();
+        tokio::time::timeout(WORKER_STOP_TIMEOUT, self.threads.join()).await.ok();
+        // Workers that have not ended enforce the mesh, which these tasks publish.
+        drop(self.tasks);
+    }
+}

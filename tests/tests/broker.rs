@@ -1,0 +1,234 @@
+//! A node daemon as two processes: their privileges, the end of either, and what still works.
+#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use underpass_interception::TABLE;
+use underpass_tests::{
+    APP, Mesh, Pki, Pod, Proxy, Settings, Suite, World, exchange, http_get, tool, until,
+};
+
+/// The default of `privileges.user`.
+const USER: u32 = 15008;
+/// The bits of NET_ADMIN and SYS_ADMIN (include/uapi/linux/capability.h).
+const KEPT: u64 = 1 << 12 | 1 << 21;
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    suite.test("proxy process has its own user and no capability", privileges);
+    suite.test("proxy process shows what the broker knows", endpoints);
+    suite.test("killed broker ends the proxy process and leaves pods closed", || killed(false));
+    suite.test("killed proxy process ends the broker and leaves pods closed", || killed(true));
+    suite.test("privileges.broker off makes one process", one_process);
+    suite.run()
+}
+
+/// A node with the pods `a` and `b`.
+struct Scene {
+    node: Pod,
+    a: Pod,
+    b: Pod,
+    pki: Pki,
+    world: World,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let mut world = World::new();
+        let node = world.pod("node").await;
+        let (mut a, mut b) = (world.pod("a").await, world.pod("b").await);
+        world.wire(&mut a, &mut b).await;
+        let pki = Pki::new(world.folder());
+        let scene = Self { node, a, b, pki, world };
+        fs::create_dir_all(scene.folder()).expect("a folder");
+        for pod in [&scene.a, &scene.b] {
+            scene.write(pod);
+        }
+        scene
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.world.folder().join("pods")
+    }
+
+    fn write(&self, pod: &Pod) {
+        let (name, netns) = (pod.name(), pod.namespace().path());
+        let ips: Vec<_> = pod.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
+        let text = format!(
+            "uid: {name}\nnetns: {netns:?}\nips: [{}]\n\
+             workload: {{name: {name}, namespace: default, serviceAccount: {name}}}\n",
+            ips.join(", ")
+        );
+        fs::write(self.folder().join(format!("{name}.yaml")), text).expect("a file");
+    }
+
+    /// Starts the daemon, and waits until it serves both pods.
+    async fn daemon(&self, assignments: &[&str]) -> Proxy {
+        let mesh = Mesh::default().hbone(&self.a).hbone(&self.b).write(&self.node, "mesh");
+        let source = format!("directory: {:?}", self.folder());
+        let identity = format!("identity: {{local_ca: {:?}}}", self.pki.dir());
+        let settings = Settings::node("node", &source).section(&identity).mesh(&mesh);
+        let settings = settings.set("proxy.mtls=strict").set("proxy.workers=2");
+        let settings = assignments.iter().fold(settings, |all, one| all.set(one));
+        let mut daemon = self.node.proxy(&settings).await;
+        for pod in ["default/a", "default/b"] {
+            daemon.line(&["pod enrolled", pod]).await;
+        }
+        daemon
+    }
+
+    fn to_b(&self) -> SocketAddr {
+        SocketAddr::new(self.b.ips()[0], APP)
+    }
+
+    /// Sends something through a tunnel.
+    async fn carries_traffic(&self) {
+        let app = self.b.listen(APP);
+        let (mut client, mut server, peer) = self.a.meet(&app, self.to_b()).await;
+        exchange(&mut client, &mut server).await;
+        assert_eq!(peer.ip(), self.a.ips()[0]);
+    }
+
+    async fn has_rules(&self) -> bool {
+        let mut all = true;
+        for pod in [&self.a, &self.b] {
+            all &= tool(pod, "nft", &["list", "table", "inet", TABLE]).await.status.success();
+        }
+        all
+    }
+}
+
+/// The child of the daemon, if it has one.
+fn child(daemon: &Proxy) -> Option<u32> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("threads");
+    tasks.flatten().find_map(|task| {
+        let children = fs::read_to_string(task.path().join("children")).ok()?;
+        children.split_whitespace().next()?.parse().ok()
+    })
+}
+
+fn is_running(pid: u32) -> bool {
+    // A process that nobody has waited for is a zombie.
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    !status.is_empty() && !status.contains("State:\tZ")
+}
+
+/// The status of each thread of a process.
+fn threads(pid: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("threads").flatten();
+    tasks.filter_map(|task| fs::read_to_string(task.path().join("status")).ok()).collect()
+}
+
+fn field<'a>(status: &'a str, name: &str) -> &'a str {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap_or_default().trim()
+}
+
+fn bits(status: &str, name: &str) -> u64 {
+    u64::from_str_radix(field(status, name), 16).expect("a bit mask")
+}
+
+async fn privileges() {
+    let scene = Scene::new().await;
+    let daemon = scene.daemon(&["interception.backend=nftables"]).await;
+    scene.carries_traffic().await;
+    let proxy = child(&daemon).expect("a proxy process");
+    let all = threads(proxy);
+    assert!(all.iter().any(|status| field(status, "Name") == "worker-0"), "{all:?}");
+    for status in &all {
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(bits(status, set), 0, "{set}: {status}");
+        }
+        let user = [USER; 4].map(|id| id.to_string()).join("\t");
+        assert_eq!((field(status, "Uid"), field(status, "Gid")), (&*user, &*user), "{status}");
+        assert_eq!((field(status, "Groups"), field(status, "NoNewPrivs")), ("", "1"), "{status}");
+    }
+    let key = fs::metadata(scene.pki.dir().join("ca.key")).expect("the key of the CA");
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o077, 0);
+    for status in threads(daemon.pid()) {
+        let kept = if field(&status, "Name") == "namespaces" { KEPT } else { 0 };
+        assert!(!field(&status, "Name").starts_with("worker-"), "{status}");
+        for set in ["CapPrm", "CapEff"] {
+            assert_eq!(bits(&status, set), kept, "{set}: {status}");
+        }
+        assert_eq!(field(&status, "NoNewPrivs"), "1", "{status}");
+    }
+    stopped(daemon, proxy).await;
+}
+
+async fn endpoints() {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(&[]).await;
+    let proxy = child(&daemon).expect("a proxy process");
+    let get = async |port, path| {
+        http_get(&scene.node, SocketAddr::from(([127, 0, 0, 1], port)), path).await
+    };
+    until("the certificates are issued", async || {
+        get(15021, "/healthz/pods").await.1 == "default/a a serving\ndefault/b b serving\n"
+    })
+    .await;
+    assert_eq!(get(15021, "/healthz/ready").await.0, 200);
+    tool(&scene.a, "nft", &["flush", "ruleset"]).await.ok();
+    daemon.line(&["repaired the rules, which another program had changed"]).await;
+    until("the metrics of the broker have arrived", async || {
+        let metrics = get(15020, "/metrics").await.1;
+        metrics.contains("underpass_pods{state=\"serving\"} 2")
+            && metrics.contains("underpass_rules_repairs_total ")
+            && !metrics.contains("underpass_rules_repairs_total 0")
+            && metrics.contains("underpass_rules_intact 1")
+    })
+    .await;
+    fs::remove_file(scene.folder().join("b.yaml")).expect("removed");
+    daemon.line(&["pod removed", "uid=b"]).await;
+    until("the status has one pod", async || {
+        get(15021, "/healthz/pods").await.1 == "default/a a serving\n"
+    })
+    .await;
+    stopped(daemon, proxy).await;
+}
+
+async fn stopped(mut daemon: Proxy, proxy: u32) {
+    let status = daemon.stop().await;
+    assert!(status.success(), "{status}; the log:\n{}", daemon.log());
+    assert!(!is_running(proxy), "the proxy process has ended");
+}
+
+/// Kills the proxy process or the broker.
+async fn killed(proxy_process: bool) {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(&[]).await;
+    let proxy = child(&daemon).expect("a proxy process");
+    scene.carries_traffic().await;
+    let app = scene.b.listen(APP);
+    if proxy_process {
+        kill(Pid::from_raw(i32::try_from(proxy).expect("a pid")), Signal::SIGKILL).expect("killed");
+        let status = daemon.ended().await;
+        assert_eq!(status.code(), Some(1), "{status}");
+        assert!(daemon.log().contains("the proxy process has ended"), "{}", daemon.log());
+    } else {
+        daemon.signal(Signal::SIGKILL);
+        daemon.ended().await;
+        until("the proxy process has ended", async || !is_running(proxy)).await;
+    }
+    assert!(scene.has_rules().await, "the pods stay closed");
+    scene.a.dial_and_be_refused(scene.to_b()).await;
+    assert!(!app.is_reached(), "no plaintext");
+    drop(app);
+    let daemon = scene.daemon(&[]).await;
+    scene.carries_traffic().await;
+    let proxy = child(&daemon).expect("a proxy process");
+    stopped(daemon, proxy).await;
+}
+
+async fn one_process() {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(&["privileges.broker=off"]).await;
+    assert_eq!(child(&daemon), None);
+    scene.carries_traffic().await;
+    assert!(daemon.stop().await.success(), "{}", daemon.log());
+}
