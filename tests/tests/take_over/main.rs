@@ -82,7 +82,7 @@ async fn old_process_exits() {
     peer.shutdown().await.expect("FIN is sent");
     assert_eq!(read_to_end(&mut client).await, (vec![], End::Fin));
     assert!(old.ended().await.success(), "{}", old.log());
-    old.line(&["the rules belong to another process"]).await;
+    old.line(&["keeping the rules: another process owns them"]).await;
     assert_eq!(scene.client.traces().await, rules);
     scene.connected(Family::V4).await;
 }
