@@ -262,7 +262,7 @@ async fn status_of_many_pods_arrives_in_parts() {
     let scene = Scene::new(&settings(&[]));
     for number in 0..150 {
         let uid = format!("{number:0>250}").parse().unwrap();
-        let namespace = underpass_interception::testing::stand_in_namespace().unwrap();
+        let namespace = underpass_interception::testing::fake_namespace().unwrap();
         drop(scene.registry.add(facts(uid), namespace));
     }
     let (mut uids, mut parts) = (Vec::new(), 0);
