@@ -61,8 +61,8 @@ impl ProbeSockets {
         Ok(Self { v4: open(Domain::IPV4)?, v6, uid, gid })
     }
 
-    /// Prepares a connection for each family whose outbound connections the plan captures, if these
-    /// sockets can open one. Only one probe per family may be in use at a time.
+    /// Prepares a connection for each family whose outbound connections the plan captures. Leaves
+    /// out a family without a socket. Only one probe per family may be in use at a time.
     ///
     /// # Errors
     ///

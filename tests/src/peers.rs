@@ -244,7 +244,7 @@ impl Drop for Server {
     }
 }
 
-/// The end of a connection for its reader.
+/// How a connection ended, as its reader saw it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// FIN: everything was received.

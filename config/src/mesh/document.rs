@@ -68,7 +68,7 @@ impl Document {
             Part::Value(key, node) => root.at(key, Some(&node)).problem("must be a list"),
             Part::Item(section, index, node) => {
                 let list = root.at(section, None);
-                document.item(
+                document.read_item(
                     section,
                     list.item(index, &node),
                     ItemLocation::of(&node.origin),
@@ -89,7 +89,13 @@ impl Document {
         &self.items
     }
 
-    fn item(&mut self, section: &str, item: Cursor<'_>, place: ItemLocation, shared: &mut Shared) {
+    fn read_item(
+        &mut self,
+        section: &str,
+        item: Cursor<'_>,
+        place: ItemLocation,
+        shared: &mut Shared,
+    ) {
         if !item.is_mapping() {
             return item.problem("must be a mapping (key: value)");
         }

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_services_resolve_to_last_by_address_and_to_first_by_range() {
+    fn duplicate_vip_resolves_to_last_service_and_duplicate_range_to_first() {
         for (services, expected) in [
             (&["namespace: ns", "namespace: ns"][..], ["b", "a"]),
             (&["namespace: x", "namespace: ns", "namespace: ns", "namespace: x"], ["c", "b"]),

@@ -32,7 +32,8 @@ pub(crate) struct Setting<T: 'static> {
 #[derive(Debug)]
 pub(crate) struct Kind<T> {
     pub(crate) name: &'static str,
-    /// Whether a flag or variable that starts with a bracket is parsed as YAML.
+    /// Whether the value is a list. Then a flag or variable whose value starts with `[` is parsed as
+    /// YAML.
     pub(crate) is_list: bool,
     /// Parses the value at a place. Returns `None` if the value is absent, or after reporting a
     /// mistake.

@@ -35,7 +35,7 @@ pub struct IdentityFiles {
 /// A certificate authority in a folder, created by `underpass ca init`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalCaSettings {
-    /// The folder.
+    /// The folder of the CA's certificate and key.
     pub dir: PathBuf,
     /// The lifetime of a certificate.
     pub ttl: Duration,

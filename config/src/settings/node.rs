@@ -83,7 +83,7 @@ pub enum PodSourceSettings {
     Zds(PathBuf),
     /// The Unix socket for the CNI plugin `underpass cni`.
     Cni(PathBuf),
-    /// The folder with a file for each pod.
+    /// The folder whose files name the pods, one file for each pod.
     Directory(PathBuf),
 }
 

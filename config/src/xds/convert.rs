@@ -51,8 +51,8 @@ pub enum Rejection {
     /// The policy has an unknown field, which may narrow its matches.
     #[error("unknown field {0}")]
     UnknownField(u32),
-    /// Namespace, service account and trust domain do not form a SPIFFE id.
-    #[error("makes no SPIFFE id: {0}")]
+    /// The identity of the workload is invalid.
+    #[error("namespace, service account and trust domain form no SPIFFE id: {0}")]
     Identity(SpiffeError),
 }
 

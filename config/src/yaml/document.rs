@@ -90,7 +90,7 @@ pub(crate) fn parts(
     origin: &dyn Fn(usize, usize) -> Origin,
     tell: &mut dyn FnMut(Part<'_>),
 ) -> Result<(), SyntaxError> {
-    Loader::new(text, origin).parts(tell)
+    Loader::new(text, origin).report_parts(tell)
 }
 
 impl Node {

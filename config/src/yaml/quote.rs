@@ -20,7 +20,7 @@ pub struct Quoted(Box<str>);
 impl Quoted {
     /// The maximum size of a quote in bytes, without the truncation mark.
     pub const MAX_BYTES: usize = 200;
-    /// The maximum size of a quoted error chain in bytes: several messages with quotes.
+    /// The maximum size of a quoted error chain in bytes. Several messages with quotes fit.
     pub const MAX_CHAIN_BYTES: usize = 1024;
 
     /// Quotes the text that `value` displays. Formatting stops at the limit, so long texts cost no

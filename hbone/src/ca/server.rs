@@ -232,7 +232,7 @@ fn log_refused(peer: SocketAddr) {
     static LIMIT: LogLimit = LogLimit::new("refused connections");
     let reason = "all connection slots are busy with requests";
     if LIMIT.admit(reason) {
-        tracing::warn!(%peer, reason, "connection refused");
+        tracing::warn!(%peer, reason, "refused a client's connection");
     }
 }
 

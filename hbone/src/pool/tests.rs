@@ -254,7 +254,7 @@ async fn full_tunnel_leads_to_second_tunnel() {
 }
 
 #[tokio::test]
-async fn peer_stream_limit_fills_tunnel() {
+async fn tunnel_is_full_at_stream_limit_of_peer() {
     let client = Client::with(2, SETTINGS);
     let mut streams = Vec::new();
     for _ in 0..6 {

@@ -24,7 +24,7 @@ use crate::trust::Authorities;
 use crate::tunnel::io::Io;
 
 /// The maximum number of peers with stored sessions.
-const MAX_PEERS: usize = 1024;
+const MAX_CACHED_PEERS: usize = 1024;
 
 /// The TLS client for one [`Credentials`](crate::Credentials), shared by all its connections.
 #[derive(Debug)]
@@ -126,7 +126,7 @@ impl ClientTls {
             return known.clone();
         }
         // Evict an arbitrary peer: if it is dialled again, that costs one full handshake.
-        if peers.len() >= MAX_PEERS
+        if peers.len() >= MAX_CACHED_PEERS
             && let Some(any) = peers.keys().next().cloned()
         {
             peers.remove(&any);

@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn runs_call_while_operation_waits() {
+    async fn immediate_call_runs_while_operation_waits() {
         let (thread, here) = (thread(), Namespace::current().unwrap());
         let (go, wait) = oneshot::channel::<()>();
         let operation = thread.run(&here, async move |_| wait.await.is_ok());

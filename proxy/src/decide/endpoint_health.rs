@@ -90,7 +90,7 @@ impl EndpointHealth {
 
     /// Locks the state, and ends the ejections that have expired.
     fn lock(&self) -> MutexGuard<'_, KnownEndpoints> {
-        // No code panics between related changes, so the counts are right after a panic.
+        // No code panics between related changes, so the counts are consistent in a poisoned lock.
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(next) = known.next_return {
             let now = Instant::now();

@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rule_totals_count_pods_until_they_recover_or_are_removed() {
+    fn rules_metrics_count_failed_pods_until_recovery_or_removal() {
         let totals = RulesTotals::default();
         let counts = || {
             let Counts { lost, self_test_failed, foreign } = &*totals.0;

@@ -123,7 +123,7 @@ impl SelfTest {
         };
         let claimed = accepted.destination.address() == *destination;
         if claimed {
-            // The test would take a reset for a refused connection.
+            // Close with FIN: the self-test reports a reset as a refused connection.
             end_on_close(&accepted.stream);
         }
         // Fails if the test has already timed out.

@@ -132,7 +132,9 @@ fn report(event: &Event) {
                     "repaired the rules, which another program had changed"
                 );
             }
-            tracing::debug!("difference between the rules:\n{difference}");
+            tracing::debug!(
+                "difference between the installed and the planned rules:\n{difference}"
+            );
         }
         Event::Followed { rules, .. } => {
             tracing::info!(rules, "applied the changed settings to the rules atomically");

@@ -59,9 +59,9 @@ impl Profile {
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    ports::add(&mut suite);
-    tunnelled::add(&mut suite);
-    own::add(&mut suite);
-    source::add(&mut suite);
+    ports::add_tests(&mut suite);
+    tunnelled::add_tests(&mut suite);
+    own::add_tests(&mut suite);
+    source::add_tests(&mut suite);
     suite.run()
 }

@@ -11,7 +11,7 @@ const SERVICE: &str =
     "name: web, hostname: web.example, vips: [\"/10.96.0.1\", \"/fd96::1\"], ports: {80: 8080}";
 const ENDPOINT: &str = ", services: {default/web.example: {80: 8080}}";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in PROFILES {
         for protocol in ["HBONE", "TCP"] {
             profile.test(

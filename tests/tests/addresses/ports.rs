@@ -35,7 +35,7 @@ const TABLE: [(u16, Expected); 7] = [
     (15000, Nothing),
 ];
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in PROFILES {
         for empty in [false, true] {
             let mesh = if empty { "a mesh without the pod" } else { "its mesh" };

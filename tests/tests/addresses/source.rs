@@ -4,7 +4,7 @@ use underpass_tests::{APP, Family, Scene, Suite, exchange};
 
 use crate::{PROFILES, Profile};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in PROFILES {
         profile.test(
             suite,

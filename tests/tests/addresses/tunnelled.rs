@@ -7,7 +7,7 @@ use http::{HeaderMap, StatusCode};
 use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError, Tunnel};
 use underpass_tests::{APP, DEADLINE, Family, HBONE, SERVER, Scene, Suite};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both("a tunnel accepts only its own address as destination", own_address_only);
     suite.test(
         "listeners for captured connections serve no connection without rules",

@@ -15,7 +15,7 @@ use crate::{IN_USE, KEPT, traffic};
 /// istiod's port.
 const PORT: u16 = 15012;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("proxies obtain and renew certificates from ca serve", issued);
     suite.test(
         "a proxy keeps its certificate while the CA is down and renews it afterwards",

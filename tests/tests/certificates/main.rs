@@ -30,8 +30,8 @@ fn main() -> ExitCode {
         "sidecar: a local CA renews certificates although the proxy's user cannot read its key",
         local_ca_of_root,
     );
-    revocation::add(&mut suite);
-    authority::add(&mut suite);
+    revocation::add_tests(&mut suite);
+    authority::add_tests(&mut suite);
     suite.run()
 }
 

@@ -10,7 +10,7 @@ use underpass_tests::{
 
 use crate::KEPT;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a revoked client's connections are terminated and refused", async || {
         let (watched, cut) = (Side::Server, Side::Client);
         revoked_while_connected(watched, cut).await;

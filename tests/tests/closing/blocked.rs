@@ -13,7 +13,7 @@ use crate::{Path, await_socket_error};
 /// A write that takes longer counts as blocked.
 const BLOCKED_AFTER: Duration = Duration::from_millis(500);
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for path in Path::ALL {
         for (client_sends, who) in [(true, "client"), (false, "server")] {
             let name = path.name();

@@ -6,7 +6,7 @@ use underpass_tests::{APP, End, Family, Suite, exchange, read_to_end};
 
 use crate::{BULK_BYTES, Path, await_socket_error, send};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for (path, which, who) in [
         (Path::Outbound, 0, "client"),
         (Path::Inbound, 0, "server"),

@@ -96,11 +96,11 @@ fn main() -> ExitCode {
             },
         );
     }
-    blocked::add(&mut suite);
-    pending::add(&mut suite);
-    peer::add(&mut suite);
-    killed::add(&mut suite);
-    wire::add(&mut suite);
+    blocked::add_tests(&mut suite);
+    pending::add_tests(&mut suite);
+    peer::add_tests(&mut suite);
+    killed::add_tests(&mut suite);
+    wire::add_tests(&mut suite);
     suite.run()
 }
 

@@ -47,7 +47,7 @@ const TABLE: [(Action, End); 11] = [
     (Reset, End::Reset),
 ];
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for (action, outcome) in TABLE {
         suite.test(
             &format!("HBONE client: the peer's {action:?} -> {outcome:?}"),

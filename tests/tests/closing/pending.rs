@@ -10,7 +10,7 @@ use underpass_tests::{
 
 use crate::Path;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for (path, port, pending) in [
         (Path::Outbound, APP, "the connection"),
         (Path::Inbound, APP, "the connection to the application"),

@@ -9,7 +9,7 @@ use underpass_tests::{APP, End, Family, Suite, exchange, read_to_end, until};
 
 use crate::Path;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for path in Path::ALL {
         let name = format!(
             "{}: an orderly end puts one FIN in each direction on the wire and no RST",

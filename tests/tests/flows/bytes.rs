@@ -7,7 +7,7 @@ use underpass_tests::{
     APP, End, Family, Pod, Scene, Server, Suite, carry, exchange, read_to_end, within,
 };
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both(
         "10 MiB pass the tunnel unchanged in both directions at once",
         large_through_the_tunnel,

@@ -45,9 +45,9 @@ fn main() -> ExitCode {
     suite.test_both("A5: a pod reaches itself without the proxy", own_pod);
     suite.test_both("curl gets its page through the tunnel", curl_through_the_tunnel);
     suite.test_both("curl gets its page in plaintext", curl_in_plain);
-    bytes::add(&mut suite);
-    pacing::add(&mut suite);
-    refusals::add(&mut suite);
+    bytes::add_tests(&mut suite);
+    pacing::add_tests(&mut suite);
+    refusals::add_tests(&mut suite);
     suite.run()
 }
 

@@ -7,7 +7,7 @@ use underpass_tests::{APP, Family, Pod, Scene, Suite, tool};
 
 const AVAILABLE: &str = "/proc/sys/net/ipv4/tcp_available_congestion_control";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both("connections within a pod are not paced", async |family| {
         local_connections(family, "distant", &["cubic", "reno"]).await;
     });

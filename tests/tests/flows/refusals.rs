@@ -8,7 +8,7 @@ use underpass_hbone::{ClientSettings, ConnectRequest, Connector, HboneError, Tun
 use underpass_interception::TcpSegment;
 use underpass_tests::{APP, CLIENT, DEADLINE, Family, HBONE, SERVER, Scene, Suite};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both(
         "a client gets RST instead of plaintext when the HBONE member's proxy is down",
         member_without_proxy,

@@ -7,7 +7,7 @@ use underpass_tests::{CLIENT, Pod, Scene, Settings, Suite, tool};
 
 use crate::{AMBIENT, OSM, PROFILES, Profile, SIDECAR};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in PROFILES {
         suite.test(
             &format!("{}: `rules verify` prints the difference and exits with 3", profile.name),

@@ -6,7 +6,7 @@ use underpass_tests::{APP, Family, Scene, Settings, Suite, exchange, tool};
 
 use crate::{PROFILES, SIDECAR};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for family in Family::BOTH {
         for profile in PROFILES {
             let name = format!("refuses connections for another address than the pod's ({family})");

@@ -17,7 +17,7 @@ const INTACT: &str = "underpass_rules_intact";
 /// A port that the client's settings exclude from capture.
 const EXCLUDED: u16 = 9999;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in [AMBIENT, SIDECAR, OSM] {
         profile.test(
             suite,

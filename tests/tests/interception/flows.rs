@@ -8,7 +8,7 @@ use crate::{OSM, PROFILES, Profile, SIDECAR, plain, with_proxies};
 
 const BACKENDS: [&str; 3] = ["nftables", "iptables", "iptables-legacy"];
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in [SIDECAR, OSM] {
         for family in Family::BOTH {
             let name = format!(

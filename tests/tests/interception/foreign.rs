@@ -10,7 +10,7 @@ const FAILED: &[&str] = &["ERROR", "the self-test of the rules failed"];
 const PASSED: &str = "underpass_self_test_passed";
 const FOREIGN: &str = "underpass_foreign_rules";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test(
         "ambient: another program's mark makes the proxy unready until it is removed",
         async || {

@@ -17,7 +17,7 @@ use crate::{AMBIENT, OSM, PROFILES, Profile, SIDECAR, plain};
 const AS_PROXY: &str = "exec setpriv --reuid 1337 --regid 1337 --clear-groups --inh-caps=-all --bounding-set=-all \
                         \"$UNDERPASS\" \"$@\"";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in PROFILES {
         profile.test(suite, "`rules install` blocks a pod until its proxy runs", async move || {
             refuses_connections_until_run(profile).await;

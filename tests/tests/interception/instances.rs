@@ -8,7 +8,7 @@ use underpass_tests::{Pod, Scene, Settings, Suite, error_of, tool, until};
 
 use crate::{AMBIENT, SIDECAR};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test(
         "a second proxy with other ports is refused and the first one continues",
         second_refused,

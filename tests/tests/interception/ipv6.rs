@@ -10,7 +10,7 @@ use crate::{AMBIENT, PROFILES, Profile};
 const PORTS: [u16; 2] = [8081, APP];
 const BACKENDS: [&str; 3] = ["nftables", "iptables", "iptables-legacy"];
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in PROFILES {
         for backend in BACKENDS {
             let name = format!("with {backend}, IPv6 that is enabled after the start is captured");

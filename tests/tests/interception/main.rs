@@ -27,20 +27,20 @@ use underpass_tests::{CLIENT, Family, Pod, Proxy, Scene, Settings, Suite, http_g
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    flows::add(&mut suite);
-    destinations::add(&mut suite);
-    sources::add(&mut suite);
-    privileges::add(&mut suite);
-    tproxy::add(&mut suite);
-    repair::add(&mut suite);
-    fight::add(&mut suite);
-    install::add(&mut suite);
-    foreign::add(&mut suite);
-    instances::add(&mut suite);
-    reload::add(&mut suite);
-    ipv6::add(&mut suite);
-    start::add(&mut suite);
-    commands::add(&mut suite);
+    flows::add_tests(&mut suite);
+    destinations::add_tests(&mut suite);
+    sources::add_tests(&mut suite);
+    privileges::add_tests(&mut suite);
+    tproxy::add_tests(&mut suite);
+    repair::add_tests(&mut suite);
+    fight::add_tests(&mut suite);
+    install::add_tests(&mut suite);
+    foreign::add_tests(&mut suite);
+    instances::add_tests(&mut suite);
+    reload::add_tests(&mut suite);
+    ipv6::add_tests(&mut suite);
+    start::add_tests(&mut suite);
+    commands::add_tests(&mut suite);
     suite.run()
 }
 

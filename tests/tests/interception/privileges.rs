@@ -10,7 +10,7 @@ use crate::{OSM, PROFILES, Profile, SIDECAR};
 const NET_ADMIN: u64 = 1 << 12;
 const NET_RAW: u64 = 1 << 13;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in PROFILES {
         profile.test(suite, "only the namespaces thread has a capability", async move || {
             confines_every_thread(profile).await

@@ -12,7 +12,7 @@ const FOLLOWED: &[&str] = &["applied the changed settings to the rules"];
 const NOTHING_EXCLUDED: &str = "interception: {outbound: {exclude_ports: []}}";
 const SERVER: &str = "interception: {outbound: {exclude_cidrs: [10.1.0.2, 'fd00:1::2']}}";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in [OSM, SIDECAR] {
         profile.test(suite, "exclusions follow the settings file", async move || {
             follows_the_file(profile).await;

@@ -9,7 +9,7 @@ const CHANGED: &[&str] = &["repaired the rules, which another program had change
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in [AMBIENT, SIDECAR, OSM] {
         profile.test(suite, "rules that another program changes are repaired", async move || {
             rules_repaired(profile).await;

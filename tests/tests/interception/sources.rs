@@ -12,7 +12,7 @@ use crate::PROFILES;
 /// The workload whose address the client uses.
 const NEIGHBOUR: &str = "neighbour";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for family in Family::BOTH {
         for profile in PROFILES {
             let name =

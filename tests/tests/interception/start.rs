@@ -8,7 +8,7 @@ use underpass_tests::{APP, Family, Scene, Settings, Suite, error_of, exchange, r
 
 use crate::{PROFILES, Profile, SIDECAR, plain};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test(
         "another program's rule that drops packets is detected before readiness",
         dropped_by_preceding_rule,

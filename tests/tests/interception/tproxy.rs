@@ -10,7 +10,7 @@ use underpass_tests::{APP, Family, Scene, Settings, Suite, exchange, tool, until
 
 use crate::SIDECAR;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     for backend in ["nftables", "iptables", "iptables-legacy"] {
         suite.test_with_users(
             &format!("tproxy with {backend}: the application sees its client, in plaintext and through the tunnel"),

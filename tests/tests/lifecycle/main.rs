@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     suite.test("a restart after a kill installs every rule once", killed_and_restarted);
     suite.test("a restarted proxy serves again", restarted_serves);
     suite.test("`underpass rules remove` removes everything and reports it", rules_remove);
-    start::add(&mut suite);
+    start::add_tests(&mut suite);
     suite.run()
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use underpass::spawn::SpawnError;
 use underpass_tests::{APP, CLIENT, Family, Pod, SERVER, Scene, Settings, Suite, exchange, tool};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a port in use is reported with its setting", port_in_use);
     suite.test("all mistakes in the settings are reported at once with exit code 2", bad_settings);
     suite.test("a broken mesh file is reported with its location and exit code 2", bad_mesh);

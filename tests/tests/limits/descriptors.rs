@@ -11,7 +11,7 @@ use underpass_tests::{
 use crate::sources::add_address;
 use crate::{refused, served, served_until_full};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test(
         "a proxy short of file descriptors pauses accepting, logs it, and recovers",
         accepting_pauses,

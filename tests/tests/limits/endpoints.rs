@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use underpass_tests::{Scene, Suite, http_get};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("probes are served while clients keep the readiness endpoint busy", busy);
     suite.test("probes and scrapes are served while clients keep idle connections", idle);
 }

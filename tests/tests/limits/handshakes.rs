@@ -5,7 +5,7 @@ use underpass_tests::{Dial, Family, HBONE, Pod, Scene, Suite, TlsClient, until};
 
 use crate::sources::add_address;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a handshake beyond limits.handshakes waits", waiting);
     suite.test(
         "a connection without a ClientHello does not count as a handshake",

@@ -26,12 +26,12 @@ fn main() -> ExitCode {
     suite.test("refused connections of a storm are logged once per second and all counted", storm);
     suite.test("a stream beyond limits.connections_per_worker gets status 503", streams_per_worker);
     suite.test("connections beyond limits.accepts_per_second wait and are served", rate);
-    endpoints::add(&mut suite);
-    handshakes::add(&mut suite);
-    sources::add(&mut suite);
-    descriptors::add(&mut suite);
-    tunnels::add(&mut suite);
-    stalled::add(&mut suite);
+    endpoints::add_tests(&mut suite);
+    handshakes::add_tests(&mut suite);
+    sources::add_tests(&mut suite);
+    descriptors::add_tests(&mut suite);
+    tunnels::add_tests(&mut suite);
+    stalled::add_tests(&mut suite);
     suite.run()
 }
 

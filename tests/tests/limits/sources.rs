@@ -7,7 +7,7 @@ use underpass_tests::{APP, Dial, Family, HBONE, Pod, Scene, Server, Suite, tool,
 
 use crate::{refused, served, served_until_full};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both(
         "a client beyond limits.connections_per_source is reset while others are served",
         limit_of_clients,

@@ -21,7 +21,7 @@ const STALLED: u16 = 9001;
 /// The memory of a tunnel besides unread bytes, which are about 1 MiB here (docs/hbone.md).
 const MAX_MEMORY: u64 = 41 << 20;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test(
         "the proxy holds no more memory than the bytes that an application does not read",
         unread_by_application,

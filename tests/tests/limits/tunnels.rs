@@ -19,7 +19,7 @@ const GOAWAY: u8 = 7;
 const MAX_MEMORY: u64 = 50 << 20;
 const TUNNELS: usize = 100;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test(
         "a tunnel beyond limits.tunnels_per_source is reset before its handshake",
         limit_of_source,

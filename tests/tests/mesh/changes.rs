@@ -9,7 +9,7 @@ use underpass_tests::{
 
 use crate::{change, from_client, proxies, usual};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test(
         "a change of a peer's identity in the mesh refuses connections to it",
         other_identity,

@@ -15,7 +15,7 @@ const ADDRESS: ResourceType = ResourceType::Address;
 const POLICY: ResourceType = ResourceType::Authorization;
 const CONNECTED: &str = "connected to the control plane";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a control plane's mesh routes traffic, and its policies apply at once", changes);
     suite.test("connections wait for the first state of the control plane", first_state);
     suite.test("a rejected resource is named, and its last good version stays", rejected);

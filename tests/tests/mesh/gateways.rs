@@ -16,7 +16,7 @@ use crate::{proxies, with_server};
 const TUNNEL_PORT: u16 = 15088;
 const WAYPOINT: &str = ", applicationTunnel: {protocol: PROXY, port: 15088}";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both(
         "a service's waypoint receives client and destination in a PROXY header",
         service_waypoint,

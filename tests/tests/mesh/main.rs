@@ -16,12 +16,12 @@ use underpass_tests::{CLIENT, Mesh, Proxy, SERVER, Scene, Suite};
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    services::add(&mut suite);
-    gateways::add(&mut suite);
-    policies::add(&mut suite);
-    changes::add(&mut suite);
-    settings::add(&mut suite);
-    control_plane::add(&mut suite);
+    services::add_tests(&mut suite);
+    gateways::add_tests(&mut suite);
+    policies::add_tests(&mut suite);
+    changes::add_tests(&mut suite);
+    settings::add_tests(&mut suite);
+    control_plane::add_tests(&mut suite);
     suite.run()
 }
 

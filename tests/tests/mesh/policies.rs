@@ -12,7 +12,7 @@ use underpass_tests::{
 
 use crate::{change, from, from_client, proxies, usual, with_server};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both("only an allowed client is accepted, others get RST", allowed);
     suite.test_both("a denied client is refused even if another policy allows it", denied);
     suite.test("a plaintext connection has no principal", plaintext);

@@ -13,7 +13,7 @@ const SERVICE: &str = "name: web, hostname: web.example, vips: [\"/10.96.0.1\", 
                        cidrVips: [\"/10.97.0.0/16\"], ports: {80: 8080}";
 const ENDPOINT: &str = ", services: {default/web.example: {80: 8080}}";
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both("a service's address leads through the tunnel to its endpoint's port", vip);
     suite.test("any address in a service's CIDR leads to its endpoint", cidr_vip);
     suite.test("a connection to an undefined port of a service gets RST", undefined_port);

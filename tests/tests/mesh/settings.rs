@@ -8,7 +8,7 @@ use underpass_tests::{APP, Dial, End, Family, Mesh, Scene, Server, Suite, read_t
 
 use crate::change;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both(
         "with egress: mesh-only, connections to destinations outside the mesh are refused",
         mesh_only,

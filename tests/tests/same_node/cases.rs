@@ -11,7 +11,7 @@ use underpass_tests::{
 
 use crate::scene::{AccessLog, MODES, Scene, since};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both("policies have the same effect with and without a tunnel", policies);
     suite.test("certificates have the same effect with and without a tunnel", certificates);
     suite.test("settings have the same effect with and without a tunnel", settings);

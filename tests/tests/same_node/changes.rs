@@ -8,7 +8,7 @@ use underpass_tests::{APP, End, Family, Listener, Pki, Suite, exchange, read_to_
 
 use crate::scene::{DRAIN, MODES, Scene, Served};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a policy that forbids an open connection terminates it", policy);
     suite.test("revocation of either certificate terminates an open connection", revocation);
     suite.test("a rotation to another trust terminates an open connection", rotation);

@@ -13,8 +13,8 @@ use underpass_tests::Suite;
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    cases::add(&mut suite);
-    changes::add(&mut suite);
-    streams::add(&mut suite);
+    cases::add_tests(&mut suite);
+    changes::add_tests(&mut suite);
+    streams::add_tests(&mut suite);
     suite.run()
 }

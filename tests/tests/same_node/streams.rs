@@ -12,7 +12,7 @@ use crate::scene::Scene;
 /// More than the bytes after which a connection is spliced.
 const BULK: usize = 16 << 20;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("an abort arrives as an abort, and a half-closed connection continues", ends);
     suite.test_both("bulk arrives whole, and no packet crosses the wire", bulk);
 }

@@ -10,7 +10,7 @@ use underpass::spawn::SpawnError;
 use underpass_interception::{BoundListener, Handover};
 use underpass_tests::{APP, Family, Proxy, Scene, Server, Settings, Suite, tool, until, within};
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test(
         "a take-over with different settings is refused, and the error names the difference",
         different_settings,

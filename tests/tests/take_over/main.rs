@@ -31,7 +31,7 @@ fn main() -> ExitCode {
         "a take-over of the server's proxy fails no stream of clients' tunnels",
         tunnels_continue,
     );
-    suite.test("readiness and metrics are served by the new process", endpoints_of_new_process);
+    suite.test("readiness and metrics are served by the new process", new_process_serves_endpoints);
     suite.test(
         "connections in the old process are reset at timeouts.handover_drain",
         handover_drain_deadline,
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     );
     suite.test_with_users("take-overs work with the profiles sidecar and osm", profiles_by_user);
     suite.test("--take-over without a running process starts normally", without_running_process);
-    failures::add(&mut suite);
+    failures::add_tests(&mut suite);
     suite.run()
 }
 
@@ -172,7 +172,7 @@ async fn tunnels_continue() {
     assert!(old.ended().await.success(), "{}", old.log());
 }
 
-async fn endpoints_of_new_process() {
+async fn new_process_serves_endpoints() {
     let (scene, mut old, _server) = Scene::with_proxies().await;
     let (mut client, mut peer) = scene.connected(Family::V4).await;
     let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;

@@ -20,8 +20,8 @@ fn main() -> ExitCode {
     suite.test("peers of a restarted proxy open new tunnels at once", restarted_proxy);
     suite.test("handshakes are limited per source, and slow ones time out", handshakes);
     suite.test("both proxies log the same trace id", trace);
-    malformed::add(&mut suite);
-    scripted::add(&mut suite);
+    malformed::add_tests(&mut suite);
+    scripted::add_tests(&mut suite);
     suite.run()
 }
 

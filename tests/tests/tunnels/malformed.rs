@@ -21,7 +21,7 @@ const CONTINUATION: u8 = 9;
 
 const END_HEADERS: u8 = 4;
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("malformed frames and headers do not affect other connections", others_unaffected);
     suite.test("malformed requests of an authenticated peer are logged", malformed_requests_logged);
 }

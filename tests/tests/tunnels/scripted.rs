@@ -10,7 +10,7 @@ use underpass_tests::{
     APP, End, Family, HBONE, Listener, Scene, Suite, TlsServer, read_to_end, within,
 };
 
-pub(crate) fn add(suite: &mut Suite) {
+pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a stream refused with REFUSED_STREAM is retried once on a new connection", refused);
     suite.test("a stream beyond GOAWAY's last stream is retried once on a new connection", goaway);
     suite.test("a stream that is refused twice fails its connection", refused_twice);

@@ -122,7 +122,7 @@ fn refuses_unknown_type_and_unusable_name() {
 }
 
 #[test]
-fn refuses_more_resources_than_a_client_holds() {
+fn rejects_resources_above_limit_of_client() {
     let mut session = session();
     let many = |from: usize| (from..from + MAX_RESOURCES / 2).map(|n| resource(&n.to_string(), ""));
     let update = session.receive(response("1", many(0).collect(), &[])).unwrap();

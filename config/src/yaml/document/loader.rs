@@ -44,7 +44,10 @@ impl<'a> Loader<'a> {
         Ok(root)
     }
 
-    pub(super) fn parts(mut self, tell: &mut dyn FnMut(Part<'_>)) -> Result<(), SyntaxError> {
+    pub(super) fn report_parts(
+        mut self,
+        tell: &mut dyn FnMut(Part<'_>),
+    ) -> Result<(), SyntaxError> {
         let (event, span) = match self.begin()? {
             Some((Event::MappingStart(..), _)) => {
                 self.sections(tell)?;

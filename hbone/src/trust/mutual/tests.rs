@@ -90,7 +90,7 @@ async fn rejects_the_same_peers_as_a_handshake_with_the_same_errors() {
 }
 
 #[tokio::test]
-async fn proves_identities_with_aliases_of_their_trust_domain() {
+async fn accepts_identities_in_aliases_of_their_trust_domain() {
     let ca = Ca::root("ours");
     let alias = || Files::new().alias("old").alias("td").trust();
     let client = watched(&(ca.identity(CLIENT, 1), alias()));

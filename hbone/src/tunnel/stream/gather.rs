@@ -26,7 +26,8 @@ pub(super) const SMALL: usize = 1024;
 const MAX_GATHERED: usize = 16 << 10;
 /// The length from which on h2 counts no extra cost for a frame.
 const FREE_FRAME_LENGTH: u64 = 256;
-/// The debt of a connection above which its streams are paced. h2 closes the connection at 25,600.
+/// The debt of a tunnel above which its streams are paced. Small frames add to the debt, large ones
+/// reduce it. h2 closes the connection at 25,600.
 const PACE_ABOVE: u64 = 14_000;
 /// The number of frames that a stream may send at once: a request and its beginning.
 const FREE_FRAMES: u32 = 2;
@@ -120,7 +121,7 @@ impl Gather {
         self.0.get_or_insert_default().sent(open, cost);
     }
 
-    /// Clears the debt when the stream ends.
+    /// Takes the debt of the stream off the tunnel's when the stream ends.
     pub(super) fn settle(&mut self, tunnel_state: &TunnelState) {
         if let Some(state) = &mut self.0 {
             state.settle(tunnel_state);

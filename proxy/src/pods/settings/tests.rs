@@ -27,7 +27,7 @@ fn enrolled(node_settings: &str, pod: &PodFacts) -> Settings {
 }
 
 /// The settings of a pod with one annotation.
-fn with(key: &str, value: &str) -> Settings {
+fn settings_with(key: &str, value: &str) -> Settings {
     enrolled("", &annotated(&[(key, value)]))
 }
 
@@ -124,7 +124,7 @@ fn rejects_unknown_dataplane_mode() {
 #[test]
 fn annotations_set_outbound_capture() {
     let key = |name: &str| format!("traffic.sidecar.istio.io/{name}");
-    let outbound = |name: &str, value: &str| with(&key(name), value).interception.outbound;
+    let outbound = |name: &str, value: &str| settings_with(&key(name), value).interception.outbound;
     let nets: Vec<_> = ["10.0.0.0/8", "fd00::/8"].map(|net| net.parse().unwrap()).into();
     let ranges = "10.0.0.0/8, fd00::/8";
     assert_eq!(outbound("excludeOutboundIPRanges", ranges).exclude_cidrs, nets);
@@ -149,17 +149,21 @@ fn included_ports_add_to_the_included_ranges() {
 #[test]
 fn annotations_set_inbound_capture() {
     let key = |name: &str| format!("traffic.sidecar.istio.io/{name}");
-    let inbound = |name: &str, value: &str| with(&key(name), value).interception.inbound;
+    let inbound = |name: &str, value: &str| settings_with(&key(name), value).interception.inbound;
     assert_eq!(inbound("includeInboundPorts", "80").include_ports, Some(ports([80])));
     assert_eq!(inbound("includeInboundPorts", "*").include_ports, None);
     assert_eq!(inbound("includeInboundPorts", "").include_ports, Some(Vec::new()));
     assert_eq!(inbound("excludeInboundPorts", "80,81").exclude_ports, ports([80, 81]));
     assert_eq!(inbound("excludeInterfaces", "eth1").exclude_interfaces, ["eth1"]);
     for value in ["true", "1", "T"] {
-        assert!(with("ambient.istio.io/bypass-inbound-capture", value).interception.ingress);
+        assert!(
+            settings_with("ambient.istio.io/bypass-inbound-capture", value).interception.ingress
+        );
     }
-    assert!(!with("ambient.istio.io/bypass-inbound-capture", "false").interception.ingress);
-    let virtual_interfaces = with("istio.io/reroute-virtual-interfaces", "net1,net2");
+    assert!(
+        !settings_with("ambient.istio.io/bypass-inbound-capture", "false").interception.ingress
+    );
+    let virtual_interfaces = settings_with("istio.io/reroute-virtual-interfaces", "net1,net2");
     assert_eq!(virtual_interfaces.interception.virtual_interfaces, ["net1", "net2"]);
 }
 

@@ -75,7 +75,7 @@ fn entry_has_the_indent_of_its_neighbours() {
 }
 
 #[test]
-fn entry_of_another_socket_is_replaced_in_its_place() {
+fn plugin_entry_with_other_socket_path_is_replaced_in_position() {
     let text = format!(
         r#"{{"name":"n","cniVersion":"1.0.0","plugins":[{{"type":"a"}},{},{{"type":"b"}}]}}"#,
         ENTRY.replace("cni.sock", "old.sock")
