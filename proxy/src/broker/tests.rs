@@ -211,9 +211,8 @@ async fn survives_messages_that_are_malformed_or_forbidden() {
         format!(
             r#"{{"Request":{{"number":1,"request":{{"Sockets":{{"of":{{"Pod":{pod}}},"kind":{{"v6":false,"workload":true,"mark":0}},"count":1}}}}}}}}"#
         ),
-        format!(
-            r#"{{"Request":{{"number":1,"request":{{"Sockets":{{"of":{{"Path":"/proc/1/ns/net"}},"kind":{{"v6":false,"workload":false}},"count":1}}}}}}}}"#
-        ),
+        r#"{"Request":{"number":1,"request":{"Sockets":{"of":{"Path":"/proc/1/ns/net"},"kind":{"v6":false,"workload":false},"count":1}}}}"#
+            .to_owned(),
         r#"{"Done":{"number":999,"outcome":{"Ok":"Done"}}}"#.to_owned(),
         "x".repeat(MAX_MESSAGE + 1),
     ];

@@ -41,14 +41,14 @@ impl KeyGenerations {
 }
 
 /// A deterministic key schedule that replaces rustls.
-struct KeySchedule {
+struct TestKeySchedule {
     sealing: KeyGenerations,
     opening: KeyGenerations,
     client: bool,
     tickets: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
-impl KeySchedule for KeySchedule {
+impl KeySchedule for TestKeySchedule {
     fn next_sealing(&mut self) -> Result<RecordKey, Error> {
         self.sealing.next()
     }
@@ -181,7 +181,12 @@ pub(super) fn pair_with(
     let keys = Keys {
         sealing: from_us().key()?,
         opening: to_us().key()?,
-        schedule: Box::new(KeySchedule { sealing: from_us(), opening: to_us(), client, tickets }),
+        schedule: Box::new(TestKeySchedule {
+            sealing: from_us(),
+            opening: to_us(),
+            client,
+            tickets,
+        }),
         limit,
     };
     Ok((TlsStream::new(wire, keys, early), peer))

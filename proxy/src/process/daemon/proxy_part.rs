@@ -22,7 +22,7 @@ use crate::traffic::listeners::{EndpointKind, Listeners};
 /// The proxy part before this process drops its privileges.
 pub(super) enum PreparedProxy {
     InProcess(Box<LoadedNode>, Listeners<EndpointKind>),
-    Process(ProxyProcess),
+    Process(Box<ProxyProcess>),
 }
 
 /// The proxy part.
@@ -42,7 +42,7 @@ impl PreparedProxy {
     ) -> Result<Self, CommandError> {
         if let Some(user) = child::user(settings) {
             let started = ProxyProcess::start(user, settings, endpoints, supervisor).await;
-            return started.map(Self::Process);
+            return started.map(|process| Self::Process(Box::new(process)));
         }
         let node = LoadedNode::load(settings, access, None, watcher, supervisor)?;
         Ok(Self::InProcess(Box::new(node), endpoints))
@@ -54,7 +54,7 @@ impl PreparedProxy {
             Self::InProcess(node, endpoints) => {
                 ProxyPart::InProcess(node.serve(endpoints, supervisor).await?)
             }
-            Self::Process(process) => ProxyPart::Process(process),
+            Self::Process(process) => ProxyPart::Process(*process),
         })
     }
 }
