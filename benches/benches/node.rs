@@ -91,7 +91,7 @@ async fn measure(options: &Options) {
     );
     println!(
         "the idle node: {after}; {:.2} wake-ups/s, {:.1} ms CPU/s",
-        (later.switches - after.switches) / seconds,
+        (later.wakeups - after.wakeups) / seconds,
         (later.cpu_seconds - after.cpu_seconds) / seconds * 1000.0,
     );
     drop(daemon);

@@ -17,8 +17,9 @@ pub struct Idle {
     pub threads: usize,
     /// The number of inotify instances.
     pub inotify: usize,
-    /// The number of context switches to the current threads, each since its start.
-    pub switches: f64,
+    /// How often the current threads have waited, each since its start. Preemptions do not count,
+    /// since they depend on the load of the machine.
+    pub wakeups: f64,
     /// The CPU time in seconds.
     pub cpu_seconds: f64,
 }
@@ -61,7 +62,7 @@ impl Idle {
             descriptors: open_files(process),
             threads: tasks.len(),
             inotify: list("fd").iter().filter(|file| is_inotify(file)).count(),
-            switches: tasks.iter().map(|task| switches(&status(task))).sum(),
+            wakeups: tasks.iter().map(|task| wakeups(&status(task))).sum(),
             cpu_seconds: cpu_seconds(&[process]),
         }
     }
@@ -93,8 +94,8 @@ fn sum(text: &str, start: &str) -> f64 {
     values.filter_map(|line| line.split_whitespace().nth(1)?.parse::<f64>().ok()).sum()
 }
 
-fn switches(status: &str) -> f64 {
-    sum(status, "voluntary_ctxt_switches") + sum(status, "nonvoluntary_ctxt_switches")
+fn wakeups(status: &str) -> f64 {
+    sum(status, "voluntary_ctxt_switches")
 }
 
 #[cfg(test)]
@@ -102,9 +103,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sums_context_switches_and_private_memory() {
+    fn reads_wakeups_and_private_memory() {
         let status = "Name:\tx\nvoluntary_ctxt_switches:\t7\nnonvoluntary_ctxt_switches:\t2\n";
-        assert_eq!(switches(status), 9.0);
+        assert_eq!(wakeups(status), 7.0);
         let rollup = "Rss: 99 kB\nPrivate_Clean: 10 kB\nPrivate_Dirty: 5 kB\n";
         assert_eq!(sum(rollup, "Private_"), 15.0);
     }
@@ -112,6 +113,6 @@ mod tests {
     #[test]
     fn reads_this_process() {
         let idle = Idle::of_one(std::process::id());
-        assert!(idle.private_kib > 0.0 && idle.threads > 0 && idle.switches > 0.0, "{idle}");
+        assert!(idle.private_kib > 0.0 && idle.threads > 0 && idle.wakeups > 0.0, "{idle}");
     }
 }

@@ -14,6 +14,7 @@ mod pod;
 mod settings;
 #[doc(hidden)]
 pub mod testing;
+mod ticks;
 mod watch;
 mod xds;
 mod yaml;
@@ -49,6 +50,7 @@ pub use settings::{
     SeriesSettings, Settings, SpireApi, SpireSettings, TakeOver, Timeouts, TrustSettings,
     TunnelSettings, WorkloadSettings, XdsHeader, XdsSettings,
 };
+pub use ticks::{interval_at_multiples, next_multiple};
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
 pub use watch::{FileWatch, FileWatcher, FolderFilesWatch};
 pub use xds::control_plane::{Applied, ControlPlane, LocalWorkloads};

@@ -23,6 +23,7 @@ use self::events::FolderEvents;
 use self::hub::{Hub, Subscription};
 use self::relevant::FilesOfFolder;
 use crate::error::{ConfigErrors, Reason};
+use crate::ticks::next_multiple;
 
 /// The maximum delay of a read while the file is replaced repeatedly.
 const MAX_SETTLE_TIME: Duration = Duration::from_secs(1);
@@ -103,7 +104,7 @@ impl FileWatcher {
         Ok(PathWatch {
             path,
             subscription,
-            look_at: Instant::now() + POLL_INTERVAL,
+            look_at: next_multiple(POLL_INTERVAL),
             settled_by: None,
         })
     }
@@ -143,7 +144,7 @@ impl PathWatch {
                     self.look_at = by.min(now + pause);
                 }
                 () = sleep_until(self.look_at) => {
-                    self.look_at = Instant::now() + POLL_INTERVAL;
+                    self.look_at = next_multiple(POLL_INTERVAL);
                     self.settled_by = None;
                     // The next poll retries watching folders that cannot be watched now.
                     self.subscription.follow().ok();

@@ -1,10 +1,13 @@
-//! Measures the memory and the threads of an idle pod. A separate test binary, because other tests
-//! in the process would be measured too.
+//! Measures the memory, the threads and the wake-ups of idle pods. A separate test binary, because
+//! other tests in the process would be measured too.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs;
+use std::future::pending;
 use std::process::ExitCode;
+use std::time::Duration;
 
+use tokio::time::timeout;
 use underpass::testing::TestNode;
 use underpass_tests::{Mesh, Pki, Settings, Suite, World, until};
 
@@ -12,10 +15,15 @@ use underpass_tests::{Mesh, Pki, Settings, Suite, World, until};
 const MAX_KIB_PER_POD: u64 = 200;
 /// The number of pods that are measured together, after a first one that initializes the process.
 const PODS: u64 = 16;
+/// The time in which wake-ups are counted: two intervals of the checks that every pod needs.
+const COUNTED: Duration = Duration::from_secs(10);
+/// The maximum number of wake-ups in that time. One check of one pod wakes the process up to three
+/// times, as tokio's timers approach an instant in up to three steps.
+const MAX_WAKEUPS: u64 = 2 * PODS;
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
-    suite.test("an idle pod needs less than 200 KiB and no thread", idle_pod_cost);
+    suite.test("an idle pod needs less than 200 KiB, no thread and no wake-up", idle_pod_cost);
     suite.run()
 }
 
@@ -43,6 +51,23 @@ async fn idle_pod_cost() {
     assert!(each < MAX_KIB_PER_POD, "{each} KiB");
     // Threads that close netlink sockets end by themselves.
     until("as few threads as with one pod", async || threads() <= tasks).await;
+    let before = wakeups();
+    // Nothing to wait for: the wake-ups of a period are counted.
+    timeout(COUNTED, pending::<()>()).await.ok();
+    let count = wakeups().saturating_sub(before);
+    assert!(count < MAX_WAKEUPS, "{count} wake-ups in {COUNTED:?}");
+}
+
+/// The number of times that the threads of this process have waited. Preemptions do not count,
+/// because they depend on the load of the machine.
+fn wakeups() -> u64 {
+    let tasks = fs::read_dir("/proc/self/task").expect("its threads");
+    let counts = tasks.filter_map(|task| {
+        let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+        let line = status.lines().find(|line| line.starts_with("voluntary_ctxt_switches:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    counts.sum()
 }
 
 /// The memory of this process that it shares with no other process (proc_pid_smaps(5)).

@@ -6,7 +6,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
+use underpass_config::next_multiple;
 
 use crate::clock;
 
@@ -22,8 +23,7 @@ const LAST_RETRY_WITHOUT: Duration = Duration::from_secs(15);
 const RENEWAL_JITTER: f64 = 0.1;
 const RETRY_JITTER: f64 = 0.2;
 
-/// The interval at which timers read the wall clock again, since it may be set. They all read it at
-/// whole minutes, so that any number of them wakes an idle process once a minute.
+/// The interval at which timers read the wall clock again, since it may be set.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The time of the next certificate request.
@@ -82,15 +82,9 @@ pub(crate) async fn reached(time: SystemTime) {
         if left.is_zero() {
             return;
         }
-        sleep(left.min(until_next_clock_check(now))).await;
+        let due = Instant::now() + left.min(CLOCK_CHECK_INTERVAL);
+        sleep_until(next_multiple(CLOCK_CHECK_INTERVAL).min(due)).await;
     }
-}
-
-/// The time until the next whole minute, at which all timers read the clock.
-fn until_next_clock_check(now: SystemTime) -> Duration {
-    let since_1970 = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let passed = since_1970.as_nanos() % CLOCK_CHECK_INTERVAL.as_nanos();
-    CLOCK_CHECK_INTERVAL - Duration::from_nanos(u64::try_from(passed).unwrap_or_default())
 }
 
 /// The delay before renewing a certificate that is valid for another `left`. `chance`, from -1 to
@@ -153,17 +147,6 @@ mod tests {
         assert!((12..=18).contains(&pause_of(&mut schedule).await));
         schedule.succeeded(clock::now() + HOUR);
         assert!((120..=180).contains(&pause_of(&mut schedule).await));
-    }
-
-    #[test]
-    fn waits_read_the_clock_at_whole_minutes() {
-        let at = |millis| SystemTime::UNIX_EPOCH + Duration::from_millis(millis);
-        assert_eq!(until_next_clock_check(at(120_000)), CLOCK_CHECK_INTERVAL);
-        assert_eq!(
-            until_next_clock_check(at(120_001)),
-            CLOCK_CHECK_INTERVAL - Duration::from_millis(1)
-        );
-        assert_eq!(until_next_clock_check(at(179_999)), Duration::from_millis(1));
     }
 
     #[test]

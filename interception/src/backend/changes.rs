@@ -6,14 +6,14 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio::time::Interval;
+use underpass_config::interval_at_multiples;
 
 use crate::backend::Backend;
 use crate::backend::iptables::Variant;
@@ -143,21 +143,6 @@ async fn has_legacy_tables(access: &NamespaceAccess, tables: &mut LegacyTables) 
     tables.exist().unwrap_or_default()
 }
 
-/// Ticks at multiples of `period` since the first call in this process, so that polling many
-/// namespaces wakes an idle process as often as polling one.
-fn interval_at_multiples(period: Duration) -> Interval {
-    static FIRST_CALL: OnceLock<Instant> = OnceLock::new();
-    let now = Instant::now();
-    let passed = now.saturating_duration_since(*FIRST_CALL.get_or_init(|| now));
-    let since_multiple = Duration::from_nanos(
-        u64::try_from(passed.as_nanos() % period.as_nanos().max(1)).unwrap_or_default(),
-    );
-    let mut interval = interval_at(now + (period - since_multiple), period);
-    // After a delay, continue at the next multiple.
-    interval.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    interval
-}
-
 impl Notifications {
     fn new(socket: OwnedFd) -> Result<Self, InterceptionError> {
         #[expect(
@@ -193,19 +178,4 @@ fn receive(socket: &OwnedFd) -> io::Result<()> {
 
 fn failed(source: io::Error) -> InterceptionError {
     InterceptionError::Netlink { operation: OPERATION, source }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn polling_many_namespaces_wakes_the_process_once_per_interval() {
-        let mut first = interval_at_multiples(FOREIGN_INTERVAL);
-        tokio::time::advance(Duration::from_millis(1700)).await;
-        let mut second = interval_at_multiples(FOREIGN_INTERVAL);
-        for _ in 0..3 {
-            assert_eq!(first.tick().await, second.tick().await);
-        }
-    }
 }

@@ -12,9 +12,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use tokio::time::{MissedTickBehavior, interval};
 use underpass_config::{
     ConfigErrors, FileWatcher, Hint as _, PodDocument, PodFile, PodFolder, PodUid,
+    interval_at_multiples,
 };
 use underpass_interception::{InterceptionError, Namespace, NamespaceId};
 
@@ -77,8 +77,7 @@ impl DirectorySource {
     }
 
     async fn follow(mut self, registry: PodRegistry, health: SourceHealth) -> ! {
-        let mut look = interval(NAMESPACE_POLL_INTERVAL);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut look = interval_at_multiples(NAMESPACE_POLL_INTERVAL);
         self.read_files(&registry, &health);
         loop {
             tokio::select! {

@@ -4,11 +4,9 @@
 //! The interception crate defines the rule. `decide/policy.rs` exempts probes that reach the proxy
 //! from `proxy.mtls`.
 
-use std::sync::OnceLock;
 use std::time::Duration;
 
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
-use underpass_config::{InterceptionSettings, KubeletProbes, Profile};
+use underpass_config::{InterceptionSettings, KubeletProbes, Profile, interval_at_multiples};
 use underpass_interception::{
     Interception, KUBELET_PROBE_IN, KUBELET_PROBE_V4, KUBELET_PROBE_V6, RuleCounter,
 };
@@ -18,17 +16,6 @@ use crate::observe::metrics;
 
 /// The interval of reading the rule's counter, and so the minimum time between two log lines.
 const READ_INTERVAL: Duration = Duration::from_secs(60);
-
-/// The times of reading counters. They are the same for all pods, so that many pods wake the
-/// process as rarely as one.
-fn readings() -> Interval {
-    static FIRST: OnceLock<Instant> = OnceLock::new();
-    let first = *FIRST.get_or_init(Instant::now);
-    let mut readings = interval_at(first, READ_INTERVAL);
-    // The first tick is immediate, the others at multiples of the interval.
-    readings.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    readings
-}
 
 /// Logs the exempt ports. Only the ambient profile identifies the kubelet by its source address.
 pub(crate) fn warn(settings: &InterceptionSettings) {
@@ -52,24 +39,24 @@ pub(crate) async fn watch(rules: Option<&Interception>) {
     let Some(interception) = rules else { return };
     metrics::kubelet_probes(0);
     let mut increase = CounterIncrease::default();
-    let mut readings = readings();
+    let mut readings = interval_at_multiples(READ_INTERVAL);
     loop {
-        readings.tick().await;
-        let counters = match interception.counters().await {
-            Ok(counters) => counters,
-            Err(error) => {
-                tracing::debug!(error = chain(&error), "cannot read the rules' counters");
-                continue;
-            }
-        };
-        let connections = increase.to(exempted(&counters));
-        if connections > 0 {
-            metrics::kubelet_probes(connections);
-            tracing::info!(
-                connections,
-                "connections from the kubelet's probe address bypassed the proxy (interception.kubelet_probes)"
-            );
+        match interception.counters().await {
+            Ok(counters) => report(increase.to(exempted(&counters))),
+            Err(error) => tracing::debug!(error = chain(&error), "cannot read the rules' counters"),
         }
+        readings.tick().await;
+    }
+}
+
+/// Counts and logs connections that the rules have exempted.
+fn report(connections: u64) {
+    if connections > 0 {
+        metrics::kubelet_probes(connections);
+        tracing::info!(
+            connections,
+            "connections from the kubelet's probe address bypassed the proxy (interception.kubelet_probes)"
+        );
     }
 }
 

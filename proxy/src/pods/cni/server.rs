@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{sleep, timeout};
+use underpass_config::interval_at_multiples;
 use underpass_interception::{Handover, Namespace};
 
 use super::attachment::{AttachedPod, Attachment, NetworkName};
@@ -50,8 +51,7 @@ pub(super) async fn serve(
 ) -> Infallible {
     let calls = Arc::new(Semaphore::new(MAX_CONCURRENT_CALLS));
     let mut tasks = JoinSet::new();
-    let mut sweep = interval(SWEEP_INTERVAL);
-    sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut sweep = interval_at_multiples(SWEEP_INTERVAL);
     loop {
         let accept = async {
             // Fails only if the semaphore is closed.

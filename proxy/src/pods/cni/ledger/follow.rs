@@ -8,8 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until};
-use underpass_config::{Hint as _, PodUid};
+use tokio::time::{Instant, sleep_until};
+use underpass_config::{Hint as _, PodUid, next_multiple};
 
 use super::{Entry, Ledger};
 use crate::error::chain;
@@ -55,7 +55,7 @@ impl Ledger {
                 () = origin.changed() => {}
                 () = self.changed.notified() => {}
                 () = grace_ends => {}
-                () = sleep(LOOK_AT_RESULTS) => {}
+                () = sleep_until(next_multiple(LOOK_AT_RESULTS)) => {}
             }
         }
     }
