@@ -40,7 +40,7 @@ impl Idle {
             descriptors: self.descriptors + other.descriptors,
             threads: self.threads + other.threads,
             inotify: self.inotify + other.inotify,
-            switches: self.switches + other.switches,
+            wakeups: self.wakeups + other.wakeups,
             cpu_seconds: self.cpu_seconds + other.cpu_seconds,
         }
     }

@@ -53,6 +53,8 @@ pub(crate) struct Node {
     pub(crate) deadlines: Deadlines,
     pub(crate) tunnels: TunnelSettings,
     pub(crate) same_node: SameNode,
+    /// Whether the process serves the pods of a node, not one fixed pod.
+    pub(crate) has_many_pods: bool,
     pub(crate) pods: ServedPods,
     pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
     pub(crate) resolver: Arc<Resolver>,
@@ -79,6 +81,7 @@ impl Node {
             deadlines: (&settings.timeouts).into(),
             tunnels: settings.tunnels.clone(),
             same_node: settings.proxy.same_node,
+            has_many_pods: settings.node.pods.is_some(),
             pods: ServedPods::default(),
             mesh,
             resolver: Arc::new(Resolver::system(Handle::current())),

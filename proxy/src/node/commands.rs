@@ -24,6 +24,10 @@ pub(super) async fn execute(
     let enforcing = worker.clone();
     let enforcing = async move { enforcing.enforce(&reporter).await };
     let _enforcing = supervisor.essential("enforcement of the mesh", enforcing);
+    let _turns = worker
+        .turns
+        .clone()
+        .map(|turns| supervisor.essential("turns of pods", async move { turns.give().await }));
     let mut listeners: HashMap<PodId, JoinSet<()>> = HashMap::new();
     loop {
         let command = tokio::select! {

@@ -23,11 +23,13 @@ use crate::node::Node;
 use crate::node::assignment::{Assignment, WorkerCommand};
 use crate::node::pod::{Pod, PodId};
 use crate::node::worker::seat::Seat;
+use crate::node::worker::turns::{InTurn, Turns};
 use crate::observe::metrics::KnownSeries;
 use crate::traffic::listeners::Kind;
 use crate::traffic::{inbound, outbound};
 
 pub(crate) mod seat;
+pub(crate) mod turns;
 
 /// State that the connections of one worker share.
 #[derive(Debug)]
@@ -35,6 +37,8 @@ pub(crate) struct Worker {
     pub(crate) node: Arc<Node>,
     pub(crate) index: usize,
     pub(crate) series: KnownSeries,
+    /// The turns of the pods; `None` if there is one pod.
+    pub(crate) turns: Option<Turns>,
     /// The command channels of all workers, including this one.
     workers: Arc<[mpsc::Sender<WorkerCommand>]>,
     /// The seats of the pods that have a connection or a tunnel on this worker. Only this worker's
@@ -49,7 +53,8 @@ impl Worker {
         workers: Arc<[mpsc::Sender<WorkerCommand>]>,
     ) -> Arc<Self> {
         let series = KnownSeries::new(node.series.clone());
-        Arc::new(Self { node, index, series, workers, seats: Mutex::default() })
+        let turns = node.has_many_pods.then(Turns::default);
+        Arc::new(Self { node, index, series, turns, workers, seats: Mutex::default() })
     }
 
     /// The seat of `pod`, created for the first connection of the pod on this worker.
@@ -95,17 +100,20 @@ impl Worker {
     /// Serves a connection on this worker until it ends or is terminated.
     pub(crate) fn serve(self: &Arc<Self>, assignment: Assignment) {
         let seat = self.seat(&assignment.pod);
+        let (turns, pod) = (self.turns.as_ref(), assignment.pod.id);
         // Separate task types: otherwise every connection would need the memory of a tunnel.
         match assignment.accepted.kind {
             Kind::Outbound => {
-                tokio::spawn(log_panic("outbound connection", outbound::serve(seat, assignment)))
+                let serving = InTurn::new(turns, pod, outbound::serve(seat, assignment));
+                tokio::spawn(log_panic("outbound connection", serving))
             }
             Kind::Plaintext => {
-                let serving = inbound::serve_plaintext(seat, assignment);
+                let serving = InTurn::new(turns, pod, inbound::serve_plaintext(seat, assignment));
                 tokio::spawn(log_panic("inbound connection", serving))
             }
             Kind::Hbone => {
-                tokio::spawn(log_panic("tunnel of a peer", inbound::serve_tunnel(seat, assignment)))
+                let serving = InTurn::new(turns, pod, inbound::serve_tunnel(seat, assignment));
+                tokio::spawn(log_panic("tunnel of a peer", serving))
             }
         };
     }

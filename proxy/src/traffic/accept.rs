@@ -32,6 +32,9 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// that a burst overflows the accept queue (4096). Clients whose packets are dropped wait for
 /// seconds.
 const ACCEPTS_AT_ONCE: usize = 512;
+/// The same for a pod that takes turns with others: eight take about as long as one poll of a new
+/// connection.
+const ACCEPTS_IN_TURN: usize = 8;
 
 /// A listener of a pod, on the worker that accepts its connections.
 struct Listening {
@@ -78,9 +81,13 @@ async fn accept_forever(listening: &Listening) {
     }
     let Limits { descriptors, accepts_per_second, .. } = &worker.node.limits;
     let mut rate = accepts_per_second.map(Rate::new);
-    for accepted in (1..=ACCEPTS_AT_ONCE).cycle() {
-        if accepted == ACCEPTS_AT_ONCE {
-            yield_now().await;
+    let at_once = if worker.turns.is_some() { ACCEPTS_IN_TURN } else { ACCEPTS_AT_ONCE };
+    for accepted in (1..=at_once).cycle() {
+        if accepted == at_once {
+            match &worker.turns {
+                Some(turns) => turns.accept(pod.id).await,
+                None => yield_now().await,
+            }
         }
         if !pod.limits.has_room(demand(*kind)) {
             let _paused = descriptors.pause(kind.name(), Shortage::Descriptors);

@@ -33,6 +33,7 @@ use crate::error::ProxyError;
 use crate::limits::{Refusal, Ticket};
 use crate::node::assignment::Assignment;
 use crate::node::worker::seat::Seat;
+use crate::node::worker::turns::InTurn;
 use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts};
@@ -206,6 +207,7 @@ async fn accept_tunnel(
         let origin = RequestOrigin { client, here: destination.address(), peer };
         let asked = TunnelRequest { request, origin };
         let serving = serve_request(seat.clone(), asked, registration, admitted);
+        let serving = InTurn::new(seat.worker.turns.as_ref(), seat.pod.id, serving);
         tokio::spawn(log_panic("stream of a tunnel", serving));
     }
     if let Some(limit) = tunnel.exceeded() {
