@@ -25,6 +25,9 @@ const MIN_RESERVE: usize = 64;
 const RESERVED_PART: usize = 50;
 /// The descriptors of a worker's runtime: epoll twice, its waker, signals.
 const DESCRIPTORS_PER_WORKER: usize = 4;
+/// The descriptors of an idle pod of a node: its namespace, listeners, lists of legacy tables and
+/// notifications of changed rules.
+const DESCRIPTORS_PER_POD: usize = 16;
 /// The time without a pause after which a shortage is over. It also limits the log to two lines per
 /// shortage.
 const RECOVERY_TIME: Duration = Duration::from_secs(1);
@@ -112,6 +115,11 @@ impl Descriptors {
     pub(super) fn hold(&self, budget: &Arc<Budget>, count: usize) -> FdPermit {
         budget.take_beyond_limit(count);
         FdPermit { descriptors: self.clone(), budget: budget.clone(), count }
+    }
+
+    /// Takes the descriptors that a pod of a node needs without connections.
+    pub(crate) fn hold_of_idle_pod(&self) -> FdPermit {
+        self.hold(&self.0.budget, DESCRIPTORS_PER_POD)
     }
 
     /// The number of descriptors that connections, pipes and pooled tunnels may use together.
@@ -291,6 +299,19 @@ mod tests {
         assert_eq!((fill(&pod.outbound), fill(&pod.inbound)), (36, 9));
         let other = descriptors.of_pod();
         assert!(fill(&other.inbound) >= 2, "another pod gets some too");
+    }
+
+    #[test]
+    fn idle_pods_leave_fewer_descriptors_to_connections() {
+        let descriptors = descriptors(48);
+        let pod = descriptors.of_pod();
+        let before = pod.inbound.free();
+        let idle = [descriptors.hold_of_idle_pod(), descriptors.hold_of_idle_pod()];
+        assert!(
+            pod.inbound.free() < before && pod.inbound.take(48 - 2 * DESCRIPTORS_PER_POD).is_err()
+        );
+        drop(idle);
+        assert_eq!((pod.inbound.free(), descriptors.0.budget.used()), (before, 0));
     }
 
     #[tokio::test]

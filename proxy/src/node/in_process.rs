@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
+use crate::limits::FdPermit;
 use crate::node::Node;
 use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
 use crate::node::identities::Identities;
@@ -37,7 +38,10 @@ impl InProcess {
         let credentials =
             identities.map(|identities| identities.lease_awaited(&settings.workload.spiffe_id));
         let pod = Pod::open(&self.node, &settings, &access, credentials, interception).await?;
-        let served = LocalPod { pod: Arc::new(pod), workers: self.workers };
+        let descriptors = &self.node.limits.descriptors;
+        let descriptors = self.node.has_many_pods.then(|| descriptors.hold_of_idle_pod());
+        let served =
+            LocalPod { pod: Arc::new(pod), workers: self.workers, _descriptors: descriptors };
         let added = served.workers.add_listeners(&served.pod, listeners.into_kinds()).await;
         if let Err(error) = added {
             served.stop_accepting().await;
@@ -53,6 +57,8 @@ impl InProcess {
 struct LocalPod {
     pod: Arc<Pod>,
     workers: Workers,
+    /// The descriptors of an idle pod of a node. A fixed pod's were open when they were counted.
+    _descriptors: Option<FdPermit>,
 }
 
 impl ServedPod for LocalPod {
