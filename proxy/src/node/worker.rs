@@ -112,8 +112,8 @@ impl Worker {
                 tokio::spawn(log_panic("inbound connection", serving))
             }
             Kind::Hbone => {
-                let serving = InTurn::new(turns, pod, inbound::serve_tunnel(seat, assignment));
-                tokio::spawn(log_panic("tunnel of a peer", serving))
+                // Its handshake and its streams take turns.
+                tokio::spawn(log_panic("tunnel of a peer", inbound::serve_tunnel(seat, assignment)))
             }
         };
     }

@@ -2,8 +2,9 @@
 //! probes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use underpass_interception::Changes;
+use underpass_interception::{Changes, InterceptionError};
 
 use underpass_config::Hint as _;
 
@@ -96,6 +97,7 @@ impl RuleWatch {
         let Some(mut reconciler) = reconciler else { return };
         let mut settings = self.capture.current_settings();
         let access = reconciler.access();
+        let mut failed = false;
         loop {
             // The gate waits for a started repair, because until its end no other process may
             // change the rules.
@@ -105,14 +107,31 @@ impl RuleWatch {
                 reconciler.verify_now();
                 continue;
             };
-            report(&event);
+            report(&event, failed);
+            failed = matches!(event, Event::Failed { .. });
             self.health.set_intact(event.is_intact());
         }
     }
 }
 
-/// Logs and counts an event.
-fn report(event: &Event) {
+/// Logs a failure, as an error if it is `repeated`. The first one can be the end of the pod:
+/// container runtimes disable the loopback interface of a pod before they delete it.
+fn report_failure(error: &InterceptionError, pause: Duration, repeated: bool) {
+    let (error, hint) = (chain(error), error.hint());
+    if repeated {
+        tracing::error!(
+            error,
+            hint = hint.as_deref(),
+            ?pause,
+            "cannot watch or repair the rules, retrying"
+        );
+    } else {
+        tracing::debug!(error, ?pause, "cannot watch or repair the rules once");
+    }
+}
+
+/// Logs and counts an event. `has_failed`: the event before was a failure.
+fn report(event: &Event, has_failed: bool) {
     match event {
         Event::Repaired { difference, took, fight } => {
             let (missing, unexpected) = difference.counts();
@@ -153,14 +172,6 @@ fn report(event: &Event) {
                 "another program changes the rules repeatedly: the workload's traffic is blocked until it stops\n{difference}"
             );
         }
-        Event::Failed { error, pause } => {
-            let (error, hint) = (chain(error), error.hint());
-            tracing::error!(
-                error,
-                hint = hint.as_deref(),
-                ?pause,
-                "cannot watch or repair the rules, retrying"
-            );
-        }
+        Event::Failed { error, pause } => report_failure(error, *pause, has_failed),
     }
 }

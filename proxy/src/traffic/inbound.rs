@@ -187,7 +187,9 @@ async fn accept_tunnel(
     ticket: &Ticket,
 ) -> Result<(), ProxyError> {
     let endpoints = seat.tunnel_endpoints(destination.address()).await?;
-    let mut tunnel = handshake(seat, &endpoints.acceptor, stream, ticket).await?;
+    let handshake = handshake(seat, &endpoints.acceptor, stream, ticket);
+    let turns = seat.worker.turns.as_ref();
+    let mut tunnel = InTurn::new(turns, seat.pod.id, handshake).await?;
     let peer = tunnel.peer().clone();
     let _counted = match seat.node().limits.admit_identity(peer.spiffe_id()) {
         Ok(counted) => counted,

@@ -16,6 +16,10 @@ pub(crate) fn add_tests(suite: &mut Suite) {
         });
     }
     suite.test("ambient: removed ip rules and routes are restored", routes_restored);
+    suite.test(
+        "ambient: a failure to repair the rules is logged as an error if it lasts",
+        lasting_failure_logged,
+    );
     suite.test_with_users("sidecar: the removed loopback address is restored", address_restored);
     for profile in [AMBIENT, SIDECAR] {
         profile.test(
@@ -50,6 +54,18 @@ async fn assert_repaired(pod: &Pod, proxy: &Proxy, settings: &Settings, command:
     // A third change within seconds counts as a fight, which ends after 2 s without a change.
     let counted = async || pod.metrics().await.sum(INTACT, &[]) == Some(1.0);
     until(&format!("the rules are intact after {command}"), counted).await;
+}
+
+/// Container runtimes disable the loopback interface of a pod before they delete it.
+async fn lasting_failure_logged() {
+    let scene = Scene::new().await;
+    let settings = scene.client_settings().set("logging.filter=debug,h2=off");
+    let mut proxy = scene.client.proxy(&settings).await;
+    tool(&scene.client, "ip", &["link", "set", "lo", "down"]).await.ok();
+    proxy.line(&["DEBUG", "cannot watch or repair the rules once", "loopback"]).await;
+    proxy.line(&["ERROR", "cannot watch or repair the rules, retrying", "loopback"]).await;
+    tool(&scene.client, "ip", &["link", "set", "lo", "up"]).await.ok();
+    proxy.line(CHANGED).await;
 }
 
 /// The first rule of the first chain with two rules: chain, handle and text.
