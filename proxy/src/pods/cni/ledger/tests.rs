@@ -347,19 +347,21 @@ async fn sandbox_without_addition_is_failed_until_it_is_added() {
         fs::write(folder.path("results").join(container), result.to_string()).unwrap();
     }
     let _following = daemon.follow();
-    let report = async |expected: &str| {
-        while daemon.ledger.registry.report() != expected {
+    let reported = async |expected: &str| {
+        for _ in 0..60 {
+            if daemon.ledger.registry.report() == expected {
+                return;
+            }
             tokio::time::advance(std::time::Duration::from_secs(1)).await;
         }
+        panic!("{} instead of {expected}", daemon.ledger.registry.report());
     };
-    report(
-        "shop/web web-1 failed: the runtime did not call the CNI plugin for it, so it bypasses the mesh\n",
-    )
-    .await;
+    let failed = format!("shop/web web-1 failed: {}\n", EnrolError::NotAdded);
+    reported(&failed).await;
     let pod = PodReference::new("shop", "web", "web-1").unwrap();
     let web = AttachedPod { pod, ..attached("web", &["10.0.0.1"]) };
     daemon.add(&web, "uts").await.unwrap();
-    report("shop/web web-1 serving\n").await;
+    reported("shop/web web-1 serving\n").await;
 }
 
 #[tokio::test]
