@@ -113,7 +113,7 @@ fn child(daemon: &Proxy) -> Option<u32> {
 }
 
 fn is_running(pid: u32) -> bool {
-    // A process that nobody has waited for is a zombie.
+    // A zombie has ended, but its parent has not waited for it.
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     !status.is_empty() && !status.contains("State:\tZ")
 }
