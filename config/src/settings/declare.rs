@@ -32,8 +32,8 @@ pub(crate) struct Setting<T: 'static> {
 #[derive(Debug)]
 pub(crate) struct Kind<T> {
     pub(crate) name: &'static str,
-    /// Whether the value is a list. Then a flag or variable whose value starts with `[` is parsed as
-    /// YAML.
+    /// Whether the value is a list. Then a flag or variable whose value starts with `[` is parsed
+    /// as YAML.
     pub(crate) is_list: bool,
     /// Parses the value at a place. Returns `None` if the value is absent, or after reporting a
     /// mistake.
