@@ -225,7 +225,7 @@ impl CertificateAuthority {
             let nameless = SvidProblem::TrustDomainOnly(self.trust_domain.clone());
             return Err(problem(CredentialProblem::Svid(nameless)));
         }
-        let name = uri(&id.to_string()).map_err(problem)?;
+        let name = uri_name(&id.to_string()).map_err(problem)?;
         let mut params = leaf_params(vec![name], not_before, not_after).map_err(problem)?;
         params.extended_key_usages = usages.to_vec();
         Ok(params)
@@ -265,9 +265,9 @@ fn generate(trust_domain: TrustDomain) -> Result<CertificateAuthority, Credentia
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
-    params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
-    params.not_before = offset(not_before)?;
-    params.not_after = offset(not_after)?;
+    params.subject_alt_names = vec![uri_name(&format!("spiffe://{trust_domain}"))?];
+    params.not_before = offset_date_time(not_before)?;
+    params.not_after = offset_date_time(not_after)?;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let key = new_key()?;
@@ -307,8 +307,8 @@ fn leaf_params(
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.subject_alt_names = names;
-    params.not_before = offset(not_before)?;
-    params.not_after = offset(not_after)?;
+    params.not_before = offset_date_time(not_before)?;
+    params.not_after = offset_date_time(not_after)?;
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.use_authority_key_identifier_extension = true;
@@ -338,7 +338,7 @@ fn new_key() -> Result<KeyPair, CredentialProblem> {
     KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(issue)
 }
 
-fn uri(text: &str) -> Result<SanType, CredentialProblem> {
+fn uri_name(text: &str) -> Result<SanType, CredentialProblem> {
     Ia5String::try_from(text).map(SanType::URI).map_err(issue)
 }
 
@@ -346,7 +346,7 @@ fn issue(error: rcgen::Error) -> CredentialProblem {
     CredentialProblem::Issue(error.to_string())
 }
 
-fn offset(time: SystemTime) -> Result<OffsetDateTime, CredentialProblem> {
+fn offset_date_time(time: SystemTime) -> Result<OffsetDateTime, CredentialProblem> {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
     let seconds = i64::try_from(since).map_err(|_| CredentialProblem::Lifetime)?;
     OffsetDateTime::from_unix_timestamp(seconds).map_err(|_| CredentialProblem::Lifetime)

@@ -54,7 +54,7 @@ impl FolderEvents for Inotify {
         let mut events = inotify::Reader::new(self.0.get_ref(), &mut buffer);
         while let Ok(event) = events.next() {
             let name = event.file_name().map(|name| OsStr::from_bytes(CStr::to_bytes(name)));
-            if let Some(event) = converted(event.events(), FolderWatch(event.wd()), name) {
+            if let Some(event) = convert_event(event.events(), FolderWatch(event.wd()), name) {
                 report(event);
             }
         }
@@ -83,7 +83,7 @@ fn watched_events() -> WatchFlags {
 }
 
 /// Converts an event. `None` for IGNORED, which only confirms the end of a watch.
-fn converted(
+fn convert_event(
     flags: ReadFlags,
     watch: FolderWatch,
     name: Option<&OsStr>,

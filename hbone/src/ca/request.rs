@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn certificate_takes_only_key_from_request() {
+    fn certificate_contains_only_the_key_of_the_request() {
         let dir = TempDir::new("request-good");
         let ours = authority("td");
         fs::write(dir.0.join("roots"), ours.roots_pem()).unwrap();

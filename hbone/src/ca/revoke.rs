@@ -18,7 +18,8 @@ use x509_parser::prelude::FromDer as _;
 use x509_parser::revocation_list::{CertificateRevocationList, RevokedCertificate};
 
 use super::{
-    CA_LIFETIME, CERTIFICATE_FILE, CLOCK_SKEW, CertificateAuthority, PUBLIC, offset, replace,
+    CA_LIFETIME, CERTIFICATE_FILE, CLOCK_SKEW, CertificateAuthority, PUBLIC, offset_date_time,
+    replace,
 };
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::pem;
@@ -129,8 +130,8 @@ impl CertificateAuthority {
             invalidity_date: None,
         };
         let params = CertificateRevocationListParams {
-            this_update: offset(this_update)?,
-            next_update: offset(next_update)?,
+            this_update: offset_date_time(this_update)?,
+            next_update: offset_date_time(next_update)?,
             crl_number: SerialNumber::from(revoked.number + 1),
             issuing_distribution_point: None,
             revoked_certs: revoked.serials.iter().map(entry).collect(),

@@ -46,7 +46,7 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-fn td() -> TrustDomain {
+fn trust_domain() -> TrustDomain {
     "td".parse().unwrap()
 }
 
@@ -54,11 +54,11 @@ fn td() -> TrustDomain {
 fn authority_has_three_files_with_private_key() {
     let dir = TempDir::new("init");
     let dir = dir.0.join("made/on/the/way");
-    CertificateAuthority::init(&dir, td()).unwrap();
+    CertificateAuthority::init(&dir, trust_domain()).unwrap();
     assert_eq!(names(&dir), ["ca.key", "ca.pem", "roots.pem"]);
     assert_eq!(mode(&dir.join("ca.key")), 0o600);
     let opened = CertificateAuthority::open(&dir).unwrap();
-    assert_eq!(opened.trust_domain(), &td());
+    assert_eq!(opened.trust_domain(), &trust_domain());
     assert_eq!(opened.roots_pem(), read(&dir.join("roots.pem")).unwrap());
 }
 
@@ -67,7 +67,7 @@ fn authority_files_are_never_replaced() {
     for existing in ["ca.key", "ca.pem", "roots.pem"] {
         let dir = TempDir::new(existing);
         fs::write(dir.0.join(existing), "precious").unwrap();
-        let error = CertificateAuthority::init(&dir.0, td()).unwrap_err();
+        let error = CertificateAuthority::init(&dir.0, trust_domain()).unwrap_err();
         let HboneError::Credential { file, what: CredentialProblem::Exists } = error else {
             panic!()
         };
@@ -84,8 +84,8 @@ fn authority_files_are_never_replaced() {
 #[test]
 fn rejects_key_of_other_authority() {
     let (dir, other) = (TempDir::new("mine"), TempDir::new("theirs"));
-    CertificateAuthority::init(&dir.0, td()).unwrap();
-    CertificateAuthority::init(&other.0, td()).unwrap();
+    CertificateAuthority::init(&dir.0, trust_domain()).unwrap();
+    CertificateAuthority::init(&other.0, trust_domain()).unwrap();
     fs::copy(other.0.join(KEY_FILE), dir.0.join(KEY_FILE)).unwrap();
     let error = CertificateAuthority::open(&dir.0).unwrap_err();
     assert!(matches!(error, HboneError::Credential { what: CredentialProblem::KeyMismatch, .. }));
@@ -93,7 +93,7 @@ fn rejects_key_of_other_authority() {
 
 #[test]
 fn leaf_has_critical_spiffe_name_and_both_usages() {
-    let authority = CertificateAuthority::generate(td()).unwrap();
+    let authority = CertificateAuthority::generate(trust_domain()).unwrap();
     let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
     let der = CertificateDer::from_pem_slice(issued.chain_pem.as_bytes()).unwrap();
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
@@ -117,7 +117,7 @@ fn leaf_has_critical_spiffe_name_and_both_usages() {
 
 #[test]
 fn rejects_identity_of_other_trust_domain() {
-    let authority = CertificateAuthority::generate(td()).unwrap();
+    let authority = CertificateAuthority::generate(trust_domain()).unwrap();
     let error = authority.issue(&id("spiffe://other/ns/a/sa/b"), HOUR).unwrap_err();
     assert!(matches!(
         error,
@@ -127,17 +127,17 @@ fn rejects_identity_of_other_trust_domain() {
 
 #[test]
 fn rejects_identity_without_path() {
-    let authority = CertificateAuthority::generate(td()).unwrap();
+    let authority = CertificateAuthority::generate(trust_domain()).unwrap();
     let error = authority.issue(&id("spiffe://td"), HOUR).unwrap_err();
     let HboneError::Credential { what: CredentialProblem::Svid(problem), .. } = error else {
         panic!("{error:?}");
     };
-    assert_eq!(problem, SvidProblem::TrustDomainOnly(td()));
+    assert_eq!(problem, SvidProblem::TrustDomainOnly(trust_domain()));
 }
 
 #[test]
 fn rejects_lifetime_beyond_year_9999() {
-    let authority = CertificateAuthority::generate(td()).unwrap();
+    let authority = CertificateAuthority::generate(trust_domain()).unwrap();
     for ttl in [Duration::MAX, Duration::from_secs(u64::from(u32::MAX) * 1000)] {
         let error = authority.issue(&id(CLIENT), ttl).unwrap_err();
         assert!(matches!(error, HboneError::Credential { what: CredentialProblem::Lifetime, .. }));
@@ -147,7 +147,7 @@ fn rejects_lifetime_beyond_year_9999() {
 #[test]
 fn writes_certificate_and_private_key_and_replaces_them() {
     let dir = TempDir::new("issue");
-    let authority = CertificateAuthority::generate(td()).unwrap();
+    let authority = CertificateAuthority::generate(trust_domain()).unwrap();
     // `v1` is part of the prefix, not an extension to replace.
     let prefix = dir.0.join("client.v1");
     for _ in 0..2 {
@@ -162,7 +162,7 @@ fn writes_certificate_and_private_key_and_replaces_them() {
 
 #[test]
 fn issued_certificate_hides_key_in_debug_output() {
-    let authority = CertificateAuthority::generate(td()).unwrap();
+    let authority = CertificateAuthority::generate(trust_domain()).unwrap();
     let issued = authority.issue(&id(CLIENT), HOUR).unwrap();
     assert!(!format!("{issued:?}{authority:?}").contains("PRIVATE KEY"));
 }
@@ -170,7 +170,7 @@ fn issued_certificate_hides_key_in_debug_output() {
 /// ztunnel renews when half of the total validity has passed.
 #[test]
 fn backdating_is_less_than_an_eighth_of_validity() {
-    let authority = CertificateAuthority::generate(td()).unwrap();
+    let authority = CertificateAuthority::generate(trust_domain()).unwrap();
     for ttl in [10, 60, 600, 86_400] {
         let issued = authority.issue(&id(CLIENT), Duration::from_secs(ttl)).unwrap();
         let der = CertificateDer::from_pem_slice(issued.chain_pem.as_bytes()).unwrap();
@@ -185,7 +185,7 @@ fn backdating_is_less_than_an_eighth_of_validity() {
 #[test]
 fn server_certificate_has_names_and_no_workload_identity() {
     let dir = TempDir::new("server-certificate");
-    let authority = CertificateAuthority::generate(td()).unwrap();
+    let authority = CertificateAuthority::generate(trust_domain()).unwrap();
     let names = ["ca.test", "10.0.0.1", "fd00::1"].map(str::to_owned);
     let issued = authority.issue_server(&names, HOUR).unwrap();
     fs::write(dir.0.join("leaf"), &issued.chain_pem).unwrap();

@@ -85,7 +85,7 @@ impl Peer {
         let proven = clock::unix(clock::now());
         let resumed = connection.handshake_kind() == Some(HandshakeKind::Resumed);
         let id = if resumed {
-            authorities.judge(leaf, intermediates, expected, proven).map_err(rejection)?
+            authorities.verify_peer(leaf, intermediates, expected, proven).map_err(rejection)?
         } else {
             // The handshake has verified the chain already.
             workload_id(leaf).map_err(|problem| HboneError::NotSvid { problem })?
@@ -117,7 +117,8 @@ impl Peer {
         let proven = clock::unix(clock::now());
         let (leaf, intermediates) =
             chain.split_first().ok_or_else(|| rejected(Error::NoCertificatesPresented))?;
-        let id = authorities.judge(leaf, intermediates, &expected, proven).map_err(rejected)?;
+        let id =
+            authorities.verify_peer(leaf, intermediates, &expected, proven).map_err(rejected)?;
         Ok(Self {
             identity: PeerIdentity(Arc::new(VerifiedIdentity {
                 aliases: authorities.aliases(&id),
@@ -136,7 +137,7 @@ impl Peer {
     /// certificates.
     pub(crate) fn distrusted(&self, authorities: &Authorities) -> Option<HboneError> {
         let (leaf, intermediates) = self.chain.split_first()?;
-        let judged = authorities.judge(leaf, intermediates, &self.expected, self.proven);
+        let judged = authorities.verify_peer(leaf, intermediates, &self.expected, self.proven);
         match judged.map_err(rejection).err()? {
             // The problem is in the lists, not in the peer: only new handshakes are refused.
             HboneError::RevocationUnknown { .. }
@@ -163,7 +164,7 @@ impl ServerCertVerifier for Verifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.authorities.judge(end_entity, intermediates, &self.expected, now)?;
+        self.authorities.verify_peer(end_entity, intermediates, &self.expected, now)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -203,7 +204,7 @@ impl ClientCertVerifier for Verifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.authorities.judge(end_entity, intermediates, &self.expected, now)?;
+        self.authorities.verify_peer(end_entity, intermediates, &self.expected, now)?;
         Ok(ClientCertVerified::assertion())
     }
 

@@ -71,7 +71,7 @@ impl Authorities {
     ///
     /// The identity selects the roots, so it is read first. It is not compared or quoted in an
     /// error before the chain is verified.
-    pub(crate) fn judge(
+    pub(crate) fn verify_peer(
         &self,
         leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],

@@ -23,7 +23,7 @@ fn authorities(identity: &Identity, files: &Files) -> Authorities {
 
 fn as_client(judge: &Authorities, chain: &[CertificateDer<'_>]) -> Result<SpiffeId, rustls::Error> {
     let now = clock::unix(clock::now());
-    judge.judge(&chain[0], &chain[1..], &judge.any_member(), now)
+    judge.verify_peer(&chain[0], &chain[1..], &judge.any_member(), now)
 }
 
 fn as_server(
@@ -32,7 +32,7 @@ fn as_server(
     expected: &str,
 ) -> Result<SpiffeId, rustls::Error> {
     let expected = ExpectedPeer::OneOf([id(expected)].into());
-    judge.judge(&chain[0], &chain[1..], &expected, clock::unix(clock::now()))
+    judge.verify_peer(&chain[0], &chain[1..], &expected, clock::unix(clock::now()))
 }
 
 /// Unwraps our error from the error of rustls.

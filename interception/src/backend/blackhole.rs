@@ -28,7 +28,7 @@ use underpass_config::{
     Dns, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, PortRange, Profile,
 };
 
-use self::messages::{BATCH_SIZE, removal, send};
+use self::messages::{BATCH_SIZE, remove_request, send};
 use crate::backend::netlink::failed;
 use crate::backend::routes::{PROTOCOL, Version, connect};
 use crate::error::InterceptionError;
@@ -145,7 +145,7 @@ impl Blackhole {
             Selector::Uid(uid) => users.contain(uid),
             _ => true,
         });
-        let requests: Vec<_> = rules.map(IpRule::addition).collect();
+        let requests: Vec<_> = rules.map(IpRule::add_request).collect();
         send(connection.socket(), requests, &tolerated).await.map_err(failed(OPERATION))?;
         Ok(())
     }
@@ -163,8 +163,10 @@ pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError>
     let mut installed_rules = installed_rules(&connection).await.map_err(failed(OPERATION))?;
     // Remove the blackhole first: without its exemptions it would block the proxy.
     installed_rules.sort_by_key(|(_, priority)| (*priority != BLACKHOLE_PRIORITY, *priority));
-    let requests: Vec<_> =
-        installed_rules.iter().map(|(version, priority)| removal(*version, *priority)).collect();
+    let requests: Vec<_> = installed_rules
+        .iter()
+        .map(|(version, priority)| remove_request(*version, *priority))
+        .collect();
     let gone = [Errno::ENOENT, Errno::EAFNOSUPPORT];
     send(connection.socket(), requests, &gone).await.map_err(failed(OPERATION))?;
     Ok(!installed_rules.is_empty())

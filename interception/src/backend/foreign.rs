@@ -174,7 +174,7 @@ fn target(rule: &str) -> Option<&str> {
 mod tests {
     use super::*;
 
-    fn found(saved: &str, own: bool) -> Vec<(String, Effect)> {
+    fn found_rules(saved: &str, own: bool) -> Vec<(String, Effect)> {
         let rules = in_iptables(&Ruleset::parse(saved), Family::V4, own).into_iter();
         rules.map(|rule| (rule.rule, rule.effect)).collect()
     }
@@ -188,7 +188,8 @@ mod tests {
                      *nat\n:OUTPUT ACCEPT [0:0]\n:THEIRS - [0:0]\n:UNUSED - [0:0]\n\
                      [0:0] -A OUTPUT -j THEIRS\n[0:0] -A THEIRS -p tcp -j REDIRECT --to-ports 1\n\
                      [0:0] -A UNUSED -p tcp -j REDIRECT --to-ports 2\nCOMMIT\n";
-        let effects: Vec<_> = found(saved, false).into_iter().map(|(_, effect)| effect).collect();
+        let effects: Vec<_> =
+            found_rules(saved, false).into_iter().map(|(_, effect)| effect).collect();
         let expected = [Effect::Untracks, Effect::SetsProxyMark, Effect::Marks, Effect::Redirects];
         assert_eq!(effects, expected);
     }
@@ -197,7 +198,7 @@ mod tests {
     fn ignores_counters_drops_and_accepts_of_others() {
         let saved = "*nat\n:OUTPUT ACCEPT [0:0]\n[0:0] -A OUTPUT -p tcp\n\
                      [0:0] -A OUTPUT -p udp -j ACCEPT\n[0:0] -A OUTPUT -p icmp -j DROP\nCOMMIT\n";
-        assert_eq!(found(saved, false), []);
+        assert_eq!(found_rules(saved, false), []);
     }
 
     #[test]
@@ -207,6 +208,6 @@ mod tests {
                      [0:0] -A OUTPUT -p udp -j ACCEPT\n\
                      [0:0] -A ISTIO_OUTPUT -p tcp -j REDIRECT --to-ports 15001\nCOMMIT\n";
         let expected = [("-A OUTPUT -p tcp -j ACCEPT".to_owned(), Effect::Accepts)];
-        assert_eq!(found(saved, true), expected);
+        assert_eq!(found_rules(saved, true), expected);
     }
 }

@@ -258,7 +258,7 @@ fn owner(chain: &str) -> Option<LeftoverOwner> {
 mod tests {
     use super::*;
 
-    fn found(chains: &[&str], own: bool) -> Vec<(LeftoverOwner, String)> {
+    fn found_leftovers(chains: &[&str], own: bool) -> Vec<(LeftoverOwner, String)> {
         let chains: Vec<_> = chains.iter().map(ToString::to_string).collect();
         let found = in_chains(&chains, own, "table nat of iptables-legacy").into_iter();
         found.map(|leftover| (leftover.whose, leftover.what)).collect()
@@ -280,20 +280,23 @@ mod tests {
             (LeftoverOwner::Osm, of("chain OSM_PROXY_INBOUND")),
             (LeftoverOwner::Linkerd, of("chain PROXY_INIT_OUTPUT")),
         ];
-        assert_eq!(found(&chains, false), expected);
+        assert_eq!(found_leftovers(&chains, false), expected);
     }
 
     #[test]
     fn ignores_own_chains_of_installed_rules() {
         let chains = ["ISTIO_OUTPUT", "UNDERPASS_REJECT", "ISTIO_OTHER"];
         let of = |chains: &str| format!("the {chains} in the table nat of iptables-legacy");
-        assert_eq!(found(&chains, true), [(LeftoverOwner::Istio, of("chain ISTIO_OTHER"))]);
+        assert_eq!(
+            found_leftovers(&chains, true),
+            [(LeftoverOwner::Istio, of("chain ISTIO_OTHER"))]
+        );
         let expected = [
             (LeftoverOwner::Underpass, of("chains ISTIO_OUTPUT, UNDERPASS_REJECT")),
             (LeftoverOwner::Istio, of("chain ISTIO_OTHER")),
         ];
-        assert_eq!(found(&chains, false), expected);
-        assert_eq!(found(&["ISTIO_OUTPUT", "UNDERPASS_OWNER"], false).len(), 1);
+        assert_eq!(found_leftovers(&chains, false), expected);
+        assert_eq!(found_leftovers(&["ISTIO_OUTPUT", "UNDERPASS_OWNER"], false).len(), 1);
     }
 
     #[test]

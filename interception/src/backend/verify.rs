@@ -129,7 +129,7 @@ impl Difference {
 
     /// The number of missing and of unexpected lines.
     #[must_use]
-    pub fn counts(&self) -> (usize, usize) {
+    pub fn missing_and_unexpected(&self) -> (usize, usize) {
         let count = |status| {
             let lines = self.sections.iter().flat_map(|section| &section.lines);
             lines.filter(|line| line.status == status).count()
@@ -232,7 +232,7 @@ mod tests {
         let swapped = listing(&[("chain a", &["2", "1"]), ("chain b", &["3"])]);
         let difference = plan.difference(&swapped).expect("a difference");
         assert_eq!(difference.sections().len(), 1);
-        assert_eq!(difference.counts(), (1, 1));
+        assert_eq!(difference.missing_and_unexpected(), (1, 1));
     }
 
     #[test]
@@ -240,7 +240,7 @@ mod tests {
         let plan = listing(&[("chain a", &["1"])]);
         let difference = plan.difference(&Listing::default()).unwrap();
         assert_eq!(difference.to_string(), "@ chain a\n- chain a\n- 1\n");
-        assert_eq!(difference.counts(), (2, 0));
+        assert_eq!(difference.missing_and_unexpected(), (2, 0));
     }
 
     #[test]

@@ -36,7 +36,7 @@ pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
     flows.extend(inbound_exceptions(explanation, network));
     flows.extend(virtual_interfaces(explanation, network));
     if explanation.settings.drop_invalid {
-        flows.push(invalid(explanation, network));
+        flows.push(invalid_packet(explanation, network));
     }
     flows.extend(established_before(explanation, network));
     flows
@@ -148,7 +148,7 @@ fn dns<'e>(
     let servers = &explanation.settings.dns_servers;
     let server = servers.iter().copied().find(IpAddr::is_ipv4).unwrap_or_else(|| network.remote());
     let query = |process: Process| {
-        let mut packet = network.opened(process, SocketAddr::new(server, DNS_PORT));
+        let mut packet = network.opening_packet(process, SocketAddr::new(server, DNS_PORT));
         packet.protocol = protocol;
         explanation.evaluate_hop(process.party, packet, Party::DnsServer)
     };
@@ -175,7 +175,7 @@ fn udp<'e>(
     id: &str,
 ) -> FlowBuilder<'e> {
     let to = SocketAddr::new(network.remote(), ANY_UDP_PORT);
-    let mut packet = network.opened(network.app(), to);
+    let mut packet = network.opening_packet(network.app(), to);
     packet.protocol = Protocol::Udp;
     FlowBuilder::new(id, "The app sends UDP").hop(explanation.evaluate_hop(
         Party::App,
@@ -260,7 +260,7 @@ fn excluded_interface<'e>(
     network: ExampleNetwork<'e>,
 ) -> Option<Flow<'e>> {
     let name = explanation.settings.outbound.exclude_interfaces.first()?;
-    let mut packet = network.opened(network.app(), network.app_at_remote());
+    let mut packet = network.opening_packet(network.app(), network.app_at_remote());
     if let Entry::Out { interface, .. } = &mut packet.entry {
         interface.clone_from(name);
     }
@@ -277,7 +277,8 @@ fn inbound_exceptions<'e>(
     let inbound = &explanation.settings.inbound;
     let mut flows = Vec::new();
     let mut flow = |key: &str, what: String, port: u16, interface: Option<&String>| {
-        let mut packet = network.arriving(network.remote(), SocketAddr::new(network.pod(), port));
+        let mut packet =
+            network.arriving_packet(network.remote(), SocketAddr::new(network.pod(), port));
         if let Some(name) = interface {
             packet.entry = Entry::In { interface: name.clone() };
         }
@@ -305,7 +306,7 @@ fn virtual_interfaces<'e>(
 ) -> Option<Flow<'e>> {
     let name = explanation.settings.virtual_interfaces.first()?;
     let to = network.app_at_remote();
-    let mut packet = network.arriving(IpAddr::from([192, 0, 2, 99]), to);
+    let mut packet = network.arriving_packet(IpAddr::from([192, 0, 2, 99]), to);
     packet.entry = Entry::In { interface: name.clone() };
     let title = format!("A virtual machine behind {name} connects to another pod");
     let draft = FlowBuilder::new("virtual_interfaces", title)
@@ -314,8 +315,8 @@ fn virtual_interfaces<'e>(
     Some(draft.flow())
 }
 
-fn invalid<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
-    let mut packet = network.arriving(network.remote(), network.app_at_pod());
+fn invalid_packet<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>) -> Flow<'e> {
+    let mut packet = network.arriving_packet(network.remote(), network.app_at_pod());
     packet.state = ConntrackState::Invalid;
     FlowBuilder::new("drop_invalid", "A packet arrives that belongs to no connection")
         .note("If it were delivered, the kernel would answer with a RST and end the connection.")
@@ -328,15 +329,15 @@ fn established_before<'e>(
     explanation: &'e Explanation<'e>,
     network: ExampleNetwork<'e>,
 ) -> Vec<Flow<'e>> {
-    const NOTE: &str = "Conntrack did not see it open and treats its next packet as a new connection. \
+    const OLDER_CONNECTION_NOTE: &str = "Conntrack did not see it open and treats its next packet as a new connection. \
                         A redirect would reset it.";
-    let mut sent = network.opened(network.app(), network.app_at_remote());
+    let mut sent = network.opening_packet(network.app(), network.app_at_remote());
     sent.state = ConntrackState::PickedUp;
-    let mut received = network.arriving(network.remote(), network.app_at_pod());
+    let mut received = network.arriving_packet(network.remote(), network.app_at_pod());
     received.state = ConntrackState::PickedUp;
     let established_before = |id: &str, title: &str, from, packet, to| {
         FlowBuilder::new(id, title)
-            .note(NOTE)
+            .note(OLDER_CONNECTION_NOTE)
             .hop(explanation.evaluate_hop(from, packet, to))
             .flow()
     };

@@ -167,7 +167,7 @@ impl<'e> ExampleNetwork<'e> {
     }
 
     /// The first packet of a connection that a local process opens.
-    pub(super) fn opened(&self, process: Process, to: SocketAddr) -> Packet {
+    pub(super) fn opening_packet(&self, process: Process, to: SocketAddr) -> Packet {
         let source = if to.ip().is_loopback() { self.localhost() } else { self.pod() };
         Packet {
             protocol: Protocol::Tcp,
@@ -185,7 +185,7 @@ impl<'e> ExampleNetwork<'e> {
     }
 
     pub(super) fn sent(&self, process: Process, to: SocketAddr, listener: Party) -> Hop<'e> {
-        self.explanation.evaluate_hop(process.party, self.opened(process, to), listener)
+        self.explanation.evaluate_hop(process.party, self.opening_packet(process, to), listener)
     }
 
     /// The interface that connects the namespace to other hosts.
@@ -194,7 +194,7 @@ impl<'e> ExampleNetwork<'e> {
     }
 
     /// The first packet of a connection that another host opens.
-    pub(super) fn arriving(&self, from: IpAddr, to: SocketAddr) -> Packet {
+    pub(super) fn arriving_packet(&self, from: IpAddr, to: SocketAddr) -> Packet {
         Packet {
             protocol: Protocol::Tcp,
             source: SocketAddr::new(from, CLIENT_PORT),
@@ -213,7 +213,7 @@ impl<'e> ExampleNetwork<'e> {
         to: SocketAddr,
         listener: Party,
     ) -> Hop<'e> {
-        self.explanation.evaluate_hop(from, self.arriving(source, to), listener)
+        self.explanation.evaluate_hop(from, self.arriving_packet(source, to), listener)
     }
 
     /// The proxy's connection to the workload for a client, as `Sockets` opens it.
@@ -231,14 +231,14 @@ impl<'e> ExampleNetwork<'e> {
         if tproxy {
             proxy.mark = PROXY_MARK;
         }
-        let mut packet = self.opened(proxy, SocketAddr::new(to, self.app_port()));
+        let mut packet = self.opening_packet(proxy, SocketAddr::new(to, self.app_port()));
         packet.source.set_ip(source);
         self.explanation.evaluate_hop(Party::Proxy, packet, Party::App)
     }
 
     /// The reply to a packet that a local process received.
     pub(super) fn reply(&self, process: Process, hop: &Hop<'_>) -> Hop<'e> {
-        let mut packet = self.opened(process, hop.packet.source);
+        let mut packet = self.opening_packet(process, hop.packet.source);
         packet.source = hop.packet.destination;
         packet.state = ConntrackState::Established(Direction::Reply);
         packet.connection_mark = hop.walk.connection_mark;

@@ -63,10 +63,10 @@ impl Explanation<'_> {
     ) -> PacketExplanation<'_> {
         let network = ExampleNetwork::new(self, to.is_ipv6());
         let (from, mut packet) = match sender {
-            Sender::App => (Party::App, network.opened(network.app(), to)),
-            Sender::Proxy => (Party::Proxy, network.opened(network.proxy(), to)),
-            Sender::Remote => (Party::Remote, network.arriving(network.remote(), to)),
-            Sender::Probe => (Party::Kubelet, network.arriving(network.kubelet(), to)),
+            Sender::App => (Party::App, network.opening_packet(network.app(), to)),
+            Sender::Proxy => (Party::Proxy, network.opening_packet(network.proxy(), to)),
+            Sender::Remote => (Party::Remote, network.arriving_packet(network.remote(), to)),
+            Sender::Probe => (Party::Kubelet, network.arriving_packet(network.kubelet(), to)),
         };
         packet.protocol = protocol;
         let hop = self.evaluate_hop(from, packet, self.listener(to));

@@ -269,7 +269,7 @@ fn text_shows_counters_of_installed_rules() {
 }
 
 #[test]
-fn json_lists_every_rule_that_packets_name() {
+fn json_contains_every_rule_that_packets_refer_to() {
     for profile in ["ambient", "sidecar", "osm"] {
         let json = explained(&format!("profile={profile}"), |explanation| explanation.json());
         let ids: Vec<_> =

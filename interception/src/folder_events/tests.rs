@@ -180,7 +180,7 @@ async fn stays_silent(watch: &mut FileWatch) {
 }
 
 #[tokio::test]
-async fn cancelled_wait_keeps_the_change() {
+async fn cancelled_wait_loses_no_change() {
     let folder = Folder::of_test();
     folder.write("a.yaml", "1");
     let mut watch = watch(&folder, "a.yaml");
@@ -384,7 +384,7 @@ async fn constantly_changing_file_is_reported() {
 #[test]
 fn created_file_counts_as_incomplete_until_it_is_closed() {
     let watch = FolderWatch(1);
-    let of = |flags| converted(flags, watch, None);
+    let of = |flags| convert_event(flags, watch, None);
     for (flags, step) in [
         (ReadFlags::CREATE, ChangeStep::Writing),
         (ReadFlags::CREATE | ReadFlags::ISDIR, ChangeStep::Complete),

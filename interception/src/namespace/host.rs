@@ -32,7 +32,7 @@ const NODE_VETHS: usize = 3;
 
 /// Rejects the host's network namespace, and a namespace that cannot be classified.
 pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
-    let why = match NamespaceFacts::gather(entered) {
+    let why = match NamespaceFacts::read_from_system(entered) {
         Ok(facts) => facts.host_evidence(),
         Err(error) => Some(format!("/proc does not identify the network namespace: {error}")),
     };
@@ -93,7 +93,7 @@ struct NamespaceFacts {
 }
 
 impl NamespaceFacts {
-    fn gather(entered: &Entered) -> io::Result<Self> {
+    fn read_from_system(entered: &Entered) -> io::Result<Self> {
         let inode = |path: &str| fs::metadata(path).map(|file| file.ino());
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(Self {

@@ -257,7 +257,7 @@ impl CurrentNamespace {
                     reply();
                     if let Err(error) = returned {
                         // The operation must not continue in another namespace.
-                        tracing::error!(%error, "operation aborted: cannot return to its network namespace");
+                        tracing::error!(%error, "aborted an operation: cannot return to its network namespace");
                         return None;
                     }
                 }

@@ -37,17 +37,17 @@ pub(super) const ROUTE: PolicyRoute =
 
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     let mut builder = Builder::default();
-    raw(&mut builder, inputs);
+    add_raw_rules(&mut builder, inputs);
     invalid::add(&mut builder, inputs);
-    mangle(&mut builder, inputs);
-    nat(&mut builder, inputs);
-    reject::add(&mut builder, inputs, nat);
+    add_mangle_rules(&mut builder, inputs);
+    add_nat_rules(&mut builder, inputs);
+    reject::add(&mut builder, inputs, add_nat_rules);
     builder.route(ROUTE);
     builder.finish(inputs)
 }
 
 /// Adds the rules that assign conntrack zones.
-fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_raw_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let dns = inputs.settings.dns == Dns::Capture;
     let families = inputs.supported();
     if dns {
@@ -64,7 +64,7 @@ fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
         "enter-raw-output",
         "every packet that a local process sends",
     );
-    let enter = if dns { enter } else { enter.not_in_exact() };
+    let enter = if dns { enter } else { enter.omitted_by_exact() };
     enter.families(families).when([], Action::Jump(RAW_OUTPUT));
     // The proxy connects to the workload from the client's address and an arbitrary port. The
     // client's kernel may choose the same port for a direct connection. Conntrack would then match
@@ -76,7 +76,7 @@ fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
         "proxy-zone",
         "tracks the proxy's connections apart from those of the clients whose addresses it uses",
     )
-    .not_in_exact()
+    .omitted_by_exact()
     .families(families)
     .when([TCP, Match::PacketMark(PROXY)], Action::Zone(PROXY_ZONE, Some(Direction::Original)));
     if !dns {
@@ -105,7 +105,7 @@ fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
 }
 
 /// Adds the rules that route the workload's replies to the proxy.
-fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_mangle_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let exact = inputs.settings.exact;
     let families = inputs.supported();
     b.rule(
@@ -146,7 +146,7 @@ fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
     .when_all(returning, if exact { Action::RestoreMark } else { Action::MarkPacket(RETURNS_REPLY) });
 }
 
-fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_nat_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let captured = inputs.captured();
     b.rule(
         chain(Table::Nat, "OUTPUT"),
@@ -175,7 +175,7 @@ fn nat_prerouting(b: &mut Builder, inputs: &Inputs<'_>) {
         "skips connections that are older than the rules: conntrack treats their next packet as a \
          new connection, and a redirect would reset it",
     )
-    .not_in_exact()
+    .omitted_by_exact()
     .families(captured)
     .when([TCP, Match::NotOpening], Action::Return);
     for interfaces in inputs.split(&settings.virtual_interfaces) {
@@ -199,13 +199,13 @@ fn nat_prerouting(b: &mut Builder, inputs: &Inputs<'_>) {
     if !settings.ingress {
         kubelet_probes(b, inputs);
     }
-    nat_prerouting_excluded(b, inputs);
+    exclude_inbound(b, inputs);
     b.rule(
         NAT_PREROUTING,
         "hbone-in",
         "HBONE reaches its listener without a redirect; counts its connections",
     )
-    .not_in_exact()
+    .omitted_by_exact()
     .families(captured)
     .when([port(inputs.ports.hbone)], Action::Return);
     if !settings.ingress {
@@ -232,7 +232,7 @@ fn kubelet_probes(b: &mut Builder, inputs: &Inputs<'_>) {
     }
 }
 
-fn nat_prerouting_excluded(b: &mut Builder, inputs: &Inputs<'_>) {
+fn exclude_inbound(b: &mut Builder, inputs: &Inputs<'_>) {
     let (inbound, captured) = (&inputs.settings.inbound, inputs.captured());
     for interfaces in inputs.split(&inbound.exclude_interfaces) {
         b.rule(NAT_PREROUTING, "exclude-interfaces-in", "excluded by inbound.exclude_interfaces")
@@ -282,7 +282,7 @@ fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
         "established-out",
         "skips connections that are older than the rules, for the reason of established-in",
     )
-    .not_in_exact()
+    .omitted_by_exact()
     .families(captured)
     .when([TCP, Match::NotOpening], Action::Return);
     // Istio has this rule. Replies to probes do not need it, because nat sees only new connections.
@@ -295,7 +295,7 @@ fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
                 Action::Accept,
             );
     }
-    nat_output_excluded(b, inputs);
+    exclude_outbound(b, inputs);
     if inputs.settings.dns == Dns::Capture {
         capture_dns(b, inputs);
     }
@@ -321,7 +321,7 @@ fn nat_output(b: &mut Builder, inputs: &Inputs<'_>) {
     capture_outbound(b, inputs);
 }
 
-fn nat_output_excluded(b: &mut Builder, inputs: &Inputs<'_>) {
+fn exclude_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
     let (outbound, captured) = (&inputs.settings.outbound, inputs.captured());
     for interfaces in inputs.split(&outbound.exclude_interfaces) {
         b.rule(NAT_OUTPUT, "exclude-interfaces", "excluded by outbound.exclude_interfaces")

@@ -279,7 +279,7 @@ impl RuleBuilder<'_> {
     }
 
     /// Marks a rule that neither Istio nor OSM has. `exact` removes it.
-    pub(super) fn not_in_exact(mut self) -> Self {
+    pub(super) fn omitted_by_exact(mut self) -> Self {
         self.rule.origin = Origin::Underpass;
         self
     }

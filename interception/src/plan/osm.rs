@@ -24,19 +24,19 @@ const TCP_PROBE: u16 = 15904;
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     let mut builder = Builder::default();
     invalid::add(&mut builder, inputs);
-    nat(&mut builder, inputs);
-    reject::add(&mut builder, inputs, nat);
+    add_nat_rules(&mut builder, inputs);
+    reject::add(&mut builder, inputs, add_nat_rules);
     builder.finish(inputs)
 }
 
-fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
-    redirects(b, inputs);
-    outbound(b, inputs);
-    inbound(b, inputs);
+fn add_nat_rules(b: &mut Builder, inputs: &Inputs<'_>) {
+    add_redirect_chains(b, inputs);
+    add_outbound_rules(b, inputs);
+    add_inbound_rules(b, inputs);
 }
 
 /// Adds the chains that redirect to the proxy.
-fn redirects(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_redirect_chains(b: &mut Builder, inputs: &Inputs<'_>) {
     let captured = inputs.captured();
     for (redirect, direction, port) in [
         (REDIRECT_OUTBOUND, "out", inputs.ports.outbound),
@@ -48,7 +48,7 @@ fn redirects(b: &mut Builder, inputs: &Inputs<'_>) {
             "skips connections that are older than the rules: conntrack treats their next packet as \
              a new connection, and a redirect would reset it",
         )
-        .not_in_exact()
+        .omitted_by_exact()
         .families(captured)
         .when([TCP, Match::NotOpening], Action::Return);
         let reason = "redirects the connection to the proxy";
@@ -64,7 +64,7 @@ fn redirects(b: &mut Builder, inputs: &Inputs<'_>) {
     .when([Match::DestinationPort(Protocol::Tcp, vec![ADMIN.into()])], Action::Accept);
 }
 
-fn outbound(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_outbound_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let (settings, captured) = (inputs.settings, inputs.captured());
     let capture = &settings.outbound;
     b.rule(OUTPUT, "enter-outbound", "every TCP connection that a local process opens")
@@ -148,7 +148,7 @@ fn capture_outbound(b: &mut Builder, inputs: &Inputs<'_>) {
     }
 }
 
-fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_inbound_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let (inbound, captured) = (&inputs.settings.inbound, inputs.captured());
     b.rule(PREROUTING, "enter-inbound", "every TCP connection that arrives")
         .families(captured)
@@ -167,7 +167,7 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
     }
     let port = |port: u16| Match::DestinationPort(Protocol::Tcp, vec![port.into()]);
     b.rule(INBOUND, "hbone-in", "HBONE reaches its listener without a redirect")
-        .not_in_exact()
+        .omitted_by_exact()
         .families(captured)
         .when([port(inputs.ports.hbone)], Action::Return);
     own_ports::add(b, inputs, INBOUND, "own-ports-in", &exempt_ports());
@@ -178,7 +178,7 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
             .when([port(never)], Action::Return);
     }
     b.rule(INBOUND, format!("never-{TCP_PROBE}"), health)
-        .not_in_exact()
+        .omitted_by_exact()
         .families(captured)
         .when([port(TCP_PROBE)], Action::Return);
     capture_inbound(b, inputs);

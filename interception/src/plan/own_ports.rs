@@ -29,7 +29,7 @@ pub(super) fn add(
     let everywhere = ports(services().filter(|service| is_any(*service, true)));
     if !everywhere.is_empty() {
         b.rule(chain, id, REASON)
-            .not_in_exact()
+            .omitted_by_exact()
             .numbered()
             .families(inputs.captured())
             .when([Match::DestinationPort(Protocol::Tcp, everywhere)], Action::Return);
@@ -38,7 +38,7 @@ pub(super) fn add(
         let any_v4 = ports(services().filter(|service| !family.v6 && is_any(*service, false)));
         if !any_v4.is_empty() {
             b.rule(chain, id, REASON)
-                .not_in_exact()
+                .omitted_by_exact()
                 .numbered()
                 .families(Families::V4)
                 .when([Match::DestinationPort(Protocol::Tcp, any_v4)], Action::Return);
@@ -47,7 +47,7 @@ pub(super) fn add(
             let port = Match::DestinationPort(Protocol::Tcp, vec![service.port().into()]);
             let address = Match::Destination(vec![IpNet::from(service.ip())]);
             b.rule(chain, id, REASON)
-                .not_in_exact()
+                .omitted_by_exact()
                 .numbered()
                 .for_family(family)
                 .when([address, port], Action::Return);

@@ -20,10 +20,22 @@ pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>, nat: fn(&mut Builder, &I
     let refused = |b: &mut Builder, id: &str, reason, matches, action| {
         b.rule(REJECT_CHAIN, id, reason).families(Families::V6).when_all(matches, action);
     };
-    let lo = || vec![LOOPBACK.to_owned()];
+    let loopback_interface = || vec![LOOPBACK.to_owned()];
     let internal = "traffic within the loopback interface is allowed";
-    refused(b, "reject-not-from-loopback", internal, vec![Match::In(lo())], Action::Return);
-    refused(b, "reject-not-to-loopback", internal, vec![Match::Out(lo())], Action::Return);
+    refused(
+        b,
+        "reject-not-from-loopback",
+        internal,
+        vec![Match::In(loopback_interface())],
+        Action::Return,
+    );
+    refused(
+        b,
+        "reject-not-to-loopback",
+        internal,
+        vec![Match::Out(loopback_interface())],
+        Action::Return,
+    );
     let older = "only a packet that opens a connection is rejected";
     refused(b, "reject-not-established", older, vec![TCP, Match::NotOpening], Action::Return);
     refused(b, "reject-tcp", "for ipv6: reject", vec![TCP], Action::Reject);

@@ -36,31 +36,31 @@ const EXEMPT_PORTS: [u16; 3] = [15090, 15021, 15020];
 
 pub(super) fn plan(inputs: &Inputs<'_>) -> RulePlan {
     let mut builder = Builder::default();
-    nat(&mut builder, inputs);
+    add_nat_rules(&mut builder, inputs);
     if inputs.tproxy {
         tproxy::excluded_interfaces(&mut builder, inputs);
     }
     invalid::add(&mut builder, inputs);
     if inputs.tproxy {
-        tproxy::mangle(&mut builder, inputs);
+        tproxy::add_mangle_rules(&mut builder, inputs);
         builder.route(tproxy::route(inputs.settings.exact));
     }
     if inputs.settings.dns == Dns::Capture {
-        dns::raw(&mut builder, inputs);
+        dns::add_raw_rules(&mut builder, inputs);
     }
-    reject::add(&mut builder, inputs, nat);
+    reject::add(&mut builder, inputs, add_nat_rules);
     if inputs.ipv6 {
         builder.address(LAST_HOP_V6);
     }
     builder.finish(inputs)
 }
 
-fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_nat_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     virtual_interfaces(b, inputs);
     excluded_interfaces(b, inputs);
-    redirects(b, inputs);
-    inbound(b, inputs);
-    outbound(b, inputs);
+    add_redirect_chains(b, inputs);
+    add_inbound_rules(b, inputs);
+    add_outbound_rules(b, inputs);
 }
 
 /// Adds the rules for traffic from virtual machines or nested containers, which is outbound
@@ -121,13 +121,13 @@ fn excluded_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
 }
 
 /// Adds the chains that redirect to the proxy.
-fn redirects(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_redirect_chains(b: &mut Builder, inputs: &Inputs<'_>) {
     for (chain, direction, port) in [
         (ISTIO_REDIRECT, "out", inputs.ports.outbound),
         (ISTIO_IN_REDIRECT, "in", inputs.ports.inbound),
     ] {
         let id = format!("established-{direction}");
-        established(b, chain, &id, inputs.captured());
+        skip_established(b, chain, &id, inputs.captured());
         b.rule(
             chain,
             format!("redirect-{direction}bound"),
@@ -139,19 +139,19 @@ fn redirects(b: &mut Builder, inputs: &Inputs<'_>) {
 }
 
 /// Adds a rule that skips established connections, at the start of a chain that redirects.
-fn established(b: &mut Builder, chain: ChainId, id: &str, families: Families) {
+fn skip_established(b: &mut Builder, chain: ChainId, id: &str, families: Families) {
     b.rule(
         chain,
         id,
         "skips connections that are older than the rules: conntrack treats their next packet as a \
          new connection, and a redirect would reset it",
     )
-    .not_in_exact()
+    .omitted_by_exact()
     .families(families)
     .when([TCP, Match::NotOpening], Action::Return);
 }
 
-fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_inbound_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let captured = inputs.captured();
     b.rule(ISTIO_INBOUND, "hbone-in", "HBONE reaches its listener without a redirect")
         .families(captured)
@@ -208,7 +208,7 @@ fn excluded_ports(b: &mut Builder, inputs: &Inputs<'_>, chain: ChainId) {
 }
 
 /// Adds the rules of `ISTIO_OUTPUT`.
-fn outbound(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_outbound_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let (settings, captured) = (inputs.settings, inputs.captured());
     b.rule(OUTPUT, "enter-outbound", "every connection that a local process opens")
         .families(captured)
@@ -230,7 +230,10 @@ fn outbound(b: &mut Builder, inputs: &Inputs<'_>) {
             "skips the proxy's connections to the workload, whose source is 127.0.0.6 or ::6",
         )
         .for_family(family)
-        .when([Match::Source(vec![family.last_hop.into()]), Match::Out(lo())], Action::Return);
+        .when(
+            [Match::Source(vec![family.last_hop.into()]), Match::Out(loopback_interface())],
+            Action::Return,
+        );
     }
     if inputs.tproxy {
         tproxy::exempt_preserved_sources(b, inputs);
@@ -241,9 +244,9 @@ fn outbound(b: &mut Builder, inputs: &Inputs<'_>) {
     for gids in inputs.split(&settings.proxy_gids) {
         rules_for_owner(b, inputs, &Owner::Group(gids));
     }
-    owners(b, inputs);
+    add_owner_rules(b, inputs);
     if settings.dns == Dns::Capture {
-        dns::nat(b, inputs);
+        dns::add_nat_rules(b, inputs);
     }
     for &family in &inputs.families {
         b.rule(ISTIO_OUTPUT, "8-localhost", "skips connections to localhost")
@@ -304,7 +307,7 @@ fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
         .when(
             [
                 Match::NotDestination(family.loopback),
-                Match::Out(lo()),
+                Match::Out(loopback_interface()),
                 Match::NotDestinationPort(Protocol::Tcp, exempt_ports.clone()),
                 owner.matches_owner(),
             ],
@@ -312,7 +315,7 @@ fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
         );
     }
     if !includes_loopback(inputs) {
-        let mut matches = vec![Match::Out(lo()), owner.excludes_owner()];
+        let mut matches = vec![Match::Out(loopback_interface()), owner.excludes_owner()];
         if dns {
             let no_dns = Match::NotDestinationPort(Protocol::Tcp, vec![53.into()]);
             matches.insert(1, no_dns);
@@ -336,7 +339,7 @@ fn includes_loopback(inputs: &Inputs<'_>) -> bool {
 }
 
 /// Adds the rules that restrict capture to certain users and groups of the sending process.
-fn owners(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_owner_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let (outbound, captured) = (&inputs.settings.outbound, inputs.captured());
     for uids in inputs.split(&outbound.exclude_uids) {
         b.rule(ISTIO_OUTPUT, "exclude-uids", "excluded by outbound.exclude_uids")
@@ -394,7 +397,7 @@ fn include_cidrs(b: &mut Builder, inputs: &Inputs<'_>, family: Family, cidrs: &[
     }
 }
 
-fn lo() -> Vec<String> {
+fn loopback_interface() -> Vec<String> {
     vec![LOOPBACK.to_owned()]
 }
 

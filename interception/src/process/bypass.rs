@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn user_change_bypasses_only_rules_that_match_users() {
+    fn setuid_is_a_bypass_only_if_rules_match_users() {
         // Docker's default capabilities (moby/oci/caps/defaults.go) include NET_RAW, SETUID and
         // SETGID.
         let docker = 0xa804_25fb;

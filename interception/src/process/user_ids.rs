@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn contains_ids_within_ranges_of_map() {
+    fn user_ids_in_ranges_of_uid_map_exist() {
         let ids =
             UserIds::parse("         0       1000          1\n      1000     100000      65536\n");
         for (id, exists) in [(0, true), (1, false), (1000, true), (66_535, true), (66_536, false)] {
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn contains_every_id_in_initial_namespace() {
+    fn every_id_exists_in_initial_user_namespace() {
         assert!(UserIds::parse("         0          0 4294967295\n").contain(4_294_967_294));
     }
 }

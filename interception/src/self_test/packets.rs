@@ -102,8 +102,8 @@ impl<'a> TcpSegment<'a> {
         // RFC 9293 section 3.1: ports, and the header length in 32-bit words.
         let header = usize::from(segment.get(12)? >> 4) * 4;
         Some(Self {
-            source: SocketAddr::new(source, be16(segment, 0)?),
-            destination: SocketAddr::new(destination, be16(segment, 2)?),
+            source: SocketAddr::new(source, read_u16(segment, 0)?),
+            destination: SocketAddr::new(destination, read_u16(segment, 2)?),
             payload: segment.get(header..)?,
         })
     }
@@ -119,7 +119,7 @@ fn ipv4(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
         Some(Ipv4Addr::from(octets).into())
     };
     let header = usize::from(packet.first()? & 0x0f) * 4;
-    let total = usize::from(be16(packet, 2)?);
+    let total = usize::from(read_u16(packet, 2)?);
     (*packet.get(9)? == TCP).then_some(())?;
     Some((address(12)?, address(16)?, packet.get(header..total)?))
 }
@@ -131,12 +131,12 @@ fn ipv6(packet: &[u8]) -> Option<(IpAddr, IpAddr, &[u8])> {
         let octets: [u8; 16] = packet.get(at..at + 16)?.try_into().ok()?;
         Some(Ipv6Addr::from(octets).into())
     };
-    let length = usize::from(be16(packet, 4)?);
+    let length = usize::from(read_u16(packet, 4)?);
     (*packet.get(6)? == TCP).then_some(())?;
     Some((address(8)?, address(24)?, packet.get(HEADER..HEADER + length)?))
 }
 
-fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
     let octets: [u8; 2] = bytes.get(at..at + 2)?.try_into().ok()?;
     Some(u16::from_be_bytes(octets))
 }

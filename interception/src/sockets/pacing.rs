@@ -24,7 +24,7 @@ const DEFAULT_FILE: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 
 /// Congestion controls without pacing. The first one that is available and allowed
 /// (`net.ipv4.tcp_allowed_congestion_control`) is used.
-const WITHOUT_PACING: [&[u8]; 2] = [b"cubic", b"reno"];
+const ALGORITHMS_WITHOUT_PACING: [&[u8]; 2] = [b"cubic", b"reno"];
 
 /// A peer that answers within this time is near: usually in the same region. A busy peer or proxy
 /// may take longer and counts as distant, which is harmless.
@@ -75,7 +75,8 @@ impl Pacing {
         }
         let socket = SockRef::from(socket);
         // Fails only if the administrator allows none of them: then the connection paces.
-        let _unpaced = WITHOUT_PACING.iter().any(|name| socket.set_tcp_congestion(name).is_ok());
+        let _unpaced =
+            ALGORITHMS_WITHOUT_PACING.iter().any(|name| socket.set_tcp_congestion(name).is_ok());
     }
 
     /// Starts pacing, unless the peer answered so soon that it is near.

@@ -9,7 +9,8 @@ use underpass_interception::PROXY_MARK;
 
 use crate::Case;
 use crate::pod::{
-    ConnectedPods, DEADLINE, Family, V4, V6, at, command, equal, inside, isolated, prepare,
+    ConnectedPods, DEADLINE, Family, V4, V6, command, equal, inside, isolated_namespace, prepare,
+    socket_address,
 };
 
 pub(crate) const CASES: &[Case] = &[
@@ -28,7 +29,7 @@ const PORT: u16 = 8080;
 /// Connects from the current namespace, with a socket of this user and mark. Returns `false` if
 /// blocked.
 fn connects(to: IpAddr, port: u16, mark: u32, uid: u32) -> Result<bool, Failed> {
-    let address = at(to, port);
+    let address = socket_address(to, port);
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_mark(mark)?;
     rustix::fs::fchown(socket.as_fd(), Some(rustix::fs::Uid::from_raw(uid)), None)?;
@@ -45,7 +46,9 @@ fn listeners(
     family: Family,
     ports: &[u16],
 ) -> Result<Vec<TcpListener>, Failed> {
-    let listen = || ports.iter().map(|port| TcpListener::bind(at(family.remote, *port))).collect();
+    let listen = || {
+        ports.iter().map(|port| TcpListener::bind(socket_address(family.remote, *port))).collect()
+    };
     let listeners: std::io::Result<Vec<_>> = wired.remote.run(listen)?;
     Ok(listeners?)
 }
@@ -55,7 +58,7 @@ fn blocks_unmarked_tcp() -> Result<(), Failed> {
     for family in [V4, V6] {
         let _there = listeners(&wired, family, &[PORT])?;
         inside(&wired.pod, async || {
-            let _here = TcpListener::bind(at(family.loopback, PORT))?;
+            let _here = TcpListener::bind(socket_address(family.loopback, PORT))?;
             let interception = prepare("").await?;
             equal("it connects before", connects(family.remote, PORT, 0, 0)?, true)?;
             interception.block().await?;
@@ -109,7 +112,7 @@ fn exempts_exclusions() -> Result<(), Failed> {
 }
 
 fn removal_is_complete() -> Result<(), Failed> {
-    let pod = isolated("trace")?;
+    let pod = isolated_namespace("trace")?;
     command(&pod, "ip rule add fwmark 0x7 pref 2 lookup 7")?;
     let rules = || -> Result<_, Failed> {
         Ok([command(&pod, "ip -4 rule")?, command(&pod, "ip -6 rule")?])
@@ -129,7 +132,7 @@ fn removal_is_complete() -> Result<(), Failed> {
 }
 
 fn supports_many_exemptions() -> Result<(), Failed> {
-    let pod = isolated("many-exemptions")?;
+    let pod = isolated_namespace("many-exemptions")?;
     let before = command(&pod, "ip rule")?;
     let cidrs: Vec<_> = (0..2000).map(|n| format!("10.{}.{}.0/24", n / 256, n % 256)).collect();
     inside(&pod, async || {

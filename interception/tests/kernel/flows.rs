@@ -19,7 +19,8 @@ use underpass_interception::{
 
 use crate::Case;
 use crate::pod::{
-    ConnectedPods, DEADLINE, Family, PORTS, V4, V6, at, equal, inside, prepare, runtime, settings,
+    ConnectedPods, DEADLINE, Family, PORTS, V4, V6, equal, inside, prepare, runtime, settings,
+    socket_address,
 };
 
 pub(crate) const CASES: &[Case] = &[
@@ -138,7 +139,7 @@ impl Mesh {
         let stream = inside(from, async || {
             let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
             if let Some(source) = source {
-                socket.bind(at(source, 0))?;
+                socket.bind(socket_address(source, 0))?;
             }
             Ok(timeout(DEADLINE, socket.connect(to)).await??.into_std()?)
         })?;
@@ -242,7 +243,7 @@ fn assert_only_rule_matched(pod: &Namespace, rule: String) -> Result<(), Failed>
 
 fn outbound_is_captured(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
-    let to = at(family.remote, APP);
+    let to = socket_address(family.remote, APP);
     let mut client = mesh.plain(&mesh.wired.pod, to)?;
     let (peer, original) = accept(mesh.outbound, &mut client)?;
     equal("the original destination", original, to)?;
@@ -252,7 +253,7 @@ fn outbound_is_captured(family: Family, name: &str) -> Result<(), Failed> {
 
 fn plaintext_inbound_is_captured(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
-    let to = at(family.pod, APP);
+    let to = socket_address(family.pod, APP);
     let mut client = mesh.plain(&mesh.wired.remote, to)?;
     let (peer, original) = accept(mesh.inbound, &mut client)?;
     equal("the original destination", original, to)?;
@@ -262,7 +263,7 @@ fn plaintext_inbound_is_captured(family: Family, name: &str) -> Result<(), Faile
 
 fn hbone_is_not_redirected(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
-    let to = at(family.pod, PORTS.hbone);
+    let to = socket_address(family.pod, PORTS.hbone);
     let mut client = mesh.plain(&mesh.wired.remote, to)?;
     let (peer, original) = accept(mesh.hbone, &mut client)?;
     equal("the original destination", original, to)?;
@@ -272,7 +273,7 @@ fn hbone_is_not_redirected(family: Family, name: &str) -> Result<(), Failed> {
 
 fn probe_address_is_captured(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
-    let to = at(family.pod, APP);
+    let to = socket_address(family.pod, APP);
     let mut client = mesh.connect(&mesh.wired.remote, to, Some(family.probe))?;
     let (peer, original) = accept(mesh.inbound, &mut client)?;
     equal("the client", peer.ip(), family.probe)?;
@@ -282,9 +283,10 @@ fn probe_address_is_captured(family: Family, name: &str) -> Result<(), Failed> {
 
 fn only_declared_probe_ports_are_exempt(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::with(name, "kubelet_probes=8080,9000-9010")?;
-    let mut client = mesh.connect(&mesh.wired.remote, at(family.pod, APP), Some(family.probe))?;
+    let mut client =
+        mesh.connect(&mesh.wired.remote, socket_address(family.pod, APP), Some(family.probe))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.probe)?;
-    let other = at(family.pod, 8081);
+    let other = socket_address(family.pod, 8081);
     let mut client = mesh.connect(&mesh.wired.remote, other, Some(family.probe))?;
     equal("the destination", accept(mesh.inbound, &mut client)?.1, other)?;
     let rules = ["kubelet-probe-in", "capture-inbound"].map(|rule| (family.rule(rule), 1));
@@ -294,31 +296,32 @@ fn only_declared_probe_ports_are_exempt(family: Family, name: &str) -> Result<()
 fn kubelet_probe_is_exempt(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::with(name, "kubelet_probes=on")?;
     // Any program may bind to a local address.
-    let mut client = mesh.connect(&mesh.wired.remote, at(family.pod, APP), Some(family.probe))?;
+    let mut client =
+        mesh.connect(&mesh.wired.remote, socket_address(family.pod, APP), Some(family.probe))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.probe)?;
     assert_only_rule_matched(&mesh.wired.pod, family.rule("kubelet-probe-in"))
 }
 
 fn call_to_own_address_is_direct(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
-    let mut client = mesh.plain(&mesh.wired.pod, at(family.loopback, APP))?;
+    let mut client = mesh.plain(&mesh.wired.pod, socket_address(family.loopback, APP))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.loopback)?;
     equal("rules for loopback", counted(&mesh.wired.pod)?, vec![])?;
-    let mut client = mesh.plain(&mesh.wired.pod, at(family.pod, APP))?;
+    let mut client = mesh.plain(&mesh.wired.pod, socket_address(family.pod, APP))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.pod)?;
     assert_only_rule_matched(&mesh.wired.pod, family.rule("own-pod"))
 }
 
 fn proxy_connection_is_not_captured(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
-    let mut client = mesh.proxied(at(family.remote, APP), None)?;
+    let mut client = mesh.proxied(socket_address(family.remote, APP), None)?;
     equal("the client", serve(&mesh.remote_app, &mut client)?, family.pod)?;
     equal("rules that matched", counted(&mesh.wired.pod)?, vec![])
 }
 
 fn workload_sees_client_address(family: Family, name: &str) -> Result<(), Failed> {
     let mesh = Mesh::new(name)?;
-    let mut client = mesh.proxied(at(family.pod, APP), Some(family.remote))?;
+    let mut client = mesh.proxied(socket_address(family.pod, APP), Some(family.remote))?;
     equal("the client", serve(&mesh.app, &mut client)?, family.remote)?;
     let rules: Vec<_> = counted(&mesh.wired.pod)?.into_iter().map(|(rule, _)| rule).collect();
     let expected =
@@ -333,7 +336,7 @@ fn opening_requires_capability() -> Result<(), Failed> {
     without_capabilities(async || {
         for role in [SocketRole::Upstream, SocketRole::Workload] {
             for to in [V4.remote, V6.remote] {
-                let kind = SocketKind::new(role, at(to, APP));
+                let kind = SocketKind::new(role, socket_address(to, APP));
                 let refused = sockets.open(&Entered::current()?, kind).err();
                 let kind = refused.map(|error| error.kind());
                 equal("refused", kind, Some(PermissionDenied))?;
@@ -350,7 +353,8 @@ fn connection_survives_installation(family: Family, name: &str) -> Result<(), Fa
     let mut streams = Vec::new();
     for (from, into, to) in pairs {
         let app = into.run(|| TcpListener::bind(("::", APP)))??;
-        let client = from.run(|| TcpStream::connect_timeout(&at(to, APP), DEADLINE))??;
+        let client =
+            from.run(|| TcpStream::connect_timeout(&socket_address(to, APP), DEADLINE))??;
         let (server, _) = app.accept()?;
         for stream in [&client, &server] {
             stream.set_read_timeout(Some(DEADLINE))?;
@@ -372,7 +376,9 @@ fn connection_survives_installation(family: Family, name: &str) -> Result<(), Fa
         ["established-in", "established-out"].map(String::from).to_vec(),
     )?;
     // A new connection is captured. Without a proxy, it is refused.
-    let new = wired.pod.run(|| TcpStream::connect_timeout(&at(family.remote, APP), DEADLINE))?;
+    let new = wired
+        .pod
+        .run(|| TcpStream::connect_timeout(&socket_address(family.remote, APP), DEADLINE))?;
     equal(
         "a new connection",
         new.map(|_| ()).map_err(|error| error.kind()),
@@ -387,7 +393,7 @@ fn packet_capture_sees_segments() -> Result<(), Failed> {
     let wired = ConnectedPods::new("capture")?;
     let mut capture = wired.remote.run(|| PacketCapture::open("eth0"))??;
     for family in [V4, V6] {
-        let to = at(family.remote, APP);
+        let to = socket_address(family.remote, APP);
         let app = wired.remote.run(|| TcpListener::bind(to))??;
         let mut client = wired.pod.run(|| TcpStream::connect_timeout(&to, DEADLINE))??;
         serve(&app, &mut client)?;

@@ -5,7 +5,7 @@ use libtest_mimic::Failed;
 use underpass_interception::{HOST_TABLE, HostPlan, HostRules, Namespace, NamespaceAccess};
 
 use crate::Case;
-use crate::pod::{command, equal, inside, isolated};
+use crate::pod::{command, equal, inside, isolated_namespace};
 
 pub(crate) const CASES: &[Case] = &[
     ("host rules: nft installs the same rules from the text", nft_installs_the_same_rules),
@@ -27,7 +27,7 @@ fn with_rules(
     name: &str,
     code: impl AsyncFnOnce(&Namespace, HostRules) -> Result<(), Failed> + Send,
 ) -> Result<(), Failed> {
-    let namespace = isolated(name)?;
+    let namespace = isolated_namespace(name)?;
     inside(&namespace, async || {
         let rules = HostRules::prepare(NamespaceAccess::current()?).await?;
         code(&namespace, rules).await

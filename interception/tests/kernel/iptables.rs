@@ -17,8 +17,8 @@ use underpass_interception::{
 };
 
 use crate::Case;
-use crate::plans::{all, base, full, tproxy};
-use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated};
+use crate::plans::{all, maximal_settings, minimal_settings, with_tproxy};
+use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated_namespace};
 
 pub(crate) const CASES: &[Case] = &[
     ("the plans of these tests cover every match and every action", covers_every_match_and_action),
@@ -82,7 +82,7 @@ struct Variant {
 impl Variant {
     /// Creates a namespace for a test of this variant.
     fn pod(self, name: &str) -> Result<Namespace, Failed> {
-        isolated(&format!("{name}-{}", self.suffix))
+        isolated_namespace(&format!("{name}-{}", self.suffix))
     }
 
     /// Passes text to an `iptables-restore` program.
@@ -244,13 +244,13 @@ fn foreign_rules_keep_positions(variant: Variant) -> Result<(), Failed> {
     for (_, program) in FAMILIES {
         variant.load(&pod, program, FOREIGN)?;
     }
-    variant.install(&pod, &tproxy(full(Profile::Sidecar)?))?;
+    variant.install(&pod, &with_tproxy(maximal_settings(Profile::Sidecar)?))?;
     // Some foreign rules are added after underpass's rules.
     variant.run(&pod, "-t nat -A OUTPUT -o later0 -j RETURN")?;
     variant.run(&pod, "-t mangle -A OUTPUT -o later0 -j RETURN")?;
-    variant.install(&pod, &tproxy(full(Profile::Sidecar)?))?;
+    variant.install(&pod, &with_tproxy(maximal_settings(Profile::Sidecar)?))?;
     let saved = variant.saved(&pod)?;
-    variant.install(&pod, &base(Profile::Ambient)?)?;
+    variant.install(&pod, &minimal_settings(Profile::Ambient)?)?;
     for (_, program) in FAMILIES {
         let output = |rules: &Rules| {
             let key = (program, "nat".to_owned(), "OUTPUT".to_owned());
@@ -269,7 +269,9 @@ fn foreign_rules_keep_positions(variant: Variant) -> Result<(), Failed> {
         let expected: Vec<_> = expected.into_iter().map(str::to_owned).collect();
         equal("nat OUTPUT afterwards", output(&variant.saved(&pod)?), expected)?;
     }
-    inside(&pod, async || Ok(variant.prepare(&base(Profile::Ambient)?).await?.remove().await?))?;
+    inside(&pod, async || {
+        Ok(variant.prepare(&minimal_settings(Profile::Ambient)?).await?.remove().await?)
+    })?;
     let mut theirs = Rules::new();
     for (_, program) in FAMILIES {
         collect(&mut theirs, program, FOREIGN);
@@ -286,7 +288,8 @@ fn foreign_rules_keep_positions(variant: Variant) -> Result<(), Failed> {
 fn rejections_precede_foreign_rules(variant: Variant) -> Result<(), Failed> {
     let pod = variant.pod("refusals")?;
     variant.run(&pod, "-A OUTPUT -j ACCEPT")?;
-    let settings = InterceptionSettings { ipv6: Ipv6::Reject, ..base(Profile::Ambient)? };
+    let settings =
+        InterceptionSettings { ipv6: Ipv6::Reject, ..minimal_settings(Profile::Ambient)? };
     variant.install(&pod, &settings)?;
     let rules = variant.saved(&pod)?;
     let output = rules.get(&("ip6tables", "filter".to_owned(), "OUTPUT".to_owned()));
@@ -320,7 +323,7 @@ fn removal_leaves_nothing(variant: Variant) -> Result<(), Failed> {
 fn counters_add_both_families(variant: Variant) -> Result<(), Failed> {
     let pod = variant.pod("ipt-counted")?;
     inside(&pod, async || {
-        let interception = variant.prepare(&base(Profile::Sidecar)?).await?;
+        let interception = variant.prepare(&minimal_settings(Profile::Sidecar)?).await?;
         equal("counters before", interception.counters().await?.len(), 0)?;
         interception.install().await?;
         let counters = interception.counters().await?;
@@ -353,7 +356,7 @@ fn changes_are_detected_and_repaired(variant: Variant) -> Result<(), Failed> {
     .enumerate()
     {
         let pod = variant.pod(&format!("repaired-{number}"))?;
-        let settings = tproxy(full(Profile::Sidecar)?);
+        let settings = with_tproxy(maximal_settings(Profile::Sidecar)?);
         variant.install(&pod, &settings)?;
         let installed = variant.saved(&pod)?;
         variant.run(&pod, "-t nat -A PREROUTING -i foreign0 -j ACCEPT")?;
@@ -376,15 +379,16 @@ fn changes_are_detected_and_repaired(variant: Variant) -> Result<(), Failed> {
 
 fn leftovers_are_found(own: Variant, other: Variant) -> Result<(), Failed> {
     let pod = own.pod("ipt-leftovers")?;
-    own.install(&pod, &base(Profile::Ambient)?)?;
+    own.install(&pod, &minimal_settings(Profile::Ambient)?)?;
     let found = || {
         inside(&pod, async || {
-            let leftovers = own.prepare(&base(Profile::Ambient)?).await?.leftovers().await?;
+            let leftovers =
+                own.prepare(&minimal_settings(Profile::Ambient)?).await?.leftovers().await?;
             Ok(leftovers.iter().map(|leftover| leftover.what.clone()).collect::<Vec<_>>())
         })
     };
     equal("leftovers before", found()?, vec![])?;
-    other.install(&pod, &base(Profile::Osm)?)?;
+    other.install(&pod, &minimal_settings(Profile::Osm)?)?;
     command(&pod, "nft add table inet underpass")?;
     command(&pod, "nft add table inet istio-ambient-nat")?;
     command(&pod, &format!("ip6tables-{} -t nat -N OSM_PROXY_INBOUND", own.suffix))?;
@@ -413,10 +417,10 @@ fn leftovers_are_found(own: Variant, other: Variant) -> Result<(), Failed> {
 }
 
 fn detection_creates_no_table() -> Result<(), Failed> {
-    let pod = isolated("looking")?;
+    let pod = isolated_namespace("looking")?;
     for variant in [NFT, LEGACY] {
         inside(&pod, async || {
-            let interception = variant.prepare(&full(Profile::Sidecar)?).await?;
+            let interception = variant.prepare(&maximal_settings(Profile::Sidecar)?).await?;
             equal("leftovers", interception.leftovers().await?.len(), 0)?;
             equal("a difference", interception.verify().await?.is_some(), true)?;
             equal("counters", interception.counters().await?.len(), 0)?;
@@ -432,8 +436,8 @@ fn detection_creates_no_table() -> Result<(), Failed> {
 }
 
 fn failure_is_undone() -> Result<(), Failed> {
-    let pod = isolated("ipt-undone")?;
-    let old = full(Profile::Sidecar)?;
+    let pod = isolated_namespace("ipt-undone")?;
+    let old = maximal_settings(Profile::Sidecar)?;
     let ipv4 = InterceptionSettings { ipv6: Ipv6::Bypass, ..old };
     NFT.install(&pod, &ipv4)?;
     let before = NFT.saved(&pod)?;
@@ -441,7 +445,7 @@ fn failure_is_undone() -> Result<(), Failed> {
         // Only its owner can change a table with an owner. The table is removed with the owner.
         let owner = Connection::<Nftables>::new()?;
         owner.add_table_with_flags("nat", KernelFamily::Ip6, NFT_TABLE_F_OWNER).await?;
-        let result = NFT.prepare(&base(Profile::Ambient)?).await?.install().await;
+        let result = NFT.prepare(&minimal_settings(Profile::Ambient)?).await?.install().await;
         let undone = matches!(
             result,
             Err(InterceptionError::IptablesNotInstalled { family: "IPv6", undone: true, .. })
@@ -452,13 +456,13 @@ fn failure_is_undone() -> Result<(), Failed> {
 }
 
 fn unreadable_table_is_reported() -> Result<(), Failed> {
-    let pod = isolated("incompatible")?;
+    let pod = isolated_namespace("incompatible")?;
     command(&pod, "nft add table ip nat")?;
     command(&pod, "nft add chain ip nat OUTPUT { type nat hook output priority -100; }")?;
     command(&pod, "nft add rule ip nat OUTPUT fib daddr type local accept")?;
     let before = command(&pod, "nft list ruleset")?;
     inside(&pod, async || {
-        let interception = NFT.prepare(&base(Profile::Ambient)?).await?;
+        let interception = NFT.prepare(&minimal_settings(Profile::Ambient)?).await?;
         let Err(error) = interception.install().await else {
             return Err("it was installed".into());
         };

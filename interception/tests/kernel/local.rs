@@ -6,7 +6,7 @@ use libtest_mimic::Failed;
 use underpass_interception::{Entered, LocalAddresses, Namespace};
 
 use crate::Case;
-use crate::pod::{command, equal, inside, isolated};
+use crate::pod::{command, equal, inside, isolated_namespace};
 
 pub(crate) const CASES: &[Case] = &[
     (
@@ -22,7 +22,7 @@ fn expect_local(local: &LocalAddresses, address: &str, expected: bool) -> Result
 }
 
 fn interface_and_route_addresses_are_local() -> Result<(), Failed> {
-    let pod = isolated("local-addresses")?;
+    let pod = isolated_namespace("local-addresses")?;
     let all = ["192.0.2.7", "198.51.100.77", "2001:db8::7", "2001:db8:1::77"];
     inside(&pod, async || {
         let local = LocalAddresses::open(&Entered::current()?)?;
@@ -47,7 +47,7 @@ fn interface_and_route_addresses_are_local() -> Result<(), Failed> {
 }
 
 fn removed() -> Result<(), Failed> {
-    let pod = isolated("local-removed")?;
+    let pod = isolated_namespace("local-removed")?;
     inside(&pod, async || {
         let local = LocalAddresses::open(&Entered::current()?)?;
         run(&pod, "ip address add 192.0.2.7 dev lo")?;

@@ -26,7 +26,7 @@ fn main() {
     if skipped() {
         libtest_mimic::run(&arguments, Vec::new()).exit();
     }
-    // Before entering the sandbox, in which no namespace is the host's.
+    // Prepare before entering the sandbox, in which no namespace is the host's.
     let outside = rules::prepare_here();
     if let Err(error) = enter_sandbox() {
         fail_loudly(&error);

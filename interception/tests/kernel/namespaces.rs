@@ -15,7 +15,7 @@ use underpass_interception::{
 };
 
 use crate::Case;
-use crate::pod::{ConnectedPods, PORTS, command, equal, isolated, runtime, settings};
+use crate::pod::{ConnectedPods, PORTS, command, equal, isolated_namespace, runtime, settings};
 
 /// The time that the kernel or another thread may take.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -57,7 +57,7 @@ fn entered_by_path_and_name() -> Result<(), Failed> {
 }
 
 fn insecure_path_is_refused() -> Result<(), Failed> {
-    let namespace = isolated("guarded")?;
+    let namespace = isolated_namespace("guarded")?;
     let named = Path::new("/run/netns/guarded");
     equal("by its path", Namespace::open_secure_path(named)?.id(), namespace.id())?;
     let folder = Path::new("/run/guarded");
@@ -114,7 +114,7 @@ fn deleting_frees_the_name() -> Result<(), Failed> {
 }
 
 fn existing_name_is_refused() -> Result<(), Failed> {
-    let _holder = isolated("taken")?;
+    let _holder = isolated_namespace("taken")?;
     let again = Namespace::create_named("taken");
     equal("refused", matches!(again, Err(InterceptionError::Namespace { .. })), true)
 }
@@ -170,7 +170,7 @@ fn one_thread_installs_rules_everywhere() -> Result<(), Failed> {
     let (mut held, mut threads) = (Vec::new(), BTreeSet::new());
     let mut installed: Vec<Interception> = Vec::new();
     for number in 0..NAMESPACES {
-        let namespace = isolated(&format!("many-{number}"))?;
+        let namespace = isolated_namespace(&format!("many-{number}"))?;
         let access = NamespaceAccess::new(namespace.clone(), thread.clone());
         let id = namespace.id();
         let operation = thread.run(&namespace, async |entered| {
@@ -219,7 +219,8 @@ fn one_thread_installs_rules_everywhere() -> Result<(), Failed> {
 }
 
 fn rules_are_managed_from_outside() -> Result<(), Failed> {
-    let (pod, neighbour) = (isolated("outside-pod")?, isolated("outside-neighbour")?);
+    let (pod, neighbour) =
+        (isolated_namespace("outside-pod")?, isolated_namespace("outside-neighbour")?);
     let before = [rules_in(&pod)?, rules_in(&neighbour)?];
     let thread = NamespaceThread::start()?;
     let [access, other] =
@@ -274,7 +275,7 @@ fn deleted_namespace_ends_with_last_handle() -> Result<(), Failed> {
 
 fn sandbox_requires_a_single_thread() -> Result<(), Failed> {
     // `run` starts another thread, so the process has at least two.
-    let entered = isolated("threads")?.run(enter_sandbox)?;
+    let entered = isolated_namespace("threads")?.run(enter_sandbox)?;
     let remedy = match entered {
         Err(InterceptionError::Sandbox { remedy, .. }) => Some(remedy),
         _ => None,

@@ -20,7 +20,7 @@ use underpass_interception::{
 
 use crate::Case;
 use crate::plans;
-use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated, prepare};
+use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated_namespace, prepare};
 
 pub(crate) const CASES: &[Case] = &[
     ("nftables: every match and action is printed as installed", nft_installs_printed_rules),
@@ -232,7 +232,7 @@ fn assert_same(namespace: &Namespace, plan: &RulePlan) -> Result<(), Failed> {
 }
 
 fn nft_installs_printed_rules() -> Result<(), Failed> {
-    let pod = isolated("nft-printed")?;
+    let pod = isolated_namespace("nft-printed")?;
     let plan = every_rule()?;
     install(&pod, &plan)?;
     let installed = command(&pod, "nft --stateless list ruleset")?;
@@ -247,7 +247,7 @@ fn nft_installs_printed_rules() -> Result<(), Failed> {
 fn nft_installs_every_plan() -> Result<(), Failed> {
     for (number, settings) in plans::all()?.iter().enumerate() {
         let name = format!("nft-plan-{number}");
-        let (pod, plan) = (isolated(&name)?, RulePlan::new(settings, PORTS, true));
+        let (pod, plan) = (isolated_namespace(&name)?, RulePlan::new(settings, PORTS, true));
         install(&pod, &plan)?;
         let installed = command(&pod, "nft --stateless list ruleset")?;
         load(&pod, &name, &plan.to_string())?;
@@ -260,7 +260,7 @@ fn nft_installs_every_plan() -> Result<(), Failed> {
 }
 
 fn installed_rules_equal_expected_rules() -> Result<(), Failed> {
-    let pod = isolated("nft-expected")?;
+    let pod = isolated_namespace("nft-expected")?;
     let plan = every_rule()?;
     let [installed, _] = listings(&pod, &plan)?;
     equal("a listing without a table", installed, None)?;
@@ -307,7 +307,7 @@ const TAMPERING: &[&str] = &[
 ];
 
 fn tampering_is_detected() -> Result<(), Failed> {
-    let pod = isolated("nft-tampering")?;
+    let pod = isolated_namespace("nft-tampering")?;
     let plan = every_rule()?;
     for tampering in TAMPERING {
         install(&pod, &plan)?;
@@ -327,7 +327,7 @@ fn tampering_is_detected() -> Result<(), Failed> {
 }
 
 fn ignores_other_tables() -> Result<(), Failed> {
-    let pod = isolated("nft-others")?;
+    let pod = isolated_namespace("nft-others")?;
     let plan = every_rule()?;
     install(&pod, &plan)?;
     for text in [
@@ -346,7 +346,7 @@ fn ignores_other_tables() -> Result<(), Failed> {
 }
 
 fn many_networks_form_one_set() -> Result<(), Failed> {
-    let pod = isolated("nft-many")?;
+    let pod = isolated_namespace("nft-many")?;
     let v4 =
         |n: u32, length| IpNet::new(IpAddr::from((0x0a00_0000 + n * 512).to_be_bytes()), length);
     let v6 = |n: u16| IpNet::new(IpAddr::from([0xfd00, n, 0, 0, 0, 0, 0, 0]), 32);
@@ -375,7 +375,7 @@ fn many_networks_form_one_set() -> Result<(), Failed> {
 }
 
 fn changes_are_reported() -> Result<(), Failed> {
-    let pod = isolated("nft-changes")?;
+    let pod = isolated_namespace("nft-changes")?;
     // More notifications than a socket buffers, in transactions of the maximum size.
     let burst = "add table inet other\ndelete table inet other\n".repeat(500);
     inside(&pod, async || {
@@ -397,7 +397,7 @@ fn changes_are_reported() -> Result<(), Failed> {
 }
 
 fn owned_table_is_reported() -> Result<(), Failed> {
-    let pod = isolated("nft-owned")?;
+    let pod = isolated_namespace("nft-owned")?;
     let plan = every_rule()?;
     let refused = inside(&pod, async || {
         let owner = Connection::<Nftables>::new()?;
@@ -410,7 +410,7 @@ fn owned_table_is_reported() -> Result<(), Failed> {
 
 /// The missing module is derived from the name of the expression.
 fn kernel_names_unknown_expression() -> Result<(), Failed> {
-    let refused = inside(&isolated("nft-unknown")?, async || {
+    let refused = inside(&isolated_namespace("nft-unknown")?, async || {
         let kernel = Connection::<Nftables>::new()?;
         let unknown = KernelRule::new("t", "c")
             .family(Family::Inet)

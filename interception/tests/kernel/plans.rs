@@ -5,7 +5,7 @@ use underpass_config::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
     OutboundCapture, PortRange, Profile,
 };
-pub(crate) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
+pub(crate) fn minimal_settings(profile: Profile) -> Result<InterceptionSettings, Failed> {
     let sidecar = profile == Profile::Sidecar;
     Ok(InterceptionSettings {
         profile,
@@ -31,7 +31,7 @@ pub(crate) fn base(profile: Profile) -> Result<InterceptionSettings, Failed> {
 }
 
 /// A profile with all settings that it supports.
-pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
+pub(crate) fn maximal_settings(profile: Profile) -> Result<InterceptionSettings, Failed> {
     let interfaces = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
     let many_ports = (1..=20).map(PortRange::from);
     let settings = InterceptionSettings {
@@ -58,7 +58,7 @@ pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
             exclude_interfaces: interfaces(&["eth3"]),
             ..InboundCapture::default()
         },
-        ..base(profile)?
+        ..minimal_settings(profile)?
     };
     if profile == Profile::Osm {
         return Ok(settings);
@@ -76,19 +76,22 @@ pub(crate) fn full(profile: Profile) -> Result<InterceptionSettings, Failed> {
     })
 }
 
-pub(crate) fn tproxy(settings: InterceptionSettings) -> InterceptionSettings {
+pub(crate) fn with_tproxy(settings: InterceptionSettings) -> InterceptionSettings {
     let inbound = InboundCapture { mode: InboundMode::Tproxy, ..settings.inbound };
     InterceptionSettings { inbound, ..settings }
 }
 
 /// Settings whose plans together contain every match and every action.
 pub(crate) fn all() -> Result<Vec<InterceptionSettings>, Failed> {
-    let mut all = vec![tproxy(base(Profile::Sidecar)?), tproxy(full(Profile::Sidecar)?)];
+    let mut all = vec![
+        with_tproxy(minimal_settings(Profile::Sidecar)?),
+        with_tproxy(maximal_settings(Profile::Sidecar)?),
+    ];
     for profile in [Profile::Ambient, Profile::Sidecar, Profile::Osm] {
-        all.extend([base(profile)?, full(profile)?]);
+        all.extend([minimal_settings(profile)?, maximal_settings(profile)?]);
     }
     let include = OutboundCapture { include_gids: vec![0], ..OutboundCapture::default() };
-    all.push(InterceptionSettings { outbound: include, ..base(Profile::Sidecar)? });
+    all.push(InterceptionSettings { outbound: include, ..minimal_settings(Profile::Sidecar)? });
     let variations = all.clone().into_iter().flat_map(|settings| {
         let exact = InterceptionSettings { exact: true, ..settings.clone() };
         [exact, InterceptionSettings { ipv6: Ipv6::Reject, ..settings }]

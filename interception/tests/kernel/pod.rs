@@ -84,7 +84,7 @@ impl ConnectedPods {
 }
 
 /// Creates a namespace with only a loopback interface.
-pub(crate) fn isolated(name: &str) -> Result<Namespace, Failed> {
+pub(crate) fn isolated_namespace(name: &str) -> Result<Namespace, Failed> {
     let namespace = Namespace::create_named(name)?;
     runtime()?.block_on(namespace.set_loopback_up())?;
     Ok(namespace)
@@ -130,7 +130,7 @@ pub(crate) async fn prepare(assignments: &str) -> Result<Interception, Failed> {
     prepared.ok_or_else(|| "the profile has rules".into())
 }
 
-pub(crate) fn at(address: IpAddr, port: u16) -> SocketAddr {
+pub(crate) fn socket_address(address: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 

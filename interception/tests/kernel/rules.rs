@@ -13,7 +13,7 @@ use underpass_interception::{
 };
 
 use crate::Case;
-use crate::pod::{PORTS, command, equal, inside, isolated, prepare, settings};
+use crate::pod::{PORTS, command, equal, inside, isolated_namespace, prepare, settings};
 
 pub(crate) const CASES: &[Case] = &[
     ("installing twice gives the same ruleset and routes", second_installation_changes_nothing),
@@ -65,7 +65,7 @@ impl Listing {
 }
 
 fn second_installation_changes_nothing() -> Result<(), Failed> {
-    let pod = isolated("twice")?;
+    let pod = isolated_namespace("twice")?;
     let install = || inside(&pod, async || Ok(prepare("").await?.install().await?));
     install()?;
     let once = Listing::of(&pod)?;
@@ -81,7 +81,7 @@ fn second_installation_changes_nothing() -> Result<(), Failed> {
 }
 
 fn removal_leaves_nothing() -> Result<(), Failed> {
-    let pod = isolated("removal")?;
+    let pod = isolated_namespace("removal")?;
     let before = Listing::of(&pod)?;
     inside(&pod, async || {
         let interception = prepare("").await?;
@@ -104,7 +104,7 @@ fn removal_leaves_nothing() -> Result<(), Failed> {
 }
 
 fn removal_keeps_foreign_rules() -> Result<(), Failed> {
-    let pod = isolated("others")?;
+    let pod = isolated_namespace("others")?;
     command(&pod, "nft add table inet theirs")?;
     command(&pod, "ip rule add fwmark 0x111/0xfff pref 32764 lookup 100")?;
     command(&pod, "ip rule add fwmark 0x111/0xfff pref 32765 lookup 101")?;
@@ -120,7 +120,7 @@ fn removal_keeps_foreign_rules() -> Result<(), Failed> {
 
 fn installs_the_printed_plan() -> Result<(), Failed> {
     for (ipv6, name) in [("ipv6=capture", "printed-both"), ("ipv6=bypass", "printed-v4")] {
-        let pod = isolated(name)?;
+        let pod = isolated_namespace(name)?;
         let plan = inside(&pod, async || {
             let interception = prepare(ipv6).await?;
             interception.install().await?;
@@ -141,7 +141,7 @@ fn installs_the_printed_plan() -> Result<(), Failed> {
 }
 
 fn leftovers_are_replaced() -> Result<(), Failed> {
-    let pod = isolated("leftovers")?;
+    let pod = isolated_namespace("leftovers")?;
     command(&pod, "nft add table inet underpass")?;
     command(&pod, "nft add chain inet underpass old { type filter hook input priority 0; }")?;
     command(&pod, "nft add rule inet underpass old tcp dport 1 drop")?;
@@ -161,7 +161,7 @@ fn failure_leaves_nothing() -> Result<(), Failed> {
 }
 
 fn rejected_rules_leave_nothing() -> Result<(), Failed> {
-    let pod = isolated("refusal")?;
+    let pod = isolated_namespace("refusal")?;
     let before = Listing::of(&pod)?;
     inside(&pod, async || {
         // Only its owner can change a table with an owner. The table is removed with the owner.
@@ -174,7 +174,7 @@ fn rejected_rules_leave_nothing() -> Result<(), Failed> {
 }
 
 fn routes_of_other_mode_are_removed() -> Result<(), Failed> {
-    let pod = isolated("other-mode")?;
+    let pod = isolated_namespace("other-mode")?;
     inside(&pod, async || {
         prepare("profile=sidecar inbound.mode=tproxy").await?.install().await?;
         Ok(())
@@ -198,7 +198,7 @@ fn routes_of_other_mode_are_removed() -> Result<(), Failed> {
 }
 
 fn dormant_table_is_replaced() -> Result<(), Failed> {
-    let pod = isolated("dormant")?;
+    let pod = isolated_namespace("dormant")?;
     command(&pod, "nft add table inet underpass { flags dormant; }")?;
     inside(&pod, async || Ok(prepare("").await?.install().await?))?;
     let dormant = command(&pod, "nft list ruleset")?.contains("dormant");
@@ -212,7 +212,7 @@ fn disabled_ipv6(backend: &str) -> Result<(), Failed> {
     for (name, profile) in
         [("ambient", "profile=ambient"), ("sidecar", &sidecar), ("tproxy", &tproxy), ("osm", &osm)]
     {
-        let pod = isolated(&format!("disabled-ipv6-{backend}-{name}"))?;
+        let pod = isolated_namespace(&format!("disabled-ipv6-{backend}-{name}"))?;
         disabled_ipv6_of(&pod, backend, profile)?;
     }
     Ok(())
@@ -233,7 +233,8 @@ fn disabled_ipv6_of(pod: &Namespace, backend: &str, profile: &str) -> Result<(),
         equal("IPv6 has been enabled", interception.follow_ipv6().await?, false)?;
 
         fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "0")?;
-        let missing = interception.verify().await?.map(|difference| difference.counts());
+        let missing =
+            interception.verify().await?.map(|difference| difference.missing_and_unexpected());
         let waiting = interception.plan().routes().len() + interception.plan().addresses().len();
         equal("routes that wait", missing.unwrap_or_default(), (waiting, 0))?;
         equal("IPv6 has been enabled", interception.follow_ipv6().await?, true)?;
@@ -254,7 +255,7 @@ fn disabled_ipv6_of(pod: &Namespace, backend: &str, profile: &str) -> Result<(),
 }
 
 fn bypass_captures_only_ipv4() -> Result<(), Failed> {
-    let pod = isolated("bypass")?;
+    let pod = isolated_namespace("bypass")?;
     let rules = inside(&pod, async || {
         let interception = prepare("ipv6=bypass").await?;
         interception.install().await?;
@@ -265,7 +266,7 @@ fn bypass_captures_only_ipv4() -> Result<(), Failed> {
 }
 
 fn counters_name_rules_in_order() -> Result<(), Failed> {
-    let pod = isolated("counters")?;
+    let pod = isolated_namespace("counters")?;
     inside(&pod, async || {
         let interception = prepare("").await?;
         equal("counters before", interception.counters().await?.len(), 0)?;
@@ -279,7 +280,7 @@ fn counters_name_rules_in_order() -> Result<(), Failed> {
 }
 
 fn difference_is_readable() -> Result<(), Failed> {
-    let pod = isolated("words")?;
+    let pod = isolated_namespace("words")?;
     inside(&pod, async || Ok(prepare("ipv6=bypass").await?.install().await?))?;
     // nlink cannot print this expression or the planned `ct original zone set` in nft syntax.
     command(
@@ -300,7 +301,7 @@ fn difference_is_readable() -> Result<(), Failed> {
 }
 
 fn foreign_rules() -> Result<(), Failed> {
-    let pod = isolated("foreign")?;
+    let pod = isolated_namespace("foreign")?;
     for rule in [
         "add table inet other",
         "add chain inet other early { type filter hook output priority -400; }",
@@ -366,6 +367,6 @@ pub(crate) fn host_is_refused(outside: &io::Result<InitialNamespace>) -> Result<
     if outside.permitted && outside.initial {
         equal("the host is refused", outside.refused, true)?;
     }
-    let pod = isolated("not-the-host")?;
+    let pod = isolated_namespace("not-the-host")?;
     inside(&pod, async || prepare("").await.map(|_| ()))
 }

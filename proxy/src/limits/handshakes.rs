@@ -163,8 +163,8 @@ mod tests {
         let held: Vec<_> =
             sources.iter().map(|(ip, source)| fill(&handshakes, *ip, source)).collect();
         assert_eq!(held[0].len(), 64);
-        let newcomer = handshakes.of_source();
-        let admitted = handshakes.admit(ip(100), &newcomer, || unreachable!());
+        let new_source = handshakes.of_source();
+        let admitted = handshakes.admit(ip(100), &new_source, || unreachable!());
         assert!(admitted.now_or_never().is_some());
     }
 

@@ -84,7 +84,7 @@ impl ProbeTranslation {
         let Some(difference) = self.rules.verify(plan.clone()).await? else { return Ok(()) };
         self.rules.apply(plan.clone()).await?;
         if self.applied.as_ref() == Some(&plan) {
-            let (missing, unexpected) = difference.counts();
+            let (missing, unexpected) = difference.missing_and_unexpected();
             tracing::warn!(
                 missing,
                 unexpected,

@@ -134,7 +134,7 @@ fn report_failure(error: &InterceptionError, pause: Duration, repeated: bool) {
 fn report(event: &Event, has_failed: bool) {
     match event {
         Event::Repaired { difference, took, fight } => {
-            let (missing, unexpected) = difference.counts();
+            let (missing, unexpected) = difference.missing_and_unexpected();
             metrics::rules_repaired();
             if *fight {
                 tracing::debug!(
@@ -164,7 +164,7 @@ fn report(event: &Event, has_failed: bool) {
             );
         }
         Event::Fight { difference } => {
-            let (missing, unexpected) = difference.counts();
+            let (missing, unexpected) = difference.missing_and_unexpected();
             tracing::error!(
                 missing,
                 unexpected,

@@ -17,6 +17,11 @@ const BANNED_WORDS: &[&str] = &[
     "goes by it",
     "what is there",
     "at its leisure",
+    "as long as that",
+    "newcomer",
+    "newcomers",
+    "takes none",
+    "the same of",
 ];
 
 /// The banned words in a text.
@@ -39,11 +44,12 @@ pub(crate) fn code_problems(text: &str) -> Vec<String> {
 
 #[test]
 fn code_check_reports_strings_and_identifiers() {
-    let text = "let nobody = 1;\nlet a = \"whoever waits\";\nfn is_told() {}\n// Somebody.";
+    let text = "let nobody = 1;\nlet a = \"whoever waits\";\nfn is_told() {}\n// Somebody.\nlet newcomer = 2;";
     let expected = [
         "1: banned `nobody` in code",
         "2: banned `whoever` in code",
         "3: banned `is told` in code",
+        "5: banned `newcomer` in code",
     ];
     assert_eq!(code_problems(text), expected);
 }

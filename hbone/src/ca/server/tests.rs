@@ -97,7 +97,7 @@ fn impersonating(csr: String, kind: Kind) -> IstioCertificateRequest {
 
 /// The identity in a leaf certificate, and its validity in seconds, including the clock-skew
 /// margin.
-fn leaf(pem: &str) -> (String, i64) {
+fn identity_and_validity(pem: &str) -> (String, i64) {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
     let (_, leaf) = x509_parser::parse_x509_certificate(&der).unwrap();
     let validity = leaf.validity();
@@ -113,14 +113,14 @@ async fn issues_listed_identity_with_root_last_and_capped_validity() {
         let answer = ask(&served, Some("Bearer client-token"), request(csr(&[CLIENT]), seconds));
         let chain = answer.await.unwrap().cert_chain;
         assert_eq!(chain.len(), 2);
-        assert_eq!(leaf(&chain[0]), (CLIENT.to_owned(), expected), "{seconds}");
+        assert_eq!(identity_and_validity(&chain[0]), (CLIENT.to_owned(), expected), "{seconds}");
         assert_eq!(chain[1], roots);
     }
     // The request may name the identity in the CSR, in the metadata, or in both.
     let text = |id: &str| Kind::StringValue(id.to_owned());
     for csr in [csr(&[]), csr(&[SERVER])] {
         let asked = ask(&served, Some("bearer node-token"), impersonating(csr, text(SERVER)));
-        assert_eq!(leaf(&asked.await.unwrap().cert_chain[0]).0, SERVER);
+        assert_eq!(identity_and_validity(&asked.await.unwrap().cert_chain[0]).0, SERVER);
     }
 }
 

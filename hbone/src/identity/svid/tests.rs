@@ -28,7 +28,7 @@ fn readers(ca: &Ca, names: &[&str], change: Change) -> [Result<(), SvidProblem>;
     let judge = Authorities::new(&ca.identity(SERVER, 1), Files::new().trust());
     let now = clock::unix(clock::now());
     let as_peer = |expected: &ExpectedPeer| match judge
-        .judge(&chain[0], &chain[1..], expected, now)
+        .verify_peer(&chain[0], &chain[1..], expected, now)
         .map_err(crate::tls::rejection)
     {
         Ok(_) => Ok(()),
@@ -162,7 +162,8 @@ fn bounds_errors_about_unproven_certificates() {
     ];
     for (name, change) in cases {
         let (chain, _) = stranger.leaf_with(&[name], change);
-        let judged = judge.judge(&chain[0], &[], &judge.any_member(), clock::unix(clock::now()));
+        let judged =
+            judge.verify_peer(&chain[0], &[], &judge.any_member(), clock::unix(clock::now()));
         let error = crate::tls::rejection(judged.unwrap_err());
         let source = std::error::Error::source(&error).map(ToString::to_string);
         let text = format!("{error}{}", source.unwrap_or_default());

@@ -81,8 +81,8 @@ async fn request_for_another_part_is_not_blocked() {
     let waits = Cell::new(false);
     let mut second = Box::pin(waiting.turn(&heavy, 1, || waits.set(true)));
     assert!((&mut second).now_or_never().is_none() && waits.get());
-    let newcomer = waiting.turn(&light, 0, || unreachable!()).now_or_never();
-    assert!(newcomer.is_some());
+    let late_request = waiting.turn(&light, 0, || unreachable!()).now_or_never();
+    assert!(late_request.is_some());
     drop(held);
     assert!(second.now_or_never().is_some());
 }

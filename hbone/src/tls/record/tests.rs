@@ -241,7 +241,7 @@ fn rejects_sealed_records_of_other_types() {
 }
 
 #[test]
-fn accepts_limited_consecutive_empty_records() {
+fn rejects_more_than_32_consecutive_empty_records() {
     let (mut stream, mut peer) = client();
     for _ in 0..2 {
         for padding in 0..32 {
@@ -258,7 +258,7 @@ fn accepts_limited_consecutive_empty_records() {
 }
 
 #[test]
-fn keeps_tickets_that_are_split_or_share_a_record() {
+fn stores_tickets_that_span_records_or_share_one() {
     for read in [1, usize::MAX] {
         let (mut stream, mut peer) = client();
         peer.wire.pipe().read = read;
@@ -319,7 +319,7 @@ fn rejects_messages_of_the_handshake_at_their_first_byte() {
 }
 
 #[test]
-fn accepts_limited_consecutive_messages() {
+fn rejects_more_than_32_consecutive_messages() {
     let (mut stream, mut peer) = client();
     for _ in 0..2 {
         for _ in 0..32 {
@@ -389,7 +389,7 @@ fn fatal_alert_ends_connection_without_answer() {
 }
 
 #[test]
-fn accepts_limited_user_canceled_alerts() {
+fn rejects_more_than_4_user_canceled_alerts() {
     let (mut stream, mut peer) = client();
     let canceled = [1, u8::from(AlertDescription::UserCanceled)];
     for _ in 0..4 {

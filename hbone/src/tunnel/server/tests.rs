@@ -85,7 +85,7 @@ async fn client_that_stops_after_tls_times_out() {
 }
 
 /// Sends a request that the server answers itself. Returns the status.
-async fn answered(request: Request<()>) -> StatusCode {
+async fn answer_status(request: Request<()>) -> StatusCode {
     let (client, acceptor) = client_and_acceptor();
     let (near, far) = duplex(64 << 10);
     let ask = async {
@@ -110,10 +110,10 @@ async fn answered(request: Request<()>) -> StatusCode {
 #[tokio::test]
 async fn invalid_connect_request_gets_400() {
     let get = Request::get("https://10.0.0.1:80/").body(()).unwrap();
-    assert_eq!(answered(get).await, StatusCode::BAD_REQUEST);
+    assert_eq!(answer_status(get).await, StatusCode::BAD_REQUEST);
     for authority in ["10.0.0.1", "10.0.0.1:0", "user@10.0.0.1:80"] {
         let connect = Request::connect(authority).body(()).unwrap();
-        assert_eq!(answered(connect).await, StatusCode::BAD_REQUEST, "{authority}");
+        assert_eq!(answer_status(connect).await, StatusCode::BAD_REQUEST, "{authority}");
     }
 }
 

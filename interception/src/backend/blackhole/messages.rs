@@ -80,7 +80,7 @@ fn write_ports(message: &mut MessageBuilder, protocol: u8, side: FraAttr, ports:
 }
 
 impl IpRule {
-    pub(super) fn addition(&self) -> MessageBuilder {
+    pub(super) fn add_request(&self) -> MessageBuilder {
         /// NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL and NLM_F_CREATE (include/uapi/linux/netlink.h).
         const FLAGS: u16 = 0x001 | 0x004 | 0x200 | 0x400;
         let mut message = MessageBuilder::new(NlMsgType::RTM_NEWRULE, FLAGS);
@@ -104,7 +104,7 @@ impl IpRule {
 }
 
 /// A request that removes underpass's first ip rule with this priority.
-pub(super) fn removal(version: Version, priority: u32) -> MessageBuilder {
+pub(super) fn remove_request(version: Version, priority: u32) -> MessageBuilder {
     /// NLM_F_REQUEST and NLM_F_ACK.
     const FLAGS: u16 = 0x001 | 0x004;
     let mut message = MessageBuilder::new(NlMsgType::RTM_DELRULE, FLAGS);

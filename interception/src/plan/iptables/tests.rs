@@ -218,9 +218,12 @@ fn addresses_of_other_family_match_nothing() {
 
 #[test]
 fn negated_output_interface_is_removed_from_list() {
-    let lo = || "lo".to_owned();
-    assert_eq!(v4(vec![Match::NotOut(lo())]), ["! -o lo"]);
-    let both = vec![Match::Out(vec![lo(), "eth0".to_owned()]), Match::NotOut(lo())];
+    let loopback_interface = || "lo".to_owned();
+    assert_eq!(v4(vec![Match::NotOut(loopback_interface())]), ["! -o lo"]);
+    let both = vec![
+        Match::Out(vec![loopback_interface(), "eth0".to_owned()]),
+        Match::NotOut(loopback_interface()),
+    ];
     assert_eq!(v4(both), ["-o eth0"]);
 }
 

@@ -6,7 +6,7 @@
 
 use ipnet::IpNet;
 
-use super::{ISTIO_OUTPUT, established};
+use super::{ISTIO_OUTPUT, skip_established};
 use crate::plan::build::{Builder, Family, Inputs, chain};
 use crate::plan::{Action, ChainId, Families, Match, Protocol, Table};
 
@@ -25,7 +25,7 @@ struct Servers {
 }
 
 /// Adds the redirects to `ISTIO_OUTPUT`.
-pub(super) fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
+pub(super) fn add_nat_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let servers = servers(inputs);
     if servers.is_empty() {
         return;
@@ -35,7 +35,7 @@ pub(super) fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
             .families(families)
             .when([], Action::Jump(NAT));
     }
-    established(b, NAT, "established-dns", inputs.captured());
+    skip_established(b, NAT, "established-dns", inputs.captured());
     let redirect = Action::Redirect(inputs.ports.dns);
     for (protocol, id) in [(Protocol::Tcp, "capture-dns-tcp"), (Protocol::Udp, "capture-dns-udp")] {
         for servers in &servers {
@@ -52,7 +52,7 @@ pub(super) fn nat(b: &mut Builder, inputs: &Inputs<'_>) {
 }
 
 /// Adds the conntrack zones.
-pub(super) fn raw(b: &mut Builder, inputs: &Inputs<'_>) {
+pub(super) fn add_raw_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let (settings, captured) = (inputs.settings, inputs.captured());
     b.rule(
         chain(Table::Raw, "OUTPUT"),

@@ -5,7 +5,7 @@
 //! connection mark routes the workload's replies back to the proxy. The mark 0x53a identifies a
 //! connection from the proxy to its own pod, which is inbound although it uses loopback.
 
-use super::{ISTIO_OUTPUT, excluded_ports, exempt_ports, lo, tcp_to};
+use super::{ISTIO_OUTPUT, excluded_ports, exempt_ports, loopback_interface, tcp_to};
 use crate::plan::build::{Builder, Inputs, TCP, chain};
 use crate::plan::{
     Action, ChainId, Direction, MARK_MASK, Mark, Match, PROXY_MARK, PolicyRoute, Table, own_ports,
@@ -30,15 +30,15 @@ pub(in crate::plan) fn route(exact: bool) -> PolicyRoute {
     PolicyRoute { mark: mark(exact, PROXY_MARK), priority: RULE_PRIORITY, table: ROUTE_TABLE }
 }
 
-pub(super) fn mangle(b: &mut Builder, inputs: &Inputs<'_>) {
+pub(super) fn add_mangle_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let include = &inputs.settings.inbound.include_ports;
     if !include.as_ref().is_some_and(Vec::is_empty) {
-        targets(b, inputs);
+        add_target_chains(b, inputs);
         b.rule(PREROUTING, "enter-mangle-inbound", "every TCP connection that arrives")
             .families(inputs.captured())
             .when([TCP], Action::Jump(INBOUND));
     }
-    inbound(b, inputs);
+    add_inbound_rules(b, inputs);
     mark_replies(b, inputs);
 }
 
@@ -67,7 +67,7 @@ pub(super) fn excluded_interfaces(b: &mut Builder, inputs: &Inputs<'_>) {
 }
 
 /// Adds the chains that deliver packets to the proxy.
-fn targets(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_target_chains(b: &mut Builder, inputs: &Inputs<'_>) {
     let (captured, proxy) = (inputs.captured(), proxy_mark(inputs));
     b.rule(DIVERT, "divert-mark", "keeps an established connection of the proxy with the proxy")
         .families(captured)
@@ -78,7 +78,7 @@ fn targets(b: &mut Builder, inputs: &Inputs<'_>) {
         "established-tproxy",
         "skips connections that are older than the rules: they belong to the workload",
     )
-    .not_in_exact()
+    .omitted_by_exact()
     .families(captured)
     .when([TCP, Match::NotOpening], Action::Return);
     for &family in &inputs.families {
@@ -97,7 +97,7 @@ fn targets(b: &mut Builder, inputs: &Inputs<'_>) {
     }
 }
 
-fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
+fn add_inbound_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     let (captured, proxy) = (inputs.captured(), proxy_mark(inputs));
     b.rule(INBOUND, "proxy-connection", "skips the proxy's connections from a client's address")
         .families(captured)
@@ -106,24 +106,27 @@ fn inbound(b: &mut Builder, inputs: &Inputs<'_>) {
         let from = Match::Source(vec![family.last_hop.into()]);
         b.rule(INBOUND, "last-hop", "skips the proxy's connections from 127.0.0.6 or ::6")
             .for_family(family)
-            .when([from, Match::In(lo()), TCP], Action::Return);
+            .when([from, Match::In(loopback_interface()), TCP], Action::Return);
     }
     b.rule(INBOUND, "app-to-itself", "skips a workload's calls to its own address")
         .families(captured)
-        .when([Match::In(lo()), TCP, Match::NotPacketMark(own_pod_mark(inputs))], Action::Return);
+        .when(
+            [Match::In(loopback_interface()), TCP, Match::NotPacketMark(own_pod_mark(inputs))],
+            Action::Return,
+        );
     for interfaces in inputs.split(&inputs.settings.virtual_interfaces) {
         b.rule(
             INBOUND,
             "virtual-tproxy",
             "traffic from a virtual machine is outbound; nat redirects it",
         )
-        .not_in_exact()
+        .omitted_by_exact()
         .numbered()
         .families(captured)
         .when([Match::In(interfaces), TCP], Action::Return);
     }
     b.rule(INBOUND, "hbone-in-tproxy", "HBONE reaches its listener without a redirect")
-        .not_in_exact()
+        .omitted_by_exact()
         .families(captured)
         .when([tcp_to(inputs.ports.hbone)], Action::Return);
     own_ports::add(b, inputs, INBOUND, "own-ports-in-tproxy", exempt_ports(inputs));
@@ -146,9 +149,12 @@ pub(super) fn exempt_preserved_sources(b: &mut Builder, inputs: &Inputs<'_>) {
         "proxy-connection-out",
         "skips the proxy's connections to the workload from a client's address",
     )
-    .not_in_exact()
+    .omitted_by_exact()
     .families(inputs.captured())
-    .when([Match::Out(lo()), Match::PacketMark(proxy_mark(inputs))], Action::Return);
+    .when(
+        [Match::Out(loopback_interface()), Match::PacketMark(proxy_mark(inputs))],
+        Action::Return,
+    );
 }
 
 fn divert_or_tproxy(b: &mut Builder, inputs: &Inputs<'_>, these: Match) {
@@ -187,7 +193,7 @@ fn mark_replies(b: &mut Builder, inputs: &Inputs<'_>) {
     );
     b.rule(OUTPUT, "keep-mark", "the proxy's own packets already carry their mark")
         .families(supported)
-        .when([Match::Out(lo()), TCP, Match::PacketMark(proxy)], Action::Return);
+        .when([Match::Out(loopback_interface()), TCP, Match::PacketMark(proxy)], Action::Return);
     let uids = inputs.split(&settings.proxy_uids).into_iter().map(Match::Uid);
     let gids = inputs.split(&settings.proxy_gids).into_iter().map(Match::Gid);
     for owner in uids.chain(gids) {
@@ -200,7 +206,12 @@ fn mark_replies(b: &mut Builder, inputs: &Inputs<'_>) {
             .numbered()
             .for_family(family)
             .when(
-                [Match::NotDestination(family.loopback), Match::Out(lo()), TCP, owner.clone()],
+                [
+                    Match::NotDestination(family.loopback),
+                    Match::Out(loopback_interface()),
+                    TCP,
+                    owner.clone(),
+                ],
                 Action::MarkPacket(own_pod_mark(inputs)),
             );
         }

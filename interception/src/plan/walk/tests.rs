@@ -69,7 +69,7 @@ fn at(address: &str) -> SocketAddr {
 }
 
 /// A SYN that a process with user and group 0 sends.
-fn out(to: &str) -> Packet {
+fn outgoing(to: &str) -> Packet {
     let destination = at(to);
     let own: IpAddr =
         if destination.is_ipv4() { [10, 0, 0, 1].into() } else { at("[fd00::1]:0").ip() };
@@ -91,7 +91,7 @@ fn out(to: &str) -> Packet {
 /// A SYN that arrives at eth0.
 fn arriving(to: &str) -> Packet {
     let entry = Entry::In { interface: "eth0".to_owned() };
-    Packet { source: at("10.0.0.2:40000"), entry, ..out(to) }
+    Packet { source: at("10.0.0.2:40000"), entry, ..outgoing(to) }
 }
 
 fn ids(walk: &Walk<'_>) -> Vec<String> {
@@ -105,7 +105,7 @@ fn passed(walk: &Walk<'_>) -> Vec<String> {
 #[test]
 fn unmatched_packet_reaches_its_destination() {
     let plan = plan(vec![(OUTPUT, vec![Match::Protocol(Protocol::Udp)], Action::Redirect(PORT))]);
-    let packet = out("10.0.0.2:80");
+    let packet = outgoing("10.0.0.2:80");
     let walk = plan.walk(&packet, &pod());
     assert_eq!((walk.end, walk.destination), (Verdict::Direct, packet.destination));
     assert_eq!(passed(&walk), ["nat_output"]);
@@ -128,7 +128,7 @@ fn redirect_of_sent_packet_leads_to_loopback_once() {
             .collect(),
     );
     for (to, end) in [("10.0.0.2:80", "127.0.0.1:15001"), ("[fd00::2]:80", "[::1]:15001")] {
-        let packet = out(to);
+        let packet = outgoing(to);
         let walk = plan.walk(&packet, &pod());
         assert_eq!((walk.end, walk.destination), (Verdict::Redirected(PORT), at(end)));
         assert_eq!(passed(&walk), ["nat_output", "filter_input"]);
@@ -166,7 +166,7 @@ fn nat_sees_only_first_packet_of_connection() {
         (ConntrackState::Established(Direction::Reply), false),
         (ConntrackState::Invalid, false),
     ] {
-        for packet in [out("10.0.0.2:80"), arriving("10.0.0.1:80")] {
+        for packet in [outgoing("10.0.0.2:80"), arriving("10.0.0.1:80")] {
             let packet = Packet { state, ..packet };
             let walk = plan.walk(&packet, &pod());
             assert_eq!(!walk.traversed.is_empty(), captured, "{state:?}");
@@ -185,7 +185,7 @@ fn chain_returns_to_rule_after_jump() {
         (ONE, vec![], Action::Redirect(2)),
         (TWO, vec![Match::Uid(vec![7])], Action::Redirect(3)),
     ]);
-    let packet = out("10.0.0.2:80");
+    let packet = outgoing("10.0.0.2:80");
     let walk = plan.walk(&packet, &pod());
     assert_eq!(ids(&walk), ["0", "2", "3", "1"]);
     assert_eq!(walk.end, Verdict::Redirected(1));
@@ -199,7 +199,7 @@ fn accept_skips_only_the_rest_of_its_table() {
         (ONE, vec![], Action::Accept),
         (chain(Table::Filter, "OUTPUT"), vec![], Action::Reject),
     ]);
-    let packet = out("10.0.0.2:80");
+    let packet = outgoing("10.0.0.2:80");
     let walk = plan.walk(&packet, &pod());
     assert_eq!(ids(&walk), ["0", "2", "3"]);
     assert_eq!(walk.end, Verdict::Rejected);
@@ -208,13 +208,13 @@ fn accept_skips_only_the_rest_of_its_table() {
 #[test]
 fn return_from_base_chain_ends_it() {
     let plan = plan(vec![(OUTPUT, vec![], Action::Return), (OUTPUT, vec![], Action::Drop)]);
-    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, Verdict::Direct);
+    assert_eq!(plan.walk(&outgoing("10.0.0.2:80"), &pod()).end, Verdict::Direct);
 }
 
 #[test]
 fn circular_jumps_terminate() {
     let plan = plan(vec![(OUTPUT, vec![], Action::Jump(ONE)), (ONE, vec![], Action::Jump(ONE))]);
-    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, Verdict::Direct);
+    assert_eq!(plan.walk(&outgoing("10.0.0.2:80"), &pod()).end, Verdict::Direct);
 }
 
 #[test]
@@ -224,7 +224,7 @@ fn tables_run_by_priority() {
             .map(|table| (chain(table, "OUTPUT"), vec![], Action::Return))
             .into(),
     );
-    let walk = plan.walk(&out("10.0.0.2:80"), &pod());
+    let walk = plan.walk(&outgoing("10.0.0.2:80"), &pod());
     assert_eq!(passed(&walk), ["raw_output", "mangle_output", "nat_output", "filter_output"]);
 }
 
@@ -236,7 +236,7 @@ fn later_rules_match_new_mark_and_other_bits_stay() {
         (MARKS_OUT, vec![Match::PacketMark(ours)], Action::SaveMark),
         (OUTPUT, vec![Match::ConnectionMark(Mark::full(0x5111))], Action::Redirect(PORT)),
     ]);
-    let packet = Packet { mark: 0x5222, ..out("10.0.0.2:80") };
+    let packet = Packet { mark: 0x5222, ..outgoing("10.0.0.2:80") };
     let walk = plan.walk(&packet, &pod());
     assert_eq!(ids(&walk), ["0", "1", "2"]);
     assert_eq!((walk.mark, walk.connection_mark), (0x5111, 0x5111));
@@ -253,7 +253,7 @@ fn ip_rule_delivers_reply_to_remote_destination_locally() {
     let reply = Packet {
         state: ConntrackState::Established(Direction::Reply),
         connection_mark: 0x111,
-        ..out("10.0.0.2:80")
+        ..outgoing("10.0.0.2:80")
     };
     assert_eq!(passed(&plan.walk(&reply, &pod())), ["mangle_output", "filter_input"]);
     let unmarked = Packet { connection_mark: 0, ..reply };
@@ -289,7 +289,7 @@ fn conntrack_state_is_unknown_in_raw_table() {
             (base, vec![Match::Direction(Direction::Reply)], Action::Return),
             (base, vec![Match::ConnectionMark(Mark::full(0))], Action::Return),
         ]);
-        let met = |state| ids(&plan.walk(&Packet { state, ..out("10.0.0.2:80") }, &pod()));
+        let met = |state| ids(&plan.walk(&Packet { state, ..outgoing("10.0.0.2:80") }, &pod()));
         if table == Table::Raw {
             assert_eq!(met(ConntrackState::Established(Direction::Reply)), [""; 0]);
             assert_eq!(met(ConntrackState::Invalid), [""; 0]);
@@ -311,7 +311,7 @@ fn packet_loses_owner_after_loopback() {
         (MARKS, by_user, Action::SaveMark),
         (MARKS, by_others, Action::SaveMark),
     ]);
-    let mut packet = out("127.0.0.1:80");
+    let mut packet = outgoing("127.0.0.1:80");
     packet.entry = Entry::Out { interface: "lo".to_owned(), uid: 5, gid: 6 };
     assert_eq!(ids(&plan.walk(&packet, &pod())), ["0", "3"]);
     packet.entry = Entry::Out { interface: "lo".to_owned(), uid: 5, gid: 5 };
@@ -321,19 +321,19 @@ fn packet_loses_owner_after_loopback() {
 #[test]
 fn rules_match_interfaces_of_their_hook() {
     let eth0 = || vec!["eth0".to_owned()];
-    let lo = || vec!["lo".to_owned()];
+    let loopback_interface = || vec!["lo".to_owned()];
     let filter_out = chain(Table::Filter, "OUTPUT");
     let plan = plan(vec![
         (OUTPUT, vec![Match::Out(eth0())], Action::Redirect(PORT)),
         (filter_out, vec![Match::Out(eth0())], Action::SaveMark),
         (filter_out, vec![Match::NotOut("lo".to_owned())], Action::SaveMark),
-        (filter_out, vec![Match::In(lo())], Action::SaveMark),
-        (MARKS, vec![Match::In(lo())], Action::SaveMark),
+        (filter_out, vec![Match::In(loopback_interface())], Action::SaveMark),
+        (MARKS, vec![Match::In(loopback_interface())], Action::SaveMark),
         (MARKS, vec![Match::In(eth0())], Action::SaveMark),
         (MARKS, vec![Match::NotOut("eth0".to_owned())], Action::SaveMark),
     ]);
-    assert_eq!(ids(&plan.walk(&out("10.0.0.2:80"), &pod())), ["0", "1", "2", "4"]);
-    assert_eq!(ids(&plan.walk(&out("10.0.0.1:80"), &pod())), ["4"]);
+    assert_eq!(ids(&plan.walk(&outgoing("10.0.0.2:80"), &pod())), ["0", "1", "2", "4"]);
+    assert_eq!(ids(&plan.walk(&outgoing("10.0.0.1:80"), &pod())), ["4"]);
     assert_eq!(ids(&plan.walk(&arriving("10.0.0.1:80"), &pod())), ["5"]);
 }
 
@@ -341,7 +341,8 @@ fn rules_match_interfaces_of_their_hook() {
 fn rule_matches_any_address_or_port_of_list() {
     let net = |text: &str| text.parse::<IpNet>().expect("a network");
     let to = |matches| plan(vec![(OUTPUT, matches, Action::Drop)]);
-    let dropped = |plan: &RulePlan, to: &str| plan.walk(&out(to), &pod()).end == Verdict::Dropped;
+    let dropped =
+        |plan: &RulePlan, to: &str| plan.walk(&outgoing(to), &pod()).end == Verdict::Dropped;
     let either = to(vec![Match::Destination(vec![net("10.0.0.2/32"), net("10.8.0.0/16")])]);
     assert!(dropped(&either, "10.0.0.2:80") && dropped(&either, "10.8.1.1:80"));
     assert!(!dropped(&either, "10.0.0.3:80"));
@@ -361,8 +362,8 @@ fn rule_matches_any_address_or_port_of_list() {
 fn rule_of_one_family_ignores_other_family() {
     let mut plan = plan(vec![(OUTPUT, vec![], Action::Drop)]);
     plan.rules[0].families = Families::V6;
-    assert_eq!(plan.walk(&out("10.0.0.2:80"), &pod()).end, Verdict::Direct);
-    assert_eq!(plan.walk(&out("[fd00::2]:80"), &pod()).end, Verdict::Dropped);
+    assert_eq!(plan.walk(&outgoing("10.0.0.2:80"), &pod()).end, Verdict::Direct);
+    assert_eq!(plan.walk(&outgoing("[fd00::2]:80"), &pod()).end, Verdict::Dropped);
 }
 
 #[test]
@@ -403,7 +404,7 @@ fn reply_to_preserved_address_needs_mark_and_non_loopback_source() {
     ] {
         plan.routes = vec![PolicyRoute { mark: ours, priority: 32764, table: 100 }];
         let reply = |source, to| {
-            let packet = Packet { source: at(source), ..out(to) };
+            let packet = Packet { source: at(source), ..outgoing(to) };
             plan.reply(&packet, &plan.walk(&packet, &pod()), &pod())
         };
         assert_eq!(reply("10.0.0.2:40000", "10.0.0.1:80"), Some(v4), "{plan:?}");
@@ -433,7 +434,7 @@ fn reply_to_forwarded_packet_must_be_forwarded() {
 fn dropped_and_rejected_packets_have_no_reply() {
     for action in [Action::Drop, Action::Reject] {
         let plan = plan(vec![(OUTPUT, vec![], action)]);
-        let packet = out("10.0.0.2:80");
+        let packet = outgoing("10.0.0.2:80");
         assert_eq!(plan.reply(&packet, &plan.walk(&packet, &pod()), &pod()), None);
     }
 }

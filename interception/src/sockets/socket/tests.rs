@@ -31,16 +31,16 @@ fn paced(closing: Closing) -> AcceptedOptions {
 fn listen_on(sockets: &Sockets, address: SocketAddr, closing: Closing) -> BoundListener {
     let (accepted, purpose, setting) = (paced(closing), "a test", "test.port");
     let request = ListenerRequest { address, accepted, purpose, setting };
-    sockets.listen(&here(), request).expect("a free port")
+    sockets.listen(&enter_current(), request).expect("a free port")
 }
 
-fn here() -> Entered {
+fn enter_current() -> Entered {
     Entered::current().expect("a namespace")
 }
 
 async fn connect(sockets: &Sockets, to: SocketAddr) -> TcpStream {
     let kind = SocketKind::new(SocketRole::Upstream, to);
-    sockets.open(&here(), kind).expect("a socket").connect(to).await.expect("connected")
+    sockets.open(&enter_current(), kind).expect("a socket").connect(to).await.expect("connected")
 }
 
 fn loopback(listener: &BoundListener) -> SocketAddr {
@@ -88,7 +88,7 @@ fn bind_error_names_purpose_and_setting() {
         purpose: "captured connections",
         setting: "proxy.port",
     };
-    let error = sockets.listen(&here(), request).expect_err("taken");
+    let error = sockets.listen(&enter_current(), request).expect_err("taken");
     let message = error.to_string();
     assert!(
         message.contains("captured connections") && !message.contains("proxy.port"),
@@ -126,7 +126,7 @@ async fn unmarked_connection_needs_no_capability() {
     let foreign = IpAddr::from([192, 0, 2, 1]);
     let sockets = unmarked();
     let kind = SocketKind::new(SocketRole::Workload, address);
-    let socket = sockets.open(&here(), kind).expect("a socket");
+    let socket = sockets.open(&enter_current(), kind).expect("a socket");
     sockets.bind_for(&socket, address, foreign).expect("nothing to bind");
     let client = socket.connect(address).await.expect("connected");
     assert_eq!(client.local_addr().expect("an address").ip(), Ipv4Addr::LOCALHOST);
