@@ -20,9 +20,22 @@ pub fn interval_at_multiples(period: Duration) -> Interval {
 pub fn next_multiple(period: Duration) -> Instant {
     static FIRST: OnceLock<Instant> = OnceLock::new();
     let now = Instant::now();
-    let passed = now.saturating_duration_since(*FIRST.get_or_init(|| now));
-    let since_multiple = passed.as_nanos() % period.as_nanos().max(1);
-    now + (period - Duration::from_nanos(u64::try_from(since_multiple).unwrap_or_default()))
+    multiple_after(now, *FIRST.get_or_init(|| now), period)
+}
+
+/// The first instant after `now` that is a multiple of `period` away from `origin`, which may be
+/// later than `now`: another thread may have made the first call meanwhile.
+fn multiple_after(now: Instant, origin: Instant, period: Duration) -> Instant {
+    let wait = match now.checked_duration_since(origin) {
+        Some(passed) => period - remainder(passed, period),
+        None => remainder(origin - now, period),
+    };
+    now + if wait.is_zero() { period } else { wait }
+}
+
+fn remainder(time: Duration, period: Duration) -> Duration {
+    let remainder = time.as_nanos() % period.as_nanos().max(1);
+    Duration::from_nanos(u64::try_from(remainder).unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -30,6 +43,19 @@ mod tests {
     use tokio::time::{advance, sleep_until};
 
     use super::*;
+
+    #[test]
+    fn multiple_is_aligned_before_and_after_origin() {
+        const PERIOD: Duration = Duration::from_secs(5);
+        let origin = Instant::now() + PERIOD * 4;
+        for millis in [1, 4_999, 5_000, 5_001, 12_000, 20_000, 20_001, 25_000, 31_234] {
+            let now = origin - PERIOD * 4 + Duration::from_millis(millis);
+            let next = multiple_after(now, origin, PERIOD);
+            assert!(next > now && next <= now + PERIOD, "{millis}");
+            let distance = next.max(origin) - next.min(origin);
+            assert!(remainder(distance, PERIOD).is_zero(), "{millis}: {distance:?}");
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn checks_with_different_periods_tick_together() {

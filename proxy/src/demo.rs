@@ -24,7 +24,9 @@ use evidence::Finding;
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  underpass demo --keep\n  underpass demo --node")]
+#[command(
+    after_help = "Example: two nodes, and commands to look around\n  underpass demo --node --keep"
+)]
 pub(crate) struct Arguments {
     /// Demonstrate the node daemon: two nodes with two pods each, instead of two pods with a proxy
     /// each

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use underpass_config::{Broker, Settings};
+use underpass_config::{Broker, IdentitySettings, Settings};
 use underpass_interception::{ProxyUser, SeqPacket};
 
 use crate::broker::link::{self, Receiver, Sender};
@@ -46,6 +46,12 @@ pub(crate) fn user(settings: &Settings) -> Option<ProxyUser> {
     if settings.xds.is_some() {
         let hint = "use mesh.file where the broker matters more";
         tracing::warn!(hint, "no broker with mesh.xds: one process has all privileges");
+        return None;
+    }
+    if matches!(&settings.identity, Some(IdentitySettings::Spire(_))) {
+        // The admin socket has the identities of all workloads of the node.
+        let hint = "use identity.local_ca or identity.istio_ca where the broker matters more";
+        tracing::warn!(hint, "no broker with identity.spire: one process has all privileges");
         return None;
     }
     match user.check_separation() {

@@ -6,7 +6,8 @@ use crate::settings::{Broker, NodeSettings, PrivilegesSettings};
 settings! {
     /// `underpass node`: `auto`: one process enters namespaces, changes rules and signs
     /// certificates; another one without privileges serves the connections. It needs SETUID and
-    /// SETGID; without them, with `mesh.xds` and with `off`, there is one process
+    /// SETGID; without them, with `mesh.xds`, `identity.spire` and `off`, there is one
+    /// process
     BROKER: Broker = "privileges.broker", word("`auto`, `off`"),
         Fallback::Varies("`auto` with `node.pods`, else `off`"), |s| Some(s.privileges.broker);
     /// user and group of the process without privileges. It reads the mesh file, trust bundles,

@@ -87,7 +87,10 @@ fn refuses_workload_that_may_be_misunderstood() {
             |it| it.addresses = vec![Bytes::from_static(b"12345")],
             "addresses: unsupported value b\"12345\"",
         ),
-        (|it| it.trust_domain = "a/b".into(), "makes no SPIFFE id: "),
+        (
+            |it| it.trust_domain = "a/b".into(),
+            "namespace, service account and trust domain form no SPIFFE id: ",
+        ),
         (
             |it| drop(it.services.insert("nohost".into(), message::PortList::default())),
             "services: unsupported value \"nohost\"",
