@@ -5,7 +5,8 @@ use crate::{clients, relay};
 
 /// Runs the role of this process if it is a child of a bench. Returns `false` otherwise.
 ///
-/// # Panics The role had an error, or is unknown.
+/// # Panics
+/// The role had an error, or is unknown.
 #[must_use]
 pub(crate) fn run_child_role() -> bool {
     let mut arguments = std::env::args().skip(1);

@@ -113,7 +113,8 @@ impl ClusterAccess {
     /// Reads the access of the current context from a kubeconfig file. Relative paths refer to its
     /// folder.
     ///
-    /// # Errors All mistakes in the file, or the reason why it cannot be read.
+    /// # Errors
+    /// All mistakes in the file, or the reason why it cannot be read.
     pub fn of_kubeconfig(path: &Path) -> Result<Self, ConfigErrors> {
         let name = path.display().to_string();
         let text = fs::read_to_string(path)

@@ -70,7 +70,8 @@ impl FileWatcher {
     /// Watches `path`, which need not exist yet. The current content counts as known, so watch the
     /// path before reading it.
     ///
-    /// # Errors The kernel's limit of watches is reached, or the folder cannot be read.
+    /// # Errors
+    /// The kernel's limit of watches is reached, or the folder cannot be read.
     pub fn watch(&self, path: &Path) -> Result<FileWatch, ConfigErrors> {
         let path = self.watch_path(path)?;
         Ok(FileWatch { seen: files::fingerprint(&path.path), path })

@@ -123,7 +123,8 @@ impl ChildProxy {
 
     /// Closes the child's standard input, which stops the process, and waits for its end.
     ///
-    /// # Errors The operating system does not return the exit status.
+    /// # Errors
+    /// The operating system does not return the exit status.
     pub async fn stop(&mut self) -> io::Result<ExitStatus> {
         drop(self.alive.take());
         self.ended().await
@@ -131,7 +132,8 @@ impl ChildProxy {
 
     /// Waits for the end of the process and of its log.
     ///
-    /// # Errors As [`ChildProxy::stop`].
+    /// # Errors
+    /// As [`ChildProxy::stop`].
     pub async fn ended(&mut self) -> io::Result<ExitStatus> {
         let status = self.child.wait().await?;
         // Another process that has inherited the output may keep it open.

@@ -37,7 +37,8 @@ impl Pod {
 
     /// Like [`Pod::proxy`], for a proxy that may fail to start.
     ///
-    /// # Errors The exit status and the log.
+    /// # Errors
+    /// The exit status and the log.
     pub async fn try_proxy(&self, settings: &Settings) -> Result<Proxy, SpawnError> {
         self.try_program(binary(), settings).await
     }

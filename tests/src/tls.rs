@@ -60,7 +60,8 @@ impl TlsClient {
     /// Connects from a pod and reads. Returns the number of bytes. In TLS 1.3, a client learns only
     /// after its handshake that the server rejected it.
     ///
-    /// # Errors The server's alert, or the end of the connection.
+    /// # Errors
+    /// The server's alert, or the end of the connection.
     pub async fn read(&self, pod: &Pod, to: SocketAddr) -> io::Result<usize> {
         let mut stream = self.connect(pod.dial(to).await?).await?;
         within("the server's first bytes", stream.read(&mut [0; 1024])).await
@@ -120,7 +121,8 @@ impl TlsServer {
 
     /// Performs the handshake, and receives until the client ends. Returns the bytes.
     ///
-    /// # Errors The client's alert, or the end of the connection.
+    /// # Errors
+    /// The client's alert, or the end of the connection.
     pub async fn receive(&self, stream: TcpStream) -> io::Result<Vec<u8>> {
         let mut stream = self.accept(stream).await?;
         let mut received = Vec::new();

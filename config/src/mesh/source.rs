@@ -47,7 +47,8 @@ impl MeshSource {
     /// path, the mesh stays empty. Later snapshots are read, and replaced ones freed, in the
     /// background.
     ///
-    /// # Errors As [`Mesh::from_file`], or the files cannot be watched.
+    /// # Errors
+    /// As [`Mesh::from_file`], or the files cannot be watched.
     pub fn open(
         path: Option<&Path>,
         watcher: &FileWatcher,

@@ -42,7 +42,8 @@ impl PodFile {
     /// [`Settings::with_interception`] checks the values of `interception` together with the
     /// node's.
     ///
-    /// # Errors All mistakes in the text.
+    /// # Errors
+    /// All mistakes in the text.
     ///
     /// [`Settings::with_interception`]: crate::Settings::with_interception
     pub fn parse(name: &str, text: &str) -> Result<Self, ConfigErrors> {

@@ -38,7 +38,8 @@ pub struct PodDocument {
 impl PodFolder {
     /// Opens the folder and starts to watch it.
     ///
-    /// # Errors The folder does not exist, users other than its owner can write to it, or it cannot
+    /// # Errors
+    /// The folder does not exist, users other than its owner can write to it, or it cannot
     /// be watched.
     pub fn open(path: &Path, watcher: &FileWatcher) -> Result<Self, ConfigErrors> {
         let error =
@@ -68,7 +69,8 @@ impl PodFolder {
     /// Reads the pod files, sorted by name: those that end in .yaml, .yml or .json and are not
     /// hidden.
     ///
-    /// # Errors The folder cannot be read, or contains too many files.
+    /// # Errors
+    /// The folder cannot be read, or contains too many files.
     pub fn read(&self) -> Result<Vec<PodDocument>, ConfigErrors> {
         let error =
             |reason: String| ConfigErrors::one(format!("{}: {reason}", self.path.display()), None);

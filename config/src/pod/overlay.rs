@@ -46,7 +46,8 @@ impl Settings {
     /// These settings, overridden by the interception settings of a pod. Later overlays take
     /// precedence.
     ///
-    /// # Errors All mistakes in the overlays, and contradictions between them and these settings.
+    /// # Errors
+    /// All mistakes in the overlays, and contradictions between them and these settings.
     pub fn with_interception(
         &self,
         overlays: &[&InterceptionOverlay],

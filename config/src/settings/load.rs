@@ -110,7 +110,8 @@ pub(crate) fn settings_of(text: &str) -> Result<Settings, ConfigErrors> {
 impl Settings {
     /// Parses the output of the `Display` implementation of [`Settings`]. Errors contain `name`.
     ///
-    /// # Errors All mistakes in the text.
+    /// # Errors
+    /// All mistakes in the text.
     pub fn of_text(name: &str, text: &str) -> Result<Self, ConfigErrors> {
         let root = read_text(name, text)?;
         let problems = Problems::default();

@@ -16,7 +16,8 @@ pub trait FolderEvents: fmt::Debug + Send + Sync {
     /// Starts to watch the folder at `path`. A folder has one watch, also if several paths lead to
     /// it.
     ///
-    /// # Errors The limit of watches is reached, or there is no readable folder at `path`.
+    /// # Errors
+    /// The limit of watches is reached, or there is no readable folder at `path`.
     fn watch(&self, path: &Path) -> io::Result<FolderWatch>;
 
     /// Ends a watch, unless the removal of the folder has already ended it.
@@ -27,7 +28,8 @@ pub trait FolderEvents: fmt::Debug + Send + Sync {
 
     /// Waits until events are queued. Cancel-safe.
     ///
-    /// # Errors No later event will be reported.
+    /// # Errors
+    /// No later event will be reported.
     fn queued(&self) -> Pin<Box<dyn Future<Output = io::Result<()>> + Send + '_>>;
 }
 

@@ -7,6 +7,7 @@ use super::convert::{Rejection, addresses_of, policy, service, service_key, subs
 use super::message::{DeltaRequest, DeltaResponse, Node};
 use super::session::{Item, ResourceType, Session, SessionError};
 use super::workload::{Address, AddressType};
+use crate::mesh::names::Set;
 use crate::mesh::store::MeshStore;
 use crate::mesh::{Mesh, Name, WorkloadDraft};
 
@@ -19,6 +20,8 @@ pub struct ControlPlane {
     session: Session,
     store: MeshStore,
     local: LocalWorkloads,
+    /// The policies of which no version was accepted, so that a substitute denies instead.
+    substitutes: Set<Name>,
     changes: usize,
 }
 
@@ -51,7 +54,13 @@ pub struct Applied {
 impl ControlPlane {
     /// Creates a client with this node id and these local workloads.
     pub fn new(node: Node, local: LocalWorkloads) -> Self {
-        Self { session: Session::new(node), store: MeshStore::default(), local, changes: 0 }
+        Self {
+            session: Session::new(node),
+            store: MeshStore::default(),
+            local,
+            substitutes: Set::default(),
+            changes: 0,
+        }
     }
 
     /// The same client without state.
@@ -72,7 +81,8 @@ impl ControlPlane {
 
     /// Applies a response to the next snapshot.
     ///
-    /// # Errors The control plane violates the protocol. The response was not applied; close the
+    /// # Errors
+    /// The control plane violates the protocol. The response was not applied; close the
     /// stream.
     pub fn receive(&mut self, response: DeltaResponse) -> Result<Applied, SessionError> {
         let update = self.session.receive(response)?;
@@ -143,6 +153,7 @@ impl ControlPlane {
     fn policy(&mut self, name: &Name, content: &Bytes) -> Result<bool, Rejection> {
         match policy(name, content, self.store.shared()) {
             Ok(policy) => {
+                self.substitutes.remove(name);
                 self.store.set_policy(name.clone(), policy);
                 Ok(true)
             }
@@ -166,9 +177,9 @@ impl ControlPlane {
                 }
             }
             ResourceType::Authorization => {
-                if !self.store.has_policy(name)
-                    && let Some(policy) = substitute(name, content)
-                {
+                let is_accepted = self.store.has_policy(name) && !self.substitutes.contains(name);
+                if !is_accepted && let Some(policy) = substitute(name, content) {
+                    self.substitutes.insert(name.clone());
                     self.store.set_policy(name.clone(), policy);
                 }
             }
@@ -185,6 +196,7 @@ impl ControlPlane {
                 }
             }
             ResourceType::Authorization => {
+                self.substitutes.remove(name);
                 self.store.remove_policy(name);
             }
         }

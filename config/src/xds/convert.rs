@@ -24,6 +24,7 @@ use super::workload::{
 use crate::identity::spiffe::SpiffeError;
 use crate::mesh::shared::Shared;
 use crate::mesh::{self, Gateway, NamespacedHostname, PortMap};
+use crate::yaml::quote::Quoted;
 
 /// The reason why a resource is rejected. The control plane logs it.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -39,7 +40,7 @@ pub enum Rejection {
     Type,
     /// The name differs from that of the content.
     #[error("its content is named {0}")]
-    Name(String),
+    Name(Quoted),
     /// A field has an unknown or invalid value.
     #[error("{field}: unsupported value {value}")]
     Value {

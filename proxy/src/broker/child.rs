@@ -150,9 +150,11 @@ impl ProxyProcess {
         match timeout(END, self.child.wait()).await {
             Ok(status) => status.ok(),
             Err(_) => {
-                tracing::warn!(after = ?END, "the proxy process does not end: it is killed");
-                // Fails if it has just ended.
-                self.child.kill().await.ok();
+                tracing::warn!(after = ?END, "the proxy process does not end: killing it");
+                if let Err(error) = self.child.kill().await {
+                    let (pid, hint) = (self.child.id(), "kill it: it keeps the listeners of pods");
+                    tracing::error!(%error, pid, hint, "cannot kill the proxy process");
+                }
                 None
             }
         }
@@ -162,5 +164,6 @@ impl ProxyProcess {
 fn spawn(user: ProxyUser, socket: OwnedFd) -> std::io::Result<Child> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("underpass").arg(COMMAND).arg("--user").arg(user.uid.to_string());
+    command.env_remove("NOTIFY_SOCKET");
     command.stdin(Stdio::from(socket)).kill_on_drop(true).spawn()
 }

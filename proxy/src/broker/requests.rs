@@ -15,7 +15,7 @@ use underpass_interception::{
     InterceptionError, Message as Received, NamespaceAccess, SocketKind, Sockets,
 };
 
-use crate::broker::link::Receiver;
+use crate::broker::link::{LinkError, Receiver};
 use crate::broker::message::{
     Answer, MAX_SOCKETS, Message as _, PodKey, PodLine, Refusal, Request, SocketsOf, ToBroker,
     ToProxy, WireKind,
@@ -202,8 +202,14 @@ impl Context {
                 (Err(refusal), Vec::new())
             }
         };
-        let message = ToProxy::Answer { number, answer };
-        if let Err(error) = self.data_plane.sender().send(&message, sockets).await {
+        let sender = self.data_plane.sender();
+        let mut sent = sender.send(&ToProxy::Answer { number, answer }, sockets).await;
+        if let Err(error @ LinkError::TooLong) = &sent {
+            tracing::error!(%error, "cannot answer the proxy process in full");
+            let answer = Err(Refusal::Failed(error.to_string()));
+            sent = sender.send(&ToProxy::Answer { number, answer }, Vec::new()).await;
+        }
+        if let Err(error) = sent {
             tracing::debug!(%error, "cannot answer the proxy process");
         }
     }

@@ -107,7 +107,8 @@ impl Resolver {
 
     /// Resolves the address of `hop`. Several addresses of the same family are used in turn.
     ///
-    /// # Errors The lookup fails, finds no usable address, or exceeds `deadline`.
+    /// # Errors
+    /// The lookup fails, finds no usable address, or exceeds `deadline`.
     pub(crate) async fn resolve(
         &self,
         hop: &NextHop,

@@ -114,7 +114,8 @@ impl PodLimits {
     /// Admits a connection from `source` to `peer`, and assigns it to the least loaded worker or to
     /// one with a tunnel to `peer`.
     ///
-    /// # Errors The exceeded limit.
+    /// # Errors
+    /// The exceeded limit.
     pub(crate) fn admit(
         &self,
         kind: AdmissionKind,
@@ -142,7 +143,8 @@ impl PodLimits {
     /// Admits a connection at `source` from another pod of the process. It is served by `worker`
     /// and counts like a stream of a tunnel.
     ///
-    /// # Errors The exceeded limit.
+    /// # Errors
+    /// The exceeded limit.
     pub(crate) fn admit_delivery(&self, source: IpAddr, worker: usize) -> Result<Ticket, Refusal> {
         let key = (Direction::Inbound, SourceNetwork::of(source));
         Ticket::of_stream(self.0.clients.get(key, || self.client(key.0, source)), worker)
@@ -200,7 +202,8 @@ impl Ticket {
 
     /// Admits a stream of this ticket's tunnel, on the tunnel's worker.
     ///
-    /// # Errors The exceeded limit.
+    /// # Errors
+    /// The exceeded limit.
     pub(crate) fn stream(&self) -> Result<Self, Refusal> {
         Self::of_stream(self.client.clone(), self.worker())
     }

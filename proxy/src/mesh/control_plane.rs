@@ -9,8 +9,7 @@
 //!
 //! Policies and workloads of this process take effect at once. Other changes are collected for
 //! [`COALESCE`], so that frequent changes of endpoints cost only a few snapshots a second. No mesh
-//! is
-//! passed on before the first state is complete.
+//! is passed on before the first state is complete.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -164,6 +163,10 @@ impl ControlPlaneFollower {
     /// Passes on the mesh after all changes.
     fn hand_on(&mut self) {
         self.due = None;
+        // Without a complete state the last mesh stays: an empty one has no policies.
+        if !self.plane.is_synced() {
+            return;
+        }
         let mesh = self.plane.snapshot().with_fallback(self.fallback.clone());
         self.snapshots.send_replace(Some(Arc::new(mesh)));
     }
@@ -186,9 +189,7 @@ impl ControlPlaneFollower {
                 changed = self.file.changed() => match changed {
                     Ok(mesh) => {
                         self.fallback = Some(mesh);
-                        if self.snapshots.borrow().is_some() {
-                            self.hand_on();
-                        }
+                        self.hand_on();
                     }
                     Err(errors) => log_refused(&errors),
                 },
@@ -206,7 +207,7 @@ fn report(Applied { kind, set, removed, rejected, .. }: &Applied) {
         tracing::error!(
             kind,
             name = %underpass_config::Quoted::new(name),
-            %reason,
+            reason = %underpass_config::Quoted::new(reason),
             "cannot use a resource of the control plane"
         );
     }

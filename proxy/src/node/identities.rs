@@ -71,7 +71,8 @@ type Started = Result<watch::Receiver<Credentials>, HboneError>;
 impl Identities {
     /// Reads and watches the trust files.
     ///
-    /// # Errors A trust file is missing or malformed, or cannot be watched.
+    /// # Errors
+    /// A trust file is missing or malformed, or cannot be watched.
     pub(crate) fn new(
         issuer: Arc<dyn Issuer>,
         trust: &TrustSettings,
@@ -90,7 +91,8 @@ impl Identities {
     /// Leases the credentials of `id`, from the running rotation or a new one. Waits for the first
     /// certificate.
     ///
-    /// # Errors The first certificate failed for a reason that only the operator can remedy, or the
+    /// # Errors
+    /// The first certificate failed for a reason that only the operator can remedy, or the
     /// rotation panicked.
     pub(crate) async fn lease(&self, id: &SpiffeId) -> Result<CredentialLease, HboneError> {
         let lease = self.lease_with(id, FirstIdentity::Required);
@@ -163,7 +165,8 @@ impl CredentialLease {
     /// Waits for the first certificate and returns a receiver of the credentials. The receiver does
     /// not keep the rotation running.
     ///
-    /// # Errors The rotation could not start.
+    /// # Errors
+    /// The rotation could not start.
     pub(crate) async fn first(&self) -> Result<watch::Receiver<Credentials>, HboneError> {
         if let Some(credentials) = self.issued() {
             return Ok(credentials.clone());

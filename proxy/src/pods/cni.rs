@@ -32,7 +32,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use thiserror::Error;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use underpass_config::{FileWatcher, Settings};
 
 use self::facts::{FactFinder, FactOrigin};
@@ -67,6 +67,8 @@ enum CniError {
     Store(#[from] StoreError),
     #[error("cannot read the stored pods")]
     Read(#[source] io::Error),
+    #[error("a task of the source of pods failed")]
+    Task(#[source] JoinError),
 }
 
 impl CniSource {
@@ -112,7 +114,11 @@ impl CniSource {
             Some(upkeep) => drop(tasks.spawn(upkeep.run(report))),
             None => report.set(Condition::Installed, None),
         }
-        Ok(server::serve(socket, ledger, not_ready).await)
+        // The tasks never return: only a panic ends one.
+        tokio::select! {
+            never = server::serve(socket, ledger, not_ready) => Ok(never),
+            Some(Err(panic)) = tasks.join_next() => Err(CniError::Task(panic)),
+        }
     }
 }
 

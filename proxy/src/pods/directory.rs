@@ -61,7 +61,8 @@ struct KnownPod {
 impl DirectorySource {
     /// Opens the folder.
     ///
-    /// # Errors The folder does not exist, is unsafe, or cannot be watched.
+    /// # Errors
+    /// The folder does not exist, is unsafe, or cannot be watched.
     pub(crate) fn open(path: &Path, watcher: &FileWatcher) -> Result<Self, ConfigErrors> {
         let open_namespace = Box::new(|path: &Path| Namespace::open_secure_path(path));
         Self::with_namespaces(path, watcher, open_namespace)

@@ -36,7 +36,8 @@ pub(crate) struct ProbeTranslation {
 impl ProbeTranslation {
     /// Installs the rules in the namespace of `access`, which must be the host's.
     ///
-    /// # Errors The capability NET_ADMIN is missing, or the kernel lacks nf_tables or rejects the
+    /// # Errors
+    /// The capability NET_ADMIN is missing, or the kernel lacks nf_tables or rejects the
     /// rules.
     pub(crate) async fn start(
         access: NamespaceAccess,

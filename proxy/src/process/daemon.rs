@@ -120,7 +120,13 @@ impl Daemon {
             supervisor.essential("registry of pods", pods.run()),
         ];
         tasks.extend(following);
-        proxy.connect(&registry, &settings, access.clone(), supervisor).await?;
+        tokio::select! {
+            connected = proxy.connect(&registry, &settings, access.clone(), supervisor) => connected?,
+            why = stop.wait() => {
+                tracing::info!(why, "stopped while waiting for the proxy process");
+                return Ok(None);
+            }
+        }
         // Open the source before rules are installed, so that a failure leaves no rules.
         let source = source(&settings, mesh, &access, watcher)?;
         let mut probes = None;

@@ -25,7 +25,8 @@ use crate::process::command_error::CommandError;
 
 /// Starts logging. Dropping the guard writes the queued lines, for at most a second.
 ///
-/// # Errors The filter is not in tracing's syntax, or no thread can be started.
+/// # Errors
+/// The filter is not in tracing's syntax, or no thread can be started.
 pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
     let filter = filter(settings)?;
     // Bypasses std's buffer, which would retain bytes that could not be written.
@@ -46,7 +47,8 @@ pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
 
 /// Parses the filter of log events.
 ///
-/// # Errors The filter is not in tracing's syntax.
+/// # Errors
+/// The filter is not in tracing's syntax.
 pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
     let text = settings.filter.as_str();
     let filter: Targets = text.parse().map_err(|error| ConfigErrors {

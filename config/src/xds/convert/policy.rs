@@ -14,6 +14,7 @@ use crate::mesh::{
     Condition, Match, Policy, PolicyAction, PolicyScope, Rules, StringMatch, Values,
 };
 use crate::xds::authorization as message;
+use crate::yaml::quote::Quoted;
 
 const SCOPES: &[(i32, PolicyScope)] =
     &[(0, PolicyScope::Global), (1, PolicyScope::Namespace), (2, PolicyScope::WorkloadSelector)];
@@ -31,7 +32,7 @@ pub(in crate::xds) fn policy(
     }
     let name = format!("{}/{}", given.namespace, given.name);
     if name != key {
-        return Err(Rejection::Name(name));
+        return Err(Rejection::Name(Quoted::new(name)));
     }
     let scope = one_of("scope", given.scope, SCOPES)?;
     if scope == PolicyScope::Namespace && given.namespace.is_empty() {
@@ -55,8 +56,10 @@ pub(in crate::xds) fn substitute(key: &str, encoded: &Bytes) -> Option<Policy> {
     if given.as_ref().is_some_and(|given| given.dry_run) {
         return None;
     }
-    let scope = given.and_then(|given| one_of("scope", given.scope, SCOPES).ok());
     let (namespace, name) = key.split_once('/').unwrap_or(("", key));
+    // Without a certain namespace the scope is unknown.
+    let given = given.filter(|given| !namespace.is_empty() && given.namespace == namespace);
+    let scope = given.and_then(|given| one_of("scope", given.scope, SCOPES).ok());
     let name = format!("{name} (rejected)");
     Some(Policy::denying(namespace.into(), &name, scope.unwrap_or(PolicyScope::Global)))
 }

@@ -9,6 +9,7 @@ use crate::mesh::{
     NetworkCidr, Scope, Service, Visibility, WeightedWaypoint,
 };
 use crate::xds::workload as message;
+use crate::yaml::quote::Quoted;
 use ipnet::IpNet;
 
 const MODES: &[(i32, LoadBalancingMode)] = &[
@@ -38,7 +39,7 @@ pub(in crate::xds) fn service(
 ) -> Result<Service, Rejection> {
     let key = hostname("hostname", &given.namespace, &given.hostname, shared)?;
     if key.to_string() != name {
-        return Err(Rejection::Name(key.to_string()));
+        return Err(Rejection::Name(Quoted::new(&key)));
     }
     let (vips, cidr_vips) = addresses(given, shared)?;
     Ok(Service {

@@ -10,6 +10,7 @@ use crate::mesh::{
     TunnelHeader, Workload, WorkloadDraft, WorkloadType,
 };
 use crate::xds::workload as message;
+use crate::yaml::quote::Quoted;
 
 /// A workload with another protocol is rejected: it must not be reached in plaintext instead.
 const PROTOCOLS: &[(i32, Protocol)] = &[(0, Protocol::Tcp), (1, Protocol::Hbone)];
@@ -30,7 +31,7 @@ pub(in crate::xds) fn workload(
     shared: &mut Shared,
 ) -> Result<WorkloadDraft, Rejection> {
     if *given.uid != *uid {
-        return Err(Rejection::Name(given.uid.clone()));
+        return Err(Rejection::Name(Quoted::new(&given.uid)));
     }
     let namespace = shared.name(&given.namespace);
     let service_account = shared.name(or(&given.service_account, "default"));

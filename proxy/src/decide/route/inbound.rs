@@ -26,7 +26,8 @@ pub(crate) struct InboundTarget {
 /// Determines the target of a CONNECT request for `authority` in a tunnel that ends at `here`. The
 /// local workload is in `namespace` and `network`; `local` is its entry in the mesh.
 ///
-/// # Errors The local workload does not serve the requested destination.
+/// # Errors
+/// The local workload does not serve the requested destination.
 pub(crate) fn inbound(
     authority: &Target,
     here: SocketAddr,

@@ -46,7 +46,8 @@ impl<C: SelectionInputs> Iterator for FurtherRoutes<'_, C> {
 
 /// Computes the routes to `destination`, an address of the caller's network, best first.
 ///
-/// # Errors There is no route; the caller then closes the connection. An HBONE workload is never
+/// # Errors
+/// There is no route; the caller then closes the connection. An HBONE workload is never
 /// reached by plain TCP.
 pub(crate) fn outbound<'a, C: SelectionInputs>(
     destination: OriginalDestination,

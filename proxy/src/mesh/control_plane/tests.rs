@@ -18,6 +18,15 @@ fn follower() -> (ControlPlaneFollower, watch::Receiver<Option<Arc<Mesh>>>) {
     ControlPlaneFollower::new(&settings, settings.xds.as_ref().unwrap(), file, None)
 }
 
+/// A follower with a complete, empty state.
+async fn synced() -> (ControlPlaneFollower, watch::Receiver<Option<Arc<Mesh>>>) {
+    let (mut follower, snapshots) = follower();
+    for kind in ResourceType::ALL {
+        follower.apply(empty(kind)).await.unwrap();
+    }
+    (follower, snapshots)
+}
+
 fn empty(kind: ResourceType) -> DeltaResponse {
     DeltaResponse { type_url: kind.url().to_owned(), ..DeltaResponse::default() }
 }
@@ -39,7 +48,7 @@ fn node_has_ztunnels_form_and_own_workload_is_local() {
 
 #[tokio::test(start_paused = true)]
 async fn collected_changes_are_handed_on_once_after_interval() {
-    let (mut follower, mut snapshots) = follower();
+    let (mut follower, mut snapshots) = synced().await;
     follower.due = Some(Instant::now() + COALESCE);
     let waited = follower.or_file_changes(tokio::time::sleep(COALESCE / 2));
     waited.await;
@@ -48,6 +57,18 @@ async fn collected_changes_are_handed_on_once_after_interval() {
     assert!(snapshots.borrow_and_update().is_some());
     follower.or_file_changes(tokio::time::sleep(COALESCE * 10)).await;
     assert!(!snapshots.has_changed().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
+async fn last_mesh_stays_after_state_is_lost() {
+    let (mut follower, mut snapshots) = synced().await;
+    follower.hand_on();
+    let last = snapshots.borrow_and_update().clone().unwrap();
+    follower.plane = follower.plane.renewed();
+    follower.due = Some(Instant::now() + COALESCE);
+    follower.or_file_changes(tokio::time::sleep(COALESCE * 2)).await;
+    assert!(!snapshots.has_changed().unwrap());
+    assert!(Arc::ptr_eq(&last, snapshots.borrow().as_ref().unwrap()));
 }
 
 #[tokio::test]

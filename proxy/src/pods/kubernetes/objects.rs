@@ -20,6 +20,8 @@ const DOMAIN: &str = "istio.io";
 pub(crate) struct ClusterPod {
     /// The uid of the pod at the runtime.
     pub(crate) uid: PodUid,
+    /// Whether the uid is that of a static pod: from an annotation, which users can set.
+    pub(crate) has_static_uid: bool,
     pub(crate) namespace: String,
     pub(crate) name: String,
     pub(crate) service_account: String,
@@ -52,11 +54,15 @@ pub(crate) struct MalformedObject(pub(crate) &'static str);
 impl ClusterPod {
     pub(crate) fn parse(object: &Value) -> Result<Self, MalformedObject> {
         let annotations = object.pointer("/metadata/annotations");
-        let static_uid = annotations.and_then(|all| all.get(STATIC_UID)?.as_str());
-        let uid = static_uid.or_else(|| text(object, "/metadata/uid"));
-        let uid = uid.and_then(|uid| uid.parse().ok()).ok_or(MalformedObject("metadata.uid"))?;
+        let parsed = |uid: Option<&str>| uid.and_then(|uid| uid.parse::<PodUid>().ok());
+        // Users can set the annotation: an invalid one must not make the list unusable.
+        let static_uid = parsed(annotations.and_then(|all| all.get(STATIC_UID)?.as_str()));
+        let has_static_uid = static_uid.is_some();
+        let uid = static_uid.or_else(|| parsed(text(object, "/metadata/uid")));
+        let uid = uid.ok_or(MalformedObject("metadata.uid"))?;
         Ok(Self {
             uid,
+            has_static_uid,
             namespace: needed(object, "/metadata/namespace")?,
             name: needed(object, "/metadata/name")?,
             // Empty if no admission controller sets it. The facts of such a pod are incomplete.
@@ -70,6 +76,11 @@ impl ClusterPod {
             addresses: addresses(object),
             is_running: is_running(object),
         })
+    }
+
+    /// Whether both are the pod with the same namespace and name.
+    pub(crate) fn is_same_pod(&self, other: &Self) -> bool {
+        (&self.namespace, &self.name) == (&other.namespace, &other.name)
     }
 
     /// `NAMESPACE/NAME`.

@@ -93,9 +93,9 @@ impl Reflector {
         let Position::Listing { gathered, token } = &mut self.position else { return Ok(None) };
         let items = page.get("items").and_then(Value::as_array);
         // The items of an empty list may be null.
-        for item in items.into_iter().flatten() {
-            gathered.push(parse(self.kind, item)?);
-        }
+        let objects = items.into_iter().flatten().map(|item| parse(self.kind, item));
+        // Add all objects or none: the page is requested again after an error.
+        gathered.extend(objects.collect::<Result<Vec<_>, _>>()?);
         let metadata = |key| page.pointer(key).and_then(Value::as_str);
         let next = metadata("/metadata/continue").filter(|token| !token.is_empty());
         if let Some(next) = next {

@@ -89,7 +89,12 @@ impl ClusterView {
         match object {
             Object::Pod(pod) => {
                 let pods = self.pods.get_or_insert_default();
-                let is_new = pods.get(&pod.uid).is_none_or(|known| **known != pod);
+                let known = pods.get(&pod.uid);
+                if pod.has_static_uid && known.is_some_and(|known| !known.is_same_pod(&pod)) {
+                    // Another pod's uid in the annotation must not replace that pod.
+                    return false;
+                }
+                let is_new = known.is_none_or(|known| **known != pod);
                 if is_new {
                     pods.insert(pod.uid.clone(), Arc::new(pod));
                 }
@@ -107,7 +112,8 @@ impl ClusterView {
     pub(super) fn remove(&mut self, object: &Object) -> bool {
         match object {
             Object::Pod(pod) => {
-                self.pods.as_mut().is_some_and(|pods| pods.remove(&pod.uid).is_some())
+                let is_known = self.pod(&pod.uid).is_some_and(|known| known.is_same_pod(pod));
+                is_known && self.pods.as_mut().is_some_and(|pods| pods.remove(&pod.uid).is_some())
             }
             Object::Namespace(namespace) => {
                 let namespaces = self.namespaces.as_mut();

@@ -97,6 +97,10 @@ impl<D: Dial> Follower<D> {
             if let Some(change) = self.reflector.event(&event)? {
                 self.apply(change);
             }
+            // The server has forgotten the version: the next request is a new list.
+            if !self.reflector.is_watching() {
+                break;
+            }
             self.backoff.reset();
         }
         if started.elapsed() > LONGEST_WAIT {

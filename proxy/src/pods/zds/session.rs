@@ -91,7 +91,8 @@ impl Session {
 
     /// Interprets a datagram. Drops, and so closes, the descriptors of a rejected request.
     ///
-    /// # Errors The request is rejected. The snapshot then still contains its pod, so that a
+    /// # Errors
+    /// The request is rejected. The snapshot then still contains its pod, so that a
     /// mistake of the agent removes no pod.
     pub(super) fn receive<D>(
         &mut self,

@@ -60,7 +60,8 @@ pub(in crate::traffic) fn record_distrust(
 
 /// Connects to the application of the pod of `seat`, and creates the pod's record.
 ///
-/// # Errors The status of the response to a CONNECT request that fails in the same way.
+/// # Errors
+/// The status of the response to a CONNECT request that fails in the same way.
 pub(in crate::traffic) async fn deliver(
     seat: Arc<Seat>,
     DeliveryRequest { target, headers, client, here, trust }: DeliveryRequest,
