@@ -60,6 +60,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn checks_with_different_periods_tick_together() {
         const PERIOD: Duration = Duration::from_secs(5);
+        // Tokio's timers fire at whole milliseconds of the runtime.
+        const TIMER_RESOLUTION: Duration = Duration::from_millis(1);
         let mut first = interval_at_multiples(PERIOD);
         advance(Duration::from_millis(1700)).await;
         let mut second = interval_at_multiples(PERIOD);
@@ -70,6 +72,6 @@ mod tests {
         assert!(long.duration_since(Instant::now()) <= PERIOD * 6);
         while first.tick().await < long {}
         sleep_until(long).await;
-        assert_eq!(Instant::now(), long);
+        assert!(Instant::now().duration_since(long) < TIMER_RESOLUTION);
     }
 }
