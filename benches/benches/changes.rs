@@ -149,14 +149,14 @@ async fn terminate(connections: usize) {
         }
         held.join_all().await;
     });
-    reach(&opened, connections).await;
+    wait_until_counted(&opened, connections).await;
     let calm = latencies(&pods, 1, Duration::from_secs(2)).await;
     let ports: Vec<_> = HELD_PORTS.iter().map(u16::to_string).collect();
     let rules = format!("[[[{{destinationPorts: [{}]}}]]]", ports.join(", "));
     let measured = requests(&pods, 1);
     let began = Instant::now();
     assert_eq!(write(usual().policy("closed", "Deny", &rules)), file);
-    reach(&ended, connections).await;
+    wait_until_counted(&ended, connections).await;
     let all_ended = began.elapsed();
     let line = proxy.line(&["the change of the mesh is in force", "generation=2"]).await;
     let took = line.split_whitespace().find(|word| word.starts_with("took=")).unwrap_or_default();
@@ -173,7 +173,7 @@ async fn terminate(connections: usize) {
     );
 }
 
-async fn reach(counter: &AtomicUsize, all: usize) {
+async fn wait_until_counted(counter: &AtomicUsize, all: usize) {
     while counter.load(SeqCst) < all {
         sleep(Duration::from_millis(2)).await;
     }

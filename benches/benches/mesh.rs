@@ -1,8 +1,8 @@
 //! Measures loading, following, holding, querying and freeing a mesh: `cargo bench -p
 //! underpass-benches --bench mesh -- [WORKLOADS [SERVICES [POLICIES]]]`.
 //!
-//! Memory is resident memory (`/proc/self/status`) beyond that of the process before: the peak
-//! while loading, and the rest afterwards. The rows are
+//! Memory is resident memory (`/proc/self/status`) above that of the process before the load: the
+//! peak while loading, and what remains afterwards. The rows are
 //!
 //! * a cold load of one file, a load while the previous snapshot is held, and a load of a file with
 //!   required keys only;

@@ -147,7 +147,7 @@ impl Drop for Queue {
 #[derive(Debug)]
 pub struct Listener {
     listener: TcpListener,
-    /// Allows checking the accept queue without waiting.
+    /// The accept queue of the listener, which can be read without waiting.
     queue: Queue,
 }
 

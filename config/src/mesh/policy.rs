@@ -97,7 +97,7 @@ impl<'a> PolicyLayers<'a> {
         self.0.into_iter()
     }
 
-    /// The policies of both layers.
+    /// The policies of the control plane and of the file.
     pub fn iter(self) -> impl Iterator<Item = &'a Arc<Policy>> {
         self.layers().flat_map(PolicySet::iter)
     }

@@ -158,7 +158,10 @@ impl TunnelWriter {
         data: &mut Bytes,
         last: bool,
     ) -> Poll<Result<usize, HboneError>> {
-        if !last && data.len() < SMALL && self.poll_due(cx, data.len()).is_pending() {
+        if !last
+            && data.len() < SMALL
+            && self.poll_may_send_small_frame(cx, data.len()).is_pending()
+        {
             return Poll::Ready(Ok(self.gather.add(data)));
         }
         ready!(self.poll_writable(cx))?;
@@ -185,7 +188,7 @@ impl TunnelWriter {
         if self.gather.is_empty() {
             return Poll::Ready(Ok(()));
         }
-        ready!(self.poll_due(cx, 0));
+        ready!(self.poll_may_send_small_frame(cx, 0));
         ready!(self.poll_writable(cx))?;
         self.poll_gathered(cx)
     }
@@ -201,8 +204,13 @@ impl TunnelWriter {
     }
 
     /// Ready when a small frame may be sent: `length` bytes and the gathered data.
-    fn poll_due(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<()> {
-        self.gather.poll_due(cx, self.send.stream_id().as_u32(), &self.open, length)
+    fn poll_may_send_small_frame(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<()> {
+        self.gather.poll_may_send_small_frame(
+            cx,
+            self.send.stream_id().as_u32(),
+            &self.open,
+            length,
+        )
     }
 
     fn poll_gathered(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), HboneError>> {

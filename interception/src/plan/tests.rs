@@ -404,7 +404,7 @@ fn proxy_services_are_exempt_at_their_addresses() {
 }
 
 #[test]
-fn proxy_services_in_included_ports_are_exempt() {
+fn own_listeners_in_included_ports_are_not_captured() {
     for profile in
         ["profile=ambient", "profile=sidecar", "profile=sidecar inbound.mode=tproxy", "profile=osm"]
     {

@@ -19,7 +19,7 @@ pub(super) struct SettingsArguments {
     /// The settings file (YAML); by default the one in UNDERPASS_CONFIG
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Set one key, which precedes the file and the environment, such as proxy.workers=2; may be
+    /// Set one key, such as proxy.workers=2. Overrides the file and the environment; may be
     /// repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,

@@ -209,8 +209,8 @@ impl<'a> MeshChange<'a> {
         if *generation >= self.new.generation {
             return Ok(());
         }
-        // Otherwise a mesh between the two permitted the connection, and the old one never checked
-        // it.
+        // Otherwise a generation between the old and the new one permitted the connection, so the
+        // old one never checked it.
         let by_old = *generation <= self.old.generation;
         match subject {
             Subject::Inbound(inbound) if by_old && !self.affects(inbound.destination.ip()) => {

@@ -98,13 +98,13 @@ impl Pod {
 
     /// Whether the pod's certificate allows it to be `workload`. Without this identity only its
     /// address matches.
-    pub(crate) fn can_be(&self, workload: &Workload) -> bool {
+    pub(crate) fn may_have_identity_of(&self, workload: &Workload) -> bool {
         self.credentials.as_ref().is_none_or(|credentials| credentials.proves(&workload.identity))
     }
 
     /// Whether the identity of the pod's certificate is that of `workload`.
     pub(crate) fn proves(&self, workload: &Workload) -> bool {
-        self.credentials.is_some() && self.can_be(workload)
+        self.credentials.is_some() && self.may_have_identity_of(workload)
     }
 
     /// Whether outbound connections may have another source than the workload: a virtual machine or

@@ -55,8 +55,8 @@ impl ProbeTranslation {
         self.rules.clone()
     }
 
-    /// Updates the rules when pods change, and repairs changes by other programs. Ends with the
-    /// registry.
+    /// Updates the rules when pods change, and repairs changes by other programs. Returns when
+    /// the registry of pods is dropped.
     pub(crate) async fn run(mut self) {
         loop {
             let outcome = self.reconcile().await;

@@ -50,7 +50,7 @@ use crate::traffic::listeners::Listeners;
 ///
 /// # Errors
 ///
-/// The daemon cannot start, or an essential task failed. The rules of pods stay.
+/// The daemon cannot start, or an essential task failed. The rules of pods stay installed.
 pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
     run_until_failure(Box::pin(run_phases(settings, until_eof, supervisor)), failures).await

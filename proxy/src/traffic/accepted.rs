@@ -59,7 +59,7 @@ impl Accepted {
 /// The source of a connection that was caught on its way out of the pod.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Source {
-    /// The pod's own workload, from this address of the pod.
+    /// The pod's own workload. The source has this address, which is one of the pod's.
     Own(IpAddr),
     /// A virtual machine, a container or a client behind the pod.
     Other,

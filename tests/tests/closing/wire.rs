@@ -68,7 +68,8 @@ fn read(frame: &[u8]) -> Option<(TcpSegment<'_>, u8, u32)> {
 async fn clean_end(path: Path, family: Family) {
     let (scene, _proxies) = path.scene().await;
     let app = scene.server.listen(APP);
-    // The interface with the application's plaintext connection: between the pods, or loopback.
+    // The interface that carries plaintext: the link between the pods for an outbound connection,
+    // loopback for the others.
     let wire = || PacketCapture::open(if path == Path::Outbound { "eth0" } else { "lo" });
     let mut wire = scene.server.run(wire).expect("packets are captured");
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;

@@ -84,7 +84,7 @@ impl Gather {
     }
 
     /// Ready when the gathered data and `more` should be sent as a frame.
-    pub(super) fn poll_due(
+    pub(super) fn poll_may_send_small_frame(
         &mut self,
         cx: &mut Context<'_>,
         stream: u32,

@@ -66,7 +66,7 @@ impl TunnelIo {
         }
         if wanted < SMALL {
             // While this is pending, TLS gathers more data, so that the next write is larger.
-            ready!(self.writer.poll_due(cx, wanted));
+            ready!(self.writer.poll_may_send_small_frame(cx, wanted));
         }
         let capacity = ready!(self.writer.poll_capacity(cx, wanted)).map_err(io_error)?;
         let length = capacity.min(wanted);

@@ -17,7 +17,7 @@ const INBOUND: ChainId = chain(Table::Mangle, "ISTIO_INBOUND");
 const DIVERT: ChainId = chain(Table::Mangle, "ISTIO_DIVERT");
 const TPROXY: ChainId = chain(Table::Mangle, "ISTIO_TPROXY");
 
-/// The mark of connections that the proxy opens to its own pod for the workload.
+/// The mark of connections that the proxy opens for the workload, and that lead back to the pod.
 const OWN_POD_MARK: u32 = 0x53a;
 /// The routing table, as in Istio.
 const ROUTE_TABLE: u32 = 133;

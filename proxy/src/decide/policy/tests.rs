@@ -228,7 +228,7 @@ async fn terminated(pod: &Pod, old: &Snapshot, new: &Snapshot) -> usize {
 }
 
 #[tokio::test]
-async fn permit_is_stored_in_registration_of_its_connection() {
+async fn registered_connection_stores_its_permit() {
     let (old, new) = (Arc::new(snapshot(1, "")), Arc::new(snapshot(2, &deny_client())));
     let (sender, mesh) = watch::channel(old.clone());
     let pod = pod(&[]);

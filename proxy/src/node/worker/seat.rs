@@ -180,9 +180,9 @@ impl Seat {
         source: Source,
     ) -> Option<&'a Arc<Workload>> {
         snapshot.named(&self.context().own).or_else(|| match source {
-            Source::Own(address) => {
-                snapshot.workload(address).filter(|workload| self.pod.can_be(workload))
-            }
+            Source::Own(address) => snapshot
+                .workload(address)
+                .filter(|workload| self.pod.may_have_identity_of(workload)),
             Source::Other => None,
         })
     }
@@ -195,7 +195,9 @@ impl Seat {
         let proven = named.or_else(|| at_address().filter(|workload| self.pod.proves(workload)));
         let claim = match proven {
             Some(_) => None,
-            None => at_address().filter(|workload| self.pod.can_be(workload)).cloned(),
+            None => {
+                at_address().filter(|workload| self.pod.may_have_identity_of(workload)).cloned()
+            }
         };
         let (workload, claim) = (proven.cloned(), claim.map(Claim::Address));
         Party { workload, claim, ..Party::at_address(address) }

@@ -14,7 +14,7 @@ pub(in crate::pods::cni) enum Condition {
     Installed,
     /// The facts about pods are known. Without them no pod can be added.
     Facts,
-    /// The runtime has called the plugin for each pod. Other pods bypass the mesh.
+    /// The runtime has called the plugin for each pod. Without the call a pod bypasses the mesh.
     AllAdded,
 }
 

@@ -188,7 +188,7 @@ fn second_pod_of_namespace_is_refused() {
 }
 
 #[test]
-fn next_pod_of_namespace_waits_for_predecessor() {
+fn next_pod_of_network_namespace_waits_for_previous_one() {
     let (mut node, here) = (Node::default(), namespace());
     let (old, new) = (pod("old"), pod("new"));
     node.add(&old, &here);

@@ -139,7 +139,7 @@ impl Queue {
     }
 
     /// Waits for [`BATCH_BYTES`], at most for [`WRITE_INTERVAL`].
-    fn rest(&self) {
+    fn wait_for_batch(&self) {
         let mut state = self.state();
         state.in_flight = 0;
         state.thread = ThreadState::Resting;
@@ -174,7 +174,7 @@ fn write_lines<W: Write>(queue: &Queue, output: &mut Output<W>) {
         // Free the memory of a burst.
         lines.clear();
         lines.shrink_to(BATCH_BYTES);
-        queue.rest();
+        queue.wait_for_batch();
     }
     queue.state().thread = ThreadState::Ended;
     queue.ended.notify_one();

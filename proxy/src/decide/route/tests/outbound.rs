@@ -259,7 +259,7 @@ fn connect_to_hostname_requests_dialled_address() {
 }
 
 #[test]
-fn connection_bypasses_waypoint_only_with_its_identity_and_address() {
+fn connection_bypasses_waypoint_only_with_identity_and_address_of_waypoint() {
     let mesh = mesh(WAYPOINTS);
     let (way, client) = (caller(named(&mesh, "way")), caller(named(&mesh, "client")));
     let through = "tunnel 10.0.0.2:15008 > 10.0.0.11:80 by way @way";
