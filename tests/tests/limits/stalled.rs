@@ -18,8 +18,8 @@ const END_HEADERS: u8 = 4;
 const ACK: u8 = 1;
 /// The port of an application that accepts no connection.
 const STALLED: u16 = 9001;
-/// The memory of a tunnel with small frames (40 MiB, docs/hbone.md), the unread bytes (1 MiB), and
-/// other memory of the process that changes meanwhile, such as pages of the allocator (1 MiB).
+/// The memory of a tunnel with small frames is at most 40 MiB (docs/hbone.md). The unread bytes are
+/// 1 MiB. Other memory of the process, such as pages of the allocator, may grow by 1 MiB.
 const MAX_MEMORY: u64 = 42 << 20;
 
 pub(crate) fn add_tests(suite: &mut Suite) {
