@@ -17,13 +17,26 @@ use underpass_tests::{
 const USER: u32 = 15008;
 /// The bits of NET_ADMIN and SYS_ADMIN (include/uapi/linux/capability.h).
 const KEPT: u64 = 1 << 12 | 1 << 21;
+/// The bit of KILL.
+const KILL: u64 = 1 << 5;
 
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test("proxy process has its own user and no capability", privileges);
     suite.test("proxy process shows what the broker knows", endpoints);
-    suite.test("killed broker ends the proxy process and leaves pods closed", || killed(false));
-    suite.test("killed proxy process ends the broker and leaves pods closed", || killed(true));
+    suite.test("killed broker ends the proxy process and leaves pods closed", || {
+        killed(Process::Broker, Process::Proxy, false)
+    });
+    suite.test("killed broker ends a stopped proxy process and leaves pods closed", || {
+        killed(Process::Broker, Process::Proxy, true)
+    });
+    suite.test("killed proxy process ends the broker and leaves pods closed", || {
+        killed(Process::Proxy, Process::Broker, false)
+    });
+    suite.test("killed proxy process ends a stopped broker that continues", || {
+        killed(Process::Proxy, Process::Broker, true)
+    });
+    suite.test("broker that ends kills a stopped proxy process", stopped_proxy_process);
     suite.test("privileges.broker off makes one process", one_process);
     suite.run()
 }
@@ -151,7 +164,12 @@ async fn privileges() {
     let key = fs::metadata(scene.pki.dir().join("ca.key")).expect("the key of the CA");
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o077, 0);
     for status in threads(daemon.pid()) {
-        let kept = if field(&status, "Name") == "namespaces" { KEPT } else { 0 };
+        let is_control = field(&status, "Pid") == daemon.pid().to_string();
+        let kept = match field(&status, "Name") {
+            "namespaces" => KEPT,
+            _ if is_control => KILL,
+            _ => 0,
+        };
         assert!(!field(&status, "Name").starts_with("worker-"), "{status}");
         for set in ["CapPrm", "CapEff"] {
             assert_eq!(bits(&status, set), kept, "{set}: {status}");
@@ -198,23 +216,35 @@ async fn stopped(mut daemon: Proxy, proxy: u32) {
     assert!(!is_running(proxy), "the proxy process has ended");
 }
 
-/// Kills the proxy process or the broker.
-async fn killed(proxy_process: bool) {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Process {
+    Broker,
+    Proxy,
+}
+
+/// Kills `one`, perhaps after the other one has been stopped, and checks that `other` ends.
+async fn killed(one: Process, other: Process, other_is_stopped: bool) {
     let scene = Scene::new().await;
     let mut daemon = scene.daemon(&[]).await;
-    let proxy = child(&daemon).expect("a proxy process");
+    let (broker, proxy) = (daemon.pid(), child(&daemon).expect("a proxy process"));
+    let pid = |process| if process == Process::Broker { broker } else { proxy };
     scene.carries_traffic().await;
     let app = scene.b.listen(APP);
-    if proxy_process {
-        kill(Pid::from_raw(i32::try_from(proxy).expect("a pid")), Signal::SIGKILL).expect("killed");
-        let status = daemon.ended().await;
+    if other_is_stopped {
+        send(pid(other), Signal::SIGSTOP);
+    }
+    send(pid(one), Signal::SIGKILL);
+    until("the killed process has ended", async || !is_running(pid(one))).await;
+    if other == Process::Broker {
+        // Only a process that runs can notice the end of the other one.
+        send(broker, Signal::SIGCONT);
+    }
+    let status = daemon.ended().await;
+    if other == Process::Broker {
         assert_eq!(status.code(), Some(1), "{status}");
         assert!(daemon.log().contains("the proxy process has ended"), "{}", daemon.log());
-    } else {
-        daemon.signal(Signal::SIGKILL);
-        daemon.ended().await;
-        until("the proxy process has ended", async || !is_running(proxy)).await;
     }
+    until("the proxy process has ended", async || !is_running(proxy)).await;
     assert!(scene.has_rules().await, "the pods stay closed");
     scene.a.dial_and_be_refused(scene.to_b()).await;
     assert!(!app.is_reached(), "no plaintext");
@@ -223,6 +253,26 @@ async fn killed(proxy_process: bool) {
     scene.carries_traffic().await;
     let proxy = child(&daemon).expect("a proxy process");
     stopped(daemon, proxy).await;
+}
+
+/// A second signal ends the drain, which a stopped process does not end.
+async fn stopped_proxy_process() {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(&[]).await;
+    let proxy = child(&daemon).expect("a proxy process");
+    send(proxy, Signal::SIGSTOP);
+    daemon.signal(Signal::SIGTERM);
+    daemon.line(&["stopping"]).await;
+    daemon.signal(Signal::SIGTERM);
+    let status = daemon.ended().await;
+    assert!(status.success(), "{status}; the log:\n{}", daemon.log());
+    assert_eq!(daemon.count(&["the proxy process does not end: killing it"]), 1);
+    assert!(!is_running(proxy), "the broker has killed the proxy process");
+    assert!(scene.has_rules().await, "the pods stay closed");
+}
+
+fn send(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("a signal is sent");
 }
 
 async fn one_process() {

@@ -2,13 +2,19 @@
 
 use std::thread;
 
+use crate::process::privileges::confine_auxiliary_thread;
+
 /// The nice value of the thread. Other threads get nine tenths of the CPU if both need it (weights
 /// in sched(7)).
 const NICE: i32 = 10;
 
-/// Runs `work` on a new thread with low priority. Drops it if no thread can be started.
+/// Runs `work` on a new thread with low priority and without capabilities. Drops it if no thread can
+/// be started.
 pub fn run_in_background(work: Box<dyn FnOnce() + Send>) {
     let run = move || {
+        if let Err(error) = confine_auxiliary_thread() {
+            tracing::warn!(%error, "a thread keeps capabilities that it does not need");
+        }
         // On Linux, nice(2) affects only this thread. If it is not permitted, the thread keeps its
         // priority.
         rustix::process::nice(NICE).ok();

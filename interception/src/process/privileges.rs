@@ -34,6 +34,8 @@ pub struct ProxyUser {
 pub enum KeptCapabilities {
     /// No capability.
     Nothing,
+    /// KILL, to end a child process of another user.
+    Kill,
     /// NET_ADMIN, to repair or remove rules, and to open sockets with marks or foreign source
     /// addresses.
     NetAdmin,
@@ -156,6 +158,7 @@ impl KeptCapabilities {
     fn of_thread(self) -> &'static [Capability] {
         match self {
             Self::Nothing => &[],
+            Self::Kill => &[Capability::CAP_KILL],
             Self::NetAdmin => &[NET_ADMIN],
             Self::NetAdminForPrograms => self.of_programs(),
             Self::Namespaces { programs: false } => &[SYS_ADMIN, NET_ADMIN],
@@ -166,7 +169,10 @@ impl KeptCapabilities {
     /// The capabilities that its programs inherit.
     fn of_programs(self) -> &'static [Capability] {
         match self {
-            Self::Nothing | Self::NetAdmin | Self::Namespaces { programs: false } => &[],
+            Self::Nothing
+            | Self::Kill
+            | Self::NetAdmin
+            | Self::Namespaces { programs: false } => &[],
             Self::NetAdminForPrograms | Self::Namespaces { programs: true } => {
                 &[NET_ADMIN, NET_RAW]
             }

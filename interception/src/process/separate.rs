@@ -59,8 +59,9 @@ impl ProxyUser {
         Ok(())
     }
 
-    /// Becomes this user without any capability. The kernel ends this process with the thread that
-    /// started it. Call it while there is one thread.
+    /// Becomes this user without any capability. The kernel kills this process when the thread that
+    /// started it ends, if that thread has the capability KILL. Call it while there is one
+    /// thread.
     ///
     /// # Errors
     ///

@@ -152,7 +152,8 @@ impl ProxyProcess {
             Err(_) => {
                 tracing::warn!(after = ?END, "the proxy process does not end: killing it");
                 if let Err(error) = self.child.kill().await {
-                    let (pid, hint) = (self.child.id(), "kill it: it keeps the listeners of pods");
+                    let pid = self.child.id();
+                    let hint = "kill it, since it keeps the listeners of pods; grant KILL";
                     tracing::error!(%error, pid, hint, "cannot kill the proxy process");
                 }
                 None

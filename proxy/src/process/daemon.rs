@@ -95,7 +95,7 @@ impl Daemon {
         let endpoints = Listeners::bind(&access, &sockets, &settings, &mut Vec::new()).await?;
         let prepared = PreparedProxy::new(&settings, &access, endpoints, watcher, supervisor);
         let prepared = prepared.await?;
-        confine(&thread, &settings).await?;
+        confine(&thread, &settings, prepared.control_thread()).await?;
         // Without a pod there is no traffic to hold: pods are enrolled afterwards.
         let mut proxy = tokio::select! {
             started = prepared.start(supervisor) => started?,
@@ -231,10 +231,14 @@ fn facts(
     Ok((FactOrigin::Kubernetes(view), watches))
 }
 
-/// Drops all capabilities of the control thread, and so of the workers that it starts. The
-/// namespaces thread keeps those for entering pods' namespaces and installing rules.
-async fn confine(thread: &NamespaceThread, settings: &Settings) -> Result<(), CommandError> {
-    confine_thread(KeptCapabilities::Nothing).map_err(CommandError::Start)?;
+/// Reduces the capabilities of the control thread to `control`. Its workers, if it starts any, drop
+/// them too. The namespaces thread keeps those for entering pods' namespaces and installing rules.
+async fn confine(
+    thread: &NamespaceThread,
+    settings: &Settings,
+    control: KeptCapabilities,
+) -> Result<(), CommandError> {
+    confine_thread(control).map_err(CommandError::Start)?;
     let programs = settings.interception.install
         && settings.interception.backend != underpass_config::Backend::Nftables;
     Ok(thread.confine(KeptCapabilities::Namespaces { programs }).await?)

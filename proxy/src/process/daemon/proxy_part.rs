@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use underpass_config::{FileWatcher, MeshSource, PodSourceSettings, Settings};
-use underpass_interception::{NamespaceAccess, run_in_background};
+use underpass_interception::{KeptCapabilities, NamespaceAccess, run_in_background};
 
 use crate::broker::child::{self, ProxyProcess};
 use crate::broker::message::ToProxy;
@@ -46,6 +46,14 @@ impl PreparedProxy {
         }
         let node = LoadedNode::load(settings, access, None, watcher, supervisor)?;
         Ok(Self::InProcess(Box::new(node), endpoints))
+    }
+
+    /// The capabilities of the thread that has started it: the proxy process has another user.
+    pub(super) fn control_thread(&self) -> KeptCapabilities {
+        match self {
+            Self::InProcess(..) => KeptCapabilities::Nothing,
+            Self::Process(_) => KeptCapabilities::Kill,
+        }
     }
 
     /// Starts the workers, if they are in this process, once a control plane has sent the mesh.
