@@ -17,6 +17,7 @@ mod list;
 pub(crate) mod names;
 mod network;
 mod policy;
+mod ranges;
 mod reader;
 mod service;
 pub(crate) mod shared;
@@ -77,6 +78,9 @@ pub struct Mesh {
 struct Policies {
     global: List<Policy>,
     namespaces: SharedMap<Name, List<Policy>>,
+    /// The policies of a workload that the mesh does not have: with a control plane one that
+    /// denies, because its policies may select the workload.
+    unknown: List<Policy>,
 }
 
 /// The numbers of items in a mesh.
@@ -197,23 +201,29 @@ impl Mesh {
         known.or_else(|| self.fallback.as_ref()?.named(name))
     }
 
-    /// The policies for a workload of `namespace`, and those that `workload` references.
+    /// The policies for a workload of `namespace`, and those that `workload` references. A mesh of
+    /// a control plane denies every connection to a workload that it does not have.
     pub fn policies<'a>(
         &'a self,
         namespace: &str,
         workload: Option<&'a Workload>,
     ) -> PolicyLayers<'a> {
-        let selecting = workload.map(|workload| &*workload.policies).unwrap_or_default();
+        let selecting = workload.map(|workload| &*workload.policies);
         let Some(fallback) = &self.fallback else {
             return PolicyLayers([self.policies.of(namespace, selecting), PolicySet::default()]);
         };
         let own = workload.is_some_and(|workload| self.contains(workload));
-        let (selecting, of_fallback) =
-            if own { (selecting, &[][..]) } else { (&[][..], selecting) };
+        let (selecting, of_fallback) = if own { (selecting, None) } else { (None, selecting) };
         PolicyLayers([
             self.policies.of(namespace, selecting),
             fallback.policies.of(namespace, of_fallback),
         ])
+    }
+
+    /// Whether the mesh has the policies that select `workload`: a control plane may have some for
+    /// a workload that it has not sent yet.
+    pub fn has_policies_of(&self, workload: Option<&Workload>) -> bool {
+        self.policies.unknown.is_empty() || workload.is_some_and(|one| self.contains(one))
     }
 
     /// Whether `workload` itself is in this mesh, and not in its fallback.
@@ -243,8 +253,8 @@ impl Mesh {
 }
 
 impl Policies {
-    fn of<'a>(&'a self, namespace: &str, workload: &'a [Arc<Policy>]) -> PolicySet<'a> {
+    fn of<'a>(&'a self, namespace: &str, workload: Option<&'a [Arc<Policy>]>) -> PolicySet<'a> {
         let namespace = items(&self.namespaces, namespace);
-        PolicySet { global: &self.global, namespace, workload }
+        PolicySet { global: &self.global, namespace, workload: workload.unwrap_or(&self.unknown) }
     }
 }

@@ -32,6 +32,10 @@ const DELTA_AGGREGATED_RESOURCES: &str =
     "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 /// Timeout of connecting, TLS and HTTP/2, and of the stream's response headers.
 const CONNECT: Duration = Duration::from_secs(10);
+/// Maximum number of answers that wait to be sent.
+const MAX_QUEUED: usize = 64;
+/// Timeout for a control plane that reads no answers.
+const READ: Duration = Duration::from_secs(30);
 /// Maximum size of a response, as in ztunnel: the first state of a large mesh is one response.
 const MAX_RESPONSE: usize = 200 << 20;
 
@@ -46,7 +50,7 @@ pub struct ControlPlaneClient<D> {
 /// An open stream. Dropping it closes the connection.
 #[derive(Debug)]
 pub struct ControlPlaneStream {
-    requests: mpsc::UnboundedSender<DeltaRequest>,
+    requests: mpsc::Sender<DeltaRequest>,
     responses: Streaming<DeltaResponse>,
 }
 
@@ -82,6 +86,9 @@ pub enum ControlPlaneError {
     /// No response headers.
     #[error("no answer after {0:?}")]
     Timeout(Duration),
+    /// The answers of the client fill the queue.
+    #[error("it has read no answer for {0:?}")]
+    Stalled(Duration),
 }
 
 impl<D: Dial> ControlPlaneClient<D> {
@@ -113,10 +120,10 @@ impl<D: Dial> ControlPlaneClient<D> {
     ) -> Result<ControlPlaneStream, ControlPlaneError> {
         let token = self.token().map_err(ControlPlaneError::Connect)?;
         let mut grpc = self.connect().await.map_err(ControlPlaneError::Connect)?;
-        let (requests, queued) = mpsc::unbounded_channel();
+        let (requests, queued) = mpsc::channel(MAX_QUEUED.max(first.len()));
         for request in first {
-            // The receiver is alive.
-            requests.send(request).ok();
+            // There is room, and the receiver is alive.
+            requests.try_send(request).ok();
         }
         let sent =
             stream::unfold(queued, |mut queued| async { Some((queued.recv().await?, queued)) });
@@ -171,10 +178,15 @@ impl ControlPlaneStream {
         }
     }
 
-    /// Sends an answer.
-    pub fn send(&self, answer: DeltaRequest) {
+    /// Sends an answer. Waits while the control plane reads none, so that it cannot make the client
+    /// keep answers without limit.
+    ///
+    /// # Errors
+    /// The control plane has read no answer for a long time.
+    pub async fn send(&self, answer: DeltaRequest) -> Result<(), ControlPlaneError> {
+        let sent = timeout(READ, self.requests.send(answer)).await;
         // If the stream has ended, `next` reports it.
-        self.requests.send(answer).ok();
+        sent.map(drop).map_err(|_| ControlPlaneError::Stalled(READ))
     }
 }
 
@@ -228,7 +240,11 @@ impl Hint for ControlPlaneError {
                 "check that the token in mesh.xds.token is valid and made for this control plane"
             }
             Self::Refused { .. } => "read the control plane's log",
-            Self::Unavailable(_) | Self::Closed | Self::Lost(_) | Self::Timeout(_) => return None,
+            Self::Unavailable(_)
+            | Self::Closed
+            | Self::Lost(_)
+            | Self::Timeout(_)
+            | Self::Stalled(_) => return None,
         };
         Some(fixed.into())
     }

@@ -6,9 +6,9 @@
 use std::sync::Arc;
 
 use super::list::{List, add, remove};
-use super::names::{Name, NamespacedName, NetworkAddress};
+use super::names::{Name, NamespacedName, NetworkCidr};
 use super::network::Network;
-use super::policy::Policy;
+use super::policy::{Policy, PolicyScope};
 use super::service::Service;
 use super::workload::Workload;
 use super::{Mesh, MeshSize};
@@ -73,11 +73,18 @@ impl Mesh {
         self.size = MeshSize { policies, ..self.size };
     }
 
-    /// Counts a rejected item at each of these addresses, or ends this.
-    pub(super) fn withhold(&mut self, addresses: &[NetworkAddress], withheld: bool) {
-        for NetworkAddress { network, address } in addresses {
+    /// Denies connections to workloads that the mesh does not have.
+    pub(super) fn deny_unknown_workloads(&mut self) {
+        let scope = PolicyScope::WorkloadSelector;
+        let denying = Policy::denying("mesh.xds".into(), "(unknown workload)", scope);
+        self.policies.unknown = [Arc::new(denying)].into();
+    }
+
+    /// Counts a rejected item in each of these ranges, or ends this.
+    pub(super) fn withhold(&mut self, ranges: &[NetworkCidr], withheld: bool) {
+        for NetworkCidr { network, cidr } in ranges {
             let network = self.network(network);
-            if withheld { network.withhold(*address) } else { network.release(*address) }
+            if withheld { network.withhold(*cidr) } else { network.release(*cidr) }
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::list::{List, SharedMap, add, items, remove};
+use super::ranges::Ranges;
 use super::service::Service;
 use super::workload::{NetworkMode, Protocol, Workload};
 
@@ -15,12 +16,9 @@ use super::workload::{NetworkMode, Protocol, Workload};
 pub(super) struct Network {
     workloads: SharedMap<IpAddr, List<Workload>>,
     vips: SharedMap<IpAddr, List<Service>>,
-    cidr_vips: SharedMap<IpNet, List<Service>>,
-    /// The prefix lengths of the ranges with the number of ranges, longest first. Only these are
-    /// looked up.
-    lengths: Vec<(u8, usize)>,
-    /// The number of rejected items for each address.
-    withheld: SharedMap<IpAddr, usize>,
+    cidr_vips: Ranges<List<Service>>,
+    /// The number of rejected items for each range.
+    withheld: Ranges<usize>,
 }
 
 impl Network {
@@ -42,7 +40,11 @@ impl Network {
     pub(super) fn speaks_hbone(&self, address: IpAddr) -> bool {
         let workloads = items(&self.workloads, &address);
         workloads.iter().any(|workload| workload.protocol == Protocol::Hbone)
-            || self.withheld.contains_key(&address)
+            || self.is_withheld(address)
+    }
+
+    fn is_withheld(&self, address: IpAddr) -> bool {
+        self.withheld.around(address).next().is_some()
     }
 
     /// Whether a workload or service has this address.
@@ -52,7 +54,7 @@ impl Network {
 
     /// Whether an item has this address, even if it was rejected.
     pub(super) fn knows(&self, address: IpAddr) -> bool {
-        self.has_address(address) || self.withheld.contains_key(&address)
+        self.has_address(address) || self.is_withheld(address)
     }
 
     /// The service at `address` for a workload of `namespace`: one with this address, otherwise one
@@ -70,10 +72,7 @@ impl Network {
 
     /// The services of each range that contains `address`, longest prefix first.
     fn ranges_around(&self, address: IpAddr) -> impl Iterator<Item = &[Arc<Service>]> {
-        self.lengths.iter().filter_map(move |(length, _)| {
-            let around = IpNet::new(address, *length).ok()?.trunc();
-            self.cidr_vips.get(&around).map(|services| &**services)
-        })
+        self.cidr_vips.around(address).map(|services| &**services)
     }
 
     /// The service whose range contains `address`, ranked like in ztunnel: a range of the own
@@ -114,51 +113,28 @@ impl Network {
     }
 
     pub(super) fn add_cidr_vip(&mut self, cidr: IpNet, service: &Arc<Service>) {
-        if !self.cidr_vips.contains_key(&cidr) {
-            self.count_length(cidr.prefix_len(), |ranges| ranges + 1);
-        }
-        add(&mut self.cidr_vips, cidr, service);
+        self.cidr_vips.change(cidr, |before| {
+            let before = before.map(|list| &**list).unwrap_or_default();
+            Some(before.iter().chain([service]).cloned().collect())
+        });
     }
 
     pub(super) fn remove_cidr_vip(&mut self, cidr: IpNet, service: &Arc<Service>) {
-        if !self.cidr_vips.contains_key(&cidr) {
-            return;
-        }
-        remove(&mut self.cidr_vips, &cidr, service);
-        if !self.cidr_vips.contains_key(&cidr) {
-            self.count_length(cidr.prefix_len(), |ranges| ranges - 1);
-        }
+        self.cidr_vips.change(cidr, |before| {
+            let others = before?.iter().filter(|one| !Arc::ptr_eq(one, service));
+            let rest: List<Service> = others.cloned().collect();
+            (!rest.is_empty()).then_some(rest)
+        });
     }
 
-    /// Changes the number of ranges with this prefix length.
-    fn count_length(&mut self, length: u8, change: impl FnOnce(usize) -> usize) {
-        match self.lengths.binary_search_by(|(known, _)| length.cmp(known)) {
-            Ok(at) => {
-                if let Some((_, ranges)) = self.lengths.get_mut(at) {
-                    *ranges = change(*ranges);
-                }
-                self.lengths.retain(|(_, ranges)| *ranges > 0);
-            }
-            Err(at) => self.lengths.insert(at, (length, change(0))),
-        }
-    }
-
-    /// Counts a rejected item at this address, which may support HBONE.
-    pub(super) fn withhold(&mut self, address: IpAddr) {
-        let rejected = self.withheld.get(&address).copied().unwrap_or_default();
-        self.withheld.insert(address, rejected + 1);
+    /// Counts a rejected item in this range, which may support HBONE.
+    pub(super) fn withhold(&mut self, range: IpNet) {
+        self.withheld.change(range, |items| Some(items.map_or(1, |items| items + 1)));
     }
 
     /// Ends the count of an item from [`withhold`](Self::withhold).
-    pub(super) fn release(&mut self, address: IpAddr) {
-        match self.withheld.get(&address).copied() {
-            Some(rejected @ 2..) => {
-                self.withheld.insert(address, rejected - 1);
-            }
-            _ => {
-                self.withheld.remove(&address);
-            }
-        }
+    pub(super) fn release(&mut self, range: IpNet) {
+        self.withheld.change(range, |items| items?.checked_sub(1).filter(|items| *items > 0));
     }
 }
 

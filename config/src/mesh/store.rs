@@ -8,28 +8,31 @@
 //! policy ── selects ──> workload ── is an endpoint of ──> service
 //! ```
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::Mesh;
 use super::builder::WorkloadDraft;
-use super::names::{Map, Name, NamespacedHostname, NetworkAddress, Set};
+use super::names::{Map, Name, NamespacedHostname, NetworkCidr, Set};
 use super::policy::{Policy, PolicyScope};
 use super::service::{Endpoint, PortMap, Service};
 use super::shared::Shared;
 use super::workload::Workload;
 
 /// The items of a control plane.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct MeshStore {
     shared: Shared,
     workloads: Map<Name, WorkloadEntry>,
     services: Map<NamespacedHostname, ServiceEntry>,
     policies: Map<Name, Arc<Policy>>,
+    /// The policies of each scope that is not a selector, by name.
+    scopes: Map<PolicyList, BTreeMap<Name, Arc<Policy>>>,
     /// The uids of the workloads that refer to each service and each policy, known or not.
     endpoints: Map<NamespacedHostname, Set<Name>>,
     selected: Map<Name, Set<Name>>,
     /// The addresses of rejected items by the name of the resource.
-    withheld: Map<Name, Box<[NetworkAddress]>>,
+    withheld: Map<Name, Box<[NetworkCidr]>>,
     /// The items that changed since the last snapshot.
     changed: Changed,
     mesh: Mesh,
@@ -58,8 +61,29 @@ struct ServiceEntry {
 struct Changed {
     workloads: Set<Name>,
     services: Set<NamespacedHostname>,
-    /// The namespaces whose policies changed; `None` for those of all namespaces.
-    policies: Set<Option<Name>>,
+    policies: Set<PolicyList>,
+}
+
+/// The policies of one namespace; `None` for those of all namespaces.
+type PolicyList = Option<Name>;
+
+impl Default for MeshStore {
+    fn default() -> Self {
+        let mut mesh = Mesh::default();
+        mesh.deny_unknown_workloads();
+        Self {
+            shared: Shared::default(),
+            workloads: Map::default(),
+            services: Map::default(),
+            policies: Map::default(),
+            scopes: Map::default(),
+            endpoints: Map::default(),
+            selected: Map::default(),
+            withheld: Map::default(),
+            changed: Changed::default(),
+            mesh,
+        }
+    }
 }
 
 impl MeshStore {
@@ -148,28 +172,36 @@ impl MeshStore {
 
     /// Adds or replaces the policy with the name `key` (`namespace/name`).
     pub(crate) fn set_policy(&mut self, key: Name, policy: Policy) {
-        let scope = policy_list(&policy);
-        let before = self.policies.insert(key.clone(), Arc::new(policy));
-        self.policy_changed(&key, [before.as_deref().and_then(policy_list), scope]);
+        self.remove_policy(&key);
+        let policy = Arc::new(policy);
+        if let Some(list) = policy_list(&policy) {
+            self.scopes.entry(list.clone()).or_default().insert(key.clone(), policy.clone());
+            self.changed.policies.insert(list);
+        }
+        self.policies.insert(key, policy);
     }
 
     /// Removes a policy. Returns false if there is none with this name.
     pub(crate) fn remove_policy(&mut self, key: &str) -> bool {
-        let Some(policy) = self.policies.remove(key) else { return false };
-        self.policy_changed(key, [policy_list(&policy), None]);
-        true
-    }
-
-    fn policy_changed(&mut self, key: &str, lists: [Option<Option<Name>>; 2]) {
-        self.changed.policies.extend(lists.into_iter().flatten());
         if let Some(selected) = self.selected.get(key) {
             self.changed.workloads.extend(selected.iter().cloned());
         }
+        let Some(policy) = self.policies.remove(key) else { return false };
+        if let Some(list) = policy_list(&policy) {
+            if let Some(policies) = self.scopes.get_mut(&list) {
+                policies.remove(key);
+                if policies.is_empty() {
+                    self.scopes.remove(&list);
+                }
+            }
+            self.changed.policies.insert(list);
+        }
+        true
     }
 
     /// Refuses plaintext to the addresses of a rejected resource without an accepted version,
     /// because the resource may have announced HBONE.
-    pub(crate) fn withhold(&mut self, resource: Name, addresses: Box<[NetworkAddress]>) {
+    pub(crate) fn withhold(&mut self, resource: Name, addresses: Box<[NetworkCidr]>) {
         self.release(&resource);
         self.mesh.withhold(&addresses, true);
         self.withheld.insert(resource, addresses);
@@ -185,7 +217,7 @@ impl MeshStore {
     pub(crate) fn snapshot(&mut self) -> Mesh {
         let Changed { workloads, services, policies } = std::mem::take(&mut self.changed);
         for list in policies {
-            self.index_policies(list.as_ref());
+            self.index_policies(&list);
         }
         self.mesh.set_policy_count(self.policies.len());
         let mut services = services;
@@ -203,12 +235,9 @@ impl MeshStore {
         self.shared.drop_unused();
     }
 
-    fn index_policies(&mut self, namespace: Option<&Name>) {
-        let list = Some(namespace.cloned());
-        let mut policies: Vec<_> =
-            self.policies.values().filter(|policy| policy_list(policy) == list).cloned().collect();
-        policies.sort_by(|one, other| one.name.cmp(&other.name));
-        self.mesh.set_policies(namespace, policies.into());
+    fn index_policies(&mut self, list: &PolicyList) {
+        let policies = self.scopes.get(list).into_iter().flat_map(BTreeMap::values).cloned();
+        self.mesh.set_policies(list.as_ref(), policies.collect());
     }
 
     fn index_workload(&mut self, uid: &Name, changed: &mut Set<NamespacedHostname>) {
@@ -258,7 +287,7 @@ impl MeshStore {
 
 /// The list that a policy is in: that of its namespace, or of all namespaces. `None` if workloads
 /// refer to it.
-fn policy_list(policy: &Policy) -> Option<Option<Name>> {
+fn policy_list(policy: &Policy) -> Option<PolicyList> {
     match policy.scope {
         PolicyScope::Global => Some(None),
         PolicyScope::Namespace => Some(Some(policy.namespace.clone())),

@@ -70,7 +70,7 @@ impl ControlPlane {
     }
 
     /// The first requests of a new stream.
-    pub fn open(&self) -> Vec<DeltaRequest> {
+    pub fn open(&mut self) -> Vec<DeltaRequest> {
         self.session.open()
     }
 

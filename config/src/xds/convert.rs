@@ -12,6 +12,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use bytes::Bytes;
+use ipnet::IpNet;
 use prost::{DecodeError, Message as _};
 use thiserror::Error;
 
@@ -19,11 +20,12 @@ pub(super) use self::policy::{policy, substitute};
 pub(super) use self::service::{service, service_key};
 pub(super) use self::workload::workload;
 use super::workload::{
-    Address, AddressType, GatewayAddress, GatewayDestination, NetworkAddress, Port,
+    Address, AddressType, GatewayAddress, GatewayDestination, NetworkAddress, Port, Workload,
 };
+use crate::cidr::canonical;
 use crate::identity::spiffe::SpiffeError;
 use crate::mesh::shared::Shared;
-use crate::mesh::{self, Gateway, NamespacedHostname, PortMap};
+use crate::mesh::{self, Gateway, NamespacedHostname, NetworkCidr, PortMap};
 use crate::yaml::quote::Quoted;
 
 /// The reason why a resource is rejected. The control plane logs it.
@@ -92,24 +94,34 @@ fn network_address(
     Ok(mesh::NetworkAddress { network, address })
 }
 
-/// The readable addresses of a rejected workload or service.
-pub(super) fn addresses_of(content: &Bytes, shared: &mut Shared) -> Box<[mesh::NetworkAddress]> {
+/// The readable addresses and ranges of a rejected workload or service. A range with an unusable
+/// length is its address.
+pub(super) fn addresses_of(content: &Bytes, shared: &mut Shared) -> Box<[NetworkCidr]> {
     let kind = Address::decode(content.clone()).ok().and_then(|address| address.kind);
-    let addresses: Vec<(String, Bytes)> = match kind {
+    let addresses: Vec<_> = match kind {
         Some(AddressType::Workload(workload)) => {
-            let network = workload.network;
-            workload.addresses.into_iter().map(|address| (network.clone(), address)).collect()
+            let Workload { network, addresses, .. } = *workload;
+            addresses.into_iter().map(|address| (network.clone(), address, None)).collect()
         }
         Some(AddressType::Service(service)) => {
-            service.addresses.into_iter().map(|one| (one.network, one.address)).collect()
+            let addresses = service.addresses.into_iter();
+            addresses.map(|one| (one.network, one.address, one.length)).collect()
         }
         None => Vec::new(),
     };
-    let understood = addresses.into_iter().filter_map(|(network, bytes)| {
-        let address = address("addresses", &bytes).ok()?;
-        Some(mesh::NetworkAddress { network: shared.name(&network), address })
+    let understood = addresses.into_iter().filter_map(|(network, bytes, length)| {
+        let one = address("addresses", &bytes).ok()?;
+        let cidr = length.and_then(|length| range(&bytes, length)).unwrap_or_else(|| one.into());
+        Some(NetworkCidr { network: shared.name(&network), cidr })
     });
     understood.collect()
+}
+
+/// The range of this prefix length, which applies to the address in the form that was sent.
+fn range(bytes: &Bytes, length: u32) -> Option<IpNet> {
+    let v4 = <[u8; 4]>::try_from(&**bytes).map(IpAddr::from);
+    let address = v4.or_else(|_| <[u8; 16]>::try_from(&**bytes).map(IpAddr::from)).ok()?;
+    Some(canonical(IpNet::new(address, u8::try_from(length).ok()?).ok()?))
 }
 
 /// A TCP port. 0 is allowed only if it has a meaning.

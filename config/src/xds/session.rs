@@ -6,18 +6,21 @@
 //! ```
 //!
 //! istiod computes removals on a new stream from the retained names. So every name that was not
-//! removed is retained, also that of a rejected resource.
+//! removed is retained, also that of a rejected resource. A request with too many names is sent
+//! without them: its first response is the whole state, and removes every name that it lacks.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use prost::Message as _;
 use thiserror::Error;
 
 use super::convert::Rejection;
 use super::message::{DeltaRequest, DeltaResponse, Node, Resource, Status};
 use crate::mesh::Name;
-use crate::mesh::names::Map;
+use crate::mesh::names::{Map, Set};
 
 /// The maximum size of one resource in bytes: a service with thousands of addresses.
 const MAX_RESOURCE: usize = 1 << 20;
@@ -25,6 +28,8 @@ const MAX_RESOURCE: usize = 1 << 20;
 const MAX_NAME: usize = 2048;
 /// The maximum number of resources of a type.
 const MAX_RESOURCES: usize = 1 << 20;
+/// The maximum size of a request in bytes: the default limit of gRPC servers, also that of istiod.
+const MAX_REQUEST: usize = 4 << 20;
 /// The maximum number of names in a NACK.
 const MAX_REPORTED: usize = 20;
 /// `INVALID_ARGUMENT` of gRPC.
@@ -111,11 +116,15 @@ struct Subscription {
     versions: Map<Name, Box<str>>,
     /// Whether a response was applied, on any stream.
     synced: bool,
+    /// Whether the next response is the whole state, because the stream began without the retained
+    /// names.
+    is_whole: bool,
 }
 
 impl Session {
     pub(super) fn new(node: Node) -> Self {
-        let subscription = |kind| Subscription { kind, versions: Map::default(), synced: false };
+        let subscription =
+            |kind| Subscription { kind, versions: Map::default(), synced: false, is_whole: false };
         Self { node, subscriptions: ResourceType::ALL.map(subscription) }
     }
 
@@ -124,34 +133,32 @@ impl Session {
     }
 
     /// The first requests of a new stream.
-    pub(super) fn open(&self) -> Vec<DeltaRequest> {
+    pub(super) fn open(&mut self) -> Vec<DeltaRequest> {
         let mut node = Some(self.node.clone());
-        let subscriptions = self.subscriptions.iter();
-        let requests = subscriptions.map(|Subscription { kind, versions, .. }| DeltaRequest {
-            node: node.take(),
-            type_url: kind.url().to_owned(),
-            initial_resource_versions: versions
-                .iter()
-                .map(|(name, version)| (name.to_string(), version.to_string()))
-                .collect(),
-            ..DeltaRequest::default()
-        });
-        requests.collect()
+        let subscriptions = self.subscriptions.iter_mut();
+        subscriptions.map(|subscription| subscription.open(node.take())).collect()
     }
 
     /// Checks a response. The caller must apply the update and then call [`finish`](Self::finish).
     pub(super) fn receive(&self, response: DeltaResponse) -> Result<Update, SessionError> {
         let DeltaResponse { resources, type_url, nonce, removed_resources: removed } = response;
         let known = self.subscriptions.iter().find(|one| one.kind.url() == type_url);
-        let Some(Subscription { kind, versions, .. }) = known else {
+        let Some(subscription) = known else {
             return Err(SessionError::UnknownType(type_url.chars().take(100).collect()));
         };
-        let is_new = |one: &&Resource| !versions.contains_key(&*one.name);
-        if versions.len() + resources.iter().filter(is_new).count() > MAX_RESOURCES {
-            return Err(SessionError::TooMany(*kind));
+        let kind = subscription.kind;
+        let removed = match subscription.is_whole {
+            true => subscription.without(&resources),
+            false => removed,
+        };
+        let versions = &subscription.versions;
+        let retained = if subscription.is_whole { 0 } else { versions.len() };
+        let is_new = |one: &&Resource| retained == 0 || !versions.contains_key(&*one.name);
+        if retained + resources.iter().filter(is_new).count() > MAX_RESOURCES {
+            return Err(SessionError::TooMany(kind));
         }
-        let resources = resources.into_iter().map(|resource| self.item(*kind, resource));
-        Ok(Update { kind: *kind, removed, resources: resources.collect::<Result<_, _>>()?, nonce })
+        let resources = resources.into_iter().map(|resource| self.item(kind, resource));
+        Ok(Update { kind, removed, resources: resources.collect::<Result<_, _>>()?, nonce })
     }
 
     fn item(&self, kind: ResourceType, resource: Resource) -> Result<Item, SessionError> {
@@ -182,6 +189,7 @@ impl Session {
             return DeltaRequest::default();
         };
         subscription.synced = true;
+        subscription.is_whole = false;
         let versions = &mut subscription.versions;
         for name in &removed {
             versions.remove(&**name);
@@ -213,6 +221,32 @@ impl Session {
             ResourceType::Address => address,
             ResourceType::Authorization => authorization,
         }
+    }
+}
+
+impl Subscription {
+    /// The first request of a new stream.
+    fn open(&mut self, node: Option<Node>) -> DeltaRequest {
+        let versions = self.versions.iter();
+        let versions = versions.map(|(name, version)| (name.to_string(), version.to_string()));
+        let mut request = DeltaRequest {
+            node,
+            type_url: self.kind.url().to_owned(),
+            initial_resource_versions: versions.collect(),
+            ..DeltaRequest::default()
+        };
+        self.is_whole = request.encoded_len() > MAX_REQUEST;
+        if self.is_whole {
+            request.initial_resource_versions = HashMap::new();
+        }
+        request
+    }
+
+    /// The retained names without those of `resources`.
+    fn without(&self, resources: &[Resource]) -> Vec<String> {
+        let sent: Set<&str> = resources.iter().map(|resource| &*resource.name).collect();
+        let names = self.versions.keys().filter(|name| !sent.contains(&***name));
+        names.map(|name| name.to_string()).collect()
     }
 }
 

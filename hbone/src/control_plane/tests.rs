@@ -9,6 +9,7 @@ use prost::Message as _;
 use tokio::io::duplex;
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
+use tonic::codec::BufferSettings;
 use underpass_config::{Node, XdsHeader};
 
 use super::*;
@@ -145,6 +146,19 @@ async fn stream_authenticates_and_carries_both_directions() {
     let expected = ["Bearer secret", "c1", "b c"];
     assert_eq!(["authorization", "clusterid", "x-a"].map(header), expected);
     assert_eq!(stream.next().await.unwrap(), response);
+}
+
+#[tokio::test(start_paused = true)]
+async fn answers_that_control_plane_does_not_read_are_bounded() {
+    let (requests, _unread) = mpsc::channel(MAX_QUEUED);
+    let decoder = ProstCodec::<DeltaRequest, DeltaResponse>::raw_decoder(BufferSettings::default());
+    let responses = Streaming::new_empty(decoder, tonic::body::Body::empty());
+    let stream = ControlPlaneStream { requests, responses };
+    for _ in 0..MAX_QUEUED {
+        stream.send(request()).await.unwrap();
+    }
+    let error = stream.send(request()).await.unwrap_err();
+    assert_eq!(error.to_string(), "it has read no answer for 30s");
 }
 
 #[tokio::test]

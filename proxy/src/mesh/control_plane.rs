@@ -31,6 +31,8 @@ use crate::observe::metrics;
 /// The bounds of the back-off before a new connection, as in ztunnel but with jitter.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// A stream that lasted this long ends a series of failures.
+const STABLE: Duration = LONGEST_WAIT;
 /// The time for which changes that are not urgent are collected.
 const COALESCE: Duration = Duration::from_millis(100);
 /// The maximum number of changes that are applied on this thread. A larger response is applied on
@@ -87,9 +89,19 @@ impl ControlPlaneFollower {
         readiness.mesh_known(false);
         metrics::control_plane_connected(false);
         loop {
-            let opened = self.or_file_changes(client.open(self.plane.open())).await;
+            let first = self.plane.open();
+            let opened = self.or_file_changes(client.open(first)).await;
             let end = match opened {
-                Ok(stream) => self.follow(stream, &mut backoff, &readiness).await,
+                Ok(stream) => {
+                    let since = Instant::now();
+                    let end = self.follow(stream, &readiness).await;
+                    // A control plane that closes every stream early is not asked again at once:
+                    // each time it would send its whole state.
+                    if since.elapsed() >= STABLE {
+                        backoff.reset();
+                    }
+                    end
+                }
                 Err(error) => StreamEnd::Stream(error),
             };
             metrics::control_plane_connected(false);
@@ -101,12 +113,7 @@ impl ControlPlaneFollower {
     }
 
     /// Applies the responses of one stream until it ends.
-    async fn follow(
-        &mut self,
-        mut stream: ControlPlaneStream,
-        backoff: &mut Backoff,
-        readiness: &Readiness,
-    ) -> StreamEnd {
+    async fn follow(&mut self, mut stream: ControlPlaneStream, readiness: &Readiness) -> StreamEnd {
         metrics::control_plane_connected(true);
         tracing::info!(address = self.address, "connected to the control plane");
         loop {
@@ -118,19 +125,24 @@ impl ControlPlaneFollower {
                 Ok(applied) => applied,
                 Err(error) => return error.into(),
             };
-            backoff.reset();
             report(&applied);
-            stream.send(applied.answer);
-            if !self.plane.is_synced() {
-                continue;
+            self.take_effect(applied.is_urgent, readiness);
+            if let Err(error) = self.or_file_changes(stream.send(applied.answer)).await {
+                return error.into();
             }
-            readiness.mesh_known(true);
-            let is_first = self.snapshots.borrow().is_none();
-            if applied.is_urgent || is_first {
-                self.hand_on();
-            } else {
-                self.due.get_or_insert_with(|| Instant::now() + COALESCE);
-            }
+        }
+    }
+
+    /// Passes on the mesh after a response: at once if it is urgent or completes the first state.
+    fn take_effect(&mut self, is_urgent: bool, readiness: &Readiness) {
+        if !self.plane.is_synced() {
+            return;
+        }
+        readiness.mesh_known(true);
+        if is_urgent || self.snapshots.borrow().is_none() {
+            self.hand_on();
+        } else {
+            self.due.get_or_insert_with(|| Instant::now() + COALESCE);
         }
     }
 

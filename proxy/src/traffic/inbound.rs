@@ -86,7 +86,7 @@ async fn open_plaintext(
 ) -> Option<Opened<TcpStream>> {
     let accepted_at = Instant::now();
     let (client, destination) = (accepted.client, accepted.destination.address());
-    let mesh = pin!(seat.mesh());
+    let mesh = pin!(seat.inbound_mesh(destination.ip()));
     let snapshot = match registration.termination().or_terminate(mesh).await {
         Ok(snapshot) => snapshot,
         Err(error) => {
@@ -314,7 +314,10 @@ async fn open_request(
 ) -> Option<Opened<TunnelStream>> {
     let accepted_at = Instant::now();
     let series = &seat.worker.series;
-    let known = registration.termination().or_terminate(pin!(seat.mesh())).await;
+    let known = registration
+        .termination()
+        .or_terminate(pin!(seat.inbound_mesh(asked.origin.here.ip())))
+        .await;
     let target = inbound_target(&seat, &requested(asked.request.authority()), asked.origin.here);
     let headers = asked.request.headers();
     let facts = request_facts(&seat, &asked.origin, headers, target.as_ref().ok());

@@ -10,6 +10,7 @@ use super::super::message::Resource;
 use super::super::testing::{
     IntoResource, behind, encoded, node, policy, resource, response, service, workload,
 };
+use super::super::workload::Workload;
 use super::*;
 use crate::mesh::{Connection, Destination, PolicyAction};
 
@@ -160,10 +161,13 @@ fn missing_policy_of_workload_denies_everything() {
 fn policy_follows_its_scope() {
     let mut client = Client::new();
     client.set(workload("a", [10, 0, 0, 1]));
+    client.set(Workload { namespace: "far".into(), ..workload("b", [10, 0, 0, 2]) });
     for scope in [GLOBAL, NAMESPACE] {
         let mesh = client.set(policy("p", scope, DENY));
         assert_eq!([80, 81].map(|port| allows(&mesh, [10, 0, 0, 1], port)), [false, true]);
-        assert_eq!(mesh.policies("other", None).iter().count(), usize::from(scope == GLOBAL));
+        let far = mesh.workload("", at([10, 0, 0, 2])).map(|one| &**one);
+        let of_far = mesh.policies("far", far);
+        assert_eq!(of_far.iter().count(), usize::from(scope == GLOBAL));
     }
     let mesh = client.set(policy("p", SELECTOR, DENY));
     assert!(allows(&mesh, [10, 0, 0, 1], 80));
@@ -271,6 +275,27 @@ fn rejected_service_withholds_address() {
 }
 
 #[test]
+fn rejected_service_withholds_whole_range() {
+    let mut client = Client::new();
+    let mut unknown = service("s", [10, 96, 0, 7]);
+    unknown.addresses[0].length = Some(24);
+    unknown.visibility = 9;
+    let reason = "visibility: unsupported value 9";
+    let mesh = client.rejected(resource(unknown.clone()), ADDRESS, reason);
+    let withheld = [[10, 96, 0, 0], [10, 96, 0, 255], [10, 96, 1, 0], [10, 95, 255, 255]]
+        .map(|address| mesh.speaks_hbone("", at(address)));
+    assert_eq!(withheld, [true, true, false, false]);
+    // A prefix length that no address has.
+    unknown.addresses[0].length = Some(99);
+    let mesh =
+        client.rejected(resource(unknown), ADDRESS, "addresses.length: unsupported value 99");
+    assert!(mesh.speaks_hbone("", at([10, 96, 0, 7])));
+    assert!(!mesh.speaks_hbone("", at([10, 96, 0, 8])));
+    let mesh = client.remove(ADDRESS, "ns/s");
+    assert!(!mesh.speaks_hbone("", at([10, 96, 0, 7])));
+}
+
+#[test]
 fn rejects_resource_with_name_of_another() {
     let mut client = Client::new();
     let other = Resource { name: "x".into(), ..resource(workload("a", [10, 0, 0, 1])) };
@@ -319,10 +344,34 @@ policies:
     assert_eq!(&*mesh.workload("", at([10, 0, 0, 2])).unwrap().name, "f");
     assert_eq!(mesh.workloads_named("ns", "a")[0].addresses.len(), 1);
     assert_eq!(mesh.workloads_named("ns", "f").len(), 1);
-    // The control plane allows 80 only; the file does not add 81, nor 7 to its own workload.
+    // The control plane allows 80 only, and the file does not add 81. The control plane may have
+    // policies for the file's workload that it has not sent yet.
     let ports = [80, 81, 7];
     assert_eq!(ports.map(|port| allows(&mesh, [10, 0, 0, 1], port)), [true, false, false]);
-    assert_eq!(ports.map(|port| allows(&mesh, [10, 0, 0, 2], port)), [true, false, false]);
+    assert_eq!(ports.map(|port| allows(&mesh, [10, 0, 0, 2], port)), [false, false, false]);
+}
+
+/// The policy of a selector may exist before the control plane sends the workload.
+#[test]
+fn workload_that_control_plane_has_not_sent_is_denied() {
+    let connection = Connection {
+        source: at([192, 0, 2, 1]),
+        destination: ([10, 0, 0, 1], 80).into(),
+        identity: None,
+        aliases: &[],
+    };
+    let denies = |mesh: &Mesh, own: Option<&crate::mesh::Workload>| {
+        let mut layers = mesh.policies("ns", own).layers();
+        layers.any(|layer| layer.deciding(PolicyAction::Deny).any(|one| one.matches(&connection)))
+    };
+    let mut client = Client::new();
+    let mesh = client.set(policy("p", SELECTOR, DENY));
+    assert!(denies(&mesh, None) && !mesh.has_policies_of(None));
+    let mesh = client.set(workload("a", [10, 0, 0, 1]));
+    let own = mesh.workload("", at([10, 0, 0, 1])).unwrap();
+    assert!(!denies(&mesh, Some(own)) && mesh.has_policies_of(Some(own)));
+    let file = Mesh::default();
+    assert!(!denies(&file, None) && file.has_policies_of(None));
 }
 
 /// A description of a mesh that does not depend on the order of its changes.

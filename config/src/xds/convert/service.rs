@@ -1,7 +1,6 @@
 //! Converts `istio.workload.Service`.
 
-use super::{Rejection, gateway, hostname, network_address, one_of, ports};
-use crate::cidr::canonical;
+use super::{Rejection, gateway, hostname, network_address, one_of, ports, range};
 use crate::identity::spiffe::SpiffeId;
 use crate::mesh::shared::Shared;
 use crate::mesh::{
@@ -10,7 +9,6 @@ use crate::mesh::{
 };
 use crate::xds::workload as message;
 use crate::yaml::quote::Quoted;
-use ipnet::IpNet;
 
 const MODES: &[(i32, LoadBalancingMode)] = &[
     (0, LoadBalancingMode::Standard),
@@ -75,21 +73,13 @@ fn addresses(
         match one.length {
             None => vips.push(at),
             Some(length) => {
-                let bits = one.address.len() * 8;
-                let cidr = u8::try_from(length).ok().filter(|length| usize::from(*length) <= bits);
-                let cidr = cidr.and_then(|length| IpNet::new(unmapped(one)?, length).ok());
+                let cidr = range(&one.address, length);
                 let cidr = cidr.ok_or_else(|| Rejection::value("addresses.length", length))?;
-                cidr_vips.push(NetworkCidr { network: at.network, cidr: canonical(cidr) });
+                cidr_vips.push(NetworkCidr { network: at.network, cidr });
             }
         }
     }
     Ok((vips, cidr_vips))
-}
-
-/// The address as sent, because the prefix length applies to this form.
-fn unmapped(given: &message::NetworkAddress) -> Option<std::net::IpAddr> {
-    let v4 = <[u8; 4]>::try_from(&*given.address).map(Into::into);
-    v4.or_else(|_| <[u8; 16]>::try_from(&*given.address).map(Into::into)).ok()
 }
 
 /// The accepted identities. A name that is not a SPIFFE id matches no peer, so it is omitted.

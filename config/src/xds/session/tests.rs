@@ -24,7 +24,7 @@ fn response(nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaRes
 }
 
 /// The names and versions that the next stream sends.
-fn retained(session: &Session) -> BTreeMap<String, String> {
+fn retained(session: &mut Session) -> BTreeMap<String, String> {
     session.open()[0].initial_resource_versions.clone().into_iter().collect()
 }
 
@@ -53,13 +53,13 @@ fn acknowledges_with_nonce_and_retains_versions() {
     assert_eq!((&*answer.response_nonce, answer.error_detail), ("n1", None));
     assert_eq!(answer.type_url, KIND.url());
     assert_eq!(
-        retained(&session),
+        retained(&mut session),
         [("a", "1"), ("b", "")].map(|(n, v)| (n.into(), v.into())).into()
     );
     let update = session.receive(response("n2", vec![resource("c", "3")], &["a", "unknown"]));
     session.finish(update.unwrap(), &[]);
     assert_eq!(
-        retained(&session),
+        retained(&mut session),
         [("b", ""), ("c", "3")].map(|(n, v)| (n.into(), v.into())).into()
     );
 }
@@ -83,7 +83,29 @@ fn nack_names_rejected_resources_and_keeps_their_versions() {
     assert_eq!(answer.response_nonce, "2");
     // The control plane needs the name of "b" to compute its removal.
     let expected = [("a", "1"), ("b", ""), ("c", "2")].map(|(n, v)| (n.into(), v.into()));
-    assert_eq!(retained(&session), expected.into());
+    assert_eq!(retained(&mut session), expected.into());
+}
+
+/// A long outage of a large mesh: its names exceed the maximum size of a request.
+#[test]
+fn request_above_size_limit_asks_for_whole_state() {
+    let mut session = session();
+    let name = |n: usize| format!("cluster//Pod/namespace/workload-with-a-long-name-{n:08}");
+    let count = MAX_REQUEST / name(0).len();
+    let resources = (0..count).map(|n| resource(&name(n), "1")).collect();
+    let update = session.receive(response("1", resources, &[])).unwrap();
+    session.finish(update, &[]);
+    assert_eq!(retained(&mut session), BTreeMap::new());
+    let whole = vec![resource(&name(7), "2"), resource("new", "1")];
+    let update = session.receive(response("2", whole, &["ignored"])).unwrap();
+    assert_eq!(update.removed.len(), count - 1);
+    assert!(!update.removed.contains(&name(7)));
+    session.finish(update, &[]);
+    let left = [(name(7), "2"), ("new".to_owned(), "1")].map(|(n, v)| (n, v.to_owned()));
+    assert_eq!(retained(&mut session), left.into());
+    // Later responses are deltas again.
+    let update = session.receive(response("3", vec![resource("a", "1")], &["new"])).unwrap();
+    assert_eq!(update.removed, ["new"]);
 }
 
 #[test]
@@ -182,7 +204,7 @@ proptest! {
                 let entry = model.entry(name.to_string());
                 if bad { entry.or_default(); } else { entry.insert_entry(version.to_string()); }
             }
-            prop_assert_eq!(retained(&session), model.clone());
+            prop_assert_eq!(retained(&mut session), model.clone());
         }
     }
 }

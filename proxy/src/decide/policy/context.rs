@@ -1,5 +1,7 @@
 //! The settings of a pod that policy decisions depend on.
 
+use std::net::IpAddr;
+
 use underpass_config::{
     EgressSettings, KubeletProbes, MtlsSettings, Profile, Settings, WorkloadSettings,
 };
@@ -40,16 +42,29 @@ impl PolicyContext {
 impl PolicyContext {
     /// Fails if permits require the pod's own workload, and the mesh has none with its identity.
     pub(crate) fn check_own(&self, snapshot: &Snapshot) -> Result<(), ProxyError> {
-        if !self.must_be_in_mesh {
-            return Ok(());
-        }
         match snapshot.named(&self.own) {
+            _ if !self.must_be_in_mesh => Ok(()),
             Some(workload) if workload.identity == self.own.spiffe_id => Ok(()),
-            _ => {
-                let pod = format!("{}/{}", self.own.namespace, self.own.name);
-                Err(ProxyError::PodNotInMesh { pod, id: self.own.spiffe_id.clone() })
-            }
+            _ => Err(self.not_in_mesh()),
         }
+    }
+
+    /// Fails if the mesh lacks policies for inbound connections to `address` of the pod: its control
+    /// plane has not sent the pod's workload.
+    pub(crate) fn check_inbound(
+        &self,
+        snapshot: &Snapshot,
+        address: IpAddr,
+    ) -> Result<(), ProxyError> {
+        self.check_own(snapshot)?;
+        let local = snapshot.local(&self.own, address).map(|workload| &**workload);
+        let known = snapshot.mesh.has_policies_of(local);
+        if known { Ok(()) } else { Err(self.not_in_mesh()) }
+    }
+
+    fn not_in_mesh(&self) -> ProxyError {
+        let pod = format!("{}/{}", self.own.namespace, self.own.name);
+        ProxyError::PodNotInMesh { pod, id: self.own.spiffe_id.clone() }
     }
 }
 

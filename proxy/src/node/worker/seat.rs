@@ -144,13 +144,26 @@ impl Seat {
         self.endpoints.get().is_some()
     }
 
-    /// The current mesh. If policies require the pod's own workload, waits until the mesh has it,
-    /// at most for `timeouts.connect`.
+    /// The current mesh. If permits require the pod's own workload, waits until the mesh has it, at
+    /// most for `timeouts.connect`.
     pub(crate) async fn mesh(&self) -> Result<Arc<Snapshot>, ProxyError> {
+        self.mesh_with(|snapshot| self.context().check_own(snapshot)).await
+    }
+
+    /// The current mesh, for an inbound connection to `address` of the pod. Waits like
+    /// [`mesh`](Self::mesh), also for the pod's policies.
+    pub(crate) async fn inbound_mesh(&self, address: IpAddr) -> Result<Arc<Snapshot>, ProxyError> {
+        self.mesh_with(|snapshot| self.context().check_inbound(snapshot, address)).await
+    }
+
+    async fn mesh_with(
+        &self,
+        check: impl Fn(&Snapshot) -> Result<(), ProxyError>,
+    ) -> Result<Arc<Snapshot>, ProxyError> {
         let current = self.node().mesh.borrow().clone();
-        let Err(error) = self.context().check_own(&current) else { return Ok(current) };
+        let Err(error) = check(&current) else { return Ok(current) };
         let mut mesh = self.node().mesh.clone();
-        let known = mesh.wait_for(|snapshot| self.context().check_own(snapshot).is_ok());
+        let known = mesh.wait_for(|snapshot| check(snapshot).is_ok());
         match timeout(self.node().timeouts.connect, known).await {
             Ok(Ok(snapshot)) => Ok(snapshot.clone()),
             Ok(Err(_)) | Err(_) => Err(error),

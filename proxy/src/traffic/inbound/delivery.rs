@@ -69,7 +69,7 @@ pub(in crate::traffic) async fn deliver(
     let accepted_at = Instant::now();
     let registration = seat.register_stream();
     let origin = RequestOrigin { client, here, peer: trust.client().clone() };
-    let known = registration.termination().or_terminate(pin!(seat.mesh())).await;
+    let known = registration.termination().or_terminate(pin!(seat.inbound_mesh(here.ip()))).await;
     let target = inbound_target(&seat, &target, here);
     let facts = request_facts(&seat, &origin, &headers, target.as_ref().ok());
     let unopened = Unopened { seat: &seat, accepted_at, facts, recorded: false };

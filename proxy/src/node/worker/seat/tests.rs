@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::sync::Weak;
 
-use underpass_config::{FileWatcher, Mesh, SpiffeId, TrustSettings};
+use underpass_config::{ControlPlane, FileWatcher, Mesh, SpiffeId, TrustSettings};
 use underpass_hbone::{CredentialsEvent, HboneError, IdentitySource, NextIdentity};
 
 use super::*;
@@ -77,6 +77,40 @@ async fn connections_of_new_pod_wait_until_mesh_has_it() {
         mesh.send_replace(snapshot(3, server));
     });
     assert_eq!(known.unwrap().generation, 3);
+    permitted().unwrap();
+}
+
+/// The mesh of a control plane with these workloads.
+fn control_plane_mesh(text: &str) -> Arc<Snapshot> {
+    let mut plane = ControlPlane::new(Default::default(), Default::default());
+    let file = Mesh::from_text("mesh", text).unwrap();
+    let mesh = Arc::new(plane.snapshot().with_fallback(Some(Arc::new(file))));
+    Arc::new(Snapshot::new(mesh, &settings(&[]).workload, 1))
+}
+
+/// The control plane may have policies that select the pod. A workload of the mesh file does not
+/// end the wait.
+#[tokio::test(start_paused = true)]
+async fn inbound_connections_wait_until_control_plane_has_pod() {
+    let known = "workloads: [{name: server, workloadIps: [10.0.0.2]}]";
+    let (mesh, receiver) = watch::channel(control_plane_mesh(known));
+    let worker = Worker::new(node_in(1, receiver), 0, Arc::default());
+    let seat = worker.seat(&pod(&["workload.name=server"]));
+    let (client, here) = (([10, 0, 0, 1], 80).into(), ([10, 0, 0, 2], 80).into());
+    let permitted = || {
+        let registration = seat.register_stream();
+        seat.permit(Subject::inbound(client, here, None), &registration).map(drop)
+    };
+    assert_eq!(seat.mesh().await.unwrap().generation, 1);
+    let error = seat.inbound_mesh(here.ip()).await.unwrap_err();
+    assert!(matches!(error, ProxyError::PodNotInMesh { .. }), "{error}");
+    let error = permitted().unwrap_err();
+    assert!(matches!(error, ProxyError::DeniedInPlain(_)), "{error}");
+
+    let (waited, ()) = tokio::join!(seat.inbound_mesh(here.ip()), async {
+        mesh.send_replace(snapshot(2, known));
+    });
+    assert_eq!(waited.unwrap().generation, 2);
     permitted().unwrap();
 }
 
