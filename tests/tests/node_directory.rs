@@ -16,6 +16,7 @@ fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test("files of a folder add and remove pods while others carry traffic", lifecycle);
     suite.test("a changed file changes the rules of its running pod", changes);
+    suite.test_both("pods with addresses of one family exchange data in a tunnel", one_family);
     suite.test("namespaces that cannot be the pod's are refused", foreign_namespaces);
     suite.test_both("the node's own connections reach a strict pod from the probe address", probes);
     suite.run()
@@ -79,8 +80,12 @@ impl Scene {
 }
 
 fn file_of(pod: &Pod, more: &str) -> String {
+    file_with_ips(pod, &pod.ips(), more)
+}
+
+fn file_with_ips(pod: &Pod, ips: &[IpAddr], more: &str) -> String {
     let (name, netns) = (pod.name(), pod.namespace().path());
-    let ips: Vec<_> = pod.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
+    let ips: Vec<_> = ips.iter().map(|ip| format!("\"{ip}\"")).collect();
     let ips = ips.join(", ");
     format!(
         "uid: {name}\nnetns: {netns:?}\nips: [{ips}]\n\
@@ -170,6 +175,32 @@ async fn changes() {
     scene.write("a", &file_of(&scene.a, hostile));
     daemon.line(&["cannot enrol the pod", "default/a", "reroute-virtual-interfaces"]).await;
     assert!(has_table(&scene.a, TABLE).await, "the pod stays closed");
+    stopped(daemon).await;
+}
+
+/// `proxy.mtls: strict` refuses data outside of a tunnel.
+async fn one_family(family: Family) {
+    let scene = Scene::new().await;
+    let is_of_family = |ip: &IpAddr| ip.is_ipv4() == (family == Family::V4);
+    for pod in [&scene.a, &scene.b] {
+        match family {
+            Family::V4 => pod.sysctl("net/ipv6/conf/all/disable_ipv6", "1"),
+            Family::V6 => {
+                let flush = ["-4", "address", "flush", "scope", "global"];
+                tool(pod, "ip", &flush).await.ok();
+            }
+        }
+        let ips: Vec<_> = pod.ips().into_iter().filter(is_of_family).collect();
+        scene.write(pod.name(), &file_with_ips(pod, &ips, ""));
+    }
+    let mut daemon = scene.daemon(&[]).await;
+    for pod in ["default/a", "default/b"] {
+        daemon.line(&["pod enrolled", pod]).await;
+    }
+    let app = scene.b.listen(APP);
+    let b_from_a = scene.b.ips().into_iter().rev().find(is_of_family).expect("an address");
+    let (mut client, mut server, _) = scene.a.meet(&app, SocketAddr::new(b_from_a, APP)).await;
+    exchange(&mut client, &mut server).await;
     stopped(daemon).await;
 }
 

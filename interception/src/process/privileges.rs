@@ -169,10 +169,9 @@ impl KeptCapabilities {
     /// The capabilities that its programs inherit.
     fn of_programs(self) -> &'static [Capability] {
         match self {
-            Self::Nothing
-            | Self::Kill
-            | Self::NetAdmin
-            | Self::Namespaces { programs: false } => &[],
+            Self::Nothing | Self::Kill | Self::NetAdmin | Self::Namespaces { programs: false } => {
+                &[]
+            }
             Self::NetAdminForPrograms | Self::Namespaces { programs: true } => {
                 &[NET_ADMIN, NET_RAW]
             }
