@@ -193,7 +193,11 @@ async fn cannot_dial() {
 }
 
 async fn cannot_tunnel() {
-    let (scene, client, _server) = Scene::with_proxies().await;
+    let scene = Scene::new().await;
+    // Each attempt needs a tunnel of its own, even if an earlier one has found a free descriptor.
+    let settings = scene.client_settings().set("tunnels.streams=1");
+    let client = scene.client.proxy(&settings).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
     let _echo = Server::echo(&scene.server, APP);
     connect_until_logged(&scene, &client, 1, &NO_DESCRIPTOR_LEFT).await;
     is_served_again(&scene).await;
