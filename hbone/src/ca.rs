@@ -65,8 +65,7 @@ pub struct CertificateAuthority {
 /// A workload's certificate and key in PEM.
 #[derive(Clone)]
 pub struct IssuedCertificate {
-    /// The leaf certificate, followed by intermediates. The root issues leaves directly: no
-    /// intermediates.
+    /// The leaf certificate. There are no intermediates: the root issues leaves directly.
     pub chain_pem: String,
     /// The private key of the leaf, PKCS#8.
     pub key_pem: String,
@@ -96,7 +95,8 @@ impl CertificateAuthority {
             }
         }
         let authority = Self::generate(trust_domain)?;
-        // Create the key first: if several processes run `ca init`, the one that creates it wins.
+        // Create the key first: of several concurrent `ca init`, only the one that creates it
+        // continues.
         create(&dir.join(KEY_FILE), &authority.issuer.key().serialize_pem(), PRIVATE)?;
         create(&dir.join(CERTIFICATE_FILE), &authority.certificate_pem, PUBLIC)?;
         create(&dir.join(ROOTS_FILE), &authority.certificate_pem, PUBLIC)?;
@@ -136,8 +136,8 @@ impl CertificateAuthority {
         &self.roots_pem
     }
 
-    /// Issues a certificate for `id` with a new key. It is valid from slightly in the past (clock
-    /// skew) for `ttl` from now.
+    /// Issues a certificate for `id` with a new key. It is valid from slightly before now (clock
+    /// skew) until `ttl` from now.
     ///
     /// # Errors
     /// [`HboneError::Credential`] for an identity of another trust domain, or a `ttl` beyond the
@@ -162,7 +162,7 @@ impl CertificateAuthority {
         let params = self.svid_params(id, not_before, not_after, &BOTH_USAGES)?;
         let leaf = params.signed_by(request.public_key(), &self.issuer);
         leaf.map(|leaf| leaf.pem())
-            .map_err(|error| HboneError::credential(id.to_string(), issue(error)))
+            .map_err(|error| HboneError::credential(id.to_string(), issue_problem(error)))
     }
 
     /// Issues a certificate and a new key for a server that is not a workload, such as `ca serve`.
@@ -233,7 +233,7 @@ impl CertificateAuthority {
 
     fn finish(&self, params: &CertificateParams) -> Result<IssuedCertificate, CredentialProblem> {
         let key = new_key()?;
-        let leaf = params.signed_by(&key, &self.issuer).map_err(issue)?;
+        let leaf = params.signed_by(&key, &self.issuer).map_err(issue_problem)?;
         Ok(IssuedCertificate { chain_pem: leaf.pem(), key_pem: key.serialize_pem() })
     }
 }
@@ -271,7 +271,7 @@ fn generate(trust_domain: TrustDomain) -> Result<CertificateAuthority, Credentia
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let key = new_key()?;
-    let certificate_pem = params.self_signed(&key).map_err(issue)?.pem();
+    let certificate_pem = params.self_signed(&key).map_err(issue_problem)?.pem();
     let roots_pem = certificate_pem.clone();
     let issuer = Issuer::new(params, key);
     Ok(CertificateAuthority { trust_domain, certificate_pem, roots_pem, issuer })
@@ -335,14 +335,14 @@ fn server_name(name: &str) -> Result<SanType, HboneError> {
 }
 
 fn new_key() -> Result<KeyPair, CredentialProblem> {
-    KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(issue)
+    KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(issue_problem)
 }
 
 fn uri_name(text: &str) -> Result<SanType, CredentialProblem> {
-    Ia5String::try_from(text).map(SanType::URI).map_err(issue)
+    Ia5String::try_from(text).map(SanType::URI).map_err(issue_problem)
 }
 
-fn issue(error: rcgen::Error) -> CredentialProblem {
+fn issue_problem(error: rcgen::Error) -> CredentialProblem {
     CredentialProblem::Issue(error.to_string())
 }
 

@@ -12,7 +12,10 @@ pub(crate) fn now() -> SystemTime {
 
 /// The current time in tests: a fixed start plus the elapsed time of tokio's clock.
 #[cfg(test)]
-#[expect(clippy::disallowed_types, reason = "a start that no test's paused clock has moved")]
+#[expect(
+    clippy::disallowed_types,
+    reason = "the start is the real time, which a test's paused clock does not change"
+)]
 pub(crate) fn now() -> SystemTime {
     use std::sync::LazyLock;
     use std::time::Instant;

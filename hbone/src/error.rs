@@ -253,7 +253,7 @@ pub enum ExpectedPeer {
 }
 
 impl HboneError {
-    /// The error of the outer tunnel, if `error` comes from a stream of one. `None` for other
+    /// The error of the outer tunnel, if `error` comes from one of its streams. `None` for other
     /// causes.
     pub(crate) fn carried_by(error: &io::Error) -> Option<Self> {
         error.get_ref()?.downcast_ref().cloned()
@@ -275,8 +275,8 @@ impl HboneError {
             | Self::Watch { .. }
             | Self::Clients { .. } => Fault::Configuration,
             Self::Issuer { what, .. } => what.fault(),
-            // This error is about our own request: a server answers an invalid authority of a peer
-            // itself.
+            // `InvalidAuthority` is about our own request: a server answers a peer's invalid
+            // authority without this error.
             Self::InvalidAuthority { .. } | Self::RotationEnded => Fault::Us,
             Self::BackingOff { source, .. } | Self::BehindGateway { source, .. } => source.fault(),
             Self::H2 { source } if !source.is_remote() && !source.is_library() => Fault::Us,

@@ -77,10 +77,10 @@ pub struct HttpsResponse {
 /// Why a request failed.
 #[derive(Debug, Error)]
 pub enum HttpsError {
-    /// The address is not one of a server.
+    /// The address is not that of an HTTPS server.
     #[error("{0:?} is not https://HOST or https://HOST:PORT")]
     Address(String),
-    /// The name is not one that a certificate can have.
+    /// The name is neither a host name nor an IP address.
     #[error("{0:?} is not a host name or an IP address")]
     ServerName(String),
     /// A certificate, key or token cannot be used.
@@ -92,7 +92,7 @@ pub enum HttpsError {
     /// The token cannot be sent.
     #[error("the token is not visible ASCII")]
     Token,
-    /// No connection.
+    /// Connecting failed.
     #[error("cannot connect")]
     Connect(#[source] io::Error),
     /// The handshake failed, for example because the certificate of the server is not trusted.
@@ -131,7 +131,7 @@ impl HttpsServer {
         let connector = TlsConnector::from(Arc::new(config));
         let stream = connector.connect(server_name, io).await.map_err(HttpsError::Tls)?;
         let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        // Ends with the response, which receives its error.
+        // The task ends with the response, whose body returns the connection's error.
         tokio::spawn(log_panic("connection to an HTTPS server", connection));
         let (head, body) = requests.send_request(request).await?.into_parts();
         Ok(HttpsResponse { status: head.status, body })
@@ -170,7 +170,7 @@ impl HttpsResponse {
         loop {
             let frame = poll_fn(|context| Pin::new(&mut self.body).poll_frame(context)).await;
             let Some(frame) = frame.transpose()? else { return Ok(None) };
-            // Others are trailers.
+            // Skip trailers.
             if let Ok(mut data) = frame.into_data() {
                 return Ok(Some(data.copy_to_bytes(data.remaining())));
             }

@@ -48,8 +48,8 @@ struct Leaf {
     expires: SystemTime,
 }
 
-/// The PEM texts of an identity, each with a name for errors.
-struct PemParts<'a> {
+/// The chain and the key of an identity, each with a name for errors.
+struct ChainAndKey<'a> {
     certificate: &'a Path,
     chain: Vec<CertificateDer<'static>>,
     key: &'a Path,
@@ -69,7 +69,7 @@ impl Identity {
         key: PrivateKeyDer<'static>,
         bundles: BTreeMap<TrustDomain, Bundle>,
     ) -> Result<Self, HboneError> {
-        let parts = PemParts { certificate: name, chain, key: name, key_der: key };
+        let parts = ChainAndKey { certificate: name, chain, key: name, key_der: key };
         let leaf = parts.leaf(clock::now())?;
         let own = leaf.spiffe_id.trust_domain();
         if !bundles.contains_key(own) {
@@ -176,7 +176,7 @@ impl Identity {
         roots: (&Path, &[u8]),
         now: SystemTime,
     ) -> Result<Self, HboneError> {
-        let parts = PemParts {
+        let parts = ChainAndKey {
             certificate: certificate.0,
             chain: pem::certificates(certificate.0, certificate.1)?,
             key: key.0,
@@ -189,7 +189,7 @@ impl Identity {
     }
 }
 
-impl PemParts<'_> {
+impl ChainAndKey<'_> {
     fn leaf(&self, now: SystemTime) -> Result<Leaf, HboneError> {
         let der = self.chain.first().map(AsRef::as_ref).unwrap_or_default();
         let problem = |what| HboneError::credential(self.certificate, what);

@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! Budget           a limit, divided into parts for pods and sources
-//! Share            the units that one connection or request has taken of a budget
+//! Share            the units that one connection or request has taken from a budget
 //! KeyedBudget      the parts of a budget by key, such as a source address
 //! Queue            the order in which waiters get a share
 //! ConnectionSlots  connections that a new one can displace, the heaviest source first
 //! ```
 //!
-//! Not here: request rates (`token_bucket`), and the answer to a refused connection.
+//! `token_bucket` limits request rates. Not here: the answer to a refused connection.
 
 mod budget;
 mod keyed;

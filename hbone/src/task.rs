@@ -16,7 +16,7 @@ impl Panic {
     pub fn of(payload: &(dyn Any + Send)) -> Self {
         let text = payload.downcast_ref::<&str>().copied();
         let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-        Self(text.unwrap_or("a value that is no text").to_owned())
+        Self(text.unwrap_or("a value that is not text").to_owned())
     }
 }
 

@@ -33,9 +33,9 @@ impl Clients {
     /// Finds the clients with `token`. Compares every client, so that timing reveals nothing.
     pub(super) fn clients_with_token(&self, token: &str) -> Option<ClientsWithToken<'_>> {
         let token = hash(token);
-        let has_it = |client: &Client| verify_slices_are_equal(&client.token, &token).is_ok();
+        let has_token = |client: &Client| verify_slices_are_equal(&client.token, &token).is_ok();
         let found: Vec<_> =
-            self.0.iter().enumerate().filter(|(_, client)| has_it(client)).collect();
+            self.0.iter().enumerate().filter(|(_, client)| has_token(client)).collect();
         (!found.is_empty()).then_some(ClientsWithToken(found))
     }
 
@@ -53,8 +53,9 @@ impl ClientsWithToken<'_> {
 impl fmt::Display for ClientsWithToken<'_> {
     /// Prints positions in the clients file, such as `clients[0]`, and no token.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let slots: Vec<_> = self.0.iter().map(|(index, _)| format!("clients[{index}]")).collect();
-        f.write_str(&slots.join(" and "))
+        let positions: Vec<_> =
+            self.0.iter().map(|(index, _)| format!("clients[{index}]")).collect();
+        f.write_str(&positions.join(" and "))
     }
 }
 

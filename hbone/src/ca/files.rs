@@ -44,7 +44,8 @@ fn with_temporary(
 ) -> io::Result<()> {
     let temporary = with_suffix(file, &format!(".{}.tmp", std::process::id()));
     let options = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary);
-    let written = options.and_then(|opened| fill(opened, text)).and_then(|()| publish(&temporary));
+    let written =
+        options.and_then(|opened| write_and_sync(opened, text)).and_then(|()| publish(&temporary));
     if written.is_err() {
         // Ignore the result: the file may not exist, and the earlier error is the one to report.
         let _removed = fs::remove_file(&temporary);
@@ -52,7 +53,7 @@ fn with_temporary(
     written
 }
 
-fn fill(mut file: File, text: &str) -> io::Result<()> {
+fn write_and_sync(mut file: File, text: &str) -> io::Result<()> {
     file.write_all(text.as_bytes())?;
     file.sync_all()
 }

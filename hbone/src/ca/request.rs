@@ -40,13 +40,13 @@ impl CertificateRequest {
         }
         request.verify_signature().map_err(|error| RequestProblem::Signature(error.to_string()))?;
         let key = &request.certification_request_info.subject_pki;
-        let strong = match key.parsed() {
+        let is_strong = match key.parsed() {
             Ok(PublicKey::RSA(rsa)) => rsa.key_size() >= MIN_RSA_BITS,
             // rcgen supports no other weak algorithm.
             Ok(_) => true,
             Err(_) => false,
         };
-        if !strong {
+        if !is_strong {
             return Err(RequestProblem::Key);
         }
         let public_key =

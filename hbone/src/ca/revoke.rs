@@ -73,8 +73,8 @@ impl Serial {
 }
 
 impl CertificateAuthority {
-    /// Adds certificates and serial numbers to the revocation list `crl.pem` in `dir`, which is
-    /// created if missing. Each file contains a PEM chain, of which the leaf is revoked. Returns
+    /// Adds certificates and serial numbers to the revocation list `crl.pem` in `dir`. Creates the
+    /// list if it is missing. Each file contains a PEM chain, of which the leaf is revoked. Returns
     /// the number of revoked certificates.
     ///
     /// The list expires with the CA's certificate, not earlier: only a revocation rewrites it, and
@@ -138,7 +138,7 @@ impl CertificateAuthority {
             key_identifier_method: KeyIdMethod::Sha256,
         };
         let list = params.signed_by(&self.issuer).and_then(|list| list.pem());
-        list.map_err(super::issue)
+        list.map_err(super::issue_problem)
     }
 }
 

@@ -41,7 +41,7 @@ use crate::task::log_panic;
 use crate::{clock, tls};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// The time from accepting a connection to the response to its first authenticated request.
+/// The maximum time from the TLS handshake to the response to the first authenticated request.
 const FIRST_REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// The timeout of receiving and answering one request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -185,8 +185,8 @@ fn warn_if_empty(settings: &CaServerSettings, clients: &Clients) {
     }
 }
 
-/// The listener's address, for the server's certificate. Empty for a wildcard address: the setting
-/// `names` must name the server.
+/// The names of the listener for the server's certificate: its address, or those of loopback for a
+/// wildcard address. Remote clients then need a name in the setting `names`.
 fn own_addresses(listener: SocketAddr) -> Vec<String> {
     match listener.ip() {
         ip if ip.is_unspecified() => {
@@ -267,9 +267,9 @@ async fn serve_requests<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stopped: watch::Receiver<()>,
 ) {
     let slot = Arc::new(slot);
-    let of_requests = slot.clone();
+    let slot_of_requests = slot.clone();
     let answer = service_fn(move |request| {
-        let (service, slot) = (service.clone(), of_requests.clone());
+        let (service, slot) = (service.clone(), slot_of_requests.clone());
         async move {
             let _busy = slot.request();
             let answer = timeout(REQUEST_TIMEOUT, service.answer(peer, &slot, request)).await;
@@ -285,17 +285,17 @@ async fn serve_requests<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         .max_header_list_size(MAX_HEADER_LIST);
     let connection = builder.serve_connection(TokioIo::new(stream), answer);
     tokio::pin!(connection);
-    let farewell = select! {
+    let grace_period = select! {
         ended = &mut connection => {
             if let Err(error) = ended {
                 tracing::debug!(%peer, error = %Quoted::chain(&error), "connection failed");
             }
             return;
         }
-        farewell = end_of_service(&slot, stopped) => farewell,
+        grace_period = end_of_service(&slot, stopped) => grace_period,
     };
     connection.as_mut().graceful_shutdown();
-    if timeout(farewell, connection).await.is_err() {
+    if timeout(grace_period, connection).await.is_err() {
         tracing::debug!(%peer, "aborting a connection at its deadline");
     }
 }
@@ -312,7 +312,7 @@ async fn end_of_service(slot: &ConnectionSlot, mut stopped: watch::Receiver<()>)
         GRACE_PERIOD
     };
     select! {
-        farewell = old => farewell,
+        grace_period = old => grace_period,
         () = slot.displaced() => SHORT_GRACE_PERIOD,
         // A closed channel also means that the server stops.
         _ = stopped.changed() => if slot.is_authenticated() { GRACE_PERIOD } else { SHORT_GRACE_PERIOD },

@@ -51,7 +51,7 @@ fn trust_domain() -> TrustDomain {
 }
 
 #[test]
-fn authority_has_three_files_with_private_key() {
+fn init_writes_three_files_and_protects_key() {
     let dir = TempDir::new("init");
     let dir = dir.0.join("made/on/the/way");
     CertificateAuthority::init(&dir, trust_domain()).unwrap();

@@ -181,8 +181,8 @@ fn dial(error: &io::Error) -> &'static str {
 fn tls(error: &io::Error) -> &'static str {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
         Some(Error::InvalidMessage(_)) => {
-            "HBONE (TLS 1.3 with h2) is expected at this port: check for another program there, or for `protocol: HBONE` \
-             in the mesh where there is none"
+            "HBONE (TLS 1.3 with h2) is expected at this port: check whether another program listens there, or remove \
+             `protocol: HBONE` from the mesh if the peer has no HBONE proxy"
         }
         Some(Error::InvalidCertificate(
             CertificateError::UnknownIssuer

@@ -34,7 +34,7 @@ pub enum IssuerProblem {
     #[error("the connection was closed during the TLS handshake")]
     HandshakeReset,
     /// The connection was lost before the answer.
-    #[error("the connection was lost before it answered")]
+    #[error("the connection was lost before the answer")]
     Lost,
     /// The CA did not answer in time.
     #[error("no answer after {0:?}")]

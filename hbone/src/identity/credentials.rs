@@ -28,7 +28,7 @@ struct Generation {
 
 impl Credentials {
     /// Combines an identity with the trust in peers. The identity's roots replace roots in `trust`
-    /// for its own trust domain and the aliases of it.
+    /// for its own trust domain and the aliases of that domain.
     ///
     /// # Errors
     /// [`HboneError::Tls`] if rustls rejects the identity.

@@ -45,7 +45,7 @@ pub enum FirstIdentity {
 }
 
 impl FirstIdentity {
-    fn ends_with(self, error: &HboneError) -> bool {
+    fn must_fail_on(self, error: &HboneError) -> bool {
         self == Self::Required && error.fault() == Fault::Configuration
     }
 }
@@ -79,7 +79,7 @@ impl CredentialRotator {
                         Err(error) => error,
                     }
                 }
-                Err(error) if first.ends_with(&error) => return Err(error),
+                Err(error) if first.must_fail_on(&error) => return Err(error),
                 Err(error) => error,
             };
             report(CredentialsEvent::Failed(&error));

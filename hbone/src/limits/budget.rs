@@ -4,16 +4,16 @@
 //! every level above it.
 //!
 //! A fair part may hold at most 4 · free² / total units, which shrinks with the free units. A
-//! single part gets three fifths of the total, and a second one half of the rest. Seventeen parts
-//! that take all they can leave a sixtieth. A new part therefore gets some units, and busy parts
-//! converge to equal use. This needs no list of the parts and revokes no unit.
+//! single part gets three fifths of the total, and a second one half of the rest. After seventeen
+//! parts have taken all they can, a sixtieth is left. A new part therefore gets some units, and
+//! busy parts converge to equal use. This needs no list of the parts and revokes no unit.
 //!
 //! Taking and returning units costs a few atomic operations and no lock.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-/// A reserving part leaves one in this many of the units that the other parts do not use.
+/// A reserving part leaves 1/`RESERVED` of the units that the other parts do not use.
 const RESERVED: usize = 4;
 /// The limit of a fair part while no unit is in use, as a multiple of the total.
 const MAX_MULTIPLE: usize = 4;

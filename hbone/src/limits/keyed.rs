@@ -11,8 +11,8 @@ use super::budget::{Budget, Exhausted, Share, Sharing};
 /// The minimum number of entries before unused entries are removed.
 const MIN_SWEEP_ENTRIES: usize = 64;
 
-/// One value for each key, kept while it is in use. The map has at most twice as many entries as
-/// were ever in use at the same time.
+/// One value for each key, kept while it is in use. The map has at most `MIN_SWEEP_ENTRIES`
+/// entries, or twice as many as were ever in use at the same time.
 #[derive(Debug)]
 pub struct ByKey<K, V>(Mutex<Entries<K, V>>);
 

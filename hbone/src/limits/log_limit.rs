@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn works_without_runtime() {
+    fn limits_lines_without_runtime() {
         static LIMIT: LogLimit = LogLimit::new("test");
         assert_eq!(admitted(&LIMIT, "one", 11), 10);
     }

@@ -1,4 +1,5 @@
-//! A queue of requests for units of a budget: lowest rank first, then first in, first out.
+//! A queue of requests for units of a budget: lowest rank first, and first in, first out among
+//! equal ranks.
 //!
 //! Callers set the timeouts.
 
@@ -46,14 +47,14 @@ impl<R: Ord> Default for Queue<R> {
 }
 
 impl<R: Ord + Copy> Queue<R> {
-    /// Waits for one unit of `budget`. Calls `waits` if none is free at once. Cancel-safe.
+    /// Waits for one unit of `budget`. Calls `on_wait` if none is free at once. Cancel-safe.
     pub async fn turn(
         &self,
         budget: &Arc<Budget>,
         rank: R,
-        waits: impl FnOnce(),
+        on_wait: impl FnOnce(),
     ) -> QueuePermit<R> {
-        let (place, turn) = {
+        let (position, turn) = {
             let mut waiting = self.lock();
             let is_next =
                 waiting.waiters.first_key_value().is_none_or(|((first, _), _)| rank < *first);
@@ -62,14 +63,14 @@ impl<R: Ord + Copy> Queue<R> {
             }
             let (sender, turn) = oneshot::channel();
             waiting.waited += 1;
-            let place = (rank, waiting.waited);
-            waiting.waiters.insert(place, Waiter { budget: budget.clone(), turn: sender });
-            (QueueEntry { queue: self, place }, turn)
+            let position = (rank, waiting.waited);
+            waiting.waiters.insert(position, Waiter { budget: budget.clone(), turn: sender });
+            (QueueEntry { queue: self, position }, turn)
         };
-        waits();
-        let given = turn.await;
-        drop(place);
-        match given {
+        on_wait();
+        let granted = turn.await;
+        drop(position);
+        match granted {
             Ok(turn) => turn,
             // Unreachable: the queue owns the senders, and `self` keeps the queue.
             Err(_) => std::future::pending().await,
@@ -87,7 +88,8 @@ impl<R: Ord> Queue<R> {
     fn advance(&self) {
         while let Some((waiter, share)) = self.next() {
             // If the waiting caller was cancelled meanwhile, the permit comes back and is dropped.
-            let _gone = waiter.turn.send(QueuePermit { queue: self.clone(), share: Some(share) });
+            let _returned =
+                waiter.turn.send(QueuePermit { queue: self.clone(), share: Some(share) });
         }
     }
 
@@ -109,12 +111,12 @@ impl<R: Ord> Drop for QueuePermit<R> {
 /// A request in the queue, removed when its caller is dropped.
 struct QueueEntry<'a, R: Ord> {
     queue: &'a Queue<R>,
-    place: (R, u64),
+    position: (R, u64),
 }
 
 impl<R: Ord> Drop for QueueEntry<'_, R> {
     fn drop(&mut self) {
-        let left = self.queue.lock().waiters.remove(&self.place);
+        let left = self.queue.lock().waiters.remove(&self.position);
         // The cancelled request may have blocked the next one.
         if left.is_some() {
             self.queue.advance();

@@ -1,10 +1,11 @@
 //! Limits connections from unauthenticated clients, in total and per source, and displaces existing
 //! ones.
 //!
-//! If no slot is free, a new connection displaces the oldest connection of the source with the
-//! most. Idle unauthenticated connections are displaced first, then all unauthenticated ones, then
-//! idle authenticated ones. An authenticated connection with a request in progress is never
-//! displaced. A flood from any number of sources therefore displaces only itself.
+//! If no slot is free, a new connection displaces the oldest connection of the source with the most
+//! connections. Idle unauthenticated connections are displaced first, then all unauthenticated
+//! ones, then idle authenticated ones. An authenticated connection with a request in progress is
+//! never displaced. A flood from any number of sources therefore displaces only its own
+//! connections.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -64,8 +65,8 @@ impl ConnectionSlots {
         let share = match table.budget.take(source) {
             Ok(share) => share,
             Err(exhausted) => {
-                let whole = exhausted == Exhausted::Whole;
-                table.displace(|occupied| whole || occupied.source == source)?;
+                let any_source = exhausted == Exhausted::Whole;
+                table.displace(|occupied| any_source || occupied.source == source)?;
                 table.budget.take(source).ok()?
             }
         };
@@ -89,12 +90,12 @@ impl ConnectionSlots {
 }
 
 impl SlotTable {
-    /// Frees the slot of a connection, among those for which `may_lose` returns true.
-    fn displace(&mut self, may_lose: impl Fn(&SlotState) -> bool) -> Option<()> {
+    /// Frees the slot of one of the connections for which `is_displaceable` returns true.
+    fn displace(&mut self, is_displaceable: impl Fn(&SlotState) -> bool) -> Option<()> {
         let number =
             [(false, false), (false, true), (true, false)].into_iter().find_map(|rank| {
                 self.oldest_of_the_largest_source(|occupied| {
-                    may_lose(occupied) && occupied.rank() == rank
+                    is_displaceable(occupied) && occupied.rank() == rank
                 })
             })?;
         self.occupied.remove(&number)?.displaced.notify_one();
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn flood_from_several_sources_displaces_itself() {
+    fn flood_from_several_sources_displaces_its_own_connections() {
         let slots = slots();
         let honest = slots.take(ip(1, 1)).unwrap();
         let sources = (0..TOTAL - 1).map(|n| ip(0, u8::try_from(n % 10).unwrap()));
@@ -234,7 +235,7 @@ mod tests {
         let new = slots.take(ip(0, 1)).unwrap();
         assert_eq!(displaced(&held), [PER_SOURCE - 1], "the idle one");
         let newer = slots.take(ip(0, 1)).unwrap();
-        assert!(new.displaced().now_or_never().is_some(), "the one without a proof");
+        assert!(new.displaced().now_or_never().is_some(), "the unauthenticated one");
         newer.mark_authenticated();
         let _request = newer.request();
         assert!(slots.take(ip(0, 1)).is_none());

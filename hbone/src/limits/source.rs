@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 /// The mask of an IPv6 /64, which belongs to one subscriber (RFC 6177).
-const SUBSCRIBER: u128 = !0 << 64;
+const SUBSCRIBER_MASK: u128 = !0 << 64;
 
 /// An IPv4 address, or the /64 of an IPv6 address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -13,7 +13,9 @@ impl SourceNetwork {
     /// The source network of `address`. An IPv4-mapped address counts as IPv4.
     pub fn of(address: IpAddr) -> Self {
         Self(match address.to_canonical() {
-            IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & SUBSCRIBER)),
+            IpAddr::V6(address) => {
+                IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & SUBSCRIBER_MASK))
+            }
             v4 @ IpAddr::V4(_) => v4,
         })
     }

@@ -80,9 +80,9 @@ impl Service {
         slot: &ConnectionSlot,
         request: &Request<IstioCertificateRequest>,
     ) -> Result<IstioCertificateResponse, Status> {
-        let mut asked = ParsedRequest::default();
-        let answer = self.decide(request, &mut asked);
-        let ParsedRequest { client, spiffe_id } = asked;
+        let mut parsed = ParsedRequest::default();
+        let answer = self.decide(request, &mut parsed);
+        let ParsedRequest { client, spiffe_id } = parsed;
         if client.is_some() {
             slot.mark_authenticated();
         }
@@ -112,19 +112,19 @@ impl Service {
     fn decide(
         &self,
         request: &Request<IstioCertificateRequest>,
-        asked: &mut ParsedRequest,
+        parsed: &mut ParsedRequest,
     ) -> Result<(IstioCertificateResponse, Duration), Status> {
         let clients = self.clients.borrow();
         let clients_with_token = clients.clients_with_token(token(request.metadata())?);
         let clients_with_token = clients_with_token.ok_or_else(|| {
             Status::unauthenticated("the token is not in the clients file of this CA")
         })?;
-        asked.client = Some(clients_with_token.to_string());
+        parsed.client = Some(clients_with_token.to_string());
         let message = request.get_ref();
         let csr = CertificateRequest::from_pem(&message.csr)
             .map_err(|problem| Status::invalid_argument(format!("invalid CSR: {problem}")))?;
         let id = requested_id(&csr, message.metadata.as_ref())?;
-        asked.spiffe_id = Some(id.clone());
+        parsed.spiffe_id = Some(id.clone());
         if !clients_with_token.is_allowed(&id) {
             return Err(Status::permission_denied(format!(
                 "the clients file of this CA does not list {id} for this token"
@@ -145,11 +145,11 @@ impl Service {
     }
 
     fn ttl(&self, seconds: i64) -> Duration {
-        let asked = match u64::try_from(seconds) {
+        let requested = match u64::try_from(seconds) {
             Ok(seconds @ 1..) => Duration::from_secs(seconds),
             _ => DEFAULT_TTL,
         };
-        asked.min(self.max_ttl)
+        requested.min(self.max_ttl)
     }
 }
 
@@ -163,8 +163,8 @@ fn token(metadata: &MetadataMap) -> Result<&str, Status> {
     token.ok_or_else(|| Status::unauthenticated("missing header: authorization: Bearer TOKEN"))
 }
 
-/// The requested identity. The metadata have precedence over the signing request: a node names its
-/// workload there.
+/// The requested identity, from the metadata (where a node names its workload) or from the signing
+/// request. If both name one, they must be equal.
 fn requested_id(csr: &CertificateRequest, metadata: Option<&Struct>) -> Result<SpiffeId, Status> {
     let named = metadata.and_then(|metadata| metadata.fields.get(IMPERSONATED));
     let named = named.map(|value| match &value.kind {

@@ -359,7 +359,7 @@ async fn connection_without_token_ends_after_first_request_deadline() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn connection_with_token_ends_at_its_age() {
+async fn authenticated_connection_ends_at_maximum_age() {
     let served = TestCa::new("serve-age", CLIENTS).await;
     let (near, serving) = in_memory(&served);
     let mut connection = connect_with(&served, NAME, &near).await.unwrap();

@@ -56,7 +56,7 @@ impl Scene {
         first: FirstIdentity,
     ) -> Result<(CredentialRotator, watch::Receiver<Credentials>), HboneError> {
         let events = self.events.clone();
-        let tell = move |event: CredentialsEvent<'_>| {
+        let record = move |event: CredentialsEvent<'_>| {
             events.lock().unwrap().push(match event {
                 CredentialsEvent::Identity(new) => format!("{}", new.identity().spiffe_id()),
                 CredentialsEvent::Trust(_) => "trust".to_owned(),
@@ -68,7 +68,7 @@ impl Scene {
             });
         };
         let source = Box::new(self.source.take().unwrap());
-        CredentialRotator::start(source, Trust::default().fixed(), first, tell).await
+        CredentialRotator::start(source, Trust::default().fixed(), first, record).await
     }
 
     fn events(&self) -> Vec<String> {

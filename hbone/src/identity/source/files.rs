@@ -76,7 +76,7 @@ impl FileSource {
             let IdentityFiles { certificate, key, roots } = &self.files;
             self.watched.replace([certificate, key, roots])?;
         }
-        let before = self.content();
+        let before = self.content_hash();
         let is_used = before.is_some() && before == self.used;
         let identity = match is_used {
             true => None,
@@ -90,7 +90,7 @@ impl FileSource {
     }
 
     /// The hash of the files' content. `None` if a file cannot be read.
-    fn content(&self) -> Option<u64> {
+    fn content_hash(&self) -> Option<u64> {
         let IdentityFiles { certificate, key, roots } = &self.files;
         let mut hasher = DefaultHasher::new();
         for file in [certificate, key, roots] {

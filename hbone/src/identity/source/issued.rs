@@ -1,4 +1,4 @@
-//! A source of certificates that another process issues, which holds the key of the authority.
+//! A source of certificates that another process issues. That process holds the CA's key.
 //!
 //! Not here: the connection to that process.
 
@@ -17,14 +17,14 @@ use crate::identity::renewal::Schedule;
 
 /// Issues certificates in another process.
 pub trait CertificateIssuer: fmt::Debug + Send + Sync {
-    /// The issuer in errors and logs.
+    /// The issuer's name in errors and logs.
     fn name(&self) -> &str;
 
     /// Issues a certificate for `id`, and returns it with the trusted roots in PEM.
     fn issue(&self, id: &SpiffeId) -> IssueFuture;
 }
 
-/// The future certificate and roots, or why there is none.
+/// The certificate and the roots in PEM, or the reason why none was issued.
 pub type IssueFuture =
     Pin<Box<dyn Future<Output = Result<(IssuedCertificate, String), String>> + Send>>;
 
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
     use crate::testing::{CLIENT, HOUR, SERVER, authority, id};
 
-    /// Issues certificates for this identity, whatever is requested; `None`: fails.
+    /// Issues certificates for this identity, not for the requested one. `None`: fails.
     #[derive(Debug)]
     struct Issuer(Option<&'static str>);
 

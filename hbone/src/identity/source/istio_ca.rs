@@ -80,10 +80,10 @@ impl<D: Dial> IstioCa<D> {
 
     /// Requests a certificate for `id` and a new key.
     async fn issue(&self, id: &SpiffeId, priority: Priority) -> Result<Identity, HboneError> {
-        let _turn = self.queue.turn(&self.requests, priority, || ()).await;
+        let _permit = self.queue.turn(&self.requests, priority, || ()).await;
         let token = self.token()?;
         let (key, csr) = signing_request(id)
-            .map_err(|error| HboneError::credential(id.to_string(), issue(&error)))?;
+            .map_err(|error| HboneError::credential(id.to_string(), issue_problem(&error)))?;
         let mut request = Request::new(IstioCertificateRequest {
             csr,
             validity_duration: i64::try_from(self.settings.ttl.as_secs()).unwrap_or(i64::MAX),
@@ -171,8 +171,8 @@ impl<D: Dial> IstioCaSource<D> {
 
     async fn next_identity(&mut self) -> Result<Identity, HboneError> {
         self.schedule.due().await;
-        let renews = self.expires.is_some_and(|expires| expires > clock::now());
-        let priority = if renews { Priority::Background } else { self.priority };
+        let is_renewal = self.expires.is_some_and(|expires| expires > clock::now());
+        let priority = if is_renewal { Priority::Background } else { self.priority };
         let issued = self.ca.issue(&self.spiffe_id, priority).await;
         match &issued {
             Ok(identity) => {
@@ -244,7 +244,7 @@ fn identity(
     valid_now(issuer, identity).map_err(unusable)
 }
 
-fn issue(error: &rcgen::Error) -> CredentialProblem {
+fn issue_problem(error: &rcgen::Error) -> CredentialProblem {
     CredentialProblem::Issue(error.to_string())
 }
 

@@ -23,11 +23,11 @@ use crate::trust::Authorities;
 type Change = fn(&mut CertificateParams);
 
 /// The results of the three functions that read a leaf: server, client, and loading.
-fn readers(ca: &Ca, names: &[&str], change: Change) -> [Result<(), SvidProblem>; 3] {
+fn check_leaf(ca: &Ca, names: &[&str], change: Change) -> [Result<(), SvidProblem>; 3] {
     let (chain, key) = ca.leaf_with(names, change);
-    let judge = Authorities::new(&ca.identity(SERVER, 1), Files::new().trust());
+    let authorities = Authorities::new(&ca.identity(SERVER, 1), Files::new().trust());
     let now = clock::unix(clock::now());
-    let as_peer = |expected: &ExpectedPeer| match judge
+    let as_peer = |expected: &ExpectedPeer| match authorities
         .verify_peer(&chain[0], &chain[1..], expected, now)
         .map_err(crate::tls::rejection)
     {
@@ -35,7 +35,7 @@ fn readers(ca: &Ca, names: &[&str], change: Change) -> [Result<(), SvidProblem>;
         Err(HboneError::NotSvid { problem }) => Err(problem),
         Err(other) => panic!("{other:?}"),
     };
-    let server = as_peer(&judge.any_member());
+    let server = as_peer(&authorities.any_member());
     let client = as_peer(&ExpectedPeer::OneOf([id(CLIENT)].into()));
     [server, client, load_identity(ca, &chain, key)]
 }
@@ -74,7 +74,7 @@ fn accepts_leaves_of_other_issuers() {
         ("without keyUsage", |_| {}),
     ];
     for (issuer, change) in issuers {
-        assert_eq!(readers(&ca, &[CLIENT], change), [Ok(()), Ok(()), Ok(())], "{issuer}");
+        assert_eq!(check_leaf(&ca, &[CLIENT], change), [Ok(()), Ok(()), Ok(())], "{issuer}");
     }
 }
 
@@ -101,7 +101,7 @@ fn rejects_leaf_with_signing_usage() {
     ];
     for (change, problem) in cases {
         let expected = || Err(problem.clone());
-        assert_eq!(readers(&ca, &[CLIENT], change), [expected(), expected(), expected()]);
+        assert_eq!(check_leaf(&ca, &[CLIENT], change), [expected(), expected(), expected()]);
     }
 }
 
@@ -123,7 +123,7 @@ fn rejects_leaf_without_exactly_one_workload_id() {
         ),
     ] {
         let expected = || Err(problem.clone());
-        let found = readers(&ca, names, |_| {});
+        let found = check_leaf(&ca, names, |_| {});
         assert_eq!(found, [expected(), expected(), expected()], "{problem}");
         assert!(problem.to_string().len() < 400);
     }
@@ -140,14 +140,14 @@ fn rejects_leaf_with_malformed_name() {
         leaf.custom_extensions.push(CustomExtension::from_oid_content(&[2, 5, 29, 17], content));
     };
     let malformed = || Err(SvidProblem::Malformed("subjectAltName"));
-    assert_eq!(readers(&ca, &[], names), [malformed(), malformed(), malformed()]);
+    assert_eq!(check_leaf(&ca, &[], names), [malformed(), malformed(), malformed()]);
 }
 
 /// The peer chooses the length of these fields, and is not authenticated yet.
 #[test]
-fn bounds_errors_about_unproven_certificates() {
+fn bounds_length_of_errors_about_unverified_certificates() {
     let (ours, stranger) = (Ca::root("ours"), Ca::root("stranger"));
-    let judge = Authorities::new(&ours.identity(SERVER, 1), Files::new().trust());
+    let authorities = Authorities::new(&ours.identity(SERVER, 1), Files::new().trust());
     let long = format!("spiffe://td/{}", "a".repeat(2000));
     let cases: [(&str, Change); 3] = [
         (&long, |_| {}),
@@ -162,8 +162,12 @@ fn bounds_errors_about_unproven_certificates() {
     ];
     for (name, change) in cases {
         let (chain, _) = stranger.leaf_with(&[name], change);
-        let judged =
-            judge.verify_peer(&chain[0], &[], &judge.any_member(), clock::unix(clock::now()));
+        let judged = authorities.verify_peer(
+            &chain[0],
+            &[],
+            &authorities.any_member(),
+            clock::unix(clock::now()),
+        );
         let error = crate::tls::rejection(judged.unwrap_err());
         let source = std::error::Error::source(&error).map(ToString::to_string);
         let text = format!("{error}{}", source.unwrap_or_default());

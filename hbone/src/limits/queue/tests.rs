@@ -34,7 +34,7 @@ const MIXED: [(&str, u8); 5] =
     [("late", 2), ("soon", 1), ("first", 0), ("second", 0), ("later", 2)];
 
 #[tokio::test]
-async fn lowest_rank_is_first_and_equals_are_in_order() {
+async fn lowest_rank_is_admitted_first_and_equal_ranks_in_order() {
     let (waiting, budget) = (Queue::default(), Arc::new(Budget::new(1)));
     let mut held = waiting.turn(&budget, 2, || unreachable!()).await;
     let (_tasks, mut given) = queue(&waiting, &budget, &MIXED).await;
@@ -50,14 +50,14 @@ async fn lowest_rank_is_first_and_equals_are_in_order() {
 }
 
 #[tokio::test]
-async fn cancelled_wait_loses_no_turn() {
+async fn cancelled_request_does_not_block_others() {
     let (waiting, budget) = (Queue::default(), Arc::new(Budget::new(2)));
     let held = [waiting.turn(&budget, 0, || ()).await, waiting.turn(&budget, 1, || ()).await];
     let (tasks, mut given) = queue(&waiting, &budget, &MIXED).await;
     // Cancel one request in the queue, and one that has just been admitted.
     tasks[2].abort();
     yield_now().await;
-    assert_eq!(waiting.lock().waiters.len(), 4, "no place is kept for it");
+    assert_eq!(waiting.lock().waiters.len(), 4, "the cancelled one is removed");
     drop(held);
     tasks[3].abort();
     yield_now().await;
@@ -88,7 +88,7 @@ async fn request_for_another_part_is_not_blocked() {
 }
 
 #[tokio::test]
-async fn cancelled_front_waiter_lets_the_next_pass() {
+async fn cancelled_first_request_unblocks_the_next() {
     let (waiting, whole) = (Queue::default(), Arc::new(Budget::new(8)));
     let part = |limit| Arc::new(Budget::part(&whole, limit, Sharing::UnknownParts));
     let (heavy, light) = (part(1), part(8));
@@ -96,7 +96,7 @@ async fn cancelled_front_waiter_lets_the_next_pass() {
     let mut front = Box::pin(waiting.turn(&heavy, 1, || ()));
     assert!((&mut front).now_or_never().is_none());
     let mut next = Box::pin(waiting.turn(&light, 1, || ()));
-    assert!((&mut next).now_or_never().is_none(), "it came later");
+    assert!((&mut next).now_or_never().is_none(), "it is the second in the queue");
     drop(front);
     assert!(next.now_or_never().is_some());
 }

@@ -88,7 +88,7 @@ async fn ignores_unchanged_content() {
     source.next().await.unwrap();
     folder.write_pair(&issued);
     stays_silent(&mut source).await;
-    // The original content is unchanged too when it returns after an invalid one.
+    // Returning from invalid content to the original content is not a change either.
     folder.write("key", "no key");
     source.next().await.unwrap_err();
     folder.write_pair(&issued);

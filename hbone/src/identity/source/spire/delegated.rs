@@ -2,8 +2,8 @@
 //! the node, and the bundles of the trust domains that it federates with.
 //!
 //! The agent selects registration entries by the selectors that its Kubernetes attestor gives to a
-//! pod: `k8s:ns:NAMESPACE` and `k8s:sa:SERVICE ACCOUNT`. Of the answer only a certificate with the
-//! workload's own identity is used.
+//! pod: `k8s:ns:NAMESPACE` and `k8s:sa:SERVICE ACCOUNT`. The source uses only a certificate with
+//! the workload's own identity.
 
 mod messages;
 
@@ -46,7 +46,7 @@ pub struct DelegatedIdentitySource {
     settings: SpireSettings,
     workload: SpiffeId,
     subscription: Option<Subscription>,
-    /// Schedule of connects.
+    /// The time of the next connect.
     schedule: Schedule,
     /// The last update that was used, which the agent repeats after each connect.
     last: Option<Update>,

@@ -1,5 +1,5 @@
-//! A scripted SPIRE agent for tests: a gRPC server on a Unix socket, whose streams send what the
-//! test tells.
+//! A scripted SPIRE agent for tests: a gRPC server on a Unix socket, whose streams send the test's
+//! messages.
 
 use std::convert::Infallible;
 use std::future::{Ready, ready};

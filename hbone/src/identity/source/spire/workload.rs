@@ -29,7 +29,7 @@ pub struct WorkloadApiSource {
     settings: SpireSettings,
     workload: SpiffeId,
     stream: Option<Updates>,
-    /// Schedule of connects.
+    /// The time of the next connect.
     schedule: Schedule,
     /// The last update, which the agent repeats after each connect.
     last: Option<X509Context>,

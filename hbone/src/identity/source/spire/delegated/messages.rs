@@ -38,7 +38,7 @@ pub(super) struct SvidWithKey {
     pub(super) x509_svid_key: Vec<u8>,
 }
 
-/// `spire.api.types.X509SVID`. Its other fields repeat what the leaf says.
+/// `spire.api.types.X509SVID`. Its other fields repeat the contents of the leaf.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Svid {
     /// DER, the leaf first.

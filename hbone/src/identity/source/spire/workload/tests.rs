@@ -77,8 +77,8 @@ impl Agent {
 
     /// Prepares the agent for the next connection. Returns the sender of its updates.
     fn expect(&self) -> mpsc::UnboundedSender<Update> {
-        let (updates, told) = mpsc::unbounded_channel();
-        self.connections.send(told).unwrap();
+        let (updates, receiver) = mpsc::unbounded_channel();
+        self.connections.send(receiver).unwrap();
         updates
     }
 
@@ -94,7 +94,7 @@ fn svid(authority: &CertificateAuthority, who: &str) -> Svid {
     Svid { spiffe_id: who.to_owned(), x509_svid, x509_svid_key, bundle }
 }
 
-fn of(svids: Vec<Svid>) -> SvidResponse {
+fn response(svids: Vec<Svid>) -> SvidResponse {
     SvidResponse { svids, federated_bundles: HashMap::new() }
 }
 
@@ -110,9 +110,9 @@ async fn prefers_certificate_of_the_workload() {
     let (agent, ours) = (Agent::new("spire-which"), authority("td"));
     let mut source = agent.source();
     let updates = agent.expect();
-    updates.send(Ok(of(vec![svid(&ours, SERVER), svid(&ours, CLIENT)]))).unwrap();
+    updates.send(Ok(response(vec![svid(&ours, SERVER), svid(&ours, CLIENT)]))).unwrap();
     assert_eq!(source.next().await.unwrap().spiffe_id(), &id(CLIENT));
-    updates.send(Ok(of(vec![svid(&ours, SERVER), svid(&ours, "spiffe://td/x")]))).unwrap();
+    updates.send(Ok(response(vec![svid(&ours, SERVER), svid(&ours, "spiffe://td/x")]))).unwrap();
     assert_eq!(source.next().await.unwrap().spiffe_id(), &id(SERVER));
 }
 
@@ -121,7 +121,7 @@ async fn identity_includes_bundles_of_federated_domains() {
     let (agent, ours) = (Agent::new("spire-bundles"), authority("td"));
     let mut source = agent.source();
     let (friend, second) = (authority("friend"), authority("friend"));
-    let mut update = of(vec![svid(&ours, CLIENT)]);
+    let mut update = response(vec![svid(&ours, CLIENT)]);
     let both = [der(friend.roots_pem()), der(second.roots_pem())].concat();
     update.federated_bundles =
         HashMap::from([("spiffe://friend".to_owned(), both), ("empty".to_owned(), Vec::new())]);
@@ -137,13 +137,13 @@ async fn identity_includes_bundles_of_federated_domains() {
 async fn reconnects_to_restarted_agent_and_ignores_unchanged_update() {
     let (agent, ours) = (Agent::new("spire-restart"), authority("td"));
     let mut source = agent.source();
-    let first = of(vec![svid(&ours, CLIENT)]);
+    let first = response(vec![svid(&ours, CLIENT)]);
     agent.expect().send(Ok(first.clone())).unwrap();
     // The agent's connection ended when its sender was dropped.
     source.next().await.unwrap();
     let updates = agent.expect();
     updates.send(Ok(first)).unwrap();
-    updates.send(Ok(of(vec![svid(&ours, SERVER)]))).unwrap();
+    updates.send(Ok(response(vec![svid(&ours, SERVER)]))).unwrap();
     assert!(matches!(problem(&mut source).await, IssuerProblem::AgentClosed));
     assert_eq!(source.next().await.unwrap().spiffe_id(), &id(SERVER));
 }
@@ -155,10 +155,10 @@ async fn reports_agent_refusal_and_retries() {
     assert!(matches!(problem(&mut source).await, IssuerProblem::NotRegistered));
     let mut broken = svid(&ours, CLIENT);
     broken.x509_svid_key = svid(&ours, CLIENT).x509_svid_key;
-    agent.expect().send(Ok(of(vec![broken]))).unwrap();
+    agent.expect().send(Ok(response(vec![broken]))).unwrap();
     let what = problem(&mut source).await;
     assert!(matches!(what, IssuerProblem::Answer(CredentialProblem::KeyMismatch)), "{what}");
-    agent.expect().send(Ok(of(vec![svid(&ours, CLIENT)]))).unwrap();
+    agent.expect().send(Ok(response(vec![svid(&ours, CLIENT)]))).unwrap();
     source.next().await.unwrap();
 }
 
