@@ -70,8 +70,8 @@ pub struct PoolSettings {
     pub max_age: Duration,
     /// The maximum number of streams in a tunnel. The peer may allow fewer.
     pub streams_per_tunnel: usize,
-    /// The number of tunnels to one peer up to which the pool opens another one because the
-    /// existing tunnels are half full or busy. Full tunnels always lead to another one.
+    /// If all tunnels to a peer are half full or busy, the pool opens another one, up to this
+    /// number of tunnels. If all are full, it opens another one regardless of this number.
     pub tunnels_per_peer: usize,
 }
 
@@ -141,7 +141,7 @@ impl<D: Dial> Pool<D> {
     }
 
     /// Opens a stream in a tunnel to `key`. Calls `request` for the request of each attempt. If a
-    /// tunnel must be opened, `connector` opens it, whose identity must be `key.source`.
+    /// tunnel must be opened, `connector` opens it; its identity must be `key.source`.
     ///
     /// Retries once in a new tunnel, and only if the peer has certainly not processed the request,
     /// or if the request was lost together with a pooled tunnel.
@@ -187,7 +187,7 @@ impl<D: Dial> Pool<D> {
         self.0.state().statistics(Instant::now())
     }
 
-    /// Attempts a request once. The error contains whether the tunnel was pooled before.
+    /// Attempts a request once. The flag in the error is true if the tunnel was in the pool before.
     async fn attempt(
         &self,
         key: &TunnelKey,
@@ -373,10 +373,10 @@ async fn watch_tunnel<D>(
     tunnel_state: Arc<TunnelState>,
 ) {
     let inspect = |pool: Arc<Shared<D>>| pool.state().inspect(&key, id, Instant::now());
-    while let Some(look_again) = pool.upgrade().and_then(inspect) {
+    while let Some(next_check) = pool.upgrade().and_then(inspect) {
         tokio::select! {
             () = tunnel_state.closed() => break,
-            () = sleep_until(look_again) => {}
+            () = sleep_until(next_check) => {}
         }
     }
     tunnel_state.closed().await;

@@ -133,7 +133,7 @@ impl Served {
         self.requests.recv().await.unwrap()
     }
 
-    /// Drops the connection without a shutdown, like a process that dies.
+    /// Drops the connection without a shutdown, like a killed process.
     pub(crate) async fn abort(self) {
         self.driver.abort();
         assert!(self.driver.await.unwrap_err().is_cancelled());

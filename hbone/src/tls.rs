@@ -64,8 +64,8 @@ pub(crate) fn rejection(error: rustls::Error) -> HboneError {
     handshake_error(io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-/// Converts our reason to reject the peer into the error that the peer reports: it receives only an
-/// alert.
+/// Converts our reason to reject the peer into the error that the peer reports, which receives only
+/// an alert.
 fn rejection_seen_by_peer(error: &rustls::Error) -> HboneError {
     let alert = match error {
         rustls::Error::InvalidCertificate(invalid) => invalid.clone().into(),

@@ -31,7 +31,8 @@ impl<D: Dial> Pool<D> {
     /// decrypt the ticket, and makes a full handshake. A resumed peer's certificate is verified
     /// again.
     ///
-    /// The pool's timeouts apply to the outer and again to the inner handshake and answer.
+    /// The pool's timeouts apply twice: to the handshake and answer of the outer tunnel, and to
+    /// those of the inner tunnel.
     ///
     /// # Errors
     /// Errors of the gateway as from [`Pool::connect`]. [`HboneError::BehindGateway`] for errors of

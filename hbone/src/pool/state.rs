@@ -86,8 +86,8 @@ pub(super) enum Checkout<P, W> {
     Wait {
         /// The ticket of the dial.
         ticket: W,
-        /// Whether the dial promises a stream to this caller. If false, all promises are given:
-        /// call [`PoolState::checkout`] again after the dial.
+        /// True if a stream of the new tunnel is promised to this caller. If false, all its streams
+        /// are promised to others: call [`PoolState::checkout`] again after the dial.
         promised: bool,
     },
     /// Fail: the last dial failed recently.
@@ -104,7 +104,9 @@ pub(super) struct PoolState<T, W> {
     settings: PoolSettings,
     /// A fast hash is safe here: the keys come from the mesh, and no peer can choose them.
     entries: HashMap<TunnelKey, PeerEntry<T, W>, RandomState>,
+    /// The number of the last opened tunnel.
     opened: u64,
+    /// The number of the last dial.
     dialled: u64,
     rng: Rng,
 }
@@ -131,7 +133,7 @@ struct DialInProgress<W> {
 struct PooledTunnel<T> {
     id: TunnelId,
     tunnel: T,
-    /// The load when [`PeerEntry::remove_closed`] last ran.
+    /// The load when [`PeerEntry::retire_unusable`] last ran.
     seen: TunnelLoad,
     retired: bool,
     /// The time at which the tunnel reaches its maximum age.
@@ -169,7 +171,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     ) -> Checkout<T::StreamSlot, W> {
         let settings = &self.settings;
         let entry = self.entries.entry(key.clone()).or_default();
-        entry.remove_closed(now);
+        entry.retire_unusable(now);
         let dialled = &mut self.dialled;
         let dial = |promised| {
             *dialled += 1;
@@ -189,8 +191,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
             return Checkout::Wait { ticket, promised: true };
         }
         let pause = entry.remaining_backoff(now);
-        let no_more = pause.is_some() || entry.dials.len() >= MAX_CONCURRENT_DIALS;
-        if let Some(first) = entry.dials.first().filter(|_| no_more) {
+        let cannot_dial = pause.is_some() || entry.dials.len() >= MAX_CONCURRENT_DIALS;
+        if let Some(first) = entry.dials.first().filter(|_| cannot_dial) {
             return Checkout::Wait { ticket: first.ticket.clone(), promised: false };
         }
         if let Some((remaining, last)) = pause {
@@ -207,8 +209,8 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     pub(super) fn join(&self, key: &TunnelKey, tunnel: &T) -> Option<T::StreamSlot> {
         let allowed = self.entries.get(key).and_then(PeerEntry::allowed);
         let load = tunnel.current_load();
-        let room = load.streams < load.limit(self.settings.streams_per_tunnel, allowed);
-        if room { tunnel.reserve() } else { None }
+        let has_room = load.streams < load.limit(self.settings.streams_per_tunnel, allowed);
+        if has_room { tunnel.reserve() } else { None }
     }
 
     /// Adds a tunnel that a dial has opened.
@@ -224,7 +226,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         let max_age = jittered(&mut self.rng, self.settings.max_age, AGE_JITTER);
         let idle = jittered(&mut self.rng, self.settings.idle, IDLE_JITTER);
         let entry = self.entries.entry(key.clone()).or_default();
-        entry.ended(dial);
+        entry.remove_dial(dial);
         entry.backoff = None;
         let retires = after(now, max_age);
         let seen = tunnel.current_load();
@@ -248,7 +250,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     /// Records that a dial was aborted: no tunnel and no failure.
     pub(super) fn abandoned(&mut self, key: &TunnelKey, dial: DialId) {
         if let Some(entry) = self.entries.get_mut(key) {
-            entry.ended(dial);
+            entry.remove_dial(dial);
             self.remove_if_empty(key);
         }
     }
@@ -293,7 +295,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         now: Instant,
     ) -> Option<Instant> {
         let entry = self.entries.get_mut(key)?;
-        entry.remove_closed(now);
+        entry.retire_unusable(now);
         let surplus = entry.is_surplus(id, self.settings.streams_per_tunnel);
         let pooled = entry.open_mut().find(|pooled| pooled.id == id)?;
         let soon = pooled.idle / SURPLUS_IDLE_DIVISOR;
@@ -379,7 +381,7 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
     }
 
     /// Reads the load of every tunnel, and retires unusable tunnels.
-    fn remove_closed(&mut self, now: Instant) {
+    fn retire_unusable(&mut self, now: Instant) {
         for pooled in self.open_mut() {
             pooled.seen = pooled.tunnel.current_load();
             if now >= pooled.retires || !pooled.seen.usable {
@@ -389,7 +391,7 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
     }
 
     /// The stream limit that the peer has set in any of its tunnels. Some may have received it
-    /// since [`PeerEntry::remove_closed`] ran.
+    /// since [`PeerEntry::retire_unusable`] ran.
     fn allowed(&self) -> Option<usize> {
         self.open().filter_map(|pooled| pooled.tunnel.current_load().allowed).min()
     }
@@ -415,7 +417,7 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
         Some(in_progress.ticket.clone())
     }
 
-    fn ended(&mut self, dial: DialId) {
+    fn remove_dial(&mut self, dial: DialId) {
         self.dials.retain(|in_progress| in_progress.id != dial);
     }
 

@@ -70,7 +70,7 @@ impl Dial for Arc<Servers> {
         let first = self.dials.fetch_add(1, Ordering::Relaxed) == 0;
         match address.port() {
             NEVER_CONNECTS => std::future::pending().await,
-            DIAL_PANICS => panic!("as told"),
+            DIAL_PANICS => panic!("the test requires it"),
             REFUSES_CONNECTIONS => return Err(io::ErrorKind::ConnectionRefused.into()),
             _ if self.down.load(Ordering::Relaxed) => {
                 return Err(io::ErrorKind::ConnectionRefused.into());
@@ -323,7 +323,10 @@ async fn surplus_tunnels_close_early_and_last_one_late() {
     sleep(IDLE * 2).await;
     assert_eq!(client.entries(), 0);
     for index in 0..3 {
-        assert!(client.connection(index).serving.is_finished(), "closed, not only forgotten");
+        assert!(
+            client.connection(index).serving.is_finished(),
+            "closed, not only removed from the pool"
+        );
     }
 }
 

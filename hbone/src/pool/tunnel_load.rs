@@ -21,9 +21,9 @@ pub(super) struct TunnelLoad {
 }
 
 impl TunnelLoad {
-    /// The stream limit of the tunnel. `known` is the limit that the peer set in other tunnels; it
-    /// applies until this tunnel receives SETTINGS. At least 1: a peer that allows no stream costs
-    /// a reply timeout instead of endless dials.
+    /// The stream limit of the tunnel. `of_other_tunnels` is the limit that the peer set in other
+    /// tunnels; it applies until this tunnel receives SETTINGS. At least 1: a peer that allows no
+    /// stream costs a reply timeout instead of endless dials.
     pub(super) fn limit(
         &self,
         streams_per_tunnel: usize,

@@ -34,8 +34,8 @@ pub(crate) struct ClientTls {
     expires: SystemTime,
     /// The common part of all configurations: expects no peer, and stores no sessions.
     template: ClientConfig,
-    /// By peer. rustls resumes a session only if verifier and certificate are the same objects as
-    /// before.
+    /// The configurations by peer. rustls resumes a session only if verifier and certificate are
+    /// the same objects as before.
     peers: Mutex<HashMap<PeerKey, Arc<PeerTls>>>,
 }
 

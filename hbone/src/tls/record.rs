@@ -58,6 +58,7 @@ const fn sealed_length(content: usize) -> usize {
     HEADER + content + TRAILER + KEY_UPDATE
 }
 
+/// Length of a sealed KeyUpdate.
 const KEY_UPDATE: usize = HEADER + 5 + TRAILER;
 /// Length of a sealed alert.
 const ALERT: usize = HEADER + 2 + TRAILER;

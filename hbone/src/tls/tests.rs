@@ -31,7 +31,7 @@ use crate::trust::bundle::Bundle;
 use crate::tunnel::client::Tunnel;
 use crate::tunnel::settings::{ClientSettings, ServerSettings};
 
-/// The error of the client, at the latest of its first request, and the error of the server.
+/// The error of the client, from its handshake or its first request, and the error of the server.
 async fn handshake_errors(
     client: &Identity,
     server: &Identity,
@@ -157,7 +157,7 @@ async fn client_of_other_domain_requires_roots_of_that_domain() {
     let foreign_id = "spiffe://other/foreign";
     let federated = Files::new().bundle("td", &ours);
     let client = Credentials::new(other.identity(foreign_id, 1), federated.trust()).unwrap();
-    // Roots of another domain beside ours are not enough.
+    // Roots of another domain in our own domain's bundle are not enough.
     let both = Bundle::from_der(Path::new("both"), [ours.certificate(), other.certificate()]);
     let domain: TrustDomain = "td".parse().unwrap();
     let server =
@@ -233,16 +233,16 @@ impl ResolvesClientCert for NoCertificate {
     }
 }
 
-/// Connects with any TLS configuration, and stays connected until `visited` completes.
+/// Connects with any TLS configuration, and stays connected until `accepting` completes.
 async fn connect_until<T>(
     config: ClientConfig,
-    visited: impl Future<Output = T>,
+    accepting: impl Future<Output = T>,
     near: DuplexStream,
 ) -> T {
     let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-    let (_client, visited) = tokio::join!(connector.connect(name, near), visited);
-    visited
+    let (_client, accepting) = tokio::join!(connector.connect(name, near), accepting);
+    accepting
 }
 
 /// Our client's configuration, with another key exchange.
@@ -316,9 +316,9 @@ async fn both_sides_agree_on_tls13_aes_gcm_and_a_hybrid_key_exchange() {
         client.client().handshake(Box::new(near), ADDRESS, &expected),
         server.server().accept(Box::new(far))
     );
-    let ((client, is_server), (_, is_client)) = (client.unwrap(), server.unwrap());
-    assert_eq!(is_server.identity.spiffe_id().to_string(), SERVER);
-    assert_eq!(is_client.identity.spiffe_id().to_string(), CLIENT);
+    let ((client, server_peer), (_, client_peer)) = (client.unwrap(), server.unwrap());
+    assert_eq!(server_peer.identity.spiffe_id().to_string(), SERVER);
+    assert_eq!(client_peer.identity.spiffe_id().to_string(), CLIENT);
     let connection = client.negotiated();
     assert_eq!(connection.protocol_version(), Some(rustls::ProtocolVersion::TLSv1_3));
     let suite = connection.negotiated_cipher_suite().unwrap().suite();

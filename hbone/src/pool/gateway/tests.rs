@@ -51,7 +51,7 @@ enum GatewayBehaviour {
     NeverEnds,
     /// The gateway terminates the inner tunnel with its own identity.
     Intercepts,
-    /// The gateway reads all data, and answers nothing.
+    /// The gateway accepts the stream, and forwards nothing.
     Swallows,
     Refuses,
 }
@@ -323,7 +323,7 @@ async fn wrong_peer_behind_gateway_receives_no_request() {
     }
     scene.set_behaviour(GatewayBehaviour::Copies);
     scene.stream().await;
-    assert_eq!(scene.pool.statistics().backing_off, 0, "the gateway is not to blame");
+    assert_eq!(scene.pool.statistics().backing_off, 0, "the gateway did not fail");
 }
 
 #[tokio::test(start_paused = true)]

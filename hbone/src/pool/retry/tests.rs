@@ -69,8 +69,8 @@ async fn error_of_a_request_in_flight(reply: &[u8]) -> HboneError {
     reported(response.await.unwrap_err()).await
 }
 
-/// The error of a request that is sent after GOAWAY arrived.
-async fn error_of_a_request_after_go_away(reason: Reason) -> [HboneError; 2] {
+/// The errors after GOAWAY arrived: of sending a request, and of waiting until one may be sent.
+async fn errors_after_go_away(reason: Reason) -> [HboneError; 2] {
     let (mut send, mut far) = connect().await;
     let (response, _stream) = send.send_request(request(), false).unwrap();
     receive_request(&mut far).await;
@@ -100,7 +100,7 @@ async fn retries_request_above_last_stream_of_goaway_with_any_code() {
 #[tokio::test]
 async fn retries_request_not_sent_because_of_goaway() {
     for reason in [Reason::NO_ERROR, Reason::ENHANCE_YOUR_CALM] {
-        for error in error_of_a_request_after_go_away(reason).await {
+        for error in errors_after_go_away(reason).await {
             assert_eq!(retryable(&error), ALWAYS, "{error:?}");
         }
     }
@@ -127,8 +127,8 @@ async fn retries_only_refused_stream_of_all_rst_stream_codes() {
 
 #[tokio::test]
 async fn retries_request_lost_with_pooled_connection() {
-    for last_words in [&[][..], &VIOLATION] {
-        let error = error_of_a_request_in_flight(last_words).await;
+    for last_bytes in [&[][..], &VIOLATION] {
+        let error = error_of_a_request_in_flight(last_bytes).await;
         assert!(matches!(error, HboneError::Lost { .. }), "{error:?}");
         assert_eq!(retryable(&error), IF_POOLED, "{error:?}");
     }

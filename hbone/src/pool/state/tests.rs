@@ -151,7 +151,7 @@ impl TestPool {
     }
 
     fn inspect(&mut self, id: TunnelId) -> Option<Duration> {
-        self.state.inspect(&key(1), id, self.now).map(|look_again| look_again - self.now)
+        self.state.inspect(&key(1), id, self.now).map(|next_check| next_check - self.now)
     }
 
     fn tunnels(&self) -> usize {
@@ -248,7 +248,7 @@ fn half_full_tunnel_is_used_during_dial() {
     assert_eq!(
         (pool.dials, pool.checkout_dial(Reuse::Allowed)),
         (1, 1),
-        "full, and one is under way"
+        "full, and a dial is in progress"
     );
 }
 
@@ -261,7 +261,7 @@ fn only_full_tunnels_lead_to_more_than_the_tunnel_limit() {
     assert_eq!(pool.checkout_dial(Reuse::Allowed), 1);
     pool.open();
     (0..10).for_each(|_| drop(pool.checkout_existing()));
-    assert_eq!(pool.dials, 1, "beyond the cap, half full is no reason");
+    assert_eq!(pool.dials, 1, "above the tunnel limit, half full tunnels cause no dial");
     assert_eq!(pool.checkout_dial(Reuse::Allowed), 2);
 }
 
@@ -291,7 +291,7 @@ fn peer_limit_applies_to_tunnels_without_settings() {
     let joined = (0..5).filter_map(|_| pool.state.join(&key(1), &unlimited)).count();
     assert_eq!(joined, 2);
     unlimited.set(|load| load.allowed = Some(4));
-    assert!(pool.checkout_existing().same(&unlimited), "what it says itself counts");
+    assert!(pool.checkout_existing().same(&unlimited), "its own limit applies");
 }
 
 #[test]
@@ -370,7 +370,10 @@ fn last_tunnel_closes_after_idle_timeout() {
     tunnel.end_stream(pool.now);
     let idle_since = pool.now;
     while let Some(wait) = pool.inspect(id) {
-        assert!(!wait.is_zero() && wait <= 11 * SECOND, "the others may come and go");
+        assert!(
+            !wait.is_zero() && wait <= 11 * SECOND,
+            "other tunnels may open or close meanwhile"
+        );
         pool.now += wait;
     }
     let idle = pool.now - idle_since;
@@ -424,7 +427,7 @@ fn expired_failure_does_not_lengthen_next_back_off() {
     pool.checkout_dial(Reuse::Allowed);
     let later = pool.fail();
     pool.state.remove_expired_backoff(&key(1), earlier);
-    assert_eq!(pool.state.entries(), 1, "another one followed");
+    assert_eq!(pool.state.entries(), 1, "a later failure followed");
     pool.state.remove_expired_backoff(&key(1), later);
     assert_eq!(pool.state.entries(), 0);
     pool.now = later;

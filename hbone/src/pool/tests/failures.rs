@@ -40,7 +40,7 @@ async fn failed_dial_fails_all_waiters_and_starts_back_off() {
     let again = client.connect(REFUSES_CONNECTIONS).await;
     assert!(matches!(again, Err(HboneError::Dial { .. })), "{again:?}");
     sleep(20 * SECOND).await;
-    assert_eq!(client.entries(), 0, "forgotten");
+    assert_eq!(client.entries(), 0, "the back-off is removed");
 }
 
 #[tokio::test(start_paused = true)]
@@ -113,7 +113,11 @@ async fn silent_tunnel_is_not_reused() {
         sleep(SECOND).await;
         let second = client.connect(ANSWERS_ONCE).await;
         assert!(matches!(second, Err(HboneError::ReplyTimeout { .. })), "{second:?}");
-        assert_eq!((client.pool.tunnels(), client.dials()), (0, dials), "and not tried again");
+        assert_eq!(
+            (client.pool.tunnels(), client.dials()),
+            (0, dials),
+            "and the request is not retried"
+        );
         drop(stream);
     }
 }
@@ -162,18 +166,21 @@ async fn requests_lost_with_pooled_tunnel_share_one_retry_tunnel() {
     let answers = join_all((0..4).map(|_| client.connect(CLOSES_AT_FIFTH_REQUEST))).await;
     assert!(answers.iter().all(Result::is_ok), "{answers:?}");
     assert_eq!((client.dials(), client.requests()), (2, vec![5, 4]));
-    assert!(matches!(reader.read().await, Err(HboneError::Lost { .. })), "that one was answered");
+    assert!(
+        matches!(reader.read().await, Err(HboneError::Lost { .. })),
+        "an answered stream is not retried"
+    );
 }
 
 #[tokio::test]
 async fn retry_uses_a_new_tunnel() {
     let client = Client::with(200, PoolSettings { streams_per_tunnel: 2, ..SETTINGS });
     let _first = client.connect(CLOSES_AT_FIFTH_REQUEST).await.unwrap();
-    let death = async {
+    let lose_first_tunnel = async {
         client.wait_until(|now| now.tunnels == 2 && client.requests()[0] == 2).await;
         client.connection(0).serving.abort();
     };
-    let (second, ()) = tokio::join!(client.connect(CLOSES_AT_FIFTH_REQUEST), death);
+    let (second, ()) = tokio::join!(client.connect(CLOSES_AT_FIFTH_REQUEST), lose_first_tunnel);
     second.unwrap();
     assert_eq!((client.dials(), client.requests()), (3, vec![2, 0, 1]));
 }

@@ -11,10 +11,10 @@ use std::ops::{Deref, DerefMut};
 use super::MAX_SEALED;
 
 /// The size of a buffer. A sealed DATA frame of 128 KiB takes nine records: eight full ones, and a
-/// small one with the frame header. The tenth puts the buffers into another size class of the
-/// allocator than h2's buffers of such frames. In the same class, the few buffers that a thread
-/// keeps would prevent the allocator from returning the memory of all freed frames, some 3 MiB for
-/// each thread.
+/// small one with the frame header. The space of a tenth record puts this buffer into another size
+/// class of the allocator than h2's buffers of such frames. In the same class, the few buffers that
+/// a thread keeps would prevent the allocator from returning the memory of all freed frames, some 3
+/// MiB for each thread.
 pub(super) const SIZE: usize = 10 * MAX_SEALED;
 
 /// The size class of mimalloc that holds a DATA frame of 128 KiB with its header.

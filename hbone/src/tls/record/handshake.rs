@@ -34,7 +34,7 @@ pub(in crate::tls) struct FinishedHandshake<C, T> {
     connection: C,
     io: T,
     /// Bytes that were read after the last record of the handshake.
-    early: Vec<u8>,
+    leftover: Vec<u8>,
 }
 
 /// A failed handshake with its connection. The caller closes the connection such that the peer
@@ -79,7 +79,7 @@ pub(in crate::tls) async fn handshake<C: Handshake, T: AsyncRead + AsyncWrite + 
                 }
             }
             Ok(Step::FinishedHandshake) => {
-                return Ok(FinishedHandshake { connection, io, early: flights.incoming });
+                return Ok(FinishedHandshake { connection, io, leftover: flights.incoming });
             }
             Err(error) => {
                 flights.encode_alert(&mut connection);
@@ -109,7 +109,7 @@ impl<C: Handshake, T> FinishedHandshake<C, T> {
     pub(in crate::tls) fn into_limited_stream(self, limit: u64) -> Result<TlsStream<T>, Error> {
         let (secrets, schedule) = self.connection.extract()?;
         let keys = Keys::extracted(secrets, Box::new(schedule), limit)?;
-        Ok(TlsStream::new(self.io, keys, &self.early))
+        Ok(TlsStream::new(self.io, keys, &self.leftover))
     }
 }
 

@@ -26,14 +26,14 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// `early`: the bytes that were read after the handshake, fewer than [`SIZE`].
-    pub(super) fn new(early: &[u8]) -> Self {
+    /// `leftover`: the bytes that were read after the handshake, fewer than [`SIZE`].
+    pub(super) fn new(leftover: &[u8]) -> Self {
         let mut input = Self::default();
-        if !early.is_empty() {
+        if !leftover.is_empty() {
             let mut buffer = Buffer::borrow();
-            if let Some(front) = buffer.get_mut(..early.len()) {
-                front.copy_from_slice(early);
-                input.unread = 0..early.len();
+            if let Some(front) = buffer.get_mut(..leftover.len()) {
+                front.copy_from_slice(leftover);
+                input.unread = 0..leftover.len();
             }
             input.buffer = Some(buffer);
         }

@@ -26,15 +26,15 @@ pub(super) enum Message<'a> {
 #[derive(Debug)]
 pub(super) struct Messages {
     /// True if the peer is a server, which may send tickets.
-    tickets: bool,
+    allows_tickets: bool,
     /// An incomplete message, which the next record continues.
     partial: Vec<u8>,
     in_a_row: u8,
 }
 
 impl Messages {
-    pub(super) fn new(tickets: bool) -> Self {
-        Self { tickets, partial: Vec::new(), in_a_row: 0 }
+    pub(super) fn new(allows_tickets: bool) -> Self {
+        Self { allows_tickets, partial: Vec::new(), in_a_row: 0 }
     }
 
     /// Returns true after an incomplete message: the next record must continue it.
@@ -111,7 +111,7 @@ impl Messages {
         };
         let expected = match kind {
             HandshakeType::KeyUpdate => true,
-            HandshakeType::NewSessionTicket => self.tickets,
+            HandshakeType::NewSessionTicket => self.allows_tickets,
             _ => false,
         };
         if !expected {
@@ -134,7 +134,7 @@ impl Messages {
     }
 
     fn inappropriate(&self, got_type: HandshakeType) -> Failure {
-        let expect_types = if self.tickets {
+        let expect_types = if self.allows_tickets {
             vec![HandshakeType::NewSessionTicket, HandshakeType::KeyUpdate]
         } else {
             vec![HandshakeType::KeyUpdate]

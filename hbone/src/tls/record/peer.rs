@@ -44,7 +44,7 @@ impl KeyGenerations {
 struct TestKeySchedule {
     sealing: KeyGenerations,
     opening: KeyGenerations,
-    client: bool,
+    is_client: bool,
     tickets: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
@@ -63,7 +63,7 @@ impl KeySchedule for TestKeySchedule {
     }
 
     fn takes_tickets(&self) -> bool {
-        self.client
+        self.is_client
     }
 }
 
@@ -156,15 +156,15 @@ pub(super) struct Peer {
 }
 
 /// Creates a client's or a server's stream, and its peer.
-pub(super) fn pair(client: bool, limit: u64) -> Result<(TlsStream<Wire>, Peer), Error> {
-    pair_with(client, limit, &[])
+pub(super) fn pair(is_client: bool, limit: u64) -> Result<(TlsStream<Wire>, Peer), Error> {
+    pair_with(is_client, limit, &[])
 }
 
 /// Like [`pair`], with bytes that were read after the handshake.
 pub(super) fn pair_with(
-    client: bool,
+    is_client: bool,
     limit: u64,
-    early: &[u8],
+    leftover: &[u8],
 ) -> Result<(TlsStream<Wire>, Peer), Error> {
     let to_us = || KeyGenerations { direction: KEY_FROM_PEER, generation: 0 };
     let from_us = || KeyGenerations { direction: KEY_TO_PEER, generation: 0 };
@@ -184,12 +184,12 @@ pub(super) fn pair_with(
         schedule: Box::new(TestKeySchedule {
             sealing: from_us(),
             opening: to_us(),
-            client,
+            is_client,
             tickets,
         }),
         limit,
     };
-    Ok((TlsStream::new(wire, keys, early), peer))
+    Ok((TlsStream::new(wire, keys, leftover), peer))
 }
 
 impl Peer {

@@ -60,6 +60,7 @@ pub(super) struct RecordProtocol {
     /// True if that KeyUpdate must request the peer's key update. Each receiving key causes one
     /// request.
     request_due: bool,
+    /// True if an update of the current receiving key was requested.
     requested: bool,
 }
 
@@ -100,7 +101,7 @@ impl RecordProtocol {
             let error = Error::PeerSentOversizedRecord;
             return Err(Failure::new(AlertDescription::RecordOverflow, error));
         }
-        self.watch_limit();
+        self.request_update_at_limit();
         let last = plain.iter().rposition(|byte| *byte != 0);
         let typed = last.and_then(|last| plain.get(..=last)?.split_last());
         let Some((kind, content)) = typed else {
@@ -145,12 +146,12 @@ impl RecordProtocol {
                 Message::NewSessionTicket(ticket) => {
                     schedule.keep_ticket(ticket).map_err(bad_ticket)?
                 }
-                Message::KeyUpdate { requested: ours } => {
+                Message::KeyUpdate { requested: is_answer_requested } => {
                     *opening = schedule.next_opening().map_err(internal)?;
                     (*requested, *request_due) = (false, false);
                     // RFC 8446 section 4.6.3: one KeyUpdate answers several requests, before the
                     // next application data.
-                    *update_due |= ours;
+                    *update_due |= is_answer_requested;
                 }
             }
             Ok(())
@@ -180,7 +181,7 @@ impl RecordProtocol {
     }
 
     /// Requests a key update once the peer has used its key for `limit` records.
-    fn watch_limit(&mut self) {
+    fn request_update_at_limit(&mut self) {
         if self.opening.sequence() >= self.limit && !self.requested {
             self.requested = true;
             self.request_due = true;
@@ -188,14 +189,14 @@ impl RecordProtocol {
         }
     }
 
-    /// Seals data of `pieces` into `output` until it is full. Returns the number of bytes. Zero
-    /// only if no record fits.
+    /// Seals data of `pieces` into `output` until it is full. Returns the number of bytes, which is
+    /// zero only if no record fits.
     pub(super) fn seal(
         &mut self,
         pieces: &[IoSlice<'_>],
         output: &mut Output,
     ) -> Result<usize, Error> {
-        let mut plain = Plain::new(pieces);
+        let mut plain = PlaintextCursor::new(pieces);
         let all = plain.left;
         while plain.left > 0 && output.fits(plain.left) {
             if self.update_due || self.sealing.sequence().saturating_add(1) >= self.limit {
@@ -267,7 +268,7 @@ enum Record<'a> {
 }
 
 /// A cursor over the slices to be sealed.
-struct Plain<'a> {
+struct PlaintextCursor<'a> {
     /// The rest of the current slice.
     piece: &'a [u8],
     pieces: std::slice::Iter<'a, IoSlice<'a>>,
@@ -275,7 +276,7 @@ struct Plain<'a> {
     left: usize,
 }
 
-impl<'a> Plain<'a> {
+impl<'a> PlaintextCursor<'a> {
     fn new(pieces: &'a [IoSlice<'a>]) -> Self {
         let left = pieces.iter().map(|piece| piece.len()).sum();
         Self { piece: &[], pieces: pieces.iter(), left }
@@ -286,8 +287,8 @@ impl<'a> Plain<'a> {
     fn next_record(&mut self) -> Record<'a> {
         self.skip_empty();
         let next = self.pieces.as_slice().first().map_or(0, |next| next.len());
-        let apart = self.piece.len() <= MAX_SHORT_SLICE && next >= MAX_CONTENT;
-        if self.piece.len() < MAX_CONTENT.min(self.left) && !apart {
+        let is_separate = self.piece.len() <= MAX_SHORT_SLICE && next >= MAX_CONTENT;
+        if self.piece.len() < MAX_CONTENT.min(self.left) && !is_separate {
             return Record::Gather(self.left.min(MAX_CONTENT));
         }
         Record::Piece(self.take(MAX_CONTENT))

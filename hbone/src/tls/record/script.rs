@@ -35,16 +35,16 @@ struct ScriptRun {
     written: Vec<u8>,
     end: End,
     empty: u8,
-    in_a_row: u8,
+    consecutive_messages: u8,
     warnings: u8,
-    client: bool,
+    is_client: bool,
 }
 
 /// Runs a script. Panics if the record layer differs from the model.
 pub(crate) fn run(script: &[u8]) {
     let Some((setup, mut rest)) = script.split_first() else { return };
-    let client = setup & 1 == 0;
-    let Ok((stream, peer)) = pair(client, LIMIT) else { return };
+    let is_client = setup & 1 == 0;
+    let Ok((stream, peer)) = pair(is_client, LIMIT) else { return };
     {
         let mut pipe = peer.wire.pipe();
         pipe.read = select(setup >> 1, [usize::MAX, 1, 7, 4096]);
@@ -58,9 +58,9 @@ pub(crate) fn run(script: &[u8]) {
         written: Vec::new(),
         end: End::None,
         empty: 0,
-        in_a_row: 0,
+        consecutive_messages: 0,
         warnings: 0,
-        client,
+        is_client,
     };
     let size = select(setup >> 5, [20_000, 1, 100, 140_000]);
     while let Some((&[kind, high, low], after)) = rest.split_first_chunk::<3>() {
@@ -121,7 +121,7 @@ impl ScriptRun {
         }
         self.expected.extend(content);
         if length > 0 {
-            (self.empty, self.in_a_row) = (0, 0);
+            (self.empty, self.consecutive_messages) = (0, 0);
         } else {
             self.empty += 1;
             self.expect_failure_if(self.empty > 32);
@@ -136,8 +136,8 @@ impl ScriptRun {
                 self.peer.send(ContentType::Handshake, part);
             }
         }
-        self.in_a_row = self.in_a_row.saturating_add(1);
-        self.expect_failure_if(self.in_a_row > 32);
+        self.consecutive_messages = self.consecutive_messages.saturating_add(1);
+        self.expect_failure_if(self.consecutive_messages > 32);
     }
 
     fn key_update(&mut self, size: usize) {
@@ -151,8 +151,8 @@ impl ScriptRun {
         let [_, high, middle, low] = u32::try_from(length).unwrap_or_default().to_be_bytes();
         let mut message = vec![4, high, middle, low];
         message.resize(message.len() + length, 7);
-        let client = self.client;
-        self.expect_failure_if(!client);
+        let is_client = self.is_client;
+        self.expect_failure_if(!is_client);
         self.message(&message, size);
     }
 
@@ -182,10 +182,13 @@ impl ScriptRun {
                     left = rest;
                 }
                 Poll::Ready(Err(_)) => {
-                    assert!(matches!(self.end, End::Failed | End::Any), "writes go on");
+                    assert!(
+                        matches!(self.end, End::Failed | End::Any),
+                        "a write fails only after a failure"
+                    );
                     return;
                 }
-                Poll::Pending => unreachable!("the wire takes all"),
+                Poll::Pending => unreachable!("the transport accepts all bytes"),
             }
         }
         let flushed = Pin::new(&mut self.stream).poll_flush(&mut context);
@@ -220,14 +223,14 @@ impl ScriptRun {
         let (read, end) = read_all(&mut self.stream, size);
         self.delivered.extend(read);
         if self.end != End::Any {
-            assert!(self.delivered == self.expected, "what was sealed is delivered");
+            assert!(self.delivered == self.expected, "the delivered data equals the sealed data");
         } else {
             assert!(self.delivered.starts_with(&self.expected));
             // An arbitrary inner plaintext may have been valid application data.
             self.expected.clone_from(&self.delivered);
         }
         match self.end {
-            End::None => assert!(end.is_none(), "the connection goes on: {end:?}"),
+            End::None => assert!(end.is_none(), "the connection stays open: {end:?}"),
             End::Clean => assert!(matches!(end, Some(Ok(())))),
             End::Failed => assert!(matches!(end, Some(Err(_)))),
             End::Any => {}
@@ -236,7 +239,7 @@ impl ScriptRun {
         let records = self.peer.received();
         let data = records.iter().filter(|(kind, _)| *kind == ContentType::ApplicationData);
         let data: Vec<u8> = data.flat_map(|(_, content)| content).copied().collect();
-        assert!(self.written == data, "what was written is what was sealed");
+        assert!(self.written == data, "the sealed data equals the written data");
         self.written.clear();
         for (kind, content) in records {
             assert!(content.len() <= MAX_CONTENT);

@@ -40,10 +40,10 @@ enum Reading {
 }
 
 impl<T> TlsStream<T> {
-    /// `early`: the bytes that were read after the handshake.
-    pub(super) fn new(io: T, keys: Keys, early: &[u8]) -> Self {
+    /// `leftover`: the bytes that were read after the handshake.
+    pub(super) fn new(io: T, keys: Keys, leftover: &[u8]) -> Self {
         let protocol = RecordProtocol::new(keys);
-        let (input, output) = (Input::new(early), Output::default());
+        let (input, output) = (Input::new(leftover), Output::default());
         Self { io, input, output, protocol, reading: Reading::Open, closed: false }
     }
 
@@ -77,8 +77,9 @@ impl<T> TlsStream<T> {
     /// Opens the next record: into `buf` if it fits, otherwise in place. Returns `false` if no
     /// record is complete.
     ///
-    /// After `delivered` data, a record that does not fit into `buf` waits for the next read: h2
-    /// decodes the header of a DATA frame first, and then reads with a buffer for the whole frame.
+    /// If this read has `delivered` data already, a record that does not fit into `buf` is left for
+    /// the next read: h2 decodes the header of a DATA frame first, and then reads with a buffer for
+    /// the whole frame.
     fn open(&mut self, buf: &mut ReadBuf<'_>, delivered: bool) -> Result<bool, Failure> {
         let Some(record) = self.input.record()? else {
             return Ok(false);

@@ -78,7 +78,7 @@ impl Parties {
         Ok(resumed)
     }
 
-    async fn resume_again(&self) -> bool {
+    async fn resumes(&self) -> bool {
         self.resume(ADDRESS, &[id(SERVER)]).await.unwrap()
     }
 }
@@ -86,44 +86,44 @@ impl Parties {
 #[tokio::test(start_paused = true)]
 async fn later_tunnels_to_a_peer_resume_sessions() {
     let parties = Parties::of(&Ca::root("ours"));
-    assert!(!parties.resume_again().await);
+    assert!(!parties.resumes().await);
     for _ in 0..10 {
-        assert!(parties.resume_again().await);
+        assert!(parties.resumes().await);
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn sessions_are_not_shared_between_addresses_or_expected_peers() {
     let parties = Parties::of(&Ca::root("ours"));
-    assert!(!parties.resume_again().await);
+    assert!(!parties.resumes().await);
     let other_address = SocketAddr::from(([10, 0, 0, 9], 15008));
     assert!(!parties.resume(other_address, &[id(SERVER)]).await.unwrap());
     let more = [id(SERVER), id("spiffe://td/ns/x/sa/y")];
     assert!(!parties.resume(ADDRESS, &more).await.unwrap());
     let (refused, _) = parties.resume(ADDRESS, &more[1..]).await.unwrap_err();
     assert!(matches!(refused, Some(HboneError::UnexpectedPeer { .. })));
-    assert!(parties.resume_again().await);
+    assert!(parties.resumes().await);
 }
 
 #[tokio::test(start_paused = true)]
 async fn rotation_of_either_side_prevents_resumption() {
     let ca = Ca::root("ours");
     let parties = Parties::of(&ca);
-    assert!(!parties.resume_again().await);
+    assert!(!parties.resumes().await);
     parties.server.send_replace(credentials(&ca, SERVER, 3, HOUR));
     // The server has new ticket keys, so it cannot decrypt this ticket.
-    assert!(!parties.resume_again().await);
-    assert!(parties.resume_again().await);
+    assert!(!parties.resumes().await);
+    assert!(parties.resumes().await);
     parties.client.send_replace(credentials(&ca, CLIENT, 4, HOUR));
-    assert!(!parties.resume_again().await);
-    assert!(parties.resume_again().await);
+    assert!(!parties.resumes().await);
+    assert!(parties.resumes().await);
 }
 
 #[tokio::test(start_paused = true)]
 async fn revocation_prevents_resumption() {
     let ca = Ca::root("ours");
     let parties = Parties::of(&ca);
-    assert!(!parties.resume_again().await);
+    assert!(!parties.resumes().await);
     let revoked = Files::new().crl("list", &ca.revoke(&[1])).trust();
     let server = ca.identity(SERVER, 2);
     parties.server.send_replace(Credentials::new(server, revoked).unwrap());
@@ -137,16 +137,16 @@ async fn session_expires_with_either_certificate() {
     // The server's certificate has expired: the client offers no ticket.
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, 3 * HOUR), credentials(&ca, SERVER, 2, HOUR));
-    assert!(!parties.resume_again().await);
+    assert!(!parties.resumes().await);
     sleep(HOUR / 2).await;
-    assert!(parties.resume_again().await);
+    assert!(parties.resumes().await);
     sleep(HOUR).await;
     let (refused, _) = parties.resume(ADDRESS, &[id(SERVER)]).await.unwrap_err();
     assert!(matches!(refused, Some(HboneError::PeerCertificateExpired { .. })), "{refused:?}");
     // The client's certificate has expired: it offers no ticket.
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, HOUR), credentials(&ca, SERVER, 2, 3 * HOUR));
-    assert!(!parties.resume_again().await);
+    assert!(!parties.resumes().await);
     sleep(HOUR + SECOND).await;
     let (_, refused) = parties.resume(ADDRESS, &[id(SERVER)]).await.unwrap_err();
     assert!(matches!(refused, Some(HboneError::PeerCertificateExpired { .. })), "{refused:?}");
@@ -157,12 +157,12 @@ async fn tickets_of_several_servers_expire_with_earliest_certificate() {
     let ca = Ca::root("ours");
     let parties =
         Parties::new(credentials(&ca, CLIENT, 1, 3 * HOUR), credentials(&ca, SERVER, 2, HOUR));
-    assert!(!parties.resume_again().await);
+    assert!(!parties.resumes().await);
     parties.server.send_replace(credentials(&ca, SERVER, 3, 3 * HOUR));
-    assert!(!parties.resume_again().await);
+    assert!(!parties.resumes().await);
     sleep(HOUR).await;
-    assert!(!parties.resume_again().await);
-    assert!(parties.resume_again().await);
+    assert!(!parties.resumes().await);
+    assert!(parties.resumes().await);
 }
 
 /// Performs a handshake, and reads until the tickets arrive. Returns true if it resumed a session.

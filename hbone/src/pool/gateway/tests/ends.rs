@@ -137,7 +137,7 @@ async fn bulk_data_arrives_unchanged_in_both_directions() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn unread_backend_blocks_only_its_own_stream() {
+async fn backend_that_does_not_read_blocks_only_its_own_stream() {
     let http2 = Http2Settings { stream_window: 100_000, ..Http2Settings::default() };
     let server = ServerSettings { http2, ..ServerSettings::default() };
     let mut scene = Scene::with(ClientSettings::default(), server);
@@ -172,7 +172,7 @@ async fn gateway_that_never_ends_stream_times_out() {
     far_writer.finish().unwrap();
     drop((near_reader, near_writer, far_reader, far_writer));
     sleep(SECOND).await;
-    assert_eq!(scene.pool.statistics().streams, 1, "it lingers");
+    assert_eq!(scene.pool.statistics().streams, 1, "it is not removed yet");
     sleep(31 * SECOND).await;
     assert_eq!(scene.pool.statistics().streams, 0);
 }

@@ -11,9 +11,9 @@ const KEYS: u16 = 3;
 
 #[derive(Debug, Clone)]
 enum Event {
-    Ask {
+    Request {
         key: u16,
-        fresh: bool,
+        needs_new_tunnel: bool,
     },
     DialSucceeds {
         key: u16,
@@ -26,11 +26,11 @@ enum Event {
     GoAway(usize),
     /// The connection is lost with all its streams.
     Lose(usize),
-    Move {
+    SetRate {
         tunnel: usize,
         bytes_per_second: u64,
     },
-    Allow {
+    SetAllowedStreams {
         tunnel: usize,
         streams: usize,
     },
@@ -46,15 +46,17 @@ fn event() -> impl Strategy<Value = Event> {
     let key = 0..KEYS;
     let tunnel = 0..8_usize;
     prop_oneof![
-        12 => (key.clone(), prop::bool::weighted(0.1)).prop_map(|(key, fresh)| Event::Ask { key, fresh }),
+        12 => (key.clone(), prop::bool::weighted(0.1))
+            .prop_map(|(key, needs_new_tunnel)| Event::Request { key, needs_new_tunnel }),
         4 => key.clone().prop_map(|key| Event::DialSucceeds { key }),
         1 => key.prop_map(|key| Event::DialFails { key }),
         5 => tunnel.clone().prop_map(Event::EndStream),
         1 => tunnel.clone().prop_map(Event::GoAway),
         1 => tunnel.clone().prop_map(Event::Lose),
         1 => (tunnel.clone(), 0..2 * BUSY_BYTES_PER_SECOND)
-            .prop_map(|(tunnel, bytes_per_second)| Event::Move { tunnel, bytes_per_second }),
-        1 => (tunnel.clone(), 0..6_usize).prop_map(|(tunnel, streams)| Event::Allow { tunnel, streams }),
+            .prop_map(|(tunnel, bytes_per_second)| Event::SetRate { tunnel, bytes_per_second }),
+        1 => (tunnel.clone(), 0..6_usize)
+            .prop_map(|(tunnel, streams)| Event::SetAllowedStreams { tunnel, streams }),
         1 => tunnel.clone().prop_map(Event::Retire),
         2 => tunnel.prop_map(Event::Inspect),
         2 => prop_oneof![1..3000_u64, 1..4_000_000_u64].prop_map(|milliseconds| Event::Wait { milliseconds }),
@@ -87,9 +89,12 @@ impl Model {
 
     fn apply(&mut self, event: Event) {
         match event {
-            Event::Ask { key, fresh } => {
+            Event::Request { key, needs_new_tunnel } => {
                 self.asked += 1;
-                self.checkout(key, if fresh { Reuse::Forbidden } else { Reuse::Allowed });
+                self.checkout(
+                    key,
+                    if needs_new_tunnel { Reuse::Forbidden } else { Reuse::Allowed },
+                );
             }
             Event::DialSucceeds { key } => self.dial_succeeds(key),
             Event::DialFails { key } => self.dial_fails(key),
@@ -100,8 +105,8 @@ impl Model {
             | Event::Lose(index)
             | Event::Retire(index)
             | Event::Inspect(index)
-            | Event::Move { tunnel: index, .. }
-            | Event::Allow { tunnel: index, .. } => {
+            | Event::SetRate { tunnel: index, .. }
+            | Event::SetAllowedStreams { tunnel: index, .. } => {
                 if let Some((port, id, tunnel)) = self.tunnels.get(index).cloned() {
                     self.apply_to(&event, &key(port), id, &tunnel);
                 }
@@ -121,15 +126,17 @@ impl Model {
                 self.pool.state.closed(key, id);
                 self.tunnels.retain(|(_, other, _)| *other != id);
             }
-            Event::Move { bytes_per_second, .. } => {
+            Event::SetRate { bytes_per_second, .. } => {
                 tunnel.set(|load| load.bytes_per_second = bytes_per_second)
             }
-            Event::Allow { streams, .. } => tunnel.set(|load| load.allowed = Some(streams)),
+            Event::SetAllowedStreams { streams, .. } => {
+                tunnel.set(|load| load.allowed = Some(streams))
+            }
             Event::Retire(_) => self.pool.state.retire(key, id),
             Event::Inspect(_) => {
-                let look_again = self.pool.state.inspect(key, id, now);
-                assert!(look_again.is_none_or(|then| then > now), "no busy loop");
-                assert_eq!(look_again.is_none(), tunnel.is_released());
+                let next_check = self.pool.state.inspect(key, id, now);
+                assert!(next_check.is_none_or(|then| then > now), "no busy loop");
+                assert_eq!(next_check.is_none(), tunnel.is_released());
             }
             _ => {}
         }
@@ -143,7 +150,7 @@ impl Model {
         let open =
             self.tunnels.iter().filter(|(other, ..)| *other == port).map(|(.., tunnel)| tunnel);
         let open: Vec<&FakeTunnel> = open.filter(|tunnel| !tunnel.is_released()).collect();
-        let room = |tunnel: &FakeTunnel| {
+        let has_room = |tunnel: &FakeTunnel| {
             tunnel.current_load().streams < 4.min(tunnel.current_load().allowed.unwrap_or(4)).max(1)
         };
         assert!(
@@ -156,7 +163,10 @@ impl Model {
                 assert!(stream_slot.current_load().usable && !stream_slot.is_released());
                 assert!(open.iter().any(|tunnel| tunnel.same(&stream_slot)), "of the same key");
                 assert!(stream_slot.current_load().streams <= 4, "within the limit");
-                assert!(dialled == 0 || open.len() < SETTINGS.tunnels_per_peer, "growth has a cap");
+                assert!(
+                    dialled == 0 || open.len() < SETTINGS.tunnels_per_peer,
+                    "growth ends at the tunnel limit"
+                );
                 self.answered += 1;
                 if dialled > 0 {
                     self.waiting.insert(self.pool.dials, (port, Vec::new()));
@@ -165,17 +175,17 @@ impl Model {
             Checkout::Wait { ticket, promised } => {
                 // The peer's limit applies to all its tunnels as soon as one of them has received
                 // it.
-                let limited = |tunnel: &FakeTunnel| tunnel.current_load().allowed.is_some();
-                let missed = open.iter().any(|tunnel| limited(tunnel) && room(tunnel));
+                let is_limited = |tunnel: &FakeTunnel| tunnel.current_load().allowed.is_some();
+                let missed = open.iter().any(|tunnel| is_limited(tunnel) && has_room(tunnel));
                 assert!(reuse == Reuse::Forbidden || !missed, "nothing to wait for");
                 let (_, waiting) = self.waiting.entry(ticket).or_insert((port, Vec::new()));
                 waiting.push((reuse, promised));
                 let promises = waiting.iter().filter(|(_, promised)| *promised).count();
-                assert!(promises <= 4, "no tunnel has more places");
+                assert!(promises <= 4, "no more promises than streams in a tunnel");
             }
             Checkout::Refuse { remaining, .. } => {
                 assert!(!remaining.is_zero() && remaining <= MAX_BACKOFF * 12 / 10);
-                assert!(self.dials(port).is_empty(), "a dial under way is waited for");
+                assert!(self.dials(port).is_empty(), "callers wait for a dial in progress");
                 self.answered += 1;
             }
         }
@@ -187,14 +197,14 @@ impl Model {
         dials.map(|(dial, _)| *dial).collect()
     }
 
-    fn ended(&mut self, port: u16) -> Option<(DialId, Vec<(Reuse, bool)>)> {
+    fn remove_oldest_dial(&mut self, port: u16) -> Option<(DialId, Vec<(Reuse, bool)>)> {
         let dial = *self.dials(port).first()?;
         let (_, waiting) = self.waiting.remove(&dial)?;
         Some((DialId(dial), waiting))
     }
 
     fn dial_succeeds(&mut self, port: u16) {
-        let Some((dial, waiting)) = self.ended(port) else { return };
+        let Some((dial, waiting)) = self.remove_oldest_dial(port) else { return };
         let tunnel = FakeTunnel::new(self.pool.now);
         let id = self.pool.state.opened(&key(port), dial, tunnel.clone(), self.pool.now);
         self.tunnels.push((port, id, tunnel.clone()));
@@ -212,7 +222,7 @@ impl Model {
     }
 
     fn dial_fails(&mut self, port: u16) {
-        let Some((dial, waiting)) = self.ended(port) else { return };
+        let Some((dial, waiting)) = self.remove_oldest_dial(port) else { return };
         let error = Arc::new(HboneError::Lost { source: None });
         let forget_at = self.pool.state.failed(&key(port), dial, error, self.pool.now);
         self.forget_at.push((port, forget_at));
@@ -248,11 +258,11 @@ impl Model {
         let waiting: usize = self.waiting.values().map(|(_, waiting)| waiting.len()).sum();
         assert_eq!(self.answered + waiting, self.asked, "every caller gets an outcome");
         for port in 0..KEYS {
-            let held = self.tunnels.iter().any(|(other, ..)| *other == port)
+            let has_state = self.tunnels.iter().any(|(other, ..)| *other == port)
                 || !self.dials(port).is_empty()
                 || self.forget_at.iter().any(|(other, _)| *other == port);
             assert!(
-                held || !self.pool.state.entries.contains_key(&key(port)),
+                has_state || !self.pool.state.entries.contains_key(&key(port)),
                 "nothing is kept of {port}"
             );
         }

@@ -35,7 +35,7 @@ fn opens_with_the_next_key_after_a_key_update() {
         let (read, end) = read_all(&mut stream, 100);
         assert!(read == Vec::from_iter(0..20) && end.is_none());
         write(&mut stream, b"ours");
-        assert_eq!(peer.received(), [data(b"ours")], "not asked for");
+        assert_eq!(peer.received(), [data(b"ours")], "the peer requested no update");
     }
 }
 
@@ -131,7 +131,7 @@ fn requests_key_update_at_limit_of_peer_key() {
     assert_eq!(read_all(&mut stream, 100).0, b"......");
     write(&mut stream, b"a");
     write(&mut stream, b"b");
-    assert_eq!(peer.received(), [update(true), data(b"a"), data(b"b")], "asks once");
+    assert_eq!(peer.received(), [update(true), data(b"a"), data(b"b")], "requests once");
     peer.send(HANDSHAKE, UPDATE);
     peer.update();
     for _ in 0..4 {

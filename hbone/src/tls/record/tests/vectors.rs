@@ -43,7 +43,7 @@ fn check(mut sealing: RecordKey, mut opening: RecordKey, kind: ContentType, reco
     let sequence = sealing.sequence();
     let mut slot = vec![0; 100];
     let length = sealing.seal(kind, &content, &mut slot).unwrap();
-    assert_eq!(slot[..length], record, "sealed from where it stands");
+    assert_eq!(slot[..length], record, "sealed out of place");
     assert_eq!(sealing.sequence(), sequence + 1);
     let mut plain = vec![0; inner.len()];
     opening.open_into(&record, &mut plain).unwrap();

@@ -91,7 +91,7 @@ fn gathers_pieces_into_records() {
 fn large_frame_is_written_by_one_call() {
     let (mut stream, mut peer) = client();
     assert_eq!(write_pieces(&mut stream, &[256, (128 << 10) - 247]), 9 + (128 << 10));
-    assert_eq!(peer.wire.pipe().calls, 0, "what is written is sent by the flush");
+    assert_eq!(peer.wire.pipe().calls, 0, "only the flush sends");
     ready(flush(&mut stream));
     assert_eq!(peer.wire.pipe().calls, 1);
     assert_eq!(lengths(&mut peer).len(), 9);
