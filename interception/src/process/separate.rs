@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::error::InterceptionError;
 use crate::process::privileges::{MissingCapabilities, ProxyUser, confine_process};
+use crate::process::user_ids::UserIds;
 
 /// Why a new process cannot change to another user.
 #[derive(Debug, Error)]
@@ -29,8 +30,6 @@ pub enum SeparationError {
     Proc(&'static str, #[source] io::Error),
 }
 
-const UID_MAP: &str = "/proc/self/uid_map";
-const GID_MAP: &str = "/proc/self/gid_map";
 const SETGROUPS: &str = "/proc/self/setgroups";
 
 impl ProxyUser {
@@ -44,10 +43,9 @@ impl ProxyUser {
         if !missing.is_empty() {
             return Err(SeparationError::Capabilities(missing));
         }
-        for (file, kind, id) in [(UID_MAP, "user", self.uid), (GID_MAP, "group", self.gid)] {
-            let map =
-                fs::read_to_string(file).map_err(|error| SeparationError::Proc(file, error))?;
-            if !is_mapped(&map, id) {
+        let (users, groups) = (UserIds::of_users(), UserIds::of_groups());
+        for (ids, kind, id) in [(users, "user", self.uid), (groups, "group", self.gid)] {
+            if !ids.contain(id) {
                 return Err(SeparationError::Unmapped(kind, id));
             }
         }
@@ -75,32 +73,5 @@ impl ProxyUser {
             Ok(())
         };
         confine().map_err(|source| InterceptionError::BecomeUser { user: self, source })
-    }
-}
-
-/// Whether a map of ids (user_namespaces(7)) has `id`: each line is the first id inside, the first
-/// one outside, and their number.
-fn is_mapped(map: &str, id: u32) -> bool {
-    map.lines().any(|line| {
-        let numbers: Vec<u32> =
-            line.split_whitespace().filter_map(|one| one.parse().ok()).collect();
-        let [first, _, count] = numbers[..] else { return false };
-        id.checked_sub(first).is_some_and(|offset| offset < count)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn finds_ids_in_map_of_user_namespace() {
-        let all = "         0          0 4294967295\n";
-        assert!(is_mapped(all, 0) && is_mapped(all, 15008) && !is_mapped(all, u32::MAX));
-        let one = "         0       1000          1\n";
-        assert!(is_mapped(one, 0) && !is_mapped(one, 1) && !is_mapped(one, 15008));
-        let two = "0 1000 1\n1 100000 65536\n";
-        assert!(is_mapped(two, 15008) && !is_mapped(two, 65537));
-        assert!(!is_mapped("", 0) && !is_mapped("0 0", 0) && !is_mapped("a b c", 0));
     }
 }

@@ -1,7 +1,7 @@
 //! The user and group ids that exist in the process's user namespace (user_namespaces(7)).
 //!
-//! The kernel rejects other ids in ip rules and in the iptables owner match with only "invalid
-//! argument".
+//! The kernel rejects other ids in ip rules, in the iptables owner match and in a change of user with
+//! only "invalid argument".
 
 use std::fs;
 
@@ -58,6 +58,8 @@ mod tests {
 
     #[test]
     fn every_id_exists_in_initial_user_namespace() {
-        assert!(UserIds::parse("         0          0 4294967295\n").contain(4_294_967_294));
+        let all = UserIds::parse("         0          0 4294967295\n");
+        assert!(all.contain(0) && all.contain(15008) && all.contain(4_294_967_294));
+        assert!(!all.contain(u32::MAX), "-1 is no user");
     }
 }

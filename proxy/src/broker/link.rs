@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use underpass_interception::{Message as Received, SeqPacket};
 
 use crate::broker::message::{MAX_MESSAGE, Message};
 
-/// The number of messages that wait for the other process to read.
+/// The number of messages with a sender that waits for the other process to read.
 const QUEUE: usize = 1024;
 /// A process that does not read for this long counts as failed.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,7 +32,9 @@ pub(crate) enum LinkError {
 /// Sends messages of type `M`. Clones share the connection.
 #[derive(Debug)]
 pub(crate) struct Sender<M> {
-    queue: mpsc::Sender<Outgoing>,
+    queue: mpsc::UnboundedSender<Outgoing>,
+    /// One permit for each message of [`send`](Self::send).
+    permits: Arc<Semaphore>,
     _messages: PhantomData<fn(M)>,
 }
 
@@ -41,6 +43,7 @@ pub(crate) struct Sender<M> {
 struct Outgoing {
     bytes: Vec<u8>,
     descriptors: Vec<OwnedFd>,
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 /// Receives the messages of the other process.
@@ -51,40 +54,44 @@ pub(crate) struct Receiver(Arc<SeqPacket>);
 #[derive(Debug)]
 pub(crate) struct Writer {
     socket: Arc<SeqPacket>,
-    queue: mpsc::Receiver<Outgoing>,
+    queue: mpsc::UnboundedReceiver<Outgoing>,
 }
 
 /// Uses a connected, non-blocking socket.
 pub(crate) fn open<M>(socket: OwnedFd) -> io::Result<(Sender<M>, Receiver, Writer)> {
     let socket = Arc::new(SeqPacket::new(socket)?.with_limit(MAX_MESSAGE));
-    let (queue, queued) = mpsc::channel(QUEUE);
-    let sender = Sender { queue, _messages: PhantomData };
+    let (queue, queued) = mpsc::unbounded_channel();
+    let sender = Sender { queue, permits: Arc::new(Semaphore::new(QUEUE)), _messages: PhantomData };
     Ok((sender, Receiver(socket.clone()), Writer { socket, queue: queued }))
 }
 
 impl<M> Clone for Sender<M> {
     fn clone(&self) -> Self {
-        Self { queue: self.queue.clone(), _messages: PhantomData }
+        let (queue, permits) = (self.queue.clone(), self.permits.clone());
+        Self { queue, permits, _messages: PhantomData }
     }
 }
 
 impl<M: Message> Sender<M> {
-    /// Sends a message with these descriptors, which this process closes then.
+    /// Sends a message with these descriptors, which this process closes then. Waits while many
+    /// messages wait already.
     pub(crate) async fn send(
         &self,
         message: &M,
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), LinkError> {
         let bytes = message.encode().ok_or(LinkError::TooLong)?;
-        let outgoing = Outgoing { bytes, descriptors };
-        self.queue.send(outgoing).await.map_err(|_| LinkError::Closed)
+        let permit = self.permits.clone().acquire_owned().await;
+        let _permit = Some(permit.map_err(|_| LinkError::Closed)?);
+        self.queue.send(Outgoing { bytes, descriptors, _permit }).map_err(|_| LinkError::Closed)
     }
 
-    /// Sends a message, unless too many wait already.
+    /// Sends a message without waiting. For messages whose rate does not depend on the other
+    /// process: a writer that cannot write them ends the connection after [`WRITE_TIMEOUT`].
     pub(crate) fn post(&self, message: &M) -> Result<(), LinkError> {
         let bytes = message.encode().ok_or(LinkError::TooLong)?;
-        let outgoing = Outgoing { bytes, descriptors: Vec::new() };
-        self.queue.try_send(outgoing).map_err(|_| LinkError::Closed)
+        let outgoing = Outgoing { bytes, descriptors: Vec::new(), _permit: None };
+        self.queue.send(outgoing).map_err(|_| LinkError::Closed)
     }
 }
 
@@ -98,7 +105,7 @@ impl Receiver {
 impl Writer {
     /// Writes until the other process ends or does not read.
     pub(crate) async fn run(mut self) {
-        while let Some(Outgoing { bytes, descriptors }) = self.queue.recv().await {
+        while let Some(Outgoing { bytes, descriptors, _permit }) = self.queue.recv().await {
             let attached: Vec<_> = descriptors.iter().map(|one| one.as_fd()).collect();
             match timeout(WRITE_TIMEOUT, self.socket.send(&bytes, &attached)).await {
                 Ok(Ok(())) => {}
@@ -147,5 +154,50 @@ impl<T> Pending<T> {
     fn waiting(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<T>>> {
         // No code panics while it holds the lock.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::broker::message::{PodKey, ToProxy};
+
+    fn message(enrolment: u64) -> ToProxy {
+        ToProxy::EndTest { pod: PodKey { uid: String::new(), enrolment } }
+    }
+
+    #[tokio::test]
+    async fn posted_messages_are_sent_in_order_behind_a_full_queue() {
+        let (ours, theirs) = SeqPacket::pair().unwrap();
+        let (sender, _, writer) = open(ours).unwrap();
+        let count = 2 * u64::try_from(QUEUE).unwrap();
+        for enrolment in 0..count {
+            sender.post(&message(enrolment)).unwrap();
+        }
+        sender.send(&message(count), Vec::new()).await.unwrap();
+        drop(sender);
+        tokio::spawn(writer.run());
+        let theirs = std::os::unix::net::UnixStream::from(theirs);
+        theirs.set_nonblocking(true).unwrap();
+        let theirs = SeqPacket::new(theirs.into()).unwrap();
+        for enrolment in 0..=count {
+            let received = theirs.receive().await.unwrap().unwrap();
+            assert_eq!(ToProxy::decode(&received.bytes), Some(message(enrolment)));
+        }
+    }
+
+    #[tokio::test]
+    async fn full_queue_delays_its_senders_until_the_connection_ends() {
+        let (ours, _theirs) = SeqPacket::pair().unwrap();
+        let (sender, _, writer) = open(ours).unwrap();
+        for enrolment in 0..u64::try_from(QUEUE).unwrap() {
+            sender.send(&message(enrolment), Vec::new()).await.unwrap();
+        }
+        let one_more = message(0);
+        let sending = sender.send(&one_more, Vec::new());
+        tokio::pin!(sending);
+        assert!(futures_util::poll!(&mut sending).is_pending());
+        drop(writer);
+        assert!(matches!(sending.await, Err(LinkError::Closed)));
     }
 }

@@ -44,7 +44,7 @@ struct ForwardedGauge {
     value: Mutex<Option<f64>>,
 }
 
-/// Sends a change. It is lost if the proxy process does not read, which ends it.
+/// Sends a change. Fails only if the proxy process has ended, or does not read, which ends it.
 fn send(sender: &Sender<ToProxy>, key: &Key, change: Change) {
     let label = |label: &metrics::Label| (label.key().to_owned(), label.value().to_owned());
     let (name, labels) = (key.name().to_owned(), key.labels().map(label).collect());
