@@ -7,7 +7,9 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use crate::options::PathName::{self, Hbone, Plain, RelaySplice, ZtunnelHbone, ZtunnelPlain};
+use crate::options::PathName::{
+    self, Hbone, Node, NodeOneProcess, Plain, RelaySplice, ZtunnelHbone, ZtunnelPlain,
+};
 use crate::workload::{
     AT_REST, BITS, CONNECTIONS, CPU_EACH, CPU_PER_BYTE, KIB_PER_IDLE_CONNECTION, MEDIAN, REQUESTS,
 };
@@ -51,6 +53,9 @@ pub(crate) const GOALS: &[Goal] = &[
     goal("idle x2000", KIB_PER_IDLE_CONNECTION, Plain, None, AtMost(4.0)),
     goal("idle x2000", AT_REST, Hbone, None, AtMost(8.0)),
     goal("idle x2000", AT_REST, Plain, None, AtMost(8.0)),
+    goal("bulk x1", CPU_PER_BYTE, Node, Some(NodeOneProcess), AtMost(1.03)),
+    goal("requests x64", CPU_EACH, Node, Some(NodeOneProcess), AtMost(1.03)),
+    goal("new connections x16", CPU_EACH, Node, Some(NodeOneProcess), AtMost(1.03)),
 ];
 
 const fn goal(

@@ -28,7 +28,7 @@ pub struct Options {
     /// Groups of workloads to measure [default: all but stalls]
     #[arg(long, value_delimiter = ',', default_values_t = WorkloadGroup::USUAL)]
     pub only: Vec<WorkloadGroup>,
-    /// Paths to compare [default: all; ztunnel's only with --ztunnel]
+    /// Paths to compare [default: all but node and node-one-process; ztunnel's only with --ztunnel]
     #[arg(long, value_delimiter = ',')]
     pub paths: Vec<PathName>,
     /// Absolute path of a ztunnel binary to compare with
@@ -76,6 +76,7 @@ impl Options {
         }
         if options.paths.is_empty() {
             options.paths = PathName::value_variants().to_vec();
+            options.paths.retain(|path| !path.is_node());
         }
         if options.ztunnel.is_none() {
             options.paths.retain(|path| !path.is_ztunnel());
@@ -141,6 +142,10 @@ pub enum PathName {
     Plain,
     /// A proxy in each pod, with protocol HBONE in the mesh
     Hbone,
+    /// A node daemon for each pod, with a broker process and protocol HBONE in the mesh
+    Node,
+    /// A node daemon of one process for each pod, with protocol HBONE in the mesh
+    NodeOneProcess,
     /// A ztunnel in each pod, with protocol TCP in the mesh
     ZtunnelPlain,
     /// A ztunnel in each pod, with protocol HBONE in the mesh
@@ -152,6 +157,11 @@ impl PathName {
     #[must_use]
     pub fn is_ztunnel(self) -> bool {
         matches!(self, Self::ZtunnelPlain | Self::ZtunnelHbone)
+    }
+
+    /// Whether node daemons are between the pods.
+    pub(crate) fn is_node(self) -> bool {
+        matches!(self, Self::Node | Self::NodeOneProcess)
     }
 
     /// Whether relays are between the pods.

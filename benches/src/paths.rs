@@ -5,10 +5,12 @@
 //! relay-…  client ── relay in pod ─────────── relay in pod ── server
 //! plain    client ── proxy in pod ─────────── proxy in pod ── server
 //! hbone    client ── proxy in pod ═ HBONE ═══ proxy in pod ── server
+//! node…    client ── daemon ═══════ HBONE ═══ daemon ──────── server
 //! ```
 //!
-//! `ztunnel-plain` and `ztunnel-hbone` correspond to the last two, with ztunnel.
+//! `ztunnel-plain` and `ztunnel-hbone` correspond to `plain` and `hbone`, with ztunnel.
 
+use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -20,6 +22,7 @@ use underpass_tests::{CLIENT, Family, Mesh, Pki, Pod, Proxy, SERVER, Settings, W
 
 use crate::child_process::ChildProcess;
 use crate::options::{Options, PathName};
+use crate::process::with_children;
 use crate::relay::{self, RelayMode};
 use crate::server::{BACKLOG, PORTS, Server};
 use crate::ztunnel::{self, Ztunnel};
@@ -51,6 +54,8 @@ enum Intermediaries {
     Nothing,
     Relays(Vec<ChildProcess>),
     Proxies(Vec<Proxy>),
+    /// Each daemon in the namespace of its node.
+    Daemons(Vec<(Proxy, Pod)>),
     Ztunnels(Vec<Ztunnel>),
 }
 
@@ -77,6 +82,10 @@ impl Path {
             PathName::Plain => proxies(&world, mesh.tcp(&client).tcp(&server), pods, options).await,
             PathName::Hbone => {
                 proxies(&world, mesh.hbone(&client).hbone(&server), pods, options).await
+            }
+            PathName::Node | PathName::NodeOneProcess => {
+                let broker = if name == PathName::Node { "auto" } else { "off" };
+                daemons(&world, mesh.hbone(&client).hbone(&server), pods, broker, options).await
             }
             PathName::ZtunnelPlain => {
                 Intermediaries::Ztunnels(ztunnel::pair(&world, pods, "TCP", options).await)
@@ -107,6 +116,9 @@ impl Path {
             Intermediaries::Nothing => Vec::new(),
             Intermediaries::Relays(relays) => relays.iter().map(ChildProcess::pid).collect(),
             Intermediaries::Proxies(proxies) => proxies.iter().map(Proxy::pid).collect(),
+            Intermediaries::Daemons(daemons) => {
+                daemons.iter().flat_map(|(daemon, _)| with_children(daemon.pid())).collect()
+            }
             Intermediaries::Ztunnels(ztunnels) => ztunnels.iter().map(Ztunnel::pid).collect(),
         }
     }
@@ -138,6 +150,9 @@ impl Drop for Path {
         let logs: Vec<_> = match &self.between {
             Intermediaries::Nothing | Intermediaries::Relays(_) => Vec::new(),
             Intermediaries::Proxies(proxies) => proxies.iter().map(Proxy::log).collect(),
+            Intermediaries::Daemons(daemons) => {
+                daemons.iter().map(|(daemon, _)| daemon.log()).collect()
+            }
             Intermediaries::Ztunnels(ztunnels) => ztunnels.iter().map(Ztunnel::log).collect(),
         };
         for (process, log) in self.processes().iter().zip(&logs) {
@@ -183,4 +198,36 @@ async fn proxies(world: &World, mesh: Mesh, pods: [&Pod; 2], options: &Options) 
         proxies.push(pod.proxy(&settings).await);
     }
     Intermediaries::Proxies(proxies)
+}
+
+async fn daemons(
+    world: &World,
+    mesh: Mesh,
+    pods: [&Pod; 2],
+    broker: &str,
+    options: &Options,
+) -> Intermediaries {
+    let pki = Pki::new(world.folder());
+    let mut daemons = Vec::new();
+    for pod in pods {
+        let name = pod.name();
+        let node = world.pod(&format!("node-of-{name}")).await;
+        let folder = node.folder().join("pods");
+        fs::create_dir_all(&folder).expect("a folder");
+        let (namespace, ip) = (pod.namespace().path(), pod.ip(Family::V4));
+        let workload = format!("{{name: {name}, namespace: default, serviceAccount: {name}}}");
+        let facts =
+            format!("uid: {name}\nnetns: {namespace:?}\nips: [{ip}]\nworkload: {workload}\n");
+        fs::write(folder.join("pod.yaml"), facts).expect("a file");
+        let settings = Settings::node(node.name(), &format!("directory: {folder:?}"))
+            .section(&format!("identity: {{local_ca: {:?}}}", pki.dir()))
+            .mesh(&mesh.write(&node, "mesh"))
+            .set("proxy.workers=auto")
+            .set(&format!("privileges.broker={broker}"))
+            .set(&format!("logging.filter={}", options.log_filter()));
+        let mut daemon = node.proxy(&settings).await;
+        daemon.line(&["pod enrolled"]).await;
+        daemons.push((daemon, node));
+    }
+    Intermediaries::Daemons(daemons)
 }

@@ -17,6 +17,17 @@ pub(crate) fn cpu_seconds(processes: &[u32]) -> f64 {
     processes.iter().map(ticks).sum::<f64>() / TICKS_PER_SECOND
 }
 
+/// A process and its children, such as a broker and its proxy process.
+pub(crate) fn with_children(process: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).expect("the process still runs");
+    let children = tasks.flatten().flat_map(|task| {
+        let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        let ids = children.split_whitespace().filter_map(|id| id.parse().ok());
+        ids.collect::<Vec<u32>>()
+    });
+    std::iter::once(process).chain(children).collect()
+}
+
 /// The resident memory of a process in KiB.
 pub(crate) fn resident_kib(process: u32) -> f64 {
     let status =

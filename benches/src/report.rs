@@ -144,9 +144,12 @@ impl Report {
     }
 
     /// The pairs of compared paths: each proxy with direct connections, with the relay, and with
-    /// ztunnel.
+    /// ztunnel; a node daemon with one of one process.
     fn ratios(&self) -> Vec<(PathName, PathName)> {
-        use PathName::{Direct, Hbone, Plain, RelayCopy, RelaySplice, ZtunnelHbone, ZtunnelPlain};
+        use PathName::{
+            Direct, Hbone, Node, NodeOneProcess, Plain, RelayCopy, RelaySplice, ZtunnelHbone,
+            ZtunnelPlain,
+        };
         let pairs = [
             (Plain, Direct),
             (Plain, RelaySplice),
@@ -154,6 +157,7 @@ impl Report {
             (Hbone, Direct),
             (Hbone, RelayCopy),
             (Hbone, ZtunnelHbone),
+            (Node, NodeOneProcess),
         ];
         let has = |path: &PathName| self.paths.contains(path);
         pairs.into_iter().filter(|(of, to)| has(of) && has(to)).collect()

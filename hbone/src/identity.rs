@@ -4,6 +4,7 @@
 
 pub(crate) mod credentials;
 pub(crate) mod files;
+pub(crate) mod identity_pem;
 pub(crate) mod pem;
 pub(crate) mod renewal;
 pub(crate) mod rotation;
@@ -130,9 +131,24 @@ impl Identity {
         self.0.leaf.expires
     }
 
+    /// Checks that the identity is valid now and that its own roots verify it.
+    pub(crate) fn valid_now(self, name: &Path) -> Result<Self, HboneError> {
+        let now = clock::now();
+        if self.not_before() > now {
+            let what = CredentialProblem::NotYetValid(self.not_before());
+            return Err(HboneError::credential(name, what));
+        }
+        if self.expires() <= now {
+            let what = CredentialProblem::Expired(self.expires());
+            return Err(HboneError::credential(name, what));
+        }
+        self.verify(name, now)?;
+        Ok(self)
+    }
+
     /// Verifies the certificate with its own roots at the time `now`, as peers with the same roots
     /// do. Does not check revocation.
-    pub(crate) fn verify(&self, name: &Path, now: SystemTime) -> Result<(), HboneError> {
+    fn verify(&self, name: &Path, now: SystemTime) -> Result<(), HboneError> {
         let [leaf, intermediates @ ..] = self.0.certified_key.cert.as_slice() else {
             return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));
         };

@@ -40,10 +40,11 @@ pub use error::{
 pub use https::{HttpsError, HttpsRequest, HttpsResponse, HttpsServer, Pem};
 pub use identity::Identity;
 pub use identity::credentials::Credentials;
+pub use identity::identity_pem::IdentityPem;
 pub use identity::rotation::{CredentialRotator, CredentialsEvent, FirstIdentity};
 pub use identity::source::{
-    CertificateIssuer, DelegatedIdentitySource, FileSource, IdentitySource, IssueFuture,
-    IssuedSource, IstioCa, IstioCaSource, LocalCaSource, NextIdentity, Priority, WorkloadApiSource,
+    DelegatedIdentitySource, FileSource, IdentitySource, IstioCa, IstioCaSource, LocalAuthority,
+    LocalCaSource, NextIdentity, NextPem, PemSource, Priority, WorkloadApiSource,
 };
 pub use limits::log_limit::LogLimit;
 pub use limits::{

@@ -6,7 +6,8 @@
 //! settings, source of pods, registry, rules,       mesh, workers, tunnels, policies,
 //! listeners, key of the local CA                   endpoints for readiness and metrics
 //!      │  commands, with listeners attached    ──────▶  serve, stop accepting, drain, close a pod
-//!      ◀──────  requests: sockets of a served pod, its certificate, the status of all pods
+//!      │  certificates of the served pods      ──────▶
+//!      ◀──────  requests: sockets of a served pod, the status of all pods
 //! ```
 //!
 //! The proxy process parses what peers send. It names a pod that it serves. It cannot name a
@@ -17,12 +18,13 @@
 //! If one of the two ends, the other one ends too. The rules stay: the pods are closed.
 //!
 //! * `message`: the messages, and `link`: the connection;
-//! * of the broker: `child`, `remote` (the other process' data plane), `requests`, `recorder`;
+//! * of the broker: `child`, `remote` (the other process' data plane), `requests`, `recorder`,
+//!   `identities` (the certificates of pods);
 //! * of the proxy process: `proxy_process`, `served` (its pods), `operations` (their sockets),
-//!   `issuer` (their certificates), `reported` (the broker's metrics).
+//!   `reported` (the broker's metrics).
 
 pub(crate) mod child;
-mod issuer;
+mod identities;
 mod link;
 pub(crate) mod message;
 mod operations;

@@ -20,6 +20,7 @@ pub(crate) mod in_process;
 pub(crate) mod phases;
 pub(crate) mod pod;
 pub(crate) mod pod_error;
+pub(crate) mod received_identities;
 pub(crate) mod served_pods;
 pub(crate) mod sockets;
 #[cfg(test)]

@@ -8,11 +8,15 @@ use std::process::ExitCode;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use underpass_config::ResourceType;
 use underpass_interception::TABLE;
 use underpass_tests::{
-    APP, Mesh, Pki, Pod, Proxy, Settings, Suite, World, exchange, http_get, tool, until,
+    APP, Mesh, Pki, Pod, Proxy, ScriptedControlPlane, Settings, Suite, World, deny_port, exchange,
+    hbone_workload, http_get, response, tool, until,
 };
 
+/// istiod's port.
+const PORT: u16 = 15012;
 /// The default of `privileges.user`.
 const USER: u32 = 15008;
 /// The bits of NET_ADMIN and SYS_ADMIN (include/uapi/linux/capability.h).
@@ -37,13 +41,15 @@ fn main() -> ExitCode {
         killed(Process::Proxy, Process::Broker, true)
     });
     suite.test("broker that ends kills a stopped proxy process", stopped_proxy_process);
+    suite.test("proxy process follows a control plane over sockets of the broker", control_plane);
     suite.test("privileges.broker off makes one process", one_process);
     suite.run()
 }
 
-/// A node with the pods `a` and `b`.
+/// A node with the pods `a` and `b`, and a link to `outside`.
 struct Scene {
     node: Pod,
+    outside: Pod,
     a: Pod,
     b: Pod,
     pki: Pki,
@@ -53,11 +59,12 @@ struct Scene {
 impl Scene {
     async fn new() -> Self {
         let mut world = World::new();
-        let node = world.pod("node").await;
+        let (mut node, mut outside) = (world.pod("node").await, world.pod("outside").await);
+        world.wire(&mut node, &mut outside).await;
         let (mut a, mut b) = (world.pod("a").await, world.pod("b").await);
         world.wire(&mut a, &mut b).await;
         let pki = Pki::new(world.folder());
-        let scene = Self { node, a, b, pki, world };
+        let scene = Self { node, outside, a, b, pki, world };
         fs::create_dir_all(scene.folder()).expect("a folder");
         for pod in [&scene.a, &scene.b] {
             scene.write(pod);
@@ -80,12 +87,16 @@ impl Scene {
         fs::write(self.folder().join(format!("{name}.yaml")), text).expect("a file");
     }
 
-    /// Starts the daemon, and waits until it serves both pods.
+    /// Starts the daemon with a mesh file, and waits until it serves both pods.
     async fn daemon(&self, assignments: &[&str]) -> Proxy {
         let mesh = Mesh::default().hbone(&self.a).hbone(&self.b).write(&self.node, "mesh");
+        self.daemon_with(&format!("mesh: {{file: {mesh:?}}}"), assignments).await
+    }
+
+    async fn daemon_with(&self, mesh: &str, assignments: &[&str]) -> Proxy {
         let source = format!("directory: {:?}", self.folder());
         let identity = format!("identity: {{local_ca: {:?}}}", self.pki.dir());
-        let settings = Settings::node("node", &source).section(&identity).mesh(&mesh);
+        let settings = Settings::node("node", &source).section(&identity).section(mesh);
         let settings = settings.set("proxy.mtls=strict").set("proxy.workers=2");
         let settings = assignments.iter().fold(settings, |all, one| all.set(one));
         let mut daemon = self.node.proxy(&settings).await;
@@ -273,6 +284,21 @@ async fn stopped_proxy_process() {
 
 fn send(pid: u32, signal: Signal) {
     kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("a signal is sent");
+}
+
+async fn control_plane() {
+    let scene = Scene::new().await;
+    let plane = ScriptedControlPlane::start(&scene.outside, PORT, &scene.pki);
+    let workloads = [&scene.a, &scene.b].map(hbone_workload).into();
+    let (address, policy) = (ResourceType::Address, ResourceType::Authorization);
+    plane.set_first(&[response(address, workloads, &[]), response(policy, Vec::new(), &[])]);
+    let mut daemon = scene.daemon_with(&plane.settings(), &[]).await;
+    let proxy = child(&daemon).expect("a proxy process");
+    scene.carries_traffic().await;
+    plane.send(&response(policy, vec![deny_port("deny", APP)], &[]));
+    daemon.line(&["the change of the mesh is in force"]).await;
+    scene.a.dial_and_see_reset(scene.to_b()).await;
+    stopped(daemon, proxy).await;
 }
 
 async fn one_process() {

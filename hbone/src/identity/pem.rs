@@ -1,9 +1,10 @@
-//! Reads credentials in PEM. Errors name the file.
+//! Reads and writes credentials in PEM. Errors name the file.
 
 use std::fs;
 use std::path::Path;
 
-use rustls_pki_types::pem::{self, PemObject};
+use pem::{EncodeConfig, LineEnding, Pem};
+use rustls_pki_types::pem::{self as pki, PemObject};
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 
 use crate::error::{CredentialProblem, HboneError};
@@ -41,6 +42,21 @@ pub(crate) fn revocation_lists(
     sections(name, &bytes, REVOCATION_LIST)
 }
 
+/// The PEM form of certificates.
+pub(crate) fn of_certificates(certificates: &[CertificateDer<'_>]) -> String {
+    certificates.iter().map(|one| encode("CERTIFICATE", one)).collect()
+}
+
+/// The PEM form of a private key in PKCS#8.
+pub(crate) fn of_key(pkcs8: &[u8]) -> String {
+    encode("PRIVATE KEY", pkcs8)
+}
+
+fn encode(label: &str, der: &[u8]) -> String {
+    let config = EncodeConfig::new().set_line_ending(LineEnding::LF);
+    pem::encode_config(&Pem::new(label, der), config)
+}
+
 fn sections<T: PemObject>(
     name: &Path,
     pem: &[u8],
@@ -55,11 +71,11 @@ fn sections<T: PemObject>(
     Ok(found)
 }
 
-fn problem(name: &Path, error: &pem::Error, wanted: &'static str) -> HboneError {
+fn problem(name: &Path, error: &pki::Error, wanted: &'static str) -> HboneError {
     HboneError::credential(
         name,
         match error {
-            pem::Error::NoItemsFound => CredentialProblem::Empty(wanted),
+            pki::Error::NoItemsFound => CredentialProblem::Empty(wanted),
             other => CredentialProblem::Pem(other.to_string()),
         },
     )

@@ -3,7 +3,6 @@
 //! `rotation` publishes the certificates; the caller selects the source.
 
 mod files;
-mod issued;
 mod istio_ca;
 mod local_ca;
 mod spire;
@@ -11,17 +10,15 @@ mod spire;
 pub(crate) mod testing;
 
 use std::future::Future;
-use std::path::Path;
 use std::pin::Pin;
 
-use crate::clock;
-use crate::error::{CredentialProblem, HboneError};
+use crate::error::HboneError;
 use crate::identity::Identity;
+use crate::identity::identity_pem::IdentityPem;
 
 pub use self::files::FileSource;
-pub use self::issued::{CertificateIssuer, IssueFuture, IssuedSource};
 pub use self::istio_ca::{IstioCa, IstioCaSource};
-pub use self::local_ca::LocalCaSource;
+pub use self::local_ca::{LocalAuthority, LocalCaSource};
 pub use self::spire::{DelegatedIdentitySource, WorkloadApiSource};
 
 /// The result of [`IdentitySource::next`].
@@ -34,6 +31,15 @@ pub trait IdentitySource: Send {
     fn next(&mut self) -> NextIdentity<'_>;
 }
 
+/// The result of [`PemSource::next_pem`].
+pub type NextPem<'a> = Pin<Box<dyn Future<Output = Result<IdentityPem, HboneError>> + Send + 'a>>;
+
+/// A source of a workload's certificates for another process.
+pub trait PemSource: Send {
+    /// As [`IdentitySource::next`], with the same checks.
+    fn next_pem(&mut self) -> NextPem<'_>;
+}
+
 /// The urgency of a certificate request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
@@ -43,19 +49,4 @@ pub enum Priority {
     Warmup,
     /// The previous certificate is still valid.
     Background,
-}
-
-/// Checks that an identity is valid now and that its own roots verify it.
-fn valid_now(name: &Path, identity: Identity) -> Result<Identity, HboneError> {
-    let now = clock::now();
-    if identity.not_before() > now {
-        let what = CredentialProblem::NotYetValid(identity.not_before());
-        return Err(HboneError::credential(name, what));
-    }
-    if identity.expires() <= now {
-        let what = CredentialProblem::Expired(identity.expires());
-        return Err(HboneError::credential(name, what));
-    }
-    identity.verify(name, now)?;
-    Ok(identity)
 }

@@ -8,8 +8,8 @@ use crate::process::privileges::confine_auxiliary_thread;
 /// in sched(7)).
 const NICE: i32 = 10;
 
-/// Runs `work` on a new thread with low priority and without capabilities. Drops it if no thread can
-/// be started.
+/// Runs `work` on a new thread with low priority and without capabilities. Drops it if no thread
+/// can be started.
 pub fn run_in_background(work: Box<dyn FnOnce() + Send>) {
     let run = move || {
         if let Err(error) = confine_auxiliary_thread() {

@@ -1,7 +1,7 @@
 //! The user and group ids that exist in the process's user namespace (user_namespaces(7)).
 //!
-//! The kernel rejects other ids in ip rules, in the iptables owner match and in a change of user with
-//! only "invalid argument".
+//! The kernel rejects other ids in ip rules, in the iptables owner match and in a change of user
+//! with only "invalid argument".
 
 use std::fs;
 

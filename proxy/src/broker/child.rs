@@ -7,14 +7,16 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use underpass_config::{Broker, IdentitySettings, Settings};
+use underpass_config::{Broker, Settings};
 use underpass_interception::{ProxyUser, SeqPacket};
 
+use crate::broker::identities::IdentityFeeds;
 use crate::broker::link::{self, Receiver, Sender};
 use crate::broker::message::ToProxy;
 use crate::broker::recorder;
 use crate::broker::remote::RemoteDataPlane;
 use crate::broker::requests::RequestServer;
+use crate::pods::kubernetes;
 use crate::process::command_error::CommandError;
 use crate::process::supervise::{Supervisor, Task};
 use crate::traffic::listeners::{EndpointKind, Listeners};
@@ -43,15 +45,13 @@ pub(crate) fn user(settings: &Settings) -> Option<ProxyUser> {
     if settings.privileges.broker == Broker::Off {
         return None;
     }
-    if settings.xds.is_some() {
-        let hint = "use mesh.file where the broker matters more";
-        tracing::warn!(hint, "no broker with mesh.xds: one process has all privileges");
-        return None;
-    }
-    if matches!(&settings.identity, Some(IdentitySettings::Spire(_))) {
-        // The admin socket has the identities of all workloads of the node.
-        let hint = "use identity.local_ca or identity.istio_ca where the broker matters more";
-        tracing::warn!(hint, "no broker with identity.spire: one process has all privileges");
+    if settings.xds.is_some() && kubernetes::facts_are_in_mesh(settings) {
+        // The broker must not get them from the proxy process, and is no client of a control plane.
+        let hint = "set node.kubernetes, or use mesh.file instead of mesh.xds";
+        tracing::warn!(
+            hint,
+            "no broker with mesh.xds and node.pods.cni without Kubernetes: one process has all privileges"
+        );
         return None;
     }
     match user.check_separation() {
@@ -95,7 +95,8 @@ impl ProxyProcess {
         tracing::info!(pid = child.id(), user = user.uid, "started the proxy process");
         let installed = recorder::install(sender.clone());
         installed.map_err(|error| CommandError::Start(std::io::Error::other(error.to_string())))?;
-        let data_plane = RemoteDataPlane::new(sender);
+        let identities = IdentityFeeds::new(settings, &sender);
+        let data_plane = RemoteDataPlane::new(sender, identities);
         Ok(Self { child, data_plane, receiver: Some(receiver), broken, tasks: vec![writing] })
     }
 

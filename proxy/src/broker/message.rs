@@ -1,11 +1,15 @@
 //! The messages between the broker and the proxy process, one JSON value for each message.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use underpass_config::SpiffeError;
+use underpass_hbone::{HboneError, Identity, IdentityPem};
 use underpass_interception::{Family, SocketKind, SocketRole};
 
 use crate::admin::endpoints::SourceReport;
@@ -39,6 +43,10 @@ pub(crate) enum ToProxy {
     Command { number: u64, command: Command },
     /// The answer to a request. Attached: its sockets.
     Answer { number: u64, answer: Result<Answer, Refusal> },
+    /// A certificate of the identity of served pods.
+    Certificate(Certificate),
+    /// No pod with this SPIFFE ID is served any longer.
+    DropCertificate { identity: String },
     /// The interception settings of a pod have changed.
     Interception { pod: PodKey, interception: String },
     /// The self-test has ended: all connections are served.
@@ -61,6 +69,12 @@ pub(crate) enum ToProxy {
 pub(crate) enum Command {
     /// Serve a pod. Attached: its listeners, in this order, and a socket to look up its addresses.
     Serve(PodToStart),
+    /// Answered by [`Outcome::OtherWorkload`] for the pod with this namespace and name.
+    FindOtherWorkload {
+        namespace: String,
+        name: String,
+        addresses: Vec<IpAddr>,
+    },
     /// Connections to `destination` are those of the self-test.
     Expect {
         pod: PodKey,
@@ -116,10 +130,12 @@ pub(crate) enum ToBroker {
 }
 
 /// The outcome of a command that was performed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) enum Outcome {
     Done,
+    /// An address that the mesh gives to another workload, and that workload.
+    OtherWorkload(Option<(IpAddr, String)>),
     /// The number of connections that a drain has terminated.
     Terminated(usize),
 }
@@ -130,8 +146,6 @@ pub(crate) enum Outcome {
 pub(crate) enum Request {
     /// Sockets to connect with.
     Sockets { of: SocketsOf, kind: WireKind, count: usize },
-    /// A certificate of the pod's identity and its key, from the local CA.
-    Certificate { pod: PodKey },
     /// The status of pods, without the first ones.
     Pods { skip: usize },
 }
@@ -160,12 +174,6 @@ pub(crate) struct WireKind {
 pub(crate) enum Answer {
     /// The sockets are attached.
     Sockets,
-    /// A certificate chain, its key, and the trusted roots, in PEM.
-    Certificate {
-        chain: String,
-        key: String,
-        roots: String,
-    },
     Pods {
         pods: Vec<PodLine>,
         more: bool,
@@ -199,11 +207,27 @@ pub(crate) enum Refusal {
     SocketCount(usize),
     #[error("the settings need no connections of the node itself")]
     SocketsOfNode,
-    #[error("the settings have no local CA")]
-    NoAuthority,
     /// The request is allowed, and the operation failed.
     #[error("{0}")]
     Failed(String),
+}
+
+/// A certificate chain, its key, and the roots by trust domain, in PEM.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Certificate {
+    chain: String,
+    key: String,
+    bundles: BTreeMap<String, String>,
+}
+
+/// Why a certificate of the broker is not usable.
+#[derive(Debug, Error)]
+pub(crate) enum CertificateError {
+    #[error("the name of a trust domain is malformed")]
+    TrustDomain(#[from] SpiffeError),
+    #[error(transparent)]
+    Identity(#[from] HboneError),
 }
 
 /// A change of a metric.
@@ -243,9 +267,33 @@ impl Refusal {
             Self::UnknownPod => "unknown_pod",
             Self::SocketCount(_) => "socket_count",
             Self::SocketsOfNode => "sockets_of_node",
-            Self::NoAuthority => "no_authority",
             Self::Failed(_) => return None,
         })
+    }
+}
+
+/// Without the key.
+impl fmt::Debug for Certificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Certificate").field("chain", &self.chain).finish_non_exhaustive()
+    }
+}
+
+impl From<IdentityPem> for Certificate {
+    fn from(IdentityPem { chain, key, bundles }: IdentityPem) -> Self {
+        let bundles = bundles.into_iter().map(|(domain, roots)| (domain.to_string(), roots));
+        Self { chain, key, bundles: bundles.collect() }
+    }
+}
+
+impl TryFrom<Certificate> for Identity {
+    type Error = CertificateError;
+
+    fn try_from(Certificate { chain, key, bundles }: Certificate) -> Result<Self, Self::Error> {
+        let parse = |(domain, roots): (String, String)| Ok((domain.parse()?, roots));
+        let bundles = bundles.into_iter().map(parse).collect::<Result<_, SpiffeError>>();
+        let pem = IdentityPem { chain, key, bundles: bundles? };
+        Ok(pem.identity(Path::new("the broker's certificate"))?)
     }
 }
 

@@ -4,21 +4,23 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
-use underpass_config::{FileWatcher, IdentitySettings, Settings};
-use underpass_hbone::{CertificateIssuer, log_panic};
+use underpass_config::{FileWatcher, Settings};
+use underpass_hbone::log_panic;
 use underpass_interception::{
     BoundListener, Inotify, Message as Received, NamespaceAccess, ProxyUser, SeqPacket,
     raise_open_files,
 };
 
-use crate::broker::issuer::BrokerIssuer;
 use crate::broker::link::{self, Receiver};
 use crate::broker::message::{
-    Answer, MAX_MESSAGE, Message as _, Request, SocketsOf, ToBroker, ToProxy,
+    Answer, Certificate, CertificateError, MAX_MESSAGE, Message as _, Request, SocketsOf, ToBroker,
+    ToProxy,
 };
 use crate::broker::operations::{BrokerOperations, Requests};
 use crate::broker::reported;
 use crate::broker::served::{CommandServer, ServedKeys};
+use crate::error::chain;
+use crate::node::received_identities::ReceivedIdentities;
 use crate::process::app::run_until_failure;
 use crate::process::command_error::CommandError;
 use crate::process::node_proxy::{LoadedNode, RunningNode};
@@ -80,67 +82,110 @@ async fn live(start: Start, supervisor: Supervisor) -> Result<(), CommandError> 
     let Start { settings, endpoints, socket } = start;
     let settings = Arc::new(settings);
     let (sender, receiver, writer) = link::open(socket).map_err(CommandError::Start)?;
-    let (requests, pods) = (Requests::new(sender), Arc::<ServedKeys>::default());
+    let (requests, identities) = (Requests::new(sender), Arc::<ReceivedIdentities>::default());
+    let broker = Broker { receiver, requests: requests.clone(), identities: identities.clone() };
     let operations = BrokerOperations::new(requests.clone(), SocketsOf::Node, None);
     let access = NamespaceAccess::through(Arc::new(operations));
-    let authority = issuer(&settings, &requests, &pods);
     let watcher = FileWatcher::new(Inotify::open);
-    let node = LoadedNode::load(&settings, &access, authority, &watcher, &supervisor)?;
-    let node = node.serve(endpoints, &supervisor).await?;
-    report_pods(&node, &requests, &pods);
-    let data_plane = node.data_plane().clone();
-    let server = CommandServer { data_plane, settings, requests: requests.clone(), pods };
-    requests.sender().post(&ToBroker::Ready).map_err(|_| CommandError::BrokerEnded)?;
+    let node = LoadedNode::load(&settings, &access, Some(identities), &watcher, &supervisor)?;
+    let serving = async {
+        let node = tokio::select! {
+            node = node.serve(endpoints, &supervisor) => node?,
+            error = broker.before_pods() => return Err(error),
+        };
+        let pods = Arc::<ServedKeys>::default();
+        report_pods(&node, &requests, &pods);
+        requests.sender().post(&ToBroker::Ready).map_err(|_| CommandError::BrokerEnded)?;
+        let data_plane = node.data_plane().clone();
+        let server = CommandServer { data_plane, settings, requests, pods };
+        broker.obey(&server, &node).await?;
+        node.end().await;
+        Ok(())
+    };
     tokio::select! {
-        outcome = obey(&receiver, &server, &node) => outcome?,
-        () = writer.run() => return Err(CommandError::BrokerEnded),
+        outcome = serving => outcome,
+        () = writer.run() => Err(CommandError::BrokerEnded),
     }
-    node.end().await;
-    Ok(())
 }
 
-/// Obeys the broker until it ends this process.
-async fn obey(
-    receiver: &Receiver,
-    server: &CommandServer,
-    node: &RunningNode,
-) -> Result<(), CommandError> {
-    let malformed = || CommandError::Start(io::ErrorKind::InvalidData.into());
-    loop {
-        let message = receiver.next().await.map_err(CommandError::Start)?;
-        let Some(Received { bytes, descriptors }) = message else {
-            return Err(CommandError::BrokerEnded);
-        };
-        let message = ToProxy::decode(&bytes).ok_or_else(malformed)?;
+/// The messages of the broker.
+struct Broker {
+    receiver: Receiver,
+    requests: Requests,
+    identities: Arc<ReceivedIdentities>,
+}
+
+impl Broker {
+    /// Processes messages until the broker ends or sends a command. Cancel-safe.
+    async fn before_pods(&self) -> CommandError {
+        loop {
+            let received =
+                self.next().await.map(|(message, attached)| self.apply(message, attached));
+            match received {
+                Ok(None) => {}
+                Ok(Some(_)) => return malformed(),
+                Err(error) => return error,
+            }
+        }
+    }
+
+    /// Obeys the broker until it ends this process.
+    async fn obey(&self, server: &CommandServer, node: &RunningNode) -> Result<(), CommandError> {
+        loop {
+            let (message, attached) = self.next().await?;
+            let Some((message, attached)) = self.apply(message, attached) else { continue };
+            match message {
+                ToProxy::Command { number, command } => {
+                    let performing = server.clone().perform(number, command, attached);
+                    tokio::spawn(log_panic("command of the broker", performing));
+                }
+                ToProxy::Interception { pod, interception } => server.follow(&pod, &interception),
+                ToProxy::EndTest { pod } => server.end_test(&pod),
+                ToProxy::Source(report) => node.readiness().source_reports(report),
+                ToProxy::Serving => node.readiness().ready(),
+                ToProxy::Draining => node.drain(),
+                ToProxy::End => return Ok(()),
+                _ => return Err(malformed()),
+            }
+        }
+    }
+
+    async fn next(&self) -> Result<(ToProxy, Vec<OwnedFd>), CommandError> {
+        let message = self.receiver.next().await.map_err(CommandError::Broker)?;
+        let Received { bytes, descriptors } = message.ok_or(CommandError::BrokerEnded)?;
+        Ok((ToProxy::decode(&bytes).ok_or_else(malformed)?, descriptors))
+    }
+
+    /// Processes a message that may arrive at any time. Returns another one.
+    fn apply(&self, message: ToProxy, attached: Vec<OwnedFd>) -> Option<(ToProxy, Vec<OwnedFd>)> {
         match message {
-            ToProxy::Command { number, command } => {
-                let performing = server.clone().perform(number, command, descriptors);
-                tokio::spawn(log_panic("command of the broker", performing));
-            }
             ToProxy::Answer { number, answer } => {
-                server.requests.answered(number, (answer, descriptors));
+                self.requests.answered(number, (answer, attached))
             }
-            ToProxy::Interception { pod, interception } => server.follow(&pod, &interception),
-            ToProxy::EndTest { pod } => server.end_test(&pod),
+            ToProxy::Certificate(certificate) => self.receive(certificate),
+            ToProxy::DropCertificate { identity } => {
+                if let Ok(id) = identity.parse() {
+                    self.identities.forget(&id);
+                }
+            }
             ToProxy::Metric(metric) => reported::apply(metric),
-            ToProxy::Source(report) => node.readiness().source_reports(report),
-            ToProxy::Serving => node.readiness().ready(),
-            ToProxy::Draining => node.drain(),
-            ToProxy::End => return Ok(()),
-            ToProxy::Start { .. } => return Err(malformed()),
+            other => return Some((other, attached)),
+        }
+        None
+    }
+
+    fn receive(&self, certificate: Certificate) {
+        match certificate.try_into() {
+            Ok(identity) => self.identities.receive(identity),
+            Err::<_, CertificateError>(error) => {
+                tracing::error!(error = chain(&error), "cannot use a certificate of the broker");
+            }
         }
     }
 }
 
-/// The issuer of certificates, if the broker has a local CA.
-fn issuer(
-    settings: &Settings,
-    requests: &Requests,
-    pods: &Arc<ServedKeys>,
-) -> Option<Arc<dyn CertificateIssuer>> {
-    let Some(IdentitySettings::LocalCa(ca)) = &settings.identity else { return None };
-    let (requests, pods) = (requests.clone(), pods.clone());
-    Some(Arc::new(BrokerIssuer { requests, pods, name: ca.dir.display().to_string() }))
+fn malformed() -> CommandError {
+    CommandError::Broker(io::ErrorKind::InvalidData.into())
 }
 
 /// Answers `/healthz/pods` with the status that the broker knows, and the states of certificates.

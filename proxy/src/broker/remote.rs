@@ -1,7 +1,7 @@
 //! The data plane in the proxy process, as the broker sees it.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,9 +11,10 @@ use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
-use underpass_config::{InterceptionSettings, PodUid, Quoted, Settings, SpiffeId};
+use underpass_config::{InterceptionSettings, PodUid, Quoted, Settings, WorkloadSettings};
 use underpass_interception::{NamespaceAccess, Sockets};
 
+use crate::broker::identities::{IdentityFeed, IdentityFeeds};
 use crate::broker::link::{LinkError, Pending, Sender};
 use crate::broker::message::{Command, Outcome, PodKey, PodToStart, ToProxy};
 use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
@@ -37,6 +38,8 @@ struct Shared {
     /// By enrolment: the self-tests that run.
     arrivals: Mutex<HashMap<u64, mpsc::UnboundedSender<()>>>,
     next: AtomicU64,
+    /// `None` if the proxy process gets certificates itself.
+    identities: Option<IdentityFeeds>,
 }
 
 /// The broker's knowledge of a pod that the proxy process serves.
@@ -45,7 +48,8 @@ pub(crate) struct RemoteState {
     key: PodKey,
     pub(crate) access: NamespaceAccess,
     pub(crate) sockets: Sockets,
-    pub(crate) identity: SpiffeId,
+    /// Sends the pod's certificates while the pod is served.
+    _identity: Option<Arc<IdentityFeed>>,
 }
 
 impl DataPlane for RemoteDataPlane {
@@ -53,12 +57,29 @@ impl DataPlane for RemoteDataPlane {
         let this = self.clone();
         Box::pin(async move { this.open(pod).await })
     }
+
+    fn other_workload(
+        &self,
+        pod: &WorkloadSettings,
+        addresses: Vec<IpAddr>,
+    ) -> BoxFuture<'static, Result<Option<(IpAddr, String)>, PodError>> {
+        let (shared, namespace, name) = (self.0.clone(), pod.namespace.clone(), pod.name.clone());
+        let command = Command::FindOtherWorkload { namespace, name, addresses };
+        Box::pin(async move {
+            match shared.command(command, Vec::new(), COMMAND_TIMEOUT).await? {
+                Outcome::OtherWorkload(other) => {
+                    Ok(other.map(|(address, other)| (address, Quoted::new(other).to_string())))
+                }
+                _ => Err(PodError::ProxyProcess("it sent another outcome".to_owned())),
+            }
+        })
+    }
 }
 
 impl RemoteDataPlane {
-    pub(crate) fn new(sender: Sender<ToProxy>) -> Self {
+    pub(crate) fn new(sender: Sender<ToProxy>, identities: Option<IdentityFeeds>) -> Self {
         let (commands, pods, arrivals, next) = Default::default();
-        Self(Arc::new(Shared { sender, commands, pods, arrivals, next }))
+        Self(Arc::new(Shared { sender, commands, pods, arrivals, next, identities }))
     }
 
     pub(crate) fn sender(&self) -> &Sender<ToProxy> {
@@ -97,9 +118,10 @@ impl RemoteDataPlane {
             interception: settings.interception_text(),
             listeners: names,
         });
-        let identity = settings.workload.spiffe_id.clone();
-        let state =
-            RemoteState { key: key.clone(), access, sockets: pod_sockets(&settings), identity };
+        let identities = self.0.identities.as_ref();
+        let _identity = identities.map(|feeds| feeds.feed(&settings.workload.spiffe_id));
+        let sockets = pod_sockets(&settings);
+        let state = RemoteState { key: key.clone(), access, sockets, _identity };
         // Before the command: the proxy process may request sockets at once.
         self.0.pods().insert(key.enrolment, Arc::new(state));
         let following = follow(self.0.sender.clone(), key.clone(), settings, interception);
@@ -210,7 +232,7 @@ impl ServedPod for RemotePod {
             let command = Command::Drain { pod: self.key.clone(), deadline };
             match self.obey(command, deadline.saturating_add(COMMAND_TIMEOUT)).await {
                 Some(Outcome::Terminated(connections)) => connections,
-                Some(Outcome::Done) | None => 0,
+                _ => 0,
             }
         })
     }

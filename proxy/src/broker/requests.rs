@@ -1,7 +1,7 @@
 //! Receives the messages of the proxy process in the broker, and performs what it may request.
 //!
 //! Everything in these messages may be hostile. A pod counts as known only while the proxy process
-//! serves it. The broker alone decides the namespace, the marks and the identity in an answer.
+//! serves it. The broker alone decides the namespace and the marks in an answer.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -9,16 +9,16 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
-use underpass_config::{IdentitySettings, LocalCaSettings, Quoted, Settings};
-use underpass_hbone::{CertificateAuthority, HboneError, LogLimit, log_panic};
+use underpass_config::{IdentitySettings, Quoted, Settings};
+use underpass_hbone::{LogLimit, log_panic};
 use underpass_interception::{
     InterceptionError, Message as Received, NamespaceAccess, SocketKind, Sockets,
 };
 
 use crate::broker::link::{LinkError, Receiver};
 use crate::broker::message::{
-    Answer, MAX_SOCKETS, Message as _, PodKey, PodLine, Refusal, Request, SocketsOf, ToBroker,
-    ToProxy, WireKind,
+    Answer, MAX_SOCKETS, Message as _, PodLine, Refusal, Request, SocketsOf, ToBroker, ToProxy,
+    WireKind,
 };
 use crate::broker::remote::RemoteDataPlane;
 use crate::node::pod::pod_sockets;
@@ -55,9 +55,8 @@ pub(crate) struct RequestServer {
 struct Context {
     data_plane: RemoteDataPlane,
     registry: PodRegistry,
-    /// The sockets of the node itself, if it connects to a CA.
+    /// The sockets of the node itself, if it connects to a CA or to a control plane.
     node: Option<(NamespaceAccess, Sockets)>,
-    authority: Option<LocalCaSettings>,
 }
 
 impl RequestServer {
@@ -67,12 +66,10 @@ impl RequestServer {
         settings: &Settings,
         access: NamespaceAccess,
     ) -> Self {
-        let (node, authority) = match &settings.identity {
-            Some(IdentitySettings::IstioCa(_)) => (Some((access, pod_sockets(settings))), None),
-            Some(IdentitySettings::LocalCa(ca)) => (None, Some(ca.clone())),
-            Some(IdentitySettings::Files(_) | IdentitySettings::Spire(_)) | None => (None, None),
-        };
-        let context = Context { data_plane: data_plane.clone(), registry, node, authority };
+        let connects = settings.xds.is_some()
+            || matches!(&settings.identity, Some(IdentitySettings::IstioCa(_)));
+        let node = connects.then(|| (access, pod_sockets(settings)));
+        let context = Context { data_plane: data_plane.clone(), registry, node };
         Self { data_plane, context: Arc::new(context), ready: watch::Sender::default() }
     }
 
@@ -220,7 +217,6 @@ impl Context {
                 let sockets = self.sockets(&of, kind, count).await?;
                 Ok((Answer::Sockets, sockets))
             }
-            Request::Certificate { pod } => Ok((self.certificate(&pod)?, Vec::new())),
             Request::Pods { skip } => Ok((self.pods(skip), Vec::new())),
         }
     }
@@ -247,18 +243,6 @@ impl Context {
         };
         let failed = |error: InterceptionError| Refusal::Failed(crate::error::chain(&error));
         Ok(opened.map_err(failed)?.into_iter().map(OwnedFd::from).collect())
-    }
-
-    /// A new certificate of the pod's identity. The key is generated here, so that this process,
-    /// which has the authority's key, parses nothing of the proxy process' making.
-    fn certificate(&self, pod: &PodKey) -> Result<Answer, Refusal> {
-        let ca = self.authority.as_ref().ok_or(Refusal::NoAuthority)?;
-        let pod = self.data_plane.pod(pod).ok_or(Refusal::UnknownPod)?;
-        let failed = |error: HboneError| Refusal::Failed(crate::error::chain(&error));
-        let authority = CertificateAuthority::open(&ca.dir).map_err(failed)?;
-        let issued = authority.issue(&pod.identity, ca.ttl).map_err(failed)?;
-        let (chain, key) = (issued.chain_pem, issued.key_pem);
-        Ok(Answer::Certificate { chain, key, roots: authority.roots_pem().to_owned() })
     }
 
     fn pods(&self, skip: usize) -> Answer {

@@ -1,13 +1,13 @@
 //! The pods that the proxy process serves by command of the broker.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use underpass_config::{Hint as _, InterceptionSettings, Settings, SpiffeId};
+use underpass_config::{Hint as _, InterceptionSettings, Settings, WorkloadSettings};
 use underpass_hbone::log_panic;
 use underpass_interception::{BoundListener, LocalAddresses, NamespaceAccess};
 
@@ -28,7 +28,6 @@ pub(super) struct ServedKeys(Mutex<HashMap<u64, Entry>>);
 #[derive(Debug)]
 struct Entry {
     key: PodKey,
-    settings: Arc<Settings>,
     interception: watch::Sender<InterceptionSettings>,
     /// `None` until it is served.
     served: Option<Served>,
@@ -42,14 +41,6 @@ struct Served {
 }
 
 impl ServedKeys {
-    /// A pod with this identity.
-    pub(super) fn with_identity(&self, id: &SpiffeId) -> Option<PodKey> {
-        let entries = self.entries();
-        let mut entries = entries.values();
-        let entry = entries.find(|entry| entry.settings.workload.spiffe_id == *id);
-        entry.map(|entry| entry.key.clone())
-    }
-
     /// The status of a pod, completed by the state of its certificate.
     pub(super) fn complete(&self, PodLine { uid, text, serving }: PodLine) -> String {
         let entries = self.entries();
@@ -89,6 +80,9 @@ impl CommandServer {
     pub(super) async fn perform(self, number: u64, command: Command, attached: Vec<OwnedFd>) {
         let outcome = match command {
             Command::Serve(pod) => self.serve(pod, attached).await.map(|()| Outcome::Done),
+            Command::FindOtherWorkload { namespace, name, addresses } => {
+                self.find_other_workload(namespace, name, addresses).await
+            }
             Command::Expect { pod, destination } => self.expect(pod, destination).await,
             Command::StopAccepting { pod } => self.stop_accepting(&pod).await,
             Command::Drain { pod, deadline } => self.drain(&pod, deadline).await,
@@ -119,13 +113,8 @@ impl CommandServer {
         let operations = BrokerOperations::new(self.requests.clone(), of, Some(local));
         let access = NamespaceAccess::through(Arc::new(operations));
         let (sender, interception) = watch::channel(settings.interception.clone());
-        let entry = Entry {
-            key: key.clone(),
-            settings: settings.clone(),
-            interception: sender,
-            served: None,
-        };
-        // Before it is served: its certificate is requested for this pod.
+        let entry = Entry { key: key.clone(), interception: sender, served: None };
+        // Before it is served: changed settings may arrive meanwhile.
         self.pods.entries().insert(key.enrolment, entry);
         let pod = PodToServe { uid: None, settings, interception, access, listeners };
         match self.data_plane.serve(pod).await {
@@ -143,6 +132,17 @@ impl CommandServer {
                 Err(chain(&error))
             }
         }
+    }
+
+    async fn find_other_workload(
+        &self,
+        namespace: String,
+        name: String,
+        addresses: Vec<IpAddr>,
+    ) -> Result<Outcome, String> {
+        let pod = WorkloadSettings { namespace, name, ..self.settings.workload.clone() };
+        let found = self.data_plane.other_workload(&pod, addresses).await;
+        found.map(Outcome::OtherWorkload).map_err(|error| chain(&error))
     }
 
     async fn expect(&self, pod: PodKey, destination: SocketAddr) -> Result<Outcome, String> {

@@ -14,6 +14,7 @@ use underpass_config::{PodUid, Settings, Sources};
 use underpass_hbone::{CertificateAuthority, Identity};
 use underpass_interception::{NamespaceAccess, SeqPacket};
 
+use crate::broker::identities::IdentityFeeds;
 use crate::broker::link;
 use crate::broker::message::{
     Answer, Command, MAX_MESSAGE, MAX_SOCKETS, Message as _, Outcome, PodKey, Refusal, Request,
@@ -43,7 +44,8 @@ impl Scene {
         let (ours, theirs) = SeqPacket::pair().unwrap();
         let (sender, receiver, writer) = link::open(ours).unwrap();
         tokio::spawn(writer.run());
-        let data_plane = RemoteDataPlane::new(sender);
+        let identities = IdentityFeeds::new(settings, &sender);
+        let data_plane = RemoteDataPlane::new(sender, identities);
         let registry = FakeEnroller::default().registry();
         let access = NamespaceAccess::current().unwrap();
         let server = RequestServer::new(data_plane.clone(), registry.clone(), settings, access);
@@ -102,9 +104,10 @@ fn pod() -> PodToServe {
     PodToServe { uid: None, settings, interception, access, listeners: Listeners::testing() }
 }
 
-/// The settings of a node with this identity.
-fn node(identity: &str) -> Settings {
-    let flags = ["node.pods.directory=/pods", identity].map(str::to_owned).to_vec();
+/// The settings of a node.
+fn node(assignments: &[&str]) -> Settings {
+    let flags = ["node.pods.directory=/pods"].iter().chain(assignments);
+    let flags = flags.map(|&flag| flag.to_owned()).collect();
     Sources { file: None, environment: Vec::new(), flags }.load().unwrap()
 }
 
@@ -118,7 +121,7 @@ impl LocalCa {
     }
 
     fn node(&self) -> Settings {
-        node(&format!("identity.local_ca={}", self.0.display()))
+        node(&[&format!("identity.local_ca={}", self.0.display())])
     }
 }
 
@@ -143,59 +146,68 @@ fn facts(uid: PodUid) -> PodFacts {
     }
 }
 
+fn of_node(workload: bool) -> Request {
+    Request::Sockets { of: SocketsOf::Node, kind: WireKind { workload, ..KIND }, count: 1 }
+}
+
 fn sockets(pod: &PodKey, count: usize) -> Request {
     Request::Sockets { of: SocketsOf::Pod(pod.clone()), kind: KIND, count }
 }
 
 #[tokio::test]
-async fn served_pod_gets_its_sockets_and_a_certificate_of_its_own_identity() {
-    let ca = LocalCa::new("served");
-    let scene = Scene::new(&ca.node());
+async fn served_pod_gets_its_sockets() {
+    let scene = Scene::new(&settings(&[]));
     let (_served, key) = scene.serve().await;
     for count in [1, MAX_SOCKETS] {
         assert_eq!(scene.request(sockets(&key, count)).await, (Ok(Answer::Sockets), count));
     }
-    let (answer, _) = scene.request(Request::Certificate { pod: key }).await;
-    let Ok(Answer::Certificate { chain, key, roots }) = answer else { panic!("{answer:?}") };
-    let [chain, key, roots] = [&chain, &key, &roots].map(|pem| pem.as_bytes());
-    let identity = Identity::from_pem(chain, key, roots).unwrap();
+}
+
+#[tokio::test]
+async fn identity_of_served_pods_is_sent_once_and_dropped_with_the_last_pod() {
+    let ca = LocalCa::new("served");
+    let scene = Scene::new(&ca.node());
+    let (one, _) = scene.serve().await;
+    let ToProxy::Certificate(certificate) = scene.next().await.0 else { panic!("no certificate") };
+    let identity = Identity::try_from(certificate).unwrap();
     let own = settings(&["interception.profile=none"]).workload.spiffe_id;
     assert_eq!(identity.spiffe_id(), &own);
+    let (other, _) = scene.serve().await;
+    drop(one);
+    let (message, _) = scene.next().await;
+    assert!(matches!(message, ToProxy::Command { command: Command::Close { .. }, .. }));
+    drop(other);
+    assert_eq!(scene.next().await.0, ToProxy::DropCertificate { identity: own.to_string() });
 }
 
 #[tokio::test]
 async fn refuses_requests_beyond_the_served_pods() {
-    let ca = LocalCa::new("refused");
-    let scene = Scene::new(&ca.node());
+    let scene = Scene::new(&settings(&[]));
     let (served, key) = scene.serve().await;
     let of_other = |key: PodKey| PodKey { uid: "another-pod".to_owned(), ..key };
     let later = |key: PodKey| PodKey { enrolment: key.enrolment + 1, ..key };
     for unknown in [of_other(key.clone()), later(key.clone())] {
         assert_eq!(scene.refusal(sockets(&unknown, 1)).await, Refusal::UnknownPod);
-        let certificate = Request::Certificate { pod: unknown };
-        assert_eq!(scene.refusal(certificate).await, Refusal::UnknownPod, "another identity");
     }
     for count in [0, MAX_SOCKETS + 1, usize::MAX] {
         assert_eq!(scene.refusal(sockets(&key, count)).await, Refusal::SocketCount(count));
     }
     for workload in [false, true] {
-        let kind = WireKind { workload, ..KIND };
-        let of_node = Request::Sockets { of: SocketsOf::Node, kind, count: 1 };
-        assert_eq!(scene.refusal(of_node).await, Refusal::SocketsOfNode);
+        assert_eq!(scene.refusal(of_node(workload)).await, Refusal::SocketsOfNode);
     }
     drop(served);
     let (message, _) = scene.next().await;
     assert!(matches!(message, ToProxy::Command { command: Command::Close { .. }, .. }));
     assert_eq!(scene.refusal(sockets(&key, 1)).await, Refusal::UnknownPod, "it is closed");
-    assert_eq!(scene.refusal(Request::Certificate { pod: key }).await, Refusal::UnknownPod);
 }
 
 #[tokio::test]
-async fn refuses_certificates_without_local_ca() {
-    let files = settings(&["interception.profile=none"]);
-    let scene = Scene::new(&files);
-    let (_served, key) = scene.serve().await;
-    assert_eq!(scene.refusal(Request::Certificate { pod: key }).await, Refusal::NoAuthority);
+async fn node_with_control_plane_gets_its_own_sockets_but_none_for_workloads() {
+    let xds = ["address=https://istiod:15012", "roots=/roots.pem"];
+    let xds = xds.map(|one| format!("mesh.xds.{one}"));
+    let scene = Scene::new(&node(&[&xds[0], &xds[1]]));
+    assert_eq!(scene.request(of_node(false)).await, (Ok(Answer::Sockets), 1));
+    assert_eq!(scene.refusal(of_node(true)).await, Refusal::SocketsOfNode);
 }
 
 #[tokio::test]
@@ -233,6 +245,26 @@ async fn silent_proxy_process_fails_the_attempt_to_serve_a_pod() {
     let error = scene.data_plane.serve(pod()).await.unwrap_err();
     assert!(matches!(error, PodError::ProxyProcess(_)), "{error}");
     assert_eq!(began.elapsed(), Duration::from_secs(10));
+}
+
+#[tokio::test]
+async fn address_of_other_workload_is_found_in_the_mesh_of_the_proxy_process() {
+    let scene = Scene::new(&settings(&[]));
+    let (pod, address) = (settings(&[]).workload, "192.0.2.7".parse().unwrap());
+    let finding = scene.data_plane.other_workload(&pod, vec![address]);
+    let answer = async {
+        let ToProxy::Command { number, command } = scene.next().await.0 else {
+            panic!("no command")
+        };
+        let (namespace, name) = (pod.namespace.clone(), pod.name.clone());
+        let expected = Command::FindOtherWorkload { namespace, name, addresses: vec![address] };
+        assert_eq!(command, expected);
+        let other = Outcome::OtherWorkload(Some((address, "shop/\u{1b}web".to_owned())));
+        scene.send(&ToBroker::Done { number, outcome: Ok(other) }).await;
+    };
+    let (found, ()) = tokio::join!(finding, answer);
+    let (found, other) = found.unwrap().unwrap();
+    assert!(found == address && !other.contains('\u{1b}'), "{other:?} is for the log");
 }
 
 #[tokio::test]
@@ -291,7 +323,7 @@ proptest! {
         let request = |request| ToBroker::Request { number: 1, request }.encode();
         let message = match which {
             0 => request(sockets(&pod, usize::MAX)),
-            1 => request(Request::Certificate { pod }),
+            1 => request(Request::Pods { skip: usize::MAX }),
             2 => ToBroker::Done { number: 0, outcome: Err("\u{0}".to_owned()) }.encode(),
             _ => ToProxy::Answer { number: 3, answer: Err(Refusal::SocketCount(9)) }.encode(),
         };

@@ -13,7 +13,7 @@ use underpass_config::{
 };
 use underpass_hbone::{
     ControlPlaneClient, Credentials, Dial, FileSource, HboneError, Identity, IstioCa,
-    LocalCaSource, Trust,
+    LocalAuthority, Trust,
 };
 use underpass_interception::Ports;
 
@@ -197,7 +197,7 @@ impl Check {
         match &settings.identity {
             Some(IdentitySettings::Files(files)) => FileSource::check(files).map(Some),
             Some(IdentitySettings::LocalCa(ca)) => {
-                LocalCaSource::new(ca.clone(), workload.clone()).issue().map(Some)
+                LocalAuthority::new(ca.clone()).issue(workload).map(Some)
             }
             Some(IdentitySettings::IstioCa(ca)) => IstioCa::new(ca.clone(), NoDialer).map(|_| None),
             Some(IdentitySettings::Spire(spire)) => {

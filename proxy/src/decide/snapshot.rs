@@ -31,6 +31,26 @@ impl Snapshot {
         same_name.min_by_key(|workload| *workload.network != *pod.network)
     }
 
+    /// An address that the mesh gives to another workload than `pod`, and that workload. `None` if
+    /// one of the addresses is that of `pod`. Unknown addresses are ignored: a pod with a new
+    /// sandbox, for example after a reboot, has a new address, which the mesh gets later.
+    pub(crate) fn other_workload(
+        &self,
+        pod: &WorkloadSettings,
+        addresses: &[IpAddr],
+    ) -> Option<(IpAddr, String)> {
+        let is_own = |workload: &Workload| {
+            (&*workload.namespace, &*workload.name) == (&*pod.namespace, &*pod.name)
+        };
+        let known =
+            || addresses.iter().filter_map(|address| Some((*address, self.workload(*address)?)));
+        if known().any(|(_, workload)| is_own(workload)) {
+            return None;
+        }
+        let (address, other) = known().next()?;
+        Some((address, format!("{}/{}", other.namespace, other.name)))
+    }
+
     /// The workload of a pod, by namespace and name. If the mesh has none, the workload at
     /// `address`, which must be the pod's own.
     pub(crate) fn local(&self, pod: &WorkloadSettings, address: IpAddr) -> Option<&Arc<Workload>> {
@@ -72,6 +92,20 @@ mod tests {
             let found = workload_at(&snapshot, "sidecar", address);
             assert_eq!(found.as_deref(), Some("sidecar 10.0.0.2"), "{address}");
         }
+    }
+
+    #[test]
+    fn address_of_other_workload_is_found_unless_pod_has_one_of_its_own() {
+        let (snapshot, pod) = (snapshot(), settings(&[]).workload);
+        let other = |addresses: &[&str]| {
+            let addresses: Vec<_> = addresses.iter().map(|one| one.parse().unwrap()).collect();
+            let (address, workload) = snapshot.other_workload(&pod, &addresses)?;
+            Some(format!("{address} {workload}"))
+        };
+        for own_or_unknown in [&[][..], &["192.0.2.1"], &["10.0.0.1"], &["10.0.0.2", "10.0.0.1"]] {
+            assert_eq!(other(own_or_unknown), None, "{own_or_unknown:?}");
+        }
+        assert_eq!(other(&["192.0.2.1", "10.0.0.5"]).as_deref(), Some("10.0.0.5 other/sidecar"));
     }
 
     #[test]

@@ -9,19 +9,19 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use underpass_config::{
-    FileWatcher, Hint as _, IdentityFiles, IdentitySettings, LocalCaSettings, Quoted, Settings,
-    SpiffeId, SpireApi, SpireSettings,
+    FileWatcher, Hint as _, IdentityFiles, IdentitySettings, Quoted, Settings, SpiffeId, SpireApi,
+    SpireSettings,
 };
 use underpass_hbone::{
-    CertificateIssuer, CredentialsEvent, DelegatedIdentitySource, FileSource, HboneError, Identity,
-    IdentitySource, IssuedSource, IstioCa, IstioCaSource, LocalCaSource, Priority,
-    WorkloadApiSource,
+    CredentialsEvent, DelegatedIdentitySource, FileSource, HboneError, Identity, IdentitySource,
+    IstioCa, IstioCaSource, LocalAuthority, LocalCaSource, Priority, WorkloadApiSource,
 };
 use underpass_interception::{NamespaceAccess, Sockets};
 
 use crate::admin::endpoints::Readiness;
 use crate::node::identities::{Identities, Issuer};
 use crate::node::pod_error::PodError;
+use crate::node::received_identities::ReceivedIdentities;
 use crate::observe::metrics;
 use crate::process::supervise::Supervisor;
 use crate::traffic::dial::PlainDialer;
@@ -42,21 +42,21 @@ pub(crate) struct Certificates {
 #[derive(Debug)]
 enum Origin {
     Files(IdentityFiles),
-    LocalCa(LocalCaSettings),
-    /// A local CA whose key another process has.
-    Issuer(Arc<dyn CertificateIssuer>),
+    LocalCa(Arc<LocalAuthority>),
+    /// A local CA or a SPIRE agent that only another process can use.
+    Received(Arc<ReceivedIdentities>),
     IstioCa(Arc<IstioCa<PlainDialer>>),
     Spire(SpireSettings),
 }
 
 impl Certificates {
-    /// Starts the configured identities; `None` turns HBONE off. `authority` issues certificates
-    /// instead of a local CA.
+    /// Starts the configured identities; `None` turns HBONE off. `received` replaces a local CA and
+    /// a SPIRE agent.
     pub(crate) fn identities(
         settings: &Settings,
         access: &NamespaceAccess,
         sockets: &Sockets,
-        authority: Option<Arc<dyn CertificateIssuer>>,
+        received: Option<Arc<ReceivedIdentities>>,
         readiness: Option<&Readiness>,
         watcher: &FileWatcher,
         supervisor: &Supervisor,
@@ -66,7 +66,7 @@ impl Certificates {
             return Ok(None);
         };
         let certificates = Self {
-            issuer: issuer(identity, access, sockets, authority).map_err(PodError::Identity)?,
+            issuer: issuer(identity, access, sockets, received).map_err(PodError::Identity)?,
             origin: origin(identity),
             watcher: watcher.clone(),
             readiness: readiness.cloned(),
@@ -87,19 +87,21 @@ fn issuer(
     identity: &IdentitySettings,
     access: &NamespaceAccess,
     sockets: &Sockets,
-    authority: Option<Arc<dyn CertificateIssuer>>,
+    received: Option<Arc<ReceivedIdentities>>,
 ) -> Result<Origin, HboneError> {
-    Ok(match identity {
-        IdentitySettings::Files(files) => Origin::Files(files.clone()),
-        IdentitySettings::LocalCa(ca) => match authority {
-            Some(authority) => Origin::Issuer(authority),
-            None => Origin::LocalCa(ca.clone()),
-        },
-        IdentitySettings::IstioCa(ca) => {
+    Ok(match (identity, received) {
+        (IdentitySettings::Files(files), _) => Origin::Files(files.clone()),
+        (IdentitySettings::LocalCa(_) | IdentitySettings::Spire(_), Some(received)) => {
+            Origin::Received(received)
+        }
+        (IdentitySettings::LocalCa(ca), None) => {
+            Origin::LocalCa(Arc::new(LocalAuthority::new(ca.clone())))
+        }
+        (IdentitySettings::IstioCa(ca), _) => {
             let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
             Origin::IstioCa(Arc::new(IstioCa::new(ca.clone(), dialer)?))
         }
-        IdentitySettings::Spire(spire) => Origin::Spire(spire.clone()),
+        (IdentitySettings::Spire(spire), None) => Origin::Spire(spire.clone()),
     })
 }
 
@@ -118,7 +120,7 @@ impl Issuer for Certificates {
         match &self.issuer {
             Origin::Files(files) => Box::new(FileSource::new(files.clone(), &self.watcher)),
             Origin::LocalCa(ca) => Box::new(LocalCaSource::new(ca.clone(), id.clone())),
-            Origin::Issuer(issuer) => Box::new(IssuedSource::new(issuer.clone(), id.clone())),
+            Origin::Received(received) => received.source(id),
             Origin::IstioCa(ca) => {
                 Box::new(IstioCaSource::new(ca.clone(), id.clone(), Priority::RealTime))
             }
@@ -194,7 +196,7 @@ impl Certificates {
     }
 }
 
-fn report_failure(workload: Option<&SpiffeId>, error: &HboneError) {
+pub(crate) fn report_failure(workload: Option<&SpiffeId>, error: &HboneError) {
     metrics::certificate_failed();
     tracing::error!(
         workload = workload.map(tracing::field::display),

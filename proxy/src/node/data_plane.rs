@@ -2,12 +2,13 @@
 //! serves its connections: in this process (`in_process.rs`), or in the proxy process (`broker/`).
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
-use underpass_config::{InterceptionSettings, PodUid, Settings};
+use underpass_config::{InterceptionSettings, PodUid, Settings, WorkloadSettings};
 use underpass_interception::NamespaceAccess;
 
 use crate::node::pod_error::PodError;
@@ -22,6 +23,18 @@ pub(crate) trait DataPlane: fmt::Debug + Send + Sync {
     ///
     /// The workers cannot accept; no connection is served.
     fn serve(&self, pod: PodToServe) -> BoxFuture<'static, Result<Box<dyn ServedPod>, PodError>>;
+
+    /// An address that the mesh gives to another workload than `pod`, and that workload; see
+    /// `Snapshot::other_workload`.
+    ///
+    /// # Errors
+    ///
+    /// The data plane does not answer.
+    fn other_workload(
+        &self,
+        pod: &WorkloadSettings,
+        addresses: Vec<IpAddr>,
+    ) -> BoxFuture<'static, Result<Option<(IpAddr, String)>, PodError>>;
 }
 
 /// A pod for the data plane.

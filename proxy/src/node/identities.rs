@@ -215,7 +215,7 @@ mod tests {
 
     use tokio::sync::oneshot;
     use underpass_config::LocalCaSettings;
-    use underpass_hbone::{CertificateAuthority, LocalCaSource, NextIdentity};
+    use underpass_hbone::{CertificateAuthority, LocalAuthority, LocalCaSource, NextIdentity};
 
     use super::*;
 
@@ -243,7 +243,8 @@ mod tests {
         fn source(&self, id: &SpiffeId) -> Box<dyn IdentitySource> {
             let (alive, source) = oneshot::channel();
             self.sources.lock().unwrap().push(source);
-            let source = LocalCaSource::new(self.settings.clone(), id.clone());
+            let authority = Arc::new(LocalAuthority::new(self.settings.clone()));
+            let source = LocalCaSource::new(authority, id.clone());
             Box::new(Source { source, _alive: alive })
         }
 

@@ -1,9 +1,11 @@
 //! The data plane of this process: its workers serve the pods.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use underpass_config::WorkloadSettings;
 
 use crate::limits::FdPermit;
 use crate::node::Node;
@@ -28,6 +30,15 @@ impl DataPlane for InProcess {
     fn serve(&self, pod: PodToServe) -> BoxFuture<'static, Result<Box<dyn ServedPod>, PodError>> {
         let this = self.clone();
         Box::pin(async move { this.open(pod).await })
+    }
+
+    fn other_workload(
+        &self,
+        pod: &WorkloadSettings,
+        addresses: Vec<IpAddr>,
+    ) -> BoxFuture<'static, Result<Option<(IpAddr, String)>, PodError>> {
+        let other = self.node.mesh.borrow().other_workload(pod, &addresses);
+        Box::pin(async { Ok(other) })
     }
 }
 

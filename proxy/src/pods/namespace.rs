@@ -7,10 +7,7 @@
 use std::net::IpAddr;
 
 use thiserror::Error;
-use underpass_config::{Workload, WorkloadSettings};
 use underpass_interception::{Environment, HostNamespaces, NamespaceId};
-
-use crate::decide::snapshot::Snapshot;
 
 /// The reason why a network namespace cannot be the pod's.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -54,36 +51,8 @@ pub(crate) fn check_addresses(
     Err(NamespaceError::OtherAddresses { namespace, expected: expected.to_vec(), found })
 }
 
-/// Rejects a namespace with an address that the mesh assigns to another workload than `pod`, unless
-/// it also has an address of `pod`. This is for a source that does not know the pod's addresses.
-///
-/// Addresses that the mesh does not know are accepted: a pod with a new sandbox, for example after
-/// a reboot, has a new address, which the mesh gets later.
-pub(crate) fn check_mesh(
-    namespace: NamespaceId,
-    pod: &WorkloadSettings,
-    mesh: &Snapshot,
-    environment: &Environment,
-) -> Result<(), NamespaceError> {
-    let is_own = |workload: &Workload| {
-        (&*workload.namespace, &*workload.name) == (&*pod.namespace, &*pod.name)
-    };
-    let found = addresses(environment);
-    let known = || found.iter().filter_map(|address| Some((address, mesh.workload(*address)?)));
-    if known().any(|(_, workload)| is_own(workload)) {
-        return Ok(());
-    }
-    match known().next() {
-        None => Ok(()),
-        Some((&address, other)) => {
-            let other = format!("{}/{}", other.namespace, other.name);
-            Err(NamespaceError::OfAnotherWorkload { namespace, address, other })
-        }
-    }
-}
-
 /// The addresses of the namespace except for those of the loopback interface.
-fn addresses(environment: &Environment) -> Vec<IpAddr> {
+pub(crate) fn addresses(environment: &Environment) -> Vec<IpAddr> {
     let addresses = environment.interfaces.iter().flat_map(|interface| &interface.addresses);
     addresses.map(|network| network.addr()).filter(|address| !address.is_loopback()).collect()
 }
@@ -101,7 +70,6 @@ mod tests {
     use underpass_interception::testing::fake_namespace;
 
     use super::*;
-    use crate::node::testing::{settings, snapshot};
 
     fn parsed(texts: &[&str]) -> Vec<IpAddr> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
@@ -129,27 +97,6 @@ mod tests {
         }
         let error = check(&["10.0.0.9", "127.0.0.1"]).unwrap_err().to_string();
         assert!(error.contains("(10.0.0.9, 127.0.0.1): it has 10.0.0.1, fd00::1"), "{error}");
-    }
-
-    #[test]
-    fn mesh_rejects_namespace_of_another_workload() {
-        // Has 10.0.0.1 and fd00::1.
-        let environment = Environment::example();
-        let check = |workloads: &str| {
-            let mesh = snapshot(1, &format!("workloads: [{workloads}]"));
-            let id = fake_namespace().unwrap().id();
-            check_mesh(id, &settings(&[]).workload, &mesh, &environment)
-        };
-        let server = |ip: &str| format!("{{name: server, workloadIps: [{ip}]}}");
-        let other = "{name: other, namespace: shop, workloadIps: [10.0.0.1]}";
-        for accepted in ["", &server("10.0.0.1"), &server("10.0.0.9")] {
-            check(accepted).unwrap();
-        }
-        check(&format!("{}, {other}", server("\"fd00::1\""))).unwrap();
-        for rejected in [other, &format!("{}, {other}", server("10.0.0.9"))] {
-            let error = check(rejected).unwrap_err().to_string();
-            assert!(error.contains("10.0.0.1, which is that of shop/other"), "{error}");
-        }
     }
 
     #[test]

@@ -9,7 +9,6 @@ use tracing::Instrument as _;
 use underpass_config::{InterceptionSettings, OnExit, Settings, WorkloadSettings};
 use underpass_interception::{HostNamespaces, Namespace, NamespaceAccess, NamespaceThread};
 
-use crate::decide::snapshot::Snapshot;
 use crate::error::chain;
 use crate::node::data_plane::DataPlane;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
@@ -17,7 +16,7 @@ use crate::pods::enrolment::{
     EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, PodProblem,
 };
 use crate::pods::facts::PodFacts;
-use crate::pods::namespace::{check_addresses, check_mesh, check_owner};
+use crate::pods::namespace::{NamespaceError, addresses, check_addresses, check_owner};
 use crate::pods::settings::{PodSettings, pod_settings};
 use crate::process::pause_gate::PauseGate;
 use crate::process::reload::follow;
@@ -35,8 +34,6 @@ pub(crate) struct NodeEnroller {
     pub(crate) rules: RulesTotals,
     /// The host's namespaces, which no pod may have.
     pub(crate) hosts: HostNamespaces,
-    /// The mesh, for the addresses of pods whose source does not know them.
-    pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
 }
 
 impl Enroller for NodeEnroller {
@@ -100,8 +97,11 @@ impl NodeEnroller {
         let environment = environment.map_err(|error| EnrolError::Namespace(Arc::new(error)))?;
         check_addresses(id, &facts.ips, &environment)?;
         if facts.ips.is_empty() {
-            let mesh = self.mesh.borrow().clone();
-            check_mesh(id, workload, &mesh, &environment)?;
+            let found = self.data_plane.other_workload(workload, addresses(&environment)).await;
+            if let Some((address, other)) = found.map_err(|error| EnrolError::Pod(error.into()))? {
+                let error = NamespaceError::OfAnotherWorkload { namespace: id, address, other };
+                return Err(error.into());
+            }
         }
         Ok(access)
     }

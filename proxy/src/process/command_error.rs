@@ -70,6 +70,8 @@ pub(crate) enum CommandError {
     ProxyProcess { status: Option<ExitStatus> },
     #[error("the broker process has ended")]
     BrokerEnded,
+    #[error("cannot receive from the broker process")]
+    Broker(#[source] io::Error),
     #[error("`underpass node` starts this command")]
     InternalCommand(#[source] io::Error),
     #[error("cannot set up the process")]

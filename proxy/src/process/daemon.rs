@@ -14,9 +14,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use underpass_config::{
-    ClusterAccess, FileWatcher, KubernetesWatch, NodeProbes, PodSourceSettings, Settings,
-};
+use underpass_config::{FileWatcher, NodeProbes, PodSourceSettings, Settings};
 use underpass_interception::{
     HostNamespaces, HostRules, Inotify, KeptCapabilities, Namespace, NamespaceAccess,
     NamespaceThread, confine_thread, raise_open_files,
@@ -112,7 +110,6 @@ impl Daemon {
             thread: thread.clone(),
             rules: RulesTotals::default(),
             hosts,
-            mesh: mesh.clone(),
         };
         let (registry, pods) = PodRegistry::new(Arc::new(enroller));
         let mut tasks = vec![
@@ -212,12 +209,7 @@ fn facts(
     mesh: watch::Receiver<Arc<Snapshot>>,
     access: &NamespaceAccess,
 ) -> Result<(FactOrigin, JoinSet<()>), CommandError> {
-    let cluster = match (settings.node.kubernetes, &settings.node.kubeconfig) {
-        (KubernetesWatch::Off, _) => None,
-        (KubernetesWatch::Auto, Some(file)) => Some(ClusterAccess::of_kubeconfig(file)?),
-        (KubernetesWatch::Auto, None) => ClusterAccess::of_service_account(),
-    };
-    let Some(cluster) = cluster else {
+    let Some(cluster) = kubernetes::cluster(settings)? else {
         return Ok((FactOrigin::Mesh(mesh), JoinSet::new()));
     };
     let name = settings.node.name.as_deref().ok_or(CommandError::NoNodeName)?;

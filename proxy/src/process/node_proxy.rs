@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use underpass_config::{FileWatcher, Settings};
-use underpass_hbone::CertificateIssuer;
 use underpass_interception::NamespaceAccess;
 
 use crate::admin::endpoints::Readiness;
@@ -17,6 +16,7 @@ use crate::node::certificates::Certificates;
 use crate::node::identities::Identities;
 use crate::node::in_process::InProcess;
 use crate::node::pod::pod_sockets;
+use crate::node::received_identities::ReceivedIdentities;
 use crate::node::workers::{WorkerThreads, Workers};
 use crate::node::{Node, certificates};
 use crate::observe::metrics;
@@ -46,8 +46,8 @@ pub(crate) struct LoadedNode {
 }
 
 impl LoadedNode {
-    /// Loads the mesh and the trust. `access` is that of the node's own sockets; `authority` issues
-    /// instead of a local CA.
+    /// Loads the mesh and the trust. `access` is that of the node's own sockets; `received`
+    /// replaces a local CA and a SPIRE agent.
     ///
     /// # Errors
     ///
@@ -55,14 +55,14 @@ impl LoadedNode {
     pub(crate) fn load(
         settings: &Arc<Settings>,
         access: &NamespaceAccess,
-        authority: Option<Arc<dyn CertificateIssuer>>,
+        received: Option<Arc<ReceivedIdentities>>,
         watcher: &FileWatcher,
         supervisor: &Supervisor,
     ) -> Result<Self, CommandError> {
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
-        let (sockets, issues) = (pod_sockets(settings), authority.is_none());
+        let (sockets, issues) = (pod_sockets(settings), received.is_none());
         let identities = Certificates::identities(
-            settings, access, &sockets, authority, None, watcher, supervisor,
+            settings, access, &sockets, received, None, watcher, supervisor,
         )?;
         let (readiness, dialer) =
             (Readiness::for_node(), PlainDialer { access: access.clone(), sockets });

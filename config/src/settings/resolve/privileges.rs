@@ -6,13 +6,13 @@ use crate::settings::{Broker, NodeSettings, PrivilegesSettings};
 settings! {
     /// `underpass node`: `auto`: one process enters namespaces, changes rules and signs
     /// certificates; another one without privileges serves the connections. It needs SETUID and
-    /// SETGID; without them, with `mesh.xds`, `identity.spire` and `off`, there is one
-    /// process
+    /// SETGID. There is one process without them, with `mesh.xds` and `node.pods.cni` without
+    /// Kubernetes, and with `off`
     BROKER: Broker = "privileges.broker", word("`auto`, `off`"),
         Fallback::Varies("`auto` with `node.pods`, else `off`"), |s| Some(s.privileges.broker);
     /// user and group of the process without privileges. It reads the mesh file, trust bundles,
-    /// revocation lists, and the roots and token of `identity.istio_ca`, and connects to the socket
-    /// of `identity.spire`; no other process should have this user
+    /// revocation lists, the files of `mesh.xds`, and the roots and token of `identity.istio_ca`;
+    /// no other process should have this user
     USER: u32 = "privileges.user", USER_ID,
         Fallback::Is(|| 15008), |s| Some(s.privileges.user);
 }

@@ -9,7 +9,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use tokio::select;
 use underpass_config::{FileWatcher, IdentityFiles};
 
-use super::{IdentitySource, NextIdentity, valid_now};
+use super::{IdentitySource, NextIdentity};
 use crate::error::HboneError;
 use crate::identity::Identity;
 use crate::identity::files::WatchedFiles;
@@ -46,7 +46,7 @@ impl FileSource {
     /// # Errors
     /// [`HboneError::Credential`] with the file and its problem.
     pub fn check(files: &IdentityFiles) -> Result<Identity, HboneError> {
-        valid_now(&files.certificate, Identity::from_files(files)?)
+        Identity::from_files(files)?.valid_now(&files.certificate)
     }
 
     async fn next_identity(&mut self) -> Result<Identity, HboneError> {

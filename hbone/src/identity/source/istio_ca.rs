@@ -24,7 +24,7 @@ use tonic::{Code, Request, Status};
 use tonic_prost::ProstCodec;
 use underpass_config::{IstioCaSettings, Quoted, SpiffeId};
 
-use super::{IdentitySource, NextIdentity, Priority, valid_now};
+use super::{IdentitySource, NextIdentity, Priority};
 use crate::ca::{
     CREATE_CERTIFICATE, IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse, read_token,
 };
@@ -241,7 +241,7 @@ fn identity(
         return Err(IssuerProblem::WrongIdentity { requested: id.clone(), got });
     }
     let identity = Identity::new(issuer, chain, key, bundles).map_err(unusable)?;
-    valid_now(issuer, identity).map_err(unusable)
+    identity.valid_now(issuer).map_err(unusable)
 }
 
 fn issue_problem(error: &rcgen::Error) -> CredentialProblem {

@@ -1,47 +1,82 @@
 //! A source that issues certificates in this process, with a certificate authority in a local
 //! directory.
 
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use underpass_config::{LocalCaSettings, SpiffeId};
 
-use super::{IdentitySource, NextIdentity, valid_now};
+use super::{IdentitySource, NextIdentity, NextPem, PemSource};
 use crate::ca::CertificateAuthority;
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::Identity;
+use crate::identity::identity_pem::IdentityPem;
 use crate::identity::renewal::Schedule;
 
-/// Issues certificates with the authority in a directory, which it reads again each time.
+/// The authority in a directory, which is read again for each certificate.
 ///
-/// A process that changes from root to another user can no longer read the CA's key. It then uses
-/// the authority that it read last, so that its certificate does not expire.
+/// A process that drops its privileges can perhaps no longer read the CA's key. It then uses the
+/// authority that it read last, so that it can still issue certificates.
+#[derive(Debug)]
+pub struct LocalAuthority {
+    settings: LocalCaSettings,
+    last: Mutex<Option<CertificateAuthority>>,
+}
+
+impl LocalAuthority {
+    /// Reads the authority, if it is readable. Call it while this process has its privileges.
+    pub fn new(settings: LocalCaSettings) -> Self {
+        let last = Mutex::new(CertificateAuthority::open(&settings.dir).ok());
+        Self { settings, last }
+    }
+
+    /// Issues a certificate for `id`.
+    ///
+    /// # Errors
+    /// [`HboneError::Credential`] if a file is unusable, or if the CA cannot issue this identity.
+    pub fn issue(&self, id: &SpiffeId) -> Result<Identity, HboneError> {
+        Ok(self.issue_pem(id)?.1)
+    }
+
+    fn issue_pem(&self, id: &SpiffeId) -> Result<(IdentityPem, Identity), HboneError> {
+        // No code panics while it holds the lock.
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let authority = match (CertificateAuthority::open(&self.settings.dir), &mut *last) {
+            (Ok(authority), last) => last.insert(authority),
+            (Err(error), Some(last)) if is_forbidden(&error) => last,
+            (Err(error), _) => return Err(error),
+        };
+        let issued = authority.issue(id, self.settings.ttl)?;
+        let bundle = (id.trust_domain().clone(), authority.roots_pem().to_owned());
+        let bundles = BTreeMap::from([bundle]);
+        let pem = IdentityPem { chain: issued.chain_pem, key: issued.key_pem, bundles };
+        let identity = pem.identity(&self.settings.dir)?;
+        Ok((pem, identity))
+    }
+}
+
+/// Issues certificates with a local authority.
 #[derive(Debug)]
 pub struct LocalCaSource {
-    settings: LocalCaSettings,
+    authority: Arc<LocalAuthority>,
     spiffe_id: SpiffeId,
     schedule: Schedule,
-    authority: Option<CertificateAuthority>,
 }
 
 impl LocalCaSource {
     /// Creates a source of certificates for `spiffe_id`.
-    pub fn new(settings: LocalCaSettings, spiffe_id: SpiffeId) -> Self {
-        Self { settings, spiffe_id, schedule: Schedule::new(), authority: None }
+    pub fn new(authority: Arc<LocalAuthority>, spiffe_id: SpiffeId) -> Self {
+        Self { authority, spiffe_id, schedule: Schedule::new() }
     }
 
-    /// Issues a new certificate.
-    ///
-    /// # Errors
-    /// [`HboneError::Credential`] if a file is unusable, or if the CA cannot issue this identity.
-    pub fn issue(&mut self) -> Result<Identity, HboneError> {
-        let Self { settings, spiffe_id, authority: kept, .. } = self;
-        let authority = match (CertificateAuthority::open(&settings.dir), kept) {
-            (Ok(authority), kept) => kept.insert(authority),
-            (Err(error), Some(kept)) if is_forbidden(&error) => kept,
-            (Err(error), _) => return Err(error),
-        };
-        let issued = authority.issue(spiffe_id, settings.ttl)?;
-        let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
-        let identity = Identity::from_pem(chain, key, authority.roots_pem().as_bytes())?;
-        valid_now(&settings.dir, identity)
+    async fn next_issued(&mut self) -> Result<(IdentityPem, Identity), HboneError> {
+        self.schedule.due().await;
+        let issued = self.authority.issue_pem(&self.spiffe_id);
+        match &issued {
+            Ok((_, identity)) => self.schedule.succeeded(identity.expires()),
+            Err(_) => self.schedule.failed(),
+        }
+        issued
     }
 }
 
@@ -51,15 +86,13 @@ fn is_forbidden(error: &HboneError) -> bool {
 
 impl IdentitySource for LocalCaSource {
     fn next(&mut self) -> NextIdentity<'_> {
-        Box::pin(async {
-            self.schedule.due().await;
-            let issued = self.issue();
-            match &issued {
-                Ok(identity) => self.schedule.succeeded(identity.expires()),
-                Err(_) => self.schedule.failed(),
-            }
-            issued
-        })
+        Box::pin(async { Ok(self.next_issued().await?.1) })
+    }
+}
+
+impl PemSource for LocalCaSource {
+    fn next_pem(&mut self) -> NextPem<'_> {
+        Box::pin(async { Ok(self.next_issued().await?.0) })
     }
 }
 
@@ -78,7 +111,7 @@ mod tests {
 
     fn source(dir: &TempDir) -> LocalCaSource {
         let settings = LocalCaSettings { dir: dir.0.clone(), ttl: HOUR };
-        LocalCaSource::new(settings, id(CLIENT))
+        LocalCaSource::new(Arc::new(LocalAuthority::new(settings)), id(CLIENT))
     }
 
     #[tokio::test(start_paused = true)]

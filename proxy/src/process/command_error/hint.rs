@@ -43,7 +43,7 @@ impl Hint for CommandError {
                 "its log says why; its user (privileges.user) must be able to read the files of mesh, trust and identity; `privileges.broker: off` makes one process"
             }
             Self::InternalCommand(_) => "run `underpass node`",
-            Self::BrokerEnded => {
+            Self::BrokerEnded | Self::Broker(_) => {
                 "start `underpass node` again; the rules stay, and connections are refused until it runs again"
             }
             Self::NoSuchCommand(_) => "`underpass --help` lists the commands",

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use underpass_config::{FileWatcher, MeshSource, PodSourceSettings, Settings};
+use underpass_config::{FileWatcher, MeshSource, Settings};
 use underpass_interception::{KeptCapabilities, NamespaceAccess, run_in_background};
 
 use crate::broker::child::{self, ProxyProcess};
@@ -12,6 +12,7 @@ use crate::broker::requests::RequestServer;
 use crate::decide::snapshot::Snapshot;
 use crate::mesh::follow::follow;
 use crate::node::data_plane::DataPlane;
+use crate::pods::kubernetes;
 use crate::pods::registry::PodRegistry;
 use crate::pods::source::SourceHealth;
 use crate::process::command_error::CommandError;
@@ -100,8 +101,7 @@ impl ProxyPart {
         }
     }
 
-    /// The mesh, for the facts about pods. A broker follows a mesh of its own, except with a folder
-    /// of pods, which has all facts.
+    /// The mesh, for the facts about pods. A broker follows the mesh file itself, if it has them.
     pub(super) fn mesh(
         &self,
         settings: &Settings,
@@ -111,8 +111,8 @@ impl ProxyPart {
         match self {
             Self::InProcess(node) => Ok((node.mesh(), None)),
             Self::Process(_) => {
-                let has_facts = matches!(settings.node.pods, Some(PodSourceSettings::Directory(_)));
-                let file = settings.mesh_file.as_deref().filter(|_| !has_facts);
+                let is_needed = kubernetes::facts_are_in_mesh(settings);
+                let file = settings.mesh_file.as_deref().filter(|_| is_needed);
                 let (source, mesh) = MeshSource::open(file, watcher, run_in_background)?;
                 let (mesh, following) = follow(source, mesh, &settings.workload);
                 let task = supervisor.essential("mesh of the broker", following);

@@ -14,7 +14,7 @@ use std::path::Path;
 
 use http::uri::PathAndQuery;
 use prost::Message;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::CertificateDer;
 use spiffe::transport::{self, Endpoint};
 use tokio::time::timeout;
 use tonic::client::Grpc;
@@ -28,11 +28,11 @@ use x509_parser::prelude::FromDer as _;
 use self::messages::{BundleRequest, Bundles, Selector, SvidRequest, Svids};
 use super::{ANSWER_TIMEOUT, agent_problem};
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
-use crate::identity::Identity;
+use crate::identity::identity_pem::IdentityPem;
 use crate::identity::renewal::Schedule;
-use crate::identity::source::{IdentitySource, NextIdentity, valid_now};
+use crate::identity::source::{IdentitySource, NextIdentity, NextPem, PemSource};
 use crate::identity::svid::workload_id;
-use crate::trust::bundle::Bundle;
+use crate::identity::{Identity, pem};
 
 const SUBSCRIBE_TO_SVIDS: &str =
     "/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToX509SVIDs";
@@ -72,7 +72,7 @@ impl DelegatedIdentitySource {
         Self { settings, workload, subscription: None, schedule: Schedule::new(), last: None }
     }
 
-    async fn next_identity(&mut self) -> Result<Identity, HboneError> {
+    async fn next_update(&mut self) -> Result<(IdentityPem, Identity), HboneError> {
         loop {
             let update = match self.update().await {
                 Ok(update) if self.last.as_ref() == Some(&update) => continue,
@@ -118,7 +118,7 @@ impl DelegatedIdentitySource {
         }
     }
 
-    fn identity(&self, update: &Update) -> Result<Identity, HboneError> {
+    fn identity(&self, update: &Update) -> Result<(IdentityPem, Identity), HboneError> {
         let unusable = |error: HboneError| match error {
             HboneError::Credential { what, .. } => self.problem(IssuerProblem::Answer(what)),
             other => other,
@@ -129,15 +129,13 @@ impl DelegatedIdentitySource {
         let (chain, key) = self.own_svid(svids)?;
         let socket = &self.settings.socket;
         let bundles = self.bundles(bundles, &svids.federates_with).map_err(unusable)?;
-        let identity = Identity::new(socket, chain, key, bundles).map_err(unusable)?;
-        valid_now(socket, identity).map_err(unusable)
+        let pem = IdentityPem { chain, key, bundles };
+        let identity = pem.identity(socket).map_err(unusable)?;
+        Ok((pem, identity))
     }
 
-    /// The chain and the key of the certificate that has the workload's identity.
-    fn own_svid(
-        &self,
-        svids: &Svids,
-    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), HboneError> {
+    /// The chain and the key of the certificate that has the workload's identity, in PEM.
+    fn own_svid(&self, svids: &Svids) -> Result<(String, String), HboneError> {
         let mut others = Vec::new();
         for svid in &svids.x509_svids {
             let chain = svid.x509_svid.as_ref().map_or(&[][..], |svid| &svid.cert_chain);
@@ -146,8 +144,9 @@ impl DelegatedIdentitySource {
                 self.problem(IssuerProblem::Answer(CredentialProblem::Svid(problem)))
             })?;
             if id == self.workload {
-                let chain = chain.iter().cloned().map(CertificateDer::from).collect();
-                return Ok((chain, PrivateKeyDer::Pkcs8(svid.x509_svid_key.clone().into())));
+                let chain: Vec<_> =
+                    chain.iter().map(|der| CertificateDer::from_slice(der)).collect();
+                return Ok((pem::of_certificates(&chain), pem::of_key(&svid.x509_svid_key)));
             }
             others.push(id.to_string());
         }
@@ -158,12 +157,12 @@ impl DelegatedIdentitySource {
         Err(self.problem(IssuerProblem::WrongIdentity { requested, got }))
     }
 
-    /// The bundles of the workload's trust domain and of those that it federates with.
+    /// The roots of the workload's trust domain and of those that it federates with, in PEM.
     fn bundles(
         &self,
         bundles: &Bundles,
         federates_with: &[String],
-    ) -> Result<BTreeMap<TrustDomain, Bundle>, HboneError> {
+    ) -> Result<BTreeMap<TrustDomain, String>, HboneError> {
         let own = self.workload.trust_domain();
         let mut trusted = BTreeMap::new();
         for (name, roots) in &bundles.ca_certificates {
@@ -175,20 +174,19 @@ impl DelegatedIdentitySource {
             let trust_domain = domain(name)
                 .parse()
                 .map_err(|error: SpiffeError| self.certificate_problem(error.to_string()))?;
-            let roots = self.split(roots)?;
-            trusted.insert(trust_domain, Bundle::from_der(&self.settings.socket, roots)?);
+            trusted.insert(trust_domain, pem::of_certificates(&self.split(roots)?));
         }
         Ok(trusted)
     }
 
     /// The certificates of a bundle, which follow each other without a separator.
-    fn split(&self, mut rest: &[u8]) -> Result<Vec<CertificateDer<'static>>, HboneError> {
+    fn split<'a>(&self, mut rest: &'a [u8]) -> Result<Vec<CertificateDer<'a>>, HboneError> {
         let mut certificates = Vec::new();
         while !rest.is_empty() {
             let (after, _) = X509Certificate::from_der(rest)
                 .map_err(|error| self.certificate_problem(error.to_string()))?;
             let (certificate, _) = rest.split_at(rest.len() - after.len());
-            certificates.push(CertificateDer::from(certificate.to_vec()));
+            certificates.push(CertificateDer::from_slice(certificate));
             rest = after;
         }
         Ok(certificates)
@@ -226,7 +224,13 @@ impl DelegatedIdentitySource {
 
 impl IdentitySource for DelegatedIdentitySource {
     fn next(&mut self) -> NextIdentity<'_> {
-        Box::pin(self.next_identity())
+        Box::pin(async { Ok(self.next_update().await?.1) })
+    }
+}
+
+impl PemSource for DelegatedIdentitySource {
+    fn next_pem(&mut self) -> NextPem<'_> {
+        Box::pin(async { Ok(self.next_update().await?.0) })
     }
 }
 

@@ -21,7 +21,7 @@ use super::{ANSWER_TIMEOUT, agent_problem};
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
 use crate::identity::Identity;
 use crate::identity::renewal::Schedule;
-use crate::identity::source::{IdentitySource, NextIdentity, valid_now};
+use crate::identity::source::{IdentitySource, NextIdentity};
 use crate::trust::bundle::Bundle;
 
 /// Follows the identities that a SPIRE agent assigns to this process.
@@ -120,7 +120,7 @@ impl WorkloadApiSource {
         }
         let chain = svid.cert_chain().iter().map(der).collect();
         let key = PrivateKeyDer::Pkcs8(svid.private_key().as_bytes().to_vec().into());
-        valid_now(socket, Identity::new(socket, chain, key, bundles)?)
+        Identity::new(socket, chain, key, bundles)?.valid_now(socket)
     }
 
     fn api_problem(&self, error: WorkloadApiError) -> HboneError {

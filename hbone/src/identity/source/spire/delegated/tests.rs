@@ -13,6 +13,7 @@ use crate::ca::CertificateAuthority;
 use crate::ca::tests::TempDir;
 use crate::identity::source::spire::testing::{Streaming, Updates, der, issue, serve};
 use crate::testing::{CLIENT, SERVER, authority, id};
+use crate::trust::bundle::Bundle;
 
 type Sender<A> = mpsc::UnboundedSender<Result<A, Status>>;
 
@@ -142,6 +143,23 @@ async fn trusts_own_and_federated_bundles_only() {
     let found: Vec<_> =
         identity.bundles().iter().map(|(name, bundle)| (name.as_str(), roots(bundle))).collect();
     assert_eq!(found, [("friend", 2), ("td", 1)]);
+}
+
+#[tokio::test]
+async fn pem_for_another_process_has_the_same_identity_and_bundles() {
+    let (agent, ours, friend) = (Agent::new("delegated-pem"), authority("td"), authority("friend"));
+    let mut source = agent.source();
+    let (to_svids, to_bundles) = agent.expect();
+    to_bundles.send(Ok(bundles(&[("td", &[&ours]), ("friend", &[&friend, &ours])]))).unwrap();
+    let update = svids(&ours, &[CLIENT]);
+    to_svids.send(Ok(Svids { federates_with: vec!["friend".to_owned()], ..update })).unwrap();
+    let identity = source.next_pem().await.unwrap().identity(Path::new("pem")).unwrap();
+    assert_eq!(identity.spiffe_id(), &id(CLIENT));
+    let roots = identity.bundles().values().map(|bundle| bundle.roots().len());
+    assert_eq!(roots.collect::<Vec<_>>(), [2, 1]);
+    to_svids.send(Ok(svids(&ours, &[SERVER]))).unwrap();
+    let error = source.next_pem().await.unwrap_err();
+    assert!(matches!(error, HboneError::Issuer { what: IssuerProblem::WrongIdentity { .. }, .. }));
 }
 
 #[tokio::test]
