@@ -243,7 +243,7 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
         error: Arc<HboneError>,
         now: Instant,
     ) -> Instant {
-        self.entries.entry(key.clone()).or_default().ended(dial);
+        self.entries.entry(key.clone()).or_default().remove_dial(dial);
         self.back_off(key, error, now)
     }
 
