@@ -22,7 +22,7 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::RulePlan;
 
-/// A backend, available or not checked yet.
+/// A mechanism that installs rules. It may not be available.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// nf_tables over netlink, in a table that only underpass uses.

@@ -207,7 +207,7 @@ pub enum InterceptionError {
 }
 
 impl InterceptionError {
-    /// Returns true if a setting is wrong, false if the machine is.
+    /// Returns true if a setting is the cause, false if the machine is.
     #[must_use]
     pub fn is_configuration(&self) -> bool {
         matches!(

@@ -2,6 +2,9 @@
 //!
 //! `underpass rules explain` prints it. Every path is computed by evaluating the plan
 //! ([`RulePlan::walk`]); only the interfaces are read from a namespace ([`Environment::of`]).
+//!
+//! Each profile has an article, a published description of the rules that the profile imitates,
+//! such as Jimmy Song's on the rules of Istio's sidecar.
 
 mod environment;
 mod flows;
@@ -144,7 +147,7 @@ impl<'p> Hop<'p> {
     /// the redirect.
     #[must_use]
     pub fn decided_by(&self) -> Option<&'p Rule> {
-        let ended = |action: Action| match self.walk.end {
+        let causes_verdict = |action: Action| match self.walk.end {
             Verdict::Redirected(_) => matches!(action, Action::Redirect(_)),
             Verdict::Tproxied(_) => matches!(action, Action::Tproxy(..)),
             Verdict::Rejected => action == Action::Reject,
@@ -158,7 +161,7 @@ impl<'p> Hop<'p> {
         let others = traversed.iter().rev().filter(|passage| !in_nat(&passage));
         nat_first.chain(others).find_map(|passage| {
             let (last, before) = passage.rules.split_last()?;
-            if !ended(last.action) {
+            if !causes_verdict(last.action) {
                 return None;
             }
             let jump = |rule: &&&Rule| rule.action == Action::Jump(last.chain);

@@ -1,4 +1,5 @@
-//! Installs, verifies and removes the rules in the host's network namespace, from any thread.
+//! Installs, verifies and removes the rules for kubelet probes in the host's network namespace,
+//! from any thread.
 //!
 //! `plan::host` plans the rules; `backend::nftables::host` is their backend.
 

@@ -66,7 +66,7 @@ impl Namespace {
             let path = own_descriptor(&file);
             NamespaceFile::new(file, path)
         });
-        opened.map(|held| Self(Arc::new(held))).map_err(failed("open", OWN_NAMESPACE.as_ref()))
+        opened.map(|file| Self(Arc::new(file))).map_err(failed("open", OWN_NAMESPACE.as_ref()))
     }
 
     /// Opens the namespace with the file `path`: `/run/netns/NAME`, `/proc/PID/ns/net`, or a
@@ -78,7 +78,7 @@ impl Namespace {
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, InterceptionError> {
         let path = path.into();
         let opened = File::open(&path).and_then(|file| NamespaceFile::new(file, path.clone()));
-        opened.map(|held| Self(Arc::new(held))).map_err(failed("open", &path))
+        opened.map(|file| Self(Arc::new(file))).map_err(failed("open", &path))
     }
 
     /// Uses a descriptor that another process passed.
@@ -88,8 +88,8 @@ impl Namespace {
     /// [`InterceptionError::Namespace`], also if the descriptor is not a namespace.
     pub fn from_descriptor(descriptor: OwnedFd) -> Result<Self, InterceptionError> {
         let path = own_descriptor(&descriptor);
-        let held = NamespaceFile::new(File::from(descriptor), path.clone());
-        held.map(|held| Self(Arc::new(held))).map_err(failed("use", &path))
+        let opened = NamespaceFile::new(File::from(descriptor), path.clone());
+        opened.map(|file| Self(Arc::new(file))).map_err(failed("use", &path))
     }
 
     /// Wraps a file that is not a namespace and cannot be entered, for tests.

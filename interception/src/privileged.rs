@@ -56,7 +56,7 @@ pub enum Request {
     Environment,
     /// Return whether IPv6 is enabled on the loopback interface.
     Ipv6OnLoopback,
-    /// Return those of these addresses that a socket can be bound to.
+    /// Return the addresses of this list that a socket can be bound to.
     UsableAddresses(Vec<IpAddr>),
     /// Fail if the kernel would drop packets that TPROXY marks.
     CheckReversePath(InterceptionSettings),

@@ -80,11 +80,11 @@ impl ProbeSockets {
         // does not arrive.
         let v6 = self.v6.as_ref().filter(|_| has_v6_loopback(environment));
         for (v6, socket) in [(false, Some(&self.v4)), (true, v6)] {
-            let caught = candidates
+            let captured = candidates
                 .iter()
                 .filter(|destination| destination.is_ipv6() == v6)
                 .find(|to| self.is_captured(plan, environment, **to, ports.outbound));
-            if let (Some(&destination), Some(socket)) = (caught, socket) {
+            if let (Some(&destination), Some(socket)) = (captured, socket) {
                 let socket = socket.try_clone()?;
                 probes.push(Probe { socket, destination, port: ports.outbound });
             }
@@ -155,7 +155,8 @@ fn is_unroutable(error: &io::Error) -> bool {
     matches!(error.kind(), AddrNotAvailable | HostUnreachable | NetworkUnreachable)
 }
 
-/// Destinations. For any inclusions and exclusions, at least one of them is captured.
+/// Possible destinations of the probes: unused addresses, and the first address and port of each
+/// inclusion.
 fn candidates(settings: &InterceptionSettings) -> Vec<SocketAddr> {
     let outbound = &settings.outbound;
     let included = outbound.include_cidrs.iter().flatten();

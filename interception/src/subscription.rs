@@ -21,7 +21,7 @@ const DEPENDENCY_GROUPS: [RtnetlinkGroup; 5] = [
     RtnetlinkGroup::Ipv6Route,
     RtnetlinkGroup::Ipv6Addr,
 ];
-/// The multicast groups of ip rules. Changes of routes and addresses let no traffic bypass the
+/// The multicast groups of ip rules. A change of routes or addresses cannot let traffic bypass the
 /// rules.
 const RULE_GROUPS: [RtnetlinkGroup; 2] = [RtnetlinkGroup::Ipv4Rule, RtnetlinkGroup::Ipv6Rule];
 

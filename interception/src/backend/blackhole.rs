@@ -11,9 +11,9 @@
 //! permanent blackhole would break every connection. The local table (priority 0) comes first, so
 //! loopback and local addresses work.
 //!
-//! ip rules cannot express every exemption of netfilter. Traffic with other exemptions is blocked:
-//! excluded and included groups, included inbound ports, excluded port 65535, and excluded
-//! interfaces, except for sockets that are bound to one (SO_BINDTODEVICE).
+//! ip rules cannot express every exemption of netfilter, so the blackhole ignores some: excluded
+//! and included groups, included inbound ports, the excluded port 65535, and excluded interfaces,
+//! unless a socket is bound to one (SO_BINDTODEVICE).
 //!
 //! The proxy decides when to install it.
 
@@ -47,8 +47,8 @@ const TARGET_PRIORITY: u32 = 3;
 /// IPPROTO_TCP and IPPROTO_UDP (include/uapi/linux/in.h).
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-/// The number of exemptions that are installed before the blackhole. A longer list continues after
-/// it; until then, the rest of the excluded traffic is blocked too.
+/// The number of exemptions that are installed before the blackhole. Further exemptions are
+/// installed after it; until then, their traffic is blocked too.
 const MAX_EXEMPTIONS_BEFORE_BLACKHOLE: usize = 4 * BATCH_SIZE;
 
 /// The ip rules that are installed while the netfilter rules are missing.

@@ -40,8 +40,8 @@ pub struct Changes {
     interval: Option<Interval>,
     /// Poll only while these legacy tables exist. `None`: always poll.
     if_legacy: Option<LegacyTables>,
-    /// True if the legacy tables must be polled: the interval has elapsed, or polling has started.
-    ticked: bool,
+    /// True while a poll of the legacy tables is due or unfinished. The first one is due at once.
+    is_poll_due: bool,
 }
 
 /// A netlink socket that receives the kernel's notifications.
@@ -68,8 +68,8 @@ impl Changes {
             }
             _ => (Some(Notifications::new(nftables?)?), None),
         };
-        let ticked = interval.is_some();
-        Ok(Self { access, nftables, routes, interval, if_legacy: None, ticked })
+        let is_poll_due = interval.is_some();
+        Ok(Self { access, nftables, routes, interval, if_legacy: None, is_poll_due })
     }
 
     /// Reports changes of any program's rules and ip rules in a namespace. Polls nftables if
@@ -88,7 +88,7 @@ impl Changes {
         let interval = Some(interval_at_multiples(FOREIGN_INTERVAL));
         let (access, routes) = (access.clone(), Notifications::new(routes)?);
         let nftables = nftables.ok().map(Notifications::new).transpose()?;
-        Ok(Self { access, nftables, routes, interval, if_legacy, ticked: true })
+        Ok(Self { access, nftables, routes, interval, if_legacy, is_poll_due: true })
     }
 
     /// Waits until rules may have changed since the last call or since the subscription. Merges all
@@ -98,7 +98,7 @@ impl Changes {
     ///
     /// The subscription ended, for example because the namespace no longer exists.
     pub async fn next(&mut self) -> Result<(), InterceptionError> {
-        let Self { access, nftables, routes, interval, if_legacy, ticked } = self;
+        let Self { access, nftables, routes, interval, if_legacy, is_poll_due } = self;
         let nftables = async {
             match nftables {
                 Some(notifications) => notifications.next().await,
@@ -108,16 +108,16 @@ impl Changes {
         let interval = async {
             let Some(interval) = interval else { return std::future::pending().await };
             loop {
-                if !*ticked {
+                if !*is_poll_due {
                     interval.tick().await;
-                    *ticked = true;
+                    *is_poll_due = true;
                 }
-                let counts = match if_legacy {
+                let may_have_changed = match if_legacy {
                     Some(tables) => has_legacy_tables(access, tables).await,
                     None => true,
                 };
-                *ticked = false;
-                if counts {
+                *is_poll_due = false;
+                if may_have_changed {
                     return;
                 }
             }

@@ -229,8 +229,8 @@ fn name(family: Family) -> &'static str {
     }
 }
 
-/// Ignores a table that iptables-nft cannot print, if it contains no underpass rules and the plan
-/// adds none.
+/// Reads the installed underpass rules of a family. Ignores a table that iptables-nft cannot print,
+/// if it contains no underpass rules and the plan adds none.
 async fn installed_of(
     entered: &Entered,
     operation: &'static str,

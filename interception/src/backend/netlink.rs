@@ -58,14 +58,14 @@ fn missing_module(failure: &NftBatchFailure) -> Option<&'static str> {
 }
 
 /// The kernel module whose absence explains an error. `refused` is the failed operation of a batch,
-/// `None` for the entire batch; `blamed` is the attribute that the kernel blames.
+/// `None` for the entire batch; `attribute` is the one that the kernel reports as the cause.
 ///
 /// A missing chain or expression type gives ENOENT (`nf_tables_chain_type_lookup` and
 /// `nft_expr_type_get`), a missing set type EOPNOTSUPP (`nft_select_set_ops`, all in
 /// net/netfilter/nf_tables_api.c). A kernel without nf_tables rejects the batch with EOPNOTSUPP
 /// (`nfnetlink_rcv_batch`, net/netfilter/nfnetlink.c).
-fn module(refused: Option<&str>, blamed: Option<&str>, errno: Errno) -> Option<&'static str> {
-    /// Expressions that are separate modules, at least in older kernels, with their modules.
+fn module(refused: Option<&str>, attribute: Option<&str>, errno: Errno) -> Option<&'static str> {
+    /// Expressions and the modules that implement them. Newer kernels have some of them built in.
     const EXPRESSIONS: [(&str, &str); 7] = [
         ("(counter)", "nft_counter"),
         ("(ct)", "nft_ct"),
@@ -87,7 +87,7 @@ fn module(refused: Option<&str>, blamed: Option<&str>, errno: Errno) -> Option<&
         }
         (Some(_), Errno::ENOENT) => {
             let mut expressions = EXPRESSIONS.into_iter();
-            expressions.find_map(|(name, module)| blamed?.contains(name).then_some(module))
+            expressions.find_map(|(name, module)| attribute?.contains(name).then_some(module))
         }
         _ => None,
     }
@@ -99,17 +99,22 @@ mod tests {
 
     #[test]
     fn kernel_error_names_missing_module() {
-        const NOWHERE: Option<&str> = None;
-        for (refused, blamed, errno, expected) in [
-            (None, NOWHERE, Errno::EOPNOTSUPP, Some("nf_tables")),
-            (Some("add set inet underpass/x"), NOWHERE, Errno::EOPNOTSUPP, Some("nf_tables_set")),
+        const NO_ATTRIBUTE: Option<&str> = None;
+        for (refused, attribute, errno, expected) in [
+            (None, NO_ATTRIBUTE, Errno::EOPNOTSUPP, Some("nf_tables")),
+            (
+                Some("add set inet underpass/x"),
+                NO_ATTRIBUTE,
+                Errno::EOPNOTSUPP,
+                Some("nf_tables_set"),
+            ),
             (
                 Some("add chain inet underpass/nat_output"),
-                NOWHERE,
+                NO_ATTRIBUTE,
                 Errno::ENOENT,
                 Some("nft_chain_nat"),
             ),
-            (Some("add chain inet underpass/mangle_output"), NOWHERE, Errno::ENOENT, None),
+            (Some("add chain inet underpass/mangle_output"), NO_ATTRIBUTE, Errno::ENOENT, None),
             (
                 Some("add rule inet underpass/x"),
                 Some("expression #4 (redir)"),
@@ -123,9 +128,13 @@ mod tests {
                 Some("nft_tproxy"),
             ),
             (Some("add rule inet underpass/x"), Some("attribute 3"), Errno::ENOENT, None),
-            (Some("add rule inet underpass/x"), NOWHERE, Errno::EINVAL, None),
+            (Some("add rule inet underpass/x"), NO_ATTRIBUTE, Errno::EINVAL, None),
         ] {
-            assert_eq!(module(refused, blamed, errno), expected, "{refused:?} {blamed:?} {errno}");
+            assert_eq!(
+                module(refused, attribute, errno),
+                expected,
+                "{refused:?} {attribute:?} {errno}"
+            );
         }
     }
 }

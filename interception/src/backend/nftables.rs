@@ -119,7 +119,7 @@ pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError>
     .await
 }
 
-/// Runs `operation` on a new netlink connection, and closes the connection on a blocking thread.
+/// Runs `request` on a new netlink connection, and closes the connection on another thread.
 ///
 /// After any process has deleted a table, close(2) blocks for about ten milliseconds, until no CPU
 /// can access the table (`nft_rcv_nl_event` flushes `nf_tables_trans_destroy_work`, which waits for
@@ -149,10 +149,10 @@ fn connect(_: &Entered, operation: &'static str) -> Result<NftablesConnection, I
     NftablesConnection::new().map_err(failed(operation))
 }
 
-/// Adds, deletes and adds the table: the first addition makes the deletion succeed even if the
-/// table does not exist. (The message NFT_MSG_DESTROYTABLE needs Linux 6.3.) If the table does not
-/// exist, does not delete it, because a deletion delays closing the connection: see
-/// [`with_connection`].
+/// Adds the table with its content. If `replace` is true, deletes the old table first, after an
+/// addition that makes the deletion succeed if there is none. (The message NFT_MSG_DESTROYTABLE
+/// needs Linux 6.3.) Otherwise deletes nothing, because a deletion delays closing the connection:
+/// see [`with_connection`].
 async fn commit(
     kernel: &NftablesConnection,
     table: &str,

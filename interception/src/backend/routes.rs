@@ -51,8 +51,8 @@ pub(crate) enum Version {
 /// The objects that the plan needs, in the order of installation.
 ///
 /// IPv6 objects depend on the kernel, not on the capture setting: a pod whose IPv6 is not captured
-/// still receives HBONE from IPv6 clients, whose addresses the proxy uses. While IPv6 is disabled
-/// on the loopback interface, the kernel rejects IPv6 routes and addresses there.
+/// still receives HBONE from IPv6 clients, and the proxy connects from their addresses. While IPv6
+/// is disabled on the loopback interface, the kernel rejects IPv6 routes and addresses there.
 fn needed_entries(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     let (known, v6) = (ipv6_available(), ipv6::on_loopback(entered));
     let versions = if known { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
@@ -74,9 +74,9 @@ impl Entry {
     }
 }
 
-/// The objects that other settings need and this plan does not need. Their ip rules could match a
-/// mark of this plan.
-fn foreign(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
+/// The objects of other settings that this plan does not need. Their ip rules could match a mark of
+/// this plan.
+fn unneeded_entries(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
     let needed = needed_entries(entered, plan);
     let is_needed = |entry: &Entry| match entry {
         // Compare only the table: several ip rules may select the same route.
@@ -95,7 +95,7 @@ pub(crate) async fn remove_foreign(
     entered: &Entered,
     plan: &RulePlan,
 ) -> Result<(), InterceptionError> {
-    delete(entered, &foreign(entered, plan)).await.map(drop)
+    delete(entered, &unneeded_entries(entered, plan)).await.map(drop)
 }
 
 /// Adds missing objects and returns them. On failure, removes all objects that it added.
@@ -141,11 +141,11 @@ pub(crate) async fn remove(entered: &Entered, plan: &RulePlan) -> Result<bool, I
 /// All objects that the plan may have added, in both families.
 fn removable_entries(plan: &RulePlan) -> Vec<Entry> {
     // If the kernel lacks IPv6, requests about IPv6 fail, and there are no IPv6 objects.
-    let v6 = if ipv6_available() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
+    let versions = if ipv6_available() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let mut entries = Vec::new();
     for route in plan.routes() {
-        entries.extend(v6.iter().map(|version| Entry::Rule(*route, *version)));
-        entries.extend(v6.iter().map(|version| Entry::Route(*route, *version)));
+        entries.extend(versions.iter().map(|version| Entry::Rule(*route, *version)));
+        entries.extend(versions.iter().map(|version| Entry::Route(*route, *version)));
     }
     let addresses = plan.addresses().iter().filter(|_| ipv6_available());
     entries.extend(addresses.map(|LoopbackAddress(address)| Entry::Address(*address)));
@@ -170,7 +170,7 @@ pub(crate) async fn installed(
     let rules = connection.get_rules().await.map_err(failed(OPERATION))?;
     let routes = connection.get_routes().await.map_err(failed(OPERATION))?;
     let addresses = connection.get_addresses().await.map_err(failed(OPERATION))?;
-    let there = |entry: &Entry| match entry {
+    let exists = |entry: &Entry| match entry {
         Entry::Rule(route, version) => rules.iter().any(|rule| is_rule(rule, route, *version)),
         Entry::Route(route, version) => routes.iter().any(|found| is_route(found, route, *version)),
         Entry::Address(address) => addresses.iter().any(|found| is_address(found, *address)),
@@ -186,8 +186,8 @@ pub(crate) async fn installed(
         }),
         Entry::Address(_) => false,
     };
-    let needed = needed_entries(entered, plan).into_iter().filter(there);
-    let left = foreign(entered, plan).into_iter().filter(ours);
+    let needed = needed_entries(entered, plan).into_iter().filter(exists);
+    let left = unneeded_entries(entered, plan).into_iter().filter(ours);
     let lines = needed.chain(left).map(text).collect();
     Ok(Section { head: HEAD.to_owned(), lines })
 }

@@ -67,13 +67,13 @@ impl Listing {
         let mut sections = Vec::new();
         for section in &self.sections {
             let nothing = Section { head: section.head.clone(), lines: Vec::new() };
-            let there = found.section(&section.head);
+            let installed = found.section(&section.head);
             // Fast path for equal sections: a set may have ten thousand lines.
-            if there.is_some_and(|there| there.lines == section.lines) {
+            if installed.is_some_and(|installed| installed.lines == section.lines) {
                 continue;
             }
-            let mut lines = compare(&section.lines, &there.unwrap_or(&nothing).lines);
-            if there.is_none() {
+            let mut lines = compare(&section.lines, &installed.unwrap_or(&nothing).lines);
+            if installed.is_none() {
                 lines.insert(0, Line { status: LineStatus::Missing, text: section.head.clone() });
             }
             sections.push(SectionDifference { location: section.head.clone(), lines });
@@ -187,16 +187,16 @@ fn compare(expected: &[String], found: &[String]) -> Vec<Line> {
     input.update_before(expected.iter().map(String::as_str));
     input.update_after(found.iter().map(String::as_str));
     let (mut lines, mut reached) = (Vec::new(), 0);
-    let mut tell = |status, from: &[String], range: Range<u32>| {
+    let mut add = |status, from: &[String], range: Range<u32>| {
         let range = range.start as usize..range.end as usize;
         let texts = from.get(range).unwrap_or_default();
         lines.extend(texts.iter().map(|text| Line { status, text: text.clone() }));
     };
     for Hunk { before, after } in Diff::compute(Algorithm::Myers, &input).hunks() {
-        tell(LineStatus::Same, expected, reached..before.start);
+        add(LineStatus::Same, expected, reached..before.start);
         reached = before.end;
-        tell(LineStatus::Missing, expected, before);
-        tell(LineStatus::Unexpected, found, after);
+        add(LineStatus::Missing, expected, before);
+        add(LineStatus::Unexpected, found, after);
     }
     let rest = expected.get(reached as usize..).unwrap_or_default();
     lines.extend(rest.iter().map(|text| Line { status: LineStatus::Same, text: text.clone() }));

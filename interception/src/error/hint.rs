@@ -32,13 +32,13 @@ impl Hint for InterceptionError {
             ),
             Self::BecomeUser { .. } => {
                 return fixed(
-                    "check that the user namespace contains them (`interception.proxy_uids`, `interception.proxy_gids`)",
+                    "set a user and group that this user namespace contains (`interception.proxy_uids`, `interception.proxy_gids`)",
                 );
             }
             Self::Listen { source, setting, .. } => listen(source, setting),
             Self::Owned { .. } => {
                 return fixed(
-                    "stop that program, which also removes the table (`nft list ruleset` prints its name)",
+                    "stop that program (`nft list ruleset` prints its name): the kernel then removes the table",
                 );
             }
             Self::IptablesProgram { source, .. } => return fixed(run_iptables(source)),

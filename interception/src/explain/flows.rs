@@ -46,13 +46,16 @@ pub(super) fn all<'e>(explanation: &'e Explanation<'e>) -> Vec<Flow<'e>> {
 struct FlowBuilder<'e> {
     flow: Flow<'e>,
     /// True after a packet did not reach the sender of the next one.
-    ended: bool,
+    is_interrupted: bool,
 }
 
 impl<'e> FlowBuilder<'e> {
     fn new(id: impl Into<String>, title: impl Into<String>) -> Self {
         let (id, title) = (id.into(), title.into());
-        Self { flow: Flow { id, title, article: None, note: None, hops: Vec::new() }, ended: false }
+        Self {
+            flow: Flow { id, title, article: None, note: None, hops: Vec::new() },
+            is_interrupted: false,
+        }
     }
 
     /// Sets the path according to the article.
@@ -72,8 +75,8 @@ impl<'e> FlowBuilder<'e> {
 
     /// Adds a packet, unless an earlier packet did not reach its sender.
     fn hop(mut self, hop: Hop<'e>) -> Self {
-        self.ended |= self.flow.hops.last().is_some_and(|last| last.to != Some(hop.from));
-        if !self.ended {
+        self.is_interrupted |= self.flow.hops.last().is_some_and(|last| last.to != Some(hop.from));
+        if !self.is_interrupted {
             self.flow.hops.push(hop);
         }
         self
@@ -82,7 +85,7 @@ impl<'e> FlowBuilder<'e> {
     /// Adds the reply to the last packet.
     fn reply(self, network: ExampleNetwork<'e>, process: Process) -> Self {
         match self.flow.hops.last() {
-            Some(last) if !self.ended => {
+            Some(last) if !self.is_interrupted => {
                 let reply = network.reply(process, last);
                 self.hop(reply)
             }

@@ -176,7 +176,7 @@ fn alternative_end(end: Verdict) -> String {
     }
 }
 
-/// A setting, its value as text, and a function that resets it to the default.
+/// A setting, its value as text, and a function that gives it another value.
 type DecidingSetting =
     (&'static str, fn(&InterceptionSettings) -> String, fn(&mut InterceptionSettings));
 

@@ -13,7 +13,7 @@ use crate::plan::{
 const WIDTH: usize = 100;
 const ARROW: &str = "─▶";
 /// Explains the signs before a rule: `*` and `+`.
-const LEGEND: &str = "Each line is a rule that matches the packet. * it decides; + underpass adds it, the others are those of";
+const LEGEND: &str = "Each line is a rule that matches the packet. * marks the deciding rule, + a rule that underpass adds; the others are those of";
 
 /// The flows, the rules, and the routes and addresses that the rules depend on.
 impl fmt::Display for Explanation<'_> {
@@ -212,14 +212,14 @@ fn rules(
     explanation: &Explanation<'_>,
     flows: &[Flow<'_>],
 ) -> fmt::Result {
-    writeln!(f, "\nAll rules (- : it matches no packet above)")?;
+    writeln!(f, "\nAll rules (- marks a rule that matches no packet above)")?;
     let hops = || flows.iter().flat_map(|flow| &flow.hops);
     for chain in explanation.plan.chains() {
         writeln!(f, "\n  {} {}", chain.id.table.name(), chain.id.name)?;
         for rule in explanation.plan.rules_in(chain.id) {
-            let met = hops().any(|hop| hop.walk.rules().any(|passed| passed.id == rule.id));
-            let met = if met { ' ' } else { '-' };
-            writeln!(f, "   {met}{} {}{}", origin_sign(rule), rule.id, count(explanation, rule))?;
+            let is_matched = hops().any(|hop| hop.walk.rules().any(|passed| passed.id == rule.id));
+            let sign = if is_matched { ' ' } else { '-' };
+            writeln!(f, "   {sign}{} {}{}", origin_sign(rule), rule.id, count(explanation, rule))?;
             wrap(f, 8, rule.reason)?;
             write_indented(f, 8, 10, &Statement(rule).to_string())?;
         }

@@ -44,7 +44,8 @@ pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostNamespaces {
     own: NamespaceId,
-    /// The namespace of process 1. `None` if it cannot be read, and is certainly the initial one.
+    /// The namespace of process 1. `None` if it cannot be read and [`INITIAL_NET`] is fixed, which
+    /// identifies the host's namespace without it.
     init: Option<NamespaceId>,
 }
 

@@ -1,11 +1,11 @@
 //! Rejects TPROXY where kernel settings would drop all inbound connections.
 //!
 //! The kernel validates the source of a packet whose mark selects the table with `local default`
-//! (`__fib_validate_source`, net/ipv4/fib_frontend.c). By default it ignores the mark in this. With
-//! `src_valid_mark`, which wg-quick of WireGuard sets, it uses the mark and considers every client
-//! local. It then drops the packet regardless of `rp_filter`, unless `accept_local` is set. IPv6
-//! has no such validation. Packets that this process sends over loopback carry their route and are
-//! not validated.
+//! (`__fib_validate_source`, net/ipv4/fib_frontend.c). By default, this validation ignores the
+//! mark. With `src_valid_mark`, which wg-quick of WireGuard sets, it uses the mark and considers
+//! every client local. It then drops the packet regardless of `rp_filter`, unless `accept_local` is
+//! set. IPv6 has no such validation. Packets that this process sends over loopback carry their
+//! route and are not validated.
 
 use std::fs;
 use std::path::Path;
@@ -31,13 +31,13 @@ pub(crate) fn check_reverse_path(
     let interfaces = fs::read_dir(INTERFACES).into_iter().flatten().flatten();
     let names = interfaces.filter_map(|interface| interface.file_name().into_string().ok());
     let mut outer = names.filter(|name| !matches!(&**name, "all" | "default" | "lo"));
-    match outer.find(|interface| tproxy && refuses(interface)) {
+    match outer.find(|interface| tproxy && drops_inbound(interface)) {
         Some(interface) => Err(InterceptionError::InboundDropped { interface }),
         None => Ok(()),
     }
 }
 
-fn refuses(interface: &str) -> bool {
+fn drops_inbound(interface: &str) -> bool {
     // The setting of the interface or of `all` is enough (IN_DEV_ORCONF).
     let is_set = |setting: &str| [interface, "all"].iter().any(|of| is_one(of, setting));
     is_set("src_valid_mark") && !is_set("accept_local")

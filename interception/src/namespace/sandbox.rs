@@ -70,7 +70,7 @@ pub fn enter_sandbox() -> Result<Sandbox, InterceptionError> {
     let nothing = None::<&Path>;
     mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
         .map_err(refused("make the mounts private"))?;
-    let folder = choose_folder().map_err(failed("find a folder to mount an empty one over"))?;
+    let folder = choose_folder().map_err(failed("find a folder for the mount point"))?;
     mount(Some("tmpfs"), folder, Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))
         .map_err(refused("mount an empty folder"))?;
     let folder = FOLDER.get_or_init(|| folder.to_owned());

@@ -43,7 +43,7 @@ impl Namespace {
     /// [`InterceptionError::Namespace`], also if the file is not a namespace.
     pub fn open_secure_path(path: &Path) -> Result<Self, InterceptionError> {
         let opened = open(path).and_then(|file| NamespaceFile::new(file, path.to_owned()));
-        opened.map(|held| Self(Arc::new(held))).map_err(failed("open", path))
+        opened.map(|file| Self(Arc::new(file))).map_err(failed("open", path))
     }
 }
 
@@ -54,7 +54,7 @@ fn open(path: &Path) -> io::Result<File> {
             Component::RootDir => steps.clear(),
             Component::Normal(name) => steps.push(name),
             Component::CurDir | Component::ParentDir | Component::Prefix(_) => {
-                return Err(refused("the path must have no '.' and '..'"));
+                return Err(refused("the path must not contain '.' or '..'"));
             }
         }
     }
@@ -75,8 +75,8 @@ fn open(path: &Path) -> io::Result<File> {
 fn step_into(folder: &OwnedFd, name: &OsStr, flags: OFlags) -> io::Result<OwnedFd> {
     openat2(folder, name, flags, Mode::empty(), STEP).map_err(|error| match error {
         Errno::LOOP => refused(
-            "the path contains a symbolic link: write the path that `realpath` prints, and give a \
-             namespace of a process a name (`ip netns attach NAME PID`)",
+            "the path contains a symbolic link: write the path that `realpath` prints; for the \
+             namespace of a process, create a file with `ip netns attach NAME PID`",
         ),
         error => error.into(),
     })

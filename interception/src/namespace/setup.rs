@@ -71,8 +71,8 @@ impl Namespace {
         self.with_netlink(async |rtnetlink| rtnetlink.set_link_up("lo").await).await
     }
 
-    /// Adds a route to `destination` through `gateway`, which must have the same family and be on a
-    /// link.
+    /// Adds a route to `destination` through `gateway`, which must have the same family and be
+    /// directly reachable.
     ///
     /// # Errors
     ///

@@ -69,8 +69,8 @@ fn add_raw_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     // The proxy connects to the workload from the client's address and an arbitrary port. The
     // client's kernel may choose the same port for a direct connection. Conntrack would then match
     // the client's SYN with the proxy's connection: the SYN would not be captured, and its reply
-    // would be misrouted. A separate zone hides the proxy's original direction from packets that
-    // arrive. Replies carry no mark and stay in the default zone.
+    // would be misrouted. A separate zone for the original direction of the proxy's connections
+    // prevents the match. Replies carry no mark and stay in the default zone.
     b.rule(
         RAW_OUTPUT,
         "proxy-zone",
@@ -122,11 +122,11 @@ fn add_mangle_rules(b: &mut Builder, inputs: &Inputs<'_>) {
     )
     .families(families)
     .when([], Action::Jump(MANGLE_OUTPUT));
-    let mut proxys = vec![Match::PacketMark(PROXY)];
-    let mut returning = vec![Match::ConnectionMark(RETURNS_REPLY)];
+    let mut from_proxy = vec![Match::PacketMark(PROXY)];
+    let mut is_reply = vec![Match::ConnectionMark(RETURNS_REPLY)];
     if !exact {
-        proxys.insert(0, Match::Direction(Direction::Original));
-        returning.insert(0, Match::Direction(Direction::Reply));
+        from_proxy.insert(0, Match::Direction(Direction::Original));
+        is_reply.insert(0, Match::Direction(Direction::Reply));
     }
     b.rule(
         MANGLE_PREROUTING,
@@ -135,7 +135,7 @@ fn add_mangle_rules(b: &mut Builder, inputs: &Inputs<'_>) {
          as the proxy's replies would mark the workload's own captured connections",
     )
     .families(families)
-    .when_all(proxys, Action::MarkConnection(RETURNS_REPLY));
+    .when_all(from_proxy, Action::MarkConnection(RETURNS_REPLY));
     b.rule(
         MANGLE_OUTPUT,
         "return-to-proxy",
@@ -143,7 +143,7 @@ fn add_mangle_rules(b: &mut Builder, inputs: &Inputs<'_>) {
          only replies, so the proxy's own packets are not rerouted, and only underpass' bits of the mark",
     )
     .families(families)
-    .when_all(returning, if exact { Action::RestoreMark } else { Action::MarkPacket(RETURNS_REPLY) });
+    .when_all(is_reply, if exact { Action::RestoreMark } else { Action::MarkPacket(RETURNS_REPLY) });
 }
 
 fn add_nat_rules(b: &mut Builder, inputs: &Inputs<'_>) {

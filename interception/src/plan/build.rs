@@ -100,13 +100,13 @@ impl<'a> Inputs<'a> {
         if self.settings.exact {
             return values.iter().map(|value| vec![value.clone()]).collect();
         }
-        let mut once: Vec<T> = Vec::new();
+        let mut unique: Vec<T> = Vec::new();
         for value in values {
-            if !once.contains(value) {
-                once.push(value.clone());
+            if !unique.contains(value) {
+                unique.push(value.clone());
             }
         }
-        if once.is_empty() { Vec::new() } else { vec![once] }
+        if unique.is_empty() { Vec::new() } else { vec![unique] }
     }
 
     /// Groups the networks of `family` into rules. Drops a network that another one contains.
@@ -233,7 +233,7 @@ impl Builder {
         if inputs.settings.exact {
             self.rules.retain(|rule| rule.origin == Origin::Mesh);
         }
-        // Base chains first, sorted by table: in this order packets enter them.
+        // Base chains first, sorted by table: packets enter them in this order.
         self.chains.sort_by_key(|chain| (chain.hook.is_none(), chain.id.table, chain.hook));
         RulePlan {
             chains: self.chains,

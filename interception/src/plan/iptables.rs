@@ -135,7 +135,7 @@ fn texts(rule: &Rule, family: Family) -> Vec<String> {
 }
 
 fn target(action: Action, protocol: Option<Protocol>, family: Family) -> String {
-    let nowhere = match family {
+    let any_address = match family {
         Family::V4 => "0.0.0.0",
         Family::V6 => "::",
     };
@@ -154,10 +154,13 @@ fn target(action: Action, protocol: Option<Protocol>, family: Family) -> String 
         Action::Jump(chain) => format!("-j {}", chain.name),
         Action::Redirect(port) => format!("-j REDIRECT --to-ports {port}"),
         Action::Tproxy(port, mark) => {
-            format!("-j TPROXY --on-port {port} --on-ip {nowhere} --tproxy-mark {}", written(mark))
+            format!(
+                "-j TPROXY --on-port {port} --on-ip {any_address} --tproxy-mark {}",
+                value_and_mask(mark)
+            )
         }
-        Action::MarkPacket(mark) => format!("-j MARK --set-xmark {}", written(mark)),
-        Action::MarkConnection(mark) => format!("-j CONNMARK --set-xmark {}", written(mark)),
+        Action::MarkPacket(mark) => format!("-j MARK --set-xmark {}", value_and_mask(mark)),
+        Action::MarkConnection(mark) => format!("-j CONNMARK --set-xmark {}", value_and_mask(mark)),
         Action::SaveMark => whole_mark("--save-mark"),
         Action::RestoreMark => whole_mark("--restore-mark"),
         Action::Zone(zone, None) => format!("-j CT --zone {zone}"),
@@ -172,10 +175,10 @@ fn whole_mark(option: &str) -> String {
 
 /// Formats the mark of a match. iptables-save omits a full mask in matches, but not in targets.
 fn compared(mark: Mark) -> String {
-    if mark.mask == u32::MAX { format!("{:#x}", mark.value) } else { written(mark) }
+    if mark.mask == u32::MAX { format!("{:#x}", mark.value) } else { value_and_mask(mark) }
 }
 
-fn written(mark: Mark) -> String {
+fn value_and_mask(mark: Mark) -> String {
     format!("{:#x}/{:#x}", mark.value, mark.mask)
 }
 

@@ -14,8 +14,8 @@ use super::{Action, ChainId, Families, Match, Protocol};
 
 const REASON: &str = "the proxy serves its own metrics and readiness there";
 
-/// Adds rules with the id `id` to `chain`, which sees inbound connections. Other rules of the chain
-/// already exempt the ports in `exempt_already`.
+/// Adds rules with the id `id` to `chain`, which inbound connections pass. Other rules of the chain
+/// already exempt `exempt_ports`.
 pub(super) fn add(
     b: &mut Builder,
     inputs: &Inputs<'_>,

@@ -15,21 +15,21 @@ pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>, nat: fn(&mut Builder, &I
     if !inputs.rejects_v6() {
         return;
     }
-    let mut caught = Builder::default();
-    nat(&mut caught, &inputs.only_v6());
-    let refused = |b: &mut Builder, id: &str, reason, matches, action| {
+    let mut captured = Builder::default();
+    nat(&mut captured, &inputs.only_v6());
+    let add_rule = |b: &mut Builder, id: &str, reason, matches, action| {
         b.rule(REJECT_CHAIN, id, reason).families(Families::V6).when_all(matches, action);
     };
     let loopback_interface = || vec![LOOPBACK.to_owned()];
     let internal = "traffic within the loopback interface is allowed";
-    refused(
+    add_rule(
         b,
         "reject-not-from-loopback",
         internal,
         vec![Match::In(loopback_interface())],
         Action::Return,
     );
-    refused(
+    add_rule(
         b,
         "reject-not-to-loopback",
         internal,
@@ -37,14 +37,14 @@ pub(super) fn add(b: &mut Builder, inputs: &Inputs<'_>, nat: fn(&mut Builder, &I
         Action::Return,
     );
     let older = "only a packet that opens a connection is rejected";
-    refused(b, "reject-not-established", older, vec![TCP, Match::NotOpening], Action::Return);
-    refused(b, "reject-tcp", "for ipv6: reject", vec![TCP], Action::Reject);
-    refused(b, "reject-rest", "for ipv6: reject", vec![], Action::Reject);
-    b.extend(caught.take_rules().into_iter().map(refuse));
+    add_rule(b, "reject-not-established", older, vec![TCP, Match::NotOpening], Action::Return);
+    add_rule(b, "reject-tcp", "for ipv6: reject", vec![TCP], Action::Reject);
+    add_rule(b, "reject-rest", "for ipv6: reject", vec![], Action::Reject);
+    b.extend(captured.take_rules().into_iter().map(to_filter_rule));
 }
 
 /// Converts a rule of a nat chain to a rule of a filter chain.
-fn refuse(rule: Rule) -> Rule {
+fn to_filter_rule(rule: Rule) -> Rule {
     let action = match rule.action {
         Action::Redirect(_) => Action::Jump(REJECT_CHAIN),
         Action::Jump(target) => Action::Jump(filter(target)),

@@ -289,7 +289,7 @@ impl Owner {
 
 /// Adds rules 2 to 4 for a user, or rules 5 to 7 for a group.
 fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
-    let (captured, [own_pod_mark, itself, proxy]) = (inputs.captured(), owner.ids());
+    let (captured, [self_call, app_to_itself, proxy]) = (inputs.captured(), owner.ids());
     let dns = inputs.settings.dns == Dns::Capture;
     // Istio exempts DNS only for the user.
     let exempt_ports = match owner {
@@ -299,7 +299,7 @@ fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
     for &family in &inputs.families {
         b.rule(
             ISTIO_OUTPUT,
-            own_pod_mark,
+            self_call,
             "the proxy balances the workload's call of its own service to this pod: redirects it as inbound",
         )
         .numbered()
@@ -320,7 +320,7 @@ fn rules_for_owner(b: &mut Builder, inputs: &Inputs<'_>, owner: &Owner) {
             let no_dns = Match::NotDestinationPort(Protocol::Tcp, vec![53.into()]);
             matches.insert(1, no_dns);
         }
-        b.rule(ISTIO_OUTPUT, itself, "skips a workload's calls to its own address")
+        b.rule(ISTIO_OUTPUT, app_to_itself, "skips a workload's calls to its own address")
             .numbered()
             .families(captured)
             .when_all(matches, Action::Return);

@@ -215,11 +215,11 @@ fn rule_ids_are_unique() {
 #[test]
 fn jump_targets_exist_in_the_same_table() {
     for (name, plan) in every_plan() {
-        let there = |id| plan.chains().iter().any(|chain| chain.id == id);
+        let exists = |id| plan.chains().iter().any(|chain| chain.id == id);
         for rule in plan.rules() {
-            assert!(there(rule.chain), "{name}: {}", rule.id);
+            assert!(exists(rule.chain), "{name}: {}", rule.id);
             if let Action::Jump(target) = rule.action {
-                assert!(there(target) && target.table == rule.chain.table, "{name}: {}", rule.id);
+                assert!(exists(target) && target.table == rule.chain.table, "{name}: {}", rule.id);
             }
         }
     }

@@ -5,7 +5,8 @@ use std::net::Ipv6Addr;
 use ipnet::IpNet;
 use underpass_config::PortRange;
 
-/// A table of iptables. nftables has a single table, in which this is the prefix of chain names.
+/// A table of iptables. In nftables, underpass has a single table, and this name is the prefix of
+/// chain names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Table {
     /// Runs before connection tracking: assigns conntrack zones.
@@ -58,8 +59,8 @@ pub struct Rule {
     pub origin: Origin,
     /// The chain that contains the rule.
     pub chain: ChainId,
-    /// The address families that the rule applies to. A rule for one family must match addresses or
-    /// the family.
+    /// The address families that the rule applies to. In nftables, a rule for one family also
+    /// matches the family, unless an address match implies it.
     pub families: Families,
     /// The conditions, in order. All of them must match.
     pub matches: Vec<Match>,

@@ -151,7 +151,7 @@ impl RulePlan {
             sender,
             hook,
             looped: false,
-            caught: None,
+            capture: None,
             traversed: Vec::new(),
         };
         walker.walk()
@@ -235,7 +235,8 @@ struct Walker<'p, 'w> {
     hook: Hook,
     /// True if a local process sent the packet, and it now arrives over loopback.
     looped: bool,
-    caught: Option<Verdict>,
+    /// The redirect or TPROXY delivery that a rule has caused.
+    capture: Option<Verdict>,
     traversed: Vec<TraversedChain<'p>>,
 }
 
@@ -252,7 +253,7 @@ impl<'p> Walker<'p, '_> {
     fn walk(mut self) -> Walk<'p> {
         let end = self
             .evaluate_hooks()
-            .map_or_else(|end| end, |()| self.caught.unwrap_or(Verdict::Direct));
+            .map_or_else(|end| end, |()| self.capture.unwrap_or(Verdict::Direct));
         Walk {
             local: self.is_delivered_locally(),
             traversed: self.traversed,
@@ -284,7 +285,7 @@ impl<'p> Walker<'p, '_> {
     /// Returns true if an ip rule or the destination causes local delivery.
     fn is_delivered_locally(&self) -> bool {
         let by_destination = match &self.packet.entry {
-            Entry::Out { interface, .. } => self.caught.is_some() || interface == LOOPBACK,
+            Entry::Out { interface, .. } => self.capture.is_some() || interface == LOOPBACK,
             Entry::In { .. } => self.environment.is_local(self.destination.ip()),
         };
         by_destination || self.plan.routes.iter().any(|route| route.mark.matches(self.mark))
@@ -301,7 +302,7 @@ impl<'p> Walker<'p, '_> {
                 continue;
             }
             self.traversed.push(TraversedChain { chain, rules: Vec::new() });
-            if let ChainVerdict::Verdict(end) = self.chain(chain, 0) {
+            if let ChainVerdict::Verdict(end) = self.evaluate_chain(chain, 0) {
                 return Err(end);
             }
         }
@@ -315,7 +316,7 @@ impl<'p> Walker<'p, '_> {
         matches!(self.packet.state, ConntrackState::New | ConntrackState::PickedUp) && !self.looped
     }
 
-    fn chain(&mut self, chain: ChainId, depth: usize) -> ChainVerdict {
+    fn evaluate_chain(&mut self, chain: ChainId, depth: usize) -> ChainVerdict {
         let plan = self.plan;
         for rule in plan.rules_in(chain) {
             if !self.matches_rule(rule) {
@@ -327,7 +328,7 @@ impl<'p> Walker<'p, '_> {
             match rule.action {
                 Action::Return => return ChainVerdict::Continue,
                 Action::Jump(target) if depth < MAX_JUMP_DEPTH => {
-                    match self.chain(target, depth + 1) {
+                    match self.evaluate_chain(target, depth + 1) {
                         ChainVerdict::Continue => {}
                         verdict => return verdict,
                     }
@@ -349,12 +350,12 @@ impl<'p> Walker<'p, '_> {
             Action::Redirect(port) => {
                 self.destination = SocketAddr::new(self.redirect_address(), port);
                 // If TPROXY has assigned a socket already, the packet is delivered to that socket.
-                self.caught.get_or_insert(Verdict::Redirected(port));
+                self.capture.get_or_insert(Verdict::Redirected(port));
                 ChainVerdict::Accept
             }
             Action::Tproxy(port, mark) => {
                 self.mark = mark.write(self.mark);
-                self.caught = Some(Verdict::Tproxied(port));
+                self.capture = Some(Verdict::Tproxied(port));
                 ChainVerdict::Accept
             }
             Action::MarkPacket(mark) => {

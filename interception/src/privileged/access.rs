@@ -31,7 +31,7 @@ use crate::subscription::{RuleSubscription, WatchScope};
 #[derive(Debug, Clone)]
 pub struct NamespaceAccess(Arc<dyn PrivilegedOperations>);
 
-/// Extracts the reply that belongs to a request.
+/// Performs a request, and extracts the value of its kind of reply.
 macro_rules! ask {
     ($access:expr, $request:expr, $answer:pat => $value:expr) => {
         match $access.0.perform($request).await? {
@@ -118,7 +118,7 @@ impl NamespaceAccess {
         ask!(self, Request::Environment, Reply::Environment(environment) => environment)
     }
 
-    /// Returns the inodes of the listening TCP sockets, as [`BoundListener::inode`] has them.
+    /// Returns the inodes of the listening TCP sockets ([`BoundListener::inode`]).
     ///
     /// # Errors
     ///
@@ -136,7 +136,7 @@ impl NamespaceAccess {
         ask!(self, Request::Ipv6OnLoopback, Reply::Is(enabled) => enabled)
     }
 
-    /// Returns those of `addresses` that a socket can be bound to.
+    /// Returns the `addresses` that a socket can be bound to.
     ///
     /// # Errors
     ///

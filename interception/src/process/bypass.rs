@@ -70,8 +70,8 @@ fn bypassing_capabilities(profile: Profile, effective: u64) -> Vec<&'static str>
     /// include/uapi/linux/capability.h.
     const ALL: [(u32, &str); 4] =
         [(12, "NET_ADMIN"), (13, "NET_RAW"), (7, "SETUID"), (6, "SETGID")];
-    let knows_user = matches!(profile, Profile::Sidecar | Profile::Osm);
-    let counted = ALL.into_iter().take(if knows_user { 4 } else { 2 });
+    let rules_match_users = matches!(profile, Profile::Sidecar | Profile::Osm);
+    let counted = ALL.into_iter().take(if rules_match_users { 4 } else { 2 });
     counted.filter(|(bit, _)| effective & (1 << bit) != 0).map(|(_, name)| name).collect()
 }
 

@@ -76,13 +76,14 @@ impl fmt::Display for MissingCapabilities {
     }
 }
 
-/// Announces a change of user to threads that are confined before it. `false` after the change.
+/// Announces a change of user to threads that are confined before it. `is_planned` is false after
+/// the change.
 pub(super) fn announce_change_of_user(is_planned: bool) {
     USER_WILL_CHANGE.store(is_planned, Relaxed);
 }
 
-/// Returns true if this thread lacks NET_ADMIN. If capget(2) fails, the operation itself reports
-/// the error.
+/// Returns true if this thread lacks NET_ADMIN. Returns false if capget(2) fails: the operation
+/// itself then reports the error.
 pub(crate) fn lacks_net_admin() -> bool {
     caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).is_ok_and(|has| !has)
 }

@@ -1,5 +1,5 @@
-//! Makes this process one of another user without any privilege, and checks whether a new process
-//! can do that.
+//! Changes this process to another user without any privilege, and checks whether a new process can
+//! do that.
 
 use std::fs;
 use std::io;
@@ -13,7 +13,7 @@ use crate::error::InterceptionError;
 use crate::process::privileges::{MissingCapabilities, ProxyUser, confine_process};
 use crate::process::user_ids::UserIds;
 
-/// Why a new process cannot change to another user.
+/// The reason why a new process cannot change to another user.
 #[derive(Debug, Error)]
 pub enum SeparationError {
     /// Capabilities are missing.
@@ -33,7 +33,7 @@ pub enum SeparationError {
 const SETGROUPS: &str = "/proc/self/setgroups";
 
 impl ProxyUser {
-    /// Whether a new process can become this user.
+    /// Checks whether a new process can become this user.
     ///
     /// # Errors
     ///
@@ -58,7 +58,7 @@ impl ProxyUser {
     }
 
     /// Becomes this user without any capability. The kernel kills this process when the thread that
-    /// started it ends, if that thread has the capability KILL. Call it while there is one
+    /// started it ends, if that thread has the capability KILL. Call it while the process has one
     /// thread.
     ///
     /// # Errors

@@ -35,7 +35,7 @@ impl ProxyUser {
         }
         let first_gid = settings.proxy_gids.first();
         // Istio's own TPROXY rules recognize the proxy by its group. They would capture its
-        // connections if it also had their user.
+        // connections if the proxy also ran as the user that they match.
         let by_group = settings.exact && settings.inbound.mode == InboundMode::Tproxy;
         let first_uid = settings.proxy_uids.first().filter(|_| !by_group);
         let user = match (first_uid, first_gid) {

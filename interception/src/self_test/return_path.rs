@@ -99,10 +99,11 @@ impl ReturnPathProbe {
 /// the loopback interface, there are no IPv6 connections to return.
 fn returns_replies_to(entered: &Entered, plan: &RulePlan, client: IpAddr) -> bool {
     let family = if client.is_ipv6() { Families::V6 } else { Families::V4 };
-    let remembers =
+    let marks_connection =
         |action: &Action| matches!(action, Action::MarkConnection(_) | Action::SaveMark);
     let by_rule = plan.rules().iter().any(|rule| {
-        remembers(&rule.action) && (rule.families == Families::Both || rule.families == family)
+        marks_connection(&rule.action)
+            && (rule.families == Families::Both || rule.families == family)
     });
     by_rule && (client.is_ipv4() || ipv6::on_loopback(entered))
 }

@@ -103,7 +103,7 @@ mod tests {
     use super::*;
     use crate::sockets::listener::BoundListener;
 
-    fn conversation() -> (Handover, Handover) {
+    fn handover_pair() -> (Handover, Handover) {
         let (one, other) = UnixStream::pair().expect("a pair");
         (Handover::new(one), Handover::new(other))
     }
@@ -114,13 +114,13 @@ mod tests {
 
     #[tokio::test]
     async fn passes_listener_with_its_accept_queue() {
-        let (one, other) = conversation();
+        let (one, other) = handover_pair();
         let (first, second) = (bound(), bound());
         let address = first.local_addr().expect("bound");
         let mut waiting = TcpStream::connect(address).await.expect("connected before");
-        one.send("two listeners", &[first.as_fd(), second.as_fd()]).await.expect("said");
+        one.send("two listeners", &[first.as_fd(), second.as_fd()]).await.expect("sent");
         drop((first, second));
-        let (line, sockets) = other.receive().await.expect("heard").expect("a line");
+        let (line, sockets) = other.receive().await.expect("received").expect("a line");
         assert_eq!((line.as_str(), sockets.len()), ("two listeners", 2));
         let listener = sockets.into_iter().next().expect("a socket");
         let listener = BoundListener::try_from(listener).expect("a listener");
@@ -133,22 +133,22 @@ mod tests {
 
     #[tokio::test]
     async fn receives_lines_separately_and_detects_end() {
-        let (one, other) = conversation();
-        one.send("rules", &[]).await.expect("said");
-        assert_eq!(other.receive().await.expect("heard").expect("a line").0, "rules");
-        other.send("ok", &[]).await.expect("said");
-        assert_eq!(one.receive().await.expect("heard").expect("a line").0, "ok");
+        let (one, other) = handover_pair();
+        one.send("rules", &[]).await.expect("sent");
+        assert_eq!(other.receive().await.expect("received").expect("a line").0, "rules");
+        other.send("ok", &[]).await.expect("sent");
+        assert_eq!(one.receive().await.expect("received").expect("a line").0, "ok");
         drop(one);
         assert!(other.receive().await.expect("an end").is_none());
     }
 
     #[tokio::test]
     async fn rejects_malformed_message_and_non_listener_fd() {
-        let (one, other) = conversation();
+        let (one, other) = handover_pair();
         let mut raw = one.stream;
         raw.write_all(&[b'x'; 5000]).await.expect("written");
         assert_eq!(other.receive().await.expect_err("too long").kind(), ErrorKind::InvalidData);
-        let (one, other) = conversation();
+        let (one, other) = handover_pair();
         let mut raw = one.stream;
         raw.write_all(b"\xff\n").await.expect("written");
         assert_eq!(other.receive().await.expect_err("no text").kind(), ErrorKind::InvalidData);
@@ -159,7 +159,7 @@ mod tests {
 
     #[tokio::test]
     async fn kernel_identifies_peer_process() {
-        let (one, _other) = conversation();
+        let (one, _other) = handover_pair();
         let peer = one.peer().expect("credentials");
         assert_eq!(peer.uid, geteuid().as_raw());
         assert!(peer.is_trusted() && Peer { uid: 0, pid: None }.is_trusted());

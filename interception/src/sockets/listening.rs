@@ -1,5 +1,5 @@
-//! The sockets that listen in a network namespace, by their inodes: whether a listener of the proxy
-//! is still open, whichever process holds it.
+//! Lists the inodes of the sockets that listen in a network namespace. They show whether a listener
+//! of the proxy is still open in any process.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -20,7 +20,7 @@ pub(crate) fn listening(_: &Entered) -> io::Result<BTreeSet<u64>> {
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             file => file?,
         };
-        // After the header. The kernel lists the listening sockets first (net/ipv4/tcp_ipv4.c,
+        // Skip the header. The kernel lists the listening sockets first (net/ipv4/tcp_ipv4.c,
         // `TCP_SEQ_STATE_LISTENING`), so the connections are not read.
         for line in BufReader::new(file).lines().skip(1) {
             match inode(&line?) {

@@ -41,7 +41,7 @@ pub struct LocalAddresses {
 }
 
 impl From<OwnedFd> for LocalAddresses {
-    /// Uses the socket of another process' lookup.
+    /// Uses a socket that another process opened for such lookups.
     fn from(socket: OwnedFd) -> Self {
         Self { socket, sequence: Mutex::default() }
     }

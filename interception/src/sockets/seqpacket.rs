@@ -20,12 +20,11 @@ use crate::sockets::peer::Peer;
 /// 600: two names of 253 octets and a namespace of 63.
 const MAX_MESSAGE: usize = 4096;
 
-/// The socket has the type `SOCK_SEQPACKET`, for which tokio has no type. tokio's `UnixStream` only
-/// registers it and waits for it.
+/// A connected socket of the type `SOCK_SEQPACKET`.
 #[derive(Debug)]
 pub struct SeqPacket {
-    /// Of type `SOCK_SEQPACKET`. Tokio has no type for it, and none for any descriptor that is
-    /// safe; this one only registers the socket and waits for it.
+    /// tokio has no type for `SOCK_SEQPACKET`. Its `UnixStream` only registers the socket and waits
+    /// for it.
     socket: UnixStream,
     /// The maximum length of a received message in bytes.
     max_message: usize,
@@ -65,7 +64,8 @@ impl SeqPacket {
         Ok(Self { socket, max_message: MAX_MESSAGE })
     }
 
-    /// Two connected sockets that are not in any runtime; the second one waits when it is read.
+    /// Creates two connected sockets, which belong to no runtime. The first one is non-blocking,
+    /// the second one is blocking.
     ///
     /// # Errors
     ///
@@ -77,18 +77,18 @@ impl SeqPacket {
         Ok((one, other))
     }
 
-    /// The same with another maximum length of received messages.
+    /// Sets the maximum length of received messages in bytes.
     #[must_use]
     pub fn with_limit(self, max_message: usize) -> Self {
         Self { max_message, ..self }
     }
 
-    /// Receives the first message of `socket`, which waits when it is read, and then makes it
-    /// non-blocking. For a process whose runtime depends on that message.
+    /// Receives the first message from `socket`, which must be blocking, and then makes the socket
+    /// non-blocking. For a process that needs the message to create its runtime.
     ///
     /// # Errors
     ///
-    /// As [`receive`](Self::receive); `UnexpectedEof` if there is none.
+    /// As [`receive`](Self::receive); `UnexpectedEof` if there is no message.
     pub fn receive_first(socket: OwnedFd, max_message: usize) -> io::Result<(OwnedFd, Message)> {
         let mut bytes = vec![0; max_message];
         let received = descriptors::receive(&socket, &mut bytes)?;
@@ -100,7 +100,7 @@ impl SeqPacket {
         Ok((socket, Message { bytes, descriptors: received.descriptors }))
     }
 
-    /// The process that listened at the other end.
+    /// The process at the other end.
     ///
     /// # Errors
     ///

@@ -129,10 +129,10 @@ impl Sockets {
     /// accepts connections of a family as soon as it is enabled.
     #[must_use]
     pub fn new(settings: &InterceptionSettings, ipv6: bool) -> Self {
-        let imitated = LastHop::ClientAddress { mark: PROXY_MARK };
+        let client_address = LastHop::ClientAddress { mark: PROXY_MARK };
         let (mark, last_hop) = match (settings.profile, settings.inbound.mode) {
-            (Profile::Ambient, _) => (Some(PROXY_MARK), imitated),
-            (Profile::Sidecar, InboundMode::Tproxy) => (None, imitated),
+            (Profile::Ambient, _) => (Some(PROXY_MARK), client_address),
+            (Profile::Sidecar, InboundMode::Tproxy) => (None, client_address),
             (Profile::Sidecar, InboundMode::Redirect) => {
                 let v6 = Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6);
                 (None, LastHop::Loopback { v4: Ipv4Addr::new(127, 0, 0, 6), v6 })

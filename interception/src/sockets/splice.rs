@@ -27,25 +27,25 @@ impl SplicePipe {
         Ok(Self { read, write })
     }
 
-    /// Moves up to `most` bytes from `source` into the pipe. Returns their number, which is 0 after
-    /// FIN.
+    /// Moves at most `max_bytes` from `source` into the pipe. Returns the number of bytes, which is
+    /// 0 after FIN.
     ///
     /// # Errors
     ///
     /// The kernel rejected the operation. `WouldBlock` if `source` has no bytes or the pipe is
     /// full.
-    pub fn fill(&self, source: &impl AsFd, most: usize) -> io::Result<usize> {
-        Ok(splice(source, None, &self.write, None, most, flags())?)
+    pub fn fill(&self, source: &impl AsFd, max_bytes: usize) -> io::Result<usize> {
+        Ok(splice(source, None, &self.write, None, max_bytes, flags())?)
     }
 
-    /// Moves up to `most` bytes from the pipe to `sink`. Returns their number.
+    /// Moves at most `max_bytes` from the pipe to `sink`. Returns the number of bytes.
     ///
     /// # Errors
     ///
     /// The kernel rejected the operation. `WouldBlock` if the pipe is empty or `sink` accepts no
     /// bytes.
-    pub fn drain(&self, sink: &impl AsFd, most: usize) -> io::Result<usize> {
-        Ok(splice(&self.read, None, sink, None, most, flags())?)
+    pub fn drain(&self, sink: &impl AsFd, max_bytes: usize) -> io::Result<usize> {
+        Ok(splice(&self.read, None, sink, None, max_bytes, flags())?)
     }
 }
 

@@ -74,7 +74,7 @@ pub(crate) const CASES: &[Case] = &[
     ("A7: the workload sees the client's own address (IPv6)", || {
         workload_sees_client_address(V6, "a7-v6")
     }),
-    ("opening a marked or transparent socket takes a capability", opening_requires_capability),
+    ("opening a marked or transparent socket requires a capability", opening_requires_capability),
     ("connections survive the installation of the rules (IPv4)", || {
         connection_survives_installation(V4, "older-v4")
     }),
@@ -404,7 +404,7 @@ fn packet_capture_sees_segments() -> Result<(), Failed> {
             .filter(|segment| !segment.payload.is_empty())
             .map(|segment| (segment.source, segment.destination, segment.payload))
             .collect();
-        equal("what went over the wire", data, vec![(from, to, &b"?"[..]), (to, from, &b"!"[..])])?;
+        equal("the captured segments", data, vec![(from, to, &b"?"[..]), (to, from, &b"!"[..])])?;
     }
     Ok(())
 }

@@ -24,10 +24,10 @@ pub(crate) const CASES: &[Case] = &[
     ("the plans of these tests cover every match and every action", covers_every_match_and_action),
     ("iptables-nft lists a plan exactly as it was printed", || lists_plan_as_printed(NFT)),
     ("iptables-legacy lists a plan exactly as it was printed", || lists_plan_as_printed(LEGACY)),
-    ("iptables-nft: installing gives the same as loading the text", || {
+    ("iptables-nft: installation gives the same rules as loading the printed text", || {
         installs_the_printed_text(NFT)
     }),
-    ("iptables-legacy: installing gives the same as loading the text", || {
+    ("iptables-legacy: installation gives the same rules as loading the printed text", || {
         installs_the_printed_text(LEGACY)
     }),
     ("iptables-nft: installing twice gives the same ruleset", || {
@@ -152,8 +152,9 @@ fn printed(interception: &Interception) -> Rules {
 }
 
 fn without_records(rules: Rules) -> Rules {
-    let memory = ["UNDERPASS_OWNER", "UNDERPASS_PREROUTING", "UNDERPASS_INPUT", "UNDERPASS_OUTPUT"];
-    rules.into_iter().filter(|((_, _, chain), _)| !memory.contains(&chain.as_str())).collect()
+    let records =
+        ["UNDERPASS_OWNER", "UNDERPASS_PREROUTING", "UNDERPASS_INPUT", "UNDERPASS_OUTPUT"];
+    rules.into_iter().filter(|((_, _, chain), _)| !records.contains(&chain.as_str())).collect()
 }
 
 /// Normalizes addresses, whose abbreviation depends on the C library.
@@ -184,7 +185,7 @@ fn lists_plan_as_printed(variant: Variant) -> Result<(), Failed> {
             variant.load(&pod, program, &interception.plan().iptables(family))?;
         }
         let saved = canonical(variant.saved(&pod)?);
-        equal("what is listed", saved, canonical(printed(&interception)))?;
+        equal("the listed rules", saved, canonical(printed(&interception)))?;
         let difference = inside(&pod, async || Ok(interception.verify().await?))?;
         let text = difference.map(|difference| difference.to_string()).unwrap_or_default();
         // The text contains neither the routes nor the records of rules in built-in chains.
@@ -205,7 +206,7 @@ fn installs_the_printed_text(variant: Variant) -> Result<(), Failed> {
             Ok(interception)
         })?;
         let saved = canonical(without_records(variant.saved(&pod)?));
-        equal("what is installed", saved, canonical(printed(&interception)))?;
+        equal("the installed rules", saved, canonical(printed(&interception)))?;
     }
     Ok(())
 }
@@ -282,7 +283,7 @@ fn foreign_rules_keep_positions(variant: Variant) -> Result<(), Failed> {
         add("nat");
         add("mangle");
     }
-    equal("what others have", variant.saved(&pod)?, theirs)
+    equal("the foreign rules", variant.saved(&pod)?, theirs)
 }
 
 fn rejections_precede_foreign_rules(variant: Variant) -> Result<(), Failed> {
@@ -372,7 +373,7 @@ fn changes_are_detected_and_repaired(variant: Variant) -> Result<(), Failed> {
             equal("a difference remains", interception.verify().await?.map(|d| d.to_string()), None)
         })?;
         variant.run(&pod, "-t nat -D PREROUTING -i foreign0 -j ACCEPT")?;
-        equal("what is repaired", variant.saved(&pod)?, installed)?;
+        equal("the repaired rules", variant.saved(&pod)?, installed)?;
     }
     Ok(())
 }

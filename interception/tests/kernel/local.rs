@@ -13,7 +13,7 @@ pub(crate) const CASES: &[Case] = &[
         "addresses of interfaces and of local routes are local",
         interface_and_route_addresses_are_local,
     ),
-    ("an address that is removed is no longer local", removed),
+    ("a removed address is no longer local", removed_address_is_not_local),
 ];
 
 fn expect_local(local: &LocalAddresses, address: &str, expected: bool) -> Result<(), Failed> {
@@ -46,7 +46,7 @@ fn interface_and_route_addresses_are_local() -> Result<(), Failed> {
     })
 }
 
-fn removed() -> Result<(), Failed> {
+fn removed_address_is_not_local() -> Result<(), Failed> {
     let pod = isolated_namespace("local-removed")?;
     inside(&pod, async || {
         let local = LocalAddresses::open(&Entered::current()?)?;

@@ -29,7 +29,7 @@ fn main() {
     // Prepare before entering the sandbox, in which no namespace is the host's.
     let outside = rules::prepare_here();
     if let Err(error) = enter_sandbox() {
-        fail_loudly(&error);
+        report_and_exit(&error);
     }
     let mut trials: Vec<_> = rules::CASES
         .iter()
@@ -55,7 +55,7 @@ fn skipped() -> bool {
 }
 
 #[expect(clippy::print_stderr, clippy::exit, reason = "there is no test to report it")]
-fn fail_loudly(error: &InterceptionError) -> ! {
+fn report_and_exit(error: &InterceptionError) -> ! {
     let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
     eprintln!("the kernel tests need namespaces: {error}: {source}");
     eprintln!("UNDERPASS_SKIP_NAMESPACES=1 skips them");

@@ -27,7 +27,7 @@ pub(crate) const CASES: &[Case] = &[
     ("the current namespace can be entered by its path", entered_by_descriptor),
     ("deleting a namespace frees its name", deleting_frees_the_name),
     ("a name that is taken is refused", existing_name_is_refused),
-    ("routes go through the gateway they were given", routes),
+    ("a route uses its gateway, which must be of the same family", route_uses_its_gateway),
     (
         "one thread installs rules in 250 namespaces, and stays in none",
         one_thread_installs_rules_everywhere,
@@ -36,7 +36,7 @@ pub(crate) const CASES: &[Case] = &[
         "rules are installed, watched and removed from outside of a namespace",
         rules_are_managed_from_outside,
     ),
-    ("a deleted namespace is gone with its last handle", deleted_namespace_ends_with_last_handle),
+    ("a deleted namespace ends with its last handle", deleted_namespace_ends_with_last_handle),
     ("a sandbox cannot be entered by one of several threads", sandbox_requires_a_single_thread),
 ];
 
@@ -119,7 +119,7 @@ fn existing_name_is_refused() -> Result<(), Failed> {
     equal("refused", matches!(again, Err(InterceptionError::Namespace { .. })), true)
 }
 
-fn routes() -> Result<(), Failed> {
+fn route_uses_its_gateway() -> Result<(), Failed> {
     let wired = ConnectedPods::new("routes")?;
     runtime()?.block_on(async {
         wired.pod.add_route("192.0.2.0/24".parse()?, "10.0.0.2".parse()?).await?;
@@ -167,7 +167,7 @@ fn one_thread_installs_rules_everywhere() -> Result<(), Failed> {
     /// One in this many namespaces gets rules, because installing them takes most of the time.
     const WITH_RULES: usize = 25;
     let thread = NamespaceThread::start()?;
-    let (mut held, mut threads) = (Vec::new(), BTreeSet::new());
+    let (mut pods, mut threads) = (Vec::new(), BTreeSet::new());
     let mut installed: Vec<Interception> = Vec::new();
     for number in 0..NAMESPACES {
         let namespace = isolated_namespace(&format!("many-{number}"))?;
@@ -186,7 +186,7 @@ fn one_thread_installs_rules_everywhere() -> Result<(), Failed> {
                 Ok::<_, Failed>(interception)
             })?);
         }
-        held.push((namespace, access));
+        pods.push((namespace, access));
     }
     equal("threads that ran operations", threads.len(), 1)?;
     let plans: BTreeSet<_> = installed.iter().map(|one| std::ptr::from_ref(one.plan())).collect();
@@ -198,8 +198,8 @@ fn one_thread_installs_rules_everywhere() -> Result<(), Failed> {
     let deadline = Instant::now() + DEADLINE;
     loop {
         let occupied = namespaces_of_threads()?;
-        let idle = |held: &&(Namespace, _)| !occupied.contains(&held.0.id().to_string());
-        let idle = held.iter().filter(idle).count();
+        let idle = |pod: &&(Namespace, _)| !occupied.contains(&pod.0.id().to_string());
+        let idle = pods.iter().filter(idle).count();
         if idle == NAMESPACES {
             break;
         }
@@ -208,14 +208,14 @@ fn one_thread_installs_rules_everywhere() -> Result<(), Failed> {
         }
         thread::yield_now();
     }
-    for (number, (namespace, _)) in held.iter().enumerate() {
+    for (number, (namespace, _)) in pods.iter().enumerate() {
         // Each of these checks runs a program.
         if number % WITH_RULES < 2 {
             let installed = command(namespace, "nft list tables")?.contains("underpass");
             equal("the rules are installed", installed, number % WITH_RULES == 0)?;
         }
     }
-    held.into_iter().try_for_each(|(namespace, _)| Ok(namespace.delete()?))
+    pods.into_iter().try_for_each(|(namespace, _)| Ok(namespace.delete()?))
 }
 
 fn rules_are_managed_from_outside() -> Result<(), Failed> {
@@ -239,12 +239,12 @@ fn rules_are_managed_from_outside() -> Result<(), Failed> {
         equal("the difference", rules.verify().await?.is_some(), true)?;
         rules.repair().await?;
         equal("the difference", rules.verify().await?, None)?;
-        equal("what the neighbour has", rules_in(&neighbour)?, before[1].clone())?;
+        equal("the neighbour's rules", rules_in(&neighbour)?, before[1].clone())?;
         let result = timeout(Duration::ZERO, unchanged.next()).await;
         equal("a change at the neighbour", result.is_ok(), false)?;
         Ok::<_, Failed>(rules.remove().await?)
     })?;
-    equal("what is left", [rules_in(&pod)?, rules_in(&neighbour)?], before)
+    equal("the remaining rules", [rules_in(&pod)?, rules_in(&neighbour)?], before)
 }
 
 fn deleted_namespace_ends_with_last_handle() -> Result<(), Failed> {

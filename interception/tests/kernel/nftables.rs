@@ -23,7 +23,10 @@ use crate::plans;
 use crate::pod::{DEADLINE, PORTS, command, equal, inside, isolated_namespace, prepare};
 
 pub(crate) const CASES: &[Case] = &[
-    ("nftables: every match and action is printed as installed", nft_installs_printed_rules),
+    (
+        "nftables: nft installs the same rules from the text of every match and action",
+        nft_installs_printed_rules,
+    ),
     ("nftables: nft installs the same rules from the text of every plan", nft_installs_every_plan),
     (
         "nftables: installed rules equal the expected ones, by netlink and by nft",
@@ -127,8 +130,8 @@ fn every_rule() -> Result<RulePlan, Failed> {
             add(MANGLE_IN, families, vec![TCP], Action::Tproxy(15006, mark));
         }
     }
-    let spared = vec![Match::NotDestination("::1/128".parse()?), TCP];
-    add(MANGLE_IN, Families::V6, spared, Action::Tproxy(15006, WHOLE));
+    let exempt = vec![Match::NotDestination("::1/128".parse()?), TCP];
+    add(MANGLE_IN, Families::V6, exempt, Action::Tproxy(15006, WHOLE));
     Ok(testing::plan(chains(), rules))
 }
 
@@ -251,10 +254,14 @@ fn nft_installs_every_plan() -> Result<(), Failed> {
         install(&pod, &plan)?;
         let installed = command(&pod, "nft --stateless list ruleset")?;
         load(&pod, &name, &plan.to_string())?;
-        equal("what is loaded", command(&pod, "nft --stateless list ruleset")?, installed.clone())?;
+        equal(
+            "the loaded rules",
+            command(&pod, "nft --stateless list ruleset")?,
+            installed.clone(),
+        )?;
         // Users save rulesets like this: nft loads its own listing.
         load(&pod, &name, &format!("flush ruleset\n{installed}"))?;
-        equal("what is kept", command(&pod, "nft --stateless list ruleset")?, installed)?;
+        equal("the restored rules", command(&pod, "nft --stateless list ruleset")?, installed)?;
     }
     Ok(())
 }
@@ -419,11 +426,11 @@ fn kernel_names_unknown_expression() -> Result<(), Failed> {
         let transaction = transaction.add_chain(KernelChain::new("t", "c")?.family(Family::Inet));
         Ok(transaction.add_rule(unknown).commit(&kernel).await)
     })?;
-    let Err(error) = refused else { return Err("it was taken".into()) };
+    let Err(error) = refused else { return Err("the kernel accepted it".into()) };
     let ErrorDetail::NftBatch { failures, .. } = error.detail() else {
         return Err(format!("another error: {error}").into());
     };
-    let blamed: Vec<_> =
+    let reported: Vec<_> =
         failures.iter().filter_map(|failure| failure.attribute.as_deref()).collect();
-    equal("the blamed expression", blamed, vec!["expression #1 (nosuch)"])
+    equal("the reported expression", reported, vec!["expression #1 (nosuch)"])
 }

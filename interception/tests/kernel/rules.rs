@@ -28,19 +28,21 @@ pub(crate) const CASES: &[Case] = &[
         routes_of_other_mode_are_removed,
     ),
     ("a dormant own table is replaced by an active one", dormant_table_is_replaced),
-    ("IPv6 rules exist while IPv6 is disabled, and its routes follow (nftables)", || {
-        disabled_ipv6("nftables")
-    }),
-    ("IPv6 rules exist while IPv6 is disabled, and its routes follow (iptables)", || {
-        disabled_ipv6("iptables")
-    }),
-    ("IPv6 rules exist while IPv6 is disabled, and its routes follow (legacy)", || {
+    (
+        "IPv6 rules exist while IPv6 is disabled, and their routes are added later (nftables)",
+        || disabled_ipv6("nftables"),
+    ),
+    (
+        "IPv6 rules exist while IPv6 is disabled, and their routes are added later (iptables)",
+        || disabled_ipv6("iptables"),
+    ),
+    ("IPv6 rules exist while IPv6 is disabled, and their routes are added later (legacy)", || {
         disabled_ipv6("iptables-legacy")
     }),
     ("ipv6: bypass captures IPv4 only, and keeps the return routes", bypass_captures_only_ipv4),
     ("counters name every rule in order", counters_name_rules_in_order),
     ("a difference is printed readably", difference_is_readable),
-    ("foreign rules before own ones are listed", foreign_rules),
+    ("foreign rules that precede own rules are listed", foreign_rules),
 ];
 
 /// The rules, ip rules and local routes of a namespace.
@@ -235,8 +237,9 @@ fn disabled_ipv6_of(pod: &Namespace, backend: &str, profile: &str) -> Result<(),
         fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "0")?;
         let missing =
             interception.verify().await?.map(|difference| difference.missing_and_unexpected());
-        let waiting = interception.plan().routes().len() + interception.plan().addresses().len();
-        equal("routes that wait", missing.unwrap_or_default(), (waiting, 0))?;
+        let missing_entries =
+            interception.plan().routes().len() + interception.plan().addresses().len();
+        equal("missing routes and addresses", missing.unwrap_or_default(), (missing_entries, 0))?;
         equal("IPv6 has been enabled", interception.follow_ipv6().await?, true)?;
         equal("a difference once it is enabled", interception.verify().await?, None)?;
         equal("IPv6 has been enabled again", interception.follow_ipv6().await?, false)?;

@@ -194,12 +194,12 @@ impl Installed {
         let (walk, expected) = self.expected(&attempt.packet);
         let outcome = without_original(outcome, &walk, &attempt.packet);
         equal("the outcome", outcome, expected)?;
-        let moved = |(id, packets): (&String, &u64)| {
-            let moved = packets - before.get(id).copied().unwrap_or_default();
-            (moved > 0).then(|| (id.clone(), moved))
+        let matches = |(id, packets): (&String, &u64)| {
+            let matches = packets - before.get(id).copied().unwrap_or_default();
+            (matches > 0).then(|| (id.clone(), matches))
         };
-        let moved: BTreeMap<_, _> = self.counted.iter().filter_map(moved).collect();
-        equal("nat rules that matched", moved, matched_rules(&walk))
+        let matches: BTreeMap<_, _> = self.counted.iter().filter_map(matches).collect();
+        equal("nat rules that matched", matches, matched_rules(&walk))
     }
 }
 

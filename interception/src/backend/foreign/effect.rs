@@ -10,7 +10,7 @@ pub enum Effect {
     SetsProxyMark,
     /// Sets or copies a packet or connection mark.
     Marks,
-    /// Changes the destination before the own rules can.
+    /// Changes the destination before underpass's rules do.
     Redirects,
     /// Disables connection tracking or changes the conntrack zone, so that packets cannot be
     /// redirected.

@@ -26,7 +26,7 @@ const PROGRAM_TIMEOUT: Duration = Duration::from_secs(60);
 const LOCK: &str = "/run/xtables.lock";
 
 /// Prints the rulesets of all programs. Creates no tables, with one exception: a process without
-/// root cannot list legacy tables, so asking for them creates them.
+/// root cannot list legacy tables, so it prints each by name, which creates the table.
 pub(super) async fn save(
     entered: &Entered,
     operation: &'static str,

@@ -7,7 +7,8 @@ use crate::error::InterceptionError;
 use crate::plan::{Match, RulePlan};
 use crate::process::user_ids::UserIds;
 
-/// Rejects a plan with an unknown user or group. Without /proc, the kernel must check them.
+/// Rejects a plan with an unknown user or group. Without /proc, every id counts as known, and the
+/// kernel rejects unknown ones.
 pub(super) fn check(plan: &RulePlan) -> Result<(), InterceptionError> {
     let (users, groups) = (UserIds::of_users(), UserIds::of_groups());
     for condition in plan.rules().iter().flat_map(|rule| &rule.matches) {

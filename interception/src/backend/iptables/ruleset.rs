@@ -30,8 +30,8 @@ const CHAINS: [&str; 13] = [
 ];
 /// The prefix of underpass's other chains.
 const PREFIX: &str = "UNDERPASS_";
-/// An empty chain that marks a table as installed by underpass. Istio and OSM use the other names
-/// too.
+/// An empty chain that marks a table as installed by underpass. The names in [`CHAINS`] cannot mark
+/// it, because Istio and OSM use them too.
 const OWNER: &str = "UNDERPASS_OWNER";
 
 /// Returns true if underpass owns chains of this name.
@@ -257,11 +257,11 @@ impl OwnRules {
     pub(crate) fn keep_positions(&mut self, installed: &Self) {
         for (name, table) in &mut self.tables {
             let Some(installed) = installed.tables.get(name) else { continue };
-            for guest in &mut table.own_in_foreign_chains {
+            for own in &mut table.own_in_foreign_chains {
                 if let Some(first) =
-                    installed.own_in_foreign_chains.iter().find(|old| old.chain == guest.chain)
+                    installed.own_in_foreign_chains.iter().find(|old| old.chain == own.chain)
                 {
-                    guest.after = first.after;
+                    own.after = first.after;
                 }
             }
         }
@@ -314,11 +314,11 @@ impl OwnTable {
 
     fn contains_in_foreign_chain(&self, chain: &str, rule: &SavedRule) -> bool {
         let text = canonical(&rule.text);
-        self.own_in_foreign_chains.iter().any(|guest| guest.chain == chain && guest.text == text)
+        self.own_in_foreign_chains.iter().any(|own| own.chain == chain && own.text == text)
     }
 
-    /// Naming a chain flushes it. A chain can be deleted only if it is empty and no rule jumps to
-    /// it.
+    /// The changes of one table as lines for `iptables-restore`. A line `:CHAIN` flushes the chain.
+    /// A chain can be deleted (`-X`) only if it is empty and no rule jumps to it.
     fn change_to(&self, wanted: &Self) -> String {
         let mut lines = Vec::new();
         let mut chains: Vec<_> = self.chains.keys().chain(wanted.chains.keys()).collect();

@@ -1,4 +1,4 @@
-//! Reads the chains of other programs that packets pass before those of underpass.
+//! Reads other programs' chains that packets pass before underpass's chains.
 //!
 //! `crate::backend::foreign` selects the rules that matter.
 

@@ -96,7 +96,7 @@ async fn read(kernel: &NftablesConnection, name: &str) -> nlink::Result<Option<L
     for set in kernel.list_sets_in(name, Family::Inet).await? {
         let key = SetKeyType::from_kernel(set.key_type, set.key_len);
         let interval = set.flags.contains(SetFlags::INTERVAL);
-        // The sets of a plan have no maps, timeouts or statements.
+        // The sets of a plan have no values (maps), timeouts or statements.
         let rest = match (set.timeout, set.data_type, set.object_type, set.statements.as_slice()) {
             (None, None, None, []) => String::new(),
             _ => " with a timeout, values or statements".to_owned(),

@@ -151,13 +151,13 @@ fn fill(table: &str, set: &NamedSet, ranges: &[Range]) -> RawMessage {
     message.flags(NLM_F_CREATE).attrs(attributes.concat())
 }
 
-/// Encodes an element. `ends` marks a key as the end of a range.
-fn write_element(bytes: &mut Vec<u8>, key: u128, length: usize, ends: bool) {
+/// Encodes an element. `is_end` is true for the end of a range.
+fn write_element(bytes: &mut Vec<u8>, key: u128, length: usize, is_end: bool) {
     write_nested(bytes, NFTA_LIST_ELEM, |bytes| {
         write_nested(bytes, NFTA_SET_ELEM_KEY, |bytes| {
             write_attribute(bytes, NFTA_DATA_VALUE, |bytes| write_key(bytes, key, length));
         });
-        if ends {
+        if is_end {
             write_attribute(bytes, NFTA_SET_ELEM_FLAGS, |bytes| {
                 bytes.extend(NFT_SET_ELEM_INTERVAL_END.to_be_bytes());
             });

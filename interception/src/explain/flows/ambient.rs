@@ -42,7 +42,7 @@ fn from_remote<'e>(explanation: &'e Explanation<'e>, network: ExampleNetwork<'e>
         .article("PREROUTING ▶ ISTIO_PRERT, the last rule ▶ 15006")
         .note(
             "The proxy connects to the app from the client's address. The connection mark 0x111 routes the \
-             app's replies back: it selects routing table 100. The article says that it speeds up matching.",
+             app's replies back: it selects routing table 100. The article only says that the mark speeds up matching.",
         )
         .note_if(ingress, "interception.ingress: plaintext connections reach the gateway without a redirect (A10).")
         .reply(network, network.app())

@@ -67,7 +67,7 @@ fn metrics(network: ExampleNetwork<'_>) -> Flow<'_> {
     FlowBuilder::new("3", "Prometheus reads the proxy's metrics")
         .article("PREROUTING ▶ ISTIO_INBOUND (not redirected) ▶ INPUT ▶ OUTPUT ▶ ISTIO_OUTPUT rule 3")
         .note(
-            "The article leads the reply through rule 3. It does not get there: nat applies only to the \
+            "According to the article, the reply passes rule 3. It does not: nat applies only to the \
              packet that opens a connection, and that one arrived. The article's ports (15002, 15090) are 15020, \
              15021 and 15090 today.",
         )
@@ -116,7 +116,7 @@ fn agent(network: ExampleNetwork<'_>) -> Flow<'_> {
     FlowBuilder::new("6", "The agent connects to istiod")
         .article("OUTPUT ▶ ISTIO_OUTPUT rule 9 ▶ 15001 ▶ OUTPUT ▶ ISTIO_OUTPUT rule 4")
         .note(
-            "The article says that it is captured. It is not: the agent runs as the proxy's user, which rule 4 excludes.",
+            "According to the article, this connection is captured. It is not: the agent runs as the proxy's user, which rule 4 excludes.",
         )
         .hop(network.sent(agent, SocketAddr::new(network.remote(), ISTIOD), Party::Istiod))
         .hop(proxy_connection(network, SocketAddr::new(network.remote(), ISTIOD)))

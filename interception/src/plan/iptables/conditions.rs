@@ -57,8 +57,8 @@ impl Conditions {
             Match::NotDestination(net) if family.has(net) => {
                 self.not_destinations.push(net.trunc())
             }
-            // A network of the other family contains no address of this family, so every address
-            // matches.
+            // As in nftables, the match implies the family of its network, so no packet of this
+            // family matches.
             Match::NotDestination(_) => self.destinations = Some(Vec::new()),
             Match::SourcePort(protocol, port) => {
                 self.transport(*protocol);

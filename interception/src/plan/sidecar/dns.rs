@@ -17,7 +17,7 @@ const RAW_INBOUND: ChainId = chain(Table::Raw, "ISTIO_INBOUND");
 const UPSTREAM: Action = Action::Zone(1, None);
 const DOWNSTREAM: Action = Action::Zone(2, None);
 
-/// The DNS servers whose queries are captured. Each list is for one rule. `None`: any server.
+/// The DNS servers of one rule, which captures queries to them. `None`: any server.
 #[derive(Debug, Clone)]
 struct Servers {
     families: Families,
@@ -76,11 +76,11 @@ pub(super) fn add_raw_rules(b: &mut Builder, inputs: &Inputs<'_>) {
             .when([from_proxy, owner], DOWNSTREAM);
     }
     for servers in servers(inputs) {
-        zones_of(b, &servers);
+        add_zone_rules(b, &servers);
     }
 }
 
-fn zones_of(b: &mut Builder, Servers { families, addresses }: &Servers) {
+fn add_zone_rules(b: &mut Builder, Servers { families, addresses }: &Servers) {
     let entered = b.has_rule("enter-raw-prerouting", *families);
     if !entered {
         b.rule(

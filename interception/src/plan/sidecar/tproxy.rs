@@ -157,9 +157,9 @@ pub(super) fn exempt_preserved_sources(b: &mut Builder, inputs: &Inputs<'_>) {
     );
 }
 
-fn divert_or_tproxy(b: &mut Builder, inputs: &Inputs<'_>, these: Match) {
+fn divert_or_tproxy(b: &mut Builder, inputs: &Inputs<'_>, condition: Match) {
     let captured = inputs.captured();
-    let mut established = vec![these.clone(), Match::Established];
+    let mut established = vec![condition.clone(), Match::Established];
     if !inputs.settings.exact {
         // Istio's rule would also divert the replies to traffic that is forwarded for a virtual
         // machine.
@@ -172,7 +172,7 @@ fn divert_or_tproxy(b: &mut Builder, inputs: &Inputs<'_>, these: Match) {
     b.rule(INBOUND, "capture-inbound", "captures connections to the workload")
         .numbered()
         .families(captured)
-        .when([these], Action::Jump(TPROXY));
+        .when([condition], Action::Jump(TPROXY));
 }
 
 /// Adds the marks that return the workload's replies to the proxy.
@@ -236,7 +236,7 @@ fn own_pod_mark(inputs: &Inputs<'_>) -> Mark {
     mark(inputs.settings.exact, OWN_POD_MARK)
 }
 
-/// Istio uses all bits of the mark, underpass only some.
+/// Istio uses all bits of the mark, underpass only those of [`MARK_MASK`].
 fn mark(exact: bool, value: u32) -> Mark {
     if exact { Mark::full(value) } else { Mark { value, mask: MARK_MASK } }
 }

@@ -40,10 +40,10 @@ impl RulePlan {
         if is_unroutable(&reply) {
             return Some(ReplyOutcome::Unroutable);
         }
-        let back = self.walk(&reply, environment);
-        let arrives = !matches!(back.end, Verdict::Rejected | Verdict::Dropped);
+        let reply_walk = self.walk(&reply, environment);
+        let arrives = !matches!(reply_walk.end, Verdict::Rejected | Verdict::Dropped);
         let sent_here = matches!(packet.entry, Entry::Out { .. });
-        let returns = arrives && back.local == sent_here;
+        let returns = arrives && reply_walk.local == sent_here;
         Some(if returns { ReplyOutcome::Delivered } else { ReplyOutcome::Misrouted })
     }
 }
@@ -68,7 +68,7 @@ impl RulePlan {
         }
     }
 
-    /// Like [`Environment::interface_to`], but also knows the addresses that the plan adds.
+    /// Like [`Environment::interface_to`], but includes the addresses that the plan adds.
     fn interface_to<'e>(&self, address: IpAddr, environment: &'e Environment) -> &'e str {
         let added = self.addresses.iter().any(|LoopbackAddress(added)| address == *added);
         if added { LOOPBACK } else { environment.interface_to(address) }

@@ -44,7 +44,7 @@ pub(crate) const POD: [IpAddr; 4] = [v4(0, 1), v6(0xfd00, 1), v4(9, 1), v6(0xfd0
 pub(crate) const REMOTE: [IpAddr; 4] = [v4(0, 2), v6(0xfd00, 2), v4(8, 3), v6(0xfd08, 3)];
 pub(crate) const VM: [IpAddr; 2] = [v4(9, 2), v6(0xfd09, 2)];
 
-/// A namespace.
+/// The namespace that sends or receives a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Position {
     Pod,
@@ -133,14 +133,14 @@ impl Network {
     pub(crate) async fn send(
         &self,
         attempt: &Attempt,
-        patience: Duration,
+        max_wait: Duration,
         arrivals: &mut UnboundedReceiver<Arrival>,
     ) -> Result<Outcome, Failed> {
         let to = attempt.packet.destination;
         let socket = self.namespace(attempt.from).run(|| open(attempt))??;
         let reached = match attempt.packet.protocol {
-            Protocol::Tcp => connection(socket, to, patience, arrivals).await,
-            Protocol::Udp => datagram(socket, to, patience, arrivals).await,
+            Protocol::Tcp => connection(socket, to, max_wait, arrivals).await,
+            Protocol::Udp => datagram(socket, to, max_wait, arrivals).await,
         };
         match reached {
             Ok(Some(arrival)) => Ok(Outcome::Arrived(arrival)),
@@ -158,23 +158,23 @@ impl Network {
 async fn connection(
     socket: Socket,
     to: SocketAddr,
-    patience: Duration,
+    max_wait: Duration,
     arrivals: &mut UnboundedReceiver<Arrival>,
 ) -> io::Result<Option<Arrival>> {
     let connecting = TcpSocket::from_std_stream(socket.into()).connect(to);
-    let Ok(connected) = timeout(patience, connecting).await else {
+    let Ok(connected) = timeout(max_wait, connecting).await else {
         return Ok(None);
     };
     // The listener reads conntrack, which needs the open connection.
     let _stream = connected?;
-    Ok(timeout(patience, arrivals.recv()).await.unwrap_or_default())
+    Ok(timeout(max_wait, arrivals.recv()).await.unwrap_or_default())
 }
 
 /// Sends a datagram. Returns whether it arrives or is refused.
 async fn datagram(
     socket: Socket,
     to: SocketAddr,
-    patience: Duration,
+    max_wait: Duration,
     arrivals: &mut UnboundedReceiver<Arrival>,
 ) -> io::Result<Option<Arrival>> {
     let socket = tokio::net::UdpSocket::from_std(socket.into())?;
@@ -188,7 +188,7 @@ async fn datagram(
             refused = socket.recv(&mut nothing) => refused.map(|_| None),
         }
     };
-    timeout(patience, outcome).await.unwrap_or(Ok(None))
+    timeout(max_wait, outcome).await.unwrap_or(Ok(None))
 }
 
 /// The kernel reports EPERM if a rule rejects a datagram at its sender.

@@ -3,7 +3,7 @@
 #![expect(
     clippy::expect_used,
     clippy::indexing_slicing,
-    reason = "lists and texts of this file: what is not there fails the test"
+    reason = "a missing item of a list of this file fails the test"
 )]
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -293,7 +293,7 @@ fn preserves_source(settings: &InterceptionSettings, to: IpAddr) -> bool {
     POD.contains(&to) && (tproxy || settings.profile == Profile::Ambient)
 }
 
-#[expect(clippy::print_stderr, reason = "a test that tests less has to say so")]
+#[expect(clippy::print_stderr, reason = "a test that covers less must report it")]
 fn warn() {
     eprintln!(
         "walk: NO OTHER USERS HERE: matches of users and groups are tested with user and group 0 only"

@@ -101,7 +101,7 @@ fn reports_table_that_only_nft_supports() {
 }
 
 #[test]
-fn own_chains_jumps_to_them_and_recorded_rules_are_own() {
+fn recognizes_own_chains_jumps_to_them_and_recorded_rules() {
     let body = ours(SAVED).change_to(&OwnRules::default());
     let expected = "*nat\n:ISTIO_OUTPUT - [0:0]\n:UNDERPASS_OUTPUT - [0:0]\n\
                     -D OUTPUT -o eth1 -j RETURN\n-D OUTPUT -p tcp -j ISTIO_OUTPUT\n\

@@ -22,7 +22,7 @@ fn protocol_is_checked_once() {
 }
 
 #[test]
-fn networks_compare_prefix() {
+fn network_match_prints_as_in_nft() {
     for (cidr, listing) in [
         ("10.0.0.1/32", "ip daddr 10.0.0.1 counter accept"),
         ("10.0.0.0/8", "ip daddr 10.0.0.0/8 counter accept"),
@@ -46,7 +46,7 @@ fn set_lookups_can_be_inverted() {
 }
 
 #[test]
-fn mark_changes_keep_foreign_bits() {
+fn mark_change_keeps_bits_outside_of_mask() {
     let mark = Mark { value: 0x111, mask: 0xfff };
     assert_eq!(
         listed(Families::Both, vec![Match::NotPacketMark(mark)], Action::MarkConnection(mark)),
