@@ -45,7 +45,8 @@ pub(crate) struct Peer {
     pub(crate) resumed: bool,
     chain: Vec<CertificateDer<'static>>,
     expected: ExpectedPeer,
-    proven: UnixTime,
+    /// The time of the verification. Later verifications use it too, and so ignore expiry.
+    verified_at: UnixTime,
 }
 
 /// The errors of both sides after one side rejected the other's certificate chain.
@@ -82,10 +83,12 @@ impl Peer {
         let chain = connection.peer_certificates().ok_or(HboneError::NoPeerCertificate)?;
         let (leaf, intermediates) = chain.split_first().ok_or(HboneError::NoPeerCertificate)?;
         let Verifier { authorities, expected } = verifier;
-        let proven = clock::unix(clock::now());
+        let verified_at = clock::unix(clock::now());
         let resumed = connection.handshake_kind() == Some(HandshakeKind::Resumed);
         let id = if resumed {
-            authorities.verify_peer(leaf, intermediates, expected, proven).map_err(rejection)?
+            authorities
+                .verify_peer(leaf, intermediates, expected, verified_at)
+                .map_err(rejection)?
         } else {
             // The handshake has verified the chain already.
             workload_id(leaf).map_err(|problem| HboneError::NotSvid { problem })?
@@ -99,7 +102,7 @@ impl Peer {
             resumed,
             chain: chain.iter().map(|der| der.clone().into_owned()).collect(),
             expected: expected.clone(),
-            proven,
+            verified_at,
         })
     }
 
@@ -114,11 +117,12 @@ impl Peer {
             let seen_by_peer = rejection_seen_by_peer(&error);
             Box::new(RejectedPeer { reason: rejection(error), seen_by_peer })
         };
-        let proven = clock::unix(clock::now());
+        let verified_at = clock::unix(clock::now());
         let (leaf, intermediates) =
             chain.split_first().ok_or_else(|| rejected(Error::NoCertificatesPresented))?;
-        let id =
-            authorities.verify_peer(leaf, intermediates, &expected, proven).map_err(rejected)?;
+        let id = authorities
+            .verify_peer(leaf, intermediates, &expected, verified_at)
+            .map_err(rejected)?;
         Ok(Self {
             identity: PeerIdentity(Arc::new(VerifiedIdentity {
                 aliases: authorities.aliases(&id),
@@ -128,7 +132,7 @@ impl Peer {
             resumed: false,
             chain: chain.to_vec(),
             expected,
-            proven,
+            verified_at,
         })
     }
 
@@ -137,7 +141,7 @@ impl Peer {
     /// certificates.
     pub(crate) fn distrusted(&self, authorities: &Authorities) -> Option<HboneError> {
         let (leaf, intermediates) = self.chain.split_first()?;
-        let judged = authorities.verify_peer(leaf, intermediates, &self.expected, self.proven);
+        let judged = authorities.verify_peer(leaf, intermediates, &self.expected, self.verified_at);
         match judged.map_err(rejection).err()? {
             // The problem is in the lists, not in the peer: only new handshakes are refused.
             HboneError::RevocationUnknown { .. }

@@ -179,7 +179,7 @@ fn rejected(error: HboneError) -> Error {
     CertificateError::Other(OtherError(Arc::new(error))).into()
 }
 
-/// The required key usage. Only servers are expected by identity.
+/// The required key usage: servers are expected by identity, clients by trust domain.
 fn usage(expected: &ExpectedPeer) -> KeyUsage {
     match expected {
         ExpectedPeer::OneOf(_) => KeyUsage::server_auth(),

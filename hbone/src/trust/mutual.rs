@@ -100,12 +100,12 @@ impl MutualTrust {
         self.client.peer()
     }
 
-    /// A signal for the time when the client no longer trusts the server.
+    /// A signal that completes when the client no longer trusts the server.
     pub fn server_revocation(&self) -> RevocationSignal {
         self.server.revocation()
     }
 
-    /// A signal for the time when the server no longer trusts the client.
+    /// A signal that completes when the server no longer trusts the client.
     pub fn client_revocation(&self) -> RevocationSignal {
         self.client.revocation()
     }

@@ -81,10 +81,10 @@ impl Revocations {
             let keys: Vec<Vec<u8>> = parsed(leaf, intermediates)
                 .filter_map(|certificate| issuer_key(certificate.extensions()))
                 .collect();
-            let signed = |list: &RevocationList| {
+            let is_signed = |list: &RevocationList| {
                 list.scope.key.as_ref().is_some_and(|key| keys.contains(key))
             };
-            lists.sort_by_key(|list| !signed(list));
+            lists.sort_by_key(|list| !is_signed(list));
         }
         lists.into_iter().map(|list| &list.list).collect()
     }
@@ -123,10 +123,10 @@ impl Revocations {
 
     /// The first issuer in a chain that has no list.
     fn uncovered(&self, leaf: &CertificateDer<'_>, intermediates: &[CertificateDer<'_>]) -> String {
-        let covered = |certificate: &X509Certificate<'_>| {
+        let is_covered = |certificate: &X509Certificate<'_>| {
             self.0.iter().any(|list| list.scope.issuer == certificate.issuer().as_raw())
         };
-        let mut uncovered = parsed(leaf, intermediates).filter(|one| !covered(one));
+        let mut uncovered = parsed(leaf, intermediates).filter(|one| !is_covered(one));
         uncovered.next().map_or_else(
             // The issuer's lists cover only other certificates.
             || "each distribution point".to_owned(),
@@ -164,7 +164,8 @@ impl RevocationList {
     }
 }
 
-/// The certificates of a chain that parse. Verification rejects a chain with any other.
+/// The certificates of a chain that parse. Verification rejects a chain with a certificate that
+/// does not parse.
 fn parsed<'a>(
     leaf: &'a CertificateDer<'_>,
     intermediates: &'a [CertificateDer<'_>],

@@ -21,18 +21,21 @@ fn authorities(identity: &Identity, files: &Files) -> Authorities {
     Authorities::new(identity, files.trust())
 }
 
-fn as_client(judge: &Authorities, chain: &[CertificateDer<'_>]) -> Result<SpiffeId, rustls::Error> {
+fn as_client(
+    verifier: &Authorities,
+    chain: &[CertificateDer<'_>],
+) -> Result<SpiffeId, rustls::Error> {
     let now = clock::unix(clock::now());
-    judge.verify_peer(&chain[0], &chain[1..], &judge.any_member(), now)
+    verifier.verify_peer(&chain[0], &chain[1..], &verifier.any_member(), now)
 }
 
 fn as_server(
-    judge: &Authorities,
+    verifier: &Authorities,
     chain: &[CertificateDer<'_>],
     expected: &str,
 ) -> Result<SpiffeId, rustls::Error> {
     let expected = ExpectedPeer::OneOf([id(expected)].into());
-    judge.verify_peer(&chain[0], &chain[1..], &expected, clock::unix(clock::now()))
+    verifier.verify_peer(&chain[0], &chain[1..], &expected, clock::unix(clock::now()))
 }
 
 /// Unwraps our error from the error of rustls.
@@ -56,14 +59,17 @@ fn rustls_error(result: Result<SpiffeId, rustls::Error>) -> CertificateError {
 fn roots_of_one_domain_do_not_verify_another() {
     let (ours_ca, other) = (Ca::root("ours"), Ca::root("other"));
     let files = Files::new().bundle("other", &other);
-    let judge = authorities(&ours_ca.identity(SERVER, 1), &files);
-    assert_eq!(as_client(&judge, &ours_ca.chain(&[CLIENT], 2)), Ok(id(CLIENT)));
-    assert_eq!(as_client(&judge, &other.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
-    assert_eq!(as_server(&judge, &other.chain(&[FOREIGN], 2), FOREIGN), Ok(id(FOREIGN)));
+    let verifier = authorities(&ours_ca.identity(SERVER, 1), &files);
+    assert_eq!(as_client(&verifier, &ours_ca.chain(&[CLIENT], 2)), Ok(id(CLIENT)));
+    assert_eq!(as_client(&verifier, &other.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
+    assert_eq!(as_server(&verifier, &other.chain(&[FOREIGN], 2), FOREIGN), Ok(id(FOREIGN)));
     for (ca, name) in [(&other, CLIENT), (&ours_ca, FOREIGN)] {
         let chain = ca.chain(&[name], 3);
-        assert_eq!(rustls_error(as_client(&judge, &chain)), CertificateError::UnknownIssuer);
-        assert_eq!(rustls_error(as_server(&judge, &chain, name)), CertificateError::UnknownIssuer);
+        assert_eq!(rustls_error(as_client(&verifier, &chain)), CertificateError::UnknownIssuer);
+        assert_eq!(
+            rustls_error(as_server(&verifier, &chain, name)),
+            CertificateError::UnknownIssuer
+        );
     }
 }
 
@@ -71,34 +77,38 @@ fn roots_of_one_domain_do_not_verify_another() {
 fn alias_is_verified_by_own_roots() {
     let (ca, other) = (Ca::root("ours"), Ca::root("other"));
     let files = Files::new().alias("old-td").bundle("other", &other);
-    let judge = authorities(&ca.identity(CLIENT, 1), &files);
+    let verifier = authorities(&ca.identity(CLIENT, 1), &files);
     let old = "spiffe://old-td/ns/default/sa/server";
     let chain = ca.chain(&[old], 2);
-    assert_eq!(as_client(&judge, &chain), Ok(id(old)), "the presented identity is returned");
-    assert_eq!(as_server(&judge, &chain, SERVER), Ok(id(old)));
-    assert_eq!(as_server(&judge, &ca.chain(&[SERVER], 2), old), Ok(id(SERVER)));
+    assert_eq!(as_client(&verifier, &chain), Ok(id(old)), "the presented identity is returned");
+    assert_eq!(as_server(&verifier, &chain, SERVER), Ok(id(old)));
+    assert_eq!(as_server(&verifier, &ca.chain(&[SERVER], 2), old), Ok(id(SERVER)));
     for wrong in [CLIENT, "spiffe://other/ns/default/sa/server"] {
-        let error = hbone_error(as_server(&judge, &chain, wrong));
+        let error = hbone_error(as_server(&verifier, &chain, wrong));
         assert!(matches!(error, HboneError::UnexpectedPeer { .. }), "{error:?}");
     }
-    let aliases =
-        |peer: &str| judge.aliases(&id(peer)).iter().map(ToString::to_string).collect::<Vec<_>>();
+    let aliases = |peer: &str| {
+        verifier.aliases(&id(peer)).iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
     assert_eq!(
         (aliases(old), aliases(SERVER)),
         (aliases(CLIENT), vec!["td".into(), "old-td".into()])
     );
     assert!(aliases(FOREIGN).is_empty());
     let forged = other.chain(&[old], 2);
-    assert_eq!(rustls_error(as_server(&judge, &forged, SERVER)), CertificateError::UnknownIssuer);
-    assert_eq!(rustls_error(as_client(&judge, &forged)), CertificateError::UnknownIssuer);
+    assert_eq!(
+        rustls_error(as_server(&verifier, &forged, SERVER)),
+        CertificateError::UnknownIssuer
+    );
+    assert_eq!(rustls_error(as_client(&verifier, &forged)), CertificateError::UnknownIssuer);
 }
 
 #[test]
 fn rejects_domain_without_roots_and_names_settings() {
     let (ca, other) = (Ca::root("ours"), Ca::root("other"));
-    let judge = authorities(&ca.identity(CLIENT, 1), &Files::new());
+    let verifier = authorities(&ca.identity(CLIENT, 1), &Files::new());
     let chain = other.chain(&[FOREIGN], 2);
-    for result in [as_client(&judge, &chain), as_server(&judge, &chain, FOREIGN)] {
+    for result in [as_client(&verifier, &chain), as_server(&verifier, &chain, FOREIGN)] {
         let error = hbone_error(result);
         assert!(matches!(error, HboneError::UntrustedDomain { .. }), "{error:?}");
         let hint = error.hint().unwrap_or_default();
@@ -107,7 +117,7 @@ fn rejects_domain_without_roots_and_names_settings() {
         assert!(error.to_string().contains("trust domain other"), "{error}");
     }
     let nameless = ca.chain(&["https://example.com"], 2);
-    let error = hbone_error(as_client(&judge, &nameless));
+    let error = hbone_error(as_client(&verifier, &nameless));
     let HboneError::NotSvid { problem: SvidProblem::Name { name, .. } } = error else {
         panic!("{error:?}")
     };
@@ -121,16 +131,16 @@ fn settings_bundles_override_bundles_of_identity() {
         .map(|(domain, ca)| (domain.parse().unwrap(), ca.bundle()));
     let own = ca.identity_with(SERVER, 1, clock::now() + HOUR, bundles.into());
     let third = "spiffe://third/workload";
-    let judge = authorities(&own, &Files::new());
-    assert_eq!(as_client(&judge, &spire.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
+    let verifier = authorities(&own, &Files::new());
+    assert_eq!(as_client(&verifier, &spire.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
     let files = Files::new().bundle("other", &settings).bundle("td", &settings);
-    let judge = authorities(&own, &files);
-    assert_eq!(as_client(&judge, &settings.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
-    as_client(&judge, &spire.chain(&[FOREIGN], 2)).unwrap_err();
-    assert_eq!(as_client(&judge, &spire.chain(&[third], 2)), Ok(id(third)));
+    let verifier = authorities(&own, &files);
+    assert_eq!(as_client(&verifier, &settings.chain(&[FOREIGN], 2)), Ok(id(FOREIGN)));
+    as_client(&verifier, &spire.chain(&[FOREIGN], 2)).unwrap_err();
+    assert_eq!(as_client(&verifier, &spire.chain(&[third], 2)), Ok(id(third)));
     // The roots of our own trust domain come only with the identity.
-    assert_eq!(as_client(&judge, &ca.chain(&[CLIENT], 2)), Ok(id(CLIENT)));
-    as_client(&judge, &settings.chain(&[CLIENT], 2)).unwrap_err();
+    assert_eq!(as_client(&verifier, &ca.chain(&[CLIENT], 2)), Ok(id(CLIENT)));
+    as_client(&verifier, &settings.chain(&[CLIENT], 2)).unwrap_err();
 }
 
 #[test]
@@ -138,11 +148,11 @@ fn rejects_revoked_certificate_in_either_role() {
     let ca = Ca::root("ours");
     for name in ["list.pem", "list.der"] {
         let files = Files::new().crl(name, &ca.revoke(&[7, 8]));
-        let judge = authorities(&ca.identity(SERVER, 1), &files);
-        as_client(&judge, &ca.chain(&[CLIENT], 2)).unwrap();
+        let verifier = authorities(&ca.identity(SERVER, 1), &files);
+        as_client(&verifier, &ca.chain(&[CLIENT], 2)).unwrap();
         let revoked = ca.chain(&[CLIENT], 7);
-        assert_eq!(rustls_error(as_client(&judge, &revoked)), CertificateError::Revoked);
-        assert_eq!(rustls_error(as_server(&judge, &revoked, CLIENT)), CertificateError::Revoked);
+        assert_eq!(rustls_error(as_client(&verifier, &revoked)), CertificateError::Revoked);
+        assert_eq!(rustls_error(as_server(&verifier, &revoked, CLIENT)), CertificateError::Revoked);
     }
 }
 
@@ -176,8 +186,8 @@ fn expired_or_wrongly_signed_list_rejects_all() {
     let now = clock::now();
     let judged = |list| {
         let files = Files::new().crl("list.pem", &list);
-        let judge = authorities(&ca.identity(SERVER, 1), &files);
-        (hbone_error(as_client(&judge, &ca.chain(&[CLIENT], 2))), files)
+        let verifier = authorities(&ca.identity(SERVER, 1), &files);
+        (hbone_error(as_client(&verifier, &ca.chain(&[CLIENT], 2))), files)
     };
     let (error, files) = judged(ca.revoke_between(&[], now - 2 * HOUR, now - HOUR));
     let HboneError::RevocationListExpired { file, .. } = &error else { panic!("{error:?}") };
@@ -197,9 +207,9 @@ fn newer_list_replaces_older_one_of_the_same_issuer_key() {
         for (index, list) in order.iter().enumerate() {
             files = files.crl(&index.to_string(), list);
         }
-        let judge = authorities(&ca.identity(SERVER, 1), &files);
-        as_client(&judge, &ca.chain(&[CLIENT], 2)).unwrap();
-        let revoked = as_client(&judge, &ca.chain(&[CLIENT], 7));
+        let verifier = authorities(&ca.identity(SERVER, 1), &files);
+        as_client(&verifier, &ca.chain(&[CLIENT], 2)).unwrap();
+        let revoked = as_client(&verifier, &ca.chain(&[CLIENT], 7));
         assert_eq!(rustls_error(revoked), CertificateError::Revoked);
     }
 }
@@ -244,12 +254,15 @@ async fn changed_file_is_read_again_and_malformed_file_reported_once() {
     files.write("list", b"garbage");
     watched.next().await.unwrap_err();
     let silence = timeout(HOUR, watched.next()).await;
-    assert!(silence.is_err(), "told once");
+    assert!(silence.is_err(), "reported once");
     files.write("list", ca.revoke(&[7]).pem().unwrap().as_bytes());
     let second = watched.next().await.unwrap();
     assert_ne!(first, second);
-    let judge = Authorities::new(&ca.identity(SERVER, 1), second);
-    assert_eq!(rustls_error(as_client(&judge, &ca.chain(&[CLIENT], 7))), CertificateError::Revoked);
+    let verifier = Authorities::new(&ca.identity(SERVER, 1), second);
+    assert_eq!(
+        rustls_error(as_client(&verifier, &ca.chain(&[CLIENT], 7))),
+        CertificateError::Revoked
+    );
 }
 
 #[tokio::test(start_paused = true)]

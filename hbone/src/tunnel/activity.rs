@@ -1,8 +1,8 @@
 //! Counts a peer's activity on a connection: useful traffic, refused requests, the unfinished
 //! frame, and the first exceeded limit.
 //!
-//! Streams count, and the connection's task reads. `inspect` checks frames, `server` checks
-//! requests.
+//! Streams update the counters, and the connection's task reads them. `inspect` checks frames,
+//! `server` checks requests.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};

@@ -43,8 +43,8 @@ impl fmt::Display for Authority {
 
 fn parse(text: &str) -> Option<Authority> {
     let (host, port) = text.rsplit_once(':')?;
-    let digits = !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit());
-    let port: u16 = if digits {
+    let is_number = !port.is_empty() && port.bytes().all(|c| c.is_ascii_digit());
+    let port: u16 = if is_number {
         port.parse().ok()?
     } else {
         return None;
@@ -65,14 +65,14 @@ fn parse(text: &str) -> Option<Authority> {
 }
 
 fn is_name(host: &str) -> bool {
-    let label = |label: &str| {
-        let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_');
-        (1..=MAX_LABEL_BYTES).contains(&label.len()) && label.bytes().all(allowed)
+    let is_label = |label: &str| {
+        let is_allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_');
+        (1..=MAX_LABEL_BYTES).contains(&label.len()) && label.bytes().all(is_allowed)
     };
     // Some resolvers read a name with a numeric last label as an IPv4 address: `010.0.0.1`, `10.1`.
-    let numeric =
+    let has_numeric_end =
         host.rsplit('.').next().is_some_and(|last| last.bytes().all(|c| c.is_ascii_digit()));
-    host.len() <= MAX_NAME_BYTES && host.split('.').all(label) && !numeric
+    host.len() <= MAX_NAME_BYTES && host.split('.').all(is_label) && !has_numeric_end
 }
 
 #[cfg(test)]

@@ -37,12 +37,12 @@ use crate::tunnel::tunnel_state::{Monitored, OpenStream, TunnelState, Windows};
 #[derive(Debug, Clone)]
 pub struct Connector {
     credentials: watch::Receiver<Credentials>,
-    anonymous: bool,
+    is_anonymous: bool,
     settings: ClientSettings,
 }
 
-/// A connection to an authenticated server. Clones share it. It closes with its last clone and
-/// stream, or when it is lost.
+/// A connection to an authenticated server. Clones share it. It closes when its last clone and its
+/// last stream are dropped, or when the connection is lost.
 #[derive(Debug, Clone)]
 pub struct Tunnel {
     send: SendRequest<Bytes>,
@@ -65,13 +65,13 @@ pub struct ConnectRequest {
 impl Connector {
     /// Creates a connector. Each tunnel uses the `credentials` that are current when it is opened.
     pub fn new(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
-        Self { credentials, anonymous: false, settings }
+        Self { credentials, is_anonymous: false, settings }
     }
 
     /// Creates a connector that presents no certificate, to test that servers refuse it. It
     /// verifies servers by the trust of `credentials`.
     pub fn anonymous(credentials: watch::Receiver<Credentials>, settings: ClientSettings) -> Self {
-        Self { credentials, anonymous: true, settings }
+        Self { credentials, is_anonymous: true, settings }
     }
 
     /// Performs a handshake over `io` with the server at `address`, which must have one of the
@@ -170,7 +170,7 @@ impl Connector {
         address: SocketAddr,
         expected: &[SpiffeId],
     ) -> Result<(TlsStream<Io>, Peer), HboneError> {
-        if self.anonymous {
+        if self.is_anonymous {
             let authorities = credentials.authorities().clone();
             let provider = provider(&Cipher::ALL);
             let tls = ClientTls::anonymous(credentials.identity(), authorities, provider)?;
@@ -250,7 +250,7 @@ impl Tunnel {
     ) -> Result<TunnelStream, HboneError> {
         let failed = |error| self.tunnel_state.stream_error(error);
         let mut ready = self.send.clone().ready().await.map_err(failed)?;
-        // Check after the wait for the peer's stream limit, which may have been long.
+        // Check after waiting for the peer's stream limit: the wait may have been long.
         if self.tunnel_state.is_expired() && !self.was_expired {
             return Err(HboneError::TunnelExpired { expired: self.tunnel_state.usable_until() });
         }
@@ -291,7 +291,7 @@ fn head(connect: ConnectRequest) -> Result<Request<()>, HboneError> {
     Ok(request)
 }
 
-/// The keepalive and revocation monitors of a connection.
+/// The monitors of a connection: keepalive, revocation, flow-control windows, unfinished frames.
 struct Monitors {
     keepalive: Option<Keepalive>,
     revocation_monitor: RevocationMonitor,

@@ -182,14 +182,14 @@ impl Inspector {
         self.data_frames
     }
 
-    /// Inspects the received `bytes`. `useful` is the useful traffic so far. Calls `credited` for
-    /// each WINDOW_UPDATE. Returns the unfinished frame or header block.
+    /// Inspects the received `bytes`. `useful` is the useful traffic so far. Calls
+    /// `on_window_update` for each WINDOW_UPDATE. Returns the unfinished frame or header block.
     pub(crate) fn inspect(
         &mut self,
         mut bytes: &[u8],
         now: u64,
         useful: u64,
-        mut credited: impl FnMut(WindowUpdate),
+        mut on_window_update: impl FnMut(WindowUpdate),
     ) -> Result<Option<UnfinishedFrame>, TunnelLimit> {
         while !bytes.is_empty() {
             let wanted = match &self.frame {
@@ -203,10 +203,10 @@ impl Inspector {
                 self.preface -= part.len();
             } else if let Some(frame) = &mut self.frame {
                 frame.add(part);
-                self.end_frame(&mut credited);
+                self.end_frame(&mut on_window_update);
             } else {
                 self.add_to_head(part, now, useful)?;
-                self.end_frame(&mut credited);
+                self.end_frame(&mut on_window_update);
             }
         }
         Ok(self.unfinished())
@@ -257,8 +257,8 @@ impl Inspector {
         let is_control = match kind {
             // A DATA frame with only padding carries no application data.
             FrameKind::Data => {
-                let empty = length == 0 || (flags & PADDED != 0 && length <= MAX_PADDING);
-                empty && flags & END_STREAM == 0
+                let is_empty = length == 0 || (flags & PADDED != 0 && length <= MAX_PADDING);
+                is_empty && flags & END_STREAM == 0
             }
             // A client's requests are counted when they are refused. A server sends one response
             // per request.
@@ -293,14 +293,14 @@ impl Inspector {
     }
 
     /// Ends the current frame if its payload is complete.
-    fn end_frame(&mut self, credited: &mut impl FnMut(WindowUpdate)) {
+    fn end_frame(&mut self, on_window_update: &mut impl FnMut(WindowUpdate)) {
         let Some(frame) = self.frame.take_if(|frame| frame.left == 0) else { return };
         if frame.ends_block {
             self.block = None;
         }
         self.has_settings |= frame.kind == FrameKind::Settings;
         if frame.kind == FrameKind::WindowUpdate {
-            credited(WindowUpdate { stream: frame.stream, increment: frame.increment });
+            on_window_update(WindowUpdate { stream: frame.stream, increment: frame.increment });
         }
     }
 
@@ -314,8 +314,8 @@ impl Inspector {
         }
         // An incomplete frame header may belong to a DATA frame, which may be slow.
         let data = self.frame.is_none_or(|frame| frame.kind == FrameKind::Data);
-        let started = self.head_length > 0 || self.frame.is_some();
-        started.then_some(UnfinishedFrame { since: self.started, data })
+        let has_started = self.head_length > 0 || self.frame.is_some();
+        has_started.then_some(UnfinishedFrame { since: self.started, data })
     }
 }
 

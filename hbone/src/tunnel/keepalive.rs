@@ -53,16 +53,16 @@ impl Keepalive {
     pub(crate) fn poll_dead(
         &mut self,
         cx: &mut Context<'_>,
-        streams_open: bool,
+        has_streams: bool,
     ) -> Poll<HboneError> {
         loop {
             match self.state {
-                State::Dormant if !streams_open => return Poll::Pending,
+                State::Dormant if !has_streams => return Poll::Pending,
                 State::Dormant => self.watch(Instant::now()),
                 State::Watching { since } => {
                     ready!(self.timer.as_mut().poll(cx));
                     let idle_since = self.tunnel_state.last_received().max(since);
-                    if !streams_open {
+                    if !has_streams {
                         self.state = State::Dormant;
                     } else if idle_since.elapsed() < self.settings.ping_after {
                         self.watch(idle_since);

@@ -32,12 +32,12 @@ impl Overdue {
     pub(crate) fn poll_exceeded(
         &mut self,
         cx: &mut Context<'_>,
-        streams_open: bool,
+        has_streams: bool,
     ) -> Poll<TunnelLimit> {
         if let Some(limit) = self.tunnel_state.exceeded() {
             return Poll::Ready(limit);
         }
-        let Some(since) = self.tunnel_state.unfinished_since(streams_open) else {
+        let Some(since) = self.tunnel_state.unfinished_since(has_streams) else {
             self.timer = None;
             return Poll::Pending;
         };

@@ -303,7 +303,7 @@ impl Incoming {
             Err(reason) => {
                 tunnel_state.activity().count_refused();
                 log_malformed(&request, reason, tunnel_state);
-                answer_end(&mut respond, StatusCode::BAD_REQUEST);
+                answer_and_end(&mut respond, StatusCode::BAD_REQUEST);
                 return None;
             }
         };
@@ -341,7 +341,7 @@ impl Incoming {
         let mut response = Response::new(());
         *response.headers_mut() = headers;
         let sent = self.respond.send_response(response, false);
-        let send = sent.map_err(|error| self.refusal(error))?;
+        let send = sent.map_err(|error| self.closing_error(error))?;
         Ok(TunnelStream::new(send, self.reader))
     }
 
@@ -351,11 +351,11 @@ impl Incoming {
         if status.is_client_error() {
             self.reader.tunnel_state().activity().count_refused();
         }
-        answer_end(&mut self.respond, status);
+        answer_and_end(&mut self.respond, status);
     }
 
-    /// h2 returns only that the stream is closed. Queries the reason.
-    fn refusal(&mut self, error: h2::Error) -> HboneError {
+    /// The reason why the stream is closed. h2 returns only that it is closed.
+    fn closing_error(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,
             Poll::Pending => self.reader.tunnel_state().stream_error(error),
@@ -417,11 +417,11 @@ fn is_violation(reason: &HboneError) -> bool {
     }
 }
 
-fn answer_end(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+fn answer_and_end(respond: &mut SendResponse<Bytes>, status: StatusCode) {
     let mut response = Response::new(());
     *response.status_mut() = status;
     // Fails only for a closed stream, which needs no answer.
-    let _gone = respond.send_response(response, true);
+    let _sent = respond.send_response(response, true);
 }
 
 #[cfg(test)]

@@ -63,8 +63,8 @@ impl TunnelStream {
     }
 
     /// Returns a signal that completes when the peer is no longer trusted, for example when its
-    /// certificate is revoked. Reads and writes report that too, but reads only after all received
-    /// data, and writes only with data to write. Cancel-safe.
+    /// certificate is revoked. Reads report this only after all received data, and writes only when
+    /// there is data to write. Cancel-safe.
     pub fn revocation(&self) -> RevocationSignal {
         self.reader.tunnel_state().revocation()
     }
@@ -278,8 +278,8 @@ impl TunnelWriter {
             }
             match ready!(self.send.poll_capacity(cx)) {
                 Some(Ok(_)) => {}
-                Some(Err(error)) => return Poll::Ready(Err(self.refusal(error))),
-                None => return Poll::Ready(Err(self.refusal(Reason::STREAM_CLOSED.into()))),
+                Some(Err(error)) => return Poll::Ready(Err(self.closing_error(error))),
+                None => return Poll::Ready(Err(self.closing_error(Reason::STREAM_CLOSED.into()))),
             }
         }
     }
@@ -288,13 +288,13 @@ impl TunnelWriter {
         let length = frame.len();
         self.tunnel_state().activity().count_useful(length);
         self.gather.sent(&self.open, length);
-        self.send.send_data(frame, end).map_err(|error| self.refusal(error))?;
+        self.send.send_data(frame, end).map_err(|error| self.closing_error(error))?;
         self.ended = end;
         Ok(())
     }
 
-    /// h2 returns only that the stream is closed. Queries the reason.
-    fn refusal(&mut self, error: h2::Error) -> HboneError {
+    /// The reason why the stream is closed. h2 returns only that it is closed.
+    fn closing_error(&mut self, error: h2::Error) -> HboneError {
         match self.poll_closed(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(reason) => reason,
             Poll::Pending => self.tunnel_state().stream_error(error),

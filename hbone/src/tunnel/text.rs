@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_read_as_they_are_displayed() {
+    fn address_text_equals_its_display() {
         for address in [
             "0.0.0.0:0",
             "9.10.99.100:9",

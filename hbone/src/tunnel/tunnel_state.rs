@@ -123,9 +123,9 @@ impl TunnelState {
     }
 
     /// The start time of an unfinished frame or header block that has a deadline.
-    pub(crate) fn unfinished_since(&self, streams_open: bool) -> Option<Instant> {
+    pub(crate) fn unfinished_since(&self, has_streams: bool) -> Option<Instant> {
         let unfinished = self.activity.unfinished()?;
-        let has_deadline = !(unfinished.data && streams_open);
+        let has_deadline = !(unfinished.data && has_streams);
         has_deadline.then(|| self.opened + Duration::from_millis(unfinished.since))
     }
 
@@ -173,7 +173,7 @@ impl TunnelState {
         self.revocation.signal();
     }
 
-    /// Returns a signal for the time when the peer is no longer trusted.
+    /// Returns a signal that completes when the peer is no longer trusted.
     pub(crate) fn revocation(self: &Arc<Self>) -> RevocationSignal {
         RevocationSignal::new(self.clone())
     }

@@ -77,7 +77,7 @@ async fn send_and_receive(
     };
     let ((), received) = tokio::join!(write, to.read_exact(&mut read));
     received.unwrap();
-    assert!(read == content, "what is read is what was written");
+    assert!(read == content, "the read data equals the written data");
 }
 
 /// Exchanges data in both directions. The peer updates its key after each round.

@@ -1,4 +1,4 @@
-//! Compares each case that a handshake rejects with a real handshake. Tests changes of trust.
+//! Compares mutual trust with a real handshake in each case. Tests changes of trust.
 
 use std::time::SystemTime;
 

@@ -143,7 +143,7 @@ async fn removed_trust_domain_terminates_tunnel() {
     let [_near, (far, _writer)] = open.streams.map(TunnelStream::split);
     assert!(matches!(ended(far).await, HboneError::UntrustedDomain { .. }));
 
-    // Removing the roots of the peer's trust domain terminates the tunnel.
+    // Replacing the roots of the peer's trust domain terminates the tunnel too.
     let stranger = (other.identity(FOREIGN, 1), theirs.trust());
     let open = Open::between(stranger, (server.clone(), federated.trust())).await;
     let renewed = Files::new().bundle("other", &Ca::root("renewed"));
@@ -161,7 +161,7 @@ async fn dropped_credentials_publisher_keeps_tunnel() {
     let Open { client, server, mesh, tunnel, served, streams } =
         Open::between(client, server).await;
     drop((client, server));
-    // Wait until a certificate has expired.
+    // The tunnel must stay usable after a while too.
     tokio::time::sleep(HOUR / 2).await;
     let mut served = served;
     let (answer, _far) = tokio::join!(tunnel.connect(request(), SECOND), async {

@@ -14,8 +14,8 @@ use super::{BAGGAGE, HeaderError, OPTIONAL_WHITESPACE, header};
 
 /// The typical length of a header value.
 const TYPICAL_LENGTH: usize = 256;
-/// The maximum length of a header value: W3C Baggage, section "Limits", requires to propagate so
-/// much.
+/// The maximum length of a header value: W3C Baggage, section "Limits", requires that so much is
+/// propagated.
 const MAX_BYTES: usize = 8192;
 /// The maximum number of list members in the grammar (`baggage-string`). At least 64 must be
 /// propagated.
@@ -71,14 +71,14 @@ impl Baggage {
     fn to_text(&self) -> String {
         let mut text = String::with_capacity(TYPICAL_LENGTH);
         for (key, value) in self.members() {
-            let literal = !value.is_empty() && value.bytes().all(is_literal);
-            if !literal && !has_no_control_characters(value) {
+            let has_only_literals = !value.is_empty() && value.bytes().all(is_literal);
+            if !has_only_literals && !is_allowed_value(value) {
                 continue;
             }
             let length = text.len();
             let comma = if length == 0 { "" } else { "," };
             text.extend([comma, key, "="]);
-            if literal {
+            if has_only_literals {
                 text.push_str(value);
             } else {
                 text.extend(utf8_percent_encode(value, ESCAPED));
@@ -108,7 +108,7 @@ impl Baggage {
 
     /// Stores a member with a known key. If a key occurs several times, the first non-empty value
     /// counts.
-    fn take(&mut self, key: &str, value: &str) {
+    fn store(&mut self, key: &str, value: &str) {
         let field = match key {
             "k8s.cluster.name" => &mut self.cluster,
             "k8s.namespace.name" => &mut self.namespace,
@@ -159,7 +159,7 @@ impl FromStr for Baggage {
         for member in text.split(',') {
             let (pair, _properties) = member.split_once(';').unwrap_or((member, ""));
             if let Some((key, value)) = pair.split_once('=') {
-                baggage.take(
+                baggage.store(
                     key.trim_matches(OPTIONAL_WHITESPACE),
                     value.trim_matches(OPTIONAL_WHITESPACE),
                 );
@@ -196,16 +196,17 @@ fn workload_key(kind: WorkloadType) -> &'static str {
 /// UTF-8 becomes U+FFFD, as W3C Baggage requires.
 fn decode(value: &str) -> Option<Name> {
     let value = percent_decode_str(value).decode_utf8_lossy();
-    has_no_control_characters(&value).then(|| value.into())
+    is_allowed_value(&value).then(|| value.into())
 }
 
-/// Whether a character is common in names, and neither a control character nor encoded. Values with
-/// others are checked and encoded character by character, which takes many times as long.
+/// Returns true for a character that needs no check and no encoding. Other values are checked and
+/// encoded character by character, which takes many times as long.
 fn is_literal(c: u8) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'/')
 }
 
-fn has_no_control_characters(value: &str) -> bool {
+/// Returns true if a value may be written and read: it is not empty and has no control characters.
+fn is_allowed_value(value: &str) -> bool {
     !value.is_empty() && !value.contains(char::is_control)
 }
 

@@ -142,8 +142,8 @@ fn pair(text: &str) -> Option<(&str, String, &str)> {
     };
     let rest = rest.trim_start_matches(OPTIONAL_WHITESPACE);
     let is_name = !name.is_empty() && name.bytes().all(is_token);
-    let ends = rest.is_empty() || rest.starts_with([';', ',']);
-    (is_name && ends).then_some((name, value, rest))
+    let is_complete = rest.is_empty() || rest.starts_with([';', ',']);
+    (is_name && is_complete).then_some((name, value, rest))
 }
 
 /// Unescapes the text before the closing quote, and returns the rest (RFC 9110 section 5.6.4).
@@ -183,10 +183,10 @@ fn address(node: &str) -> Option<SocketAddr> {
 /// Parses a name or address, with or without a port, and converts it to lower case. `*` is the
 /// first label of a wildcard service.
 fn to_host(text: &str) -> Option<String> {
-    let allowed = |c: u8| {
+    let is_allowed = |c: u8| {
         c.is_ascii_alphanumeric() || matches!(c, b'-' | b'.' | b'_' | b'*' | b':' | b'[' | b']')
     };
-    let is_host = (1..=MAX_HOST_BYTES).contains(&text.len()) && text.bytes().all(allowed);
+    let is_host = (1..=MAX_HOST_BYTES).contains(&text.len()) && text.bytes().all(is_allowed);
     is_host.then(|| text.to_ascii_lowercase())
 }
 

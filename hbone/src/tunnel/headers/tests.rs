@@ -135,7 +135,7 @@ proptest! {
     #[test]
     fn written_headers_are_read_back(
         traceparent in option::of(traceparent()),
-        baggage in option::of(baggage().prop_filter("says something", |baggage| !baggage.is_empty())),
+        baggage in option::of(baggage().prop_filter("has a value", |baggage| !baggage.is_empty())),
         forwarded in option::of(forwarded()),
         network in option::of("[!-~]{0,253}".prop_map(Name::from)),
     ) {
@@ -190,7 +190,7 @@ fn invalid_header_does_not_affect_others() {
     assert_eq!(read.traceparent.unwrap().to_string(), trace);
     assert_eq!(read.baggage, None);
     assert_eq!(read.forwarded.unwrap().source(), Some("10.0.0.1:2".parse().unwrap()));
-    // Two values are ambiguous, so that the parser ignores both.
+    // Two values are ambiguous, so the parser ignores both.
     headers.append(TRACEPARENT, trace.parse().unwrap());
     assert_eq!(RequestHeaders::read(&headers).traceparent, None);
 }

@@ -50,8 +50,8 @@ async fn silent_peer_is_detected_by_client_and_server() {
         let error = timeout(60 * SECOND, reader.read()).await.unwrap().unwrap_err();
         assert!(matches!(error, HboneError::Unresponsive { .. }), "{error:?}");
         assert!(matches!(writer.closed().await, HboneError::Unresponsive { .. }));
-        let took = start.elapsed();
-        assert!(took >= 29 * SECOND && took <= 32 * SECOND, "{took:?}");
+        let silence = start.elapsed();
+        assert!(silence >= 29 * SECOND && silence <= 32 * SECOND, "{silence:?}");
     }
 }
 

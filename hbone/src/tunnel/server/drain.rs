@@ -19,8 +19,8 @@ const ACKNOWLEDGE_TIMEOUT: Duration = Duration::from_secs(30);
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The allowed number of refused requests (4xx, or REFUSED_STREAM after a drain): a burst, and a
-/// rate per second. A client that policies refuse, and that retries for each connection of its
-/// application, is drained and not closed.
+/// rate per second. A client whose requests are denied by policies, and which retries for each
+/// connection of its application, is drained but not closed.
 const REFUSAL_BURST: u64 = 1000;
 const REFUSALS_PER_SECOND: u64 = 20;
 
@@ -70,7 +70,7 @@ impl Refusals {
         new == 0 || self.budget.take(new, tunnel_state.age(), 0)
     }
 
-    /// Forgets the requests counted so far.
+    /// Discards the count so far.
     pub(super) fn restart(&mut self, tunnel_state: &TunnelState) {
         *self = Self { seen: tunnel_state.activity().refused(), ..Self::default() };
     }

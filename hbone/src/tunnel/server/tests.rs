@@ -55,7 +55,7 @@ async fn slow_client_times_out() {
                 near.write_all(&[byte]).await.unwrap();
                 sleep(interval).await;
             }
-            panic!("it is still held");
+            panic!("the server did not close it");
         };
         let accepted = tokio::select! {
             accepted = acceptor.accept(far, deadline) => accepted,
@@ -146,9 +146,9 @@ async fn drained_tunnel_finishes_streams_and_takes_no_new_ones() {
 async fn drained_tunnel_of_unresponsive_client_times_out() {
     let (near, far) = duplex(64 << 10);
     let near = StepwiseIo::new(near, 64 << 10);
-    let deaf = near.stopped.clone();
+    let stops_reading = near.stopped.clone();
     let (_tunnel, mut server) = Mesh::new().tunnel_over(near, far).await;
-    deaf.store(true, Ordering::Relaxed);
+    stops_reading.store(true, Ordering::Relaxed);
     server.drain();
     // With a timeout, an endless wait fails the test.
     assert!(timeout(60 * SECOND, server.next()).await.unwrap().is_none());

@@ -29,7 +29,7 @@ const FREE_FRAME_LENGTH: u64 = 256;
 /// The debt of a tunnel above which its streams are paced. Small frames add to the debt, large ones
 /// reduce it. h2 closes the connection at 25,600.
 const PACE_ABOVE: u64 = 14_000;
-/// The number of frames that a stream may send at once: a request and its beginning.
+/// The number of small frames that a stream may send without pacing, for example a request.
 const FREE_FRAMES: u32 = 2;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The maximum pause, which a user hardly notices. A stream of 1 KiB/s then sends frames of 256
@@ -50,7 +50,9 @@ struct State {
     /// The cost of this stream's small frames in h2's accounting, since the peer last showed that
     /// it reads.
     debt: u64,
+    /// The number of these small frames.
     frames: u32,
+    /// The pause after the last one.
     pause: Duration,
     /// The time at which the next small frame may be sent.
     timer: Option<Pin<Box<Sleep>>>,
@@ -121,7 +123,7 @@ impl Gather {
         self.0.get_or_insert_default().sent(open, cost);
     }
 
-    /// Takes the debt of the stream off the tunnel's when the stream ends.
+    /// Subtracts the debt of the stream from that of the tunnel when the stream ends.
     pub(super) fn settle(&mut self, tunnel_state: &TunnelState) {
         if let Some(state) = &mut self.0 {
             state.settle(tunnel_state);
@@ -134,8 +136,8 @@ impl State {
         self.debt += cost;
         self.frames = self.frames.saturating_add(1);
         if self.update_pacing(open) {
-            let slow = open.tunnel_state().activity().small_frame_debt() >= SLOW_ABOVE;
-            let longest = if slow { MAX_SLOW_PAUSE } else { MAX_PAUSE };
+            let is_slow = open.tunnel_state().activity().small_frame_debt() >= SLOW_ABOVE;
+            let longest = if is_slow { MAX_SLOW_PAUSE } else { MAX_PAUSE };
             self.pause = (self.pause * 2).clamp(FIRST_PAUSE, longest);
             let due = Instant::now() + self.pause;
             match &mut self.timer {
@@ -145,6 +147,8 @@ impl State {
         }
     }
 
+    /// Returns true if small frames of this stream must be paced. Settles the debt if the peer
+    /// reads.
     fn update_pacing(&mut self, open: &OpenStream) -> bool {
         let tunnel_state = open.tunnel_state();
         if self.frames < FREE_FRAMES || tunnel_state.activity().accepts_small_frames() {

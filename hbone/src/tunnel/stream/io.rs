@@ -32,6 +32,7 @@ pub struct TunnelIo {
     unread: Bytes,
     /// True if a shutdown completes only after the peer has ended its direction too.
     lingers: bool,
+    /// The number of bytes discarded while waiting for the peer's end.
     lingered: usize,
 }
 

@@ -124,8 +124,8 @@ async fn directions_end_independently() {
     }
 }
 
-/// Aborts one side by `stop`, and checks the error of the other side.
-async fn abort_is_seen(client_aborts: bool, stop: impl Fn(TunnelReader, TunnelWriter)) -> Reason {
+/// Aborts one side by `stop`, and checks the error of the other side. Returns its reason.
+async fn reason_of_abort(client_aborts: bool, stop: impl Fn(TunnelReader, TunnelWriter)) -> Reason {
     let (near, far, _tunnel, _served) = Mesh::new().stream().await;
     let (stopping, other) = if client_aborts { (near, far) } else { (far, near) };
     let (stopping_reader, mut stopping_writer) = stopping.split();
@@ -148,14 +148,14 @@ async fn abort_is_seen(client_aborts: bool, stop: impl Fn(TunnelReader, TunnelWr
 async fn abort_is_an_error_in_both_directions_of_the_peer() {
     for client_aborts in [true, false] {
         let aborted = |_reader, mut writer: TunnelWriter| writer.abort();
-        assert_eq!(abort_is_seen(client_aborts, aborted).await, Reason::CONNECT_ERROR);
+        assert_eq!(reason_of_abort(client_aborts, aborted).await, Reason::CONNECT_ERROR);
         let dropped = |reader, writer| drop((reader, writer));
-        assert_eq!(abort_is_seen(client_aborts, dropped).await, Reason::CONNECT_ERROR);
+        assert_eq!(reason_of_abort(client_aborts, dropped).await, Reason::CONNECT_ERROR);
         let after_finish =
             |_reader, mut writer: TunnelWriter| writer.send.send_reset(Reason::CANCEL);
-        assert_eq!(abort_is_seen(client_aborts, after_finish).await, Reason::CANCEL);
+        assert_eq!(reason_of_abort(client_aborts, after_finish).await, Reason::CANCEL);
         let no_error = |_reader, mut writer: TunnelWriter| writer.send.send_reset(Reason::NO_ERROR);
-        assert_eq!(abort_is_seen(client_aborts, no_error).await, Reason::NO_ERROR);
+        assert_eq!(reason_of_abort(client_aborts, no_error).await, Reason::NO_ERROR);
     }
 }
 
@@ -216,7 +216,11 @@ async fn unread_stream_blocks_its_writer_after_one_window() {
         // The next read returns the flow-control credit of this chunk.
         let chunk = reader.read().await.unwrap().unwrap();
         let stuck = tokio::time::timeout(SECOND, writer.write(piece.clone())).await;
-        assert!(stuck.is_err(), "{} bytes were read but not worked off", chunk.len());
+        assert!(
+            stuck.is_err(),
+            "{} bytes were read, but their credit is not returned",
+            chunk.len()
+        );
         let mut received = chunk.len();
         while received < sent {
             received += reader.read().await.unwrap().unwrap().len();
@@ -295,12 +299,12 @@ async fn unread_streams_do_not_block_other_streams() {
         tokio::spawn(echo(reading));
         let data = pattern(5 << 20);
         let moved = tokio::time::timeout(60 * SECOND, round_trip(writing, data.clone())).await;
-        assert!(moved.expect("it goes on") == data);
+        assert!(moved.expect("the stream continues") == data);
         // The stalled streams continue without loss.
         for (sent, mut reader, mut writer, ..) in stalled {
             writer.finish().unwrap();
             let received = tokio::time::timeout(SECOND, drain(&mut reader)).await;
-            assert!(received.expect("it goes on").unwrap() >= sent);
+            assert!(received.expect("the stream continues").unwrap() >= sent);
         }
     }
 }

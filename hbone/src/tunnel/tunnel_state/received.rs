@@ -119,9 +119,9 @@ impl Queue {
         if self.stale > 0 {
             self.copy_pieces(crowded);
         }
-        let held = self.recv.flow_control().used_capacity();
-        self.stale = held.saturating_sub(self.unreturned + self.copied_bytes);
-        held
+        let unread = self.recv.flow_control().used_capacity();
+        self.stale = unread.saturating_sub(self.unreturned + self.copied_bytes);
+        unread
     }
 
     fn copy_pieces(&mut self, crowded: bool) {

@@ -17,7 +17,7 @@ use super::received::Received;
 #[derive(Debug)]
 pub(crate) struct OpenStream {
     tunnel_state: Arc<TunnelState>,
-    counted: AtomicBool,
+    is_counted: AtomicBool,
     /// True if the peer has shown that its application reads the stream, since the last query.
     has_peer_read: AtomicBool,
     received: Received,
@@ -26,13 +26,13 @@ pub(crate) struct OpenStream {
 impl OpenStream {
     /// Creates a stream that does not count as open yet.
     pub(super) fn new(tunnel_state: Arc<TunnelState>) -> Self {
-        let (counted, has_peer_read) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { tunnel_state, counted, has_peer_read, received: Received::default() }
+        let (is_counted, has_peer_read) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { tunnel_state, is_counted, has_peer_read, received: Received::default() }
     }
 
     /// Counts the stream as open. Later calls do nothing.
     pub(crate) fn count(&self) {
-        if !self.counted.swap(true, Ordering::Relaxed) {
+        if !self.is_counted.swap(true, Ordering::Relaxed) {
             self.tunnel_state.add_open_stream();
         }
     }
@@ -79,7 +79,7 @@ impl OpenStream {
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        if *self.counted.get_mut() {
+        if *self.is_counted.get_mut() {
             self.tunnel_state.remove_open_stream();
         }
     }

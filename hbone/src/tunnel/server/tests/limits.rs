@@ -18,9 +18,9 @@ async fn send_and_await_close(bytes: &[u8]) -> (Option<TunnelLimit>, Option<u32>
     let start = Instant::now();
     client.send(bytes).await;
     assert!(timeout(HOUR, server.next()).await.unwrap().is_none());
-    let (limit, took) = (server.exceeded(), start.elapsed());
+    let (limit, duration) = (server.exceeded(), start.elapsed());
     drop(server);
-    (limit, client.goaway().await, took)
+    (limit, client.goaway().await, duration)
 }
 
 #[tokio::test(start_paused = true)]
@@ -35,9 +35,9 @@ async fn endless_header_block_of_client_closes_tunnel() {
         // DATA on an unknown stream. h2 detects it only in a complete frame.
         [head(256 << 10, DATA, 0, 1), vec![0; 200 << 10]].concat(),
     ] {
-        let (limit, code, took) = send_and_await_close(&bytes).await;
+        let (limit, code, duration) = send_and_await_close(&bytes).await;
         assert_eq!((limit, code), (Some(TunnelLimit::UnfinishedFrame), enhance_your_calm));
-        assert!(took >= FRAME_TIMEOUT && took < FRAME_TIMEOUT + SECOND, "{took:?}");
+        assert!(duration >= FRAME_TIMEOUT && duration < FRAME_TIMEOUT + SECOND, "{duration:?}");
     }
 }
 
@@ -114,7 +114,7 @@ async fn drains_and_then_closes_tunnel_with_too_many_refused_requests() {
                 return goaways;
             }
         }
-        panic!("nothing ended it");
+        panic!("the tunnel did not end");
     };
     let (goaways, (refused, limit)) = tokio::join!(flood, serve);
     assert_eq!(limit, Some(TunnelLimit::RefusedRequests));
@@ -132,7 +132,7 @@ async fn tolerates_occasional_refused_requests() {
         while let Some(request) = server.next().await {
             request.refuse(StatusCode::UNAUTHORIZED);
         }
-        panic!("it ended");
+        panic!("the tunnel ended");
     };
     let ask = async {
         for stream in (1..6_000).step_by(2) {

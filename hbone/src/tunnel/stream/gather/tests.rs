@@ -147,6 +147,6 @@ async fn stalled_reader_of_small_writes_does_not_affect_other_streams() {
             exchange.await;
             longest = longest.max(asked.elapsed());
         }
-        assert!(longest <= FIRST_PAUSE, "what is answered is not paced: {longest:?}");
+        assert!(longest <= FIRST_PAUSE, "answered frames are not paced: {longest:?}");
     }
 }
