@@ -4,7 +4,10 @@
 //! Builds without the repository can set the commit in `UNDERPASS_COMMIT`. The script does not run
 //! git.
 
-#![expect(clippy::disallowed_methods, reason = "cargo tells a build script by the environment")]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "cargo passes values to a build script in environment variables"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,7 +34,7 @@ fn commit() -> Option<String> {
     let shared = read(&git.join("commondir")).map(|folder| git.join(folder));
     let folders = [Some(git), shared];
     let mut folders = folders.iter().flatten();
-    folders.find_map(|folder| read(&folder.join(name)).or_else(|| packed(folder, name)))
+    folders.find_map(|folder| read(&folder.join(name)).or_else(|| packed_commit(folder, name)))
 }
 
 /// `.git`, or the folder that a worktree's `.git` file names.
@@ -44,14 +47,15 @@ fn git_folder(root: &Path) -> Option<PathBuf> {
     Some(root.join(named))
 }
 
-fn packed(folder: &Path, name: &str) -> Option<String> {
+/// The commit of a branch that git has packed into one file with others.
+fn packed_commit(folder: &Path, name: &str) -> Option<String> {
     let packed = read(&folder.join("packed-refs"))?;
     let line = packed.lines().find_map(|line| line.strip_suffix(name))?;
     Some(line.trim().to_owned())
 }
 
-/// The trimmed text of a small file. cargo then watches the file, or its nearest existing folder: a
-/// packed branch has no file until its next commit.
+/// The trimmed text of a small file. Makes cargo watch the file, or its nearest existing folder,
+/// because a packed branch has no file until its next commit.
 fn read(file: &Path) -> Option<String> {
     if let Some(watched) = file.ancestors().find(|path| path.exists()) {
         println!("cargo::rerun-if-changed={}", watched.display());

@@ -49,9 +49,9 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
         Upstream::Tcp(upstream) => flow.through_tcp(&client, &upstream).await,
         Upstream::Tunnel(tunnel) => flow.into_tunnel(&client, tunnel).await,
     };
-    let well = ended.is_ok();
+    let is_ok = ended.is_ok();
     record.close(ended);
-    well
+    is_ok
 }
 
 /// Measures the termination of idle connections in a registry, without sockets. Requires a runtime.
@@ -69,9 +69,9 @@ pub async fn terminate(connections: usize) -> Duration {
     let mut terminated = Terminated::default();
     registry.terminate(&mut terminated, |()| Err(ProxyError::Drained)).await;
     terminated.end().await;
-    let took = began.elapsed();
+    let elapsed = began.elapsed();
     running.join_all().await;
-    took
+    elapsed
 }
 
 /// Routes connections of a client outside of the mesh, in the network "".

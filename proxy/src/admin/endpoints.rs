@@ -52,7 +52,7 @@ pub(crate) struct Readiness {
     source: Arc<Mutex<SourceStatus>>,
     /// Whether the proxy's certificate has expired, so that every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
-    /// Whether the first state of the control plane has not arrived yet.
+    /// Whether the process still waits for the first state of the control plane.
     mesh_awaited: Arc<AtomicBool>,
 }
 
@@ -62,9 +62,9 @@ pub(crate) struct Readiness {
 pub(crate) enum SourceReport {
     /// Whether the source is connected and has sent all pods, or has read its folder.
     Ready(bool),
-    /// The reason why it does not deliver pods, or a problem with them; `None` without a problem.
+    /// The reason why the source delivers no pods, or a problem with its pods; `None` without one.
     Problem(Option<String>),
-    /// Information that readiness shows without being unready.
+    /// Information that the readiness endpoint shows; it does not affect readiness.
     Notice(Option<String>),
 }
 
@@ -89,7 +89,8 @@ impl fmt::Debug for PodReport {
 const STARTING: u8 = 0;
 const READY: u8 = 1;
 const DRAINING: u8 = 2;
-const NO_SOURCE: &str = "the source of pods (node.pods) is not connected or read";
+const NO_SOURCE: &str =
+    "the source of pods (node.pods) is not connected, or its folder is not read yet";
 
 impl Readiness {
     /// The readiness of `underpass run`, whose only pod has these rules.
@@ -162,7 +163,7 @@ impl Readiness {
         self.out_of_descriptors.load(Relaxed)
     }
 
-    /// `ready`, or the reason why the process is not ready; then lines of information.
+    /// `ready` and the notice of the source, or the reason why the process is not ready.
     pub(crate) fn text(&self) -> String {
         match self.not_ready() {
             Some(reason) => format!("not ready: {reason}\n"),

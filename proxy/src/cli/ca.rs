@@ -47,8 +47,8 @@ pub(super) enum Command {
         #[arg(long, default_value = "24h", value_parser = ttl)]
         ttl: Duration,
     },
-    /// Revoke certificates: add them to DIR/crl.pem (for trust.crls); without any, create an empty
-    /// list
+    /// Revoke certificates: add them to DIR/crl.pem (for trust.crls); without certificates,
+    /// create an empty list
     #[command(after_help = "Example:\n  underpass ca revoke --dir ca web.pem")]
     Revoke {
         /// The folder of the certificate authority

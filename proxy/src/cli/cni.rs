@@ -27,9 +27,9 @@ const EXAMPLE: &str = "Examples:
   underpass cni install
   underpass cni uninstall
 
-Without a command it is the plugin itself, as container runtimes call it: the variables CNI_COMMAND,
-CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME and CNI_ARGS say what to do, the configuration comes from
-standard input, and the result goes to standard output.";
+Without a command, `underpass cni` acts as the plugin, as container runtimes call it: the variables
+CNI_COMMAND, CNI_CONTAINERID, CNI_NETNS, CNI_IFNAME and CNI_ARGS define the call, the configuration
+comes from standard input, and the result goes to standard output.";
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLE)]
@@ -109,11 +109,11 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
         None => call(),
         Some(Command::Install { options, drop_in }) => {
             let changes = options.installation(drop_in).install()?;
-            make(&changes, options.dry_run, "the plugin is installed already")
+            apply_or_print(&changes, options.dry_run, "the plugin is installed already")
         }
         Some(Command::Uninstall { options }) => {
             let changes = options.installation(false).uninstall()?;
-            make(&changes, options.dry_run, "there is nothing to remove")
+            apply_or_print(&changes, options.dry_run, "there is nothing to remove")
         }
     }
 }
@@ -127,10 +127,10 @@ fn call() -> Result<(), CommandError> {
     outcome.error.map_or(Ok(()), |error| Err(CommandError::Plugin(chain(&error))))
 }
 
-/// Performs the changes in order, and prints each when it is done.
-fn make(changes: &[Change], dry_run: bool, none: &str) -> Result<(), CommandError> {
+/// Performs the changes in order, and prints each when it is done. With `dry_run`, only prints them.
+fn apply_or_print(changes: &[Change], dry_run: bool, if_empty: &str) -> Result<(), CommandError> {
     if changes.is_empty() {
-        return print(&format!("{none}\n"));
+        return print(&format!("{if_empty}\n"));
     }
     for change in changes {
         if dry_run {
@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn name_of_plugin_selects_command() {
+    fn program_name_of_plugin_inserts_cni_command() {
         let line = |words: &[&str]| command_line(words.iter().map(OsString::from));
         assert_eq!(line(&["/opt/cni/bin/underpass-cni"]), ["/opt/cni/bin/underpass-cni", "cni"]);
         assert_eq!(line(&["underpass-cni", "install"]), ["underpass-cni", "cni", "install"]);

@@ -65,8 +65,8 @@ fn check(arguments: SettingsArguments, output: Output) -> Result<(), CommandErro
     let mut check = Check::default();
     check.warnings.extend(sources.warnings().iter().map(Problem::with_hint));
     match sources.load() {
-        Ok(settings) => check.all(&settings),
-        Err(errors) => check.errors(errors),
+        Ok(settings) => check.check_all(&settings),
+        Err(errors) => check.add_errors(errors),
     }
     match output {
         Output::Text => check.print_text()?,
@@ -93,13 +93,13 @@ struct Check {
 }
 
 impl Check {
-    fn all(&mut self, settings: &Settings) {
-        self.settings(settings);
-        self.identity = self.credentials(settings);
-        self.mesh = self.mesh(settings);
-        self.control_plane(settings);
+    fn check_all(&mut self, settings: &Settings) {
+        self.check_settings(settings);
+        self.identity = self.check_credentials(settings);
+        self.mesh = self.read_mesh(settings);
+        self.check_control_plane(settings);
         if let Some(identity) = self.identity.clone() {
-            self.identity(settings, &identity);
+            self.check_identity(settings, &identity);
         }
     }
 
@@ -116,7 +116,7 @@ impl Check {
             "ok; workloads: {workloads}, services: {services}, policies: {policies}\n"
         ))?;
         let Some(identity) = &self.identity else { return Ok(()) };
-        let (id, left) = (identity.spiffe_id(), in_words(left(identity)));
+        let (id, left) = (identity.spiffe_id(), in_words(time_left(identity)));
         print(&format!("certificate: {id}, expires in {left}\n"))
     }
 
@@ -132,7 +132,7 @@ impl Check {
         let certificate = self.identity.as_ref().map(|identity| {
             json!({
                 "spiffe_id": identity.spiffe_id().to_string(),
-                "expires_in_seconds": left(identity).as_secs(),
+                "expires_in_seconds": time_left(identity).as_secs(),
             })
         });
         json!({
@@ -147,48 +147,48 @@ impl Check {
         })
     }
 
-    fn errors(&mut self, errors: ConfigErrors) {
+    fn add_errors(&mut self, errors: ConfigErrors) {
         self.problems.extend(errors.problems);
         self.more += errors.more;
     }
 
-    fn problem(&mut self, key: &str, value: Option<String>, error: &(impl Hint + 'static)) {
+    fn add_problem(&mut self, key: &str, value: Option<String>, error: &(impl Hint + 'static)) {
         let (reason, hint) = (chain(error), error.hint().map(Cow::into_owned));
         self.problems.push(Problem { key: key.to_owned(), value, reason, hint, origin: None });
     }
 
-    fn settings(&mut self, settings: &Settings) {
+    fn check_settings(&mut self, settings: &Settings) {
         if let Err(errors) = logging::filter(&settings.logging) {
-            self.errors(errors);
+            self.add_errors(errors);
         }
         let interception = &settings.interception;
         if interception.dns == Dns::Capture && interception.profile != Profile::None {
             let error = PodError::NoDnsProxy { port: Ports::of(settings).dns };
-            self.problem("interception.dns", Some("capture".to_owned()), &error);
+            self.add_problem("interception.dns", Some("capture".to_owned()), &error);
         }
     }
 
     /// Checks the files for the connection to the control plane, without connecting.
-    fn control_plane(&mut self, settings: &Settings) {
+    fn check_control_plane(&mut self, settings: &Settings) {
         let Some(xds) = &settings.xds else { return };
         if let Err(error) = ControlPlaneClient::new(xds.clone(), NoDialer) {
-            self.problem("mesh.xds", None, &error);
+            self.add_problem("mesh.xds", None, &error);
         }
     }
 
     /// Checks credentials from files. It does not connect to a CA or an agent.
-    fn credentials(&mut self, settings: &Settings) -> Option<Identity> {
+    fn check_credentials(&mut self, settings: &Settings) -> Option<Identity> {
         let trust = Trust::read(&settings.trust);
-        let trust = trust.map_err(|error| self.problem("trust", None, &error)).ok();
+        let trust = trust.map_err(|error| self.add_problem("trust", None, &error)).ok();
         let identity = match self.own_identity(settings) {
             Ok(identity) => identity?,
             Err(error) => {
-                self.problem("identity", None, &error);
+                self.add_problem("identity", None, &error);
                 return None;
             }
         };
         let credentials = Credentials::new(identity.clone(), trust?);
-        credentials.map_err(|error| self.problem("identity", None, &error)).ok()?;
+        credentials.map_err(|error| self.add_problem("identity", None, &error)).ok()?;
         Some(identity)
     }
 
@@ -204,7 +204,7 @@ impl Check {
                 if !spire.socket.exists() {
                     let socket = spire.socket.display();
                     self.warnings.push(format!(
-                        "identity.spire.socket: there is no {socket} yet: a start waits for it, unready"
+                        "identity.spire.socket: {socket} does not exist yet: at its start the proxy waits for it, unready"
                     ));
                 }
                 Ok(None)
@@ -217,60 +217,60 @@ impl Check {
         }
     }
 
-    fn mesh(&mut self, settings: &Settings) -> Mesh {
+    fn read_mesh(&mut self, settings: &Settings) -> Mesh {
         let mesh = match settings.mesh_file.as_deref().map(Mesh::from_file).transpose() {
             Ok(mesh) => mesh.unwrap_or_default(),
             Err(errors) => {
-                self.errors(errors);
+                self.add_errors(errors);
                 return Mesh::default();
             }
         };
         if settings.mesh_file.is_some() {
             // A node daemon has no workload of its own.
             if settings.node.pods.is_none() {
-                self.own_workload(settings, &mesh);
+                self.check_own_workload(settings, &mesh);
             }
         }
         mesh
     }
 
     /// Checks that the mesh file's entry of this workload agrees with the settings.
-    fn own_workload(&mut self, settings: &Settings, mesh: &Mesh) {
+    fn check_own_workload(&mut self, settings: &Settings, mesh: &Mesh) {
         let own = &settings.workload;
         let Some(workload) = mesh.workloads_named(&own.namespace, &own.name).first() else {
             self.warnings.push(format!(
                 "mesh.file: it has no workload {:?} of namespace {:?} (workload.name, workload.namespace): peers with the \
-                 same file do not know this one",
+                 same file do not know this workload",
                 own.name, own.namespace
             ));
             return;
         };
         if workload.identity != own.spiffe_id {
             self.warnings.push(format!(
-                "mesh.file: workload {:?} is {} there and {} here (workload.serviceAccount, workload.trustDomain): peers \
-                 with the same file refuse this one",
+                "mesh.file: workload {:?} has the identity {} in the file and {} in the settings (workload.serviceAccount, \
+                 workload.trustDomain): peers with the same file refuse its connections",
                 own.name, workload.identity, own.spiffe_id
             ));
         }
         if settings.identity.is_some() && workload.protocol != Protocol::Hbone {
             self.warnings.push(format!(
-                "mesh.file: workload {:?} has no `protocol: HBONE`: peers with the same file reach it in plain",
+                "mesh.file: workload {:?} has no `protocol: HBONE`: peers with the same file reach it in plaintext",
                 own.name
             ));
         }
     }
 
-    fn identity(&mut self, settings: &Settings, identity: &Identity) {
+    fn check_identity(&mut self, settings: &Settings, identity: &Identity) {
         let (is, wanted) = (identity.spiffe_id(), &settings.workload.spiffe_id);
         if is != wanted {
             self.warnings.push(format!(
-                "identity: the certificate is {is}, and the workload {wanted} (workload.serviceAccount, \
-                 workload.trustDomain): peers see the certificate"
+                "identity: the certificate has the identity {is}, but the settings {wanted} (workload.serviceAccount, \
+                 workload.trustDomain): peers see that of the certificate"
             ));
         }
-        let life = identity.expires().duration_since(identity.not_before()).unwrap_or_default();
-        let left = left(identity);
-        if left < life / 3 {
+        let lifetime = identity.expires().duration_since(identity.not_before()).unwrap_or_default();
+        let left = time_left(identity);
+        if left < lifetime / 3 {
             self.warnings.push(format!(
                 "identity: the certificate expires in {}: is it still renewed?",
                 in_words(left)
@@ -279,7 +279,7 @@ impl Check {
     }
 }
 
-fn left(identity: &Identity) -> Duration {
+fn time_left(identity: &Identity) -> Duration {
     identity.expires().duration_since(SystemTime::now()).unwrap_or_default()
 }
 

@@ -39,7 +39,7 @@ impl SettingsArguments {
         self.config.is_none() && self.set.is_empty()
     }
 
-    /// These arguments with more settings, which precede the others.
+    /// These arguments with more settings, which override the others.
     pub(super) fn with(mut self, assignments: impl IntoIterator<Item = String>) -> Self {
         self.set.extend(assignments);
         self
@@ -123,8 +123,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// The maximum number of blocking threads, which resolve the hostnames of CAs and endpoints.
 const BLOCKING_THREADS: usize = 16;
 
-/// Creates the runtime of this thread, which may keep a capability. Its blocking threads drop
-/// theirs.
+/// Creates the runtime of the calling thread, which may keep a capability. The blocking threads drop
+/// all capabilities.
 fn control_runtime() -> Result<Runtime, CommandError> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime

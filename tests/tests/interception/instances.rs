@@ -161,7 +161,7 @@ async fn query_sidecar_proxy() {
 async fn assume_defaults() {
     let scene = Scene::new().await;
     let pod = &scene.client;
-    const ASSUMED: &str = "no running proxy was found in this network namespace: assuming default";
+    const ASSUMED: &str = "no running proxy was found in this network namespace: using the default";
     let (_, err) = pod.underpass(&["rules", "verify"]).await.exited(3);
     assert!(err.contains(ASSUMED), "{err}");
     let explained = pod.underpass(&["rules", "explain", "-o", "json"]).await;

@@ -112,7 +112,7 @@ impl<'a> Config<'a> {
         match args.get("underpass").and_then(|own| own.get(key)) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.clone())),
-            Some(_) => Err(PluginError::config("args.underpass", "must be an object of texts")),
+            Some(_) => Err(PluginError::config("args.underpass", "must be an object of strings")),
         }
     }
 
@@ -132,6 +132,6 @@ impl<'a> Config<'a> {
 
     fn text(&self, key: &'static str) -> Result<Option<String>, PluginError> {
         let text = self.keys.get(key).map(|value| serde_json::from_str(value.get()));
-        text.transpose().map_err(|_| PluginError::config(key, "must be a text"))
+        text.transpose().map_err(|_| PluginError::config(key, "must be a string"))
     }
 }

@@ -25,7 +25,7 @@ const MAX_CONFIG_BYTES: u64 = 16 << 20;
 /// The hint for a pod without a name.
 const NAME_HINT: &str = "runtimes outside Kubernetes name no pod: set args.underpass.namespace and args.underpass.name in the \
      plugin's configuration, or CNI_ARGS=K8S_POD_NAMESPACE=…;K8S_POD_NAME=…";
-const CONTAINER_HINT: &str = "the runtime calls the plugin for another container than that of the pod's sandbox; the runtime tries again";
+const CONTAINER_HINT: &str = "the runtime called the plugin for a container that is not the pod's sandbox; the runtime tries again";
 
 /// The text for standard output, and the error that it describes.
 #[derive(Debug)]
@@ -108,7 +108,8 @@ async fn delete(environment: &Environment, config: &[u8]) -> Result<String, Plug
     if let Err(error) = ask_to_delete(attachment, config).await {
         let error = chain(&error);
         // Standard error goes to the runtime's log.
-        writeln!(io::stderr(), "underpass: cannot tell the daemon that a pod ends: {error}").ok();
+        writeln!(io::stderr(), "underpass: cannot report the end of a pod to the daemon: {error}")
+            .ok();
     }
     Ok(String::new())
 }

@@ -65,9 +65,9 @@ pub(crate) enum PluginError {
 
 /// The hints.
 mod hint {
-    pub(super) const DAEMON: &str = "start `underpass node` on this node, or take the plugin away with \
+    pub(super) const DAEMON: &str = "start `underpass node` on this node, or remove the plugin with \
          `underpass cni uninstall`; the runtime tries again";
-    pub(super) const BUSY: &str = "`underpass status` on the node lists its pods and what they wait for; the runtime tries again";
+    pub(super) const BUSY: &str = "on the node, `curl localhost:15021/healthz/pods` lists the pods and what they wait for; the runtime tries again";
     pub(super) const INSTALL: &str = "run `underpass cni install` again, so that the plugin and the daemon have the same version";
     pub(super) const RUNTIME: &str = "container runtimes call this plugin; `underpass cni install` puts it into their configuration";
     pub(super) const CONFIG: &str = "`underpass cni install --dry-run` prints a valid entry";

@@ -1,6 +1,6 @@
 //! Defines flags for the settings of `interception:`, shared by all `rules` commands.
 //!
-//! Each flag sets one or two keys, and precedes the file and the environment. The settings validate
+//! Each flag sets one or two keys, and overrides the file and the environment. The settings validate
 //! the values.
 
 use clap::parser::ValueSource;
@@ -109,7 +109,7 @@ const VALUED: &[FlagWithValue] = &[
         "virtual-interfaces",
         &["interception.virtual_interfaces"],
         "I,J",
-        "Interfaces through which virtual machines send: what arrives there is outbound",
+        "Interfaces of virtual machines: connections that arrive there are treated as outbound",
     ),
     (
         "kubelet-probes",
@@ -139,7 +139,7 @@ const SWITCHES: &[(&str, &str, &str)] = &[
     (
         "exact",
         "interception.exact",
-        "Only Istio's or OSM's own rules, without what makes them safer",
+        "Only Istio's or OSM's own rules, without the additional safety rules of underpass",
     ),
     ("drop-invalid", "interception.drop_invalid", "Drop packets that belong to no connection"),
     ("ingress", "interception.ingress", "Do not catch inbound plaintext (ambient)"),

@@ -44,7 +44,11 @@ impl SourcedSettings {
             Ok(None) => "no running proxy was found in this network namespace".to_owned(),
             Err(error) => crate::error::chain(&error),
         };
-        writeln!(io::stderr(), "warning: {why}: assuming default settings, with those of the environment (see --config)").ok();
+        writeln!(
+            io::stderr(),
+            "warning: {why}: using the default settings and those of the environment (see --config)"
+        )
+        .ok();
         Ok(Self { settings: options.load()?, source: Source::Defaults })
     }
 

@@ -16,8 +16,8 @@ struct Outcome {
     sourced: SourcedSettings,
     difference: Option<Difference>,
     foreign: Vec<ForeignRule>,
-    /// Whether the blackhole is installed.
-    blocked: bool,
+    /// Whether ip rules block the TCP of the workload.
+    is_blocked: bool,
 }
 
 pub(super) async fn run(options: RuleOptions, output: Output) -> Result<(), CommandError> {
@@ -26,7 +26,7 @@ pub(super) async fn run(options: RuleOptions, output: Output) -> Result<(), Comm
     let outcome = Outcome {
         difference: interception.verify().await?,
         foreign: interception.foreign_rules().await?,
-        blocked: interception.is_blocked().await?,
+        is_blocked: interception.is_blocked().await?,
         sourced,
     };
     match output {
@@ -48,7 +48,7 @@ impl Outcome {
             "same": self.difference.is_none(),
             "differences": self.difference.as_ref().map(differences).unwrap_or_default(),
             "foreign": foreign.collect::<Vec<_>>(),
-            "blocked": self.blocked,
+            "blocked": self.is_blocked,
         }))
     }
 
@@ -66,9 +66,9 @@ impl Outcome {
                 )
             }
         };
-        if self.blocked {
+        if self.is_blocked {
             text.push_str(
-                "the workload's TCP is blocked by ip rules (priorities 1 to 3) until the rules stand\n",
+                "the workload's TCP is blocked by ip rules (priorities 1 to 3) until the rules are installed\n",
             );
         }
         if let Source::Running(running) = &self.sourced.source

@@ -260,7 +260,7 @@ async fn malformed_configuration_key_is_named_in_the_error() {
         (
             config(json!({"cniVersion": 1})),
             7,
-            "the configuration is invalid: cniVersion: must be a text",
+            "the configuration is invalid: cniVersion: must be a string",
         ),
         (config(json!({"name": ""})), 7, "the name of the network is invalid"),
         (config(json!({"name": "a/b"})), 7, "the name of the network is invalid"),
@@ -323,11 +323,15 @@ async fn pod_names_come_from_configuration_if_runtime_names_no_pod() {
     let requests = daemon.requests().await;
     let [(Request::Add(pod), _)] = &requests[..] else { panic!("{requests:?}") };
     assert_eq!((&*pod.pod.namespace, &*pod.pod.name), ("shop", "web"));
-    assert_eq!(pod.pod.uid.as_str(), "9f86d081", "the container is its own pod");
+    assert_eq!(
+        pod.pod.uid.as_str(),
+        "9f86d081",
+        "the id of the container serves as uid of the pod"
+    );
     let wrong = config.replace("\"db\"", "1");
     let (code, message, _) = failure(&[("CNI_ARGS", "")], &wrong).await;
     assert_eq!(code, 7);
-    assert!(message.contains("args.underpass: must be an object of texts"), "{message}");
+    assert!(message.contains("args.underpass: must be an object of strings"), "{message}");
 }
 
 #[tokio::test]
