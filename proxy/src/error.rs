@@ -38,9 +38,9 @@ pub(crate) enum ProxyError {
     SourceUnknown { client: SocketAddr, source: io::Error },
     #[error("{0} requires HBONE, and this proxy has no certificate")]
     NoIdentity(SocketAddr),
-    #[error("no certificate of {id} was issued within {}", seconds(after))]
+    #[error("no certificate for {id} was issued within {}", seconds(after))]
     CertificateAwaited { id: SpiffeId, after: Duration },
-    #[error("the mesh has no workload {pod} with the identity {id}, this pod's own")]
+    #[error("the mesh has no workload {pod} with this pod's identity {id}")]
     PodNotInMesh { pod: String, id: SpiffeId },
     #[error("too many TLS handshakes of {0} are in progress (limits.handshakes_per_source)")]
     TooManyHandshakes(IpAddr),
@@ -63,7 +63,7 @@ pub(crate) enum ProxyError {
     Egress(SocketAddr),
     #[error("a plaintext connection to {0} is refused: its protocol in the mesh is HBONE")]
     PlaintextToHbone(SocketAddr),
-    #[error("{hop} belongs to {workload} after a change of the mesh, and has another identity")]
+    #[error("after a change of the mesh, {hop} belongs to {workload}, which has another identity")]
     OtherIdentity { hop: SocketAddr, workload: Arc<Workload> },
     #[error("terminated by a change of the mesh: the connection is no longer allowed")]
     NoLongerAllowed(#[source] Box<Self>),

@@ -9,8 +9,8 @@
 //! * `node`: state of the process, of a pod, of a worker, and of a pod on a worker;
 //! * `pods`: the pods of a node daemon: facts, settings, sources;
 //! * `traffic`: accepting, connecting, inbound and outbound connections, copying;
-//! * `decide`: routes and policies;
-//! * `mesh`: snapshots of the mesh, their publication, and the health of endpoints;
+//! * `decide`: routes, policies, and the health of endpoints;
+//! * `mesh`: the sources of the mesh, and the publication of its snapshots;
 //! * `limits`: bounds of memory, connections and file descriptors;
 //! * `observe`: access log, metrics and traces of connections;
 //! * `rules`: installation, tests and repair of the interception rules;

@@ -6,7 +6,7 @@
 //! connections   node ─ source                                 limits.connections_per_source
 //!               worker                                        limits.connections_per_worker
 //! tunnels       source, identity                              limits.tunnels_per_…
-//! handshakes    node ─ source                                 limits.handshakes, in order of use
+//! handshakes    node ─ source                                 limits.handshakes; the others wait
 //! buffers       node ─ pod                                    limits.buffers
 //! ```
 //!
@@ -63,20 +63,20 @@ pub(crate) struct Limits {
 impl Limits {
     /// The budgets of a process with this number of workers.
     pub(crate) fn new(settings: &underpass_config::Limits, workers: usize) -> Self {
-        // The limit was already raised at the start, or that failed.
+        // The start has already tried to raise the limit; this call returns it.
         let limit = raise_open_files().unwrap_or(u64::MAX);
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let open = fs::read_dir("/proc/self/fd").map_or(ASSUMED_OPEN, Iterator::count);
         let descriptors = Descriptors::new(limit, open, workers);
         let balance = Balance::new(workers, settings.connections_per_worker);
         let per_identity = settings.tunnels_per_identity.unwrap_or(usize::MAX);
-        let any = Budget::new(usize::MAX);
+        let unlimited = Budget::new(usize::MAX);
         Self {
             accepts_per_second: settings.accepts_per_second,
             connections: Arc::new(Budget::new(balance.total())),
             connections_per_source: settings.connections_per_source.unwrap_or(usize::MAX),
             tunnels_per_source: settings.tunnels_per_source.unwrap_or(usize::MAX),
-            identities: Arc::new(KeyedBudget::new(any, per_identity, Sharing::Greedy)),
+            identities: Arc::new(KeyedBudget::new(unlimited, per_identity, Sharing::Greedy)),
             handshakes: Handshakes::new(settings.handshakes, settings.handshakes_per_source),
             buffers: Buffers::new(settings.buffers, descriptors.clone()),
             refusals: Arc::default(),

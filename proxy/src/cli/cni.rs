@@ -127,7 +127,8 @@ fn call() -> Result<(), CommandError> {
     outcome.error.map_or(Ok(()), |error| Err(CommandError::Plugin(chain(&error))))
 }
 
-/// Performs the changes in order, and prints each when it is done. With `dry_run`, only prints them.
+/// Performs the changes in order, and prints each when it is done. With `dry_run` it only prints
+/// them.
 fn apply_or_print(changes: &[Change], dry_run: bool, if_empty: &str) -> Result<(), CommandError> {
     if changes.is_empty() {
         return print(&format!("{if_empty}\n"));

@@ -123,8 +123,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// The maximum number of blocking threads, which resolve the hostnames of CAs and endpoints.
 const BLOCKING_THREADS: usize = 16;
 
-/// Creates the runtime of the calling thread, which may keep a capability. The blocking threads drop
-/// all capabilities.
+/// Creates the runtime of the calling thread, which may keep a capability. The blocking threads
+/// drop all capabilities.
 fn control_runtime() -> Result<Runtime, CommandError> {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime

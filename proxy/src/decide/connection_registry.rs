@@ -101,7 +101,7 @@ struct Connections<T> {
     /// [`Registries::close`].
     closed: Option<fn() -> ProxyError>,
     /// Whether a task waits for the end of the last connection.
-    awaited: bool,
+    is_awaited: bool,
 }
 
 #[derive(Debug)]
@@ -114,7 +114,7 @@ struct Connection<T> {
 
 impl<T> Default for ConnectionRegistry<T> {
     fn default() -> Self {
-        let connections = Connections { open: Slab::new(), closed: None, awaited: false };
+        let connections = Connections { open: Slab::new(), closed: None, is_awaited: false };
         Self { connections: Mutex::new(connections), ended: Notify::new() }
     }
 }
@@ -147,7 +147,7 @@ impl<T> ConnectionRegistry<T> {
                 if connections.open.is_empty() {
                     return;
                 }
-                connections.awaited = true;
+                connections.is_awaited = true;
             }
             ended.await;
         }
@@ -250,7 +250,7 @@ impl<T> Drop for Registration<T> {
     fn drop(&mut self) {
         let mut connections = self.registry.lock();
         let ended = connections.open.try_remove(self.key);
-        let report = connections.awaited && connections.open.is_empty();
+        let report = connections.is_awaited && connections.open.is_empty();
         drop(connections);
         // Drop outside the lock: this may be the last owner of the pod.
         drop(ended);

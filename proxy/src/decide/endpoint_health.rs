@@ -57,9 +57,9 @@ impl EndpointHealth {
     /// Ejects `endpoint` after a failure to connect: it is selected last for `pause`.
     pub(crate) fn eject(&self, endpoint: EndpointKey, pause: Duration) {
         let mut known = self.lock();
-        let back = Instant::now() + pause;
-        known.ejected.insert(endpoint, back);
-        known.next_return = Some(known.next_return.map_or(back, |next| next.min(back)));
+        let end = Instant::now() + pause;
+        known.ejected.insert(endpoint, end);
+        known.next_return = Some(known.next_return.map_or(end, |next| next.min(end)));
         self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
     }
 
@@ -95,7 +95,7 @@ impl EndpointHealth {
         if let Some(next) = known.next_return {
             let now = Instant::now();
             if next <= now {
-                known.ejected.retain(|_, back| *back > now);
+                known.ejected.retain(|_, end| *end > now);
                 known.next_return = known.ejected.values().min().copied();
                 self.ejected_count.store(known.ejected.len(), Ordering::Relaxed);
             }

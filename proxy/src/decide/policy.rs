@@ -51,8 +51,8 @@ pub(crate) fn permit<'a>(
     mesh: &watch::Receiver<Arc<Snapshot>>,
     registration: &'a Registration<Decision>,
 ) -> Result<Permit<'a>, ProxyError> {
-    // Holding the borrow delays the next mesh until the permit is stored, so that it checks this
-    // connection.
+    // The borrow delays the next mesh until the permit is stored, so that the check of that mesh
+    // includes this connection.
     let current = mesh.borrow();
     pod.context.check_own(&current)?;
     check(&subject, &current, &pod.context)?;
@@ -194,22 +194,22 @@ pub(crate) struct MeshChange<'a> {
     new: &'a Snapshot,
     context: &'a PolicyContext,
     /// Whether the change affects connections to an address of the pod. Cached for each address.
-    touched: HashMap<IpAddr, bool>,
+    affected: HashMap<IpAddr, bool>,
 }
 
 impl<'a> MeshChange<'a> {
     pub(crate) fn new(old: &'a Snapshot, new: &'a Snapshot, context: &'a PolicyContext) -> Self {
-        Self { old, new, context, touched: HashMap::new() }
+        Self { old, new, context, affected: HashMap::new() }
     }
 
-    /// Checks whether the new mesh still allows a connection. A connection without a permit will be
-    /// decided on by this mesh or a newer one.
+    /// Checks whether the new mesh still allows a connection. A connection without a permit passes:
+    /// this mesh or a newer one will decide on it.
     pub(crate) fn check(&mut self, Decision(permitted): &Decision) -> Result<(), ProxyError> {
         let Some(Permitted { subject, generation }) = permitted else { return Ok(()) };
         if *generation >= self.new.generation {
             return Ok(());
         }
-        // Otherwise a generation between the old and the new one permitted the connection, so the
+        // If false, a generation between the old and the new one permitted the connection, so the
         // old one never checked it.
         let by_old = *generation <= self.old.generation;
         match subject {
@@ -221,13 +221,13 @@ impl<'a> MeshChange<'a> {
     }
 
     fn affects(&mut self, address: IpAddr) -> bool {
-        let Self { old, new, context, touched } = self;
-        *touched.entry(address).or_insert_with(|| {
+        let Self { old, new, context, affected } = self;
+        *affected.entry(address).or_insert_with(|| {
             let (before, after) = (local(address, old, context), local(address, new, context));
-            let same_place = (before.namespace, before.name) == (after.namespace, after.name);
+            let same_workload = (before.namespace, before.name) == (after.namespace, after.name);
             let same_policies = old.mesh.policies(before.namespace, before.workload)
                 == new.mesh.policies(after.namespace, after.workload);
-            !same_place || !same_policies
+            !same_workload || !same_policies
         })
     }
 }

@@ -71,11 +71,11 @@ async fn check_rules(stage: &Stage) -> Result<Finding, DemoError> {
     ];
     for (namespace, pod, rules) in expected {
         let counters = read_counters(namespace).await?;
-        let moved = |rule: &str| counters.iter().find(|c| c.id == rule).map_or(0, |c| c.packets);
-        let moves: Vec<String> =
-            rules.iter().map(|rule| format!("{rule} {}", moved(rule))).collect();
-        holds &= rules.iter().all(|rule| moved(rule) > 0);
-        seen.push(format!("{pod}: {}", moves.join(", ")));
+        let packets = |rule: &str| counters.iter().find(|c| c.id == rule).map_or(0, |c| c.packets);
+        let counts: Vec<String> =
+            rules.iter().map(|rule| format!("{rule} {}", packets(rule))).collect();
+        holds &= rules.iter().all(|rule| packets(rule) > 0);
+        seen.push(format!("{pod}: {}", counts.join(", ")));
     }
     Ok(Finding { subject: "rules moved", seen: seen.join("; "), holds })
 }
@@ -95,7 +95,7 @@ async fn check_stranger(stage: &Stage) -> Result<Finding, DemoError> {
     let stream = connected.map_err(DemoError::io("connect as a stranger"))?;
     let (refused, said) = match ask_without_certificate(stage, stream).await {
         Err(error) => (matches!(error, HboneError::CertificateRefused { .. }), error.to_string()),
-        Ok(()) => (false, "it was let in".to_owned()),
+        Ok(()) => (false, "the server accepted it".to_owned()),
     };
     let requests = stage.requests();
     Ok(Finding {

@@ -21,7 +21,7 @@ impl Hint for ProxyError {
             Self::NotLocal(_) | Self::ForeignSource(_) => {
                 "add the interface of a virtual machine or container in the pod to interception.virtual_interfaces"
             }
-            Self::NoIdentity(_) => "set identity.*",
+            Self::NoIdentity(_) => "set a source of certificates (identity.*)",
             Self::CertificateAwaited { .. } => {
                 "check that the CA answers, or raise timeouts.handshake"
             }
@@ -45,7 +45,7 @@ impl Hint for ProxyError {
             Self::PlaintextRefused(_) => {
                 "add the client to the mesh, or allow plaintext with proxy.mtls_overrides"
             }
-            Self::Egress(_) => "add it to the mesh, or to egress_exceptions",
+            Self::Egress(_) => "add the destination to the mesh, or to egress_exceptions",
             Self::PlaintextToHbone(_) => {
                 "send the connection through the tunnel of the workload's proxy"
             }

@@ -55,7 +55,7 @@ struct PodLimitsState {
     node: Arc<Limits>,
     descriptors: Directions,
     buffers: Buffers,
-    clients: ByKey<(Direction, SourceNetwork), SourceBudgets>,
+    sources: ByKey<(Direction, SourceNetwork), SourceBudgets>,
 }
 
 /// The budgets of one source address, kept while it has connections.
@@ -72,7 +72,7 @@ struct SourceBudgets {
 /// Counts one connection or stream in all of its budgets until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Ticket {
-    client: Arc<SourceBudgets>,
+    budgets: Arc<SourceBudgets>,
     load: Option<Load>,
     connections: usize,
     descriptors: usize,
@@ -85,7 +85,7 @@ impl Limits {
         PodLimits(Arc::new(PodLimitsState {
             descriptors: self.descriptors.of_pod(),
             buffers: self.buffers.of_pod(),
-            clients: ByKey::default(),
+            sources: ByKey::default(),
             node: Arc::new(self.clone()),
         }))
     }
@@ -123,7 +123,8 @@ impl PodLimits {
         peer: Option<IpAddr>,
     ) -> Result<Ticket, Refusal> {
         let key = (kind.direction(), SourceNetwork::of(source));
-        let mut ticket = Ticket::new(self.0.clients.get(key, || self.client(key.0, source)));
+        let mut ticket =
+            Ticket::new(self.0.sources.get(key, || self.source_budgets(key.0, source)));
         ticket.take_connection()?;
         if kind == AdmissionKind::Tunnel {
             ticket.take_tunnel()?;
@@ -147,10 +148,10 @@ impl PodLimits {
     /// The exceeded limit.
     pub(crate) fn admit_delivery(&self, source: IpAddr, worker: usize) -> Result<Ticket, Refusal> {
         let key = (Direction::Inbound, SourceNetwork::of(source));
-        Ticket::of_stream(self.0.clients.get(key, || self.client(key.0, source)), worker)
+        Ticket::of_stream(self.0.sources.get(key, || self.source_budgets(key.0, source)), worker)
     }
 
-    fn client(&self, direction: Direction, address: IpAddr) -> SourceBudgets {
+    fn source_budgets(&self, direction: Direction, address: IpAddr) -> SourceBudgets {
         let node = &self.0.node;
         // All applications of the pod are one source, which the budget of the direction limits.
         let (descriptors, sharing) = match direction {
@@ -176,13 +177,13 @@ impl PodLimits {
 }
 
 impl Ticket {
-    fn new(client: Arc<SourceBudgets>) -> Self {
-        Self { client, load: None, connections: 0, descriptors: 0, tunnels: 0 }
+    fn new(budgets: Arc<SourceBudgets>) -> Self {
+        Self { budgets, load: None, connections: 0, descriptors: 0, tunnels: 0 }
     }
 
     /// The source address of the connection.
     pub(crate) fn source(&self) -> IpAddr {
-        self.client.address
+        self.budgets.address
     }
 
     /// The worker that serves the connection.
@@ -195,7 +196,7 @@ impl Ticket {
     /// # Errors
     /// That worker is at its limit.
     pub(crate) fn move_to(&mut self, worker: usize) -> Result<(), Refusal> {
-        let load = self.client.node.balance.load(worker);
+        let load = self.budgets.node.balance.load(worker);
         self.load = Some(load.ok_or(Refusal::Worker)?);
         Ok(())
     }
@@ -205,34 +206,34 @@ impl Ticket {
     /// # Errors
     /// The exceeded limit.
     pub(crate) fn stream(&self) -> Result<Self, Refusal> {
-        Self::of_stream(self.client.clone(), self.worker())
+        Self::of_stream(self.budgets.clone(), self.worker())
     }
 
-    fn of_stream(client: Arc<SourceBudgets>, worker: usize) -> Result<Self, Refusal> {
-        let mut stream = Self::new(client);
+    fn of_stream(budgets: Arc<SourceBudgets>, worker: usize) -> Result<Self, Refusal> {
+        let mut stream = Self::new(budgets);
         stream.take_connection()?;
         stream.move_to(worker)?;
         stream.take_descriptors(1).map_err(|exhausted| match exhausted {
-            Exhausted::Share => Refusal::DescriptorShare(stream.client.address),
+            Exhausted::Share => Refusal::DescriptorShare(stream.budgets.address),
             Exhausted::Whole => {
-                stream.client.node.descriptors.record_refused_stream();
+                stream.budgets.node.descriptors.record_refused_stream();
                 Refusal::Descriptors
             }
         })?;
         Ok(stream)
     }
 
-    /// Waits for the connection's turn to handshake. Calls `waits` if it has to wait. Returns
+    /// Waits for the connection's turn to handshake. Calls `on_wait` if it has to wait. Returns
     /// `None` if its source has too many handshakes, including waiting ones.
-    pub(crate) async fn handshake(&self, waits: impl FnOnce()) -> Option<HandshakeTicket> {
-        let node = &self.client.node.handshakes;
-        let of_source = self.client.handshakes.get_or_init(|| node.of_source());
-        node.admit(self.client.address, of_source, waits).await
+    pub(crate) async fn handshake(&self, on_wait: impl FnOnce()) -> Option<HandshakeTicket> {
+        let node = &self.budgets.node.handshakes;
+        let of_source = self.budgets.handshakes.get_or_init(|| node.of_source());
+        node.admit(self.budgets.address, of_source, on_wait).await
     }
 
     /// Records that the source was disconnected for exceeding a limit of its tunnel.
     pub(crate) fn penalize(&self) {
-        self.client.node.handshakes.penalize(self.client.address);
+        self.budgets.node.handshakes.penalize(self.budgets.address);
     }
 
     /// Releases one descriptor.
@@ -244,7 +245,7 @@ impl Ticket {
     }
 
     fn take_connection(&mut self) -> Result<(), Refusal> {
-        let SourceBudgets { address, connections, node, .. } = &*self.client;
+        let SourceBudgets { address, connections, node, .. } = &*self.budgets;
         connections.take(1).map_err(|exhausted| match exhausted {
             Exhausted::Whole => Refusal::Worker,
             Exhausted::Share if connections.used() >= node.connections_per_source => {
@@ -257,33 +258,33 @@ impl Ticket {
     }
 
     fn take_tunnel(&mut self) -> Result<(), Refusal> {
-        let SourceBudgets { address, tunnels, .. } = &*self.client;
+        let SourceBudgets { address, tunnels, .. } = &*self.budgets;
         tunnels.take(1).map_err(|_| Refusal::TunnelSource(*address))?;
         self.tunnels += 1;
         Ok(())
     }
 
     fn take_descriptors(&mut self, count: usize) -> Result<(), Exhausted> {
-        self.client.descriptors.take(count)?;
+        self.budgets.descriptors.take(count)?;
         self.descriptors += count;
         Ok(())
     }
 
     fn hold_descriptors(&mut self, count: usize) {
-        self.client.descriptors.take_beyond_limit(count);
+        self.budgets.descriptors.take_beyond_limit(count);
         self.descriptors += count;
     }
 
     fn give_back_descriptors(&self, count: usize) {
-        self.client.node.descriptors.give_back(&self.client.descriptors, count);
+        self.budgets.node.descriptors.give_back(&self.budgets.descriptors, count);
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.client.connections.give_back(self.connections);
+        self.budgets.connections.give_back(self.connections);
         if self.tunnels > 0 {
-            self.client.tunnels.give_back(self.tunnels);
+            self.budgets.tunnels.give_back(self.tunnels);
         }
         self.give_back_descriptors(self.descriptors);
     }

@@ -43,9 +43,9 @@ impl Balance {
         if let Some(peer) = peer {
             let holders = self.holders(peer);
             let holds = |worker: usize| holders.get(worker).is_some_and(|tunnels| *tunnels > 0);
-            let most = self.limit.saturating_sub(1).min(least + AFFINITY_SLACK);
-            let near = loads().filter(|(w, load)| holds(*w) && *load <= most);
-            worker = near.min_by_key(|(_, load)| *load).map_or(worker, |(w, _)| w);
+            let max_load = self.limit.saturating_sub(1).min(least + AFFINITY_SLACK);
+            let candidates = loads().filter(|(w, load)| holds(*w) && *load <= max_load);
+            worker = candidates.min_by_key(|(_, load)| *load).map_or(worker, |(w, _)| w);
         }
         self.load(worker)
     }
@@ -157,7 +157,7 @@ mod tests {
         let _tunnel = balance.tunnel(1, PEER);
         let loads: Vec<_> = (0..6).map_while(|_| balance.assign(Some(PEER))).collect();
         let workers: Vec<_> = loads.iter().map(Load::worker).collect();
-        assert_eq!(workers, [1, 1, 1, 0, 0, 0], "a tunnel is no reason to go beyond the limit");
+        assert_eq!(workers, [1, 1, 1, 0, 0, 0], "a tunnel does not raise the limit");
         assert!(balance.assign(None).is_none() && balance.load(0).is_none());
         drop(loads);
         assert!(balance.assign(None).is_some() && balance.load(0).is_some());

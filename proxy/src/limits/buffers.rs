@@ -86,8 +86,8 @@ impl<'a> BufferShare<'a> {
         Self { buffers, bytes: 0 }
     }
 
-    /// Resizes the share to `bytes`. If the budget has too few, counts this, keeps the size and
-    /// returns false.
+    /// Resizes the share to `bytes`. If too few bytes are free, counts the refusal, keeps the size
+    /// and returns false.
     pub(crate) fn resize(&mut self, bytes: usize) -> bool {
         if bytes > self.bytes && !self.buffers.take(bytes - self.bytes) {
             buffer_refused("limit");

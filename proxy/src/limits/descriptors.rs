@@ -2,8 +2,8 @@
 //! accepted connections can be served and the endpoints respond. Readiness reports the pause, which
 //! ends when descriptors are free.
 //!
-//! The kernel's own limit is handled apart: it may run out of files before the process reaches its
-//! limit.
+//! The system-wide limit is handled separately: the kernel may run out of files before the process
+//! reaches its own limit.
 
 use std::io;
 use std::sync::Arc;
@@ -22,6 +22,7 @@ pub(super) const DESCRIPTORS_PER_CONNECTION: usize = 2;
 /// The minimum reserve for descriptors of other purposes: probes, scrapes, certificates, rules,
 /// name lookups.
 const MIN_RESERVE: usize = 64;
+/// The reserve is this part of the limit if that is more than [`MIN_RESERVE`].
 const RESERVED_PART: usize = 50;
 /// The descriptors of a worker's runtime: epoll twice, its waker, signals.
 const DESCRIPTORS_PER_WORKER: usize = 4;
@@ -160,7 +161,7 @@ impl Descriptors {
 
     /// Records that a stream was refused for lack of descriptors.
     pub(super) fn record_refused_stream(&self) {
-        self.note(None, 0);
+        self.record_shortage(None, 0);
     }
 
     /// Records that a listener pauses.
@@ -170,11 +171,11 @@ impl Descriptors {
             Shortage::System(error) => ("system", error),
         };
         metrics::accept_paused(listener, reason);
-        self.note(error, 1);
+        self.record_shortage(error, 1);
         PausedListener(self.clone())
     }
 
-    fn note(&self, error: Option<i32>, paused: usize) {
+    fn record_shortage(&self, error: Option<i32>, paused: usize) {
         self.0.shortages.send_modify(|shortages| {
             shortages.paused += paused;
             shortages.total += 1;
@@ -209,7 +210,7 @@ impl Descriptors {
 async fn recovered(shortages: &mut watch::Receiver<Shortages>) -> u64 {
     loop {
         let total = match shortages.wait_for(|shortages| shortages.paused == 0).await {
-            Ok(none) => none.total,
+            Ok(state) => state.total,
             // The sender lives as long as `self`.
             Err(_) => return u64::MAX,
         };
@@ -273,7 +274,7 @@ mod tests {
         assert_eq!(
             allowed(16, 20, 2),
             DESCRIPTORS_PER_CONNECTION,
-            "it cannot work, but nothing else would be better"
+            "the minimum for one connection, although too few descriptors are left"
         );
     }
 
@@ -336,24 +337,24 @@ mod tests {
         let (descriptors, readiness) = (descriptors(5), Readiness::default());
         let reporting = descriptors.report(&readiness);
         let script = async {
-            let short = || readiness.is_out_of_descriptors();
+            let is_short = || readiness.is_out_of_descriptors();
             let began = Instant::now();
             for _ in 0..3 {
                 let paused = descriptors.pause("outbound", Shortage::Descriptors);
                 sleep(RECOVERY_TIME * 2).await;
-                assert!(short());
+                assert!(is_short());
                 drop(paused);
                 sleep(RECOVERY_TIME / 2).await;
-                assert!(short(), "a single connection may have ended");
+                assert!(is_short(), "a single connection may have ended");
             }
-            while short() {
+            while is_short() {
                 sleep(RECOVERY_TIME / 100).await;
             }
             let took = began.elapsed();
             assert!(took >= RECOVERY_TIME * 8 && took < RECOVERY_TIME * 9, "{took:?}");
             drop(descriptors.pause("hbone", Shortage::System(None)));
             sleep(RECOVERY_TIME / 2).await;
-            assert!(short(), "a short pause is reported too");
+            assert!(is_short(), "a short pause is reported too");
         };
         tokio::select! {
             () = reporting => unreachable!(),

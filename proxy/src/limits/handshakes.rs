@@ -62,13 +62,13 @@ impl Handshakes {
         SourceHandshakes { under_way: Arc::new(under_way), begun }
     }
 
-    /// Waits for the turn of a handshake. Calls `waits` if it has to wait. Returns `None` if
+    /// Waits for the turn of a handshake. Calls `on_wait` if it has to wait. Returns `None` if
     /// `source` has too many. Cancel-safe.
     pub(super) async fn admit(
         &self,
         source: IpAddr,
         of_source: &SourceHandshakes,
-        waits: impl FnOnce(),
+        on_wait: impl FnOnce(),
     ) -> Option<HandshakeTicket> {
         let SourceHandshakes { under_way, begun } = of_source;
         if begun.used() >= MAX_PENALIZED_HANDSHAKES && self.penalties.applies_to(source) {
@@ -76,7 +76,7 @@ impl Handshakes {
         }
         let begun = Share::take(begun, 1).ok()?;
         let rank = of_source.begun.used();
-        let turn = self.queue.turn(under_way, rank, waits).await;
+        let turn = self.queue.turn(under_way, rank, on_wait).await;
         Some(HandshakeTicket { _permit: turn, _begun: begun })
     }
 
@@ -88,8 +88,8 @@ impl Handshakes {
 /// The penalized sources, each with the end of its penalty.
 #[derive(Debug, Default)]
 struct Penalties {
-    /// Avoids the lock while no source is penalized.
-    any: AtomicBool,
+    /// Whether a source may be penalized. Read without the lock.
+    has_penalties: AtomicBool,
     until: Mutex<HashMap<SourceNetwork, Instant>>,
 }
 
@@ -104,12 +104,12 @@ impl Penalties {
         let source = SourceNetwork::of(source);
         if until.len() < MAX_PENALIZED_SOURCES || until.contains_key(&source) {
             until.insert(source, now + PENALTY_TIME);
-            self.any.store(true, Relaxed);
+            self.has_penalties.store(true, Relaxed);
         }
     }
 
     fn applies_to(&self, source: IpAddr) -> bool {
-        if !self.any.load(Relaxed) {
+        if !self.has_penalties.load(Relaxed) {
             return false;
         }
         let now = Instant::now();
@@ -118,7 +118,7 @@ impl Penalties {
         let is_penalized = until.get(&SourceNetwork::of(source)).is_some_and(|until| *until > now);
         if !is_penalized {
             until.retain(|_, until| *until > now);
-            self.any.store(!until.is_empty(), Relaxed);
+            self.has_penalties.store(!until.is_empty(), Relaxed);
         }
         is_penalized
     }

@@ -71,10 +71,13 @@ impl fmt::Display for Refusal {
             ),
             Self::ConnectionShare(address) => write!(
                 f,
-                "{address} uses its share of the connections of all workers (limits.connections_per_worker)"
+                "{address} has used up its share of the connections of all workers (limits.connections_per_worker)"
             ),
             Self::DescriptorShare(address) => {
-                write!(f, "{address} uses its share of the open files (ulimit -n, LimitNOFILE)")
+                write!(
+                    f,
+                    "{address} has used up its share of the open files (ulimit -n, LimitNOFILE)"
+                )
             }
             Self::Descriptors => f.write_str("no open files are left (ulimit -n, LimitNOFILE)"),
             Self::TunnelSource(address) => {
@@ -91,7 +94,7 @@ impl fmt::Display for Refusal {
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
     pending: Mutex<[Pending; KIND_COUNT]>,
-    some: Notify,
+    added: Notify,
 }
 
 /// Refusals of one kind.
@@ -107,13 +110,13 @@ impl Refusals {
             pending.count += 1;
             pending.last = Some(refusal);
         }
-        self.some.notify_one();
+        self.added.notify_one();
     }
 
     /// Logs refusals, at most one line a second for each kind. Never returns.
     pub(super) async fn report(&self) {
         loop {
-            self.some.notified().await;
+            self.added.notified().await;
             let pending = std::mem::take(&mut *self.pending());
             pending.into_iter().for_each(Pending::report);
             tokio::time::sleep(REPORT_INTERVAL).await;
@@ -178,7 +181,7 @@ mod tests {
             for_a_while(1).await;
             assert_eq!(pending(), 0, "the first one is reported at once");
             for_a_while(1000).await;
-            assert_eq!(pending(), 1000, "the others when a second has passed");
+            assert_eq!(pending(), 1000, "the others are reported after a second");
             for_a_while(0).await;
             assert_eq!(pending(), 0);
         };

@@ -61,7 +61,7 @@ pub(crate) struct ControlPlaneFollower {
 enum StreamEnd {
     #[error(transparent)]
     Stream(#[from] ControlPlaneError),
-    #[error("it violates the protocol: {0}")]
+    #[error("the control plane violates the protocol: {0}")]
     Session(#[from] SessionError),
 }
 
@@ -140,7 +140,7 @@ impl ControlPlaneFollower {
         }
         readiness.mesh_known(true);
         if is_urgent || self.snapshots.borrow().is_none() {
-            self.hand_on();
+            self.publish();
         } else {
             self.due.get_or_insert_with(|| Instant::now() + COALESCE);
         }
@@ -172,8 +172,8 @@ impl ControlPlaneFollower {
         }
     }
 
-    /// Passes on the mesh after all changes.
-    fn hand_on(&mut self) {
+    /// Publishes the mesh after all changes.
+    fn publish(&mut self) {
         self.due = None;
         // Without a complete state the last mesh stays: an empty one has no policies.
         if !self.plane.is_synced() {
@@ -183,7 +183,7 @@ impl ControlPlaneFollower {
         self.snapshots.send_replace(Some(Arc::new(mesh)));
     }
 
-    /// Waits for `other`, and meanwhile passes on collected changes and those of the file.
+    /// Waits for `other`, and meanwhile publishes collected changes and those of the file.
     async fn or_file_changes<T>(&mut self, other: impl Future<Output = T>) -> T {
         tokio::pin!(other);
         loop {
@@ -196,12 +196,12 @@ impl ControlPlaneFollower {
             };
             tokio::select! {
                 biased;
-                () = is_due => self.hand_on(),
+                () = is_due => self.publish(),
                 done = &mut other => return done,
                 changed = self.file.changed() => match changed {
                     Ok(mesh) => {
                         self.fallback = Some(mesh);
-                        self.hand_on();
+                        self.publish();
                     }
                     Err(errors) => log_refused(&errors),
                 },

@@ -31,7 +31,7 @@ use crate::traffic::dial::PlainDialer;
 #[derive(Debug)]
 pub(crate) struct Certificates {
     issuer: Origin,
-    /// The log's name of the issuer.
+    /// The name of the issuer in the log.
     origin: String,
     watcher: FileWatcher,
     /// The readiness of a process with one certificate. A node daemon has none here: its pods have
@@ -105,7 +105,7 @@ fn issuer(
     })
 }
 
-/// The log's name of the source of a certificate.
+/// The name of the source of a certificate in the log.
 fn origin(identity: &IdentitySettings) -> String {
     match identity {
         IdentitySettings::Files(files) => files.certificate.display().to_string(),
@@ -186,7 +186,7 @@ impl Certificates {
         if identity.spiffe_id() != workload {
             tracing::warn!(
                 certificate = %identity.spiffe_id(), %workload,
-                "the certificate's identity differs from the workload in the settings: peers see the certificate's"
+                "the certificate's identity differs from the workload in the settings: peers see the identity of the certificate"
             );
             return;
         }
@@ -211,12 +211,12 @@ fn whole_seconds(duration: Duration) -> Duration {
 }
 
 /// Warns of files that the proxy's user cannot read again when they change. Called after the change
-/// to that user. `issues`: whether this process has the key of the local CA.
-pub(crate) fn warn_if_unreadable(settings: &Settings, issues: bool) {
+/// to that user. `has_ca_key`: whether this process has the key of the local CA.
+pub(crate) fn warn_if_unreadable(settings: &Settings, has_ca_key: bool) {
     let unreadable = |file: &PathBuf| {
         File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
     };
-    for file in reloaded_files(settings, issues).iter().filter(|file| unreadable(file)) {
+    for file in reloaded_files(settings, has_ca_key).iter().filter(|file| unreadable(file)) {
         let file = file.display();
         if matches!(&settings.identity, Some(IdentitySettings::LocalCa(_))) {
             tracing::warn!(
@@ -233,12 +233,12 @@ pub(crate) fn warn_if_unreadable(settings: &Settings, issues: bool) {
     }
 }
 
-fn reloaded_files(settings: &Settings, issues: bool) -> Vec<PathBuf> {
+fn reloaded_files(settings: &Settings, has_ca_key: bool) -> Vec<PathBuf> {
     let mut files = match &settings.identity {
         Some(IdentitySettings::Files(files)) => {
             vec![files.certificate.clone(), files.key.clone(), files.roots.clone()]
         }
-        Some(IdentitySettings::LocalCa(ca)) if issues => {
+        Some(IdentitySettings::LocalCa(ca)) if has_ca_key => {
             vec![ca.dir.join("ca.key"), ca.dir.join("ca.pem")]
         }
         Some(IdentitySettings::IstioCa(ca)) => vec![ca.roots.clone(), ca.token.clone()],

@@ -125,8 +125,8 @@ impl Identities {
     fn start_rotation(&self, id: &SpiffeId, first: FirstIdentity) -> Rotation {
         let (source, trust) = (self.issuer.source(id), self.trust.clone());
         let (issuer, id) = (self.issuer.clone(), id.clone());
-        let (reporter, of) = (issuer.clone(), id.clone());
-        let report = move |event: CredentialsEvent<'_>| reporter.report(&of, &event);
+        let (reporter, subject) = (issuer.clone(), id.clone());
+        let report = move |event: CredentialsEvent<'_>| reporter.report(&subject, &event);
         let (sender, started) = watch::channel(None);
         let rotate = async move {
             match CredentialRotator::start(source, trust, first, report).await {

@@ -68,7 +68,8 @@ impl InProcess {
 struct LocalPod {
     pod: Arc<Pod>,
     workers: Workers,
-    /// The descriptors of an idle pod of a node. A fixed pod's were open when they were counted.
+    /// The descriptors of an idle pod of a node. `None` for the only pod of `underpass run`: its
+    /// descriptors were counted as open files at the start.
     _descriptors: Option<FdPermit>,
 }
 

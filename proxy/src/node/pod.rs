@@ -44,7 +44,7 @@ pub(crate) struct Pod {
     pub(crate) sockets: Arc<PodSockets>,
     /// The current certificate and trust bundle; `None` without a certificate.
     pub(crate) credentials: Option<CredentialLease>,
-    /// The endpoints of services to which connections from this pod failed.
+    /// The health of the endpoints, according to the connections of this pod.
     pub(crate) endpoints: Arc<EndpointHealth>,
     pub(crate) self_test: SelfTest,
     /// The current interception settings; a reload changes them.
@@ -96,8 +96,8 @@ impl Pod {
         self.credentials.as_ref().map(CredentialLease::identity)
     }
 
-    /// Whether the pod's certificate allows it to be `workload`. Without this identity only its
-    /// address matches.
+    /// Whether the pod may be `workload`: its certificate has the identity of `workload`, or it has
+    /// no certificate.
     pub(crate) fn may_have_identity_of(&self, workload: &Workload) -> bool {
         self.credentials.as_ref().is_none_or(|credentials| credentials.proves(&workload.identity))
     }

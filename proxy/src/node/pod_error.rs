@@ -32,7 +32,7 @@ pub(crate) enum PodError {
     Accept(#[source] io::Error),
     #[error("the listener for {purpose} ({setting}) is closed")]
     ListenerClosed { purpose: &'static str, setting: &'static str },
-    #[error("the proxy process cannot serve it: {0}")]
+    #[error("the proxy process cannot serve the pod: {0}")]
     ProxyProcess(String),
     #[error("the installed rules differ from those of the settings: {0}")]
     Changed(Difference),

@@ -184,7 +184,7 @@ impl SharedStock {
             stock.refill_requested = true;
             self.low.notify_one();
         }
-        let Some((socket, _held)) = ready else {
+        let Some((socket, _permit)) = ready else {
             return TakenSocket::Nothing {
                 start_refiller: max_batch >= MIN_BATCH && stock.record_miss(),
             };
@@ -225,9 +225,9 @@ struct Refiller {
 impl Refiller {
     async fn run(self) {
         let closed = self.sockets.closed.clone();
-        let start_refiller = async { while self.refill().await {} };
+        let refilling = async { while self.refill().await {} };
         tokio::select! {
-            () = start_refiller => {}
+            () = refilling => {}
             () = closed.cancelled() => {}
         }
     }
@@ -246,10 +246,10 @@ impl Refiller {
         }
         let surplus = stock.ready.len().saturating_sub(stock.batch);
         let closed: Vec<_> = stock.ready.drain(..surplus).collect();
-        let goes_on = is_low || std::mem::take(&mut stock.taken);
+        let is_in_use = is_low || std::mem::take(&mut stock.taken);
         drop(stock);
         drop(closed);
-        goes_on
+        is_in_use
     }
 
     async fn fill(&self, shared: &SharedStock) {
@@ -258,15 +258,15 @@ impl Refiller {
             let stock = shared.stock();
             stock.batch.saturating_sub(stock.ready.len())
         };
-        let held: Vec<FdPermit> = (0..wanted).map_while(|_| descriptors.spare(1)).collect();
-        let opened = match held.len() {
+        let permits: Vec<FdPermit> = (0..wanted).map_while(|_| descriptors.spare(1)).collect();
+        let opened = match permits.len() {
             0 => Ok(Vec::new()),
             count => access.open_sockets(sockets, self.kind, count).await,
         };
         let mut stock = shared.stock();
         stock.refill_requested = false;
         match opened {
-            Ok(opened) => stock.ready.extend(opened.into_iter().zip(held)),
+            Ok(opened) => stock.ready.extend(opened.into_iter().zip(permits)),
             // The connection that then opens a socket for itself reports the error.
             Err(error) => tracing::debug!(%error, "cannot open sockets ahead of demand"),
         }
@@ -274,7 +274,7 @@ impl Refiller {
 }
 
 impl Drop for Refiller {
-    /// Allows another refiller, also if the runtime drops the task.
+    /// Closes the stock, so that another refiller can start, also if the runtime drops the task.
     fn drop(&mut self) {
         let shared = self.sockets.shared(self.kind);
         let stock = std::mem::take(&mut *shared.stock());
@@ -370,7 +370,7 @@ mod tests {
             sleep(Duration::from_millis(1)).await;
         }
         let batches = scene.batches();
-        assert!(batches.len() < 50, "few hops for many connections: {batches:?}");
+        assert!(batches.len() < 50, "few batches for many connections: {batches:?}");
         assert!(scene.ready() <= MAX_BATCH, "{}", scene.ready());
         assert_eq!(batches.iter().filter(|batch| **batch == 1).count(), 2, "{batches:?}");
     }

@@ -196,7 +196,7 @@ mod tests {
         let second = worker.seat(&pods[0]);
         assert!(Arc::ptr_eq(&first, &second), "one seat for each pod");
         let other = worker.seat(&pods[1]);
-        assert!(!Arc::ptr_eq(&first, &other), "no seat for two pods");
+        assert!(!Arc::ptr_eq(&first, &other), "each pod has its own seat");
         assert_eq!(worker.seats().len(), 2);
         drop((first, other));
         assert!(worker.seats().keys().eq([&pods[0].id]), "a connection is left");

@@ -157,14 +157,14 @@ impl WorkerThreads {
 }
 
 /// Starts a thread that runs the task on a new runtime and ends with it. A runtime must be dropped
-/// on the thread that created it, so it is created there; the error is returned.
+/// on the thread that created it, so the new thread creates it and reports an error.
 fn start_thread<F: Future<Output = ()>>(
     index: usize,
     supervisor: Supervisor,
     task: impl FnOnce() -> F + Send + 'static,
 ) -> io::Result<WorkerThread> {
     let (alive, end) = oneshot::channel();
-    let (made, made_or_not) = std::sync::mpsc::sync_channel(1);
+    let (created, creation) = std::sync::mpsc::sync_channel(1);
     let name = format!("worker-{index}");
     let thread = std::thread::Builder::new().name(name.clone());
     let body = move || {
@@ -175,15 +175,15 @@ fn start_thread<F: Future<Output = ()>>(
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
-                made.send(Err(error)).ok();
+                created.send(Err(error)).ok();
                 return;
             }
         };
-        made.send(Ok(())).ok();
+        created.send(Ok(())).ok();
         supervisor.essential_thread(name, || runtime.block_on(task()));
     };
     let handle = thread.spawn(body)?;
-    made_or_not.recv().unwrap_or_else(|_| Err(io::Error::other("a worker ended at once")))?;
+    creation.recv().unwrap_or_else(|_| Err(io::Error::other("a worker ended at once")))?;
     Ok(WorkerThread { handle, end })
 }
 

@@ -1,7 +1,7 @@
 //! Defines flags for the settings of `interception:`, shared by all `rules` commands.
 //!
-//! Each flag sets one or two keys, and overrides the file and the environment. The settings validate
-//! the values.
+//! Each flag sets one or two keys, and overrides the file and the environment. The settings
+//! validate the values.
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, Error, FromArgMatches};

@@ -18,8 +18,8 @@ pub(crate) struct PolicyContext {
     pub(crate) own: WorkloadSettings,
     pub(crate) egress: EgressSettings,
     pub(crate) mtls: MtlsSettings,
-    /// Whether permits require the pod's own workload in the mesh. On a node the mesh may learn of
-    /// a pod later than the node does.
+    /// Whether permits require the pod's own workload in the mesh. On a node a pod may start before
+    /// the mesh has its workload.
     pub(crate) must_be_in_mesh: bool,
     /// The ports at which `mtls: strict` accepts connections from the kubelet's probe address.
     pub(crate) probes: KubeletProbes,

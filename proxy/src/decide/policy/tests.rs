@@ -258,6 +258,10 @@ async fn mesh_change_is_checked_separately_for_each_pod() {
         registration
     });
     assert_eq!(terminated(&pods[0], &old, &new).await, 1);
-    assert_eq!(terminated(&pods[1], &old, &new).await, 0, "the policy is of the first namespace");
+    assert_eq!(
+        terminated(&pods[1], &old, &new).await,
+        0,
+        "the policy applies to the first pod's namespace"
+    );
     drop(registrations);
 }

@@ -124,7 +124,7 @@ pub(crate) enum Unusable {
     NoSubjectAltNames,
     #[error("the workload does not match all preferences of a service in Strict mode")]
     NotNear,
-    #[error("the workload is ejected: an earlier connection failed")]
+    #[error("an earlier attempt of this connection at the workload failed")]
     Tried,
 }
 

@@ -1,5 +1,5 @@
 //! Inbound routing: which destinations a tunnel that ends at this workload may request, and their
-//! target. The target is always at this address.
+//! target. The target always has the address at which the tunnel ends.
 //!
 //! The proxy's own ports and authorization are checked in `policy.rs`.
 
@@ -94,8 +94,8 @@ impl<'a> InboundRouter<'a> {
 
     fn service(&self, service: &'a Arc<Service>, port: u16) -> Result<InboundTarget, RouteError> {
         let tunnel = self.local.and_then(|local| local.application_tunnel);
-        let in_front = || self.is_waypoint_of(Destination::Service(service));
-        if !self.serves(service) && tunnel.is_none() && !in_front() {
+        let is_waypoint = || self.is_waypoint_of(Destination::Service(service));
+        if !self.serves(service) && tunnel.is_none() && !is_waypoint() {
             return Err(RouteError::NotEndpoint { service: service.clone() });
         }
         let unknown = || RouteError::NoPort { service: service.clone(), port };

@@ -91,14 +91,14 @@ proptest! {
         (ejected, tried, seed) in (some_workloads(), some_workloads(), any::<u64>()),
     ) {
         let mesh = mesh(&text);
-        let mut choose = FixedInputs::new(seed);
-        choose.ejected = ejected.iter().map(|index| format!("w{index}").into()).collect();
-        choose.tried = tried.iter().map(|index| format!("w{index}").into()).collect();
+        let mut inputs = FixedInputs::new(seed);
+        inputs.ejected = ejected.iter().map(|index| format!("w{index}").into()).collect();
+        inputs.tried = tried.iter().map(|index| format!("w{index}").into()).collect();
         let caller = caller(named(&mesh, "client"));
-        if let Ok(route) = best_route(destination, &mesh, &caller, &mut choose) {
+        if let Ok(route) = best_route(destination, &mesh, &caller, &mut inputs) {
             check(&route, &mesh, destination);
             for endpoint in route.endpoints() {
-                assert!(!choose.tried.contains(&endpoint.uid));
+                assert!(!inputs.tried.contains(&endpoint.uid));
                 assert_ne!(named(&mesh, &endpoint.uid).capacity, 0);
             }
         }
@@ -160,13 +160,13 @@ proptest! {
             "workload client ip=10.0.7.1 region=0 zone=0\n\
              service default/s vip=/10.1.0.1 sans=team mode={mode} {prefer}\n"
         );
-        let mut choose = FixedInputs::new(seed);
+        let mut inputs = FixedInputs::new(seed);
         for (index, (far, region, zone, capacity, ejected, tried)) in places.iter().enumerate() {
             let far = if *far { "net=far gateway=/10.0.7.1@15009" } else { "" };
             text.push_str(&format!(
                 "workload w{index} ip=10.0.0.{index} {far} region={region} zone={zone} capacity={capacity} of=default/s\n"
             ));
-            let lists = [(ejected, &mut choose.ejected), (tried, &mut choose.tried)];
+            let lists = [(ejected, &mut inputs.ejected), (tried, &mut inputs.tried)];
             for (_, list) in lists.into_iter().filter(|(is, _)| **is) {
                 list.push(format!("w{index}").into());
             }
@@ -179,7 +179,7 @@ proptest! {
         let quality = |place: &EndpointCase| (!place.4, nearness(*place, &preferences));
         let best = places.iter().filter(fit).map(quality).max();
         let mesh = mesh(&text);
-        let route = best_route(([10, 1, 0, 1], 80).into(), &mesh, &caller(named(&mesh, "client")), &mut choose);
+        let route = best_route(([10, 1, 0, 1], 80).into(), &mesh, &caller(named(&mesh, "client")), &mut inputs);
         let chosen = match &route {
             Ok(Route { endpoint: Some(endpoint), .. }) => endpoint.uid.strip_prefix('w').unwrap().parse().ok(),
             Ok(_) => Some(0),

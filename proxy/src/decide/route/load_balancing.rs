@@ -100,11 +100,11 @@ struct Tier {
 pub(super) fn select<'m>(
     service: &'m Arc<Service>,
     port: u16,
-    purpose: EndpointRole,
+    role: EndpointRole,
     caller: &Caller<'_>,
-    choose: &mut impl SelectionInputs,
+    inputs: &mut impl SelectionInputs,
 ) -> Result<Candidate<'m>, RouteError> {
-    let selection = Selection { service, port, purpose, caller };
+    let selection = Selection { service, port, role, caller };
     selection.check_port()?;
     let mut found = None;
     let mut examined = 0;
@@ -114,20 +114,20 @@ pub(super) fn select<'m>(
             continue;
         }
         examined = near.len();
-        found = selection.draw(near, matched, choose).or_else(|| selection.search(near, choose));
+        found = selection.draw(near, matched, inputs).or_else(|| selection.search(near, inputs));
         // A farther endpoint is better than an ejected one.
         if found.is_some_and(|found| found.tier.not_ejected) {
             break;
         }
     }
-    found.ok_or_else(|| selection.explain(choose))
+    found.ok_or_else(|| selection.explain(inputs))
 }
 
 /// The parameters of one selection.
 struct Selection<'m, 'a> {
     service: &'m Arc<Service>,
     port: u16,
-    purpose: EndpointRole,
+    role: EndpointRole,
     caller: &'a Caller<'a>,
 }
 
@@ -155,7 +155,7 @@ impl<'m> Selection<'m, '_> {
         &self,
         near: &'m [Endpoint],
         matched: usize,
-        choose: &mut impl SelectionInputs,
+        inputs: &mut impl SelectionInputs,
     ) -> Option<Candidate<'m>> {
         let before = near.first()?.capacity_before();
         let all = near.last()?.capacity_through.saturating_sub(before);
@@ -165,9 +165,9 @@ impl<'m> Selection<'m, '_> {
         let best = Tier { not_ejected: true, rank: self.rank_of(matched) };
         let mut first: Option<Candidate<'m>> = None;
         for _ in 0..MAX_RANDOM_DRAWS {
-            let at = before.saturating_add(choose.below(all));
+            let at = before.saturating_add(inputs.below(all));
             let index = near.partition_point(|endpoint| endpoint.capacity_through <= at);
-            let drawn = self.candidate(near.get(index)?, choose);
+            let drawn = self.candidate(near.get(index)?, inputs);
             let Some(drawn) = drawn.ok().filter(|drawn| drawn.tier == best) else {
                 continue;
             };
@@ -175,7 +175,7 @@ impl<'m> Selection<'m, '_> {
                 None if near.len() == 1 => return Some(drawn),
                 None => first = Some(drawn),
                 Some(first) if Arc::ptr_eq(first.workload, drawn.workload) => {}
-                Some(first) => return Some(less_loaded(first, drawn, choose)),
+                Some(first) => return Some(less_loaded(first, drawn, inputs)),
             }
         }
         None
@@ -185,11 +185,11 @@ impl<'m> Selection<'m, '_> {
     fn search(
         &self,
         near: &'m [Endpoint],
-        choose: &mut impl SelectionInputs,
+        inputs: &mut impl SelectionInputs,
     ) -> Option<Candidate<'m>> {
         let mut best: Vec<Candidate<'m>> = Vec::new();
         for endpoint in near {
-            let Ok(candidate) = self.candidate(endpoint, choose) else { continue };
+            let Ok(candidate) = self.candidate(endpoint, inputs) else { continue };
             match best.last().map(|known| candidate.tier.cmp(&known.tier)) {
                 Some(std::cmp::Ordering::Less) => continue,
                 Some(std::cmp::Ordering::Greater) => best.clear(),
@@ -197,17 +197,17 @@ impl<'m> Selection<'m, '_> {
             }
             best.push(candidate);
         }
-        let first = take_by_capacity(&mut best, choose)?;
-        match take_by_capacity(&mut best, choose) {
-            Some(second) => Some(less_loaded(first, second, choose)),
+        let first = take_by_capacity(&mut best, inputs)?;
+        match take_by_capacity(&mut best, inputs) {
+            Some(second) => Some(less_loaded(first, second, inputs)),
             None => Some(first),
         }
     }
 
     /// The error of a service without a usable endpoint.
-    fn explain(&self, choose: &mut impl SelectionInputs) -> RouteError {
+    fn explain(&self, inputs: &mut impl SelectionInputs) -> RouteError {
         let endpoints = self.service.endpoints.iter();
-        let nearest = endpoints.filter_map(|endpoint| self.candidate(endpoint, choose).err()).max();
+        let nearest = endpoints.filter_map(|endpoint| self.candidate(endpoint, inputs).err()).max();
         RouteError::NoEndpoint {
             service: self.service.clone(),
             port: self.port,
@@ -218,7 +218,7 @@ impl<'m> Selection<'m, '_> {
     fn candidate(
         &self,
         endpoint: &'m Endpoint,
-        choose: &impl SelectionInputs,
+        inputs: &impl SelectionInputs,
     ) -> Result<Candidate<'m>, Unusable> {
         let workload = &endpoint.workload;
         let port = self.target_port(endpoint).ok_or(Unusable::NoPort)?;
@@ -231,10 +231,10 @@ impl<'m> Selection<'m, '_> {
         if self.is_strict() && rank < self.rank_of(self.preferences().len()) {
             return Err(Unusable::NotNear);
         }
-        if choose.is_excluded(&workload.uid, port) {
+        if inputs.is_excluded(&workload.uid, port) {
             return Err(Unusable::Tried);
         }
-        let not_ejected = !choose.is_ejected(&workload.uid, port);
+        let not_ejected = !inputs.is_ejected(&workload.uid, port);
         Ok(Candidate { workload, port, tier: Tier { not_ejected, rank } })
     }
 
@@ -251,12 +251,12 @@ impl<'m> Selection<'m, '_> {
     }
 
     fn is_for_waypoint(&self) -> bool {
-        matches!(self.purpose, EndpointRole::ServiceWaypoint | EndpointRole::WorkloadWaypoint)
+        matches!(self.role, EndpointRole::ServiceWaypoint | EndpointRole::WorkloadWaypoint)
     }
 
     fn check_reachable(&self, workload: &Workload) -> Result<(), Unusable> {
         let here = *workload.network == *self.caller.network;
-        match self.purpose {
+        match self.role {
             EndpointRole::Service | EndpointRole::ServiceWaypoint if !here => {
                 check_behind_gateway(workload, Some(self.service))
             }
@@ -338,14 +338,14 @@ pub(super) fn check_behind_gateway(
 /// Draws a candidate by capacity and removes it.
 fn take_by_capacity<'m>(
     candidates: &mut Vec<Candidate<'m>>,
-    choose: &mut impl SelectionInputs,
+    inputs: &mut impl SelectionInputs,
 ) -> Option<Candidate<'m>> {
     let capacity = |candidate: &Candidate<'_>| u64::from(candidate.workload.capacity);
     let all: u64 = candidates.iter().map(capacity).sum();
     if all == 0 {
         return None;
     }
-    let mut at = choose.below(all);
+    let mut at = inputs.below(all);
     let index = candidates.iter().position(|candidate| {
         let found = at < capacity(candidate);
         at = at.saturating_sub(capacity(candidate));
@@ -358,11 +358,11 @@ fn take_by_capacity<'m>(
 fn less_loaded<'m>(
     first: Candidate<'m>,
     second: Candidate<'m>,
-    choose: &impl SelectionInputs,
+    inputs: &impl SelectionInputs,
 ) -> Candidate<'m> {
     // Multiplying by the other's capacity compares the ratios without a division.
     let load = |one: Candidate<'_>, other: Candidate<'_>| {
-        let open = choose.open_connections(&one.workload.uid, one.port);
+        let open = inputs.open_connections(&one.workload.uid, one.port);
         u64::from(open) * u64::from(other.workload.capacity)
     };
     if load(second, first) < load(first, second) { second } else { first }

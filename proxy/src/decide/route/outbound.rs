@@ -28,7 +28,7 @@ pub(crate) struct FurtherRoutes<'a, C> {
     destination: OriginalDestination,
     mesh: &'a Mesh,
     caller: &'a Caller<'a>,
-    choose: C,
+    inputs: C,
     /// The endpoint of the previous route; `None` if there is no alternative.
     last: Option<EndpointKey>,
 }
@@ -37,8 +37,8 @@ impl<C: SelectionInputs> Iterator for FurtherRoutes<'_, C> {
     type Item = Route;
 
     fn next(&mut self) -> Option<Route> {
-        self.choose.exclude(self.last.take()?);
-        let next = route(self.destination, self.mesh, self.caller, &mut self.choose).ok()?;
+        self.inputs.exclude(self.last.take()?);
+        let next = route(self.destination, self.mesh, self.caller, &mut self.inputs).ok()?;
         self.last = next.dialled().cloned();
         Some(next)
     }
@@ -53,11 +53,11 @@ pub(crate) fn outbound<'a, C: SelectionInputs>(
     destination: OriginalDestination,
     mesh: &'a Mesh,
     caller: &'a Caller<'a>,
-    mut choose: C,
+    mut inputs: C,
 ) -> Result<Alternatives<'a, C>, RouteError> {
-    let best = route(destination, mesh, caller, &mut choose)?;
+    let best = route(destination, mesh, caller, &mut inputs)?;
     let last = best.dialled().cloned();
-    Ok(Alternatives { best, others: FurtherRoutes { destination, mesh, caller, choose, last } })
+    Ok(Alternatives { best, others: FurtherRoutes { destination, mesh, caller, inputs, last } })
 }
 
 /// The best route to `destination`.
@@ -65,16 +65,16 @@ pub(super) fn route(
     destination: OriginalDestination,
     mesh: &Mesh,
     caller: &Caller<'_>,
-    choose: &mut impl SelectionInputs,
+    inputs: &mut impl SelectionInputs,
 ) -> Result<Route, RouteError> {
     let destination = destination.address();
     let address = destination.ip();
     let workload = mesh.workload(caller.network, address);
     let service = mesh.service(caller.network, address, caller.namespace);
-    let mut router = Router { destination, mesh, caller, choose };
+    let mut router = Router { destination, mesh, caller, inputs };
     // A workload's own address within the range of a service does not use that service's waypoint.
     if let (Some(service), None) = (service, workload)
-        && let Some(waypoint) = waypoint_of(service, router.choose)
+        && let Some(waypoint) = waypoint_of(service, router.inputs)
     {
         return router.through_waypoint(waypoint, EndpointRole::ServiceWaypoint, Some(service));
     }
@@ -93,13 +93,13 @@ pub(super) fn route(
 }
 
 /// The waypoint of a service: drawn by weight if there are several.
-fn waypoint_of<'m>(service: &'m Service, choose: &mut impl SelectionInputs) -> Option<&'m Gateway> {
+fn waypoint_of<'m>(service: &'m Service, inputs: &mut impl SelectionInputs) -> Option<&'m Gateway> {
     let weighted = &service.weighted_waypoints;
     let all: u64 = weighted.iter().map(|waypoint| u64::from(waypoint.weight)).sum();
     if all == 0 {
         return service.waypoint.as_ref();
     }
-    let mut at = choose.below(all);
+    let mut at = inputs.below(all);
     let drawn = weighted.iter().find(|waypoint| {
         let found = at < u64::from(waypoint.weight);
         at = at.saturating_sub(u64::from(waypoint.weight));
@@ -173,7 +173,7 @@ struct Router<'m, 'a, C> {
     destination: SocketAddr,
     mesh: &'m Mesh,
     caller: &'a Caller<'a>,
-    choose: &'a mut C,
+    inputs: &'a mut C,
 }
 
 impl<'m, C: SelectionInputs> Router<'m, '_, C> {
@@ -252,13 +252,13 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
     fn through_waypoint(
         &mut self,
         waypoint: &Gateway,
-        purpose: EndpointRole,
+        role: EndpointRole,
         service: Option<&Arc<Service>>,
     ) -> Result<Route, RouteError> {
         let unknown = || RouteError::UnknownWaypoint { waypoint: waypoint.destination.clone() };
-        let upstream = self.proxy(waypoint, purpose)?.ok_or_else(unknown)?;
+        let upstream = self.proxy(waypoint, role)?.ok_or_else(unknown)?;
         if self.is_in_other_network(&upstream) {
-            return match service.filter(|_| purpose == EndpointRole::ServiceWaypoint) {
+            return match service.filter(|_| role == EndpointRole::ServiceWaypoint) {
                 Some(service) => self.through_gateway(upstream, service),
                 None => Err(unusable(&upstream, Unusable::OtherNetwork)),
             };
@@ -309,7 +309,7 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
     fn proxy(
         &mut self,
         gateway: &Gateway,
-        purpose: EndpointRole,
+        role: EndpointRole,
     ) -> Result<Option<Upstream<'m>>, RouteError> {
         // A waypoint given by name is dialled at an address of the client's family.
         let requested = match &gateway.destination {
@@ -319,7 +319,7 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
         let port = gateway.hbone_port;
         match self.gateway_destination(gateway) {
             Some(Destination::Service(service)) => {
-                self.endpoint(service, port, purpose, requested).map(Some)
+                self.endpoint(service, port, role, requested).map(Some)
             }
             Some(Destination::Workload(workload)) => {
                 Ok(Some(Upstream::workload(workload, SocketAddr::new(requested, port))))
@@ -343,10 +343,10 @@ impl<'m, C: SelectionInputs> Router<'m, '_, C> {
         &mut self,
         service: &'m Arc<Service>,
         port: u16,
-        purpose: EndpointRole,
+        role: EndpointRole,
         requested: IpAddr,
     ) -> Result<Upstream<'m>, RouteError> {
-        let chosen = load_balancing::select(service, port, purpose, self.caller, self.choose)?;
+        let chosen = load_balancing::select(service, port, role, self.caller, self.inputs)?;
         let key = EndpointKey { uid: chosen.workload.uid.clone(), port: chosen.port };
         let endpoint = (service.endpoints.len() > 1).then_some(key);
         let service = Some(service);

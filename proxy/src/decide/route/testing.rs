@@ -215,9 +215,9 @@ pub(super) fn best_route(
     destination: SocketAddr,
     mesh: &Mesh,
     caller: &Caller<'_>,
-    choose: &mut impl SelectionInputs,
+    inputs: &mut impl SelectionInputs,
 ) -> Result<Route, RouteError> {
-    route(OriginalDestination::new(destination), mesh, caller, choose)
+    route(OriginalDestination::new(destination), mesh, caller, inputs)
 }
 
 /// Repeatable random numbers, and the configured state of endpoints.

@@ -74,9 +74,9 @@ fn source_leaves_share_of_connections_to_others() {
 #[test]
 fn source_leaves_descriptors_to_others_and_other_direction() {
     let pod = limits(1064, &[]).pod();
-    let (held, refusal) = fill(&pod, AdmissionKind::Plaintext, SOURCE);
+    let (tickets, refusal) = fill(&pod, AdmissionKind::Plaintext, SOURCE);
     assert_eq!(refusal, Refusal::DescriptorShare(SOURCE));
-    assert!((200..300).contains(&held.len()), "{} connections", held.len());
+    assert!((200..300).contains(&tickets.len()), "{} connections", tickets.len());
     assert!(pod.has_room(AdmissionKind::Plaintext) && pod.has_room(AdmissionKind::Outbound));
     let tunnel = pod.admit(AdmissionKind::Tunnel, OTHER, None).unwrap();
     let streams: Vec<_> = (0..30).map_while(|_| tunnel.stream().ok()).collect();

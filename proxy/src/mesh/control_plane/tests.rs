@@ -47,7 +47,7 @@ fn node_has_ztunnels_form_and_own_workload_is_local() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn collected_changes_are_handed_on_once_after_interval() {
+async fn collected_changes_are_published_once_after_interval() {
     let (mut follower, mut snapshots) = synced().await;
     follower.due = Some(Instant::now() + COALESCE);
     let waited = follower.or_file_changes(tokio::time::sleep(COALESCE / 2));
@@ -62,7 +62,7 @@ async fn collected_changes_are_handed_on_once_after_interval() {
 #[tokio::test(start_paused = true)]
 async fn last_mesh_stays_after_state_is_lost() {
     let (mut follower, mut snapshots) = synced().await;
-    follower.hand_on();
+    follower.publish();
     let last = snapshots.borrow_and_update().clone().unwrap();
     follower.plane = follower.plane.renewed();
     follower.due = Some(Instant::now() + COALESCE);

@@ -35,8 +35,8 @@ impl OwnedRules {
     /// Keeps or removes the rules according to `interception.on_exit`. Returns `cause`, the reason.
     pub(super) async fn leave_after<E>(self, cause: E) -> E {
         let on_exit = self.capture.on_exit();
-        if let Err(left) = self.leave(on_exit).await {
-            let (error, hint) = (crate::error::chain(&left), left.hint());
+        if let Err(failure) = self.leave(on_exit).await {
+            let (error, hint) = (crate::error::chain(&failure), failure.hint());
             let hint = hint.as_deref();
             tracing::error!(
                 error,

@@ -54,9 +54,9 @@ pub(crate) struct Seat {
     /// The client and the server of tunnels; unset until the first certificate.
     endpoints: OnceLock<TunnelEndpoints>,
     /// Whether a task keeps the seat because its pool remembers failed dials.
-    kept: AtomicBool,
+    is_kept: AtomicBool,
     /// Whether a dial has failed since that task last checked.
-    failed: AtomicBool,
+    has_failed: AtomicBool,
     _counted: TaskTrackerToken,
     /// The pod's own addresses, each with the time of the kernel's answer. Only the worker's thread
     /// locks it, so that workers do not contend for the lock of [`Pod::local`].
@@ -101,8 +101,8 @@ impl Seat {
             pool: Pool::new(TunnelDialer::new(seat.clone()), settings),
             neighbours: Neighbours::default(),
             endpoints: OnceLock::new(),
-            kept: AtomicBool::new(false),
-            failed: AtomicBool::new(false),
+            is_kept: AtomicBool::new(false),
+            has_failed: AtomicBool::new(false),
             _counted: pod.seats.token(),
             local: Mutex::default(),
         })
@@ -258,20 +258,20 @@ impl Seat {
     /// Keeps the seat while its pool remembers the dial that failed. Otherwise the next connection
     /// would create a new pool and dial at once.
     pub(crate) fn keep_after_failure(self: &Arc<Self>) {
-        self.failed.store(true, Relaxed);
-        if self.kept.swap(true, Relaxed) {
+        self.has_failed.store(true, Relaxed);
+        if self.is_kept.swap(true, Relaxed) {
             return;
         }
         let seat = self.clone();
         let keeping = async move {
-            while seat.failed.swap(false, Relaxed) {
+            while seat.has_failed.swap(false, Relaxed) {
                 let remembered = tokio::time::sleep(FAILURE_REMEMBERED);
                 tokio::select! {
                     () = remembered => {}
                     () = seat.pod.sockets.closed() => break,
                 }
             }
-            seat.kept.store(false, Relaxed);
+            seat.is_kept.store(false, Relaxed);
         };
         tokio::spawn(log_panic("memory of a failed dial", keeping));
     }

@@ -73,7 +73,7 @@ pin_project! {
     /// A connection whose first polls take turns.
     pub(crate) struct InTurn<F> {
         turn: Option<Turn>,
-        left: u8,
+        polls_left: u8,
         #[pin]
         connection: F,
     }
@@ -180,7 +180,7 @@ impl<F> InTurn<F> {
     /// `connection` as a connection of `pod`; without `turns` all of its polls run at once.
     pub(crate) fn new(turns: Option<&Turns>, pod: PodId, connection: F) -> Self {
         let turn = turns.map(|turns| turns.turn(Work::Connect(pod)));
-        Self { turn, left: POLLS_IN_TURN, connection }
+        Self { turn, polls_left: POLLS_IN_TURN, connection }
     }
 }
 
@@ -191,8 +191,8 @@ impl<F: Future> Future for InTurn<F> {
         let this = self.project();
         if let Some(turn) = this.turn {
             ready!(turn.poll(cx));
-            *this.left -= 1;
-            if *this.left == 0 {
+            *this.polls_left -= 1;
+            if *this.polls_left == 0 {
                 *this.turn = None;
             }
         }

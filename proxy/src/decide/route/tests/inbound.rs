@@ -104,7 +104,7 @@ const TABLE: &[(&str, &str, &str)] = &[
 ];
 
 #[test]
-fn tunnel_reaches_only_this_workload() {
+fn tunnel_reaches_only_local_workload() {
     let mesh = mesh(MESH);
     for (here, requested, expected) in TABLE {
         let local = (*here != "no workload").then(|| &**named(&mesh, here));

@@ -11,24 +11,24 @@ use crate::decide::endpoint_health::EndpointHealth;
 use crate::decide::route::testing::{FixedInputs, best_route, caller, mesh, named, show};
 use crate::decide::route::{EndpointSelector, Route, RouteError, outbound};
 
-fn route(mesh: &Mesh, choose: &mut FixedInputs) -> Result<Route, RouteError> {
+fn route(mesh: &Mesh, inputs: &mut FixedInputs) -> Result<Route, RouteError> {
     let caller = caller(named(mesh, "client"));
-    best_route(([10, 1, 0, 1], 80).into(), mesh, &caller, choose)
+    best_route(([10, 1, 0, 1], 80).into(), mesh, &caller, inputs)
 }
 
 /// Selects an endpoint for 10,000 connections, each of which closes at once. Returns the number for
 /// each workload.
-fn shares(mesh: &Mesh, choose: &mut FixedInputs) -> BTreeMap<String, u32> {
+fn shares(mesh: &Mesh, inputs: &mut FixedInputs) -> BTreeMap<String, u32> {
     let mut shares = BTreeMap::new();
     for _ in 0..10_000 {
-        let workload = route(mesh, choose).unwrap().workload.unwrap();
+        let workload = route(mesh, inputs).unwrap().workload.unwrap();
         *shares.entry(workload.name.to_string()).or_default() += 1;
     }
     shares
 }
 
-fn assert_shares(mesh: &Mesh, choose: &mut FixedInputs, expected: &[(&str, u32)]) {
-    let shares = shares(mesh, choose);
+fn assert_shares(mesh: &Mesh, inputs: &mut FixedInputs, expected: &[(&str, u32)]) {
+    let shares = shares(mesh, inputs);
     let names: Vec<&str> = shares.keys().map(String::as_str).collect();
     let expected_names: Vec<&str> = expected.iter().map(|(name, _)| *name).collect();
     assert_eq!(names, expected_names);
@@ -69,10 +69,10 @@ fn selects_endpoint_with_fewer_connections_per_capacity() {
         let two = service(mode, &["ip=10.0.1.1", "ip=10.0.1.2 capacity=10"]);
         for (a, b, expected) in [(1, 0, "b"), (0, 1, "a"), (1, 9, "b"), (1, 11, "a"), (2, 19, "b")]
         {
-            let mut choose = FixedInputs::new(5);
-            choose.open = [("a".into(), a), ("b".into(), b)].into();
+            let mut inputs = FixedInputs::new(5);
+            inputs.open = [("a".into(), a), ("b".into(), b)].into();
             for _ in 0..100 {
-                let chosen = route(&two, &mut choose).unwrap().workload.unwrap();
+                let chosen = route(&two, &mut inputs).unwrap().workload.unwrap();
                 assert_eq!(&*chosen.name, expected, "{a} and {b}");
             }
         }
@@ -85,14 +85,14 @@ fn open_connections_spread_by_capacity() {
         (1..=20).map(|n| format!("ip=10.0.1.{n} capacity={}", 1 + n % 2)).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let mesh = service("", &words);
-    let mut choose = FixedInputs::new(6);
+    let mut inputs = FixedInputs::new(6);
     for _ in 0..3000 {
-        let chosen = route(&mesh, &mut choose).unwrap().workload.unwrap();
-        *choose.open.entry(chosen.uid.clone()).or_default() += 1;
+        let chosen = route(&mesh, &mut inputs).unwrap().workload.unwrap();
+        *inputs.open.entry(chosen.uid.clone()).or_default() += 1;
     }
-    for (uid, open) in &choose.open {
+    for (uid, open) in &inputs.open {
         let capacity = named(&mesh, uid).capacity;
-        assert!(open.abs_diff(capacity * 100) <= 4 * capacity, "{:?}", choose.open);
+        assert!(open.abs_diff(capacity * 100) <= 4 * capacity, "{:?}", inputs.open);
     }
 }
 
@@ -107,12 +107,12 @@ fn selects_nearest_endpoints_and_others_when_those_fail() {
         "ip=10.0.1.4 region=other zone=z",
     ];
     let failover = service("mode=failover prefer=region,zone,node", &workloads);
-    let mut choose = FixedInputs::new(7);
+    let mut inputs = FixedInputs::new(7);
     for name in ["a", "b", "c", "d"] {
-        assert_shares(&failover, &mut choose, &[(name, 10_000)]);
-        choose.tried.push(name.into());
+        assert_shares(&failover, &mut inputs, &[(name, 10_000)]);
+        inputs.tried.push(name.into());
     }
-    assert_eq!(show(&route(&failover, &mut choose)), "no endpoint: Tried");
+    assert_eq!(show(&route(&failover, &mut inputs)), "no endpoint: Tried");
     let strict = service("mode=strict prefer=region,zone", &workloads);
     assert_shares(&strict, &mut FixedInputs::new(8), &[("a", 5000), ("b", 5000)]);
     let distant = service("mode=strict prefer=subzone,region", &["ip=10.0.1.1 region=other"]);
@@ -123,12 +123,12 @@ fn selects_nearest_endpoints_and_others_when_those_fail() {
 fn standard_mode_ignores_distance() {
     let workloads = ["ip=10.0.1.1 region=r", "ip=10.0.1.2 region=other", "ip=10.0.1.3"];
     let mesh = service("prefer=region", &workloads);
-    let mut choose = FixedInputs::new(14);
+    let mut inputs = FixedInputs::new(14);
     let all = [("a", 3333), ("b", 3333), ("c", 3333)];
-    assert_shares(&mesh, &mut choose, &all);
+    assert_shares(&mesh, &mut inputs, &all);
     // Now all endpoints are examined.
-    choose.ejected = vec!["a".into(), "b".into(), "c".into()];
-    assert_shares(&mesh, &mut choose, &all);
+    inputs.ejected = vec!["a".into(), "b".into(), "c".into()];
+    assert_shares(&mesh, &mut inputs, &all);
 }
 
 #[test]
@@ -139,11 +139,11 @@ fn prefers_own_network_and_compares_others_by_remaining_preferences() {
         "net=far gateway=/10.0.0.1@15009 region=r",
     ];
     let mesh = service("mode=failover prefer=network,region", &workloads);
-    let mut choose = FixedInputs::new(10);
+    let mut inputs = FixedInputs::new(10);
     for expected in ["a", "c", "b"] {
-        let chosen = route(&mesh, &mut choose).unwrap().endpoint.unwrap().uid;
+        let chosen = route(&mesh, &mut inputs).unwrap().endpoint.unwrap().uid;
         assert_eq!(&*chosen, expected);
-        choose.tried.push(chosen);
+        inputs.tried.push(chosen);
     }
     let strict = service("mode=strict prefer=network,region", &workloads);
     assert_eq!(show(&route(&strict, &mut FixedInputs::new(11))), "no endpoint: NotNear");
@@ -153,13 +153,13 @@ fn prefers_own_network_and_compares_others_by_remaining_preferences() {
 fn ejected_endpoint_is_selected_only_without_alternative() {
     for mode in ["", "mode=failover prefer=region"] {
         let three = service(mode, &["ip=10.0.1.1 region=r", "ip=10.0.1.2", "ip=10.0.1.3"]);
-        let mut choose = FixedInputs::new(12);
-        choose.ejected = vec!["a".into()];
-        assert_shares(&three, &mut choose, &[("b", 5000), ("c", 5000)]);
-        choose.tried = vec!["b".into(), "c".into()];
-        assert_shares(&three, &mut choose, &[("a", 10_000)]);
-        choose.tried.push("a".into());
-        assert_eq!(show(&route(&three, &mut choose)), "no endpoint: Tried");
+        let mut inputs = FixedInputs::new(12);
+        inputs.ejected = vec!["a".into()];
+        assert_shares(&three, &mut inputs, &[("b", 5000), ("c", 5000)]);
+        inputs.tried = vec!["b".into(), "c".into()];
+        assert_shares(&three, &mut inputs, &[("a", 10_000)]);
+        inputs.tried.push("a".into());
+        assert_eq!(show(&route(&three, &mut inputs)), "no endpoint: Tried");
     }
 }
 

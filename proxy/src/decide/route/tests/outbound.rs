@@ -280,8 +280,8 @@ fn connection_bypasses_waypoint_only_with_identity_and_address_of_waypoint() {
 fn failed_service_endpoints_do_not_select_owner_of_address() {
     let mesh = mesh(SERVICES);
     let caller = caller(named(&mesh, "client"));
-    let mut choose = FixedInputs::new(0);
-    choose.tried = vec!["elsewhere".into()];
-    let route = best_route(([10, 0, 0, 21], 80).into(), &mesh, &caller, &mut choose);
+    let mut inputs = FixedInputs::new(0);
+    inputs.tried = vec!["elsewhere".into()];
+    let route = best_route(([10, 0, 0, 21], 80).into(), &mesh, &caller, &mut inputs);
     assert_eq!(show(&route), "no endpoint: Tried");
 }

@@ -44,11 +44,11 @@ impl Dial for TunnelDialer {
         };
         // TLS close_notify marks a complete end, so closing this socket need not send RST.
         end_on_close(&stream);
-        let held = seat.node().limits.balance.tunnel(seat.worker.index, address.ip());
+        let counted = seat.node().limits.balance.tunnel(seat.worker.index, address.ip());
         Ok(TunnelSocket {
             stream,
             _descriptor: descriptor,
-            _held: held,
+            _counted: counted,
             _open: metrics::tunnel_open("outbound"),
             _seat: seat,
         })
@@ -61,7 +61,7 @@ impl Dial for TunnelDialer {
 pub(crate) struct TunnelSocket {
     stream: TcpStream,
     _descriptor: FdPermit,
-    _held: WorkerTunnel,
+    _counted: WorkerTunnel,
     _open: GaugeGuard,
     _seat: Arc<Seat>,
 }

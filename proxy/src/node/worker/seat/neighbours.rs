@@ -59,7 +59,7 @@ impl Neighbours {
         let mut neighbours = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (pod.id, expected.clone());
         let generations = || [own.borrow().clone(), its.borrow().clone()];
-        if let Some(known) = neighbours.get(&key).and_then(|one| one.trust_now(generations())) {
+        if let Some(known) = neighbours.get(&key).and_then(|one| one.cached_trust(generations())) {
             return known;
         }
         neighbours.retain(|_, neighbour| neighbour.pod.strong_count() > 0);
@@ -80,7 +80,7 @@ impl Neighbours {
 
 impl Neighbour {
     /// The cached outcome of a verification; `None` if it may have changed.
-    fn trust_now(
+    fn cached_trust(
         &self,
         [own, its]: [Credentials; 2],
     ) -> Option<Result<Arc<MutualTrust>, Box<Untrusted>>> {

@@ -63,7 +63,7 @@ async fn ready_task_runs_between_two_turns() {
 }
 
 #[tokio::test]
-async fn only_poll_of_a_pass_runs_at_once() {
+async fn only_first_poll_of_pass_runs_at_once() {
     let (turns, pod) = (Turns::default(), Work::Connect(PodId::next()));
     let cx = Context::from_waker(Waker::noop());
     let (mut first, mut second) = (turns.turn(pod), turns.turn(pod));
