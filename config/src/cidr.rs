@@ -10,8 +10,8 @@ pub(crate) fn parse(text: &str) -> Option<IpNet> {
     let net = match text.split_once('/') {
         Some((address, bits)) => {
             // The standard parser would accept "+8".
-            let digits = bits.bytes().all(|c| c.is_ascii_digit());
-            let bits = bits.parse().ok().filter(|_| digits)?;
+            let is_number = bits.bytes().all(|c| c.is_ascii_digit());
+            let bits = bits.parse().ok().filter(|_| is_number)?;
             IpNet::new(address.parse::<IpAddr>().ok()?, bits).ok()?
         }
         None => IpNet::from(text.parse::<IpAddr>().ok()?),

@@ -85,7 +85,7 @@ impl ClusterAccess {
     /// account.
     #[expect(
         clippy::disallowed_methods,
-        reason = "Kubernetes names its API server by these variables in every pod: they are no settings"
+        reason = "Kubernetes names its API server by these variables in every pod: they are not settings"
     )]
     #[must_use]
     pub fn of_service_account() -> Option<Self> {

@@ -52,7 +52,7 @@ pub enum CaToken {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IdentityPattern {
     base: SpiffeId,
-    below: bool,
+    is_wildcard: bool,
 }
 
 impl CaClients {
@@ -69,7 +69,7 @@ impl CaClients {
 impl IdentityPattern {
     /// Whether `id` is this identity, or is below this path.
     pub fn matches(&self, id: &SpiffeId) -> bool {
-        if !self.below {
+        if !self.is_wildcard {
             return self.base == *id;
         }
         let (base, id) = (self.base.to_string(), id.to_string());
@@ -81,21 +81,21 @@ impl FromStr for IdentityPattern {
     type Err = SpiffeError;
 
     fn from_str(text: &str) -> Result<Self, SpiffeError> {
-        let (base, below) = match text.strip_suffix(WILDCARD_SUFFIX) {
+        let (base, is_wildcard) = match text.strip_suffix(WILDCARD_SUFFIX) {
             Some(base) => (base, true),
             None => (text, false),
         };
         let base: SpiffeId = base.parse()?;
-        if !below && !base.is_workload() {
+        if !is_wildcard && !base.is_workload() {
             return Err(SpiffeError::NoPath);
         }
-        Ok(Self { base, below })
+        Ok(Self { base, is_wildcard })
     }
 }
 
 impl fmt::Display for IdentityPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.base, if self.below { WILDCARD_SUFFIX } else { "" })
+        write!(f, "{}{}", self.base, if self.is_wildcard { WILDCARD_SUFFIX } else { "" })
     }
 }
 
@@ -130,7 +130,7 @@ fn client(item: Cursor<'_>, folder: &Path) -> Option<CaClient> {
     let identities: Vec<IdentityPattern> =
         identities.iter().filter_map(|text| text.parse().ok()).collect();
     if !list.is_given() || list.is_empty_list() {
-        item.problem("needs identities: the SPIFFE identities that this client may ask for");
+        item.problem("needs identities: the SPIFFE identities that this client may request");
     }
     Some(CaClient { token: token?, identities })
 }

@@ -94,8 +94,8 @@ struct Parts {
 impl SpiffeId {
     /// The identity of a workload in Istio: `spiffe://TD/ns/NAMESPACE/sa/ACCOUNT`.
     ///
-    /// # Errors [`SpiffeError::Path`] if a name contains a character that is not allowed in
-    /// identities.
+    /// # Errors
+    /// [`SpiffeError::Path`] if a name contains a character that is not allowed in identities.
     pub fn istio(
         trust_domain: TrustDomain,
         namespace: &str,

@@ -101,7 +101,8 @@ fn netns(cursor: Cursor<'_>) -> Option<PathBuf> {
     Some(path)
 }
 
-/// Reads the addresses. Without one, the pod's namespace could not be told from another pod's.
+/// Reads the addresses. Without one, the pod's namespace could not be distinguished from another
+/// pod's.
 fn ips(cursor: Cursor<'_>) -> Option<Vec<IpAddr>> {
     let address = |text: &str| {
         let address = text.parse::<IpAddr>();
@@ -109,7 +110,7 @@ fn ips(cursor: Cursor<'_>) -> Option<Vec<IpAddr>> {
     };
     let ips = needed(cursor)?.list(address);
     if cursor.is_empty_list() {
-        cursor.problem("must not be empty: the pod's addresses tell its namespace from others");
+        cursor.problem("must not be empty: the pod's addresses identify its network namespace");
         return None;
     }
     Some(ips)

@@ -52,7 +52,7 @@ impl PodFolder {
         }
         if metadata.mode() & WRITABLE_BY_OTHERS != 0 {
             return Err(error(
-                "others than its owner can write into the folder of pods, and so choose \
+                "users other than its owner can write into the folder of pods, and so choose \
                  identities: remove their permission with chmod go-w"
                     .to_owned(),
             ));
@@ -74,7 +74,7 @@ impl PodFolder {
     pub fn read(&self) -> Result<Vec<PodDocument>, ConfigErrors> {
         let error =
             |reason: String| ConfigErrors::one(format!("{}: {reason}", self.path.display()), None);
-        // `files::list` would take a path that is not a folder for a single file.
+        // `files::list` would treat a path that is not a folder as a single file.
         let paths = self.path.read_dir().and_then(|_| files::list(&self.path));
         let paths = paths.map_err(|cause| error(format!("cannot be read: {cause}")))?;
         if paths.len() > MAX_FILES {

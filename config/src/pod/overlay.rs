@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_without_overlay_stay_as_they_are() {
+    fn settings_without_overlay_are_unchanged() {
         for node in [
             "",
             "interception: {exact: true}",

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-/// In bytes, as for a Kubernetes object name.
+/// The maximum length in bytes, as for the name of a Kubernetes object.
 const MAX_BYTES: usize = 253;
 
 /// The uid of a pod: 1 to 253 visible ASCII characters without `/`, such as the UUID that

@@ -52,9 +52,10 @@ pub struct IstioCaSettings {
     pub roots: PathBuf,
     /// The file with the bearer token of requests. Read for every request.
     pub token: PathBuf,
-    /// The CA's name of our cluster.
+    /// The name of our cluster at the CA.
     pub cluster_id: String,
-    /// Whether the token is a node's, with which the proxy requests certificates for pods.
+    /// Whether the token belongs to a node, so that the proxy can request certificates for its
+    /// pods.
     pub impersonate: bool,
     /// The requested lifetime of a certificate. The CA may choose another.
     pub ttl: Duration,
@@ -81,7 +82,7 @@ pub enum SpireApi {
 /// Trust in addition to the roots of our certificate's source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrustSettings {
-    /// Aliases of our own trust domain, which its roots verify too.
+    /// Aliases of our own trust domain: its roots verify these too.
     pub aliases: Vec<TrustDomain>,
     /// The roots of other trust domains (federation).
     pub bundles: Vec<BundleFile>,

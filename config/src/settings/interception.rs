@@ -345,8 +345,8 @@ impl fmt::Display for KubeletProbes {
 
 pub(super) fn port(text: &str) -> Result<u16, PortRangeError> {
     // The standard parser would accept "+80".
-    let digits = text.bytes().all(|c| c.is_ascii_digit());
-    text.parse().ok().filter(|port| digits && *port != 0).ok_or(PortRangeError::Port)
+    let is_number = text.bytes().all(|c| c.is_ascii_digit());
+    text.parse().ok().filter(|port| is_number && *port != 0).ok_or(PortRangeError::Port)
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ pub struct NodeSettings {
     pub exempt_namespaces: Vec<String>,
     /// Whether the daemon changes the source address of the node's own connections to its pods.
     pub probes: NodeProbes,
-    /// Whether the daemon learns facts about its pods from the API server of Kubernetes.
+    /// Whether the daemon reads facts about its pods from the API server of Kubernetes.
     pub kubernetes: KubernetesWatch,
     /// The kubeconfig file with the address and the credential of the API server.
     pub kubeconfig: Option<PathBuf>,

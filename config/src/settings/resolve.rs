@@ -44,7 +44,7 @@ pub(crate) fn declared() -> impl Iterator<Item = &'static dyn Declared> {
     SETTINGS.iter().copied().flatten().copied()
 }
 
-/// Every key of a setting, for environment variables and `--set` too.
+/// Every key of a setting. Environment variables and `--set` use the same keys.
 pub fn keys() -> impl Iterator<Item = &'static str> {
     declared().map(Declared::key)
 }

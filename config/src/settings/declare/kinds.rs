@@ -194,7 +194,7 @@ pub(crate) fn port_range(text: &str) -> Result<PortRange, String> {
 
 fn refuse_wildcards(text: &str) -> Result<(), String> {
     if matches!(text, "*" | "none") {
-        return Err("is possible only in outbound.include_cidrs and inbound.include_ports, alone"
+        return Err("is possible only as the single value of outbound.include_cidrs or inbound.include_ports"
             .to_owned());
     }
     Ok(())

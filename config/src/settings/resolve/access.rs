@@ -43,7 +43,7 @@ pub(super) fn egress(document: Document<'_>) -> Option<EgressSettings> {
     let has_exceptions = !settings.cidrs.is_empty() || !settings.ports.is_empty();
     if settings.mode == Egress::Allow && has_exceptions {
         let exceptions = document.root.key("egress_exceptions");
-        exceptions.problem("has a meaning with egress: mesh-only only: everything is allowed");
+        exceptions.problem("has an effect only with egress: mesh-only");
     }
     Some(settings)
 }

@@ -50,11 +50,11 @@ settings! {
     /// the file with the token that authenticates requests to the CA; read for every request
     CA_TOKEN: PathBuf = "identity.istio_ca.token", PATH,
         Fallback::Varies("with `address`"), |s| istio_ca_of(s).map(|ca| ca.token.clone());
-    /// the CA's name of this cluster
+    /// the name of this cluster at the CA
     CLUSTER_ID: String = "identity.istio_ca.cluster_id", CLUSTER,
         Fallback::Is(|| "Kubernetes".to_owned()),
         |s| istio_ca_of(s).map(|ca| ca.cluster_id.clone());
-    /// `true`: the token is a node's, with which the proxy requests certificates for its pods
+    /// `true`: the token belongs to a node, and the proxy requests certificates for its pods
     IMPERSONATE: bool = "identity.istio_ca.impersonate", FLAG,
         Fallback::Is(|| false), |s| istio_ca_of(s).map(|ca| ca.impersonate);
     /// the Unix socket of a SPIRE agent, which issues the certificates: a path, or `unix:///PATH`
@@ -174,7 +174,7 @@ fn spire(document: Document<'_>) -> Option<IdentitySettings> {
     reject_ttl(document, "SPIRE decides it");
     let is_delegate = SPIRE_ADMIN_SOCKET.is_given(document);
     if is_delegate && SPIRE_SOCKET.is_given(document) {
-        let reason = "cannot be used with socket: the one is for `underpass node`, the other for `underpass run`";
+        let reason = "cannot be used with socket: admin_socket is for `underpass node`, socket for `underpass run`";
         SPIRE_ADMIN_SOCKET.problem(document, reason);
         return None;
     }
@@ -188,7 +188,7 @@ fn spire(document: Document<'_>) -> Option<IdentitySettings> {
 
 fn reject_ttl(document: Document<'_>, why: &str) {
     if TTL.is_given(document) {
-        let reason = format!("has a meaning with local_ca and istio_ca only: here {why}");
+        let reason = format!("has an effect only with local_ca and istio_ca: here {why}");
         TTL.problem(document, &reason);
     }
 }
@@ -245,7 +245,7 @@ pub(super) fn trust(document: Document<'_>, own: Option<&TrustDomain>) -> Option
                 "{trust_domain} is in trust.aliases too: either it has our roots, or its own"
             ));
         } else if !known.insert(trust_domain) {
-            refuse(format!("{trust_domain} is there twice: one file can hold several roots"));
+            refuse(format!("{trust_domain} occurs twice: one file can contain several roots"));
         }
     }
     Some(settings)

@@ -106,8 +106,8 @@ settings! {
     /// the users of the proxy, whose connections are never captured
     PROXY_UIDS: Vec<u32> = "interception.proxy_uids", UIDS,
         Fallback::Varies("`sidecar` 1337, `osm` 1500"), |s| Some(s.interception.proxy_uids.clone());
-    /// the groups of the proxy, whose connections are never captured (`sidecar`); may be empty
-    /// unless `proxy_uids` is
+    /// the groups of the proxy, whose connections are never captured (`sidecar`); not empty if
+    /// `proxy_uids` is empty
     PROXY_GIDS: Vec<u32> = "interception.proxy_gids", GIDS,
         Fallback::Varies("`sidecar` 1337"), |s| Some(s.interception.proxy_gids.clone());
     /// `capture`: DNS queries are redirected to `proxy.dns_port` (not `osm`)
@@ -194,13 +194,13 @@ pub(super) fn settings(document: Document<'_>) -> Option<InterceptionSettings> {
 
 fn kubelet_probes(document: Document<'_>, profile: Profile, exact: bool) -> KubeletProbes {
     // Istio's rules always exempt probes, and `exact` installs no others.
-    let always = exact && profile == Profile::Ambient;
-    let default = if always { KubeletProbes::On } else { KubeletProbes::Off };
+    let is_always_on = exact && profile == Profile::Ambient;
+    let default = if is_always_on { KubeletProbes::On } else { KubeletProbes::Off };
     let probes = KUBELET_PROBES.read(document).unwrap_or(default);
     let problem = |reason| KUBELET_PROBES.problem(document, reason);
     if KUBELET_PROBES.is_empty_list(document) {
         problem("must be off, on, or a list of ports");
-    } else if probes != KubeletProbes::On && always {
+    } else if probes != KubeletProbes::On && is_always_on {
         problem("is always on with exact: Istio's rules exempt probes to every port");
     } else if probes != KubeletProbes::Off && matches!(profile, Profile::Sidecar | Profile::Osm) {
         problem("is possible in the ambient profile only");
@@ -248,41 +248,45 @@ fn inbound(document: Document<'_>) -> Option<InboundCapture> {
 /// Reports settings that are valid alone but contradict each other.
 fn refuse_contradictions(document: Document<'_>, settings: &InterceptionSettings) {
     let InterceptionSettings { profile, outbound, inbound, .. } = settings;
-    let ambient = *profile == Profile::Ambient;
-    let sidecar = *profile == Profile::Sidecar;
-    let osm = *profile == Profile::Osm;
-    let no_uids = PROXY_UIDS.is_empty_list(document);
-    let no_gids = PROXY_GIDS.is_empty_list(document);
+    let is_ambient = *profile == Profile::Ambient;
+    let is_sidecar = *profile == Profile::Sidecar;
+    let is_osm = *profile == Profile::Osm;
+    let has_no_uids = PROXY_UIDS.is_empty_list(document);
+    let has_no_gids = PROXY_GIDS.is_empty_list(document);
     let wrong: [(bool, &dyn Declared, &str); 13] = [
         (
-            inbound.mode == InboundMode::Tproxy && !sidecar,
+            inbound.mode == InboundMode::Tproxy && !is_sidecar,
             &INBOUND_MODE,
             "tproxy is possible in the sidecar profile only",
         ),
-        (settings.ingress && !ambient, &INGRESS, "is possible in the ambient profile only"),
+        (settings.ingress && !is_ambient, &INGRESS, "is possible in the ambient profile only"),
         (
-            !settings.proxy_uids.is_empty() && ambient,
+            !settings.proxy_uids.is_empty() && is_ambient,
             &PROXY_UIDS,
-            "is possible in the profiles sidecar and osm only: ambient tells the proxy by its mark",
-        ),
-        (osm && no_uids, &PROXY_UIDS, "must not be empty: OSM tells the proxy by its user"),
-        (
-            sidecar && no_uids && no_gids,
-            &PROXY_UIDS,
-            "must not be empty when proxy_gids is: nothing else tells the proxy from the workload",
+            "is possible in the profiles sidecar and osm only: ambient identifies the proxy by its mark",
         ),
         (
-            !settings.proxy_gids.is_empty() && !sidecar,
+            is_osm && has_no_uids,
+            &PROXY_UIDS,
+            "must not be empty: OSM identifies the proxy by its user",
+        ),
+        (
+            is_sidecar && has_no_uids && has_no_gids,
+            &PROXY_UIDS,
+            "must not be empty if proxy_gids is empty: nothing else identifies the proxy",
+        ),
+        (
+            !settings.proxy_gids.is_empty() && !is_sidecar,
             &PROXY_GIDS,
-            "is possible in the sidecar profile only: OSM tells the proxy by its user, ambient by its mark",
+            "is possible in the sidecar profile only: OSM identifies the proxy by its user, ambient by its mark",
         ),
         (
-            settings.loopback_cidr != LOOPBACK && !sidecar,
+            settings.loopback_cidr != LOOPBACK && !is_sidecar,
             &LOOPBACK_CIDR,
             "is possible in the sidecar profile only",
         ),
         (
-            !outbound.include_gids.is_empty() && !sidecar,
+            !outbound.include_gids.is_empty() && !is_sidecar,
             &INCLUDE_GIDS,
             "is possible in the sidecar profile only",
         ),
@@ -294,18 +298,18 @@ fn refuse_contradictions(document: Document<'_>, settings: &InterceptionSettings
         (
             inbound.include_ports.is_some() && !inbound.exclude_ports.is_empty(),
             &INBOUND_EXCLUDE_PORTS,
-            "only has a meaning when every port is included: drop it, or include_ports",
+            "has an effect only if every port is included: remove it, or include_ports",
         ),
         (
-            !settings.virtual_interfaces.is_empty() && osm,
+            !settings.virtual_interfaces.is_empty() && is_osm,
             &VIRTUAL_INTERFACES,
             "is not possible in the osm profile",
         ),
-        (settings.dns == Dns::Capture && osm, &DNS, "OSM captures no DNS: must be off"),
+        (settings.dns == Dns::Capture && is_osm, &DNS, "must be off: OSM captures no DNS"),
         (
             !settings.dns_servers.is_empty() && settings.dns == Dns::Off,
             &DNS_SERVERS,
-            "has a meaning with dns: capture only",
+            "has an effect only with dns: capture",
         ),
     ];
     for (_, setting, reason) in wrong.into_iter().filter(|(is_wrong, ..)| *is_wrong) {

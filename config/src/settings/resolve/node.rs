@@ -49,9 +49,9 @@ settings! {
     /// exempts; that setting is then `on` by default
     PROBES: NodeProbes = "node.probes", word("`translate`, `off`"),
         Fallback::Is(|| NodeProbes::Off), |s| Some(s.node.probes);
-    /// with `node.pods.cni`: `auto` watches the pods of the node `node.name` at the API server, if
-    /// there is `node.kubeconfig` or a service account, for their service accounts, labels and
-    /// annotations; `off` takes the service account from the mesh
+    /// with `node.pods.cni`: `auto`: if there is `node.kubeconfig` or a service account, the daemon
+    /// watches the pods of the node `node.name` at the API server (service account, labels,
+    /// annotations); `off`: it takes the service account from the mesh
     KUBERNETES: KubernetesWatch = "node.kubernetes", word("`auto`, `off`"),
         Fallback::Is(|| KubernetesWatch::Auto), |s| Some(s.node.kubernetes);
     /// the kubeconfig file with the address and the credential of the API server
@@ -98,7 +98,7 @@ pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
     let exempt_namespaces = exempt_namespaces(document, pods.as_ref())?;
     if cni_install.is_some() && !matches!(pods, Some(PodSourceSettings::Cni(_))) {
         let node = document.root.key("node");
-        node.key("cni_install").problem("has a meaning with node.pods.cni only");
+        node.key("cni_install").problem("has an effect only with node.pods.cni");
     }
     let probes = PROBES.read(document)?;
     if probes == NodeProbes::Translate {
@@ -110,17 +110,17 @@ pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
                     "must be off with node.pods.zds: the agent translates probes",
                 );
             }
-            None => PROBES.problem(document, "has a meaning with node.pods only"),
+            None => PROBES.problem(document, "has an effect only with node.pods"),
         }
     }
     let cni_results = CNI_RESULTS.read(document)?;
     let kubernetes = KUBERNETES.read(document)?;
     let kubeconfig = KUBECONFIG.read(document);
     if kubeconfig.is_some() && kubernetes == KubernetesWatch::Off {
-        KUBECONFIG.problem(document, "has no meaning with node.kubernetes: off");
+        KUBECONFIG.problem(document, "has no effect with node.kubernetes: off");
     }
     if kubeconfig.is_some() && !matches!(pods, Some(PodSourceSettings::Cni(_))) {
-        KUBECONFIG.problem(document, "has a meaning with node.pods.cni only");
+        KUBECONFIG.problem(document, "has an effect only with node.pods.cni");
     }
     if kubeconfig.is_some() && name.is_none() {
         NAME.problem(document, "is missing: node.kubeconfig needs the name of this node");
@@ -149,8 +149,8 @@ fn cni_install(document: Document<'_>) -> Option<CniInstallSettings> {
     }
 }
 
-/// The default is empty with an agent: it has installed the rules of the pods that it selected,
-/// which cuts them off without a proxy.
+/// With an agent the default is empty: the agent has installed the rules of the pods that it
+/// selected, and without a proxy these pods have no connection.
 fn exempt_namespaces(
     document: Document<'_>,
     pods: Option<&PodSourceSettings>,
@@ -186,7 +186,7 @@ pub(super) fn refuse_settings_of_one_pod(document: Document<'_>) {
     let workload = document.root.key("workload");
     for key in ["name", "namespace", "serviceAccount"] {
         if workload.key(key).is_given() {
-            let why = "has no meaning with node.pods: each pod has its own";
+            let why = "has no effect with node.pods: each pod has its own";
             workload.key(key).problem(why);
         }
     }
@@ -207,7 +207,7 @@ pub(super) fn refuse_shared_identity(document: Document<'_>, identity: &Identity
             ));
         }
         IdentitySettings::IstioCa(ca) if !ca.impersonate => section.key("istio_ca").problem(
-            "impersonate must be true with node.pods: the daemon asks in the name of its pods",
+            "impersonate must be true with node.pods: the daemon requests certificates for its pods",
         ),
         IdentitySettings::IstioCa(_)
         | IdentitySettings::LocalCa(_)

@@ -22,7 +22,7 @@ settings! {
     WORKERS: Option<usize> = "proxy.workers", THREADS,
         Fallback::Is(|| None), |s| Some(s.proxy.workers);
     // Pacing a tunnel within a region takes a third more CPU time for bulk.
-    /// with BBR in `net.ipv4.tcp_congestion_control`, the connections that use it, and so pace each
+    /// the connections that use BBR, if it is in `net.ipv4.tcp_congestion_control`; BBR paces each
     /// segment by a timer: `distant`: those to peers with a round-trip time of 5 ms or more, which
     /// saves CPU time; `all`
     PACING: PacedConnections = "proxy.pacing", word("`distant`, `all`"),

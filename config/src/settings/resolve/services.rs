@@ -20,7 +20,7 @@ settings! {
     SERIES_IDLE: Duration = "metrics.idle", DURATION,
         Fallback::Is(|| SeriesSettings::default().idle), |s| Some(s.series.idle);
     /// the address of `/healthz/ready`: 200 when ready; 503 while starting or draining, without
-    /// file descriptors, or while another program fights over the rules
+    /// file descriptors, or while another program keeps changing the rules
     READINESS: SocketAddr = "readiness.address", ADDRESS,
         Fallback::Is(|| on_all_addresses(15021)), |s| Some(s.readiness);
     /// levels by target in tracing's syntax: `info,access=off`, `debug`; levels are `off`, `error`,
@@ -72,9 +72,9 @@ pub(super) fn refuse_shared_ports(
             setting.problem(document, &format!("port {port} is that of {key}"));
         }
     }
-    let any = metrics.ip().is_unspecified() || readiness.ip().is_unspecified();
-    let same_place = any || metrics.ip() == readiness.ip();
-    if metrics.port() != 0 && metrics.port() == readiness.port() && same_place {
+    let is_any_wildcard = metrics.ip().is_unspecified() || readiness.ip().is_unspecified();
+    let is_same_address = is_any_wildcard || metrics.ip() == readiness.ip();
+    if metrics.port() != 0 && metrics.port() == readiness.port() && is_same_address {
         let reason = format!("port {} is that of metrics.address", metrics.port());
         READINESS.problem(document, &reason);
     }

@@ -49,14 +49,14 @@ settings! {
     /// --take-over`)
     HANDOVER_DRAIN: Duration = "timeouts.handover_drain", DURATION,
         Fallback::Is(|| Duration::from_secs(HOUR)), |s| Some(s.timeouts.handover_drain);
-    /// the time without streams after which an own tunnel is closed
+    /// the time without streams after which a tunnel that this proxy opened is closed
     POOL_IDLE: Duration = "timeouts.pool_idle", DURATION,
         Fallback::Is(|| Duration::from_secs(300)), |s| Some(s.timeouts.pool_idle);
     // Longer than ztunnel (`POOL_UNUSED_RELEASE_TIMEOUT`) and our own pool keep a tunnel, so that
     // they close it first.
-    /// the time without streams after which a peer's tunnel is closed; longer than peers keep
-    /// theirs (ztunnel: `POOL_UNUSED_RELEASE_TIMEOUT`, 300 s), because a request that crosses
-    /// GOAWAY may fail there
+    /// the time without streams after which a tunnel that a peer opened is closed; longer than
+    /// peers keep theirs (ztunnel: `POOL_UNUSED_RELEASE_TIMEOUT`, 300 s), because a request that
+    /// crosses GOAWAY may fail there
     TUNNEL_IDLE: Duration = "timeouts.tunnel_idle", DURATION,
         Fallback::Is(|| Duration::from_secs(600)), |s| Some(s.timeouts.tunnel_idle);
     // The maximum duration of one attempt: an endpoint that does not respond then delays each

@@ -29,7 +29,7 @@ settings! {
     /// PEM: the private key of `certificate`
     KEY: PathBuf = "mesh.xds.key", PATH,
         Fallback::Varies("with `certificate`"), |s| client_of(s).map(|(_, key)| key.clone());
-    /// the control plane's name of this cluster
+    /// the name of this cluster at the control plane
     CLUSTER_ID: String = "mesh.xds.cluster_id", CLUSTER,
         Fallback::Is(|| "Kubernetes".to_owned()),
         |s| s.xds.as_ref().map(|xds| xds.cluster_id.clone());
@@ -83,7 +83,7 @@ fn client_of(settings: &Settings) -> Option<&(PathBuf, PathBuf)> {
     settings.xds.as_ref()?.client.as_ref()
 }
 
-/// Parses `NAME=VALUE`, where the name is one of HTTP/2 (RFC 9113 section 8.2) and the value is
+/// Parses `NAME=VALUE`, where the name is valid in HTTP/2 (RFC 9113 section 8.2) and the value is
 /// visible ASCII.
 fn header(text: &str) -> Result<XdsHeader, String> {
     let (name, value) = text.split_once('=').unwrap_or_default();

@@ -4,8 +4,8 @@
 //! Unread data counts against its stream's window and against the connection's window, and h2
 //! returns both credits together. Slow readers therefore use up the connection's window. While
 //! unread data exceeds a quarter of it, SETTINGS_INITIAL_WINDOW_SIZE is small, which also changes
-//! open streams (RFC 9113 section 6.9.2). Other streams continue with the small window, and further
-//! slow readers hold little data.
+//! the windows of open streams (RFC 9113 section 6.9.2). Other streams continue with the small
+//! window, and further slow readers hold little data.
 //!
 //! `send_buffer` limits the data queued for a peer that does not read.
 

@@ -45,8 +45,7 @@ fn mesh_only_egress_permits_only_exceptions() {
 
 #[test]
 fn rejects_egress_exceptions_in_allow_mode() {
-    let meaningless =
-        "egress_exceptions: has a meaning with egress: mesh-only only: everything is allowed";
+    let meaningless = "egress_exceptions: has an effect only with egress: mesh-only";
     assert_eq!(mistakes("egress_exceptions: {ports: [53]}"), [meaningless]);
     assert_eq!(mistakes("egress: allow\negress_exceptions: {cidrs: [10.0.0.0/8]}"), [meaningless]);
     assert_eq!(
@@ -78,7 +77,11 @@ fn most_specific_mtls_override_applies_in_any_order() {
         }
     }
     let of_workload = mtls("mtls_overrides: [':80=permissive', shop/web=strict]");
-    assert_eq!(of_workload.mode("shop", "web", 80), Mtls::Strict, "a workload goes before a port");
+    assert_eq!(
+        of_workload.mode("shop", "web", 80),
+        Mtls::Strict,
+        "an override of a workload precedes one of a port"
+    );
 }
 
 #[test]

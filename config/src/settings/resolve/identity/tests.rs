@@ -21,7 +21,7 @@ fn mistakes(text: &str) -> Vec<String> {
 }
 
 /// Asserts that `text` has exactly one mistake, at `key`.
-fn is_refused(text: &str, key: &str) {
+fn assert_refused(text: &str, key: &str) {
     let found = mistakes(text);
     assert_eq!(found.len(), 1, "{text}: {found:?}");
     assert!(found[0].starts_with(&format!("{key}: ")), "{text}: {found:?}");
@@ -101,8 +101,8 @@ fn missing_key_of_identity_source_is_named() {
             "identity.istio_ca.impersonate: must be true or false",
         ]
     );
-    is_refused("identity: {spire: {}}\n", "identity.spire.socket");
-    is_refused("identity: {local_ca: ''}\n", "identity.local_ca");
+    assert_refused("identity: {spire: {}}\n", "identity.spire.socket");
+    assert_refused("identity: {local_ca: ''}\n", "identity.local_ca");
     assert_eq!(
         mistakes("identity: {istio_ca: istiod}\n").first().unwrap(),
         "identity.istio_ca: must be a mapping (key: value)"
@@ -111,10 +111,10 @@ fn missing_key_of_identity_source_is_named() {
 
 #[test]
 fn rejects_ttl_for_sources_that_do_not_issue() {
-    is_refused("identity: {certificate: c, key: k, roots: r, ttl: 1h}\n", "identity.ttl");
-    is_refused("identity: {spire: {socket: s}, ttl: 1h}\n", "identity.ttl");
-    is_refused("identity: {local_ca: ca, ttl: 999ms}\n", "identity.ttl");
-    is_refused("identity: {local_ca: ca, ttl: 24}\n", "identity.ttl");
+    assert_refused("identity: {certificate: c, key: k, roots: r, ttl: 1h}\n", "identity.ttl");
+    assert_refused("identity: {spire: {socket: s}, ttl: 1h}\n", "identity.ttl");
+    assert_refused("identity: {local_ca: ca, ttl: 999ms}\n", "identity.ttl");
+    assert_refused("identity: {local_ca: ca, ttl: 24}\n", "identity.ttl");
 }
 
 #[test]
@@ -140,11 +140,11 @@ fn ca_address_requires_scheme_host_and_port() {
         "https://::1:15012",
         "https://user@istiod:15012",
     ] {
-        is_refused(&with(wrong), "identity.istio_ca.address");
+        assert_refused(&with(wrong), "identity.istio_ca.address");
     }
     for (key, wrong) in [("server_name", "a b"), ("server_name", ""), ("cluster_id", "a b")] {
         let text = format!("identity: {{istio_ca: {{{ISTIO}, {key}: '{wrong}'}}}}\n");
-        is_refused(&text, &format!("identity.istio_ca.{key}"));
+        assert_refused(&text, &format!("identity.istio_ca.{key}"));
     }
 }
 
@@ -167,8 +167,11 @@ fn spire_socket_is_path_or_unix_uri() {
 #[test]
 fn admin_socket_of_spire_is_for_node_daemon_only() {
     let text = "identity: {spire: {admin_socket: /run/admin.sock}}\n";
-    is_refused(text, "identity.spire.admin_socket");
-    is_refused("identity: {spire: {socket: s, admin_socket: a}}\n", "identity.spire.admin_socket");
+    assert_refused(text, "identity.spire.admin_socket");
+    assert_refused(
+        "identity: {spire: {socket: s, admin_socket: a}}\n",
+        "identity.spire.admin_socket",
+    );
     let node = format!("node: {{pods: {{directory: /pods}}}}\n{text}");
     let identity = read(&node).unwrap().identity;
     let expected =
@@ -214,7 +217,7 @@ fn rejects_several_bundles_of_one_trust_domain() {
     for (trust, reason) in [
         ("{bundles: ['own.org=o.pem']}", "own.org is our own trust domain"),
         ("{bundles: ['a.org=a.pem'], aliases: [a.org]}", "a.org is in trust.aliases too"),
-        ("{bundles: ['a.org=a.pem', 'a.org=b.pem']}", "a.org is there twice"),
+        ("{bundles: ['a.org=a.pem', 'a.org=b.pem']}", "a.org occurs twice"),
     ] {
         let found = mistakes(&format!("{own}trust: {trust}\n"));
         assert_eq!(found.len(), 1, "{found:?}");
@@ -233,7 +236,7 @@ fn rejects_malformed_trust_settings() {
         ("{crls: [a.crl, '']}", "trust.crls[1]"),
         ("{crls: {a: b}}", "trust.crls"),
     ] {
-        is_refused(&format!("trust: {trust}\n"), key);
+        assert_refused(&format!("trust: {trust}\n"), key);
     }
 }
 
@@ -250,6 +253,6 @@ fn counts_out_of_bounds_are_rejected() {
         ("per_peer", "65"),
         ("max_age", "0s"),
     ] {
-        is_refused(&format!("tunnels: {{{key}: {wrong}}}\n"), &format!("tunnels.{key}"));
+        assert_refused(&format!("tunnels: {{{key}: {wrong}}}\n"), &format!("tunnels.{key}"));
     }
 }

@@ -17,7 +17,7 @@ fn mistakes(section: &str) -> Vec<String> {
 }
 
 /// Asserts that `section` has exactly one mistake, at `key`.
-fn is_refused(section: &str, key: &str) {
+fn assert_refused(section: &str, key: &str) {
     let found = mistakes(section);
     assert_eq!(found.len(), 1, "{section}: {found:?}");
     assert!(found[0].starts_with(&format!("{key}: ")), "{section}: {found:?}");
@@ -139,24 +139,24 @@ fn list_mistake_names_the_item() {
              number, as `id -u NAME` prints it",
         ]
     );
-    is_refused("{outbound: {exclude_ports: {a: 1}}}", "outbound.exclude_ports");
-    is_refused("{outbound: {exclude_ports: [80, ~]}}", "outbound.exclude_ports[1]");
-    is_refused("{outbound: {exclude_ports: '80,'}}", "outbound.exclude_ports[1]");
+    assert_refused("{outbound: {exclude_ports: {a: 1}}}", "outbound.exclude_ports");
+    assert_refused("{outbound: {exclude_ports: [80, ~]}}", "outbound.exclude_ports[1]");
+    assert_refused("{outbound: {exclude_ports: '80,'}}", "outbound.exclude_ports[1]");
 }
 
 #[test]
 fn rejects_invalid_ports() {
     for port in ["0", "70000", "90-80", "http", "'*'", "none"] {
-        is_refused(
+        assert_refused(
             &format!("{{outbound: {{exclude_ports: [{port}]}}}}"),
             "outbound.exclude_ports[0]",
         );
-        is_refused(
+        assert_refused(
             &format!("{{inbound: {{include_ports: [1, {port}]}}}}"),
             "inbound.include_ports[1]",
         );
     }
-    is_refused("{outbound: {exclude_cidrs: '*'}}", "outbound.exclude_cidrs[0]");
+    assert_refused("{outbound: {exclude_cidrs: '*'}}", "outbound.exclude_cidrs[0]");
 }
 
 #[test]
@@ -171,16 +171,22 @@ fn rejects_invalid_interface_names() {
         assert!(interface(name).is_err(), "{name}");
     }
     assert!(interface("eth+").unwrap_err().contains("wildcards are not supported"));
-    is_refused("{outbound: {exclude_interfaces: [lo]}}", "outbound.exclude_interfaces[0]");
-    is_refused("{inbound: {exclude_interfaces: [lo]}}", "inbound.exclude_interfaces[0]");
-    is_refused("{virtual_interfaces: [lo]}", "virtual_interfaces[0]");
+    assert_refused("{outbound: {exclude_interfaces: [lo]}}", "outbound.exclude_interfaces[0]");
+    assert_refused("{inbound: {exclude_interfaces: [lo]}}", "inbound.exclude_interfaces[0]");
+    assert_refused("{virtual_interfaces: [lo]}", "virtual_interfaces[0]");
 }
 
 #[test]
 fn user_and_group_ids_are_numbers() {
     for id in ["root", "-1", "4294967295", "1-2"] {
-        is_refused(&format!("{{outbound: {{exclude_uids: [{id}]}}}}"), "outbound.exclude_uids[0]");
-        is_refused(&format!("{{outbound: {{exclude_gids: [{id}]}}}}"), "outbound.exclude_gids[0]");
+        assert_refused(
+            &format!("{{outbound: {{exclude_uids: [{id}]}}}}"),
+            "outbound.exclude_uids[0]",
+        );
+        assert_refused(
+            &format!("{{outbound: {{exclude_gids: [{id}]}}}}"),
+            "outbound.exclude_gids[0]",
+        );
     }
 }
 
@@ -223,7 +229,7 @@ fn rejects_contradicting_settings_at_their_key() {
         ("{inbound: {include_ports: none, exclude_ports: [2]}}", "inbound.exclude_ports"),
         ("{profile: osm, virtual_interfaces: [veth0]}", "virtual_interfaces"),
     ] {
-        is_refused(section, key);
+        assert_refused(section, key);
     }
 }
 
@@ -254,13 +260,13 @@ fn exempts_probes_to_declared_ports_only() {
 
 #[test]
 fn rejects_invalid_kubelet_probes() {
-    is_refused("{kubelet_probes: 'true'}", "kubelet_probes[0]");
-    is_refused("{kubelet_probes: [80, on]}", "kubelet_probes[1]");
-    is_refused("{kubelet_probes: []}", "kubelet_probes");
-    is_refused("{profile: sidecar, kubelet_probes: on}", "kubelet_probes");
-    is_refused("{profile: osm, kubelet_probes: [80]}", "kubelet_probes");
-    is_refused("{exact: true, kubelet_probes: off}", "kubelet_probes");
-    is_refused("{exact: true, kubelet_probes: [80]}", "kubelet_probes");
+    assert_refused("{kubelet_probes: 'true'}", "kubelet_probes[0]");
+    assert_refused("{kubelet_probes: [80, on]}", "kubelet_probes[1]");
+    assert_refused("{kubelet_probes: []}", "kubelet_probes");
+    assert_refused("{profile: sidecar, kubelet_probes: on}", "kubelet_probes");
+    assert_refused("{profile: osm, kubelet_probes: [80]}", "kubelet_probes");
+    assert_refused("{exact: true, kubelet_probes: off}", "kubelet_probes");
+    assert_refused("{exact: true, kubelet_probes: [80]}", "kubelet_probes");
 }
 
 #[test]
@@ -285,7 +291,7 @@ fn profile_none_ignores_contradicting_rule_settings() {
 
 #[test]
 fn unknown_profile_is_the_only_mistake() {
-    is_refused("{profile: sidekick, ingress: true, proxy_uids: []}", "profile");
+    assert_refused("{profile: sidekick, ingress: true, proxy_uids: []}", "profile");
 }
 
 #[test]

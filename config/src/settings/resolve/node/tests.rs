@@ -11,7 +11,7 @@ fn mistakes(text: &str) -> Vec<String> {
 }
 
 /// Asserts that the settings of a node daemon with `more` have exactly one mistake, at `key`.
-fn is_refused(source: &str, more: &str, key: &str) {
+fn assert_refused(source: &str, more: &str, key: &str) {
     let text = format!("node: {{pods: {{{source}: /run/x}}}}\n{more}\n");
     let found = mistakes(&text);
     assert_eq!(found.len(), 1, "{text}: {found:?}");
@@ -60,7 +60,7 @@ fn plugin_installation_requires_both_folders() {
     );
     assert_eq!(
         mistakes("node: {pods: {directory: /a}, cni_install: {net_dir: /n, bin_dir: /b}}"),
-        ["node.cni_install: has a meaning with node.pods.cni only"]
+        ["node.cni_install: has an effect only with node.pods.cni"]
     );
 }
 
@@ -74,9 +74,9 @@ fn rejects_several_sources() {
 #[test]
 fn rejects_settings_of_one_pod() {
     for key in ["name", "namespace", "serviceAccount"] {
-        is_refused("cni", &format!("workload: {{{key}: web}}"), &format!("workload.{key}"));
+        assert_refused("cni", &format!("workload: {{{key}: web}}"), &format!("workload.{key}"));
     }
-    is_refused("zds", "interception: {allow_host: true}", "interception.allow_host");
+    assert_refused("zds", "interception: {allow_host: true}", "interception.allow_host");
     assert!(
         mistakes("node: {pods: {cni: /x}}\nworkload: {trustDomain: td, network: n}").is_empty()
     );
@@ -84,23 +84,23 @@ fn rejects_settings_of_one_pod() {
 
 #[test]
 fn node_daemon_rejects_rules_of_another_installer() {
-    is_refused("zds", "interception: {install: true}", "interception.install");
+    assert_refused("zds", "interception: {install: true}", "interception.install");
     for source in ["cni", "directory"] {
-        is_refused(source, "interception: {install: false}", "interception.install");
-        is_refused(source, "interception: {profile: none}", "interception.profile");
-        is_refused(source, "interception: {profile: sidecar}", "interception.profile");
+        assert_refused(source, "interception: {install: false}", "interception.install");
+        assert_refused(source, "interception: {profile: none}", "interception.profile");
+        assert_refused(source, "interception: {profile: sidecar}", "interception.profile");
     }
 }
 
 #[test]
 fn rejects_identity_shared_by_all_pods() {
     let files = "identity: {certificate: c, key: k, roots: r}";
-    is_refused("cni", files, "identity");
-    is_refused("cni", "identity: {spire: {socket: /s}}", "identity.spire.socket");
+    assert_refused("cni", files, "identity");
+    assert_refused("cni", "identity: {spire: {socket: /s}}", "identity.spire.socket");
     let istio = |more| {
         format!("identity: {{istio_ca: {{address: 'https://ca:1', roots: r, token: t{more}}}}}")
     };
-    is_refused("zds", &istio(""), "identity.istio_ca");
+    assert_refused("zds", &istio(""), "identity.istio_ca");
     assert!(
         mistakes(&format!("node: {{pods: {{zds: /x}}}}\n{}", istio(", impersonate: true")))
             .is_empty()
@@ -115,11 +115,11 @@ fn kubeconfig_needs_the_plugin_and_the_name_of_the_node() {
     assert_eq!(settings.kubeconfig, Some("/k".into()));
     assert_eq!(settings.kubernetes, KubernetesWatch::Auto);
     for (more, mistake) in [
-        ("name: n1, pods: {zds: /run/x}", "node.kubeconfig: has a meaning with node.pods.cni only"),
+        ("name: n1, pods: {zds: /run/x}", "node.kubeconfig: has an effect only with node.pods.cni"),
         ("pods: {cni: /run/x}", "node.name: is missing: node.kubeconfig needs"),
         (
             "name: n1, pods: {cni: /run/x}, kubernetes: off",
-            "node.kubeconfig: has no meaning with node.kubernetes: off",
+            "node.kubeconfig: has no effect with node.kubernetes: off",
         ),
     ] {
         let found = mistakes(&node(more));
