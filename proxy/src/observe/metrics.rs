@@ -125,7 +125,10 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     describe_gauge!(MESH_GENERATION, "Generation of the mesh that every worker has applied.");
     describe_gauge!(MESH_SIZE, "Workloads, services and policies in the mesh.");
     describe_gauge!(CONTROL_PLANE, "Whether the stream of the control plane is open.");
-    describe_counter!(CONTROL_PLANE_LOST, "Streams and attempts to open one that ended.");
+    describe_counter!(
+        CONTROL_PLANE_LOST,
+        "Streams of the control plane that ended or could not be opened."
+    );
     describe_counter!(
         CONTROL_PLANE_RESOURCES,
         "Resources of the control plane, by type and result."

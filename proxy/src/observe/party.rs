@@ -1,4 +1,4 @@
-//! The two ends of a connection: their proven properties, and apart from these the claimed ones.
+//! The two ends of a connection: their proven properties, kept apart from the claimed ones.
 //!
 //! A source address proves nothing: a pod can send from the address of another pod. Nor does
 //! `baggage`, which the peer writes. Both are logged under separate names (`src.claimed.workload`),

@@ -78,12 +78,12 @@ impl DirectorySource {
     }
 
     async fn follow(mut self, registry: PodRegistry, health: SourceHealth) -> ! {
-        let mut look = interval_at_multiples(NAMESPACE_POLL_INTERVAL);
+        let mut poll = interval_at_multiples(NAMESPACE_POLL_INTERVAL);
         self.read_files(&registry, &health);
         loop {
             tokio::select! {
                 () = self.folder.changed() => self.read_files(&registry, &health),
-                _ = look.tick() => self.follow_namespaces(&registry),
+                _ = poll.tick() => self.follow_namespaces(&registry),
             }
         }
     }
@@ -112,9 +112,9 @@ impl DirectorySource {
 
     /// Removes the pods whose files are missing.
     fn forget_missing(&mut self, documents: &[PodDocument], registry: &PodRegistry) {
-        let there: BTreeSet<&Path> =
+        let present: BTreeSet<&Path> =
             documents.iter().map(|document| document.path.as_path()).collect();
-        let gone = self.files.extract_if(.., |path, _| !there.contains(path.as_path()));
+        let gone = self.files.extract_if(.., |path, _| !present.contains(path.as_path()));
         let gone: Vec<_> = gone.collect();
         if gone.is_empty() {
             return;
@@ -135,7 +135,7 @@ impl DirectorySource {
         }
         let before = self.files.remove(&document.path).and_then(|known| known.pod);
         let pod = match self.parse(&document) {
-            Ok(pod) => Some(followed(before, pod, registry)),
+            Ok(pod) => Some(after_change(before, pod, registry)),
             Err(error) => {
                 let file = document.path.display();
                 let hint = match &before {
@@ -154,7 +154,7 @@ impl DirectorySource {
         let same = |known: &KnownFile| known.pod.as_ref().is_some_and(|pod| pod.uid == file.uid);
         match self.files.iter().find(|(_, known)| same(known)) {
             Some((other, _)) => {
-                Err(format!("uid {} is that of the file {}", file.uid, other.display()))
+                Err(format!("uid {} is already used by the file {}", file.uid, other.display()))
             }
             None => Ok(file.into()),
         }
@@ -172,7 +172,7 @@ impl DirectorySource {
 }
 
 /// The state of a pod after its file has changed from `before` to `now`.
-fn followed(before: Option<KnownPod>, now: KnownPod, registry: &PodRegistry) -> KnownPod {
+fn after_change(before: Option<KnownPod>, now: KnownPod, registry: &PodRegistry) -> KnownPod {
     match before {
         Some(before) if before.uid != now.uid => {
             drop(registry.remove(&before.uid));

@@ -62,7 +62,7 @@ impl NodeEnroller {
             PodSettings::Enrolled(settings) => Arc::<Settings>::from(settings),
             PodSettings::Exempt(reason) => return Ok(Enrolled::Exempt(reason)),
         };
-        let access = self.accepted(facts, &settings.workload, namespace).await?;
+        let access = self.open_namespace(facts, &settings.workload, namespace).await?;
         let (interception, changes) = watch::channel(settings.interception.clone());
         let health = self.rules.pod();
         let spec = PodSpec {
@@ -84,7 +84,7 @@ impl NodeEnroller {
 
 impl NodeEnroller {
     /// Opens the namespace if it can be the pod's.
-    async fn accepted(
+    async fn open_namespace(
         &self,
         facts: &PodFacts,
         workload: &WorkloadSettings,
@@ -173,7 +173,10 @@ impl NodePod {
         }
         if let Err(error) = pod.leave_with(on_exit).await {
             // The namespace of a deleted pod may no longer exist, nor its rules.
-            tracing::warn!(error = chain(&error), "cannot leave the rules of a removed pod");
+            tracing::warn!(
+                error = chain(&error),
+                "cannot keep or remove the rules of a removed pod"
+            );
         }
     }
 }

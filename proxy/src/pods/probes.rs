@@ -61,13 +61,13 @@ impl ProbeTranslation {
         loop {
             let outcome = self.reconcile().await;
             let failed = self.report(outcome);
-            let later = Instant::now() + if failed { RETRY_DELAY } else { MIN_CHECK_INTERVAL };
+            let next_check = Instant::now() + if failed { RETRY_DELAY } else { MIN_CHECK_INTERVAL };
             let (changes, rules) = (&mut self.changes, &self.rules);
             let changed = async {
-                sleep_until(later).await;
+                sleep_until(next_check).await;
                 if !failed && changes.next().await.is_err() {
-                    // The kernel ended the subscription. If renewing it fails too, so will the next
-                    // check.
+                    // The kernel ended the subscription. If the renewal fails too, the next
+                    // check fails and reports it.
                     if let Ok(renewed) = rules.changes().await {
                         *changes = renewed;
                     }

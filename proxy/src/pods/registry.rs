@@ -42,8 +42,8 @@ pub(crate) struct Enrolment(oneshot::Receiver<Result<(), EnrolError>>);
 pub(crate) struct Removal(Vec<oneshot::Receiver<()>>);
 
 impl Enrolment {
-    /// Waits for the end of the next attempt: the pod is then served or exempt. After a retryable
-    /// error the registry retries.
+    /// Waits for the end of the next attempt. After success the pod is served or exempt; after a
+    /// retryable error the registry retries.
     pub(crate) async fn first_outcome(self) -> Result<(), EnrolError> {
         self.0.await.unwrap_or(Err(EnrolError::Stopping))
     }
@@ -80,8 +80,9 @@ impl PodRegistry {
 
     /// Adds a pod, and enrols it in the background, with retries after failures.
     ///
-    /// A known uid in its namespace gets the new facts. A known uid in another namespace is
-    /// replaced. Another uid in the namespace of a known pod is refused.
+    /// If the uid is known in this namespace, its pod gets the new facts. If it is known in another
+    /// namespace, the new pod replaces that one. A pod with another uid is refused while the
+    /// namespace has a known pod.
     pub(crate) fn add(&self, facts: PodFacts, namespace: Namespace) -> Enrolment {
         let (answer, outcome) = oneshot::channel();
         self.change(|pods| pods.add(Instant::now(), Arc::new(facts), namespace, answer));
@@ -196,7 +197,7 @@ impl RegistryTask {
         }
     }
 
-    /// Performs the due actions. Returns the time of the next one.
+    /// Performs the due actions. Returns the time at which none was due any more.
     fn perform_due(&mut self) -> Instant {
         loop {
             let now = Instant::now();

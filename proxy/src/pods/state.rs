@@ -26,8 +26,8 @@ use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, LeaveReason};
 use crate::pods::facts::PodFacts;
 use crate::pods::status::{PodState, PodStatus, Step};
 
-/// The maximum number of concurrent attempts. Operations on namespaces are serialized; the rest of
-/// an attempt is waiting.
+/// The maximum number of concurrent attempts. Operations on namespaces are serialized; otherwise an
+/// attempt mostly waits.
 const MAX_CONCURRENT_ATTEMPTS: usize = 16;
 /// The bounds of the back-off after failures.
 const MIN_BACKOFF: Duration = Duration::from_millis(250);
@@ -63,7 +63,7 @@ pub(super) struct Pods {
     actions: Vec<Action>,
     next_attempt: u64,
     next_turn: u64,
-    stopping: bool,
+    is_stopping: bool,
 }
 
 /// The due time of an attempt, with a unique number.
@@ -132,7 +132,7 @@ impl Pods {
         namespace: Namespace,
         answer: AnswerSender,
     ) {
-        if let Err(error) = self.refuse(&facts.uid, namespace.id()) {
+        if let Err(error) = self.check_add(&facts.uid, namespace.id()) {
             answer.send(Err(error)).ok();
             return;
         }
@@ -151,7 +151,7 @@ impl Pods {
     /// Records a pod that its source cannot add as failed.
     pub(super) fn fail(&mut self, now: Instant, facts: Arc<PodFacts>, error: EnrolError) {
         self.withdraw(&facts.uid, LeaveReason::Removed);
-        if self.stopping {
+        if self.is_stopping {
             return;
         }
         let uid = facts.uid.clone();
@@ -160,8 +160,8 @@ impl Pods {
         self.pods.insert(uid, entry);
     }
 
-    fn refuse(&self, uid: &PodUid, namespace: NamespaceId) -> Result<(), EnrolError> {
-        if self.stopping {
+    fn check_add(&self, uid: &PodUid, namespace: NamespaceId) -> Result<(), EnrolError> {
+        if self.is_stopping {
             return Err(EnrolError::Stopping);
         }
         match self.pod_by_namespace.get(&namespace).filter(|other| *other != uid) {
@@ -231,7 +231,7 @@ impl Pods {
 
     /// Removes every pod, and refuses new ones.
     pub(super) fn stop(&mut self) -> Vec<oneshot::Receiver<()>> {
-        self.stopping = true;
+        self.is_stopping = true;
         let all: Vec<_> = self.pods.keys().cloned().collect();
         for uid in all {
             self.withdraw(&uid, LeaveReason::DaemonStops);

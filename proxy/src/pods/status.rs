@@ -67,7 +67,7 @@ pub(crate) enum Step {
 }
 
 impl fmt::Display for PodStatus {
-    /// For example `shop/web-1 6f1b8a42 pending for 12 s: back-off: cannot ...`.
+    /// For example `shop/web-1 6f1b8a42 pending for 12 s: waiting for the next attempt: ...`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { uid, pod, state } = self;
         write!(f, "{pod} {uid} {}", state.name())?;

@@ -49,7 +49,7 @@ pub(crate) enum CommandError {
     SettingsOfNode,
     #[error("node.pods is not set: `underpass node` has no source of pods")]
     NoPodSource,
-    #[error("node.name is not set, by which the API server selects the pods of this node")]
+    #[error("node.name is not set: the API server selects the pods of this node by it")]
     NoNodeName,
     #[error(transparent)]
     PodSource(#[from] SourceEnd),

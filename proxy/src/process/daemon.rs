@@ -94,7 +94,7 @@ impl Daemon {
         let prepared = PreparedProxy::new(&settings, &access, endpoints, watcher, supervisor);
         let prepared = prepared.await?;
         confine(&thread, &settings, prepared.control_thread()).await?;
-        // Without a pod there is no traffic to hold: pods are enrolled afterwards.
+        // The wait holds no traffic: pods are enrolled afterwards.
         let mut proxy = tokio::select! {
             started = prepared.start(supervisor) => started?,
             why = stop.wait() => {

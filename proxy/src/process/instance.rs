@@ -152,8 +152,8 @@ impl Instance {
             None => Self::bind().inspect(|bound| {
                 if bound.is_none() {
                     tracing::warn!(
-                        "a process of neither root nor this user has taken the abstract socket @underpass: a second proxy will \
-                         not find this one, nor will `underpass rules`"
+                        "an untrusted process (neither root nor this user) listens on the abstract socket @underpass: a second \
+                         proxy and `underpass rules` cannot find this proxy"
                     );
                 }
             }),

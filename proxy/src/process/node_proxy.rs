@@ -40,14 +40,14 @@ pub(crate) struct LoadedNode {
     readiness: Readiness,
     identities: Option<Arc<Identities>>,
     /// Whether this process has the key of the local CA.
-    issues: bool,
+    has_ca_key: bool,
     publisher: Publisher,
     exporter: Exporter,
 }
 
 impl LoadedNode {
-    /// Loads the mesh and the trust. `access` is that of the node's own sockets; `received`
-    /// replaces a local CA and a SPIRE agent.
+    /// Loads the mesh and the trust. `access` opens the node's own sockets; `received` replaces a
+    /// local CA and a SPIRE agent.
     ///
     /// # Errors
     ///
@@ -60,7 +60,7 @@ impl LoadedNode {
         supervisor: &Supervisor,
     ) -> Result<Self, CommandError> {
         let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
-        let (sockets, issues) = (pod_sockets(settings), received.is_none());
+        let (sockets, has_ca_key) = (pod_sockets(settings), received.is_none());
         let identities = Certificates::identities(
             settings, access, &sockets, received, None, watcher, supervisor,
         )?;
@@ -71,7 +71,7 @@ impl LoadedNode {
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let node = Arc::new(Node::new(settings, workers(settings), mesh, Gates::default(), series));
         let (settings, identities) = (settings.clone(), identities.map(Arc::new));
-        Ok(Self { settings, node, readiness, identities, issues, publisher, exporter })
+        Ok(Self { settings, node, readiness, identities, has_ca_key, publisher, exporter })
     }
 
     /// Serves the endpoints, and starts the workers, which have the capabilities of the calling
@@ -85,10 +85,11 @@ impl LoadedNode {
         endpoints: Listeners<EndpointKind>,
         supervisor: &Supervisor,
     ) -> Result<RunningNode, CommandError> {
-        let Self { settings, node, readiness, identities, issues, mut publisher, exporter } = self;
+        let Self { settings, node, readiness, identities, has_ca_key, mut publisher, exporter } =
+            self;
         let _endpoints =
             Endpoints::serve(endpoints, readiness.clone(), &exporter, &node.gates.accept);
-        certificates::warn_if_unreadable(&settings, issues);
+        certificates::warn_if_unreadable(&settings, has_ca_key);
         publisher.first_state().await;
         let (workers, threads, reports) =
             Workers::start(&node, node.workers, supervisor).map_err(CommandError::start)?;

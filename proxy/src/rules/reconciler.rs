@@ -71,9 +71,9 @@ pub(crate) struct RuleReconciler {
     /// The time of the next verification without a notification.
     verify_at: Option<Instant>,
     /// Whether the last event reported that the rules are not intact.
-    lost: bool,
+    is_lost: bool,
     /// Whether the blackhole may be installed.
-    blocked: bool,
+    may_be_blocked: bool,
     /// The difference of a fight that has not been reported yet.
     unreported: Option<Difference>,
 }
@@ -87,8 +87,8 @@ impl RuleReconciler {
             changes,
             repairs: Repairs::default(),
             verify_at: Some(Instant::now()),
-            lost: false,
-            blocked: false,
+            is_lost: false,
+            may_be_blocked: false,
             unreported: None,
         })
     }
@@ -109,11 +109,11 @@ impl RuleReconciler {
             match outcome {
                 Ok(None) => {}
                 Ok(Some(event)) => {
-                    self.lost = !event.is_intact();
+                    self.is_lost = !event.is_intact();
                     return event;
                 }
                 Err(error) => {
-                    self.lost = true;
+                    self.is_lost = true;
                     self.verify_at = Some(Instant::now() + RETRY_DELAY);
                     return Event::Failed { error, pause: RETRY_DELAY };
                 }
@@ -123,7 +123,7 @@ impl RuleReconciler {
 
     /// Makes the next successful verification report [`Event::Intact`].
     pub(crate) fn assume_lost(&mut self) {
-        self.lost = true;
+        self.is_lost = true;
     }
 
     /// Verifies the rules at the next call of [`next`](Self::next).
@@ -193,20 +193,20 @@ impl RuleReconciler {
     /// Records that the rules are intact. Ends a fight after [`INTACT_TIME`].
     async fn accept_intact(&mut self) -> Result<Option<Event>, InterceptionError> {
         let now = Instant::now();
-        if let Some(calm) = self.repairs.fight_end().filter(|calm| *calm > now) {
-            self.verify_at = Some(calm.min(now + MAX_BACKOFF));
+        if let Some(fight_end) = self.repairs.fight_end().filter(|end| *end > now) {
+            self.verify_at = Some(fight_end.min(now + MAX_BACKOFF));
             return Ok(None);
         }
         self.repairs.end_fight();
-        if self.blocked {
+        if self.may_be_blocked {
             self.unblock().await?;
         }
-        Ok(self.lost.then_some(Event::Intact))
+        Ok(self.is_lost.then_some(Event::Intact))
     }
 
     /// Installs the blackhole. If the kernel refuses it, repairs continue without it.
     async fn block(&mut self) {
-        self.blocked = true;
+        self.may_be_blocked = true;
         if let Err(error) = self.interception.block().await {
             let (error, hint) = (crate::error::chain(&error), error.hint());
             tracing::error!(
@@ -219,7 +219,7 @@ impl RuleReconciler {
 
     async fn unblock(&mut self) -> Result<(), InterceptionError> {
         self.interception.unblock().await?;
-        self.blocked = false;
+        self.may_be_blocked = false;
         Ok(())
     }
 
@@ -232,7 +232,7 @@ impl RuleReconciler {
         self.interception = self.interception.with_settings(settings);
         self.interception.repair().await?;
         let rules = self.interception.plan().rules().len();
-        Ok(Event::Followed { rules, blocked: self.blocked })
+        Ok(Event::Followed { rules, blocked: self.may_be_blocked })
     }
 }
 
@@ -241,7 +241,7 @@ impl RuleReconciler {
 struct Repairs {
     times: VecDeque<Instant>,
     pause: Duration,
-    reported: bool,
+    is_reported: bool,
 }
 
 impl Repairs {
@@ -270,7 +270,7 @@ impl Repairs {
 
     /// Marks the fight as reported. Returns whether there is one that was not reported before.
     fn report_fight(&mut self) -> bool {
-        !self.pause.is_zero() && !std::mem::replace(&mut self.reported, true)
+        !self.pause.is_zero() && !std::mem::replace(&mut self.is_reported, true)
     }
 
     fn end_fight(&mut self) {

@@ -46,9 +46,9 @@ impl Retest {
         let Some(mut changes) = changes else { return };
         let mut foreign = Vec::new();
         self.report_foreign(&mut foreign).await;
-        let mut again = false;
+        let mut must_repeat = false;
         loop {
-            if again {
+            if must_repeat {
                 // Changes during the pause do not shorten it.
                 sleep(RETRY_DELAY).await;
             } else if let Err(error) = changes.next().await {
@@ -56,7 +56,7 @@ impl Retest {
                 sleep(RETRY_DELAY).await;
             }
             until_settled(&mut changes).await;
-            again = match self.gate.pass(self.test()).await {
+            must_repeat = match self.gate.pass(self.test()).await {
                 Some(passed) => !passed,
                 None => true,
             };

@@ -121,13 +121,13 @@ impl SelfTest {
         let Some(ExpectedConnection { destination, arrived }) = expected.as_ref() else {
             return false;
         };
-        let claimed = accepted.destination.address() == *destination;
-        if claimed {
+        let is_claimed = accepted.destination.address() == *destination;
+        if is_claimed {
             // Close with FIN: the self-test reports a reset as a refused connection.
             end_on_close(&accepted.stream);
         }
         // Fails if the test has already timed out.
-        claimed && arrived.send(()).is_ok()
+        is_claimed && arrived.send(()).is_ok()
     }
 
     fn set_expected(&self, expected: Option<ExpectedConnection>) {

@@ -97,7 +97,7 @@ impl RuleWatch {
         let Some(mut reconciler) = reconciler else { return };
         let mut settings = self.capture.current_settings();
         let access = reconciler.access();
-        let mut failed = false;
+        let mut has_failed = false;
         loop {
             // The gate waits for a started repair, because until its end no other process may
             // change the rules.
@@ -107,8 +107,8 @@ impl RuleWatch {
                 reconciler.verify_now();
                 continue;
             };
-            report(&event, failed);
-            failed = matches!(event, Event::Failed { .. });
+            report(&event, has_failed);
+            has_failed = matches!(event, Event::Failed { .. });
             self.health.set_intact(event.is_intact());
         }
     }

@@ -32,8 +32,8 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// that a burst overflows the accept queue (4096). Clients whose packets are dropped wait for
 /// seconds.
 const ACCEPTS_AT_ONCE: usize = 512;
-/// The same for a pod that takes turns with others: eight take about as long as one poll of a new
-/// connection.
+/// The number of connections to accept in the turn of a pod that shares its worker with others:
+/// eight take about as long as one poll of a new connection.
 const ACCEPTS_IN_TURN: usize = 8;
 
 /// A listener of a pod, on the worker that accepts its connections.
@@ -89,9 +89,9 @@ async fn accept_forever(listening: &Listening) {
                 None => yield_now().await,
             }
         }
-        if !pod.limits.has_room(demand(*kind)) {
+        if !pod.limits.has_room(admission_kind(*kind)) {
             let _paused = descriptors.pause(kind.name(), Shortage::Descriptors);
-            pod.limits.wait_for_room(demand(*kind)).await;
+            pod.limits.wait_for_room(admission_kind(*kind)).await;
         }
         match unconstrained(listener.accept()).await {
             Ok((stream, client)) => {
@@ -122,7 +122,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-fn demand(kind: Kind) -> AdmissionKind {
+fn admission_kind(kind: Kind) -> AdmissionKind {
     match kind {
         Kind::Outbound => AdmissionKind::Outbound,
         Kind::Plaintext => AdmissionKind::Plaintext,
@@ -145,7 +145,7 @@ fn assign_or_refuse(
         return;
     }
     let peer = (kind == Kind::Outbound).then(|| accepted.destination.address().ip());
-    match pod.limits.admit(demand(kind), client.ip(), peer) {
+    match pod.limits.admit(admission_kind(kind), client.ip(), peer) {
         Ok(ticket) => {
             let registration =
                 pod.connections.for_worker(ticket.worker()).register(Decision::default());

@@ -326,15 +326,15 @@ impl<'a, C: Endpoint<'a>, U: Endpoint<'a>> Relay<'a, C, U> {
         self.upstream_first = !self.upstream_first;
         let was_half_closed = self.state.is_half_closed();
         self.poll_directions(cx)?;
-        let half_closed = !was_half_closed && self.state.is_half_closed();
-        if half_closed {
+        let is_newly_half_closed = !was_half_closed && self.state.is_half_closed();
+        if is_newly_half_closed {
             // The remaining direction was polled before it had to watch its sink. Poll it again.
             self.poll_directions(cx)?;
         }
         if self.state == State::Closed {
             return Poll::Ready(Ok(()));
         }
-        if half_closed {
+        if is_newly_half_closed {
             self.idle_timer = Some(self.flow.deadlines.half_closed(self.flow.record.moved()));
         }
         self.poll_idle_timer(cx).map(Err)

@@ -59,7 +59,7 @@ async fn within(
     }
 }
 
-/// Dials certificate issuers from the proxy's own sockets, which its rules do not catch.
+/// Dials certificate issuers from the proxy's own sockets, which the rules do not catch.
 #[derive(Debug)]
 pub(crate) struct PlainDialer {
     pub(crate) access: NamespaceAccess,

@@ -207,8 +207,8 @@ async fn accept_tunnel(
         let admitted = admit_stream(ticket);
         let (registration, peer) = (seat.register_stream(), peer.clone());
         let origin = RequestOrigin { client, here: destination.address(), peer };
-        let asked = TunnelRequest { request, origin };
-        let serving = serve_request(seat.clone(), asked, registration, admitted);
+        let tunnel_request = TunnelRequest { request, origin };
+        let serving = serve_request(seat.clone(), tunnel_request, registration, admitted);
         let serving = InTurn::new(seat.worker.turns.as_ref(), seat.pod.id, serving);
         tokio::spawn(log_panic("stream of a tunnel", serving));
     }
@@ -235,7 +235,7 @@ async fn handshake(
     hello.map_err(|_| late())?.map_err(ProxyError::Client)?;
     let turn = timeout_at(deadline, ticket.handshake(metrics::handshake_waits)).await;
     let (limit, error) = match turn {
-        Ok(Some(_under_way)) => {
+        Ok(Some(_ticket)) => {
             let _counted = metrics::handshake_in_progress();
             let pacing = seat.pod.sockets.settings().undecided_pacing(&stream);
             // The duplicated socket counts too. Without a spare descriptor the connection is not
@@ -286,13 +286,13 @@ struct RequestOrigin {
 /// Serves one CONNECT request.
 fn serve_request(
     seat: Arc<Seat>,
-    asked: TunnelRequest,
+    tunnel_request: TunnelRequest,
     registration: Registration<Decision>,
     admitted: Result<Ticket, ProxyError>,
 ) -> impl Future<Output = ()> + Send {
     // Boxed, and no `async fn`: the future of connecting is several times larger than that of
     // relaying, and is freed before it.
-    let opening = Box::pin(open_request(seat.clone(), asked, registration, admitted));
+    let opening = Box::pin(open_request(seat.clone(), tunnel_request, registration, admitted));
     async move {
         let Some(Opened { record, held, client, app }) = opening.await else {
             return;
@@ -308,7 +308,7 @@ fn serve_request(
 /// Connects to the application for a CONNECT request, creates its record, and responds.
 async fn open_request(
     seat: Arc<Seat>,
-    mut asked: TunnelRequest,
+    mut tunnel_request: TunnelRequest,
     registration: Registration<Decision>,
     admitted: Result<Ticket, ProxyError>,
 ) -> Option<Opened<TunnelStream>> {
@@ -316,29 +316,33 @@ async fn open_request(
     let series = &seat.worker.series;
     let known = registration
         .termination()
-        .or_terminate(pin!(seat.inbound_mesh(asked.origin.here.ip())))
+        .or_terminate(pin!(seat.inbound_mesh(tunnel_request.origin.here.ip())))
         .await;
-    let target = inbound_target(&seat, &requested(asked.request.authority()), asked.origin.here);
-    let headers = asked.request.headers();
-    let facts = request_facts(&seat, &asked.origin, headers, target.as_ref().ok());
+    let target = inbound_target(
+        &seat,
+        &requested(tunnel_request.request.authority()),
+        tunnel_request.origin.here,
+    );
+    let headers = tunnel_request.request.headers();
+    let facts = request_facts(&seat, &tunnel_request.origin, headers, target.as_ref().ok());
     let connected = async {
         known?;
         let ticket = admitted?;
-        let app = connect_request(&seat, &mut asked, &registration, &target?).await?;
+        let app = connect_request(&seat, &mut tunnel_request, &registration, &target?).await?;
         Ok::<_, ProxyError>((app, ticket))
     };
     let (app, ticket) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
             // A disconnected client gets no response.
-            asked.request.refuse(error.reason().status);
+            tunnel_request.request.refuse(error.reason().status);
             ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
             return None;
         }
     };
     let record = ConnectionRecord::opened(accepted_at, facts, series);
     let answer = headers::response(record.facts(), &seat.context().own);
-    match asked.request.accept(answer) {
+    match tunnel_request.request.accept(answer) {
         Ok(client) => {
             let held = HeldResources { registration, _ticket: ticket };
             Some(Opened { record, held, client, app })
@@ -352,11 +356,11 @@ async fn open_request(
 
 async fn connect_request(
     seat: &Seat,
-    asked: &mut TunnelRequest,
+    tunnel_request: &mut TunnelRequest,
     registration: &Registration<Decision>,
     target: &InboundTarget,
 ) -> Result<TcpStream, ProxyError> {
-    let TunnelRequest { request, origin } = asked;
+    let TunnelRequest { request, origin } = tunnel_request;
     let connecting = pin!(connect(seat, registration, origin.client, target, Some(&origin.peer)));
     tokio::select! {
         connected = registration.termination().or_terminate(connecting) => connected,
@@ -390,17 +394,17 @@ fn requested(authority: &Authority) -> Target {
     }
 }
 
-/// The target of a request for the authority `asked` in a tunnel that ends at `here`.
+/// The target of a request for `authority` in a tunnel that ends at `here`.
 fn inbound_target(
     seat: &Seat,
-    asked: &Target,
+    authority: &Target,
     here: SocketAddr,
 ) -> Result<InboundTarget, ProxyError> {
     let snapshot = seat.node().mesh.borrow();
     let own = &seat.context().own;
     let local = snapshot.local(own, here.ip()).map(|workload| &**workload);
     let namespace = local.map_or(&*own.namespace, |workload| &*workload.namespace);
-    route::inbound(asked, here, &snapshot.mesh, local, &own.network, namespace)
+    route::inbound(authority, here, &snapshot.mesh, local, &own.network, namespace)
         .map_err(ProxyError::Route)
 }
 

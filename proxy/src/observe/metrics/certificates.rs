@@ -11,7 +11,7 @@ use underpass_config::SpiffeId;
 
 const CERTIFICATE_EXPIRY: &str = "underpass_certificate_expiry_timestamp_seconds";
 const HELP: &str = "When a certificate of the proxy expires, in seconds since 1970.";
-/// The maximum number of series. The certificates that expire first have one.
+/// The maximum number of series. Beyond it, only the certificates that expire first have one.
 const MAX_SERIES: usize = 256;
 
 /// The identity and the expiry of each workload's current certificate. Global like the recorder of

@@ -33,6 +33,7 @@ struct Registered {
     all: HashMap<Arc<str>, Entry>,
     /// The overflow series by direction and security policy. They do not expire.
     overflow: HashMap<Arc<str>, Arc<Series>>,
+    /// The time of the last search for expired series.
     expired_at: Instant,
     /// Whether the log has reported that the limit is reached.
     is_reported: bool,

@@ -232,7 +232,7 @@ impl Series {
         self.failed.counter(flags).fetch_add(1, Relaxed);
     }
 
-    /// How many connections are open.
+    /// The number of open connections.
     pub(super) fn open(&self) -> u64 {
         // Read this first: every closed connection was counted as opened before.
         let closed = self.closed.sum();
@@ -307,7 +307,7 @@ impl Metric {
     pub(super) fn help(self) -> &'static str {
         match self {
             Self::Opened => "TCP connections opened.",
-            Self::Closed => "TCP connections closed, having been opened.",
+            Self::Closed => "TCP connections that were opened and have closed.",
             Self::Failed => "TCP connections that could not be opened.",
             Self::Sent => "Bytes sent to clients: responses.",
             Self::Received => "Bytes received from clients: requests.",

@@ -22,11 +22,11 @@ use crate::pods::facts::PodFacts;
 use crate::pods::kubernetes::objects::ClusterPod;
 use crate::pods::kubernetes::view::ClusterView;
 
-/// Timeout of an addition for the facts about its pod. The API server sends a new pod to this
+/// How long an addition waits for the facts about its pod. The API server sends a new pod to this
 /// node's watch at the same time as to the kubelet.
 const FACTS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Finds the facts about pods in the mesh.
+/// Finds the facts about pods, in the mesh or at the API server.
 #[derive(Debug)]
 pub(super) struct FactFinder {
     origin: FactOrigin,

@@ -105,7 +105,7 @@ impl Installation {
     /// The changes that remove the plugin; empty if no part of it is left.
     pub(crate) fn uninstall(&self) -> Result<Vec<Change>, InstallError> {
         let mut changes = self.remove_drop_ins()?;
-        for found in self.found()? {
+        for found in self.configurations()? {
             if let Some(change) = remove_entry(found)?
                 && !changes.contains(&change)
             {
@@ -131,7 +131,7 @@ impl Installation {
     /// name.
     fn entry(&self) -> Result<Vec<Change>, InstallError> {
         let mut changes = Vec::new();
-        for found in self.found()? {
+        for found in self.configurations()? {
             match found {
                 NetworkConfig::Orphan(path) => changes.push(Change::Remove(path)),
                 found if self.drop_in => {
@@ -153,7 +153,7 @@ impl Installation {
         Err(InstallError::NoConfiguration { folder: self.network_folder.clone() })
     }
 
-    fn found(&self) -> Result<Vec<NetworkConfig>, InstallError> {
+    fn configurations(&self) -> Result<Vec<NetworkConfig>, InstallError> {
         match NetworkConfig::all(&self.network_folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
             found => found.map_err(failed("read", &self.network_folder)),

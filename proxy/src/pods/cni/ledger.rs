@@ -218,7 +218,7 @@ impl Ledger {
         }
         let known = self.known().entries.get(&pod.attachment).map(|entry| entry.namespace);
         match known {
-            None => return Err(unknown(&pod.attachment)),
+            None => return Err(unknown_refusal(&pod.attachment)),
             Some(enrolled) if enrolled != namespace => {
                 return Err(other_namespace_refusal(enrolled));
             }
@@ -249,13 +249,13 @@ impl Ledger {
     pub(super) fn sweep(&self) {
         self.remove_where(|_, entry| {
             let (device, inode) = (entry.namespace.device(), entry.namespace.inode());
-            entry.is_visible && has_left(Path::new(&entry.pod.namespace_path), device, inode)
+            entry.is_visible && is_stale(Path::new(&entry.pod.namespace_path), device, inode)
         });
     }
 
     fn remove_where(&self, is_gone: impl Fn(&Attachment, &Entry) -> bool) {
         let mut known = self.known();
-        // An `ADD` in progress has its own end.
+        // An `ADD` in progress is not removed here: it completes or undoes itself.
         let entries = known.entries.iter();
         let enrolled = entries.filter(|(_, entry)| entry.progress == Progress::Enrolled);
         let gone = enrolled.filter(|(attachment, entry)| is_gone(attachment, entry));
@@ -272,7 +272,7 @@ impl Ledger {
             let path = Path::new(&pod.namespace_path);
             let namespace = match (self.open)(path) {
                 Ok(found) if (found.id().device(), found.id().inode()) == (device, inode) => found,
-                Err(error) if !has_left(path, device, inode) => {
+                Err(error) if !is_stale(path, device, inode) => {
                     // The file stays for the next start.
                     tracing::error!(
                         error = chain(&error),
@@ -302,9 +302,9 @@ impl Ledger {
     }
 }
 
-/// Whether the path no longer leads to the namespace: the file is missing, or belongs to another
-/// namespace. Other errors do not count.
-fn has_left(path: &Path, device: u64, inode: u64) -> bool {
+/// Whether the path is stale: its file is missing, or belongs to another namespace. Other errors do
+/// not count.
+fn is_stale(path: &Path, device: u64, inode: u64) -> bool {
     match fs::metadata(path) {
         Ok(file) => (file.dev(), file.ino()) != (device, inode),
         Err(error) => error.kind() == io::ErrorKind::NotFound,
@@ -338,7 +338,7 @@ impl From<&EnrolError> for Refusal {
     }
 }
 
-fn unknown(attachment: &Attachment) -> Refusal {
+fn unknown_refusal(attachment: &Attachment) -> Refusal {
     Refusal {
         code: code::UNKNOWN_CONTAINER,
         message: format!("the daemon has no attachment {attachment}"),

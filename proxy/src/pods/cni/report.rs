@@ -32,7 +32,7 @@ pub(in crate::pods::cni) struct Report {
 impl Report {
     /// Creates the report of a starting daemon: no condition is met yet.
     pub(in crate::pods::cni) fn new(health: SourceHealth) -> Self {
-        let starts = Some("the daemon starts".to_owned());
+        let starts = Some("the daemon is starting".to_owned());
         let problems = Mutex::new([starts.clone(), starts.clone(), None]);
         Self { health, problems, not_ready: watch::Sender::new(starts) }
     }

@@ -168,7 +168,7 @@ async fn perform<'a>(
 }
 
 fn status(not_ready: &NotReady) -> Result<(), Refusal> {
-    let hint = || "the log of `underpass node` has more".to_owned();
+    let hint = || "see the log of `underpass node`".to_owned();
     match not_ready.borrow().clone() {
         None => Ok(()),
         Some(message) => Err(Refusal { code: code::NOT_READY, message, hint: hint() }),
@@ -187,7 +187,7 @@ fn collect(
         return Err(Refusal {
             code: code::TRY_AGAIN,
             message: format!("more than {MAX_VALID_ATTACHMENTS} attachments remain"),
-            hint: "the daemon removes removed pods by itself".to_owned(),
+            hint: "nothing is to be done: the daemon removes deleted pods by itself".to_owned(),
         });
     }
     if last {

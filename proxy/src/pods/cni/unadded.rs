@@ -47,9 +47,9 @@ impl UnaddedPods {
         let gone = gone.map(|(uid, _)| uid).collect();
         let mut change = UnaddedChange { gone, ..UnaddedChange::default() };
         for pod in running {
-            let due = *self.since.entry(pod.uid.clone()).or_insert(now) + GRACE;
-            if due > now {
-                change.next = Some(change.next.map_or(due, |next| next.min(due)));
+            let grace_end = *self.since.entry(pod.uid.clone()).or_insert(now) + GRACE;
+            if grace_end > now {
+                change.next = Some(change.next.map_or(grace_end, |next| next.min(grace_end)));
             } else if self.reported.insert(pod.uid.clone(), pod.full_name()).is_none() {
                 change.new.push(pod);
             }

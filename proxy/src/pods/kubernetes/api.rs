@@ -18,8 +18,8 @@ use super::reflector::ReflectorError;
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for a page of a list.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-/// The maximum size of a page of a list in bytes. 500 pods of the maximum size are less likely than
-/// a faulty server.
+/// The maximum size of a page of a list in bytes, far above that of 500 usual pods: a larger page
+/// comes from a faulty server.
 const MAX_PAGE: usize = 64 << 20;
 /// The maximum size of an event in bytes. The API server accepts objects of 3 MiB.
 const MAX_EVENT: usize = 8 << 20;

@@ -63,8 +63,8 @@ impl ClusterPod {
         Ok(Self {
             uid,
             has_static_uid,
-            namespace: needed(object, "/metadata/namespace")?,
-            name: needed(object, "/metadata/name")?,
+            namespace: required(object, "/metadata/namespace")?,
+            name: required(object, "/metadata/name")?,
             // Empty if no admission controller sets it. The facts of such a pod are incomplete.
             service_account: text(object, "/spec/serviceAccountName")
                 .unwrap_or_default()
@@ -78,7 +78,7 @@ impl ClusterPod {
         })
     }
 
-    /// Whether both are the pod with the same namespace and name.
+    /// Whether both have the same namespace and name.
     pub(crate) fn is_same_pod(&self, other: &Self) -> bool {
         (&self.namespace, &self.name) == (&other.namespace, &other.name)
     }
@@ -93,7 +93,7 @@ impl ClusterNamespace {
     pub(crate) fn parse(object: &Value) -> Result<Self, MalformedObject> {
         let labels = of_istio(object.pointer("/metadata/labels"));
         let dataplane_mode = labels.get(DATAPLANE_MODE).cloned();
-        Ok(Self { name: needed(object, "/metadata/name")?, dataplane_mode })
+        Ok(Self { name: required(object, "/metadata/name")?, dataplane_mode })
     }
 }
 
@@ -101,7 +101,7 @@ fn text<'a>(object: &'a Value, pointer: &str) -> Option<&'a str> {
     object.pointer(pointer)?.as_str()
 }
 
-fn needed(object: &Value, pointer: &'static str) -> Result<String, MalformedObject> {
+fn required(object: &Value, pointer: &'static str) -> Result<String, MalformedObject> {
     let found = text(object, pointer).filter(|text| !text.is_empty());
     found.map(str::to_owned).ok_or(MalformedObject(pointer))
 }

@@ -91,7 +91,7 @@ impl ClusterView {
                 let pods = self.pods.get_or_insert_default();
                 let known = pods.get(&pod.uid);
                 if pod.has_static_uid && known.is_some_and(|known| !known.is_same_pod(&pod)) {
-                    // Another pod's uid in the annotation must not replace that pod.
+                    // An annotation with the uid of another pod must not replace that pod.
                     return false;
                 }
                 let is_new = known.is_none_or(|known| **known != pod);

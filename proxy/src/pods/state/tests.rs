@@ -9,7 +9,7 @@ use super::*;
 use crate::pods::enrolment::{Operation, PodProblem};
 use crate::pods::facts::tests::facts;
 
-/// A served pod that applies changes of labels only.
+/// A served pod that applies all changes except a new name.
 #[derive(Debug)]
 struct Served {
     facts: Arc<PodFacts>,

@@ -16,7 +16,7 @@ use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
 use crate::pods::zds::session::{self, Command, RequestError, Session};
 
-/// Timeout of an enrolment before the response. istio-cni waits 5 s for the response, and its
+/// How long a response waits for the enrolment. istio-cni waits 5 s for the response, and its
 /// plugin 5 s for the whole addition of a pod. Enrolment continues afterwards.
 const ENROL_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -133,7 +133,7 @@ impl Connection {
             Command::Add { facts, namespace } => self.add(*facts, namespace).await?,
             Command::Keep(uid) => {
                 if !self.registry.is_known(&uid) {
-                    tracing::warn!(%uid, "pod not enrolled: the node agent has no network namespace of it");
+                    tracing::warn!(%uid, "pod not enrolled: the node agent has no network namespace for it");
                 }
             }
             // The agent must not wait for the drain.

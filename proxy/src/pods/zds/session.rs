@@ -11,8 +11,7 @@
 //! ```
 //!
 //! An `Ack` does not name its request. A missing, late or extra `Ack` would be attributed to
-//! another
-//! request.
+//! another request.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -129,12 +128,12 @@ impl Session {
     fn keep<D>(&mut self, keep: KeepWorkload, attached: &[D]) -> Result<Command<D>, RequestError> {
         let uid = uid(keep.uid)?;
         self.named.as_mut().ok_or(RequestError::KeepAfterSnapshot)?.insert(uid.clone());
-        refuse(attached)?;
+        refuse_descriptors(attached)?;
         Ok(Command::Keep(uid))
     }
 
     fn remove<D>(&mut self, del: DelWorkload, attached: &[D]) -> Result<Command<D>, RequestError> {
-        refuse(attached)?;
+        refuse_descriptors(attached)?;
         let uid = uid(del.uid)?;
         if let Some(named) = &mut self.named {
             named.remove(&uid);
@@ -143,7 +142,7 @@ impl Session {
     }
 
     fn end_snapshot<D>(&mut self, attached: &[D]) -> Result<Command<D>, RequestError> {
-        refuse(attached)?;
+        refuse_descriptors(attached)?;
         self.named.take().map(Command::Retain).ok_or(RequestError::SecondSnapshot)
     }
 }
@@ -168,7 +167,7 @@ fn facts(uid: PodUid, info: WorkloadInfo) -> PodFacts {
     }
 }
 
-fn refuse<D>(attached: &[D]) -> Result<(), RequestError> {
+fn refuse_descriptors<D>(attached: &[D]) -> Result<(), RequestError> {
     if attached.is_empty() { Ok(()) } else { Err(RequestError::UnexpectedDescriptor) }
 }
 

@@ -49,7 +49,8 @@ impl PreparedProxy {
         Ok(Self::InProcess(Box::new(node), endpoints))
     }
 
-    /// The capabilities of the thread that has started it: the proxy process has another user.
+    /// The capabilities that the control thread keeps: KILL for a proxy process, which has another
+    /// user.
     pub(super) fn control_thread(&self) -> KeptCapabilities {
         match self {
             Self::InProcess(..) => KeptCapabilities::Nothing,
@@ -76,7 +77,7 @@ impl ProxyPart {
         }
     }
 
-    /// Connects it with the registry of pods. Waits until its workers run.
+    /// Connects the proxy part with the registry of pods. Waits until its workers run.
     pub(super) async fn connect(
         &mut self,
         registry: &PodRegistry,
@@ -101,7 +102,8 @@ impl ProxyPart {
         }
     }
 
-    /// The mesh, for the facts about pods. A broker follows the mesh file itself, if it has them.
+    /// The mesh, for the facts about pods. A broker follows the mesh file itself if the file has
+    /// them.
     pub(super) fn mesh(
         &self,
         settings: &Settings,

@@ -1,7 +1,7 @@
 //! Queues log lines, bounded in bytes, and writes them on a thread.
 //!
 //! ```text
-//! threads ─ push ─▶ queue ─ take all ─▶ thread: write ─▶ rest 10 ms, or until 64 KiB are queued
+//! threads ─ push ─▶ queue ─ take all ─▶ thread: write ─▶ pause 10 ms, or until 64 KiB are queued
 //! ```
 //!
 //! A line that would exceed the bound is lost and counted. When a stalled or full output recovers,
@@ -19,10 +19,10 @@ use crate::observe::metrics;
 
 /// The maximum number of bytes that are queued or being written.
 const MAX_BYTES: usize = 1 << 20;
-/// The thread's rest after a write. Lines that are pushed meanwhile need not wake it, which saves
+/// The thread's pause after a write. Lines that are pushed meanwhile need not wake it, which saves
 /// two of the 30 system calls of a connection.
 const WRITE_INTERVAL: Duration = Duration::from_millis(10);
-/// The number of queued bytes that ends the rest early.
+/// The number of queued bytes that ends the pause early.
 const BATCH_BYTES: usize = 64 << 10;
 /// The delay after a failed write before the next attempt to report lost lines.
 const WRITE_RETRY_DELAY: Duration = Duration::from_secs(1);
@@ -58,7 +58,7 @@ enum ThreadState {
     /// Waits for a line.
     Idle,
     /// Waits for [`BATCH_BYTES`] or the end of [`WRITE_INTERVAL`].
-    Resting,
+    Paused,
     Ended,
 }
 
@@ -99,7 +99,7 @@ impl Queue {
         state.waiting.extend_from_slice(line);
         let wake = match state.thread {
             ThreadState::Idle => true,
-            ThreadState::Resting => state.waiting.len() >= BATCH_BYTES,
+            ThreadState::Paused => state.waiting.len() >= BATCH_BYTES,
             ThreadState::Writing | ThreadState::Ended => false,
         };
         if wake {
@@ -110,7 +110,7 @@ impl Queue {
     }
 
     /// Waits for lines, at most for `timeout`, and moves all of them to `lines`. Returns the number
-    /// of lines lost since; `None` when the queue is closed and empty.
+    /// of lines lost since the last call; `None` when the queue is closed and empty.
     fn take(&self, lines: &mut Vec<u8>, timeout: Option<Duration>) -> Option<u64> {
         lines.clear();
         let mut state = self.state();
@@ -142,7 +142,7 @@ impl Queue {
     fn wait_for_batch(&self) {
         let mut state = self.state();
         state.in_flight = 0;
-        state.thread = ThreadState::Resting;
+        state.thread = ThreadState::Paused;
         let few = |state: &mut State| state.waiting.len() < BATCH_BYTES && !state.closed;
         let waited = self.work.wait_timeout_while(state, WRITE_INTERVAL, few);
         waited.unwrap_or_else(PoisonError::into_inner).0.thread = ThreadState::Writing;
@@ -180,7 +180,7 @@ fn write_lines<W: Write>(queue: &Queue, output: &mut Output<W>) {
     queue.ended.notify_one();
 }
 
-/// The log's output, and the number of lines that it did not take.
+/// The log's output, and the number of lines that could not be written.
 struct Output<W> {
     to: W,
     lines: Lines,

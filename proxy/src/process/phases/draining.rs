@@ -70,14 +70,14 @@ impl Draining {
         let terminated = self.drain(stop).await;
         tracing::info!(terminated, "drained");
         let Self { pod, threads, tasks, .. } = self;
-        let left = pod.leave().await;
+        let outcome = pod.leave().await;
         // These tasks enforce policies, and the pod renews its certificate: both until the drain is
         // complete.
         drop(tasks);
         drain.end();
         tokio::time::timeout(WORKER_STOP_TIMEOUT, threads.join()).await.ok();
         tracing::info!("stopped");
-        Ok(left?)
+        Ok(outcome?)
     }
 
     /// Drains until the first deadline. Each further stop signal selects the next, shorter one.

@@ -146,7 +146,7 @@ struct Pipe {
 
 struct PooledPipe {
     pipe: SplicePipe,
-    _held: FdPermit,
+    _permit: FdPermit,
 }
 
 impl Pipe {
@@ -156,8 +156,8 @@ impl Pipe {
         let pooled = match spare {
             Some(pooled) => pooled,
             None => {
-                let held = buffers.pipe_ends()?;
-                Arc::new(PooledPipe { pipe: SplicePipe::open(PIPE).ok()?, _held: held })
+                let permit = buffers.pipe_ends()?;
+                Arc::new(PooledPipe { pipe: SplicePipe::open(PIPE).ok()?, _permit: permit })
             }
         };
         Some(Self { pooled, filled: 0 })

@@ -45,7 +45,7 @@ pub(super) struct Tcp<'a> {
     /// The number of bytes read since the start of the connection or the last restart of detection.
     read: usize,
     /// Whether the last read filled its buffer.
-    full: bool,
+    is_full: bool,
     /// The known end that follows the bytes of the last read: FIN or an error.
     pending_end: Option<io::Result<()>>,
     /// Present while this side is watched for an abort. Boxed, because few connections are watched.
@@ -64,7 +64,7 @@ impl<'a> Tcp<'a> {
             share: BufferShare::none_of(buffers),
             full_reads_left: 0,
             read: 0,
-            full: false,
+            is_full: false,
             pending_end: None,
             abort_watch: None,
         }
@@ -72,7 +72,7 @@ impl<'a> Tcp<'a> {
 
     /// Whether the connection sends so much, in reads so large, that splicing pays.
     pub(super) fn is_bulk(&self) -> bool {
-        self.read >= BULK && self.full && self.size == LARGEST_READ
+        self.read >= BULK && self.is_full && self.size == LARGEST_READ
     }
 
     /// Restarts the detection of bulk, and frees the buffer.
@@ -99,8 +99,8 @@ impl<'a> Tcp<'a> {
     /// quarter.
     fn adapt(&mut self, read: usize, room: usize) {
         self.read = self.read.saturating_add(read);
-        self.full = read >= room;
-        if self.full {
+        self.is_full = read >= room;
+        if self.is_full {
             self.full_reads_left = self.full_reads_left.saturating_sub(1);
             if self.full_reads_left == 0 {
                 self.size = (self.size * 2).min(LARGEST_READ);

@@ -72,7 +72,7 @@ pub(in crate::traffic) async fn deliver(
     let known = registration.termination().or_terminate(pin!(seat.inbound_mesh(here.ip()))).await;
     let target = inbound_target(&seat, &target, here);
     let facts = request_facts(&seat, &origin, &headers, target.as_ref().ok());
-    let unopened = Unopened { seat: &seat, accepted_at, facts, recorded: false };
+    let unopened = Unopened { seat: &seat, accepted_at, facts, is_recorded: false };
     let connected = async {
         known?;
         let admitted = seat.pod.limits.admit_delivery(client.ip(), seat.worker.index);
@@ -96,7 +96,7 @@ struct Unopened<'a> {
     seat: &'a Seat,
     accepted_at: Instant,
     facts: Facts,
-    recorded: bool,
+    is_recorded: bool,
 }
 
 impl Unopened<'_> {
@@ -116,7 +116,7 @@ impl Unopened<'_> {
     }
 
     fn take_facts(&mut self) -> Facts {
-        self.recorded = true;
+        self.is_recorded = true;
         let nothing = Facts::new(Direction::Inbound, Party::default(), Party::default());
         std::mem::replace(&mut self.facts, nothing)
     }
@@ -124,7 +124,7 @@ impl Unopened<'_> {
 
 impl Drop for Unopened<'_> {
     fn drop(&mut self) {
-        if !self.recorded {
+        if !self.is_recorded {
             self.record_failure(ProxyError::Tunnel(HboneError::aborted_by_peer()));
         }
     }
@@ -212,7 +212,7 @@ mod tests {
 
     const AFTER: std::time::Duration = std::time::Duration::from_secs(1);
 
-    fn broken_pipe() -> io::Error {
+    fn reset() -> io::Error {
         io::ErrorKind::ConnectionReset.into()
     }
 
@@ -230,9 +230,9 @@ mod tests {
             let (source, destination) = (source.termination(), destination.termination());
             codes(split(error, source, destination, by_destination))
         };
-        let client = ProxyError::Client(broken_pipe());
+        let client = ProxyError::Client(reset());
         assert_eq!(of(client, false), ["client_reset", "reset"]);
-        let upstream = ProxyError::Upstream(broken_pipe());
+        let upstream = ProxyError::Upstream(reset());
         assert_eq!(of(upstream, false), ["reset", "upstream_reset"]);
         let revoked = || ProxyError::Tunnel(HboneError::Revoked);
         assert_eq!(of(revoked(), false), ["revoked", "lost"]);

@@ -20,7 +20,7 @@ use crate::observe::metrics;
 
 /// The interval of checks once a tunnel is due.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// The interval of checks while the proxy closes. Such checks last as long.
+/// The interval of checks while the proxy closes. They continue for [`CLOSING_DURATION`].
 const CLOSING_CHECK_INTERVAL: Duration = Duration::from_millis(20);
 const CLOSING_DURATION: Duration = Duration::from_secs(1);
 /// The number of checks per idle timeout. A tunnel retires at most one check interval late.
@@ -30,8 +30,8 @@ const IDLE_CHECKS: u32 = 8;
 pub(super) struct Retirement {
     timer: Pin<Box<Sleep>>,
     plan: Plan,
-    closing: bool,
-    drained: bool,
+    is_closing: bool,
+    is_drained: bool,
 }
 
 /// The times at which a tunnel retires.
@@ -58,7 +58,7 @@ impl Retirement {
         let plan = Plan::new(valid, node.tunnels.max_age, node.timeouts.tunnel_idle);
         let first = plan.due.min(Instant::now() + plan.idle);
         let timer = Box::pin(sleep_until(first));
-        Self { timer, plan, closing: false, drained: false }
+        Self { timer, plan, is_closing: false, is_drained: false }
     }
 
     /// Waits for the next CONNECT request. Sends GOAWAY when the tunnel is due.
@@ -67,16 +67,16 @@ impl Retirement {
         closing: &CancellationToken,
         tunnel: &mut ServerTunnel,
     ) -> Option<Incoming> {
-        while !self.drained {
+        while !self.is_drained {
             tokio::select! {
                 request = tunnel.next() => return request,
-                () = closing.cancelled(), if !self.closing => self.close_soon(),
+                () = closing.cancelled(), if !self.is_closing => self.close_soon(),
                 () = &mut self.timer => match self.plan.check(Instant::now(), tunnel.idle()) {
                     Verdict::CheckAgain(at) => self.timer.as_mut().reset(at),
                     Verdict::Retire(reason) => {
                         metrics::tunnel_closed(reason);
                         tunnel.drain();
-                        self.drained = true;
+                        self.is_drained = true;
                     }
                 }
             }
@@ -88,7 +88,7 @@ impl Retirement {
         let now = Instant::now();
         self.plan.close_soon(now);
         self.timer.as_mut().reset(now);
-        self.closing = true;
+        self.is_closing = true;
     }
 }
 

@@ -58,7 +58,7 @@ pub(super) struct Conflist<'a> {
 #[derive(Debug)]
 struct Plugin<'a> {
     /// The position of the entry in the text.
-    place: Range<usize>,
+    span: Range<usize>,
     text: &'a str,
     is_ours: bool,
 }
@@ -121,15 +121,15 @@ impl<'a> Conflist<'a> {
             if only.has_socket(socket) {
                 return Ok(None);
             }
-            return Ok(Some(self.replaced(only.place.clone(), &entry(socket))));
+            return Ok(Some(self.replaced(only.span.clone(), &entry(socket))));
         }
         if let Some(others) = self.without_entry()? {
             return Conflist::parse(&others)?.with_entry(socket);
         }
-        let before_first = self.text.get(..first.place.start).unwrap_or_default();
+        let before_first = self.text.get(..first.span.start).unwrap_or_default();
         let indent = before_first.len() - before_first.trim_end().len();
         let indent = before_first.get(before_first.len() - indent..).unwrap_or_default();
-        let end = last.place.end;
+        let end = last.span.end;
         Ok(Some(self.replaced(end..end, &format!(",{indent}{}", entry(socket)))))
     }
 
@@ -138,22 +138,22 @@ impl<'a> Conflist<'a> {
         let Some(index) = self.plugins.iter().position(|plugin| plugin.is_ours) else {
             return Ok(None);
         };
-        let end_of = |index: usize| self.plugins.get(index).map(|plugin| plugin.place.end);
+        let end_of = |index: usize| self.plugins.get(index).map(|plugin| plugin.span.end);
         let before = index.checked_sub(1).and_then(end_of);
-        let after = self.plugins.get(index + 1).map(|plugin| plugin.place.start);
-        let place = self.plugins.get(index).map(|plugin| plugin.place.clone()).unwrap_or_default();
+        let after = self.plugins.get(index + 1).map(|plugin| plugin.span.start);
+        let span = self.plugins.get(index).map(|plugin| plugin.span.clone()).unwrap_or_default();
         let text = match (before, after) {
-            (Some(before), _) => self.replaced(before..place.end, ""),
-            (None, Some(after)) => self.replaced(place.start..after, ""),
+            (Some(before), _) => self.replaced(before..span.end, ""),
+            (None, Some(after)) => self.replaced(span.start..after, ""),
             (None, None) => return Err(ConflistError::Alone),
         };
         let rest = Conflist::parse(&text)?.without_entry()?;
         Ok(Some(rest.unwrap_or(text)))
     }
 
-    fn replaced(&self, place: Range<usize>, new: &str) -> String {
+    fn replaced(&self, span: Range<usize>, new: &str) -> String {
         let mut text = self.text.to_owned();
-        text.replace_range(place, new);
+        text.replace_range(span, new);
         text
     }
 }
@@ -164,7 +164,7 @@ impl<'a> Plugin<'a> {
         let start = plugin.as_ptr().addr() - text.as_ptr().addr();
         let value: Value = serde_json::from_str(plugin).unwrap_or_default();
         let is_ours = value.get("type").and_then(Value::as_str) == Some(PLUGIN_NAME);
-        Self { place: start..start + plugin.len(), text: plugin, is_ours }
+        Self { span: start..start + plugin.len(), text: plugin, is_ours }
     }
 
     fn has_socket(&self, socket: &Path) -> bool {

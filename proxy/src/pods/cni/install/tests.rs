@@ -129,7 +129,7 @@ fn single_configuration_gets_list_beside_it() {
     fs::remove_file(runtime.file("10-a.conf")).unwrap();
     runtime.write("20-b.conflist", LIST);
     apply(installation.install());
-    assert_eq!(runtime.files().len(), 1, "the list goes with its configuration");
+    assert_eq!(runtime.files().len(), 1, "the derived list is removed with its configuration");
     runtime.write("10-a.conf", SINGLE);
     apply(installation.install());
     apply(installation.uninstall());
@@ -147,7 +147,7 @@ fn drop_in_does_not_change_the_list() {
     assert!(runtime.read("a/underpass.conf").contains(PLUGIN_NAME), "{changes:?}");
     assert!(runtime.drop_in().install().unwrap().is_empty());
     apply(runtime.installation().install());
-    assert!(!runtime.file("a/underpass.conf").exists(), "and back to the list");
+    assert!(!runtime.file("a/underpass.conf").exists(), "the entry moves back to the list");
     apply(runtime.drop_in().install());
     apply(runtime.drop_in().uninstall());
     assert_eq!(runtime.files(), [("10-a.conflist".to_owned(), LIST.to_owned())]);

@@ -23,10 +23,11 @@ use crate::pods::enrolment::EnrolError;
 use crate::pods::facts::PodFacts;
 use crate::pods::kubernetes::objects::ClusterPod;
 
-/// The interval of reading the runtime's results: no call reports a pod without our plugin.
-const LOOK_AT_RESULTS: Duration = Duration::from_secs(10);
+/// The interval at which the runtime's results are read: no call reports a pod that was added
+/// without the plugin.
+const RESULTS_INTERVAL: Duration = Duration::from_secs(10);
 /// The maximum number of pods that the message of a problem names.
-const NAMED: usize = 3;
+const MAX_NAMED: usize = 3;
 
 impl Ledger {
     /// Follows the facts. Never returns.
@@ -55,7 +56,7 @@ impl Ledger {
                 () = origin.changed() => {}
                 () = self.changed.notified() => {}
                 () = grace_ends => {}
-                () = sleep_until(next_multiple(LOOK_AT_RESULTS)) => {}
+                () = sleep_until(next_multiple(RESULTS_INTERVAL)) => {}
             }
         }
     }
@@ -176,8 +177,8 @@ fn report_conditions(origin: &FactOrigin, unadded: &UnaddedPods, report: &Report
 
 /// The problem of pods that bypass the mesh, with the names of some of them.
 fn bypassing(unadded: &UnaddedPods) -> Option<String> {
-    let names: Vec<&str> = unadded.names().take(NAMED).collect();
-    let more = match unadded.names().len().saturating_sub(NAMED) {
+    let names: Vec<&str> = unadded.names().take(MAX_NAMED).collect();
+    let more = match unadded.names().len().saturating_sub(MAX_NAMED) {
         _ if names.is_empty() => return None,
         0 => String::new(),
         more => format!(" and {more} more"),

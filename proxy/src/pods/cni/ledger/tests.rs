@@ -313,7 +313,7 @@ async fn changed_facts_are_applied_to_running_pod() {
     ledger.add(web.clone(), namespace("uts")).await.unwrap().keep();
     ledger.apply_facts();
     assert_eq!(enroller.attempts(&web.pod.uid), 1, "nothing has changed");
-    // The fake pod applies changes of labels only, so an annotation enrols it again.
+    // The fake pod applies changes of labels only, so a new service account enrols it again.
     object["metadata"]["labels"]["istio.io/dataplane-mode"] = "none".into();
     cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
     ledger.apply_facts();

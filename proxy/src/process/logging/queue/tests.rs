@@ -105,7 +105,10 @@ fn stalled_output_bounds_memory_and_reports_lost_lines() {
     let lines = text.lines().filter(|line| line.starts_with('x')).count() as u64;
     assert!(lines > 1000, "{lines}");
     assert_eq!(lines + reported(&text), 5001);
-    assert!(text.ends_with(&format!("log lines lost: {}\n", 5001 - lines)), "at their place");
+    assert!(
+        text.ends_with(&format!("log lines lost: {}\n", 5001 - lines)),
+        "the report follows the written lines"
+    );
 }
 
 #[test]
