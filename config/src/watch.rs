@@ -50,7 +50,7 @@ pub(crate) struct PathWatch {
     path: PathBuf,
     subscription: Subscription,
     /// The time of the next poll.
-    look_at: Instant,
+    check_at: Instant,
     /// The latest time of the next check, set by the first event after the last check.
     settled_by: Option<Instant>,
 }
@@ -105,7 +105,7 @@ impl FileWatcher {
         Ok(PathWatch {
             path,
             subscription,
-            look_at: next_multiple(POLL_INTERVAL),
+            check_at: next_multiple(POLL_INTERVAL),
             settled_by: None,
         })
     }
@@ -142,10 +142,10 @@ impl PathWatch {
                 pause = self.subscription.event() => {
                     let now = Instant::now();
                     let by = *self.settled_by.get_or_insert(now + MAX_SETTLE_TIME);
-                    self.look_at = by.min(now + pause);
+                    self.check_at = by.min(now + pause);
                 }
-                () = sleep_until(self.look_at) => {
-                    self.look_at = next_multiple(POLL_INTERVAL);
+                () = sleep_until(self.check_at) => {
+                    self.check_at = next_multiple(POLL_INTERVAL);
                     self.settled_by = None;
                     // The next poll retries watching folders that cannot be watched now.
                     self.subscription.follow().ok();

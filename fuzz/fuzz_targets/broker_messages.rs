@@ -1,4 +1,4 @@
-//! The messages between the broker and the proxy process.
+//! Decodes the messages between the broker and the proxy process.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| underpass::fuzz::broker_messages(bytes));

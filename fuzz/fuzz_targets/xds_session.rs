@@ -1,4 +1,4 @@
-//! A script of a control plane against the client of delta xDS (`config/src/xds/script.rs`).
+//! Runs a script of a control plane against the client of delta xDS (`config/src/xds/script.rs`).
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

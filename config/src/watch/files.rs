@@ -73,7 +73,7 @@ impl File {
 
 /// Whether the name of a file is that of a document.
 pub(crate) fn is_document(path: &Path) -> bool {
-    let hidden = path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"."));
+    let is_hidden = path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"."));
     let extension = path.extension().and_then(|extension| extension.to_str());
-    !hidden && extension.is_some_and(|extension| EXTENSIONS.contains(&extension))
+    !is_hidden && extension.is_some_and(|extension| EXTENSIONS.contains(&extension))
 }

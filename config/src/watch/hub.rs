@@ -129,8 +129,9 @@ impl State {
     /// registered.
     fn distribute(&self, events: &dyn FolderEvents) {
         events.read(&mut |event| {
-            let writing = matches!(event, FolderEvent::Changed { step: ChangeStep::Writing, .. });
-            let pause = if writing { QUIET_WHILE_WRITING } else { QUIET_AFTER_WRITE };
+            let is_writing =
+                matches!(event, FolderEvent::Changed { step: ChangeStep::Writing, .. });
+            let pause = if is_writing { QUIET_WHILE_WRITING } else { QUIET_AFTER_WRITE };
             for watches in
                 self.subscriptions.values().filter(|watches| watches.is_affected_by(event))
             {
@@ -139,7 +140,7 @@ impl State {
         });
     }
 
-    /// Updates the watches of a subscription to the folders that now lead to its files.
+    /// Watches the folders that now lead to the files of a subscription, and no others.
     fn follow(&mut self, id: u64) -> io::Result<()> {
         let Some(events) = self.events.clone() else { return Ok(()) };
         loop {
@@ -198,7 +199,7 @@ impl Subscription {
         *self.pauses.borrow_and_update()
     }
 
-    /// Updates the watches to the folders that now lead to the files.
+    /// Watches the folders that now lead to the files, and no others.
     pub(super) fn follow(&self) -> io::Result<()> {
         self.hub.state().follow(self.id)
     }

@@ -64,27 +64,27 @@ impl RelevantEntries {
 fn entries(path: &Path) -> BTreeSet<PathBuf> {
     let mut entries = BTreeSet::new();
     let mut links = 0;
-    let mut here = PathBuf::from("/");
-    let mut ahead = components(path);
-    while let Some(component) = ahead.pop() {
+    let mut resolved = PathBuf::from("/");
+    let mut remaining = components(path);
+    while let Some(component) = remaining.pop() {
         if component == ".." {
-            // `here` contains no links, so its textual parent is its real one.
-            here.pop();
+            // `resolved` contains no links, so its textual parent is its real one.
+            resolved.pop();
             continue;
         }
-        let next = here.join(component);
+        let next = resolved.join(component);
         if let Ok(target) = next.read_link() {
             entries.insert(next);
             links += 1;
             if links > MAX_LINKS {
                 break;
             }
-            ahead.extend(components(&target));
-        } else if ahead.is_empty() || !next.is_dir() {
+            remaining.extend(components(&target));
+        } else if remaining.is_empty() || !next.is_dir() {
             entries.insert(next);
             break;
         } else {
-            here = next;
+            resolved = next;
         }
     }
     entries

@@ -14,8 +14,8 @@ use super::*;
 use crate::hint::Hint as _;
 use crate::testing::Folder;
 
-/// Shorter than the polling interval.
-const LONGER_THAN_POLL_INTERVAL: Duration = Duration::from_secs(10);
+/// The maximum delay of a change that an event reports. Shorter than the polling interval.
+const MAX_EVENT_DELAY: Duration = Duration::from_secs(10);
 
 /// Events without folders, which a test queues.
 #[derive(Debug, Default)]
@@ -81,18 +81,18 @@ async fn waits_longer_while_file_is_written() {
     let (written, writing) = (Duration::from_millis(50), Duration::from_millis(100));
     assert!(delay(changed("a.yaml", ChangeStep::Complete)).await < written);
     let delay = delay(changed("a.yaml", ChangeStep::Writing)).await;
-    assert!((writing..LONGER_THAN_POLL_INTERVAL).contains(&delay), "{delay:?}");
+    assert!((writing..MAX_EVENT_DELAY).contains(&delay), "{delay:?}");
 }
 
 #[tokio::test(start_paused = true)]
 async fn every_path_is_checked_after_lost_events() {
-    assert!(delay(FolderEvent::Lost).await < LONGER_THAN_POLL_INTERVAL);
+    assert!(delay(FolderEvent::Lost).await < MAX_EVENT_DELAY);
 }
 
 #[tokio::test(start_paused = true)]
 async fn event_of_another_file_wakes_no_watch() {
     assert!(
-        delay(changed("b.yaml", ChangeStep::Complete)).await > LONGER_THAN_POLL_INTERVAL,
+        delay(changed("b.yaml", ChangeStep::Complete)).await > MAX_EVENT_DELAY,
         "polling reports it"
     );
 }
@@ -129,10 +129,10 @@ fn wakes_only_for_events_that_can_change_content() {
     folder.write("mesh/..1/a.yaml", "1");
     folder.swap("..1", "mesh/..data");
     folder.swap("..data/a.yaml", "mesh/a.yaml");
-    let counts = |of: &str, name: &str, kind| {
+    let is_relevant = |of: &str, name: &str, kind| {
         RelevantEntries::new(&folder.root().join(of), kind).has(&folder.root().join(name))
     };
-    let has = |of: &str, name: &str| counts(of, name, FilesOfFolder::Documents);
+    let has = |of: &str, name: &str| is_relevant(of, name, FilesOfFolder::Documents);
     for relevant in ["mesh/a.yaml", "mesh/..data", "mesh/..1/a.yaml"] {
         assert!(has("mesh/a.yaml", relevant), "{relevant}");
     }
@@ -146,7 +146,7 @@ fn wakes_only_for_events_that_can_change_content() {
         assert!(!has("mesh", other), "{other}");
     }
     assert!(has("missing/a.yaml", "missing"));
-    for (name, counted) in [("mesh/10-a.conflist", true), ("10-a.conflist", false)] {
-        assert_eq!(counts("mesh", name, FilesOfFolder::All), counted, "{name}");
+    for (name, expected) in [("mesh/10-a.conflist", true), ("10-a.conflist", false)] {
+        assert_eq!(is_relevant("mesh", name, FilesOfFolder::All), expected, "{name}");
     }
 }

@@ -1,7 +1,7 @@
-//! A YAML document as a tree whose values know their locations.
+//! A YAML document as a tree of values with their locations.
 //!
 //! Scalars stay text, because their meaning depends on the key (`read.rs`): `8080` or `no`. The
-//! tree does not know keys.
+//! tree is independent of the known keys.
 
 mod loader;
 
@@ -82,19 +82,19 @@ pub(crate) enum Part<'a> {
     Item(&'a str, usize, Node),
 }
 
-/// Parses the single document in `text`, and reports each item of its top-level lists at once. So a
-/// large document is never entirely in memory as a tree. If an error follows, the caller must
-/// discard the reported parts.
+/// Parses the single document in `text`, and reports each item of its top-level lists as soon as it
+/// is parsed. So a large document is never entirely in memory as a tree. If an error follows, the
+/// caller must discard the reported parts.
 pub(crate) fn parts(
     text: &str,
     origin: &dyn Fn(usize, usize) -> Origin,
-    tell: &mut dyn FnMut(Part<'_>),
+    report: &mut dyn FnMut(Part<'_>),
 ) -> Result<(), SyntaxError> {
-    Loader::new(text, origin).report_parts(tell)
+    Loader::new(text, origin).report_parts(report)
 }
 
 impl Node {
-    /// An empty mapping, which an empty document stands for.
+    /// An empty mapping, which represents an empty document.
     pub(crate) fn empty(origin: Origin) -> Self {
         Self { value: Value::Mapping(Vec::new()), tag: None, origin }
     }

@@ -417,8 +417,8 @@ pub(crate) fn parse_port(text: &str) -> Option<u16> {
         _ => return text.parse().ok(),
     };
     // The standard parser would accept "0x+50".
-    let only_digits = digits.chars().all(|digit| digit.is_digit(radix));
-    u16::from_str_radix(digits, radix).ok().filter(|_| only_digits)
+    let has_only_digits = digits.chars().all(|digit| digit.is_digit(radix));
+    u16::from_str_radix(digits, radix).ok().filter(|_| has_only_digits)
 }
 
 /// Parses `250ms`, `10s`, `5m` or `24h`.

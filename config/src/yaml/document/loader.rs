@@ -46,47 +46,47 @@ impl<'a> Loader<'a> {
 
     pub(super) fn report_parts(
         mut self,
-        tell: &mut dyn FnMut(Part<'_>),
+        report: &mut dyn FnMut(Part<'_>),
     ) -> Result<(), SyntaxError> {
         let (event, span) = match self.begin()? {
             Some((Event::MappingStart(..), _)) => {
-                self.sections(tell)?;
+                self.sections(report)?;
                 return self.end();
             }
             Some(other) => other,
             None => {
                 let origin = (self.origin)(1, 1);
-                tell(Part::Whole(Node { value: Value::Null, tag: None, origin }));
+                report(Part::Whole(Node { value: Value::Null, tag: None, origin }));
                 return Ok(());
             }
         };
-        tell(Part::Whole(self.node(event, &span, 0)?));
+        report(Part::Whole(self.node(event, &span, 0)?));
         self.end()
     }
 
-    fn sections(&mut self, tell: &mut dyn FnMut(Part<'_>)) -> Result<(), SyntaxError> {
+    fn sections(&mut self, report: &mut dyn FnMut(Part<'_>)) -> Result<(), SyntaxError> {
         let mut known = HashSet::new();
         while let Some((key, span)) = self.key()? {
             if !known.insert(key.clone()) {
                 return Err(self.error(&span, &format!("duplicate key {key}")));
             }
             let (event, span) = self.next()?;
-            tell(Part::Key(&key, self.place(&span)));
-            // An alias may repeat a list with an anchor, so it is read as a whole.
+            report(Part::Key(&key, self.place(&span)));
+            // A list with an anchor is read as a whole, because an alias may repeat it.
             if !matches!(event, Event::SequenceStart(0, _)) {
                 match self.node(event, &span, 1)? {
                     Node { value: Value::Sequence(items), .. } => items
                         .into_iter()
                         .enumerate()
-                        .for_each(|(index, node)| tell(Part::Item(&key, index, node))),
-                    node => tell(Part::Value(&key, node)),
+                        .for_each(|(index, node)| report(Part::Item(&key, index, node))),
+                    node => report(Part::Value(&key, node)),
                 }
                 continue;
             }
             for index in 0.. {
                 match self.next()? {
                     (Event::SequenceEnd, _) => break,
-                    (event, span) => tell(Part::Item(&key, index, self.node(event, &span, 2)?)),
+                    (event, span) => report(Part::Item(&key, index, self.node(event, &span, 2)?)),
                 }
             }
         }
@@ -146,9 +146,9 @@ impl<'a> Loader<'a> {
         }
         let (value, anchor, tag) = match event {
             Event::Scalar(text, style, anchor, tag) => {
-                let plain = style == ScalarStyle::Plain;
-                let null = plain && matches!(&*text, "" | "~" | "null" | "Null" | "NULL");
-                let value = if null { Value::Null } else { Value::Scalar(text.into_owned()) };
+                let is_plain = style == ScalarStyle::Plain;
+                let is_null = is_plain && matches!(&*text, "" | "~" | "null" | "Null" | "NULL");
+                let value = if is_null { Value::Null } else { Value::Scalar(text.into_owned()) };
                 (value, anchor, tag)
             }
             Event::SequenceStart(anchor, tag) => (self.sequence(depth)?, anchor, tag),
@@ -202,7 +202,7 @@ impl<'a> Loader<'a> {
         let node = node.ok_or_else(|| self.error(span, "an alias to itself"))?;
         let left = self.aliased_left.checked_sub(node.count());
         self.aliased_left =
-            left.ok_or_else(|| self.error(span, "aliases unfold to too many values"))?;
+            left.ok_or_else(|| self.error(span, "aliases expand to too many values"))?;
         Ok(node.clone())
     }
 }

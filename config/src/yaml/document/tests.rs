@@ -45,7 +45,7 @@ fn rejects_hostile_documents_without_expansion() {
     }
     let deep = format!("{}x{}", "[".repeat(40), "]".repeat(40));
     for (text, reason) in [
-        (laughs.as_str(), "aliases unfold"),
+        (laughs.as_str(), "aliases expand"),
         (deep.as_str(), "nested too deeply"),
         ("a: 1\na: 2\n", "duplicate key"),
         ("a: 1\n---\nb: 2\n", "second document"),
