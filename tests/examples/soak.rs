@@ -49,7 +49,7 @@ fn options() -> SoakOptions {
             }
             "--seed" => options.seed = number(),
             "--connections" => {
-                options.connections = usize::try_from(number()).expect("it is not so many")
+                options.connections = usize::try_from(number()).expect("the number fits")
             }
             "--without" => {
                 options.faults.retain(|fault| !value.split(',').any(|name| name == fault.name()))

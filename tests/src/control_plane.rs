@@ -1,7 +1,7 @@
-//! A scripted control plane: a gRPC server of delta xDS that sends what a test requests.
+//! A scripted control plane: a gRPC server of delta xDS that sends the responses of a test.
 //!
-//! It uses no code of underpass except for the messages of the envelope. The resources are encoded
-//! by hand.
+//! It uses no code of underpass except for the types of xDS requests and responses. The resources
+//! in them are encoded by hand.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

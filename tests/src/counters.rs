@@ -55,7 +55,7 @@ impl Counters {
     /// The changed counters, each with its increase.
     #[must_use]
     pub fn since(&self, before: &Self) -> Vec<(String, u64)> {
-        let moved = self.0.iter().map(|(rule, now)| (rule.clone(), now - before.get(rule)));
-        moved.filter(|(_, by)| *by > 0).collect()
+        let increases = self.0.iter().map(|(rule, now)| (rule.clone(), now - before.get(rule)));
+        increases.filter(|(_, by)| *by > 0).collect()
     }
 }

@@ -159,7 +159,7 @@ impl Listener {
         (stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()))
     }
 
-    /// Whether a connection is in the accept queue. That connection is accepted and closed.
+    /// Returns true if a connection is in the accept queue, and accepts and closes it.
     #[must_use]
     pub fn is_reached(&self) -> bool {
         match self.queue.0.accept() {

@@ -134,8 +134,8 @@ impl Proxy {
         found
     }
 
-    /// Closes standard input, like the end of the parent, which stops the proxy. Waits for its
-    /// exit.
+    /// Closes the proxy's standard input, as the end of its parent would, which stops the proxy.
+    /// Waits for its exit.
     pub async fn stop(&mut self) -> ExitStatus {
         within("the proxy stops", self.child.stop()).await.or_fail("wait for the proxy")
     }

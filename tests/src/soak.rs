@@ -76,8 +76,8 @@ pub struct SoakSummary {
     /// The number of streams that each kind of fault may have broken.
     broken: BTreeMap<&'static str, u64>,
     fault_counts: BTreeMap<&'static str, u64>,
-    held_before: [Resources; 2],
-    held_after: [Resources; 2],
+    resources_before: [Resources; 2],
+    resources_after: [Resources; 2],
     /// Violations of the invariants.
     pub violations: Vec<String>,
 }
@@ -115,7 +115,7 @@ pub async fn soak(options: &SoakOptions) -> SoakSummary {
     .await;
     let streams = run.clone().streams(rng.fork(), options.connections, options.length);
     tokio::join!(streams, run.inject_faults(rng.fork(), options, &mut scene));
-    let is_back = |held: [Resources; 2]| {
+    let is_at_rest = |held: [Resources; 2]| {
         held.iter()
             .zip(&before)
             .all(|(now, before)| now.excess(before, options.wait_for_conntrack).is_empty())
@@ -123,8 +123,8 @@ pub async fn soak(options: &SoakOptions) -> SoakSummary {
     if timeout(REST_TIMEOUT, scene.await_outgoing()).await.is_err() {
         run.violation("a proxy did not exit after the takeover".to_owned());
     }
-    let patience = if options.wait_for_conntrack { CONNTRACK_TIMEOUT } else { REST_TIMEOUT };
-    let after = settled(&scene, is_back, patience).await;
+    let rest_timeout = if options.wait_for_conntrack { CONNTRACK_TIMEOUT } else { REST_TIMEOUT };
+    let after = settled(&scene, is_at_rest, rest_timeout).await;
     drop(servers);
     for (now, (was, (pod, _))) in after.iter().zip(before.iter().zip(scene.proxies())) {
         for excess in now.excess(was, options.wait_for_conntrack) {
@@ -135,7 +135,7 @@ pub async fn soak(options: &SoakOptions) -> SoakSummary {
         scene.keep_logs();
     }
     let mut summary = std::mem::take(&mut *run.summary());
-    (summary.held_before, summary.held_after) = (before, after);
+    (summary.resources_before, summary.resources_after) = (before, after);
     summary
 }
 
@@ -249,8 +249,8 @@ impl SoakRun {
     }
 
     fn served(&self, seed: u64, ended: Ended) {
-        if let Ended::Violation(lie) = &ended {
-            self.violation(format!("at the server: {lie}, {:?}", Plan::new(seed)));
+        if let Ended::Violation(violation) = &ended {
+            self.violation(format!("at the server: {violation}, {:?}", Plan::new(seed)));
         }
         self.lock(&self.served).insert(seed, ended);
     }
@@ -264,13 +264,13 @@ impl SoakRun {
                 break;
             }
             let event = Event::new(&mut rng, &options.faults);
-            let mine = {
+            let index = {
                 let mut faults = self.lock(&self.faults);
                 faults.push((event, Instant::now(), None));
                 faults.len() - 1
             };
             event.inject(scene).await;
-            if let Some((.., over)) = self.lock(&self.faults).get_mut(mine) {
+            if let Some((.., over)) = self.lock(&self.faults).get_mut(index) {
                 *over = Some(Instant::now());
             }
             *self.summary().fault_counts.entry(event.fault.name()).or_default() += 1;
@@ -280,11 +280,11 @@ impl SoakRun {
     /// The fault that may have broken a stream on this route that started at `began`.
     fn affecting_fault(&self, route: Route, began: Instant) -> Option<Fault> {
         let faults = self.lock(&self.faults);
-        let mut touching = faults.iter().rev().filter(|(event, _, over)| {
+        let mut affecting = faults.iter().rev().filter(|(event, _, over)| {
             let late = if event.fault == Fault::Drop { FAULT_TAIL } else { MAX_BACKOFF };
             event.affects(route) && over.is_none_or(|over| over + late > began)
         });
-        touching.next().map(|(event, ..)| event.fault)
+        affecting.next().map(|(event, ..)| event.fault)
     }
 
     fn violation(&self, what: String) {
@@ -341,8 +341,8 @@ impl SoakSummary {
                 held.descriptors, held.sockets, held.tracked, held.resident
             )
         };
-        let [client_before, server_before] = self.held_before.each_ref().map(held);
-        let [client_after, server_after] = self.held_after.each_ref().map(held);
+        let [client_before, server_before] = self.resources_before.each_ref().map(held);
+        let [client_after, server_after] = self.resources_after.each_ref().map(held);
         format!(
             "{{\"seed\":{},\"streams\":{},\"bytes\":{},\"well\":{},\"planned_resets\":{},\"broken\":{},\"faults\":{},\
              \"before\":[{client_before},{server_before}],\"after\":[{client_after},{server_after}],\"violations\":{}}}",
@@ -373,7 +373,7 @@ impl fmt::Display for SoakSummary {
             f,
             "  | at rest | descriptors | sockets | tracked | resident, KiB |\n  |---|---:|---:|---:|---:|"
         )?;
-        let rows = [("before", &self.held_before), ("after", &self.held_after)];
+        let rows = [("before", &self.resources_before), ("after", &self.resources_after)];
         for (when, held) in rows {
             for (side, held) in ["client", "server"].iter().zip(held) {
                 let Resources { descriptors, sockets, tracked, resident, .. } = held;

@@ -1,4 +1,4 @@
-//! A node daemon as two processes: their privileges, the end of either, and what still works.
+//! A node daemon as two processes: their privileges, the end of either, and the traffic afterwards.
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 use std::fs;
@@ -27,17 +27,17 @@ const KILL: u64 = 1 << 5;
 fn main() -> ExitCode {
     let mut suite = Suite::new();
     suite.test("proxy process has its own user and no capability", privileges);
-    suite.test("proxy process shows what the broker knows", endpoints);
-    suite.test("killed broker ends the proxy process and leaves pods closed", || {
+    suite.test("endpoints of the proxy process show the broker's pods and metrics", endpoints);
+    suite.test("killed broker ends the proxy process and the pods stay closed", || {
         killed(Process::Broker, Process::Proxy, false)
     });
-    suite.test("killed broker ends a stopped proxy process and leaves pods closed", || {
+    suite.test("killed broker ends a stopped proxy process and the pods stay closed", || {
         killed(Process::Broker, Process::Proxy, true)
     });
-    suite.test("killed proxy process ends the broker and leaves pods closed", || {
+    suite.test("killed proxy process ends the broker and the pods stay closed", || {
         killed(Process::Proxy, Process::Broker, false)
     });
-    suite.test("killed proxy process ends a stopped broker that continues", || {
+    suite.test("killed proxy process ends a stopped broker once the broker continues", || {
         killed(Process::Proxy, Process::Broker, true)
     });
     suite.test("broker that ends kills a stopped proxy process", stopped_proxy_process);
@@ -110,7 +110,7 @@ impl Scene {
         SocketAddr::new(self.b.ips()[0], APP)
     }
 
-    /// Sends something through a tunnel.
+    /// Exchanges bytes through a tunnel.
     async fn carries_traffic(&self) {
         let app = self.b.listen(APP);
         let (mut client, mut server, peer) = self.a.meet(&app, self.to_b()).await;
@@ -233,7 +233,7 @@ enum Process {
     Proxy,
 }
 
-/// Kills `one`, perhaps after the other one has been stopped, and checks that `other` ends.
+/// Kills `one`, after it has stopped `other` if `other_is_stopped`, and checks that `other` ends.
 async fn killed(one: Process, other: Process, other_is_stopped: bool) {
     let scene = Scene::new().await;
     let mut daemon = scene.daemon(&[]).await;
@@ -266,7 +266,7 @@ async fn killed(one: Process, other: Process, other_is_stopped: bool) {
     stopped(daemon, proxy).await;
 }
 
-/// A second signal ends the drain, which a stopped process does not end.
+/// A stopped proxy process does not end the drain, so a second signal does.
 async fn stopped_proxy_process() {
     let scene = Scene::new().await;
     let mut daemon = scene.daemon(&[]).await;

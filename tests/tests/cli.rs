@@ -342,7 +342,7 @@ fn config_check_accepts_certificate_and_prints_its_lifetime() {
 }
 
 #[test]
-fn config_check_rejects_certificates_that_fail_start() {
+fn config_check_rejects_settings_that_fail_start() {
     let folder = with_certificate("check-refuses");
     folder.underpass("ca init --dir other").ok();
     folder.underpass(&format!("ca issue --dir other --spiffe-id {A} --out b")).ok();

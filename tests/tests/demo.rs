@@ -18,12 +18,12 @@ async fn run(command: &mut Command) -> Output {
 
 /// Asserts that a demonstration has `count` checks, and that all passed.
 fn assert_checks_passed(output: &Output, count: usize) {
-    let said = String::from_utf8_lossy(&output.stdout);
+    let printed = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(0), "{said}{error}");
+    assert_eq!(output.status.code(), Some(0), "{printed}{error}");
     let points =
-        |mark: &str| said.lines().filter(|line| line.trim_start().starts_with(mark)).count();
-    assert_eq!((points("✓"), points("✗")), (count, 0), "{said}{error}");
+        |mark: &str| printed.lines().filter(|line| line.trim_start().starts_with(mark)).count();
+    assert_eq!((points("✓"), points("✗")), (count, 0), "{printed}{error}");
 }
 
 #[tokio::test]
@@ -92,10 +92,10 @@ async fn demo_with_keep_runs_until_ctrl_c() {
         let command =
             commands.iter().find(|command| command.contains(tool)).expect("the command is printed");
         let output = run(Command::new("sh").args(["-c", command])).await;
-        let said = String::from_utf8_lossy(&output.stdout);
+        let printed = String::from_utf8_lossy(&output.stdout);
         assert!(
-            said.contains(answer),
-            "{command}: {said}{}",
+            printed.contains(answer),
+            "{command}: {printed}{}",
             String::from_utf8_lossy(&output.stderr)
         );
     }

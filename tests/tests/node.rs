@@ -155,7 +155,7 @@ async fn connect(from: &Pod, app: &Listener, to: SocketAddr) -> (TcpStream, TcpS
 
 /// Dials, and waits for the reset. A proxy accepts a connection before it refuses it.
 async fn is_reset(from: &Pod, to: SocketAddr) {
-    let mut stream = from.dial(to).await.expect("caught");
+    let mut stream = from.dial(to).await.expect("captured");
     let read = within("a reset", stream.read_u8()).await;
     assert_eq!(read.expect_err("no byte").kind(), std::io::ErrorKind::ConnectionReset);
 }

@@ -130,9 +130,9 @@ fn third_party_crates_are_used_by_their_owners_only() {
             "{from} depends on {to}"
         );
         for (crates, owners) in owners {
-            let tries = ["underpass-tests", "underpass-benches"].contains(&from.as_str());
+            let is_test_crate = ["underpass-tests", "underpass-benches"].contains(&from.as_str());
             assert!(
-                !crates.contains(&to.as_str()) || owners.contains(&from.as_str()) || tries,
+                !crates.contains(&to.as_str()) || owners.contains(&from.as_str()) || is_test_crate,
                 "{from} depends on {to}, which belongs to {owners:?}"
             );
         }

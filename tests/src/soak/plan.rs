@@ -112,7 +112,7 @@ fn size(rng: &mut Rng) -> u64 {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pattern(u64);
 
-/// A prime.
+/// The period of the data in bytes, a prime.
 const PERIOD: usize = 1_048_573;
 
 impl Pattern {

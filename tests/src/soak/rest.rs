@@ -28,7 +28,7 @@ pub(super) struct Resources {
     pub(super) rules_intact: bool,
 }
 
-/// Waits until the resources of both pods are at most `wanted`, for up to `limit`. Returns the
+/// Waits until `wanted` accepts the resources of both pods, for up to `limit`. Returns the last
 /// resources.
 pub(super) async fn settled(
     scene: &SoakScene,

@@ -105,8 +105,8 @@ impl Pods {
 
     /// The pod that opens a stream, and the destination.
     pub(super) fn dial(&self, route: Route) -> (&Pod, SocketAddr) {
-        // A pod has two links, each with an address of both families. The first link connects
-        // client and server, the second one outside and server, the third one client and outside.
+        // Each pod has two of the three links, with an address of each family on both. The links
+        // connect client and server, outside and server, client and outside, in this order.
         let ips = self.pod(route.to).ips();
         let wire = usize::from(route.ends().contains(&Side::Outside));
         let ip = ips.into_iter().filter(|ip| ip.is_ipv6() == route.v6).nth(match route.to {

@@ -60,10 +60,10 @@ pub(super) async fn client(plan: &Plan, mut stream: TcpStream) -> Ended {
 /// Runs the server's side. Returns the seed and the kind of end; `None` if the stream ended before
 /// the seed.
 pub(super) async fn server(mut stream: TcpStream) -> Option<(u64, Ended)> {
-    let mut said = [0; HEADER];
+    let mut received = [0; HEADER];
     let mut length = 0;
     while length < HEADER {
-        match stream.read(said.get_mut(length..)?).await {
+        match stream.read(received.get_mut(length..)?).await {
             Ok(0) if length == 0 => return None,
             Ok(0) => {
                 return Some((
@@ -75,8 +75,8 @@ pub(super) async fn server(mut stream: TcpStream) -> Option<(u64, Ended)> {
             Err(_) => return None,
         }
     }
-    let Some(seed) = seed(&said) else {
-        return Some((0, Ended::Violation(format!("a header of {said:x?}"))));
+    let Some(seed) = seed(&received) else {
+        return Some((0, Ended::Violation(format!("a header of {received:x?}"))));
     };
     Some((seed, serve(&Plan::new(seed), stream).await))
 }

@@ -1,5 +1,5 @@
-//! End-to-end tests of addresses: calls of the proxy's own ports, calls of the own pod, and the
-//! client address that an application sees.
+//! End-to-end tests of addresses: connections to the proxy's own ports, connections of a pod to
+//! itself, and the client address that an application sees.
 //!
 //! `flows` tests the deciding rules, `mesh` tests policies.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]

@@ -50,10 +50,10 @@ async fn reaches_itself(profile: Profile, protocol: &str) {
     let lines = proxy.access_lines(2).await;
     // Each call has at most one outbound and one inbound line.
     assert!(lines.len() <= 2 * 2 * 3, "a call loops: {lines:#?}");
-    assert_eq!(self_call_is_refused(&proxy), 0, "{}", proxy.log());
+    assert_eq!(failed_connections(&proxy), 0, "{}", proxy.log());
 }
 
-fn self_call_is_refused(proxy: &Proxy) -> usize {
+fn failed_connections(proxy: &Proxy) -> usize {
     proxy.count(&["connection failed"])
 }
 

@@ -1,4 +1,4 @@
-//! Tests of calls of the proxy's own ports by every possible caller. No call may loop, hang or
+//! Tests of connections to the proxy's own ports from every possible client. None may loop, hang or
 //! reach an internal service.
 
 use std::net::{IpAddr, SocketAddr};
@@ -20,8 +20,8 @@ enum Expected {
     Http,
 }
 
-/// As in ztunnel's test `malicious_calls_inpod`, except that metrics and readiness are in the pod
-/// and public here.
+/// The ports of the proxy with the expected result of a call, as in ztunnel's test
+/// `malicious_calls_inpod`, except that metrics and readiness are in the pod and public here.
 const TABLE: [(u16, Expected); 7] = [
     // Listeners: outbound, inbound, HBONE.
     (15001, Nothing),
@@ -39,7 +39,8 @@ pub(crate) fn add_tests(suite: &mut Suite) {
     for profile in PROFILES {
         for empty in [false, true] {
             let mesh = if empty { "a mesh without the pod" } else { "its mesh" };
-            let name = format!("calls of the proxy's own ports reach nothing internal, in {mesh}");
+            let name =
+                format!("connections to the proxy's own ports reach nothing internal, with {mesh}");
             profile.test(suite, &name, async move || call_every_port(profile, empty).await);
         }
     }
@@ -108,7 +109,7 @@ async fn call(pod: &Pod, to: SocketAddr) -> Expected {
         stream.write_all(request.as_bytes()).await?;
         stream.read_to_end(&mut answer).await
     };
-    // The number of received bytes shows the kind of end.
+    // Any end is allowed, also a RST. The received bytes show the result.
     within(&format!("an end of a call of {to}"), exchange).await.ok();
     if answer.starts_with(b"HTTP/1.1 200 ") {
         return Http;

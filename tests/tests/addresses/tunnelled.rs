@@ -10,12 +10,13 @@ use underpass_tests::{APP, DEADLINE, Family, HBONE, SERVER, Scene, Suite};
 pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test_both("a tunnel accepts only its own address as destination", own_address_only);
     suite.test(
-        "listeners for captured connections serve no connection without rules",
+        "a listener for captured connections refuses a connection that no rule redirected",
         uncaptured_listeners,
     );
 }
 
-/// `OWN` stands for the address at which the tunnel ends.
+/// Authorities of CONNECT requests with the expected status. `OWN` stands for the address at which
+/// the tunnel ends.
 const TABLE: [(&str, StatusCode); 20] = [
     ("OWN:15001", StatusCode::SERVICE_UNAVAILABLE),
     ("OWN:15006", StatusCode::SERVICE_UNAVAILABLE),

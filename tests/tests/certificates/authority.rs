@@ -157,9 +157,9 @@ async fn refused(authority: &Authority, why: &str) {
     let (status, _) = http_get(pod, pod.at(Family::V4, 15021), "/healthz/ready").await;
     assert_eq!(status, 503, "the proxy is unready without a certificate");
     proxy.signal(Signal::SIGTERM);
-    let said = proxy.ended().await;
-    let said = format!("{}{}", said.out, said.err);
-    assert!(said.contains(why), "{said}");
+    let output = proxy.ended().await;
+    let output = format!("{}{}", output.out, output.err);
+    assert!(output.contains(why), "{output}");
 }
 
 async fn impersonation() {

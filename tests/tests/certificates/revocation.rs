@@ -12,12 +12,12 @@ use crate::KEPT;
 
 pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a revoked client's connections are terminated and refused", async || {
-        let (watched, cut) = (Side::Server, Side::Client);
-        revoked_while_connected(watched, cut).await;
+        let (watches, revoked) = (Side::Server, Side::Client);
+        revoked_while_connected(watches, revoked).await;
     });
     suite.test("a revoked server's connections are terminated and refused", async || {
-        let (watched, cut) = (Side::Client, Side::Server);
-        revoked_while_connected(watched, cut).await;
+        let (watches, revoked) = (Side::Client, Side::Server);
+        revoked_while_connected(watches, revoked).await;
     });
     suite.test(
         "a revoked server's connection is terminated even if the client does not read",
@@ -75,11 +75,11 @@ async fn revoked_while_not_reading() {
         let chunk = vec![0; 1 << 20];
         while far.write_all(&chunk).await.is_ok() {}
     };
-    let cut = async {
+    let revoke = async {
         scene.pki.revoke(&[&scene.server_files]);
         client.line(&["connection failed", "reason=\"revoked\""]).await;
     };
-    tokio::join!(fill, cut);
+    tokio::join!(fill, revoke);
     drop(near);
 }
 

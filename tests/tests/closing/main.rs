@@ -265,11 +265,11 @@ async fn act(
     None
 }
 
-/// Sends `bytes` bytes, and FIN if `ends`.
-async fn send(to: &mut TcpStream, bytes: usize, ends: bool) -> io::Result<()> {
+/// Sends this number of bytes, then FIN if `with_fin`.
+async fn send(to: &mut TcpStream, bytes: usize, with_fin: bool) -> io::Result<()> {
     let sending = async {
         to.write_all(&vec![7; bytes]).await?;
-        if ends { to.shutdown().await } else { Ok(()) }
+        if with_fin { to.shutdown().await } else { Ok(()) }
     };
     within("bytes are sent", sending).await
 }

@@ -93,7 +93,7 @@ async fn as_server(action: Action, outcome: End, family: Family) {
         respond.send_response(Response::new(()), false).expect("a response");
     body.send_data("half".into(), false).expect("data");
     tokio::select! {
-        () = is_half_close(&mut app) => {}
+        () = assert_first_half_arrives(&mut app) => {}
         _ = tunnel.accept() => unreachable!("the proxy ended its tunnel"),
     }
     let request = request.into_body();
@@ -134,7 +134,7 @@ async fn by_client(action: Action, outcome: End, family: Family) {
     let response = within("a response", response).await.expect("HTTP/2");
     assert_eq!(response.status(), StatusCode::OK);
     body.send_data("half".into(), false).expect("data");
-    is_half_close(&mut app).await;
+    assert_first_half_arrives(&mut app).await;
     if matches!(action, Fin | Reset) {
         driving.abort();
         return assert_eq!(read_to_end(&mut app).await, (vec![], outcome));
@@ -179,7 +179,7 @@ async fn assert_end(
     }
 }
 
-async fn is_half_close(app: &mut TcpStream) {
+async fn assert_first_half_arrives(app: &mut TcpStream) {
     let mut half = [0; 4];
     within("bytes arrive", app.read_exact(&mut half)).await.expect("no end");
     assert_eq!(&half, b"half");

@@ -11,10 +11,8 @@ use crate::Path;
 
 pub(crate) fn add_tests(suite: &mut Suite) {
     for path in Path::ALL {
-        let name = format!(
-            "{}: an orderly end puts one FIN in each direction on the wire and no RST",
-            path.name()
-        );
+        let name =
+            format!("{}: an orderly end sends one FIN in each direction and no RST", path.name());
         suite.test_both(&name, async move |family| clean_end(path, family).await);
     }
 }
@@ -38,15 +36,15 @@ impl Ends {
     fn add(&mut self, wire: &mut PacketCapture) {
         for frame in wire.drain().expect("the capture is read") {
             let Some((segment, flags, sequence)) = read(&frame) else { continue };
-            let said = (segment.source, segment.destination, sequence);
-            if ![said.0.port(), said.1.port()].contains(&APP) {
+            let id = (segment.source, segment.destination, sequence);
+            if ![id.0.port(), id.1.port()].contains(&APP) {
                 continue;
             }
             if flags & FIN != 0 {
-                self.fins.insert(said);
+                self.fins.insert(id);
             }
             if flags & RST != 0 {
-                self.resets.insert(said);
+                self.resets.insert(id);
             }
         }
     }

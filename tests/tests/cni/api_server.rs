@@ -214,11 +214,11 @@ impl State {
         while *changes.borrow() == epoch {
             let (events, is_gone) = {
                 let cluster = self.cluster();
-                let due =
+                let pending =
                     cluster.events.iter().filter(|(at, of, _)| *at > version && *of == kind(path));
-                let due: Vec<(u64, Value)> =
-                    due.map(|(at, _, event)| (*at, event.clone())).collect();
-                (due, version < cluster.oldest)
+                let pending: Vec<(u64, Value)> =
+                    pending.map(|(at, _, event)| (*at, event.clone())).collect();
+                (pending, version < cluster.oldest)
             };
             if is_gone {
                 let object = json!({"kind": "Status", "code": 410, "message": "too old"});

@@ -11,7 +11,10 @@ const MODE: &str = "istio.io/dataplane-mode";
 pub(crate) fn add_to(suite: &mut Suite) {
     suite.test("labels at the API server enrol and remove a pod while it runs", labels);
     suite.test("an addition waits for its pod at the API server, and fails closed", late_facts);
-    suite.test("facts stay while the API server is lost, and follow it afterwards", outages);
+    suite.test(
+        "facts stay while the API server is unavailable, and are updated afterwards",
+        outages,
+    );
     suite.test("a pod that the runtime did not add makes the node unready", unadded);
 }
 
@@ -69,7 +72,7 @@ async fn labels() {
     // The label of the namespace applies to pods without such a label.
     api.pod("a", mode("ambient"));
     api.namespace("default", json!({MODE: "none"}));
-    until("b is left alone", async || !has_rules(&scene.b).await).await;
+    until("b is exempt", async || !has_rules(&scene.b).await).await;
     // The two changes arrive in any order: if the namespace's came first, a was exempt meanwhile.
     until("a is enrolled", async || {
         scene.pods().await.contains("default/a uid-a serving") && has_rules(&scene.a).await

@@ -37,7 +37,7 @@ async fn lifecycle(family: Family) {
             serde_json::from_str::<Value>(&result).expect("a result")["cniVersion"],
             "1.1.0"
         );
-        assert!(has_rules(pod).await, "the rules stand once ADD returns");
+        assert!(has_rules(pod).await, "the rules exist once ADD returns");
     }
     // Strict mTLS: only a tunnel with the identity of `a` passes.
     scene.exchanged(family).await;

@@ -1,4 +1,4 @@
-//! A node with two pods, and calls of the plugin in the way of a runtime.
+//! A node with two pods. Calls the plugin like a container runtime.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};

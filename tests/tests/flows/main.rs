@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     suite.test_both("a member without HBONE is reached in plaintext", member_without_hbone);
     suite.test_both("A4: an exempt kubelet probe reaches the application directly", kubelet_probe);
     suite.test_both(
-        "a client's connection is captured even from a port that the proxy imitates",
+        "a client's connection is captured even if the proxy uses the same address and port",
         preserved_port,
     );
     suite.test_both(
@@ -111,11 +111,15 @@ async fn preserved_port(family: Family) {
     let _proxy = scene.server.proxy(&scene.server_settings()).await;
     let app = scene.server.listen(APP);
     let to = scene.app(family);
-    let (mut first, mut first_server, imitated) = scene.client.meet(&app, to).await;
+    let (mut first, mut first_server, proxy_source) = scene.client.meet(&app, to).await;
     exchange(&mut first, &mut first_server).await;
-    assert_ne!(first.local_addr().expect("an address"), imitated, "the port is the proxy's choice");
+    assert_ne!(
+        first.local_addr().expect("an address"),
+        proxy_source,
+        "the port is the proxy's choice"
+    );
     let before = scene.server.counters();
-    let dial = Dial { source: Some(imitated), ..Dial::default() };
+    let dial = Dial { source: Some(proxy_source), ..Dial::default() };
     let (second, (mut second_server, _)) =
         tokio::join!(scene.client.dial_as(to, dial), app.accept());
     let mut second = second.expect("the second connection opens");
@@ -183,8 +187,8 @@ async fn kubelet_probe(family: Family) {
     let mut client = client.expect("it connects");
     exchange(&mut client, &mut server).await;
     assert_eq!(peer, client.local_addr().expect("an address"), "the connection is direct");
-    let moved = scene.server.connections_since(&before);
-    assert_eq!(moved, one_connection_each(&[family.rule("kubelet-probe-in")]));
+    let matched = scene.server.connections_since(&before);
+    assert_eq!(matched, one_connection_each(&[family.rule("kubelet-probe-in")]));
 }
 
 async fn proxy_mark_is_not_captured(family: Family) {
@@ -251,7 +255,7 @@ async fn curl(scene: &Scene, family: Family) {
     let peer: SocketAddr = page
         .lines()
         .find_map(|line| line.strip_prefix("peer ")?.parse().ok())
-        .expect("the page says who asked");
+        .expect("the page contains the client's address");
     assert_eq!(peer.ip(), scene.client.ip(family));
     assert!(page.contains(&format!("local {to}\n")), "{page}");
     assert_eq!(http.peers(), [peer]);

@@ -1,5 +1,5 @@
-//! Tests of connections that must fail: to the proxy's own listeners, through it to others, and in
-//! plaintext to HBONE members.
+//! Tests of connections that must fail: to the proxy's own listeners, through a tunnel to other
+//! hosts, and in plaintext to HBONE members.
 
 use std::net::SocketAddr;
 
@@ -37,9 +37,9 @@ pub(crate) fn assert_nothing_in_plain(frames: &[Vec<u8>]) {
         let ports = [segment.source.port(), segment.destination.port()];
         assert!(ports.contains(&HBONE), "{segment:?}");
         // The data that `exchange` sends.
-        for said in [&b"request"[..], b"answer"] {
-            let heard = segment.payload.windows(said.len()).any(|window| window == said);
-            assert!(!heard, "plaintext: {segment:?}");
+        for data in [&b"request"[..], b"answer"] {
+            let is_plain = segment.payload.windows(data.len()).any(|window| window == data);
+            assert!(!is_plain, "plaintext: {segment:?}");
         }
     }
 }

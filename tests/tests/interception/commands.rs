@@ -113,9 +113,12 @@ async fn render_loads(profile: Profile) {
     fs::write(&file, text).expect("written");
     tool(pod, "nft", &["-f", file.to_str().expect("a path in UTF-8")]).await.ok();
     let found = json(&pod.rules("verify -o json", &settings).await.out);
-    let beside = "ip rules, routes and addresses";
+    let routes_section = "ip rules, routes and addresses";
     let differences = found["differences"].as_array().expect("a list");
-    assert!(differences.iter().all(|difference| difference["location"] == beside), "{found}");
+    assert!(
+        differences.iter().all(|difference| difference["location"] == routes_section),
+        "{found}"
+    );
 }
 
 async fn render_formats() {
@@ -167,8 +170,8 @@ async fn explain(profile: Profile) {
         let mermaid = pod.rules(&format!("{one} -o mermaid"), &settings).await.ok();
         assert!(mermaid.contains("flowchart"), "{mermaid}");
     }
-    let proxys = pod.rules("explain --from proxy --to 10.1.0.2:80", &settings).await.ok();
-    assert!(!proxys.contains("redirected"), "{proxys}");
+    let explained = pod.rules("explain --from proxy --to 10.1.0.2:80", &settings).await.ok();
+    assert!(!explained.contains("redirected"), "{explained}");
 }
 
 async fn wrong_options_are_reported() {
@@ -209,7 +212,7 @@ async fn foreign_rules_are_reported() {
     .ok();
     let printed = pod.rules("install", &AMBIENT.rules()).await;
     assert!(printed.err.contains("warning: "), "{}{}", printed.out, printed.err);
-    let told = json(&pod.rules("install -o json", &AMBIENT.rules()).await.ok());
-    assert!(told["leftovers"].as_array().is_some_and(|all| !all.is_empty()), "{told}");
+    let reported = json(&pod.rules("install -o json", &AMBIENT.rules()).await.ok());
+    assert!(reported["leftovers"].as_array().is_some_and(|all| !all.is_empty()), "{reported}");
     assert_eq!(pod.underpass(&["rules", "remove"]).await.ok(), "removed\n");
 }

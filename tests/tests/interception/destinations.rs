@@ -9,13 +9,15 @@ use crate::{PROFILES, SIDECAR};
 pub(crate) fn add_tests(suite: &mut Suite) {
     for family in Family::BOTH {
         for profile in PROFILES {
-            let name = format!("refuses connections for another address than the pod's ({family})");
+            let name =
+                format!("a connection to an address that is not the pod's is refused ({family})");
             profile.test(suite, &name, async move || {
                 serves_own_addresses_only(family, |settings| profile.of(settings)).await;
             });
         }
-        let name =
-            format!("TPROXY: refuses connections for another address than the pod's ({family})");
+        let name = format!(
+            "TPROXY: a connection to an address that is not the pod's is refused ({family})"
+        );
         SIDECAR.test(suite, &name, async move || {
             let tproxy = |settings| SIDECAR.of(settings).set("interception.inbound.mode=tproxy");
             serves_own_addresses_only(family, tproxy).await;

@@ -1,5 +1,5 @@
-//! Tests of another program that removes the rules repeatedly: repairs continue, and no plaintext
-//! leaves.
+//! Tests of a fight: another program removes the rules repeatedly. Repairs continue, and no
+//! plaintext leaves.
 
 use std::path::Path;
 
@@ -76,7 +76,7 @@ async fn no_plaintext_leaves(profile: Profile) {
     let mut proxy = scene.client.proxy(&settings).await;
     begin_fight(&scene.client, &mut proxy).await;
     assert!(is_blocked(&scene.client).await, "{}", proxy.log());
-    let foe = keep_fighting(&scene.client);
+    let other_program = keep_fighting(&scene.client);
     let repairs = scene.client.metrics().await.sum(REPAIRS, &[]).expect("a count");
     let mut attempts = 0;
     // Wait until the rules were repaired several more times.
@@ -101,8 +101,8 @@ async fn no_plaintext_leaves(profile: Profile) {
     assert_eq!(scene.client.metrics().await.sum(INTACT, &[]), Some(0.0));
     assert!(is_blocked(&scene.client).await);
 
-    foe.signal(Signal::SIGKILL);
-    foe.ended().await;
+    other_program.signal(Signal::SIGKILL);
+    other_program.ended().await;
     until("the proxy is ready again", async || readiness(&scene.client).await.0 == 200).await;
     assert!(!is_blocked(&scene.client).await);
     assert_eq!(scene.client.metrics().await.sum(INTACT, &[]), Some(1.0));

@@ -16,7 +16,7 @@ pub(crate) fn add_tests(suite: &mut Suite) {
             );
             profile.test(suite, &name, async move || through_the_tunnel(profile, family).await);
             let name =
-                format!("a pod that calls itself through its proxy reaches itself once ({family})");
+                format!("a pod that calls itself through its proxy is reached once ({family})");
             profile.test(suite, &name, async move || self_call(profile, family).await);
         }
     }
@@ -96,7 +96,7 @@ async fn self_call(profile: Profile, family: Family) {
     let mut settings =
         profile.of(scene.client_settings()).set(&format!("mesh.file={}", mesh.display()));
     if profile.name == SIDECAR.name {
-        // Loopback must be included; otherwise the application's calls of its own pod are direct.
+        // Loopback must be included; otherwise the application's calls to its own pod are direct.
         let include = "127.0.0.0/8,10.0.0.0/8,::1/128,fd00::/8";
         settings = settings.set(&format!("interception.outbound.include_cidrs={include}"));
     }
@@ -106,7 +106,7 @@ async fn self_call(profile: Profile, family: Family) {
     let own = scene.client.at(family, APP);
     let (mut client, mut server, peer) = scene.client.meet(&app, own).await;
     exchange(&mut client, &mut server).await;
-    let moved = scene.client.connections_since(&before);
+    let matched = scene.client.connections_since(&before);
     drop((client, server));
     let (lines, self_call) = match profile.name {
         "sidecar" => (2, Some((family.rule("2-self-call"), 1))),
@@ -118,7 +118,7 @@ async fn self_call(profile: Profile, family: Family) {
         None => own.ip(),
     };
     assert_eq!(peer.ip(), expected);
-    assert!(self_call.is_none_or(|rule| moved.contains(&rule)), "{moved:?}");
+    assert!(self_call.is_none_or(|rule| matched.contains(&rule)), "{matched:?}");
     proxy.access_lines(lines).await;
     proxy.stop().await;
     assert_eq!(proxy.access_lines(lines).await.len(), lines, "{}", proxy.log());
@@ -131,8 +131,8 @@ async fn metrics_are_not_captured(family: Family) {
         let before = scene.server.counters();
         let (status, _) = http_get(&scene.client, scene.server.at(family, port), path).await;
         assert_eq!(status, 200);
-        let moved = scene.server.connections_since(&before);
-        assert_eq!(moved, [(format!("never-{port}"), 1)]);
+        let matched = scene.server.connections_since(&before);
+        assert_eq!(matched, [(format!("never-{port}"), 1)]);
     }
     proxy.stop().await;
     assert!(

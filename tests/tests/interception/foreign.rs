@@ -1,5 +1,5 @@
-//! Tests of foreign rules that precede the own ones: the self-test detects bypassed traffic, and
-//! the error lists suspects.
+//! Tests of foreign rules that precede underpass's: the self-test detects bypassed traffic, and the
+//! error lists these rules.
 
 use underpass::spawn::SpawnError;
 use underpass_tests::{Pod, Proxy, Scene, Settings, Suite, error_of, tool, until};

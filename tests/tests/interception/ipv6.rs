@@ -102,8 +102,8 @@ async fn without_loopback() {
     let mut wire = scene.server.capture();
     let before = scene.client.counters();
     let redirected = async || {
-        let moved = scene.client.connections_since(&before);
-        moved.iter().any(|(rule, _)| *rule == Family::V6.rule("capture-outbound"))
+        let matched = scene.client.connections_since(&before);
+        matched.iter().any(|(rule, _)| *rule == Family::V6.rule("capture-outbound"))
     };
     tokio::select! {
         dialled = scene.client.dial(scene.app(Family::V6)) => {

@@ -29,7 +29,7 @@ pub(crate) fn add_tests(suite: &mut Suite) {
         warns_of_net_raw,
     );
     suite.test_with_users(
-        "sidecar: the error names the capabilities that a change of user lacks",
+        "sidecar: the error names the capabilities that are missing for a change of user",
         names_missing_capabilities,
     );
     for profile in [SIDECAR, OSM] {

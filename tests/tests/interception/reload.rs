@@ -1,5 +1,5 @@
-//! Tests of settings that change while the proxy runs: capture follows, connections continue, and
-//! mistakes are ignored.
+//! Tests of settings that change while the proxy runs: the rules are updated, open connections
+//! continue, and invalid settings are ignored.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use underpass_tests::{APP, Family, Listener, Proxy, Scene, Settings, Suite, exch
 
 use crate::{OSM, Profile, SIDECAR, plain};
 
-const FOLLOWED: &[&str] = &["applied the changed settings to the rules"];
+const APPLIED: &[&str] = &["applied the changed settings to the rules"];
 const NOTHING_EXCLUDED: &str = "interception: {outbound: {exclude_ports: []}}";
 const SERVER: &str = "interception: {outbound: {exclude_cidrs: [10.1.0.2, 'fd00:1::2']}}";
 
@@ -27,19 +27,19 @@ pub(crate) fn add_tests(suite: &mut Suite) {
 
 /// Whether a new connection of the client is captured.
 async fn is_captured(scene: &Scene, app: &Listener, proxy: &mut Proxy) -> bool {
-    let mut caught = Vec::new();
+    let mut captured = Vec::new();
     for family in Family::BOTH {
         let before = scene.client.counters();
         let (mut client, mut server, peer) = scene.client.meet(app, scene.app(family)).await;
         exchange(&mut client, &mut server).await;
         let is_direct = peer == client.local_addr().expect("an address");
-        let moved = scene.client.connections_since(&before);
+        let matched = scene.client.connections_since(&before);
         // The proxy's self-test after a change of the rules is redirected too.
-        let redirected = moved.iter().any(|(rule, _)| rule == "redirect-outbound");
-        assert!(is_direct || redirected, "{moved:?}");
-        caught.push(!is_direct);
+        let redirected = matched.iter().any(|(rule, _)| rule == "redirect-outbound");
+        assert!(is_direct || redirected, "{matched:?}");
+        captured.push(!is_direct);
     }
-    let [v4, v6] = caught[..] else { unreachable!("two families") };
+    let [v4, v6] = captured[..] else { unreachable!("two families") };
     assert_eq!(v4, v6, "{}", proxy.log());
     v4
 }
@@ -58,7 +58,7 @@ async fn follows_the_file(profile: Profile) {
 
     let excluded = settings(&scene, profile, SERVER);
     excluded.write(&scene.client);
-    proxy.more_than(0, FOLLOWED).await;
+    proxy.more_than(0, APPLIED).await;
     assert!(!is_captured(&scene, &app, &mut proxy).await);
     scene.client.rules("verify", &excluded).await.ok();
     exchange(&mut client, &mut server).await;
@@ -72,10 +72,10 @@ async fn follows_the_file(profile: Profile) {
     exchange(&mut client, &mut server).await;
 
     settings(&scene, profile, NOTHING_EXCLUDED).write(&scene.client);
-    proxy.more_than(1, FOLLOWED).await;
+    proxy.more_than(1, APPLIED).await;
     assert!(is_captured(&scene, &app, &mut proxy).await);
     exchange(&mut client, &mut server).await;
-    assert_eq!(proxy.count(FOLLOWED), 2, "{}", proxy.log());
+    assert_eq!(proxy.count(APPLIED), 2, "{}", proxy.log());
     assert_eq!(proxy.count(&["another program had changed"]), 0, "{}", proxy.log());
 }
 
@@ -95,7 +95,7 @@ async fn follows_the_signal() {
     let text = fs::read_to_string(&file).expect("settings");
     fs::write(&other, text.replace(NOTHING_EXCLUDED, SERVER)).expect("written");
     proxy.signal(Signal::SIGHUP);
-    proxy.more_than(0, FOLLOWED).await;
+    proxy.more_than(0, APPLIED).await;
     assert!(!is_captured(&scene, &app, &mut proxy).await);
 }
 

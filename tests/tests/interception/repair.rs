@@ -117,8 +117,8 @@ async fn routes_restored() {
     let proxy = scene.client.proxy(&settings).await;
     let before = scene.client.traces().await;
     for family in ["-4", "-6"] {
-        for taken in ["rule del pref 32764", "route del local default dev lo table 100"] {
-            let command = format!("ip {family} {taken}");
+        for removal in ["rule del pref 32764", "route del local default dev lo table 100"] {
+            let command = format!("ip {family} {removal}");
             assert_repaired(&scene.client, &proxy, &settings, &command).await;
         }
     }

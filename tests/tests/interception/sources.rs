@@ -16,7 +16,7 @@ pub(crate) fn add_tests(suite: &mut Suite) {
     for family in Family::BOTH {
         for profile in PROFILES {
             let name =
-                format!("refuses outbound connections from a neighbour's address ({family})");
+                format!("an outbound connection from a neighbour's address is refused ({family})");
             profile.test(suite, &name, async move || {
                 let scene = NeighbourScene::new(family).await;
                 scene.refuses_neighbour(|settings| profile.of(settings)).await;

@@ -79,7 +79,7 @@ async fn assert_syn_dropped(scene: &Scene, family: Family) {
     let mut wire = scene.client.capture();
     let mut dialling = pin!(scene.client.dial(to));
     let mut sent = 0;
-    let asked_again = async {
+    let retransmission = async {
         while sent < 2 {
             let answer = tokio::time::timeout(Duration::from_millis(10), &mut dialling).await;
             assert!(answer.is_err(), "{to} was answered: {answer:?}");
@@ -88,5 +88,5 @@ async fn assert_syn_dropped(scene: &Scene, family: Family) {
             sent += segments.filter(|segment| segment.destination == to).count();
         }
     };
-    within("the client retransmits", asked_again).await;
+    within("the client retransmits", retransmission).await;
 }

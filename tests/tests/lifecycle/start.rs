@@ -31,7 +31,7 @@ async fn ended(pod: &Pod, error: Option<SpawnError>) -> (Option<i32>, String) {
     assert_eq!(
         tool(pod, "nft", &["list", "ruleset"]).await.ok(),
         "",
-        "rules are left; it said:\n{log}"
+        "rules are left; the log:\n{log}"
     );
     for family in ["-4", "-6"] {
         let rules = tool(pod, "ip", &[family, "rule"]).await.ok();

@@ -77,7 +77,7 @@ async fn accepting_pauses() {
     is_unready(&scene.client).await;
     assert!(pauses(&scene.client).await >= Some(1.0));
     let reached = echo.peers().len();
-    assert!((5..BURST / 2).contains(&reached), "{reached} were taken: {warning}");
+    assert!((5..BURST / 2).contains(&reached), "{reached} were accepted: {warning}");
     assert!(fs::read_dir(format!("/proc/{}/fd", proxy.pid())).expect("it runs").count() < 100);
     drop(burst);
     becomes_ready(&scene.client).await;
@@ -100,14 +100,14 @@ async fn streams() {
     let mut client = scene.client.proxy(&scene.client_settings()).await;
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
-    let held = served_until_full(&scene.client, to).await;
-    assert!(held.len() > 10, "{} streams", held.len());
+    let open = served_until_full(&scene.client, to).await;
+    assert!(open.len() > 10, "{} streams", open.len());
     proxy.line(&["connection failed", "reason=\"out_of_descriptors\"", "ulimit -n"]).await;
     client.line(&["connection failed", "reason=\"refused\"", "503"]).await;
     let counted = refused(&scene.server, "descriptors_share", "hbone").await;
     assert_eq!(counted, Some(1.0));
     assert_eq!(readiness(&scene.server).await.0, 200, "others are served");
-    drop(held);
+    drop(open);
     until("streams are served again", async || {
         served(&scene.client, to, Dial::default()).await.is_some()
     })
@@ -120,12 +120,12 @@ async fn source_leaves_descriptors() {
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
     let attacker = add_address(&scene.client, "10.1.0.77/24").await;
-    let mut held = Vec::new();
+    let mut open = Vec::new();
     while let Some(stream) = served(&scene.client, to, attacker).await {
-        held.push(stream);
-        assert!(held.len() < 100, "there is no limit");
+        open.push(stream);
+        assert!(open.len() < 100, "there is no limit");
     }
-    assert!(held.len() > 10, "{} connections", held.len());
+    assert!(open.len() > 10, "{} connections", open.len());
     proxy.line(&["WARN", "connections are refused", "ulimit -n", "last=10.1.0.77"]).await;
     assert_eq!(refused(&scene.server, "descriptors_share", "inbound").await, Some(1.0));
     // Other sources are served in plaintext and through tunnels, and so are the pod's applications.
@@ -163,11 +163,11 @@ async fn set_limit(pod: &Pod, proxy: &Proxy, files: usize) {
 /// attempts are needed, because the proxy itself may open or close one, for example to verify its
 /// rules.
 async fn connect_until_logged(scene: &Scene, proxy: &Proxy, free: usize, parts: &[&str]) {
-    let mut held = Vec::new();
+    let mut open = Vec::new();
     until("the proxy has logged it", async || {
         leave_free(&scene.client, proxy, free).await;
         // The proxy may reset an accepted connection at once.
-        held.extend(scene.client.dial(scene.app(Family::V4)).await);
+        open.extend(scene.client.dial(scene.app(Family::V4)).await);
         proxy.count(parts) > 0
     })
     .await;

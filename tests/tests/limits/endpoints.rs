@@ -51,7 +51,7 @@ async fn idle() {
         }
         let began = Instant::now();
         let (status, _) = http_get(&scene.client, endpoint, path).await;
-        let took = began.elapsed();
-        assert!(status == 200 && took < TIMEOUT, "{path}: {status} after {took:?}");
+        let elapsed = began.elapsed();
+        assert!(status == 200 && elapsed < TIMEOUT, "{path}: {status} after {elapsed:?}");
     }
 }

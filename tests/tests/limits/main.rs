@@ -38,22 +38,22 @@ fn main() -> ExitCode {
 /// A connection to an echo server that has returned a byte; `None` if it was reset.
 async fn served(pod: &Pod, to: SocketAddr, dial: Dial) -> Option<TcpStream> {
     let mut stream = pod.dial_as(to, dial).await.ok()?;
-    let there_and_back = async {
+    let echo = async {
         stream.write_u8(1).await?;
         stream.read_u8().await
     };
-    within("a byte comes back, or a reset", there_and_back).await.ok()?;
+    within("a byte comes back, or a reset", echo).await.ok()?;
     Some(stream)
 }
 
 /// Opens connections until one is not served.
 async fn served_until_full(pod: &Pod, to: SocketAddr) -> Vec<TcpStream> {
-    let mut held = Vec::new();
+    let mut open = Vec::new();
     while let Some(stream) = served(pod, to, Dial::default()).await {
-        held.push(stream);
-        assert!(held.len() < 1000, "there is no limit");
+        open.push(stream);
+        assert!(open.len() < 1000, "there is no limit");
     }
-    held
+    open
 }
 
 /// The number of connections that a limit refused at a listener.
@@ -66,19 +66,19 @@ async fn per_worker() {
     let (scene, mut proxy) = Scene::with_plain_client(&["limits.connections_per_worker=2"]).await;
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
-    let mut held = served_until_full(&scene.client, to).await;
-    assert_eq!(held.len(), 4, "two for each of two workers");
+    let mut open = served_until_full(&scene.client, to).await;
+    assert_eq!(open.len(), 4, "two for each of two workers");
     scene.client.dial_and_see_reset(to).await;
     let counted = refused(&scene.client, "connections_per_worker", "outbound").await;
     assert_eq!(counted, Some(2.0));
     proxy.line(&["connections are refused", "limits.connections_per_worker"]).await;
-    drop(held.pop());
+    drop(open.pop());
     until("there is room again", async || {
         served(&scene.client, to, Dial::default()).await.is_some()
     })
     .await;
     // Earlier connections are unaffected.
-    for stream in &mut held {
+    for stream in &mut open {
         stream.write_u8(2).await.expect("it is open");
         assert_eq!(within("an echo", stream.read_u8()).await.expect("it is open"), 2);
     }
@@ -99,7 +99,7 @@ async fn storm() {
     for _ in 0..STORM {
         scene.client.dial_and_see_reset(to).await;
     }
-    let told = |proxy: &Proxy| -> Vec<usize> {
+    let refusal_counts = |proxy: &Proxy| -> Vec<usize> {
         let log = proxy.log();
         let lines = log.lines().filter(|line| line.contains("connections are refused"));
         let count = |line: &str| -> usize {
@@ -110,8 +110,8 @@ async fn storm() {
         lines.map(count).collect()
     };
     proxy.line(&["connections are refused"]).await;
-    until("all are logged", async || told(&proxy).iter().sum::<usize>() == STORM).await;
-    let lines = told(&proxy).len();
+    until("all are logged", async || refusal_counts(&proxy).iter().sum::<usize>() == STORM).await;
+    let lines = refusal_counts(&proxy).len();
     let seconds = began.elapsed().as_secs_f64();
     assert!(lines as f64 <= seconds + 1.0, "{lines} lines in {seconds} s");
     let counted = refused(&scene.client, "connections_per_worker", "outbound").await;
@@ -125,8 +125,8 @@ async fn streams_per_worker() {
     let mut server = scene.server.proxy(&settings).await;
     let mut client = scene.client.proxy(&scene.client_settings()).await;
     let to = scene.app(Family::V4);
-    let held = served_until_full(&scene.client, to).await;
-    assert_eq!(held.len(), 2, "the tunnel counts too");
+    let open = served_until_full(&scene.client, to).await;
+    assert_eq!(open.len(), 2, "the tunnel counts too");
     server
         .line(&[
             "connection failed",
@@ -137,7 +137,7 @@ async fn streams_per_worker() {
     client.line(&["connection failed", "reason=\"refused\"", "503"]).await;
     let counted = refused(&scene.server, "connections_per_worker", "hbone").await;
     assert_eq!(counted, Some(1.0));
-    drop(held);
+    drop(open);
     until("there is room again", async || {
         served(&scene.client, to, Dial::default()).await.is_some()
     })
@@ -149,18 +149,18 @@ async fn rate() {
     let _echo = Server::echo(&scene.server, APP);
     let to = scene.app(Family::V4);
     let began = Instant::now();
-    let mut held = Vec::new();
+    let mut open = Vec::new();
     for _ in 0..14 {
         // All connections wait in the accept queue.
-        held.push(scene.client.dial(to).await.expect("it listens"));
+        open.push(scene.client.dial(to).await.expect("it listens"));
     }
-    for stream in &mut held {
+    for stream in &mut open {
         stream.write_u8(1).await.expect("it is open");
         within("an echo", stream.read_u8()).await.expect("it is served");
     }
     // A burst of two, then twelve at intervals of 50 ms.
-    let took = began.elapsed();
-    assert!(took >= Duration::from_millis(600), "{took:?}");
+    let elapsed = began.elapsed();
+    assert!(elapsed >= Duration::from_millis(600), "{elapsed:?}");
     let labels = [("listener", "outbound"), ("reason", "rate")];
     let paused = scene.client.metrics().await.sum("underpass_accept_paused_total", &labels);
     assert!(paused >= Some(1.0), "{paused:?}");

@@ -43,8 +43,8 @@ async fn limit_of_clients(family: Family) {
     let settings = scene.server_settings().set("limits.connections_per_source=3");
     let mut server = scene.server.proxy(&settings).await;
     let to = scene.app(family);
-    let mut held = served_until_full(&scene.client, to).await;
-    assert_eq!(held.len(), 3);
+    let mut open = served_until_full(&scene.client, to).await;
+    assert_eq!(open.len(), 3);
     let address = scene.client.ip(family).to_string();
     let last = format!("last={address}");
     server.line(&["connections are refused", "limits.connections_per_source", &last]).await;
@@ -57,7 +57,7 @@ async fn limit_of_clients(family: Family) {
     };
     let other = add_address(&scene.client, other).await;
     served(&scene.client, to, other).await.expect("another source is served");
-    drop(held.pop());
+    drop(open.pop());
     until("there is room again", async || {
         served(&scene.client, to, Dial::default()).await.is_some()
     })
@@ -71,16 +71,16 @@ async fn limit_of_ipv6_prefix() {
     let _server = scene.server.proxy(&settings).await;
     let to = scene.app(Family::V6);
     let neighbour = add_address(&scene.client, "fd00:1::77/64").await;
-    let held = served(&scene.client, to, neighbour).await.expect("the first one");
+    let open = served(&scene.client, to, neighbour).await.expect("the first one");
     assert!(served(&scene.client, to, Dial::default()).await.is_none());
-    drop(held);
+    drop(open);
 }
 
 async fn limit_of_application() {
     let (scene, _proxy) = Scene::with_plain_client(&["limits.connections_per_source=3"]).await;
     let _echo = Server::echo(&scene.server, APP);
-    let held = served_until_full(&scene.client, scene.app(Family::V4)).await;
-    assert_eq!(held.len(), 3);
+    let open = served_until_full(&scene.client, scene.app(Family::V4)).await;
+    assert_eq!(open.len(), 3);
     let counted = refused(&scene.client, "connections_per_source", "outbound").await;
     assert_eq!(counted, Some(1.0));
 }
@@ -91,8 +91,8 @@ async fn limit_of_streams() {
     let settings = scene.server_settings().set("limits.connections_per_source=3");
     let mut server = scene.server.proxy(&settings).await;
     let mut client = scene.client.proxy(&scene.client_settings()).await;
-    let held = served_until_full(&scene.client, scene.app(Family::V4)).await;
-    assert_eq!(held.len(), 2, "the tunnel counts too");
+    let open = served_until_full(&scene.client, scene.app(Family::V4)).await;
+    assert_eq!(open.len(), 2, "the tunnel counts too");
     let setting = "limits.connections_per_source";
     let address = scene.client.ip(Family::V4).to_string();
     server.line(&["connection failed", "reason=\"too_many_connections\"", setting, &address]).await;
@@ -118,9 +118,9 @@ async fn limit_of_handshakes() {
 async fn unlimited() {
     let (scene, _proxy) = Scene::with_plain_client(&["limits.connections_per_source=off"]).await;
     let _echo = Server::echo(&scene.server, APP);
-    let mut held = Vec::new();
+    let mut open = Vec::new();
     for _ in 0..100 {
         let stream = served(&scene.client, scene.app(Family::V4), Dial::default()).await;
-        held.push(stream.expect("there is no limit"));
+        open.push(stream.expect("there is no limit"));
     }
 }

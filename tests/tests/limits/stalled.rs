@@ -83,8 +83,9 @@ async fn read_data(tunnel: &mut TlsStream<TcpStream>, mut bytes: usize) {
     }
 }
 
-/// Opens a tunnel and waits until both sides know the windows. The test's windows never close.
-async fn settled(scene: &Scene) -> TlsStream<TcpStream> {
+/// Opens a tunnel and waits until both sides have exchanged their flow-control windows. Those of
+/// the test are never exhausted.
+async fn open_tunnel(scene: &Scene) -> TlsStream<TcpStream> {
     let client = TlsClient::new(Some(&scene.pki.issue("peer")));
     let mut tunnel = tunnel(scene, &client).await.expect("a handshake");
     let window = 0x4000_0000_u32.to_be_bytes();
@@ -111,7 +112,7 @@ async fn unread_by_application() {
     let _echo = Server::echo(&scene.server, APP);
     let _stalled = scene.server.listen(STALLED);
     let at = |port| scene.server.at(Family::V4, port);
-    let mut tunnel = settled(&scene).await;
+    let mut tunnel = open_tunnel(&scene).await;
     send(&mut tunnel, &[connect(1, at(STALLED)), connect(3, at(APP))].concat()).await;
     // More than the capacity of the sockets of both applications.
     for _ in 0..64 {
@@ -122,8 +123,8 @@ async fn unread_by_application() {
     for _ in 0..BATCHES {
         send(&mut tunnel, &batch).await;
         read_data(&mut tunnel, BATCH * FILLER).await;
-        let held = anonymous_memory(&proxy).saturating_sub(before);
-        assert!(held < MAX_MEMORY, "{} KiB are held", held >> 10);
+        let growth = anonymous_memory(&proxy).saturating_sub(before);
+        assert!(growth < MAX_MEMORY, "{} KiB are held", growth >> 10);
     }
 }
 
@@ -135,7 +136,7 @@ async fn unread_by_peer() {
     let proxy = server_proxy(&scene).await;
     let _echo = Server::echo(&scene.server, APP);
     let echo = scene.server.at(Family::V4, APP);
-    let mut tunnel = settled(&scene).await;
+    let mut tunnel = open_tunnel(&scene).await;
     let streams = || (0..STREAMS).map(|index| 2 * index + 1);
     let open = streams().flat_map(|stream| connect(stream, echo));
     send(&mut tunnel, &open.collect::<Vec<u8>>()).await;
@@ -144,8 +145,8 @@ async fn unread_by_peer() {
     let before = anonymous_memory(&proxy);
     for _ in 0..ROUNDS {
         send(&mut tunnel, &data).await;
-        let held = anonymous_memory(&proxy).saturating_sub(before);
-        assert!(held < MAX_MEMORY, "{} KiB are held", held >> 10);
+        let growth = anonymous_memory(&proxy).saturating_sub(before);
+        assert!(growth < MAX_MEMORY, "{} KiB are held", growth >> 10);
     }
 }
 

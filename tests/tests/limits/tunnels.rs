@@ -74,12 +74,12 @@ async fn limit_of_source() {
     let settings = scene.server_settings().set("limits.tunnels_per_source=2");
     let mut server = scene.server.proxy(&settings).await;
     let client = TlsClient::new(Some(&scene.pki.issue("rogue")));
-    let held = [tunnel(&scene, &client).await, tunnel(&scene, &client).await];
-    assert!(held.iter().all(Option::is_some));
+    let open = [tunnel(&scene, &client).await, tunnel(&scene, &client).await];
+    assert!(open.iter().all(Option::is_some));
     assert!(tunnel(&scene, &client).await.is_none());
     assert_eq!(refused(&scene.server, "tunnels_per_source", "hbone").await, Some(1.0));
     server.line(&["tunnels are refused", "limits.tunnels_per_source"]).await;
-    drop(held);
+    drop(open);
     until("there is room again", async || tunnel(&scene, &client).await.is_some()).await;
 }
 
@@ -135,8 +135,8 @@ async fn assert_held_tunnels_end(bytes: &[u8], reason: &str) {
         let _refused = tokio::time::timeout(Duration::from_secs(1), tunnel.write_all(bytes)).await;
         tunnels.push(tunnel);
     }
-    let held = resident(&server).saturating_sub(before);
-    assert!(held < MAX_MEMORY, "{TUNNELS} tunnels hold {} KiB", held >> 10);
+    let growth = resident(&server).saturating_sub(before);
+    assert!(growth < MAX_MEMORY, "{TUNNELS} tunnels hold {} KiB", growth >> 10);
     scene.echoed().await;
     for tunnel in &mut tunnels {
         ended_with_goaway(tunnel).await;

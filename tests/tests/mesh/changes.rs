@@ -66,8 +66,8 @@ async fn other_protocol() {
     let (mut one, mut other, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut one, &mut other).await;
     let frames = wire.drain().expect("the capture is read");
-    let said = |frame: &[u8]| frame.windows(7).any(|window| window == b"request");
-    assert!(!frames.iter().any(|frame| said(frame)), "in clear");
+    let is_plain = |frame: &[u8]| frame.windows(7).any(|window| window == b"request");
+    assert!(!frames.iter().any(|frame| is_plain(frame)), "plaintext");
 }
 
 async fn bad_document() {
@@ -75,7 +75,7 @@ async fn bad_document() {
         proxies(|scene| usual(scene).policy("policy", "Allow", &from_client())).await;
     let _app = Server::echo(&scene.server, APP);
     scene.echoed().await;
-    for (bad, told) in [
+    for (bad, reported) in [
         ("workloads:\n- {name: a, workloadIps: [10.0.0.1], protcol: HBONE}\n", "mesh.yaml:2:"),
         ("workloads: [", "mesh.yaml:"),
         (
@@ -87,9 +87,9 @@ async fn bad_document() {
             "default/missing",
         ),
     ] {
-        let before = server.count(&["the last valid one stays in effect", told]);
+        let before = server.count(&["the last valid one stays in effect", reported]);
         fs::write(scene.client.folder().join("mesh.yaml"), bad).expect("a bad mesh file");
-        server.more_than(before, &["the last valid one stays in effect", told]).await;
+        server.more_than(before, &["the last valid one stays in effect", reported]).await;
         scene.echoed().await;
     }
     change(
@@ -111,8 +111,8 @@ async fn config_check() {
     scene.client.underpass(&arguments).await.ok();
     let bad = "workloads:\n- {name: a, workloadIps: [10.0.0.1], services: {default/x: {80: 80}}}\n";
     fs::write(&file, bad).expect("a bad mesh file");
-    let (_, told) = scene.client.underpass(&arguments).await.exited(2);
-    assert!(told.contains("mesh.yaml:2:") && told.contains("default/x"), "{told}");
+    let (_, reported) = scene.client.underpass(&arguments).await.exited(2);
+    assert!(reported.contains("mesh.yaml:2:") && reported.contains("default/x"), "{reported}");
 }
 
 async fn folder() {

@@ -176,7 +176,7 @@ async fn misbehaving() {
         server.more_than(round, &[CONNECTED]).await;
         scene.echoed().await;
     }
-    // Deep nesting and a flood of changes are ordinary resources.
+    // A deeply nested resource is rejected, and a flood of changes is applied.
     plane.send(&response(POLICY, vec![resource(POLICY, "default/deep", deep)], &[]));
     server.line(&["cannot use a resource", "default/deep"]).await;
     plane.send(&response(POLICY, Vec::new(), &["default/deep"]));

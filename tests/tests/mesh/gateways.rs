@@ -136,24 +136,24 @@ async fn other_network() {
     let away = format!(
         "{endpoint}, network: far, networkGateway: {{destination: \"/{at_client}\", hboneMtlsPort: {HBONE}}}"
     );
-    let near = Mesh::default()
+    let client_mesh = Mesh::default()
         .hbone(&scene.client)
         .workload("gateway", &[at_client], "HBONE")
         .workload_with(SERVER, &["10.9.9.9".parse().expect("an address")], "HBONE", &away)
         .service(service);
-    let there = Mesh::default()
+    let gateway_mesh = Mesh::default()
         .workload_with("gateway", &gateway.ips(), "HBONE", &format!("{endpoint}{WAYPOINT}"))
         .service(service);
     // The connection comes from the gateway's address, with the client's identity.
-    let gateway_there: IpAddr = "10.3.0.1".parse().expect("an address");
+    let gateway_at_server: IpAddr = "10.3.0.1".parse().expect("an address");
     let at_server = Mesh::default()
         .workload_with(SERVER, &[behind.ip()], "HBONE", endpoint)
-        .workload("gateway", &[gateway_there], "HBONE")
+        .workload("gateway", &[gateway_at_server], "HBONE")
         .service(service);
-    scene.set_mesh(&near);
+    scene.set_mesh(&client_mesh);
     let gateway_settings = underpass_tests::Settings::new("gateway")
         .identity(&scene.pki.issue("gateway"))
-        .mesh(&there.write(&scene.client, "there"));
+        .mesh(&gateway_mesh.write(&scene.client, "gateway-mesh"));
     let server_settings = underpass_tests::Settings::new(SERVER)
         .identity(&scene.server_files)
         .mesh(&at_server.write(&scene.client, "at-server"));
@@ -182,7 +182,7 @@ async fn other_network() {
     let line = at_server
         .line(&[
             "direction=\"inbound\"",
-            &format!("src.addr={gateway_there}:"),
+            &format!("src.addr={gateway_at_server}:"),
             "src.identity=\"spiffe://cluster.local/ns/default/sa/client\"",
             "src.claimed.workload=\"client\"",
             "connection complete",

@@ -144,11 +144,11 @@ async fn unrelated_change() {
 async fn last_change_applies() {
     let (scene, _client, mut server) = proxies(usual).await;
     let app = scene.server.listen(APP);
-    let mut rapid_policy_changes = interval(Duration::from_millis(50));
+    let mut ticks = interval(Duration::from_millis(50));
     for _ in 0..10 {
-        rapid_policy_changes.tick().await;
+        ticks.tick().await;
         scene.set_mesh(&deny_client(&scene));
-        rapid_policy_changes.tick().await;
+        ticks.tick().await;
         scene.set_mesh(&usual(&scene));
     }
     let last = usual(&scene).workload("last", &["10.99.0.1".parse().expect("an address")], "TCP");
@@ -166,7 +166,7 @@ async fn last_change_applies() {
 /// The first byte from the application.
 const FIRST_BYTE: u8 = b'o';
 
-/// The value of every byte: its sending time, counted in states of the policy. Odd states deny.
+/// The number of the policy's current state. In odd states, the policy denies.
 #[derive(Debug, Default)]
 struct Clock(AtomicU64);
 
@@ -207,8 +207,8 @@ async fn rapid_policy_changes() {
     assert_eq!(forbidden.load(SeqCst), 0);
 }
 
-/// Connects repeatedly, and sends the time once the connection is open end to end. Data sent
-/// earlier would wait for the decision, and could arrive under another policy.
+/// Connects repeatedly, and sends the clock's value once the connection is open end to end. Data
+/// sent earlier would wait for the decision, and could arrive under another policy.
 async fn send(scene: Arc<Scene>, clock: Arc<Clock>) {
     let to = scene.app(Family::V4);
     loop {

@@ -93,7 +93,7 @@ async fn ejected() {
         let (mut client, mut server, _) = scene.client.meet(&app, to).await;
         exchange(&mut client, &mut server).await;
     }
-    // The first endpoint is random: 32 connections miss the missing one once in 2^32 runs.
+    // The first endpoint is random: all 32 connections avoid the missing one in one of 2^32 runs.
     proxy.line(&["ejected", "gone"]).await;
     // The ejection outlasts the test: each worker tries the endpoint at most once.
     assert!(proxy.count(&["ejected", "gone"]) <= 8, "{}", proxy.log());

@@ -80,8 +80,9 @@ impl Crate {
         child: &ItemMod,
         parsed: &BTreeMap<ModulePath, (String, Vec<Item>)>,
     ) {
-        let moved = child.attrs.iter().any(|attribute| attribute.path().is_ident("path"));
-        assert!(!moved, "{file}: #[path] hides where a module is");
+        let has_path_attribute =
+            child.attrs.iter().any(|attribute| attribute.path().is_ident("path"));
+        assert!(!has_path_attribute, "{file}: #[path] hides where a module is");
         let path = [path.as_slice(), &[child.ident.to_string()]].concat();
         match &child.content {
             None => self.add(&path, parsed),

@@ -20,7 +20,7 @@ pub(crate) fn add_tests(suite: &mut Suite) {
         routes,
     );
     suite.test(
-        "a connection to a pod that is missing in the mesh takes a tunnel",
+        "a connection to a pod that is missing in the mesh uses a tunnel",
         pod_missing_in_mesh,
     );
 }
@@ -141,10 +141,11 @@ async fn certificates() {
     let identity = |pod: &str, pki: &Pki, of: &str| scene.settings(pod).identity(&pki.issue(of));
 
     // Without a certificate no destination pod proves the workload.
-    let mut case = Case { direct: false, recorded: false, ..row("source without one", false) };
+    let mut case =
+        Case { direct: false, recorded: false, ..row("source without a certificate", false) };
     case.settings[0] = scene.settings("a");
     case.check(scene, Family::V4).await;
-    let mut case = Case { direct: false, ..row("destination without one", false) };
+    let mut case = Case { direct: false, ..row("destination without a certificate", false) };
     case.settings[1] = scene.settings("b");
     case.check(scene, Family::V4).await;
 

@@ -49,9 +49,9 @@ async fn bulk(family: Family) {
     assert_eq!(peer.ip(), scene.a.ip(family));
     exchange(&mut client, &mut server).await;
     let data: Vec<u8> = (0..BULK).map(|n| (n % 251).to_le_bytes()[0]).collect();
-    for forth in [true, false] {
+    for to_server in [true, false] {
         let (from, to) =
-            if forth { (&mut client, &mut server) } else { (&mut server, &mut client) };
+            if to_server { (&mut client, &mut server) } else { (&mut server, &mut client) };
         let mut received = vec![0; BULK];
         let (sent, read) = tokio::join!(
             within("bulk is sent", from.write_all(&data)),

@@ -73,15 +73,15 @@ impl Running {
         Handover::new(UnixStream::connect(&self.socket).await.expect("connected"))
     }
 
-    /// Connects, and performs the protocol until the listeners were passed.
+    /// Connects, and performs the protocol until the listeners are passed.
     async fn receive_listeners(&self) -> (Handover, Vec<BoundListener>) {
-        let stranger = self.connect().await;
-        stranger.send("who are you?", &[]).await.expect("said");
-        let (refusal, _) = stranger.receive().await.expect("heard").expect("an answer");
-        let role = refusal.split('"').nth(1).expect("what it is");
+        let first = self.connect().await;
+        first.send("who are you?", &[]).await.expect("sent");
+        let (refusal, _) = first.receive().await.expect("received").expect("an answer");
+        let role = refusal.split('"').nth(1).expect("the role");
         let conversation = self.connect().await;
-        conversation.send(role, &[]).await.expect("said");
-        let (names, sockets) = conversation.receive().await.expect("heard").expect("an answer");
+        conversation.send(role, &[]).await.expect("sent");
+        let (names, sockets) = conversation.receive().await.expect("received").expect("an answer");
         let names = names.strip_prefix("listeners ").expect("listeners").split(' ');
         let listeners = names
             .zip(sockets)
@@ -96,20 +96,20 @@ fn with_socket(scene: &Scene, socket: &std::path::Path) -> Settings {
 }
 
 async fn ask(conversation: &Handover, what: &str) {
-    conversation.send(what, &[]).await.expect("said");
-    let answer = within("an answer", conversation.receive()).await.expect("heard");
+    conversation.send(what, &[]).await.expect("sent");
+    let answer = within("an answer", conversation.receive()).await.expect("received");
     assert_eq!(answer.expect("an answer").0, "ok");
 }
 
 async fn different_settings() {
     let mut running = Running::new().await;
-    for (setting, told) in [
+    for (setting, expected) in [
         ("proxy.outbound_port=15011", "ports 15011 15006 15008"),
         ("interception.profile=none", "profile none"),
     ] {
         let (code, log) = running.fails(&running.settings().set(setting)).await;
         assert_eq!(code, Some(1), "{log}");
-        for part in ["refused the take-over", "ports 15001 15006 15008", told] {
+        for part in ["refused the take-over", "ports 15001 15006 15008", expected] {
             assert!(log.contains(part), "{part} is missing:\n{log}");
         }
         running
@@ -142,23 +142,23 @@ async fn does_not_start() {
 
 async fn aborted_half_way() {
     let mut running = Running::new().await;
-    for asked in [&["rules"][..], &["rules", "accept"]] {
+    for messages in [&["rules"][..], &["rules", "accept"]] {
         let (conversation, listeners) = running.receive_listeners().await;
-        for what in asked {
+        for what in messages {
             ask(&conversation, what).await;
         }
-        let left = ["take-over by another process failed", "the connection was closed before"];
-        let before = running.proxy.count(&left);
+        let failed = ["take-over by another process failed", "the connection was closed before"];
+        let before = running.proxy.count(&failed);
         let echo = tokio::join!(running.scene.echoed(), async {
             // The old process accepts again once the connection is closed.
-            if asked.contains(&"accept") {
+            if messages.contains(&"accept") {
                 let to = running.scene.app(Family::V4);
                 within("a connection waits", running.scene.client.dial(to)).await.expect("queued");
             }
             drop((conversation, listeners));
         });
         let ((), ()) = echo;
-        running.proxy.more_than(before, &left).await;
+        running.proxy.more_than(before, &failed).await;
     }
     running.assert_continues().await;
 }
@@ -187,7 +187,7 @@ async fn invalid_messages() {
     drop(UnixStream::connect(&running.socket).await.expect("connected"));
     let (conversation, _listeners) = running.receive_listeners().await;
     // A message out of order.
-    conversation.send("ready", &[]).await.expect("said");
+    conversation.send("ready", &[]).await.expect("sent");
     running.proxy.line(&["take-over by another process failed", "instead of"]).await;
     drop(raw);
     running.assert_continues().await;

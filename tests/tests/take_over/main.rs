@@ -48,7 +48,7 @@ fn main() -> ExitCode {
 }
 
 /// Starts a process that takes over, and waits until the old one logs it.
-async fn succeed(pod: &Pod, old: &mut Proxy, settings: &Settings) -> Proxy {
+async fn start_successor(pod: &Pod, old: &mut Proxy, settings: &Settings) -> Proxy {
     let new = pod.proxy(&settings.clone().take_over()).await;
     old.line(&["another process has taken over", &format!("pid={}", new.pid())]).await;
     new
@@ -61,7 +61,7 @@ async fn both_serve(family: Family) {
     let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(family)).await;
     exchange(&mut client, &mut peer).await;
 
-    let mut new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
+    let mut new = start_successor(&scene.client, &mut old, &scene.client_settings()).await;
     assert_eq!(scene.client.traces().await, rules, "the rules are unchanged");
     exchange(&mut client, &mut peer).await;
     let (mut second, mut second_peer, _) = scene.client.meet(&app, scene.app(family)).await;
@@ -75,7 +75,7 @@ async fn both_serve(family: Family) {
 async fn old_process_exits() {
     let (scene, mut old, _server) = Scene::with_proxies().await;
     let (mut client, mut peer) = scene.connected(Family::V4).await;
-    let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
+    let _new = start_successor(&scene.client, &mut old, &scene.client_settings()).await;
     let rules = scene.client.traces().await;
     client.shutdown().await.expect("FIN is sent");
     assert_eq!(read_to_end(&mut peer).await, (vec![], End::Fin));
@@ -136,10 +136,10 @@ async fn repeated_takeovers() {
     let load = Load::start(&scene, 8);
     for _ in 0..4 {
         load.await_connections(30).await;
-        let new = succeed(&scene.client, &mut client_proxy, &scene.client_settings()).await;
+        let new = start_successor(&scene.client, &mut client_proxy, &scene.client_settings()).await;
         let mut old = std::mem::replace(&mut client_proxy, new);
         load.await_connections(30).await;
-        let new = succeed(&scene.server, &mut server_proxy, &scene.server_settings()).await;
+        let new = start_successor(&scene.server, &mut server_proxy, &scene.server_settings()).await;
         let mut old_server = std::mem::replace(&mut server_proxy, new);
         assert!(old.ended().await.success(), "{}", old.log());
         assert!(old_server.ended().await.success(), "{}", old_server.log());
@@ -155,7 +155,7 @@ async fn tunnels_continue() {
     let app = scene.server.listen(APP);
     let (mut first, mut first_peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
     exchange(&mut first, &mut first_peer).await;
-    let new = succeed(&scene.server, &mut old, &scene.server_settings()).await;
+    let new = start_successor(&scene.server, &mut old, &scene.server_settings()).await;
     exchange(&mut first, &mut first_peer).await;
     // While the tunnel has a stream, the old process delays its GOAWAY.
     let come = async {
@@ -175,7 +175,7 @@ async fn tunnels_continue() {
 async fn new_process_serves_endpoints() {
     let (scene, mut old, _server) = Scene::with_proxies().await;
     let (mut client, mut peer) = scene.connected(Family::V4).await;
-    let _new = succeed(&scene.client, &mut old, &scene.client_settings()).await;
+    let _new = start_successor(&scene.client, &mut old, &scene.client_settings()).await;
     let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     assert_eq!(http_get(&scene.client, at(15021), "/healthz/ready").await.0, 200);
     let (status, metrics) = http_get(&scene.client, at(15020), "/metrics").await;
@@ -190,7 +190,7 @@ async fn handover_drain_deadline() {
     let mut old = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
     let (mut client, mut peer) = scene.connected(Family::V4).await;
-    let _new = succeed(&scene.client, &mut old, &settings).await;
+    let _new = start_successor(&scene.client, &mut old, &settings).await;
     assert_eq!(read_to_end(&mut client).await, (vec![], End::Reset));
     assert_eq!(read_to_end(&mut peer).await, (vec![], End::Reset));
     assert!(old.ended().await.success(), "{}", old.log());
@@ -203,7 +203,7 @@ async fn old_process_stopped() {
     let mut old = scene.client.proxy(&settings).await;
     let _server = scene.server.proxy(&scene.server_settings()).await;
     let (mut client, mut peer) = scene.connected(Family::V4).await;
-    let _new = succeed(&scene.client, &mut old, &settings).await;
+    let _new = start_successor(&scene.client, &mut old, &settings).await;
     exchange(&mut client, &mut peer).await;
     old.signal(Signal::SIGTERM);
     assert!(old.ended().await.success(), "{}", old.log());
@@ -216,7 +216,7 @@ async fn last_process_removes_rules() {
     let settings = scene.client_settings().set("interception.on_exit=remove");
     let mut old = scene.client.proxy(&settings).await;
     let with = scene.client.traces().await;
-    let mut new = succeed(&scene.client, &mut old, &settings).await;
+    let mut new = start_successor(&scene.client, &mut old, &settings).await;
     assert!(old.ended().await.success(), "{}", old.log());
     assert_eq!(scene.client.traces().await, with);
     assert!(new.stop().await.success());
@@ -233,7 +233,7 @@ async fn profiles_by_user() {
         let (mut client, mut peer, _) = scene.client.meet(&app, scene.app(Family::V4)).await;
         exchange(&mut client, &mut peer).await;
         for _ in 0..2 {
-            let mut new = succeed(&scene.client, &mut old, &settings).await;
+            let mut new = start_successor(&scene.client, &mut old, &settings).await;
             let (mut second, mut second_peer, _) =
                 scene.client.meet(&app, scene.app(Family::V4)).await;
             exchange(&mut second, &mut second_peer).await;

@@ -32,7 +32,7 @@ async fn retirement() {
     let server = scene.server_settings().set("logging.filter=debug,h2=off");
     let mut client = scene.client.proxy(&client).await;
     let mut server = scene.server.proxy(&server).await;
-    let turned_over = async {
+    let replaced = async {
         server.more_than(5, &["tunnel accepted"]).await;
     };
     let traffic = async {
@@ -41,7 +41,7 @@ async fn retirement() {
         }
     };
     tokio::select! {
-        () = turned_over => {}
+        () = replaced => {}
         () = traffic => {}
     }
     // Repeat with a server that stops.

@@ -66,7 +66,7 @@ fn malformed_inputs(app: &str) -> Vec<(&'static str, Vec<u8>)> {
             "a HPACK table that is too large",
             frame(HEADERS, END_HEADERS, 1, &[0x3f, 0xff, 0xff, 0x7f]),
         ),
-        ("CONTINUATION of nothing", frame(CONTINUATION, END_HEADERS, 1, &[])),
+        ("CONTINUATION without HEADERS", frame(CONTINUATION, END_HEADERS, 1, &[])),
         (
             "HEADERS that never end",
             [frame(HEADERS, 0, 1, &[]), frame(PING, 0, 0, &[0; 8])].concat(),
@@ -76,8 +76,8 @@ fn malformed_inputs(app: &str) -> Vec<(&'static str, Vec<u8>)> {
         ("a short RST_STREAM", frame(RST_STREAM, 0, 1, &[0])),
         ("PRIORITY on itself", frame(PRIORITY, 0, 1, &[0, 0, 0, 1, 0])),
         ("a short PING", frame(PING, 0, 0, &[0])),
-        ("a window of nothing", frame(WINDOW_UPDATE, 0, 0, &[0; 4])),
-        ("a window too large", frame(WINDOW_UPDATE, 0, 0, &[0x7f, 0xff, 0xff, 0xff])),
+        ("WINDOW_UPDATE of 0", frame(WINDOW_UPDATE, 0, 0, &[0; 4])),
+        ("WINDOW_UPDATE beyond the maximum", frame(WINDOW_UPDATE, 0, 0, &[0x7f, 0xff, 0xff, 0xff])),
         ("a short GOAWAY", frame(GOAWAY, 0, 0, &[0])),
         ("SETTINGS of half a setting", frame(4, 0, 0, &[0; 3])),
         ("no method", request(&[(":authority", app.as_bytes())])),
@@ -90,18 +90,21 @@ fn malformed_inputs(app: &str) -> Vec<(&'static str, Vec<u8>)> {
                 (":authority", app.as_bytes()),
             ]),
         ),
-        ("CONNECT to nowhere", request(&[(":method", b"CONNECT")])),
+        ("CONNECT without an authority", request(&[(":method", b"CONNECT")])),
         ("CONNECT with a path", with(":path", b"/")),
         (
             "CONNECT to a name without a port",
             request(&[(":method", b"CONNECT"), (":authority", b"example")]),
         ),
-        ("CONNECT to bytes", request(&[(":method", b"CONNECT"), (":authority", b"\xff\xfe\x00")])),
+        (
+            "CONNECT to an authority that is not text",
+            request(&[(":method", b"CONNECT"), (":authority", b"\xff\xfe\x00")]),
+        ),
         ("a header in upper case", with("Baggage", b"a=b")),
-        ("a traceparent that panics others", with("traceparent", &panicking)),
-        ("a traceparent of bytes", with("traceparent", b"\xff\xff\xff")),
-        ("baggage of bytes", with("baggage", b"=,;=;,k8s.\xff=%zz%")),
-        ("a forwarded without an end", with("forwarded", b"for=\"[::1")),
+        ("a traceparent that makes other parsers panic", with("traceparent", &panicking)),
+        ("a traceparent that is not text", with("traceparent", b"\xff\xff\xff")),
+        ("baggage that is not text", with("baggage", b"=,;=;,k8s.\xff=%zz%")),
+        ("a forwarded header without an end", with("forwarded", b"for=\"[::1")),
     ]
 }
 
@@ -152,7 +155,7 @@ async fn malformed_requests_logged() {
     ];
     let malformed_inputs = malformed_inputs(&target);
     for (what, parts) in lines {
-        let (_, bytes) = malformed_inputs.iter().find(|(name, _)| *name == what).expect("an abuse");
+        let (_, bytes) = malformed_inputs.iter().find(|(name, _)| *name == what).expect("an input");
         let stream = scene.client.dial(scene.server.at(Family::V4, HBONE)).await;
         let mut tunnel = rogue.connect(stream.expect("it listens")).await.expect("a handshake");
         let bytes = [PREFACE, SETTINGS, bytes].concat();

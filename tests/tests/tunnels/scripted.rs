@@ -159,7 +159,7 @@ async fn small_writes() {
     // Both connections share one tunnel.
     let script = Script::with(&["proxy.workers=1"]).await;
     let (all_written, mut is_all_written) = tokio::sync::mpsc::channel::<()>(1);
-    let first_has_come = tokio::sync::Notify::new();
+    let first_has_arrived = tokio::sync::Notify::new();
     let server = async {
         let (stream, _) = script.listener.accept().await;
         let stream = script.server.accept(stream).await.expect("a TLS handshake");
@@ -168,7 +168,7 @@ async fn small_writes() {
         let mut tunnel: Tunnel = within("a preface", handshake).await.expect("HTTP/2");
         let (stalled, mut answer) = request(&mut tunnel).await;
         let _stalled = answer.send_response(Response::new(()), false).expect("an answer");
-        first_has_come.notify_one();
+        first_has_arrived.notify_one();
         let (neighbour, mut answer) = request(&mut tunnel).await;
         let mut echo = answer.send_response(Response::new(()), false).expect("an answer");
         let (mut neighbour, mut stalled) = (neighbour.into_body(), stalled.into_body());
@@ -187,7 +187,7 @@ async fn small_writes() {
         };
         tokio::select! {
             read = reading => read,
-            () = echoing => unreachable!("the neighbour was cut"),
+            () = echoing => unreachable!("the neighbour was closed"),
             () = async { while let Some(Ok(_)) = tunnel.accept().await {} } => unreachable!("the tunnel ended"),
         }
     };
@@ -196,7 +196,7 @@ async fn small_writes() {
         let mut stalled = script.scene.client.dial(to).await.expect("the proxy accepts");
         stalled.set_nodelay(true).expect("an option");
         stalled.write_u8(0).await.expect("it is open");
-        within("its request", first_has_come.notified()).await;
+        within("its request", first_has_arrived.notified()).await;
         let mut neighbour = script.scene.client.dial(to).await.expect("the proxy accepts");
         for _ in 1..BYTES {
             stalled.write_u8(0).await.expect("it is open");
