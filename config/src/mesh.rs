@@ -78,8 +78,9 @@ pub struct Mesh {
 struct Policies {
     global: List<Policy>,
     namespaces: SharedMap<Name, List<Policy>>,
-    /// The policies of a workload that the mesh does not have: with a control plane one that
-    /// denies, because its policies may select the workload.
+    /// The policies for a workload that the mesh does not contain. With a control plane: one policy
+    /// that denies every connection, because the control plane may have policies that select the
+    /// workload.
     unknown: List<Policy>,
 }
 
@@ -161,7 +162,7 @@ impl Mesh {
         known.flat_map(move |known| known.services_at(address))
     }
 
-    /// The network that knows this address: that of this mesh, otherwise that of the fallback.
+    /// The network with this address: that of this mesh, otherwise that of the fallback.
     fn network_at(&self, network: &str, address: IpAddr) -> Option<&Network> {
         let own = self.networks.get(network);
         let Some(fallback) = &self.fallback else { return own };
@@ -212,16 +213,16 @@ impl Mesh {
         let Some(fallback) = &self.fallback else {
             return PolicyLayers([self.policies.of(namespace, selecting), PolicySet::default()]);
         };
-        let own = workload.is_some_and(|workload| self.contains(workload));
-        let (selecting, of_fallback) = if own { (selecting, None) } else { (None, selecting) };
+        let is_own = workload.is_some_and(|workload| self.contains(workload));
+        let (selecting, of_fallback) = if is_own { (selecting, None) } else { (None, selecting) };
         PolicyLayers([
             self.policies.of(namespace, selecting),
             fallback.policies.of(namespace, of_fallback),
         ])
     }
 
-    /// Whether the mesh has the policies that select `workload`: a control plane may have some for
-    /// a workload that it has not sent yet.
+    /// Whether the policies that select `workload` are known. They are not if the control plane has
+    /// not sent the workload yet.
     pub fn has_policies_of(&self, workload: Option<&Workload>) -> bool {
         self.policies.unknown.is_empty() || workload.is_some_and(|one| self.contains(one))
     }

@@ -31,11 +31,11 @@ use crate::pool::Dial;
 const DELTA_AGGREGATED_RESOURCES: &str =
     "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 /// Timeout of connecting, TLS and HTTP/2, and of the stream's response headers.
-const CONNECT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of answers that wait to be sent.
 const MAX_QUEUED: usize = 64;
 /// Timeout for a control plane that reads no answers.
-const READ: Duration = Duration::from_secs(30);
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// Maximum size of a response, as in ztunnel: the first state of a large mesh is one response.
 const MAX_RESPONSE: usize = 200 << 20;
 
@@ -122,7 +122,7 @@ impl<D: Dial> ControlPlaneClient<D> {
         let mut grpc = self.connect().await.map_err(ControlPlaneError::Connect)?;
         let (requests, queued) = mpsc::channel(MAX_QUEUED.max(first.len()));
         for request in first {
-            // There is room, and the receiver is alive.
+            // The channel has room, and its receiver exists.
             requests.try_send(request).ok();
         }
         let sent =
@@ -133,8 +133,8 @@ impl<D: Dial> ControlPlaneClient<D> {
             request.metadata_mut().insert("authorization", token);
         }
         let path = PathAndQuery::from_static(DELTA_AGGREGATED_RESOURCES);
-        let opened = timeout(CONNECT, grpc.streaming(request, path, ProstCodec::default()));
-        let opened = opened.await.map_err(|_| ControlPlaneError::Timeout(CONNECT))?;
+        let opened = timeout(CONNECT_TIMEOUT, grpc.streaming(request, path, ProstCodec::default()));
+        let opened = opened.await.map_err(|_| ControlPlaneError::Timeout(CONNECT_TIMEOUT))?;
         let responses = opened.map_err(|status| refusal(&status))?.into_inner();
         Ok(ControlPlaneStream { requests, responses })
     }
@@ -143,10 +143,10 @@ impl<D: Dial> ControlPlaneClient<D> {
         let roots = self.endpoint.roots(&self.settings.roots)?;
         let client = self.settings.client.as_ref();
         let client = client.map(|(certificate, key)| (certificate.as_path(), key.as_path()));
-        let connection = timeout(CONNECT, self.endpoint.connect(&self.dial, roots, client));
+        let connection = timeout(CONNECT_TIMEOUT, self.endpoint.connect(&self.dial, roots, client));
         let connection = connection.await.unwrap_or_else(|_| {
             let (issuer, what) =
-                (self.settings.address.clone(), IssuerProblem::ConnectTimeout(CONNECT));
+                (self.settings.address.clone(), IssuerProblem::ConnectTimeout(CONNECT_TIMEOUT));
             Err(HboneError::Issuer { issuer, what, source: None })
         })?;
         let grpc = Grpc::with_origin(connection, self.endpoint.origin().clone());
@@ -184,9 +184,9 @@ impl ControlPlaneStream {
     /// # Errors
     /// The control plane has read no answer for a long time.
     pub async fn send(&self, answer: DeltaRequest) -> Result<(), ControlPlaneError> {
-        let sent = timeout(READ, self.requests.send(answer)).await;
+        let sent = timeout(READ_TIMEOUT, self.requests.send(answer)).await;
         // If the stream has ended, `next` reports it.
-        sent.map(drop).map_err(|_| ControlPlaneError::Stalled(READ))
+        sent.map(drop).map_err(|_| ControlPlaneError::Stalled(READ_TIMEOUT))
     }
 }
 
@@ -231,7 +231,7 @@ impl Hint for ControlPlaneError {
                 | IssuerProblem::HandshakeReset => {
                     "check that the control plane runs and that mesh.xds.address is right"
                 }
-                // Of a CA or an agent.
+                // The other problems are those of a CA or an agent.
                 other => return other.hint(),
             },
             Self::Connect(error) => return error.hint(),

@@ -176,8 +176,8 @@ impl<'a> Build<'a> {
         for (index, draft) in parts.iter().flat_map(|part| &part.workloads).enumerate() {
             let item = Item::Workload(index);
             self.name_workload(item, draft);
-            let workload = self.selected_by(item, draft);
-            self.endpoint(item, &workload, &draft.ports, services);
+            let workload = self.with_policies(item, draft);
+            self.add_endpoint(item, &workload, &draft.ports, services);
             self.check_addresses(item, &workload);
             self.workloads.push(workload.clone());
             self.mesh.add_workload(&workload);
@@ -197,7 +197,7 @@ impl<'a> Build<'a> {
     }
 
     /// The workload with its policies. Without policies, the draft's allocation is shared.
-    fn selected_by(&mut self, item: Item, draft: &Draft) -> Arc<Workload> {
+    fn with_policies(&mut self, item: Item, draft: &Draft) -> Arc<Workload> {
         if draft.policies.is_empty() {
             return draft.workload.clone();
         }
@@ -213,7 +213,7 @@ impl<'a> Build<'a> {
         Arc::new(Workload { policies: policies.into(), ..Workload::clone(&draft.workload) })
     }
 
-    fn endpoint(
+    fn add_endpoint(
         &mut self,
         item: Item,
         workload: &Arc<Workload>,

@@ -56,7 +56,7 @@ impl Mesh {
         self.size.services -= 1;
     }
 
-    /// Replaces the policies of a namespace, or those of all namespaces for `None`.
+    /// Replaces the policies of a namespace, or the global policies for `None`.
     pub(super) fn set_policies(&mut self, namespace: Option<&Name>, policies: List<Policy>) {
         match namespace {
             None => self.policies.global = policies,
@@ -80,11 +80,11 @@ impl Mesh {
         self.policies.unknown = [Arc::new(denying)].into();
     }
 
-    /// Counts a rejected item in each of these ranges, or ends this.
-    pub(super) fn withhold(&mut self, ranges: &[NetworkCidr], withheld: bool) {
+    /// Adds a rejected item to the count of each of these ranges, or removes it.
+    pub(super) fn withhold(&mut self, ranges: &[NetworkCidr], is_withheld: bool) {
         for NetworkCidr { network, cidr } in ranges {
             let network = self.network(network);
-            if withheld { network.withhold(*cidr) } else { network.release(*cidr) }
+            if is_withheld { network.withhold(*cidr) } else { network.release(*cidr) }
         }
     }
 

@@ -27,8 +27,8 @@ impl Equivalent<NamespacedName> for (&str, &str) {
     }
 }
 
-/// A map with a fast hash function. Keys come from the control plane and not from peers, so hash
-/// collisions are no attack.
+/// A map with a fast hash function. Keys come from the control plane and not from peers, so peers
+/// cannot cause hash collisions.
 pub(crate) type Map<K, V> = HashMap<K, V, RandomState>;
 
 /// A set with the hash function of [`Map`].

@@ -22,7 +22,8 @@ pub(super) struct Network {
 }
 
 impl Network {
-    /// The workload at `address`: the newest one that does not share it, otherwise the only one.
+    /// The workload at `address`: the only one, or the newest of several that is not in the host
+    /// network.
     pub(super) fn workload(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         match items(&self.workloads, &address) {
             [only] => Some(only),
@@ -132,7 +133,7 @@ impl Network {
         self.withheld.change(range, |items| Some(items.map_or(1, |items| items + 1)));
     }
 
-    /// Ends the count of an item from [`withhold`](Self::withhold).
+    /// Removes an item that [`withhold`](Self::withhold) counted.
     pub(super) fn release(&mut self, range: IpNet) {
         self.withheld.change(range, |items| items?.checked_sub(1).filter(|items| *items > 0));
     }
@@ -163,8 +164,8 @@ mod tests {
     /// range.
     fn mesh(services: &[&str]) -> Mesh {
         let service = |(words, name): (&&str, char)| {
-            let there = if words.contains("cidrVips") { "" } else { AT };
-            format!("- {{name: {name}, hostname: {name}, {there}{words}}}\n")
+            let addresses = if words.contains("cidrVips") { "" } else { AT };
+            format!("- {{name: {name}, hostname: {name}, {addresses}{words}}}\n")
         };
         let services: String = services.iter().zip('a'..='z').map(service).collect();
         Mesh::from_text("mesh.yaml", &format!("services:\n{services}")).unwrap()

@@ -33,11 +33,11 @@ impl<T: Clone> Ranges<T> {
     /// Changes the value of `range`: `None` means no value, before and after.
     pub(super) fn change(&mut self, range: IpNet, change: impl FnOnce(Option<&T>) -> Option<T>) {
         let before = self.values.get(&range);
-        let (had, after) = (before.is_some(), change(before));
-        match (had, after) {
-            (had, Some(value)) => {
+        let (had_value, after) = (before.is_some(), change(before));
+        match (had_value, after) {
+            (had_value, Some(value)) => {
                 self.values.insert(range, value);
-                if !had {
+                if !had_value {
                     self.count_length(range.prefix_len(), |ranges| ranges + 1);
                 }
             }

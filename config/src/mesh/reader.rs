@@ -38,18 +38,18 @@ enum Content {
 impl Reader {
     /// Reads the mesh at `path`.
     pub(super) fn read(&mut self, path: &Path) -> Result<Mesh, ConfigErrors> {
-        let taken = self.take(path);
-        self.read_taken(path, taken)
+        let loaded = self.load(path);
+        self.read_loaded(path, loaded)
     }
 
     /// Reads the mesh at `path` if its files have changed.
     pub(super) fn read_if_new(&mut self, path: &Path) -> Option<Result<Mesh, ConfigErrors>> {
-        let taken = self.take(path);
-        (self.seen != Some(taken.0)).then(|| self.read_taken(path, taken))
+        let loaded = self.load(path);
+        (self.seen != Some(loaded.0)).then(|| self.read_loaded(path, loaded))
     }
 
     /// Loads the files of `path`, and computes their common fingerprint.
-    fn take(&self, path: &Path) -> (u64, Vec<Content>) {
+    fn load(&self, path: &Path) -> (u64, Vec<Content>) {
         let mut files = Vec::new();
         let fingerprint = files::read_each(path, |file| {
             files.push(match self.known.get(&file.fingerprint) {
@@ -63,18 +63,18 @@ impl Reader {
     /// Parses files after loading a consistent set: one file may be replaced before it is loaded
     /// and another one afterwards. Loading is fast; changes during parsing count as the next
     /// change.
-    fn read_taken(
+    fn read_loaded(
         &mut self,
         path: &Path,
-        mut taken: (u64, Vec<Content>),
+        mut loaded: (u64, Vec<Content>),
     ) -> Result<Mesh, ConfigErrors> {
         for _ in 1..MAX_ATTEMPTS {
-            if taken.0 == files::fingerprint(path) {
+            if loaded.0 == files::fingerprint(path) {
                 break;
             }
-            taken = self.take(path);
+            loaded = self.load(path);
         }
-        let (fingerprint, files) = taken;
+        let (fingerprint, files) = loaded;
         self.seen = Some(fingerprint);
         let problems = Problems::default();
         let mut known = HashMap::with_capacity(files.len());
@@ -148,10 +148,10 @@ mod tests {
         folder.write("a.yaml", &workload("a", 1));
         folder.write("b.yaml", &workload("b", 2));
         let (path, mut reader) = (folder.root(), Reader::default());
-        let taken = reader.take(&path);
+        let loaded = reader.load(&path);
         folder.write("a.yaml", &workload("c", 2));
         folder.write("b.yaml", &workload("d", 1));
-        assert_eq!(names(&reader.read_taken(&path, taken).unwrap()), ["c", "d"]);
+        assert_eq!(names(&reader.read_loaded(&path, loaded).unwrap()), ["c", "d"]);
         assert!(reader.read_if_new(&path).is_none());
     }
 

@@ -100,8 +100,8 @@ pub struct LoadBalancing {
 impl LoadBalancing {
     /// The preferences that the mode uses.
     pub fn scopes(&self) -> &[Scope] {
-        let by_distance = self.mode != LoadBalancingMode::Standard;
-        if by_distance { &self.preferences } else { &[] }
+        let uses_preferences = self.mode != LoadBalancingMode::Standard;
+        if uses_preferences { &self.preferences } else { &[] }
     }
 }
 

@@ -130,12 +130,12 @@ impl MeshStore {
     /// Removes a workload. Returns false if there is none with this uid.
     pub(crate) fn remove_workload(&mut self, uid: &str) -> bool {
         self.release(uid);
-        let known = self.workloads.contains_key(uid);
+        let is_known = self.workloads.contains_key(uid);
         if let Some(indexed) = self.unlink(uid) {
             self.mesh.remove_workload(&indexed);
         }
         self.changed.workloads.remove(uid);
-        known
+        is_known
     }
 
     /// Removes the entry of a workload and the references from it. Returns its indexed version.
@@ -245,7 +245,7 @@ impl MeshStore {
         let Some(entry) = workloads.get_mut(uid) else { return };
         let selecting = entry.policies.iter().map(|key| match policies.get(key) {
             Some(policy) => policy.clone(),
-            None => missing(key),
+            None => substitute_for_missing(key),
         });
         let workload = match &*entry.policies {
             [] => entry.draft.clone(),
@@ -296,7 +296,7 @@ fn policy_list(policy: &Policy) -> Option<PolicyList> {
 }
 
 /// A substitute for a policy that a workload refers to and that is unknown.
-fn missing(key: &str) -> Arc<Policy> {
+fn substitute_for_missing(key: &str) -> Arc<Policy> {
     let (namespace, name) = key.split_once('/').unwrap_or(("", key));
     let name = format!("{name} (missing)");
     Arc::new(Policy::denying(namespace.into(), &name, PolicyScope::WorkloadSelector))

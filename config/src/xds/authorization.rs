@@ -1,5 +1,5 @@
 //! The messages of Istio's authorization policies (`istio.security`), and the fields of each, so
-//! that a field of a later version is noticed. Written by hand with the field numbers of the
+//! that a field of a later version is detected. Written by hand with the field numbers of the
 //! protocol.
 
 use bytes::{Buf, Bytes};

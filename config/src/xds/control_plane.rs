@@ -205,9 +205,9 @@ impl ControlPlane {
 
 impl LocalWorkloads {
     fn contain(&self, WorkloadDraft { workload, .. }: &WorkloadDraft) -> bool {
-        let on_node = self.node.as_ref().is_some_and(|node| **node == *workload.node);
+        let is_on_node = self.node.as_ref().is_some_and(|node| **node == *workload.node);
         let named = self.named.as_ref();
-        on_node
+        is_on_node
             || named.is_some_and(|(namespace, name)| {
                 **namespace == *workload.namespace && **name == *workload.name
             })

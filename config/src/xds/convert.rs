@@ -109,12 +109,12 @@ pub(super) fn addresses_of(content: &Bytes, shared: &mut Shared) -> Box<[Network
         }
         None => Vec::new(),
     };
-    let understood = addresses.into_iter().filter_map(|(network, bytes, length)| {
+    let readable = addresses.into_iter().filter_map(|(network, bytes, length)| {
         let one = address("addresses", &bytes).ok()?;
         let cidr = length.and_then(|length| range(&bytes, length)).unwrap_or_else(|| one.into());
         Some(NetworkCidr { network: shared.name(&network), cidr })
     });
-    understood.collect()
+    readable.collect()
 }
 
 /// The range of this prefix length, which applies to the address in the form that was sent.
@@ -124,9 +124,9 @@ fn range(bytes: &Bytes, length: u32) -> Option<IpNet> {
     Some(canonical(IpNet::new(address, u8::try_from(length).ok()?).ok()?))
 }
 
-/// A TCP port. 0 is allowed only if it has a meaning.
-fn port(field: &'static str, number: u32, zero: bool) -> Result<u16, Rejection> {
-    let port = u16::try_from(number).ok().filter(|port| zero || *port != 0);
+/// A TCP port. 0 is allowed only with `allows_zero`.
+fn port(field: &'static str, number: u32, allows_zero: bool) -> Result<u16, Rejection> {
+    let port = u16::try_from(number).ok().filter(|port| allows_zero || *port != 0);
     port.ok_or_else(|| Rejection::value(field, number))
 }
 

@@ -148,7 +148,7 @@ impl Session {
         };
         let kind = subscription.kind;
         let removed = match subscription.is_whole {
-            true => subscription.without(&resources),
+            true => subscription.names_missing_in(&resources),
             false => removed,
         };
         let versions = &subscription.versions;
@@ -243,7 +243,7 @@ impl Subscription {
     }
 
     /// The retained names without those of `resources`.
-    fn without(&self, resources: &[Resource]) -> Vec<String> {
+    fn names_missing_in(&self, resources: &[Resource]) -> Vec<String> {
         let sent: Set<&str> = resources.iter().map(|resource| &*resource.name).collect();
         let names = self.versions.keys().filter(|name| !sent.contains(&***name));
         names.map(|name| name.to_string()).collect()

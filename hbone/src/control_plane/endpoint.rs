@@ -31,7 +31,7 @@ use crate::trust::bundle::Bundle;
 use crate::tunnel::io::Io;
 
 const HTTPS_PORT: u16 = 443;
-/// A control plane that does not answer a PING sent after this idle time is gone.
+/// The idle time after which a PING is sent. Without an answer, the connection is closed.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Flow-control windows of a connection: the first state of a large mesh has tens of MiB.

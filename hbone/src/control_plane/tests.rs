@@ -110,7 +110,7 @@ fn acceptor(dir: &TempDir) -> TlsAcceptor {
     TlsAcceptor::from(Arc::new(config))
 }
 
-/// Dials the control plane, whatever its address in the settings is.
+/// Dials the control plane, and ignores the address in the settings.
 #[derive(Debug)]
 struct DialPlane(SocketAddr);
 

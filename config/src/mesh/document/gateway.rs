@@ -54,7 +54,7 @@ pub(super) fn ports(section: Cursor<'_>, named: bool, shared: &mut Shared) -> Po
             target.problem(format!("the port {port} is given twice"));
         }
         if !target.is_given() {
-            target.problem("must be the port behind it");
+            target.problem("must be the target port");
             return None;
         }
         let target = if named { target.port_or_named() } else { target.port() };

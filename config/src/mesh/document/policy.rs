@@ -84,7 +84,7 @@ fn require(cursor: &Cursor<'_>) -> bool {
 fn label<'a>(cursor: Cursor<'a>) -> Option<&'a str> {
     let text = require(&cursor).then(|| cursor.text())??;
     if text.contains('/') {
-        cursor.problem("must not have a '/' in it");
+        cursor.problem("must not contain '/'");
         return None;
     }
     Some(text)
@@ -102,7 +102,8 @@ fn nested<T>(list: Cursor<'_>, read: impl FnMut(Cursor<'_>) -> Option<T>) -> Opt
 }
 
 fn one_match(item: Cursor<'_>) -> Option<Match> {
-    let entries = entries(item, "must be what must apply, such as {destinationPorts: [80]}")?;
+    let entries =
+        entries(item, "must be a mapping of conditions, such as {destinationPorts: [80]}")?;
     let keys: Vec<&str> =
         CONDITION_KEYS.iter().flat_map(|(key, opposite, _)| [*key, *opposite]).collect();
     item.only(&keys);

@@ -159,8 +159,8 @@ fn locality(section: Cursor<'_>, shared: &mut Shared) -> Arc<Locality> {
 fn addresses(item: Cursor<'_>) -> Box<[IpAddr]> {
     let list = item.key("workloadIps");
     let no_items = list.node().is_none_or(|node| node.value == Value::Sequence(Vec::new()));
-    let elsewhere = |key: &str| item.key(key).is_given() && !item.key(key).is_word("");
-    if no_items && !elsewhere("hostname") && !elsewhere("networkGateway") {
+    let has_text = |key: &str| item.key(key).is_given() && !item.key(key).is_word("");
+    if no_items && !has_text("hostname") && !has_text("networkGateway") {
         list.problem("needs at least one IP address, unless there is a hostname or networkGateway");
     }
     let addresses =

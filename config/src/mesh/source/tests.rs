@@ -201,7 +201,9 @@ async fn missing_file_is_error_at_start_and_later() {
 async fn mesh_without_file_stays_empty() {
     let (mut source, mesh) = MeshSource::open(None, &FileWatcher::default(), at_once).unwrap();
     assert!(mesh.workloads().is_empty());
-    timeout(LONGER_THAN_POLL_INTERVAL * 1000, source.changed()).await.expect_err("nothing to tell");
+    timeout(LONGER_THAN_POLL_INTERVAL * 1000, source.changed())
+        .await
+        .expect_err("no change is reported");
 }
 
 #[tokio::test(start_paused = true)]

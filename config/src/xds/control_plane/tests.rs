@@ -158,7 +158,7 @@ fn missing_policy_of_workload_denies_everything() {
 }
 
 #[test]
-fn policy_follows_its_scope() {
+fn policy_applies_to_its_scope() {
     let mut client = Client::new();
     client.set(workload("a", [10, 0, 0, 1]));
     client.set(Workload { namespace: "far".into(), ..workload("b", [10, 0, 0, 2]) });

@@ -77,7 +77,7 @@ fn empty_fields_of_workload_have_ztunnels_defaults() {
 }
 
 #[test]
-fn refuses_workload_that_may_be_misunderstood() {
+fn refuses_workload_with_invalid_value() {
     type Change = fn(&mut message::Workload);
     let changes: [(Change, &str); 8] = [
         (|it| it.tunnel_protocol = 2, "tunnel_protocol: unsupported value 2"),
@@ -160,7 +160,7 @@ fn converts_every_field_of_service() {
 }
 
 #[test]
-fn refuses_service_that_may_be_misunderstood() {
+fn refuses_service_with_invalid_value() {
     type Change = fn(&mut message::Service);
     let changes: [(Change, &str); 6] = [
         (|it| it.visibility = 2, "visibility: unsupported value 2"),

@@ -173,7 +173,7 @@ proptest! {
     /// The session retains the names and versions of a model: the accepted resources, and those
     /// that were rejected without an accepted version.
     #[test]
-    fn retains_what_model_retains(
+    fn session_retains_names_and_versions_of_model(
         steps in prop::collection::vec(
             (prop::collection::vec((0..6_u8, 0..9_u8, any::<bool>()), 0..5), prop::collection::vec(0..6_u8, 0..3)),
             1..12,

@@ -60,7 +60,7 @@ fn requires_keys_that_restrict_policy() {
     assert_eq!(
         rules("[[[~]]]"),
         [
-            "m:2:67: policies[0].rules[0][0][0]: must be what must apply, such as {destinationPorts: [80]}"
+            "m:2:67: policies[0].rules[0][0][0]: must be a mapping of conditions, such as {destinationPorts: [80]}"
         ]
     );
     assert_eq!(
@@ -77,16 +77,17 @@ fn rejects_unknown_words_and_keys() {
         mistakes(text),
         [
             "m:2:91: policies[0].dryrun: \"x\": no such key",
-            "m:2:10: policies[0].name: \"a/b\": must not have a '/' in it",
+            "m:2:10: policies[0].name: \"a/b\": must not contain '/'",
             "m:2:36: policies[0].scope: \"global\": must be one of Global, Namespace, WorkloadSelector",
             "m:2:52: policies[0].action: \"Log\": must be one of Allow, Deny",
             "m:2:76: policies[0].dryRun: \"maybe\": must be true or false",
         ]
     );
     assert_eq!(mistake_in("{sourceIp: [10.0.0.1]}"), ".sourceIp: no such key");
-    let nobodys = "policies: [{name: p, namespace: '', scope: Namespace, action: Deny, rules: []}]";
+    let empty_namespace =
+        "policies: [{name: p, namespace: '', scope: Namespace, action: Deny, rules: []}]";
     assert_eq!(
-        mistakes(nobodys),
+        mistakes(empty_namespace),
         ["m:1:33: policies[0].namespace: \"\": must not be empty with scope: Namespace"]
     );
 }

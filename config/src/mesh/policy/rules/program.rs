@@ -238,8 +238,8 @@ impl Program {
     fn applies(&self, step: &Step, facts: &Facts<'_>) -> bool {
         match step.field {
             Field::DestinationPort => values(&self.ports, step).binary_search(&facts.port).is_ok(),
-            Field::SourceIp => contain(values(&self.ranges, step), facts.source),
-            Field::DestinationIp => contain(values(&self.ranges, step), facts.destination),
+            Field::SourceIp => contains_address(values(&self.ranges, step), facts.source),
+            Field::DestinationIp => contains_address(values(&self.ranges, step), facts.destination),
             Field::Namespace => self.any_text(step, facts.namespace),
             Field::ServiceAccount => {
                 facts.service_account.is_some_and(|account| self.any_text(step, account))
@@ -296,7 +296,7 @@ fn values<'a, T>(all: &'a [T], step: &Step) -> &'a [T] {
     all.get(step.values.clone()).unwrap_or_default()
 }
 
-fn contain(ranges: &[(IpAddr, IpAddr)], address: IpAddr) -> bool {
+fn contains_address(ranges: &[(IpAddr, IpAddr)], address: IpAddr) -> bool {
     let later = ranges.partition_point(|(first, _)| *first <= address);
     let nearest = later.checked_sub(1).and_then(|at| ranges.get(at));
     nearest.is_some_and(|(_, last)| address <= *last)
