@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn address_of_other_workload_is_found_unless_pod_has_one_of_its_own() {
+    fn address_of_other_workload_is_found_unless_pod_has_own_address_in_mesh() {
         let (snapshot, pod) = (snapshot(), settings(&[]).workload);
         let other = |addresses: &[&str]| {
             let addresses: Vec<_> = addresses.iter().map(|one| one.parse().unwrap()).collect();

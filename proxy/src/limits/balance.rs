@@ -145,7 +145,7 @@ mod tests {
         let loads: Vec<_> =
             (0..=AFFINITY_SLACK).map(|_| balance.assign(Some(PEER)).unwrap()).collect();
         assert!(loads.iter().all(|load| load.worker() == 1));
-        assert_eq!(balance.assign(Some(PEER)).unwrap().worker(), 0, "beyond the slack");
+        assert_eq!(balance.assign(Some(PEER)).unwrap().worker(), 0, "the slack is used up");
         drop(tunnel);
         drop(loads);
         assert_eq!(balance.assign(Some(PEER)).unwrap().worker(), 0, "the tunnel is gone");

@@ -116,7 +116,7 @@ mod tests {
         let buffers = Buffers::of(100);
         let (mut one, mut other) = (BufferShare::none_of(&buffers), BufferShare::none_of(&buffers));
         assert!(one.resize(60));
-        assert!(!other.resize(41), "more than is left");
+        assert!(!other.resize(41), "only 40 bytes are free");
         assert_eq!(buffers.used(), 60);
         assert!(other.resize(40));
         assert!(!one.resize(61));

@@ -285,7 +285,7 @@ mod tests {
         let connections = descriptors.hold(&pod.inbound, 28);
         let pipe = descriptors.spare(2);
         assert!(pipe.is_some() && descriptors.spare(2).is_none());
-        assert!(pod.outbound.free() > 0, "connections may have the rest");
+        assert!(pod.outbound.free() > 0, "the rest is for connections");
         drop(connections);
         assert!(descriptors.spare(2).is_some());
     }

@@ -323,7 +323,10 @@ mod tests {
         let lease = identities.lease_awaited(&web);
         let waited = tokio::time::timeout(Duration::from_secs(5), lease.first()).await;
         assert!(waited.is_err() && lease.issued().is_none() && lease.is_expired().is_none());
-        assert!(lease.proves(&web) && lease.identity() == web, "the identity is known before");
+        assert!(
+            lease.proves(&web) && lease.identity() == web,
+            "the identity is known before its certificate"
+        );
         std::fs::rename(&kept, &key).unwrap();
         let credentials = lease.first().await.unwrap();
         assert_eq!(credentials.borrow().identity().spiffe_id(), &web);

@@ -96,7 +96,11 @@ mod tests {
         let first = identity(&authority, "web");
         received.receive(first.clone());
         let mut source = received.source(&id("web"));
-        assert_eq!(expires(&mut source), Some(first.expires()), "it arrived before");
+        assert_eq!(
+            expires(&mut source),
+            Some(first.expires()),
+            "the certificate arrived before the source was created"
+        );
         received.receive(identity(&authority, "other"));
         assert_eq!(expires(&mut source), None);
         let second = identity(&authority, "web");
@@ -116,7 +120,7 @@ mod tests {
         assert_eq!(expires(&mut source), None);
         received.receive(identity(&authority, "web"));
         received.forget(&id("web"));
-        assert_eq!(expires(&mut source), None, "it is dropped");
+        assert_eq!(expires(&mut source), None, "the certificate is dropped");
         received.receive(identity(&authority, "web"));
         assert!(expires(&mut source).is_some());
     }

@@ -87,7 +87,7 @@ mod tests {
         for added in [&one, &one, &other] {
             pods.add(added);
         }
-        assert_eq!(count(&pods), 2, "two pods with one name");
+        assert_eq!(count(&pods), 2, "both pods with the same name are listed");
         pods.remove(one.id);
         assert_eq!(count(&pods), 1);
         drop(other);

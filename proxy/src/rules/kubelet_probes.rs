@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_exemptions_of_both_families_only() {
+    fn exempted_packets_of_both_families_are_summed() {
         let counter = |id: &str, packets| RuleCounter { id: id.to_owned(), packets, bytes: 0 };
         let counters = [
             counter("kubelet-probe-in", 3),

@@ -196,7 +196,7 @@ mod tests {
     async fn panic_while_accepting_does_not_close_the_listener() {
         let starts = AtomicUsize::new(0);
         let accept = || async {
-            assert!(starts.fetch_add(1, Relaxed) > 0, "the first one panics");
+            assert!(starts.fetch_add(1, Relaxed) > 0, "the first run panics");
         };
         restart_after_panic(Kind::Outbound, accept).await;
         assert_eq!(starts.load(Relaxed), 2);

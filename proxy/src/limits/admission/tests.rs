@@ -105,7 +105,7 @@ fn dropped_ticket_releases_all_budgets() {
     assert_eq!(used(), (0, 0, 0));
     let (all, _) = fill(&pod, AdmissionKind::Outbound, SOURCE);
     drop(all);
-    assert_eq!(used(), (0, 0, 0), "a refusal holds nothing");
+    assert_eq!(used(), (0, 0, 0), "a refused connection holds no share");
 }
 
 #[test]

@@ -80,7 +80,10 @@ mod tests {
         let (here, again) = (workload(), workload());
         let first = known.get(to(&here));
         assert!(Arc::ptr_eq(&first, &known.get(to(&here))));
-        assert!(Arc::ptr_eq(&first, &known.get(to(&again))), "the same labels of another mesh");
+        assert!(
+            Arc::ptr_eq(&first, &known.get(to(&again))),
+            "equal labels of another mesh share a series"
+        );
         let plain = Labels { mutual_tls: false, ..to(&here) };
         assert!(!Arc::ptr_eq(&first, &known.get(plain)));
         let Labels { source, destination, .. } = to(&here);

@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn results_of_pods_are_sandboxes() {
+    fn complete_results_of_pods_are_read_as_sandboxes() {
         let folder = Folder::new();
         let results = CniResults::new(folder.path("results"));
         assert_eq!(results.sandboxes(), []);

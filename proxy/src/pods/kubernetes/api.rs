@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_say_what_to_allow() {
+    fn refusal_names_the_missing_permissions() {
         let body = br#"{"kind":"Status","message":"pods is forbidden","code":403}"#;
         let error = refusal(StatusCode::FORBIDDEN, body);
         assert_eq!(error.to_string(), "the API server denies the request: pods is forbidden");

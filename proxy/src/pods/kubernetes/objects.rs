@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn pod_that_ends_or_waits_does_not_run() {
+    fn terminating_or_waiting_pod_is_not_running() {
         for (pointer, value) in [
             (
                 "/metadata",

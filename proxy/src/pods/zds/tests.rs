@@ -121,7 +121,7 @@ async fn each_request_has_one_response_and_changes_its_pod() {
     proxy.serves(&["a", "b"]).await;
     assert_eq!(agent.del("a").await, "");
     proxy.serves(&["b"]).await;
-    assert_eq!(agent.del("a").await, "", "a removed pod is removed");
+    assert_eq!(agent.del("a").await, "", "removing a pod is idempotent");
     agent.receives_nothing().await;
 }
 
@@ -159,7 +159,11 @@ async fn partial_snapshot_removes_no_pod() {
     assert_eq!(agent.keep("c").await, "");
     assert_eq!(agent.snapshot_sent().await, "");
     proxy.serves(&["a", "c"]).await;
-    assert_eq!(proxy.enroller.attempts(&uid("a")), 1, "the connection did not matter");
+    assert_eq!(
+        proxy.enroller.attempts(&uid("a")),
+        1,
+        "a new connection does not enrol a pod again"
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -34,7 +34,7 @@ async fn fin_arrives_after_all_data_and_allows_an_answer() {
 }
 
 #[tokio::test]
-async fn server_ends_before_client() {
+async fn client_data_arrives_after_end_of_server() {
     for way in FlowKind::ALL {
         let mut scene = Scene::new(way).await;
         scene.server.send(b"banner").await;

@@ -20,11 +20,14 @@ async fn seat_outlives_its_connections_while_pool_remembers_failure() {
     drop(seat);
     tokio::time::sleep(FAILURE_REMEMBERED / 2).await;
     let seat = worker.seat(&pod);
-    assert!(Weak::ptr_eq(&first, &Arc::downgrade(&seat)), "the seat with the failure");
+    assert!(
+        Weak::ptr_eq(&first, &Arc::downgrade(&seat)),
+        "the seat that remembers the failure is used again"
+    );
     seat.keep_after_failure();
     drop(seat);
     tokio::time::sleep(FAILURE_REMEMBERED).await;
-    assert!(first.upgrade().is_some(), "the second failure is remembered as long");
+    assert!(first.upgrade().is_some(), "the second failure is remembered for the full time");
     tokio::time::sleep(FAILURE_REMEMBERED * 2).await;
     assert!(first.upgrade().is_none());
 }

@@ -70,7 +70,7 @@ async fn only_first_poll_of_pass_runs_at_once() {
     assert!(first.poll(&cx).is_ready());
     assert!(second.poll(&cx).is_pending());
     assert!(turns.0.queue().give_next());
-    assert!(first.poll(&cx).is_pending(), "the turn is that of the second one");
+    assert!(first.poll(&cx).is_pending(), "the second connection has the turn");
     assert!(second.poll(&cx).is_ready());
     assert!(turns.0.queue().give_next() && first.poll(&cx).is_ready());
     assert!(!turns.0.queue().give_next());
@@ -100,7 +100,7 @@ async fn dropped_turn_leaves_nothing() {
     assert!(turns.turn(pod).poll(&cx).is_ready());
     let mut waiting = [turns.turn(pod), turns.turn(pod)];
     assert!(waiting.iter_mut().all(|turn| turn.poll(&cx).is_pending()));
-    assert!(turns.0.queue().give_next(), "the first one's turn");
+    assert!(turns.0.queue().give_next(), "the first waiting connection gets a turn");
     drop(waiting);
     assert!(!turns.0.queue().give_next());
     let queue = turns.0.queue();

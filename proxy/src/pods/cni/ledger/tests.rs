@@ -228,7 +228,7 @@ async fn garbage_collection_keeps_valid_and_foreign_attachments() {
         () = tokio::task::yield_now() => {}
     }
     daemon.ledger.collect(&web.network, &valid);
-    assert!(daemon.ledger.registry.is_known(&db.pod.uid), "an addition in progress is spared");
+    assert!(daemon.ledger.registry.is_known(&db.pod.uid), "an addition in progress is not removed");
 }
 
 #[tokio::test]

@@ -111,7 +111,7 @@ async fn killing_the_plugin_undoes_its_addition() {
 }
 
 #[tokio::test]
-async fn deletion_of_plugin_that_is_killed_is_performed() {
+async fn delete_request_of_killed_plugin_is_performed() {
     let daemon = Daemon::start().await;
     let pod = attached("web", &[]);
     assert_eq!(daemon.ask(&add("web"), &[namespace("uts").as_fd()]).await, Answer::Done);

@@ -104,7 +104,7 @@ async fn half_closed_connection_is_probed_before_conntrack_timeout() {
     sleep(Duration::from_secs(9)).await;
     let (first, every) = (Duration::from_secs(20), Duration::from_secs(10));
     let halved = Some(Keepalive { first, every, probes: KEEPALIVE_PROBES });
-    assert_ne!(keepalive(&copy).unwrap(), halved, "not yet");
+    assert_ne!(keepalive(&copy).unwrap(), halved, "keepalive is not shortened yet");
     sleep(Duration::from_secs(2)).await;
     assert_eq!(keepalive(&copy).unwrap(), halved);
     drop(theirs);

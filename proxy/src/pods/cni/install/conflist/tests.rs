@@ -58,7 +58,7 @@ fn entry_is_added_at_the_end_and_removed_byte_for_byte() {
         let list: Value = serde_json::from_str(&new).unwrap();
         let last = list["plugins"].as_array().unwrap().last().unwrap().clone();
         assert_eq!(last, serde_json::from_str::<Value>(ENTRY).unwrap());
-        assert_eq!(added(&new).unwrap(), None, "the second time changes nothing");
+        assert_eq!(added(&new).unwrap(), None, "adding is idempotent");
         assert_eq!(removed(&new).as_deref(), Some(text));
         assert_eq!(removed(text), None);
     }
