@@ -1,14 +1,15 @@
 //! Measures the effect of a mesh change on open connections: `cargo bench -p underpass-benches
 //! --bench changes -- [--connections N]`.
 //!
-//! * **cut**: a policy denies 9,000 plaintext connections. Measured are the time until all have
-//!   ended, and meanwhile the latency of requests on another connection through the same proxy.
+//! * **cut**: a policy denies 9,000 plaintext connections. The figures are the time until all of
+//!   them have ended, and the latency of requests on another connection through the same proxy
+//!   meanwhile.
 //! * **update**: 64 connections send requests through both proxies. The mesh has 100,000 workloads
-//!   and 10,000 services in 100 files, of which one changes twice a second. Measured are latencies
-//!   with and without changes, alternately.
+//!   and 10,000 services in 100 files, of which one changes twice a second. The figures are
+//!   latencies with and without changes, measured alternately.
 //!
-//! Each connection needs two descriptors in the proxy and two in this program: 9,000 fit a limit of
-//! 20,000.
+//! Each connection needs two descriptors in the proxy and two in this program: 9,000 connections
+//! fit a limit of 20,000 descriptors.
 
 #![expect(
     clippy::expect_used,
@@ -32,10 +33,10 @@ use underpass_benches::{RequestMode, Traffic, runtime_with_pods};
 use underpass_interception::Namespace;
 use underpass_tests::{CLIENT, Family, Mesh, Pki, Pod, Proxy, SERVER, Settings, World};
 
-/// The ports of held connections. Several are needed, because ephemeral ports limit the connections
-/// of a client to each.
+/// The server's ports for connections that stay open. Several are needed, because ephemeral ports
+/// limit how many connections a client can have to one port.
 const HELD_PORTS: [u16; 4] = [9101, 9102, 9103, 9104];
-/// The port that answers requests.
+/// The port for the requests whose latency is measured.
 const ANSWER: u16 = 9003;
 const MESSAGE: usize = 100;
 const WORKLOADS: usize = 100_000;
@@ -45,10 +46,10 @@ const ROUNDS: usize = 6;
 
 fn main() {
     let Some(arguments) = underpass_benches::bench_arguments() else { return };
-    let asked = arguments.iter().skip_while(|argument| *argument != "--connections").nth(1);
-    let connections = asked.and_then(|number| number.parse().ok()).unwrap_or(9_000);
+    let option = arguments.iter().skip_while(|argument| *argument != "--connections").nth(1);
+    let connections = option.and_then(|number| number.parse().ok()).unwrap_or(9_000);
     runtime_with_pods().block_on(async {
-        terminate(connections).await;
+        cut(connections).await;
         update().await;
     });
 }
@@ -83,7 +84,7 @@ impl Pods {
     }
 }
 
-/// Starts an application that holds connections and one that answers, on a separate thread.
+/// Starts an application that answers requests on every port, on a separate thread.
 fn serve(pod: &Pod) {
     in_pod(pod.namespace(), async || {
         for port in HELD_PORTS.into_iter().chain([ANSWER]) {
@@ -124,7 +125,7 @@ async fn send_request(stream: &mut TcpStream) -> std::io::Result<()> {
     stream.read_exact(&mut message).await.map(drop)
 }
 
-async fn terminate(connections: usize) {
+async fn cut(connections: usize) {
     let pods = Pods::new().await;
     let file = pods.world.folder().join("mesh.yaml");
     let write = |mesh: Mesh| mesh.write(&pods.client, "mesh");
@@ -153,16 +154,16 @@ async fn terminate(connections: usize) {
     let calm = latencies(&pods, 1, Duration::from_secs(2)).await;
     let ports: Vec<_> = HELD_PORTS.iter().map(u16::to_string).collect();
     let rules = format!("[[[{{destinationPorts: [{}]}}]]]", ports.join(", "));
-    let measured = requests(&pods, 1);
+    let traffic = requests(&pods, 1);
     let began = Instant::now();
     assert_eq!(write(usual().policy("closed", "Deny", &rules)), file);
     wait_until_counted(&ended, connections).await;
     let all_ended = began.elapsed();
     let line = proxy.line(&["the change of the mesh is in force", "generation=2"]).await;
     let took = line.split_whitespace().find(|word| word.starts_with("took=")).unwrap_or_default();
-    let (mut during, mut calm) = (stopped(measured), calm);
+    let (mut during, mut calm) = (stop_requests(traffic), calm);
     println!(
-        "| connections | from the file to the last RST | of it in the proxy | concurrent request: p50, p99, max | before |"
+        "| connections | from writing the file to the last RST | part of it in the proxy | concurrent request: p50, p99, max | before |"
     );
     println!("|---|---|---|---|---|");
     println!(
@@ -179,7 +180,7 @@ async fn wait_until_counted(counter: &AtomicUsize, all: usize) {
     }
 }
 
-/// Starts requests whose latencies are recorded until [`stopped`].
+/// Starts requests whose latencies are recorded until [`stop_requests`].
 fn requests(pods: &Pods, connections: usize) -> Traffic {
     let server = pods.server.at(Family::V4, ANSWER);
     let traffic =
@@ -188,7 +189,7 @@ fn requests(pods: &Pods, connections: usize) -> Traffic {
     traffic
 }
 
-fn stopped(traffic: Traffic) -> Vec<u32> {
+fn stop_requests(traffic: Traffic) -> Vec<u32> {
     traffic.stop();
     traffic.latencies()
 }
@@ -196,7 +197,7 @@ fn stopped(traffic: Traffic) -> Vec<u32> {
 async fn latencies(pods: &Pods, connections: usize, window: Duration) -> Vec<u32> {
     let traffic = requests(pods, connections);
     sleep(window).await;
-    stopped(traffic)
+    stop_requests(traffic)
 }
 
 /// p50, p99 and maximum in µs.
@@ -211,8 +212,8 @@ async fn update() {
     let pods = Pods::new().await;
     let folder = pods.world.folder().join("meshes");
     fs::create_dir_all(&folder).expect("a folder");
-    let two = Mesh::default().hbone(&pods.client).hbone(&pods.server);
-    fs::write(folder.join("pods.yaml"), two.text()).expect("a mesh file");
+    let pods_mesh = Mesh::default().hbone(&pods.client).hbone(&pods.server);
+    fs::write(folder.join("pods.yaml"), pods_mesh.text()).expect("a mesh file");
     (0..FILES).for_each(|number| write_part(&folder, number, 0));
     let client = pods.proxy(&pods.client, &folder).await;
     let server = pods.proxy(&pods.server, &folder).await;
@@ -223,14 +224,14 @@ async fn update() {
     println!("|---|---|---|---|");
     for round in 0..ROUNDS {
         let mut calm = latencies(&pods, 64, Duration::from_secs(5)).await;
-        let measuring = requests(&pods, 64);
+        let traffic = requests(&pods, 64);
         let mut ticks = interval(Duration::from_millis(500));
         for change in 0..10 {
             ticks.tick().await;
             write_part(&folder, change % FILES, round * 10 + change + 1);
         }
         ticks.tick().await;
-        let mut changing = stopped(measuring);
+        let mut changing = stop_requests(traffic);
         let (calm_text, changing_text) = (figures(&mut calm), figures(&mut changing));
         let p99 =
             |sorted: &[u32]| f64::from(sorted.get(sorted.len() * 99 / 100).copied().unwrap_or(1));
@@ -248,7 +249,7 @@ async fn update() {
     println!("\nchanges in force: {changes:?} (client's proxy, server's proxy)");
 }
 
-/// Writes one of the files, with a hundredth of the mesh.
+/// Writes file `number` with its share of the mesh. Each `version` has different workloads.
 fn write_part(folder: &Path, number: usize, version: usize) {
     let mut text = format!("# version {version}\nworkloads:\n");
     for index in (number * WORKLOADS / FILES)..((number + 1) * WORKLOADS / FILES) {

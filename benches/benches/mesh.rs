@@ -1,16 +1,16 @@
 //! Measures loading, following, holding, querying and freeing a mesh: `cargo bench -p
 //! underpass-benches --bench mesh -- [WORKLOADS [SERVICES [POLICIES]]]`.
 //!
-//! Memory is resident memory (`/proc/self/status`) above that of the process before the load: the
-//! peak while loading, and what remains afterwards. The rows are
+//! Memory is how much resident memory (`/proc/self/status`) grows by the load: the peak while
+//! loading, and what remains afterwards. The rows are
 //!
 //! * a cold load of one file, a load while the previous snapshot is held, and a load of a file with
 //!   required keys only;
 //! * the same mesh in 100 watched files, and the time from each change of one file to the new
 //!   snapshot. The wait for further changes is part of that time, but not of the CPU time;
-//! * the same mesh as the first state of a control plane, in one response;
-//! * 10,000 changes of one workload each, with a snapshot after every 100. That is ten snapshots a
-//!   second at 1,000 changes a second.
+//! * the same mesh in the first response of a control plane;
+//! * 10,000 changes of one workload each, with a snapshot after every 100. At 1,000 changes a
+//!   second, that would be ten snapshots a second.
 //!
 //! The allocator reuses freed memory, so only the first row's memory is exact.
 
@@ -42,8 +42,9 @@ const FILES: u32 = 100;
 const CHANGES: u32 = 5;
 /// The number of lookups per figure.
 const LOOKUPS: u32 = 1_000_000;
-/// The number of changes by a control plane, and the number of changes in one snapshot.
+/// The number of changes by a control plane.
 const DELTAS: u32 = 10_000;
+/// The number of changes in one snapshot.
 const DELTAS_PER_SNAPSHOT: u32 = 100;
 
 fn main() {
@@ -106,11 +107,11 @@ fn follow(folder: &Path) {
         let text = fs::read_to_string(&changed).expect("it was written");
         fs::write(&changed, text.replace("canonicalRevision: v1", "canonicalRevision: v2"))
             .expect("the folder can be written");
-        let before = mesh;
+        let previous = mesh;
         mesh = load("one of them changed", || {
             runtime.block_on(source.changed()).expect("the mesh is right")
         });
-        runtime.block_on(retire_mesh(before, run_in_background));
+        runtime.block_on(retire_mesh(previous, run_in_background));
     }
 }
 
@@ -232,7 +233,7 @@ fn per_second(began: Instant) -> f64 {
     f64::from(LOOKUPS) / began.elapsed().as_secs_f64() / 1e6
 }
 
-/// A number far from the previous one, to defeat the CPU cache.
+/// Spreads successive numbers, so that lookups do not profit from the CPU cache.
 fn scattered(n: u32) -> u32 {
     n.wrapping_mul(2_654_435_761)
 }
@@ -245,18 +246,18 @@ fn hostname(service: u32) -> String {
     format!("svc-{service}.ns-{}.svc.cluster.local", service % 500)
 }
 
-/// A document in the style of a control plane, of a mesh with `all` items. It has all common keys,
-/// or only required ones if `lean`.
+/// A mesh file in the style of a control plane, with these ranges of items. The whole mesh has
+/// `all_services`. The file has all common keys, or only required ones if `lean`.
 fn mesh(
     workloads: Range<u32>,
     services: Range<u32>,
     policies: Range<u32>,
-    all: u32,
+    all_services: u32,
     lean: bool,
 ) -> String {
     let mut text = String::from("workloads:\n");
     for n in workloads {
-        let service = n % all.max(1);
+        let service = n % all_services.max(1);
         let namespace = service % 500;
         text += &format!(
             "- name: app-{service}-{n}\n  namespace: ns-{namespace}\n  serviceAccount: sa-{service}\n  \
@@ -273,7 +274,7 @@ fn mesh(
                 n % 9,
             );
         }
-        if all > 0 {
+        if all_services > 0 {
             let host = hostname(service);
             let ports = if lean { "      80: 8080\n" } else { "      80: 8080\n      443: 8443\n" };
             text += &format!("  services:\n    ns-{namespace}/{host}:\n{ports}");
@@ -314,7 +315,7 @@ fn processor_seconds() -> f64 {
     ticks.map(|ticks| ticks.expect("it is a number")).sum::<f64>() / TICKS_PER_SECOND
 }
 
-/// A line of `/proc/self/status` in MiB.
+/// The value of a line of `/proc/self/status` in MiB.
 fn status(key: &str) -> f64 {
     let status = fs::read_to_string("/proc/self/status").expect("/proc is there");
     let line = status.lines().find(|line| line.starts_with(key)).expect("the kernel knows it");

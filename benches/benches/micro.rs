@@ -7,9 +7,9 @@
 //! * **copy**: bulk between two TCP connections on loopback, and from one into an in-memory tunnel,
 //!   including both ends.
 //! * **registry**: termination of all idle connections at once, without their sockets.
-//! * **route** and **policy**: a decision in a mesh with 10,000 workloads, and with 10,000 policies
+//! * **route** and **policy**: a decision in a mesh with 10,000 workloads, or with 10,000 policies
 //!   of which five apply to the workload.
-//! * **rules**: settings to a plan, and a plan to text.
+//! * **rules**: making a plan from settings, and writing a plan as text.
 //!
 //! Relaying and routing are private to the proxy: `underpass::bench` exposes them for this program.
 //! Everything runs on one thread.
@@ -47,7 +47,7 @@ const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
 const SERVER: &str = "spiffe://cluster.local/ns/default/sa/server";
 const MINUTE: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
-/// The size of bulk writes, equal to a proxy's reads.
+/// The size of bulk writes, equal to the size of a proxy's reads.
 const BLOCK: usize = 128 << 10;
 const MESSAGE: usize = 100;
 const MEMBERS: usize = 10_000;
@@ -70,8 +70,8 @@ fn main() {
     criterion.final_summary();
 }
 
-/// Two workloads of one authority. A task accepts tunnels that are dialled in memory, and forwards
-/// their streams.
+/// Two workloads of one authority. A task accepts tunnels that are dialled in memory, and hands
+/// over their streams.
 struct InMemoryPair {
     connector: Connector,
     acceptor: Arc<Acceptor>,
@@ -161,15 +161,16 @@ fn tunnel(criterion: &mut Criterion, runtime: &Runtime) {
     let mut sides = InMemoryPair::new();
     let pool = sides.pool();
     let (near, far) = runtime.block_on(sides.stream(&pool));
-    let ((mut answers, mut asks), (mut reads, mut writes)) = (near.split(), far.split());
+    let ((mut near_reader, mut near_writer), (mut far_reader, mut far_writer)) =
+        (near.split(), far.split());
     let mut group = criterion.benchmark_group("tunnel");
     group.bench_function("ping-pong", |bencher| {
         bencher.iter_custom(|times| {
             runtime.block_on(timed(times, async || {
-                send(&mut asks, MESSAGE).await;
-                receive(&mut reads, MESSAGE).await;
-                send(&mut writes, MESSAGE).await;
-                receive(&mut answers, MESSAGE).await;
+                send(&mut near_writer, MESSAGE).await;
+                receive(&mut far_reader, MESSAGE).await;
+                send(&mut far_writer, MESSAGE).await;
+                receive(&mut near_reader, MESSAGE).await;
             }))
         });
     });
@@ -177,7 +178,7 @@ fn tunnel(criterion: &mut Criterion, runtime: &Runtime) {
     group.bench_function("bulk", |bencher| {
         bencher.iter_custom(|times| {
             runtime.block_on(timed(times, async || {
-                tokio::join!(send(&mut asks, MIB), receive(&mut reads, MIB));
+                tokio::join!(send(&mut near_writer, MIB), receive(&mut far_reader, MIB));
             }))
         });
     });
@@ -206,13 +207,13 @@ fn pool(criterion: &mut Criterion, runtime: &Runtime) {
     let mut sides = InMemoryPair::new();
     let pool = sides.pool();
     // The first stream includes the handshake, so it is not measured.
-    let held = runtime.block_on(sides.stream(&pool));
+    let first = runtime.block_on(sides.stream(&pool));
     criterion.bench_function("pool/stream", |bencher| {
         bencher.iter_custom(|times| {
             runtime.block_on(timed(times, async || drop(sides.stream(&pool).await)))
         });
     });
-    drop(held);
+    drop(first);
 }
 
 fn copying(criterion: &mut Criterion, runtime: &Runtime) {
@@ -287,7 +288,7 @@ fn registry(criterion: &mut Criterion, runtime: &Runtime) {
 fn route(criterion: &mut Criterion) {
     let router = Router::new(Mesh::from_text("bench", &members()).expect("a right mesh"));
     let mut group = criterion.benchmark_group("route");
-    for (name, network, port, of) in [
+    for (name, network, port, members) in [
         ("by workload", 10, 8080, MEMBERS),
         ("by service", 11, 80, SERVICES),
         ("unknown", 12, 80, MEMBERS),
@@ -296,7 +297,7 @@ fn route(criterion: &mut Criterion) {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 // Far from the previous one, to defeat the CPU cache.
-                member = (member + 7919) % of;
+                member = (member + 7919) % members;
                 black_box(router.has_route(address(network, member, port)))
             });
         });

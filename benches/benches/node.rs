@@ -2,8 +2,8 @@
 //! --pods 1000]`.
 //!
 //! Each pod is a network namespace with a link to the node, a separate identity from a local CA,
-//! and separate rules. Measured are the time from the first file of a pod to the last served pod,
-//! and the resources of the daemon while all pods are idle.
+//! and separate rules. The figures are the time from the first file of a pod to the last served
+//! pod, and the resources of the daemon while all pods are idle.
 
 #![expect(
     clippy::expect_used,
@@ -63,7 +63,7 @@ async fn measure(options: &Options) {
     let daemon = start_daemon(&world, &node, &pods, &folder).await;
     let pid = daemon.pid();
     let before = Idle::read(pid);
-    eprintln!("{} pods are made; the daemon runs without a pod: {before}", pods.len());
+    eprintln!("{} pods are created; the daemon runs without a pod: {before}", pods.len());
 
     let began = Instant::now();
     for pod in &pods {
@@ -73,7 +73,11 @@ async fn measure(options: &Options) {
     }
     let served = |text: &str| text.lines().filter(|line| line.ends_with(" serving")).count();
     while served(&status(&node).await) < pods.len() {
-        assert!(began.elapsed() < SERVE_TIMEOUT, "not served in time:\n{}", status(&node).await);
+        assert!(
+            began.elapsed() < SERVE_TIMEOUT,
+            "not every pod is served in time:\n{}",
+            status(&node).await
+        );
         sleep(POLL_INTERVAL).await;
     }
     let took = began.elapsed();
@@ -121,7 +125,7 @@ async fn create_pod(node: &Pod, number: u16) -> UnservedPod {
     let namespace = Namespace::create_named(&format!("bench-{name}")).expect("a namespace");
     namespace.set_loopback_up().await.expect("a loopback interface");
     let [high, low] = number.to_be_bytes();
-    // Each link has the network 10.(128 + high).low.0/24: 1 is the pod, 2 the node.
+    // Each link has the network 10.(128 + high).low.0/24: host 1 is the pod, host 2 is the node.
     let address = |host| Ipv4Addr::new(10, 128 | high, low, host);
     let networks = [1, 2].map(|host| [IpNet::new_assert(IpAddr::V4(address(host)), 24)]);
     let interface = format!("pod{number}");

@@ -45,11 +45,11 @@ fn main() {
     let denied = identity("spiffe://td/ns/foes/sa/first");
     let near = |_: usize| "ns-500".to_owned();
     let far = |round: usize| format!("ns-{}", round * 7 % NAMESPACES);
-    measure("no rule matches: all are evaluated", &mesh, Some(&unmatched), near, decides);
-    measure("the last rule allows", &mesh, Some(&allowed), near, decides);
-    measure("the first rule denies", &mesh, Some(&denied), near, decides);
-    measure("plaintext; no rule matches", &mesh, None, near, decides);
-    measure("a different workload each time", &mesh, Some(&unmatched), far, decides);
+    measure("no rule matches: all are evaluated", &mesh, Some(&unmatched), near, decide);
+    measure("the last rule allows", &mesh, Some(&allowed), near, decide);
+    measure("the first rule denies", &mesh, Some(&denied), near, decide);
+    measure("plaintext; no rule matches", &mesh, None, near, decide);
+    measure("a different workload each time", &mesh, Some(&unmatched), far, decide);
     measure(
         "dry run without dry-run policies",
         &mesh,
@@ -72,7 +72,7 @@ fn identity(text: &str) -> SpiffeId {
 }
 
 /// Decides like `authorization::decide`, which is private to the proxy.
-fn decides(policies: PolicyLayers<'_>, connection: &Connection<'_>) {
+fn decide(policies: PolicyLayers<'_>, connection: &Connection<'_>) {
     black_box(policies.layers().all(|layer| {
         let denied = layer.deciding(PolicyAction::Deny).any(|policy| policy.matches(connection));
         let mut allowing = layer.deciding(PolicyAction::Allow).peekable();
@@ -85,7 +85,7 @@ fn measure(
     mesh: &Mesh,
     identity: Option<&SpiffeId>,
     namespace: impl Fn(usize) -> String,
-    what: impl Fn(PolicyLayers<'_>, &Connection<'_>),
+    evaluate: impl Fn(PolicyLayers<'_>, &Connection<'_>),
 ) {
     let connection = Connection {
         source: [192, 0, 2, 1].into(),
@@ -99,7 +99,7 @@ fn measure(
         .map(|_| {
             let start = Instant::now();
             for (namespace, _) in namespaces.by_ref().zip(0..DECISIONS) {
-                what(mesh.policies(namespace, None), black_box(&connection));
+                evaluate(mesh.policies(namespace, None), black_box(&connection));
             }
             start.elapsed().as_secs_f64() * 1e6 / f64::from(DECISIONS)
         })
@@ -130,7 +130,7 @@ fn policy(text: &mut String, namespace: usize, index: usize, scope: &str) {
     .expect("memory");
     for number in 0..RULES {
         let seed = (namespace * 10 + index) * 10 + number;
-        // The last two rules differ in the port. All others need comparisons of text.
+        // Every rule includes the connection's port, so the conditions on the source decide.
         let port = "[{destinationPorts: [80, 443, 8080]}]";
         let from = match number {
             _ if index == 0 && number == 0 => "principals: [!Exact td/ns/foes/sa/first]".to_owned(),

@@ -2,7 +2,7 @@
 //! -p underpass-benches --bench rules`.
 //!
 //! Each round runs in an empty namespace. The rows are the profiles with nftables, then ambient
-//! with 10,000 excluded networks of one length and of sixteen lengths. Columns are median, minimum
+//! with 10,000 excluded networks of one prefix length, and of sixteen. Columns are median, minimum
 //! and maximum of the rounds. Connections are refused, so that only the rules are measured and no
 //! server.
 

@@ -2,13 +2,13 @@
 //! -p underpass-benches --bench scaling [-- --paths hbone --rounds 1 --plot $PWD/docs]`.
 //!
 //! * **connections**: 10 to 10,000 open connections (5,000 in plaintext, with two descriptors each
-//!   in a proxy). Measured are the CPU time of both proxies per request with ten requests in
-//!   flight, per new connection and for concurrent bulk, and the memory per connection.
+//!   in a proxy). The figures are the memory per connection, and the CPU time of both proxies: per
+//!   request with ten requests in flight, per new connection, and for concurrent bulk.
 //! * **streams**: 1 to 64 streams with bulk.
-//! * **workloads**: 10 to 100,000 additional workloads in the mesh. Measured are the time until
+//! * **workloads**: 10 to 100,000 additional workloads in the mesh. The figures are the time until
 //!   readiness, memory, and CPU time per new connection and request.
 //!
-//! Each measurement has a separate path. Figures are medians of the rounds. Plots are written as
+//! Each measurement uses a new path. Figures are medians of the rounds. Plots are written as
 //! `scaling-….svg` to `target/bench` or to the folder given by `--plot`.
 
 #![expect(
@@ -35,7 +35,8 @@ fn main() {
 
 async fn measure(options: &Options) -> Scaling {
     let mut scaling = Scaling::default();
-    // Only paths with a proxy: the cost of direct connections and relays does not grow.
+    // Only paths with the proxy under test: the cost of direct connections and relays does not
+    // grow.
     let is_meant = |path: &PathName| matches!(path, PathName::Plain | PathName::Hbone);
     let paths: Vec<_> = options.paths.iter().copied().filter(is_meant).collect();
     for round in 1..=options.rounds {

@@ -24,8 +24,8 @@ use crate::load::{OPERATION_TIMEOUT, RequestMode, micros, send_request};
 /// Timeout of a connection of a storm. It allows several retransmissions of the SYN.
 const STORM_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The number of requests in flight of a [`ClientSet`]. It is constant, because more of them would
-/// be served in larger batches.
+/// The number of requests in flight of a [`ClientSet`]. It does not depend on the number of
+/// connections, because proxies would serve more requests in larger batches.
 pub(crate) const IN_FLIGHT: usize = 10;
 
 /// The result of a storm.
@@ -64,22 +64,23 @@ pub(crate) fn run_storm(server: &str, connections: &str) {
     let connections: usize = connections.parse().expect("a number");
     ready();
     assert!(wait_for_parent(), "the parent starts the storm");
-    let (began, ended) = runtime().block_on(async {
+    let (began, results) = runtime().block_on(async {
         let began = Instant::now();
         let clients: JoinSet<_> = (0..connections).map(|_| storm_client(server)).collect();
         (began, clients.join_all().await)
     });
     let seconds = began.elapsed().as_secs_f64();
-    let latencies: Vec<_> = ended.iter().flatten().map(u32::to_string).collect();
-    let failed = ended.len() - latencies.len();
+    let latencies: Vec<_> = results.iter().flatten().map(u32::to_string).collect();
+    let failed = results.len() - latencies.len();
     print_line(&format!("{seconds} {failed} {}", latencies.join(" ")));
 }
 
-/// The latency of one connection in microseconds; `None` if it failed.
+/// Sends one request on a new connection. Returns its latency in microseconds, or `None` if it
+/// failed.
 async fn storm_client(server: SocketAddr) -> Option<u32> {
     let began = Instant::now();
-    let asked = timeout(STORM_TIMEOUT, send_request(server, RequestMode::Once, None)).await;
-    asked.ok()?.ok()?;
+    let result = timeout(STORM_TIMEOUT, send_request(server, RequestMode::Once, None)).await;
+    result.ok()?.ok()?;
     Some(micros(began))
 }
 
@@ -105,11 +106,11 @@ pub(crate) fn run_client_set(server: &str, connections: &str) {
     let server: SocketAddr = server.parse().expect("an address");
     let connections: usize = connections.parse().expect("a number");
     let (opened, all_opened) = mpsc::channel();
-    let (go, gone) = watch::channel(false);
+    let (go, go_receiver) = watch::channel(false);
     let answered = Arc::new(AtomicU64::new(0));
     let counter = answered.clone();
     thread::spawn(move || {
-        runtime().block_on(client_set(server, connections, opened, gone, counter))
+        runtime().block_on(client_set(server, connections, opened, go_receiver, counter))
     });
     all_opened.recv().expect("the clients had no error");
     ready();
@@ -126,15 +127,15 @@ async fn client_set(
     mut go: watch::Receiver<bool>,
     answered: Arc<AtomicU64>,
 ) {
-    let askers = IN_FLIGHT.min(connections);
-    let share = |asker| (connections + asker) / askers;
-    let opening: JoinSet<_> = (0..askers).map(|asker| open(server, share(asker))).collect();
+    let tasks = IN_FLIGHT.min(connections);
+    let share = |task| (connections + task) / tasks;
+    let opening: JoinSet<_> = (0..tasks).map(|task| open(server, share(task))).collect();
     let shares = opening.join_all().await;
     opened.send(()).expect("the main thread waits");
     go.wait_for(|go| *go).await.expect("the main thread does not end before this one");
-    let asking: JoinSet<_> =
+    let clients: JoinSet<_> =
         shares.into_iter().map(|share| request_in_rotation(share, answered.clone())).collect();
-    asking.join_all().await;
+    clients.join_all().await;
 }
 
 async fn open(server: SocketAddr, connections: usize) -> Vec<TcpStream> {
@@ -155,9 +156,9 @@ async fn request_in_rotation(share: Vec<TcpStream>, answered: Arc<AtomicU64>) {
 }
 
 async fn request_on(server: SocketAddr, stream: Option<TcpStream>) -> Option<TcpStream> {
-    let asked =
+    let result =
         timeout(OPERATION_TIMEOUT, send_request(server, RequestMode::KeepAlive, stream)).await;
-    asked.expect("an answer arrives").expect("the connection holds")
+    result.expect("an answer arrives").expect("the connection holds")
 }
 
 fn runtime() -> tokio::runtime::Runtime {

@@ -9,7 +9,7 @@ use crate::process::{cpu_seconds, open_files};
 /// The resources of a process.
 #[derive(Debug, Clone, Copy)]
 pub struct Idle {
-    /// The memory that the process shares with no other one, in KiB (proc_pid_smaps(5)).
+    /// The memory that the process shares with no other process, in KiB (proc_pid_smaps(5)).
     pub private_kib: f64,
     /// The number of open files.
     pub descriptors: f64,

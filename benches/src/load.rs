@@ -33,12 +33,12 @@ pub(crate) enum BulkDirection {
     Down,
 }
 
-/// The connections of requests.
+/// How requests use connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestMode {
-    /// All requests on one connection.
+    /// One connection carries all requests of a client.
     KeepAlive,
-    /// A connection for every request, closed by the server.
+    /// Every request has a new connection, which the server closes.
     Once,
 }
 
@@ -185,8 +185,8 @@ async fn client(server: SocketAddr, mode: RequestMode, phase: Arc<AtomicU8>) -> 
     while phase.load(Relaxed) != STOPPING {
         let began = Instant::now();
         let stream = kept.take();
-        let asked = timeout(OPERATION_TIMEOUT, send_request(server, mode, stream)).await;
-        kept = asked.expect("an answer comes").expect("the server can be reached and answers");
+        let result = timeout(OPERATION_TIMEOUT, send_request(server, mode, stream)).await;
+        kept = result.expect("an answer comes").expect("the server can be reached and answers");
         if phase.load(Relaxed) == MEASURING {
             latencies.push(micros(began));
         }

@@ -33,7 +33,7 @@ const RELAY_PORT_OFFSET: u16 = 1000;
 /// A large range of ephemeral ports, for tens of thousands of new connections.
 const EPHEMERAL_PORTS: &str = "10000 65000";
 
-/// The number of log lines that are printed after a failure.
+/// The number of log lines per process that are printed after a failure.
 const LOG_LINES: usize = 20;
 
 /// Two pods, the processes between them, and a server in the second pod. Dropping it ends the
@@ -95,8 +95,8 @@ impl Path {
             }
         };
         let ready_after = began.elapsed();
-        let sockets = Server::start(server.namespace());
-        Self { name, client, server_pod: server, server: sockets, between, ready_after }
+        let application = Server::start(server.namespace());
+        Self { name, client, server_pod: server, server: application, between, ready_after }
     }
 
     /// The pod of the client.
@@ -142,7 +142,7 @@ impl Path {
 
 #[expect(clippy::print_stderr, reason = "a bench is a program for a terminal")]
 impl Drop for Path {
-    /// Prints the end of the proxies' logs after a failure.
+    /// Prints the first warnings and errors in the proxies' logs after a failure.
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;
@@ -156,11 +156,11 @@ impl Drop for Path {
             Intermediaries::Ztunnels(ztunnels) => ztunnels.iter().map(Ztunnel::log).collect(),
         };
         for (process, log) in self.processes().iter().zip(&logs) {
-            let telling = log.lines().filter(|line| {
+            let problems = log.lines().filter(|line| {
                 let line = line.to_lowercase();
                 line.contains("warn") || line.contains("error")
             });
-            for line in telling.take(LOG_LINES) {
+            for line in problems.take(LOG_LINES) {
                 eprintln!("process {process} of path {}: {line}", self.name);
             }
         }

@@ -30,8 +30,8 @@ impl Plot {
     pub fn svg(&self) -> String {
         let sizes = || self.lines.iter().flat_map(|(_, points)| points.iter().map(|point| point.0));
         let figures = self.lines.iter().flat_map(|(_, points)| points.iter().map(|point| point.1));
-        let across = SizeAxis::of(sizes());
-        let up = FigureAxis::of(figures);
+        let size_axis = SizeAxis::of(sizes());
+        let figure_axis = FigureAxis::of(figures);
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" \
              font-family=\"sans-serif\" font-size=\"12\" fill=\"{GREY}\">\n"
@@ -40,8 +40,8 @@ impl Plot {
             writeln!(svg, "{element}").expect("a String takes everything");
         };
         draw(text(LEFT, 20.0, "start", &self.title));
-        for value in up.marks() {
-            let y = up.at(value);
+        for value in figure_axis.marks() {
+            let y = figure_axis.at(value);
             draw(format!(
                 "<path d=\"M{LEFT} {y:.1}H{:.1}\" stroke=\"{GREY}\" stroke-opacity=\"0.4\"/>",
                 WIDTH - RIGHT
@@ -52,12 +52,12 @@ impl Plot {
         marks.sort_by(f64::total_cmp);
         marks.dedup();
         for size in marks {
-            draw(text(across.at(size), HEIGHT - BOTTOM + 18.0, "middle", &format!("{size}")));
+            draw(text(size_axis.at(size), HEIGHT - BOTTOM + 18.0, "middle", &format!("{size}")));
         }
         for (index, ((name, points), colour)) in
             self.lines.iter().zip(COLOURS.iter().cycle()).enumerate()
         {
-            let place = |&(size, figure): &(f64, f64)| (across.at(size), up.at(figure));
+            let place = |&(size, figure): &(f64, f64)| (size_axis.at(size), figure_axis.at(figure));
             let places: Vec<_> = points.iter().map(place).collect();
             let line: Vec<_> = places.iter().map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
             draw(format!(
@@ -139,10 +139,10 @@ mod tests {
 
     #[test]
     fn sizes_with_constant_factor_are_equidistant() {
-        let across = SizeAxis::of([10.0, 1000.0].into_iter());
-        assert_eq!(across.at(10.0), LEFT);
-        assert_eq!(across.at(1000.0), WIDTH - RIGHT);
-        assert!((across.at(100.0) - f64::midpoint(LEFT, WIDTH - RIGHT)).abs() < 1e-9);
+        let size_axis = SizeAxis::of([10.0, 1000.0].into_iter());
+        assert_eq!(size_axis.at(10.0), LEFT);
+        assert_eq!(size_axis.at(1000.0), WIDTH - RIGHT);
+        assert!((size_axis.at(100.0) - f64::midpoint(LEFT, WIDTH - RIGHT)).abs() < 1e-9);
     }
 
     #[test]
@@ -152,13 +152,13 @@ mod tests {
 
     #[test]
     fn axis_starts_at_zero_and_ends_at_round_number() {
-        let up = FigureAxis::of([3.0, 371.0].into_iter());
+        let figure_axis = FigureAxis::of([3.0, 371.0].into_iter());
         assert_eq!(
-            up.marks().collect::<Vec<_>>(),
+            figure_axis.marks().collect::<Vec<_>>(),
             (0..9).map(|n| f64::from(n) * 50.0).collect::<Vec<_>>()
         );
-        assert_eq!(up.at(0.0), HEIGHT - BOTTOM);
-        assert_eq!(up.at(400.0), TOP);
+        assert_eq!(figure_axis.at(0.0), HEIGHT - BOTTOM);
+        assert_eq!(figure_axis.at(400.0), TOP);
         assert_eq!(FigureAxis::of([0.31].into_iter()).marks().last(), Some(0.35));
     }
 

@@ -1,4 +1,5 @@
-//! A minimal TCP relay: the lower bound for a userspace proxy. An error ends a connection like FIN.
+//! A minimal TCP relay: the lower bound for the cost of a userspace proxy. An error ends a
+//! connection like FIN.
 //!
 //! One mode copies with one blocking thread per direction, like a proxy that processes the bytes.
 //! The other mode moves the bytes inside the kernel with the crate tokio-splice2: one task per

@@ -1,6 +1,6 @@
 //! Combines all rounds in a table and in JSON.
 //!
-//! A ratio is the median of the ratios within each round, whose figures were measured directly
+//! A ratio is the median of the rounds' ratios. The figures of one round are measured directly
 //! after each other.
 
 use std::fmt::Write as _;

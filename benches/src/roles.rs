@@ -16,7 +16,7 @@ pub(crate) fn run_child_role() -> bool {
     let arguments: Vec<_> = arguments.collect();
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     match *arguments {
-        ["relay", how, hops] => relay::run(how, hops),
+        ["relay", mode, hops] => relay::run(mode, hops),
         ["storm", server, connections] => clients::run_storm(server, connections),
         ["clients", server, connections] => clients::run_client_set(server, connections),
         _ => unreachable!("unknown role {arguments:?}"),

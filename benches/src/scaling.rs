@@ -89,9 +89,9 @@ async fn connections(name: PathName, size: usize, options: &Options) -> Vec<Poin
     points.extend(bulk_cost(&path, 1, options).await);
     clients.answered();
     sleep(WARM_UP).await;
-    let (meter, already) = (Meter::start(&path), clients.answered());
+    let (meter, answered_before) = (Meter::start(&path), clients.answered());
     sleep(options.window()).await;
-    let answered = clients.answered() - already;
+    let answered = clients.answered() - answered_before;
     let answered = float(usize::try_from(answered).expect("far fewer"));
     points.extend(meter.read().cpu.map(|cpu| (REQUEST, cpu * 1e6 / answered)));
     points
@@ -111,14 +111,14 @@ async fn workloads(name: PathName, size: usize, options: &Options) -> Vec<Point>
     let mut points =
         vec![("s until ready", path.ready_after()), ("MiB at rest", resident / 1024.0)];
     points.extend(new_connection(&path, &options).await);
-    let asked = requests(&path, options.window(), RequestMode::KeepAlive, 64).await;
-    points.extend(asked.cpu_each.map(|cpu| (REQUEST, cpu)));
+    let measured = requests(&path, options.window(), RequestMode::KeepAlive, 64).await;
+    points.extend(measured.cpu_each.map(|cpu| (REQUEST, cpu)));
     points
 }
 
 async fn new_connection(path: &Path, options: &Options) -> Option<Point> {
-    let asked = requests(path, options.window(), RequestMode::Once, 16).await;
-    Some((CONNECTION, asked.cpu_each?))
+    let measured = requests(path, options.window(), RequestMode::Once, 16).await;
+    Some((CONNECTION, measured.cpu_each?))
 }
 
 async fn bulk_cost(path: &Path, streams: usize, options: &Options) -> Vec<Point> {
@@ -149,15 +149,16 @@ impl Scaling {
     #[must_use]
     pub fn tables(&self) -> String {
         let table = |what: Dimension| {
-            let of_it = || self.0.iter().filter(move |((growing, _), _)| *growing == what);
-            let mut sizes: Vec<_> =
-                of_it().flat_map(|(_, figures)| figures.keys().map(|(_, size)| *size)).collect();
+            let of_dimension = || self.0.iter().filter(move |((growing, _), _)| *growing == what);
+            let mut sizes: Vec<_> = of_dimension()
+                .flat_map(|(_, figures)| figures.keys().map(|(_, size)| *size))
+                .collect();
             sizes.sort_unstable();
             sizes.dedup();
             let mut head = vec![what.name().to_owned()];
             head.extend(sizes.iter().map(usize::to_string));
             let mut lines = vec![head];
-            for ((_, figure), values) in of_it() {
+            for ((_, figure), values) in of_dimension() {
                 for path in paths(values) {
                     let cell = |size| {
                         let rounds = values.get(&(path.clone(), size));

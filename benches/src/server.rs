@@ -112,8 +112,8 @@ async fn accept(listener: tokio::net::TcpListener, answers: usize) {
         tokio::spawn(async move {
             let mut message = [0; MESSAGE];
             for _ in 0..answers {
-                // A client that has closed its connection has its answers; another client reports
-                // the missing one.
+                // A client closes its connection after its last answer. If an answer is missing,
+                // the client reports it.
                 let Ok(_) = stream.read_exact(&mut message).await else {
                     return;
                 };

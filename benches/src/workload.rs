@@ -15,7 +15,7 @@ use crate::server::{ANSWER, ANSWER_ONCE, SINK, SOURCE, STALL};
 
 /// The time for TCP windows, and the proxies' tunnels, buffers and caches to grow.
 pub(crate) const WARM_UP: Duration = Duration::from_millis(500);
-/// Timeout for data in buffers of the previous load.
+/// The timeout until data in the buffers of a stopped load has arrived.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The time after which a proxy has released the memory of ended connections.
 const RELEASE_DELAY: Duration = Duration::from_secs(2);
@@ -32,8 +32,8 @@ pub(crate) const CPU_EACH: &str = "CPU µs each";
 /// The common prefix of both sides' figures.
 pub(crate) const KIB_PER_IDLE_CONNECTION: &str = "KiB each";
 pub(crate) const AT_REST: &str = "MiB at rest";
-/// The time after which a process is at rest: the proxy then releases memory that only its start
-/// needed.
+/// The time after which a process is at rest: by then, the proxy has released memory that only its
+/// start needed.
 pub(crate) const REST_DELAY: Duration = Duration::from_secs(4);
 
 /// A load.
@@ -80,7 +80,7 @@ impl Workload {
         kinds.iter().copied().map(Self).collect()
     }
 
-    /// Whether the workload has figures on such a path: memory needs proxies.
+    /// Whether the workload has figures on this path: memory is measured only with proxies.
     #[must_use]
     pub fn measures(self, path: PathName) -> bool {
         !self.needs_fresh_proxies() || path.has_proxies()
@@ -240,8 +240,8 @@ fn percentile(sorted: &[u32], percent: usize) -> f64 {
 async fn burst(path: &Path, connections: usize) -> Vec<Figure> {
     let child_process = prepare_storm(path.client(), path.target(ANSWER_ONCE), connections);
     let meter = Meter::start(path);
-    let blown = tokio::task::spawn_blocking(|| storm(child_process)).await;
-    let storm = blown.expect("the storm met no error");
+    let result = tokio::task::spawn_blocking(|| storm(child_process)).await;
+    let storm = result.expect("the storm met no error");
     let Used { cpu, .. } = meter.read();
     let mut latencies = storm.latencies;
     latencies.sort_unstable();
@@ -266,11 +266,11 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     let first = idle(path.client(), path.target(ANSWER), 1);
     let before = resident();
     let files = of_all(open_files);
-    let held = idle(path.client(), path.target(ANSWER), connections);
+    let idle_connections = idle(path.client(), path.target(ANSWER), connections);
     let each = f64::from(u32::try_from(connections).expect("a few thousand"));
     let during = resident();
-    drop(held);
-    // Tunnels may stay open, but are far fewer.
+    drop(idle_connections);
+    // Tunnels may stay open, but they are far fewer than connections.
     let is_open = |(now, before): (&f64, &f64)| now > &(before + each / 10.0);
     let ended = async {
         while of_all(open_files).iter().zip(&files).any(is_open) {
@@ -299,17 +299,17 @@ async fn stalls(path: &Path, window: Duration, readers: usize) -> Vec<Figure> {
     let resident = || -> Vec<f64> { path.processes().into_iter().map(resident_kib).collect() };
     let first = idle(path.client(), path.target(ANSWER), 1);
     let before = resident();
-    let held = stalled(path.client(), path.target(STALL), readers);
+    let stalled_connections = stalled(path.client(), path.target(STALL), readers);
     let after = resident();
     let growth = |side: usize| Some((after.get(side)? - before.get(side)?) / 1024.0);
-    let asked = requests(path, window, RequestMode::KeepAlive, 1).await;
-    let moved = bulk(path, window, BulkDirection::Up, 1).await;
-    drop((first, held));
-    let rate = moved.first().and_then(|rate| rate.value);
+    let requests = requests(path, window, RequestMode::KeepAlive, 1).await;
+    let bulk_figures = bulk(path, window, BulkDirection::Up, 1).await;
+    drop((first, stalled_connections));
+    let rate = bulk_figures.first().and_then(|rate| rate.value);
     vec![
         Figure { name: "Gbit/s of others", value: rate },
-        Figure { name: MEDIAN, value: Some(percentile(&asked.latencies, 50)) },
-        Figure { name: "p99 µs", value: Some(percentile(&asked.latencies, 99)) },
+        Figure { name: MEDIAN, value: Some(percentile(&requests.latencies, 50)) },
+        Figure { name: "p99 µs", value: Some(percentile(&requests.latencies, 99)) },
         Figure { name: "MiB, client's side", value: growth(0) },
         Figure { name: "MiB, server's side", value: growth(1) },
     ]

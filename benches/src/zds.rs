@@ -1,8 +1,8 @@
 //! A server of Istio's ZDS protocol, which announces one pod to a shared ztunnel.
 //!
-//! ztunnel connects and sends a greeting. It acknowledges every message: here the pod with the
-//! descriptor of its namespace, and the end of the snapshot. It serves the pod while the connection
-//! stays open.
+//! ztunnel connects and sends a greeting. It acknowledges every message. Here there are two: the
+//! pod with the descriptor of its namespace, and the end of the snapshot. It serves the pod while
+//! the connection stays open.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};

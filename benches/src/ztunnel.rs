@@ -1,6 +1,6 @@
 //! Runs a ztunnel for comparison, if the user provides the binary.
 //!
-//! Each pod has the rules of the ambient profile and a separate instance: in shared mode in another
+//! Each pod has the rules of the ambient profile and a separate ztunnel: in shared mode in another
 //! namespace (`zds.rs`), in dedicated mode within the pod. A local file replaces the control plane,
 //! and `underpass ca serve` beside ztunnel issues the certificate. All other settings are defaults.
 
@@ -78,7 +78,7 @@ impl Ztunnel {
         authority.args(["--name", "localhost", "--log", "warn"]);
         authority.arg("--dir").arg(pki.dir()).arg("--clients").arg(clients);
         let ca = start(home, &mut authority, "ca");
-        listens(home, CA).await;
+        wait_for_port(home, CA).await;
         let program = options.ztunnel.as_ref().expect("a ztunnel path requires --ztunnel");
         let mut command = Command::new(program);
         command
@@ -96,20 +96,20 @@ impl Ztunnel {
         let proxy = start(home, &mut command, "ztunnel");
         let log = log(home, "ztunnel");
         let ztunnel = Self { ca, proxy, log, node };
-        ztunnel.ready(pod).await;
+        ztunnel.wait_until_ready(pod).await;
         ztunnel
     }
 
     /// Waits until the ztunnel is ready to serve `pod`.
-    async fn ready(&self, pod: &Pod) {
+    async fn wait_until_ready(&self, pod: &Pod) {
         let home = self.node.as_ref().unwrap_or(pod);
-        listens(home, READINESS).await;
+        wait_for_port(home, READINESS).await;
         let readiness = (Ipv4Addr::LOCALHOST, READINESS).into();
         let began = Instant::now();
         while http_get(home, readiness, "/healthz/ready").await.0 != 200 {
             assert!(
                 began.elapsed() < OPERATION_TIMEOUT,
-                "ztunnel gets ready; the log:\n{}",
+                "ztunnel is not ready in time; the log:\n{}",
                 self.log()
             );
             sleep(Duration::from_millis(20)).await;
@@ -180,10 +180,14 @@ fn log(pod: &Pod, name: &str) -> PathBuf {
 }
 
 /// Waits until a port of the pod's loopback accepts connections.
-async fn listens(pod: &Pod, port: u16) {
+async fn wait_for_port(pod: &Pod, port: u16) {
     let began = Instant::now();
     while pod.dial((Ipv4Addr::LOCALHOST, port).into()).await.is_err() {
-        assert!(began.elapsed() < OPERATION_TIMEOUT, "port {port} of pod {} gets open", pod.name());
+        assert!(
+            began.elapsed() < OPERATION_TIMEOUT,
+            "port {port} of pod {} is not open in time",
+            pod.name()
+        );
         sleep(Duration::from_millis(20)).await;
     }
 }
