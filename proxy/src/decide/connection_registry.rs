@@ -298,7 +298,7 @@ impl Termination {
 #[derive(Debug, Default)]
 struct TerminationState {
     /// Read at every poll of the connection, so it is outside the mutex of the reason.
-    terminated: AtomicBool,
+    is_terminated: AtomicBool,
     reason: Mutex<Option<ProxyError>>,
     waker: AtomicWaker,
 }
@@ -306,11 +306,11 @@ struct TerminationState {
 impl TerminationState {
     fn terminate(&self, reason: ProxyError) {
         *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
-        self.terminated.store(true, Ordering::Release);
+        self.is_terminated.store(true, Ordering::Release);
     }
 
     fn is_terminated(&self) -> bool {
-        self.terminated.load(Ordering::Acquire)
+        self.is_terminated.load(Ordering::Acquire)
     }
 
     fn take_reason(&self) -> Option<ProxyError> {

@@ -184,7 +184,7 @@ mod tests {
     async fn follow(steps: Vec<Step>) {
         let health = Arc::new(EndpointHealth::default());
         let mut open: Vec<OpenConnection> = Vec::new();
-        let mut back: HashMap<u16, Instant> = HashMap::new();
+        let mut ejected_until: HashMap<u16, Instant> = HashMap::new();
         for step in steps {
             match step {
                 Step::Open(index) => open.push(health.open(endpoint(index))),
@@ -193,22 +193,22 @@ mod tests {
                 Step::Eject(index, pause) => {
                     let pause = Duration::from_secs(pause);
                     health.eject(endpoint(index), pause);
-                    back.insert(index, Instant::now() + pause);
+                    ejected_until.insert(index, Instant::now() + pause);
                 }
                 Step::Restore(index) => {
                     health.restore(&endpoint(index));
-                    back.remove(&index);
+                    ejected_until.remove(&index);
                 }
                 Step::Wait(seconds) => advance(Duration::from_secs(seconds)).await,
             }
             let now = Instant::now();
-            back.retain(|_, until| *until > now);
+            ejected_until.retain(|_, until| *until > now);
             for index in 0..5 {
                 let held = open.iter().filter(|held| held.endpoint == endpoint(index)).count();
                 assert_eq!(health.open_connections(&endpoint(index)) as usize, held);
-                assert_eq!(health.is_ejected(&endpoint(index)), back.contains_key(&index));
+                assert_eq!(health.is_ejected(&endpoint(index)), ejected_until.contains_key(&index));
             }
-            assert_eq!(health.any_ejected(), !back.is_empty());
+            assert_eq!(health.any_ejected(), !ejected_until.is_empty());
         }
         open.clear();
         advance(Duration::from_secs(20)).await;

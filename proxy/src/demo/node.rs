@@ -78,12 +78,15 @@ fn check_identities(stage: &Stage) -> Finding {
 async fn add_guest(stage: &mut Stage) -> Result<Finding, DemoError> {
     let began = Instant::now();
     stage.b.add(&stage.guest).await?;
-    let took = began.elapsed().as_secs_f64() * 1e3;
+    let elapsed_ms = began.elapsed().as_secs_f64() * 1e3;
     let Stage { a, guest, web, .. } = &*stage;
     let delivered = check_delivered(stage, "pod added", guest, web);
     let is_identified = counted(&a.namespace, "destination", &guest.identity, &web.identity);
     Ok(Finding {
-        seen: format!("guest is served {took:.0} ms after its file appeared; {}", delivered.seen),
+        seen: format!(
+            "guest is served {elapsed_ms:.0} ms after its file appeared; {}",
+            delivered.seen
+        ),
         holds: delivered.holds && is_identified,
         ..delivered
     })
@@ -94,13 +97,13 @@ async fn add_guest(stage: &mut Stage) -> Result<Finding, DemoError> {
 async fn remove_guest(stage: &mut Stage) -> Result<Finding, DemoError> {
     let began = Instant::now();
     stage.b.remove(&stage.guest).await?;
-    let took = began.elapsed().as_secs_f64() * 1e3;
+    let elapsed_ms = began.elapsed().as_secs_f64() * 1e3;
     let rules = read_counters(&stage.guest.namespace).await?.len();
     let refused = check_refused(stage, "pod removed", &stage.guest, &stage.web);
     let others = check_delivered(stage, "pod removed", &stage.client, &stage.store);
     Ok(Finding {
         seen: format!(
-            "guest has {rules} rules {took:.0} ms after its file was removed; {}; {}",
+            "guest has {rules} rules {elapsed_ms:.0} ms after its file was removed; {}; {}",
             refused.seen, others.seen
         ),
         holds: rules == 0 && refused.holds && others.holds,

@@ -350,8 +350,8 @@ mod tests {
             while is_short() {
                 sleep(RECOVERY_TIME / 100).await;
             }
-            let took = began.elapsed();
-            assert!(took >= RECOVERY_TIME * 8 && took < RECOVERY_TIME * 9, "{took:?}");
+            let elapsed = began.elapsed();
+            assert!(elapsed >= RECOVERY_TIME * 8 && elapsed < RECOVERY_TIME * 9, "{elapsed:?}");
             drop(descriptors.pause("hbone", Shortage::System(None)));
             sleep(RECOVERY_TIME / 2).await;
             assert!(is_short(), "a short pause is reported too");

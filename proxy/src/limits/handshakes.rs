@@ -149,10 +149,10 @@ mod tests {
     async fn refuses_source_with_too_many_handshakes_at_once() {
         let handshakes = Handshakes::new(100, 2);
         let source = handshakes.of_source();
-        let held = fill(&handshakes, ip(1), &source);
-        assert_eq!(held.len(), 2);
+        let tickets = fill(&handshakes, ip(1), &source);
+        assert_eq!(tickets.len(), 2);
         assert!(handshakes.admit(ip(1), &source, || ()).await.is_none());
-        drop(held);
+        drop(tickets);
         assert!(handshakes.admit(ip(1), &source, || unreachable!()).await.is_some());
     }
 
@@ -160,9 +160,9 @@ mod tests {
     async fn unfinished_handshakes_do_not_delay_new_sources() {
         let handshakes = Handshakes::new(1024, 64);
         let sources: Vec<_> = (0..32).map(|last| (ip(last), handshakes.of_source())).collect();
-        let held: Vec<_> =
+        let tickets: Vec<_> =
             sources.iter().map(|(ip, source)| fill(&handshakes, *ip, source)).collect();
-        assert_eq!(held[0].len(), 64);
+        assert_eq!(tickets[0].len(), 64);
         let new_source = handshakes.of_source();
         let admitted = handshakes.admit(ip(100), &new_source, || unreachable!());
         assert!(admitted.now_or_never().is_some());

@@ -56,29 +56,38 @@ mod tests {
         let mut rate = Rate::new(100);
         assert_eq!(time(&mut rate, 10).await, Duration::ZERO);
         // The first connection is due at once.
-        let took = time(&mut rate, 1001).await;
-        assert!(took >= Duration::from_secs(10) && took < Duration::from_secs(11), "{took:?}");
+        let elapsed = time(&mut rate, 1001).await;
+        assert!(
+            elapsed >= Duration::from_secs(10) && elapsed < Duration::from_secs(11),
+            "{elapsed:?}"
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn idle_time_restores_only_one_burst() {
         let mut rate = Rate::new(100);
         advance(Duration::from_secs(3600)).await;
-        let took = time(&mut rate, 20).await;
-        assert!(took >= Duration::from_millis(100), "{took:?}");
+        let elapsed = time(&mut rate, 20).await;
+        assert!(elapsed >= Duration::from_millis(100), "{elapsed:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn low_rate_limit_admits_one_connection_at_a_time() {
-        let took = time(&mut Rate::new(1), 4).await;
-        assert!(took >= Duration::from_secs(3) && took < Duration::from_secs(4), "{took:?}");
+        let elapsed = time(&mut Rate::new(1), 4).await;
+        assert!(
+            elapsed >= Duration::from_secs(3) && elapsed < Duration::from_secs(4),
+            "{elapsed:?}"
+        );
     }
 
     #[tokio::test(start_paused = true)]
     async fn delayed_timer_does_not_lower_rate() {
         let mut rate = Rate::new(10_000);
         // tokio's timer has a resolution of 1 ms, which is ten tokens.
-        let took = time(&mut rate, 11_000).await;
-        assert!(took >= Duration::from_secs(1) && took < Duration::from_millis(1100), "{took:?}");
+        let elapsed = time(&mut rate, 11_000).await;
+        assert!(
+            elapsed >= Duration::from_secs(1) && elapsed < Duration::from_millis(1100),
+            "{elapsed:?}"
+        );
     }
 }

@@ -68,7 +68,7 @@ struct Stock {
     /// Whether that task has been asked to refill.
     refill_requested: bool,
     /// Whether a socket was taken since that task last checked.
-    taken: bool,
+    was_used: bool,
     /// The last time that a connection found the stock empty.
     missed: Option<Instant>,
 }
@@ -179,7 +179,7 @@ impl SharedStock {
     fn take(&self, max_batch: usize) -> TakenSocket {
         let mut stock = self.stock();
         let ready = stock.ready.pop_front();
-        stock.taken = true;
+        stock.was_used = true;
         if stock.has_refiller && !stock.refill_requested && stock.ready.len() <= stock.batch / 2 {
             stock.refill_requested = true;
             self.low.notify_one();
@@ -246,7 +246,7 @@ impl Refiller {
         }
         let surplus = stock.ready.len().saturating_sub(stock.batch);
         let closed: Vec<_> = stock.ready.drain(..surplus).collect();
-        let is_in_use = is_low || std::mem::take(&mut stock.taken);
+        let is_in_use = is_low || std::mem::take(&mut stock.was_used);
         drop(stock);
         drop(closed);
         is_in_use

@@ -101,7 +101,7 @@ pub(crate) trait Arrivals: fmt::Debug + Send + Sync {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SelfTest {
     /// Checked for every accepted connection. Cheaper than the lock while no test runs.
-    running: Arc<AtomicBool>,
+    is_running: Arc<AtomicBool>,
     expected: Arc<Mutex<Option<ExpectedConnection>>>,
 }
 
@@ -114,7 +114,7 @@ struct ExpectedConnection {
 impl SelfTest {
     /// Whether `accepted` belongs to the test. The worker must then not serve it.
     pub(crate) fn claims(&self, accepted: &Accepted) -> bool {
-        if accepted.kind != Kind::Outbound || !self.running.load(Relaxed) {
+        if accepted.kind != Kind::Outbound || !self.is_running.load(Relaxed) {
             return false;
         }
         let expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
@@ -131,7 +131,7 @@ impl SelfTest {
     }
 
     fn set_expected(&self, expected: Option<ExpectedConnection>) {
-        self.running.store(expected.is_some(), Relaxed);
+        self.is_running.store(expected.is_some(), Relaxed);
         *self.expected.lock().unwrap_or_else(PoisonError::into_inner) = expected;
     }
 }

@@ -35,7 +35,7 @@ pub(super) struct Published {
     /// The number of connections that the workers have terminated for it.
     terminated: usize,
     /// Whether a worker has applied a newer generation instead.
-    superseded: bool,
+    is_superseded: bool,
 }
 
 impl Ledger {
@@ -68,7 +68,7 @@ impl Ledger {
             if published.generation == generation {
                 published.terminated += terminated;
             } else if (last + 1..generation).contains(&published.generation) {
-                published.superseded = true;
+                published.is_superseded = true;
             }
         }
     }
@@ -90,7 +90,7 @@ impl Ledger {
 impl Published {
     /// The generation with which the workers start.
     pub(super) fn first(generation: u64, size: MeshSize) -> Self {
-        Self { generation, size, since: None, terminated: 0, superseded: false }
+        Self { generation, size, since: None, terminated: 0, is_superseded: false }
     }
 
     /// A later generation.
@@ -100,16 +100,16 @@ impl Published {
 
     #[cfg(test)]
     pub(super) fn facts(&self) -> (u64, usize, bool) {
-        (self.generation, self.terminated, self.superseded)
+        (self.generation, self.terminated, self.is_superseded)
     }
 
     /// Counts and logs a generation that is complete.
     pub(super) fn account(self) {
-        let Self { generation, size, since, terminated, superseded } = self;
+        let Self { generation, size, since, terminated, is_superseded } = self;
         // The first generation is not a change.
         let took = since.map(|since| since.elapsed());
         metrics::connections_terminated(terminated);
-        if superseded {
+        if is_superseded {
             let took = took.unwrap_or_default();
             metrics::mesh_superseded();
             tracing::info!(

@@ -49,7 +49,7 @@ struct State {
 #[derive(Debug, Default)]
 struct Queue {
     /// Whether a turn was taken in this pass. While it is false nothing waits.
-    taken: bool,
+    is_turn_taken: bool,
     /// The number of entries so far.
     entered: u64,
     /// The works in the order of their turns.
@@ -126,7 +126,7 @@ impl Queue {
                 return true;
             }
         }
-        self.taken = false;
+        self.is_turn_taken = false;
         false
     }
 
@@ -146,11 +146,11 @@ impl Turn {
         let mut queue = state.queue();
         let is_next = match *entry {
             Some(entry) => queue.granted.remove(&entry),
-            None => !queue.taken,
+            None => !queue.is_turn_taken,
         };
         if is_next {
             *entry = None;
-            queue.taken = true;
+            queue.is_turn_taken = true;
         } else {
             let entry = *entry.get_or_insert_with(|| {
                 queue.entered += 1;

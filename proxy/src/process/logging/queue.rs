@@ -47,7 +47,7 @@ struct State {
     /// Lines lost since the thread last took the queued lines.
     lost: u64,
     thread: ThreadState,
-    closed: bool,
+    is_closed: bool,
 }
 
 /// The state of the writer thread. `push` wakes it only if necessary.
@@ -72,7 +72,7 @@ pub(super) fn start<W: Write + Send + 'static>(
     lines: Lines,
 ) -> io::Result<(Arc<Queue>, QueueGuard)> {
     let queue = Arc::new(Queue::default());
-    let mut writer = Output { to: output, lines, unreported: 0, within_line: false };
+    let mut writer = Output { to: output, lines, unreported: 0, is_within_line: false };
     let reader = queue.clone();
     let write = move || {
         // A panic loses the lines of the current write, which count as one lost line.
@@ -90,7 +90,7 @@ impl Queue {
     /// Queues a line. A line that exceeds the bound is lost and counted.
     pub(super) fn push(&self, line: &[u8]) {
         let mut state = self.state();
-        if state.waiting.len() + state.in_flight + line.len() > MAX_BYTES || state.closed {
+        if state.waiting.len() + state.in_flight + line.len() > MAX_BYTES || state.is_closed {
             state.lost += 1;
             drop(state);
             metrics::log_lines_lost(1);
@@ -116,7 +116,7 @@ impl Queue {
         let mut state = self.state();
         state.in_flight = 0;
         let nothing =
-            |state: &mut State| state.waiting.is_empty() && state.lost == 0 && !state.closed;
+            |state: &mut State| state.waiting.is_empty() && state.lost == 0 && !state.is_closed;
         if nothing(&mut state) {
             state.thread = ThreadState::Idle;
             state = match timeout {
@@ -130,7 +130,7 @@ impl Queue {
             };
         }
         state.thread = ThreadState::Writing;
-        if state.closed && state.waiting.is_empty() && state.lost == 0 {
+        if state.is_closed && state.waiting.is_empty() && state.lost == 0 {
             return None;
         }
         mem::swap(&mut state.waiting, lines);
@@ -143,7 +143,7 @@ impl Queue {
         let mut state = self.state();
         state.in_flight = 0;
         state.thread = ThreadState::Paused;
-        let few = |state: &mut State| state.waiting.len() < BATCH_BYTES && !state.closed;
+        let few = |state: &mut State| state.waiting.len() < BATCH_BYTES && !state.is_closed;
         let waited = self.work.wait_timeout_while(state, WRITE_INTERVAL, few);
         waited.unwrap_or_else(PoisonError::into_inner).0.thread = ThreadState::Writing;
     }
@@ -158,7 +158,7 @@ impl Drop for QueueGuard {
     fn drop(&mut self) {
         let Self(queue) = self;
         let mut state = queue.state();
-        state.closed = true;
+        state.is_closed = true;
         queue.work.notify_one();
         let running = |state: &mut State| state.thread != ThreadState::Ended;
         drop(queue.ended.wait_timeout_while(state, FLUSH_TIMEOUT, running));
@@ -187,7 +187,7 @@ struct Output<W> {
     /// Lost lines that the log has not reported yet.
     unreported: u64,
     /// Whether the last written byte is inside a line.
-    within_line: bool,
+    is_within_line: bool,
 }
 
 impl<W: Write> Output<W> {
@@ -210,12 +210,12 @@ impl<W: Write> Output<W> {
 
     /// Writes lines; returns the part that could not be written.
     fn write_lines<'a>(&mut self, lines: &'a [u8]) -> &'a [u8] {
-        if self.within_line && self.write_bytes(b"\n") == 0 {
+        if self.is_within_line && self.write_bytes(b"\n") == 0 {
             return lines;
         }
-        self.within_line = false;
+        self.is_within_line = false;
         let (written, unwritten) = lines.split_at(self.write_bytes(lines));
-        self.within_line = written.last().is_some_and(|last| *last != b'\n');
+        self.is_within_line = written.last().is_some_and(|last| *last != b'\n');
         unwritten
     }
 

@@ -118,7 +118,7 @@ async fn old_connection_takes_no_turns() {
         turns.0.queue().give_next();
     }
     assert_eq!(log.borrow().len(), usize::from(POLLS_IN_TURN));
-    turns.0.queue().taken = true;
+    turns.0.queue().is_turn_taken = true;
     assert!(old.as_mut().poll(&mut cx).is_pending());
     assert_eq!(log.borrow().len(), usize::from(POLLS_IN_TURN) + 1);
 }
