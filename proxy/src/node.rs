@@ -39,7 +39,7 @@ use crate::decide::snapshot::Snapshot;
 use crate::limits::Limits;
 use crate::node::served_pods::ServedPods;
 use crate::observe::metrics::SeriesRegistry;
-use crate::process::pause_gate::Gates;
+use crate::process::pause_gate::{Gates, PauseGate};
 use crate::traffic::copy::Deadlines;
 use crate::traffic::drain::Drain;
 
@@ -61,7 +61,8 @@ pub(crate) struct Node {
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
     pub(crate) drain: Drain,
-    /// Pauses accepting and rule repair while another process takes over.
+    /// Pauses accepting and rule repair while another process takes over. Of a node with many pods
+    /// `accept` is only that of the endpoints: each pod has its own.
     pub(crate) gates: Gates,
     pub(crate) series: Arc<SeriesRegistry>,
 }
@@ -91,5 +92,10 @@ impl Node {
             gates,
             series,
         }
+    }
+
+    /// The gate for accepting the connections of a new pod.
+    pub(crate) fn accepting_of_pod(&self) -> PauseGate {
+        if self.has_many_pods { PauseGate::default() } else { self.gates.accept.clone() }
     }
 }

@@ -14,6 +14,7 @@ pub(crate) mod settings;
 pub(crate) mod source;
 pub(crate) mod state;
 pub(crate) mod status;
+pub(crate) mod take_over;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod zds;

@@ -4,6 +4,7 @@
 //! and the ordinary parser reads the result. So a pod's settings have the keys, checks and errors
 //! of a settings file.
 
+use std::fmt;
 use std::path::Path;
 
 use crate::error::ConfigErrors;
@@ -11,7 +12,7 @@ use crate::settings::Settings;
 use crate::settings::declare::{Declared, Document, Files, Written};
 use crate::settings::load::read_text;
 use crate::settings::resolve::{declared, interception_settings};
-use crate::settings::show::Sections;
+use crate::settings::show::{Sections, write_scalar};
 use crate::yaml::document::{Node, Origin, Value};
 use crate::yaml::read::{Cursor, Problems};
 
@@ -33,12 +34,52 @@ impl InterceptionOverlay {
         Self(Node::empty(Origin::NodeSettings))
     }
 
+    /// Parses what [`Display`](fmt::Display) wrote; errors call it `name`.
+    ///
+    /// # Errors
+    /// The text is no YAML document.
+    pub fn parse(name: &str, text: &str) -> Result<Self, ConfigErrors> {
+        read_text(name, text).map(Self)
+    }
+
     /// Sets a setting, such as `outbound.exclude_ports`, from the value of a pod's annotation.
     /// Errors contain the annotation.
     pub fn set(&mut self, key: &str, value: &str, annotation: &str) {
         let path: Vec<&str> = key.split('.').collect();
         let origin = Origin::Annotation(annotation.to_owned());
         self.0.set(&path, scalar(value.to_owned(), &origin));
+    }
+}
+
+impl fmt::Display for InterceptionOverlay {
+    /// Writes a document in YAML's flow style, on one line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_node(f, &self.0)
+    }
+}
+
+fn write_node(f: &mut fmt::Formatter<'_>, node: &Node) -> fmt::Result {
+    match &node.value {
+        Value::Null => f.write_str("null"),
+        Value::Scalar(text) => write_scalar(f, text),
+        Value::Sequence(items) => {
+            f.write_str("[")?;
+            for (index, item) in items.iter().enumerate() {
+                f.write_str(if index == 0 { "" } else { ", " })?;
+                write_node(f, item)?;
+            }
+            f.write_str("]")
+        }
+        Value::Mapping(entries) => {
+            f.write_str("{")?;
+            for (index, (key, value)) in entries.iter().enumerate() {
+                f.write_str(if index == 0 { "" } else { ", " })?;
+                write_scalar(f, key)?;
+                f.write_str(": ")?;
+                write_node(f, value)?;
+            }
+            f.write_str("}")
+        }
     }
 }
 
@@ -158,6 +199,28 @@ mod tests {
         assert_eq!(settings.outbound.exclude_ports, [80, 443].map(PortRange::from));
         assert_eq!(settings.outbound.exclude_cidrs.len(), 1);
         assert_eq!(settings.kubelet_probes, KubeletProbes::On);
+    }
+
+    #[test]
+    fn written_overlay_parses_to_the_same_settings() {
+        for text in [
+            "{}",
+            "outbound: {exclude_ports: [22, 80], exclude_cidrs: []}\nkubelet_probes: on",
+            "virtual_interfaces: [\"a: b, {c}\", \"tab\\tquote\\\"\"]\n\"odd: key\": null",
+        ] {
+            let written = overlay(text).to_string();
+            assert!(!written.contains('\n'), "{written}");
+            let parsed = InterceptionOverlay::parse("again", &written).unwrap();
+            assert_eq!(parsed.to_string(), written, "{text}");
+            assert_eq!(
+                with_overlays("", &[&parsed]).is_ok(),
+                with_overlays("", &[&overlay(text)]).is_ok()
+            );
+        }
+        let ports = overlay("outbound: {exclude_ports: [22]}").to_string();
+        let parsed = InterceptionOverlay::parse("again", &ports).unwrap();
+        let settings = with_overlays("", &[&parsed]).unwrap().interception;
+        assert_eq!(settings.outbound.exclude_ports, [PortRange::from(22)]);
     }
 
     #[test]

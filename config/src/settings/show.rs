@@ -60,7 +60,7 @@ impl fmt::Display for Yaml<'_> {
 
 /// Writes a plain scalar if it is unambiguous in every context, otherwise one in double quotes
 /// (YAML 1.2 section 7.3.1).
-fn write_scalar(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+pub(crate) fn write_scalar(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     if is_plain(text) {
         return f.write_str(text);
     }

@@ -12,20 +12,27 @@ use tokio::net::UnixStream;
 use crate::sockets::descriptors::{self, MAX_DESCRIPTORS};
 use crate::sockets::peer::Peer;
 
-/// The maximum length of a line in bytes, far more than any message needs.
+/// The maximum length of a line in bytes, unless [`Handover::with_longest_line`] sets another.
 const MAX_LINE: usize = 4096;
 
 /// One end of a handover between two processes.
 #[derive(Debug)]
 pub struct Handover {
     stream: UnixStream,
+    longest_line: usize,
 }
 
 impl Handover {
     /// Wraps a connected stream.
     #[must_use]
     pub fn new(stream: UnixStream) -> Self {
-        Self { stream }
+        Self { stream, longest_line: MAX_LINE }
+    }
+
+    /// Sends and receives lines of up to this number of bytes.
+    #[must_use]
+    pub fn with_longest_line(self, longest_line: usize) -> Self {
+        Self { longest_line, ..self }
     }
 
     /// The process at the other end.
@@ -45,16 +52,18 @@ impl Handover {
     /// sockets.
     pub async fn send(&self, line: &str, sockets: &[BorrowedFd<'_>]) -> io::Result<()> {
         let text = format!("{line}\n");
-        if text.len() > MAX_LINE {
+        if text.len() > self.longest_line {
             return Err(ErrorKind::InvalidInput.into());
         }
-        let send = || descriptors::send(&self.stream, text.as_bytes(), sockets);
-        // A partial write is impossible: a line fits into the socket's buffer, and the previous
-        // line was answered.
-        match self.stream.async_io(Interest::WRITABLE, send).await? {
-            sent if sent == text.len() => Ok(()),
-            _ => Err(ErrorKind::WriteZero.into()),
+        let (mut rest, mut sockets) = (text.as_bytes(), sockets);
+        while !rest.is_empty() {
+            let send = || descriptors::send(&self.stream, rest, sockets);
+            let sent = self.stream.async_io(Interest::WRITABLE, send).await?;
+            rest = rest.get(sent..).unwrap_or_default();
+            // The first part carries them.
+            sockets = &[];
         }
+        Ok(())
     }
 
     /// Receives the next line and its sockets. `None` after the other process closed the connection
@@ -74,7 +83,7 @@ impl Handover {
                     Err(ErrorKind::UnexpectedEof.into())
                 };
             }
-            if line.len() > MAX_LINE || sockets.len() > MAX_DESCRIPTORS {
+            if line.len() > self.longest_line || sockets.len() > MAX_DESCRIPTORS {
                 return Err(ErrorKind::InvalidData.into());
             }
         }
@@ -83,7 +92,7 @@ impl Handover {
     }
 
     fn receive_part(&self, line: &mut Vec<u8>, sockets: &mut Vec<OwnedFd>) -> io::Result<usize> {
-        let mut text = [0; 512];
+        let mut text = [0; 4096];
         let received = descriptors::receive(&self.stream, &mut text)?;
         line.extend_from_slice(text.get(..received.bytes).unwrap_or_default());
         sockets.extend(received.descriptors);
@@ -140,6 +149,19 @@ mod tests {
         assert_eq!(one.receive().await.expect("received").expect("a line").0, "ok");
         drop(one);
         assert!(other.receive().await.expect("an end").is_none());
+    }
+
+    #[tokio::test]
+    async fn passes_line_longer_than_the_buffer_of_the_socket() {
+        let (one, other) = conversation();
+        let (one, other) = (one.with_longest_line(2 << 20), other.with_longest_line(2 << 20));
+        let (long, file) = ("x".repeat(1 << 20), bound());
+        let sent = async { one.send(&long, &[file.as_fd()]).await.expect("sent") };
+        let ((), received) = tokio::join!(sent, other.receive());
+        let (line, sockets) = received.expect("received").expect("a line");
+        assert!(line == long && sockets.len() == 1, "{} bytes", line.len());
+        let error = one.send(&"x".repeat(2 << 20), &[]).await.expect_err("too long");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
     }
 
     #[tokio::test]

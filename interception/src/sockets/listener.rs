@@ -5,6 +5,7 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::fstat;
 use rustix::net::{SocketFlags, acceptfrom_with};
@@ -18,21 +19,24 @@ use crate::sockets::canonical;
 /// The length of the accept queue. The kernel reduces it to net.core.somaxconn (4096 by default).
 const BACKLOG: i32 = 65_535;
 
-/// A listener that belongs to no runtime. The kernel already completes handshakes for it.
-#[derive(Debug)]
+/// A listener that belongs to no runtime. The kernel already completes handshakes for it. Clones
+/// share its descriptor, and the listener closes with the last one.
+#[derive(Debug, Clone)]
 pub struct BoundListener {
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
 }
 
 impl BoundListener {
-    /// Creates a second handle of the listener. Both accept from one queue, and the listener closes
-    /// with the last handle.
+    /// The socket, to pass it to another process.
     ///
     /// # Errors
     ///
-    /// The kernel rejected the operation.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        self.listener.try_clone().map(Self::from)
+    /// Other clones need a second descriptor, and the process has none left.
+    pub fn into_descriptor(self) -> io::Result<OwnedFd> {
+        match Arc::try_unwrap(self.listener) {
+            Ok(listener) => Ok(listener.into()),
+            Err(shared) => shared.try_clone().map(OwnedFd::from),
+        }
     }
 
     /// The local address. If its port was 0, contains the port that the kernel chose.
@@ -82,14 +86,7 @@ impl AsFd for BoundListener {
 
 impl From<TcpListener> for BoundListener {
     fn from(listener: TcpListener) -> Self {
-        Self { listener }
-    }
-}
-
-impl From<BoundListener> for OwnedFd {
-    /// The socket, to pass it to another process.
-    fn from(bound: BoundListener) -> Self {
-        bound.listener.into()
+        Self { listener: Arc::new(listener) }
     }
 }
 
@@ -113,7 +110,7 @@ impl TryFrom<OwnedFd> for BoundListener {
 /// A listener that is registered with a runtime.
 #[derive(Debug)]
 pub struct Listener {
-    listener: AsyncFd<TcpListener>,
+    listener: AsyncFd<Arc<TcpListener>>,
 }
 
 impl Listener {
@@ -129,7 +126,7 @@ impl Listener {
     /// ENFILE, ENOBUFS) the process.
     pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let accept = |listener: &TcpListener| Ok(acceptfrom_with(listener, flags)?);
+        let accept = |listener: &Arc<TcpListener>| Ok(acceptfrom_with(listener, flags)?);
         let (stream, peer) = self.listener.async_io(Interest::READABLE, accept).await?;
         let peer = peer.ok_or(io::ErrorKind::Unsupported)?;
         Ok((stream.into(), canonical(SocketAddr::try_from(peer)?)))

@@ -2,7 +2,7 @@
 //! Node agents use it to pass the network namespaces of pods.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 
@@ -54,7 +54,7 @@ impl SeqPacket {
         Self::new(socket)
     }
 
-    /// Wraps `socket`, which must be connected and non-blocking.
+    /// Wraps `socket`, which must be connected and non-blocking. Another process may have used it.
     ///
     /// # Errors
     ///
@@ -140,12 +140,17 @@ impl SeqPacket {
     }
 }
 
+impl AsFd for SeqPacket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
     use std::io::IoSlice;
     use std::mem::MaybeUninit;
-    use std::os::fd::AsFd as _;
 
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 

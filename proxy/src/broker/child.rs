@@ -19,7 +19,7 @@ use crate::broker::requests::RequestServer;
 use crate::pods::kubernetes;
 use crate::process::command_error::CommandError;
 use crate::process::supervise::{Supervisor, Task};
-use crate::traffic::listeners::{EndpointKind, Listeners};
+use crate::traffic::listeners::BoundEndpoints;
 
 /// The hidden command of the proxy process.
 pub(crate) const COMMAND: &str = "proxy-process";
@@ -74,7 +74,7 @@ impl ProxyProcess {
     pub(crate) async fn start(
         user: ProxyUser,
         settings: &Settings,
-        endpoints: Listeners<EndpointKind>,
+        endpoints: BoundEndpoints,
         supervisor: &Supervisor,
     ) -> Result<Self, CommandError> {
         let (ours, theirs) = SeqPacket::pair().map_err(CommandError::Start)?;
@@ -87,9 +87,9 @@ impl ProxyProcess {
             breaks.send_replace(true);
             std::future::pending::<()>().await;
         });
-        let (names, listeners): (Vec<_>, Vec<_>) =
-            endpoints.into_named().map(|(name, one)| (name.to_owned(), OwnedFd::from(one))).unzip();
-        let start = ToProxy::Start { settings: settings.to_string(), endpoints: names };
+        let BoundEndpoints { listeners, paused } = endpoints;
+        let (endpoints, listeners) = listeners.into_descriptors().map_err(CommandError::Start)?;
+        let start = ToProxy::Start { settings: settings.to_string(), endpoints, paused };
         let sent = sender.send(&start, listeners).await;
         sent.map_err(|error| CommandError::Start(std::io::Error::other(error)))?;
         tracing::info!(pid = child.id(), user = user.uid, "started the proxy process");

@@ -37,8 +37,9 @@ pub(crate) trait Message: Serialize + for<'a> Deserialize<'a> + fmt::Debug {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) enum ToProxy {
-    /// The first message. Attached: the listeners of the endpoints, in this order.
-    Start { settings: String, endpoints: Vec<String> },
+    /// The first message. Attached: the listeners of the endpoints, in this order. If `paused`, the
+    /// endpoints accept from [`ToProxy::Serving`] on, because another process accepts until then.
+    Start { settings: String, endpoints: Vec<String>, paused: bool },
     /// Answered by [`ToBroker::Done`] with this number.
     Command { number: u64, command: Command },
     /// The answer to a request. Attached: its sockets.
@@ -59,6 +60,8 @@ pub(crate) enum ToProxy {
     Serving,
     /// The node stops.
     Draining,
+    /// Another process has taken over: the endpoints close, and the pods drain.
+    HandedOver,
     /// All pods are closed: the process ends.
     End,
 }
@@ -80,6 +83,19 @@ pub(crate) enum Command {
         pod: PodKey,
         destination: SocketAddr,
     },
+    /// Whether the pod has a valid certificate, or needs none.
+    HasCertificate {
+        pod: PodKey,
+    },
+    /// Connections wait in the queues of the listeners while another process takes over.
+    PauseAccepting {
+        pod: PodKey,
+    },
+    ResumeAccepting {
+        pod: PodKey,
+    },
+    PauseEndpoints,
+    ResumeEndpoints,
     StopAccepting {
         pod: PodKey,
     },
@@ -104,6 +120,9 @@ pub(crate) struct PodToStart {
     /// The interception settings as a settings file.
     pub(crate) interception: String,
     pub(crate) listeners: Vec<String>,
+    /// Accept once the certificate is issued. Without one after this time the outcome is
+    /// [`Outcome::CertificateLate`].
+    pub(crate) certificate_within: Option<Duration>,
 }
 
 /// Names a pod that is served: a uid can be enrolled again in another namespace.
@@ -136,6 +155,10 @@ pub(crate) enum Outcome {
     Done,
     /// An address that the mesh gives to another workload, and that workload.
     OtherWorkload(Option<(IpAddr, String)>),
+    /// Whether the pod has a certificate.
+    HasCertificate(bool),
+    /// The pod is not served: it got no certificate in time.
+    CertificateLate,
     /// The number of connections that a drain has terminated.
     Terminated(usize),
 }

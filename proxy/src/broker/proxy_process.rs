@@ -26,13 +26,13 @@ use crate::process::command_error::CommandError;
 use crate::process::node_proxy::{LoadedNode, RunningNode};
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::Supervisor;
-use crate::traffic::listeners::{EndpointKind, Listeners};
+use crate::traffic::listeners::{BoundEndpoints, Listeners};
 
 /// The first message of the broker.
 #[derive(Debug)]
 pub(crate) struct Start {
     pub(crate) settings: Settings,
-    endpoints: Listeners<EndpointKind>,
+    endpoints: BoundEndpoints,
     socket: OwnedFd,
 }
 
@@ -52,7 +52,8 @@ impl Start {
         let socket = io::stdin().as_fd().try_clone_to_owned()?;
         let (socket, message) = SeqPacket::receive_first(socket, MAX_MESSAGE)?;
         let malformed = || io::Error::from(io::ErrorKind::InvalidData);
-        let Some(ToProxy::Start { settings, endpoints }) = ToProxy::decode(&message.bytes) else {
+        let Some(ToProxy::Start { settings, endpoints, paused }) = ToProxy::decode(&message.bytes)
+        else {
             return Err(malformed());
         };
         let settings = Settings::of_text("the broker's settings", &settings);
@@ -60,8 +61,9 @@ impl Start {
         let adopt =
             |(name, listener)| -> io::Result<_> { Ok((name, BoundListener::try_from(listener)?)) };
         let named = endpoints.into_iter().zip(message.descriptors).map(adopt);
-        let endpoints = Listeners::adopt(named.collect::<io::Result<_>>()?);
-        Ok(Self { settings, endpoints: endpoints.ok_or_else(malformed)?, socket })
+        let listeners = Listeners::adopt(named.collect::<io::Result<_>>()?);
+        let endpoints = BoundEndpoints { listeners: listeners.ok_or_else(malformed)?, paused };
+        Ok(Self { settings, endpoints, socket })
     }
 }
 
@@ -89,7 +91,7 @@ async fn live(start: Start, supervisor: Supervisor) -> Result<(), CommandError> 
     let watcher = FileWatcher::new(Inotify::open);
     let node = LoadedNode::load(&settings, &access, Some(identities), &watcher, &supervisor)?;
     let serving = async {
-        let node = tokio::select! {
+        let mut node = tokio::select! {
             node = node.serve(endpoints, &supervisor) => node?,
             error = broker.before_pods() => return Err(error),
         };
@@ -98,7 +100,7 @@ async fn live(start: Start, supervisor: Supervisor) -> Result<(), CommandError> 
         requests.sender().post(&ToBroker::Ready).map_err(|_| CommandError::BrokerEnded)?;
         let data_plane = node.data_plane().clone();
         let server = CommandServer { data_plane, settings, requests, pods };
-        broker.obey(&server, &node).await?;
+        broker.obey(&server, &mut node).await?;
         node.end().await;
         Ok(())
     };
@@ -130,7 +132,11 @@ impl Broker {
     }
 
     /// Obeys the broker until it ends this process.
-    async fn obey(&self, server: &CommandServer, node: &RunningNode) -> Result<(), CommandError> {
+    async fn obey(
+        &self,
+        server: &CommandServer,
+        node: &mut RunningNode,
+    ) -> Result<(), CommandError> {
         loop {
             let (message, attached) = self.next().await?;
             let Some((message, attached)) = self.apply(message, attached) else { continue };
@@ -142,8 +148,9 @@ impl Broker {
                 ToProxy::Interception { pod, interception } => server.follow(&pod, &interception),
                 ToProxy::EndTest { pod } => server.end_test(&pod),
                 ToProxy::Source(report) => node.readiness().source_reports(report),
-                ToProxy::Serving => node.readiness().ready(),
+                ToProxy::Serving => node.ready(),
                 ToProxy::Draining => node.drain(),
+                ToProxy::HandedOver => node.hand_over(),
                 ToProxy::End => return Ok(()),
                 _ => return Err(malformed()),
             }

@@ -20,10 +20,14 @@ use crate::broker::message::{Command, Outcome, PodKey, PodToStart, ToProxy};
 use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
 use crate::node::pod::pod_sockets;
 use crate::node::pod_error::PodError;
+use crate::process::pause_gate::Pausable;
 use crate::rules::self_test::Arrivals;
 
 /// Timeout of a command. The workers of a busy proxy process answer within milliseconds.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The endpoints in logs.
+const ENDPOINTS: &str = "endpoints";
 
 /// The data plane of the proxy process. Clones share it.
 #[derive(Debug, Clone)]
@@ -104,12 +108,11 @@ impl RemoteDataPlane {
     }
 
     async fn open(self, pod: PodToServe) -> Result<Box<dyn ServedPod>, PodError> {
-        let PodToServe { uid, settings, interception, access, listeners } = pod;
+        let PodToServe { uid, settings, interception, access, listeners, certificate_within } = pod;
         let local = access.local_addresses().await?;
         let uid = uid.as_ref().map(PodUid::as_str).unwrap_or_default().to_owned();
         let key = PodKey { uid, enrolment: self.0.next.fetch_add(1, Relaxed) };
-        let (names, listeners): (Vec<_>, Vec<_>) =
-            listeners.into_named().map(|(name, one)| (name.to_owned(), OwnedFd::from(one))).unzip();
+        let (names, listeners) = listeners.into_descriptors().map_err(PodError::Accept)?;
         let command = Command::Serve(PodToStart {
             pod: key.clone(),
             name: settings.workload.name.clone(),
@@ -117,6 +120,7 @@ impl RemoteDataPlane {
             service_account: settings.workload.service_account.clone(),
             interception: settings.interception_text(),
             listeners: names,
+            certificate_within,
         });
         let identities = self.0.identities.as_ref();
         let _identity = identities.map(|feeds| feeds.feed(&settings.workload.spiffe_id));
@@ -125,12 +129,15 @@ impl RemoteDataPlane {
         // Before the command: the proxy process may request sockets at once.
         self.0.pods().insert(key.enrolment, Arc::new(state));
         let following = follow(self.0.sender.clone(), key.clone(), settings, interception);
-        let (shared, is_closed) = (self.0, AtomicBool::new(false));
+        let (is_closed, is_paused) = (AtomicBool::default(), AtomicBool::default());
         let _following = AbortOnDropHandle::new(tokio::spawn(following));
-        let pod = RemotePod { shared, key, is_closed, _following };
+        let pod = RemotePod { shared: self.0, key, is_closed, is_paused, _following };
         let descriptors = listeners.into_iter().chain([OwnedFd::from(local)]).collect();
-        pod.shared.command(command, descriptors, COMMAND_TIMEOUT).await?;
-        Ok(Box::new(pod))
+        let limit = COMMAND_TIMEOUT.saturating_add(certificate_within.unwrap_or_default());
+        match (pod.shared.command(command, descriptors, limit).await?, certificate_within) {
+            (Outcome::CertificateLate, Some(limit)) => Err(PodError::CertificateLate(limit)),
+            _ => Ok(Box::new(pod)),
+        }
     }
 }
 
@@ -174,6 +181,23 @@ impl Shared {
         }
     }
 
+    /// A command whose outcome does not matter.
+    fn post(&self, command: Command) {
+        let (number, _) = self.commands.register();
+        // Fails if the proxy process has ended.
+        self.sender.post(&ToProxy::Command { number, command }).ok();
+    }
+
+    /// A command that the proxy process obeys, about `subject`. A failure is logged: a pod leaves
+    /// all the same, and the end of the proxy process ends this one.
+    async fn obey(&self, command: Command, subject: &str, limit: Duration) -> Option<Outcome> {
+        let outcome = self.command(command, Vec::new(), limit).await;
+        let warn = |error: &PodError| {
+            tracing::warn!(error = crate::error::chain(error), subject, "a command failed");
+        };
+        outcome.inspect_err(warn).ok()
+    }
+
     fn pods(&self) -> MutexGuard<'_, HashMap<u64, Arc<RemoteState>>> {
         // No code panics while it holds the lock.
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
@@ -184,23 +208,35 @@ impl Shared {
     }
 }
 
+/// The endpoints of the proxy process.
+impl Pausable for RemoteDataPlane {
+    fn pause(&self) -> BoxFuture<'static, ()> {
+        let shared = self.0.clone();
+        Box::pin(async move {
+            shared.obey(Command::PauseEndpoints, ENDPOINTS, COMMAND_TIMEOUT).await;
+        })
+    }
+
+    fn resume(&self) {
+        self.0.post(Command::ResumeEndpoints);
+    }
+}
+
 /// A pod that the proxy process serves.
 #[derive(Debug)]
 struct RemotePod {
     shared: Arc<Shared>,
     key: PodKey,
     is_closed: AtomicBool,
+    /// Whether accepting was paused since it was resumed.
+    is_paused: AtomicBool,
     _following: AbortOnDropHandle<()>,
 }
 
 impl RemotePod {
-    /// A command that every served pod obeys. A failure is logged: the pod leaves all the same.
+    /// A command that every served pod obeys.
     async fn obey(&self, command: Command, limit: Duration) -> Option<Outcome> {
-        let outcome = self.shared.command(command, Vec::new(), limit).await;
-        let warn = |error: &PodError| {
-            tracing::warn!(error = crate::error::chain(error), uid = %self.key, "a command failed");
-        };
-        outcome.inspect_err(warn).ok()
+        self.shared.obey(command, &self.key.uid, limit).await
     }
 
     /// Serves no request for this pod from now on.
@@ -219,6 +255,30 @@ impl ServedPod for RemotePod {
     /// The proxy process adds the state of the certificate to the status.
     fn certificate(&self) -> CertificateState {
         CertificateState::Valid
+    }
+
+    fn has_certificate(&self) -> BoxFuture<'static, bool> {
+        let (shared, pod) = (self.shared.clone(), self.key.clone());
+        Box::pin(async move {
+            let uid = pod.uid.clone();
+            let outcome = shared.obey(Command::HasCertificate { pod }, &uid, COMMAND_TIMEOUT);
+            matches!(outcome.await, Some(Outcome::HasCertificate(true)))
+        })
+    }
+
+    fn pause_accepting(&self) -> BoxFuture<'static, ()> {
+        self.is_paused.store(true, Relaxed);
+        let (shared, pod) = (self.shared.clone(), self.key.clone());
+        Box::pin(async move {
+            let uid = pod.uid.clone();
+            shared.obey(Command::PauseAccepting { pod }, &uid, COMMAND_TIMEOUT).await;
+        })
+    }
+
+    fn resume_accepting(&self) {
+        if self.is_paused.swap(false, Relaxed) {
+            self.shared.post(Command::ResumeAccepting { pod: self.key.clone() });
+        }
     }
 
     fn stop_accepting(&self) -> BoxFuture<'_, ()> {
@@ -251,10 +311,7 @@ impl Drop for RemotePod {
             return;
         }
         self.forget();
-        let (number, _) = self.shared.commands.register();
-        let command = Command::Close { pod: self.key.clone() };
-        // Fails if the proxy process has ended.
-        self.shared.sender.post(&ToProxy::Command { number, command }).ok();
+        self.shared.post(Command::Close { pod: self.key.clone() });
     }
 }
 

@@ -16,6 +16,7 @@ use crate::broker::operations::{BrokerOperations, Requests};
 use crate::error::chain;
 use crate::node::data_plane::{DataPlane, PodToServe, ServedPod};
 use crate::node::in_process::InProcess;
+use crate::node::pod_error::PodError;
 use crate::pods::enrolment::PodProblem;
 use crate::rules::self_test::Arrivals;
 use crate::traffic::listeners::Listeners;
@@ -79,11 +80,16 @@ impl CommandServer {
     /// Performs a command, and sends its outcome.
     pub(super) async fn perform(self, number: u64, command: Command, attached: Vec<OwnedFd>) {
         let outcome = match command {
-            Command::Serve(pod) => self.serve(pod, attached).await.map(|()| Outcome::Done),
+            Command::Serve(pod) => self.serve(pod, attached).await,
             Command::FindOtherWorkload { namespace, name, addresses } => {
                 self.find_other_workload(namespace, name, addresses).await
             }
             Command::Expect { pod, destination } => self.expect(pod, destination).await,
+            Command::HasCertificate { pod } => self.has_certificate(&pod).await,
+            Command::PauseAccepting { pod } => self.pause_accepting(&pod).await,
+            Command::ResumeAccepting { pod } => self.resume_accepting(&pod),
+            Command::PauseEndpoints => self.pause_endpoints().await,
+            Command::ResumeEndpoints => self.resume_endpoints(),
             Command::StopAccepting { pod } => self.stop_accepting(&pod).await,
             Command::Drain { pod, deadline } => self.drain(&pod, deadline).await,
             Command::Close { pod } => self.close(&pod).await,
@@ -94,9 +100,16 @@ impl CommandServer {
         }
     }
 
-    async fn serve(&self, pod: PodToStart, attached: Vec<OwnedFd>) -> Result<(), String> {
-        let PodToStart { pod: key, name, namespace, service_account, interception, listeners } =
-            pod;
+    async fn serve(&self, pod: PodToStart, attached: Vec<OwnedFd>) -> Result<Outcome, String> {
+        let PodToStart {
+            pod: key,
+            name,
+            namespace,
+            service_account,
+            interception,
+            listeners,
+            certificate_within,
+        } = pod;
         let node = &self.settings;
         let settings = node.with_interception_text(&interception);
         let settings = settings.map_err(|errors| errors.to_string())?;
@@ -116,7 +129,8 @@ impl CommandServer {
         let entry = Entry { key: key.clone(), interception: sender, served: None };
         // Before it is served: changed settings may arrive meanwhile.
         self.pods.entries().insert(key.enrolment, entry);
-        let pod = PodToServe { uid: None, settings, interception, access, listeners };
+        let pod =
+            PodToServe { uid: None, settings, interception, access, listeners, certificate_within };
         match self.data_plane.serve(pod).await {
             Ok(pod) => {
                 let pod = Arc::<dyn ServedPod>::from(pod);
@@ -125,11 +139,14 @@ impl CommandServer {
                 if let Some(entry) = entries.get_mut(&key.enrolment) {
                     entry.served = Some(served);
                 }
-                Ok(())
+                Ok(Outcome::Done)
             }
             Err(error) => {
                 self.pods.entries().remove(&key.enrolment);
-                Err(chain(&error))
+                match error {
+                    PodError::CertificateLate(_) => Ok(Outcome::CertificateLate),
+                    error => Err(chain(&error)),
+                }
             }
         }
     }
@@ -164,6 +181,30 @@ impl CommandServer {
         if let Ok(served) = self.pods.served(pod) {
             served.arrivals.end();
         }
+    }
+
+    async fn has_certificate(&self, pod: &PodKey) -> Result<Outcome, String> {
+        Ok(Outcome::HasCertificate(self.pods.served(pod)?.pod.has_certificate().await))
+    }
+
+    async fn pause_accepting(&self, pod: &PodKey) -> Result<Outcome, String> {
+        self.pods.served(pod)?.pod.pause_accepting().await;
+        Ok(Outcome::Done)
+    }
+
+    fn resume_accepting(&self, pod: &PodKey) -> Result<Outcome, String> {
+        self.pods.served(pod)?.pod.resume_accepting();
+        Ok(Outcome::Done)
+    }
+
+    async fn pause_endpoints(&self) -> Result<Outcome, String> {
+        self.data_plane.node.gates.accept.close().await;
+        Ok(Outcome::Done)
+    }
+
+    fn resume_endpoints(&self) -> Result<Outcome, String> {
+        self.data_plane.node.gates.accept.open();
+        Ok(Outcome::Done)
     }
 
     async fn stop_accepting(&self, pod: &PodKey) -> Result<Outcome, String> {

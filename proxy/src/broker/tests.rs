@@ -28,6 +28,7 @@ use crate::node::testing::settings;
 use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
 use crate::pods::testing::FakeEnroller;
+use crate::process::pause_gate::Pausable as _;
 use crate::traffic::listeners::Listeners;
 
 const KIND: WireKind = WireKind { v6: false, workload: false };
@@ -78,6 +79,14 @@ impl Scene {
         self.request(request).await.0.unwrap_err()
     }
 
+    /// Receives a command, and reports its outcome.
+    async fn perform(&self, outcome: Result<Outcome, String>) -> Command {
+        let (message, _) = self.next().await;
+        let ToProxy::Command { number, command } = message else { panic!("{message:?}") };
+        self.send(&ToBroker::Done { number, outcome }).await;
+        command
+    }
+
     /// Serves a pod, which the proxy process accepts.
     async fn serve(&self) -> (Box<dyn ServedPod>, PodKey) {
         let serving = self.data_plane.serve(pod());
@@ -101,7 +110,8 @@ fn pod() -> PodToServe {
     let settings = Arc::new(settings(&["interception.profile=none"]));
     let interception = watch::Sender::new(settings.interception.clone()).subscribe();
     let access = NamespaceAccess::current().unwrap();
-    PodToServe { uid: None, settings, interception, access, listeners: Listeners::testing() }
+    let (listeners, certificate_within) = (Listeners::testing(), None);
+    PodToServe { uid: None, settings, interception, access, listeners, certificate_within }
 }
 
 /// The settings of a node.
@@ -289,6 +299,61 @@ async fn self_test_hears_of_arrivals_until_its_end() {
 }
 
 #[tokio::test]
+async fn pauses_and_resumes_accepting_while_another_process_takes_over() {
+    let scene = Scene::new(&settings(&[]));
+    let (served, pod) = scene.serve().await;
+    let done = || scene.perform(Ok(Outcome::Done));
+    // It is not paused: nothing is sent.
+    served.resume_accepting();
+    let ((), command) = tokio::join!(served.pause_accepting(), done());
+    assert_eq!(command, Command::PauseAccepting { pod: pod.clone() });
+    served.resume_accepting();
+    assert_eq!(done().await, Command::ResumeAccepting { pod });
+    let ((), command) = tokio::join!(scene.data_plane.pause(), done());
+    assert_eq!(command, Command::PauseEndpoints);
+    scene.data_plane.resume();
+    assert_eq!(done().await, Command::ResumeEndpoints);
+}
+
+#[tokio::test]
+async fn asks_the_proxy_process_for_the_state_of_a_certificate() {
+    let scene = Scene::new(&settings(&[]));
+    let (served, pod) = scene.serve().await;
+    let outcomes = [
+        (Ok(Outcome::HasCertificate(true)), true),
+        (Ok(Outcome::HasCertificate(false)), false),
+        (Ok(Outcome::Done), false),
+        (Err("it is not served".to_owned()), false),
+    ];
+    for (outcome, expected) in outcomes {
+        let answered = scene.perform(outcome);
+        let (has_certificate, command) = tokio::join!(served.has_certificate(), answered);
+        assert_eq!(command, Command::HasCertificate { pod: pod.clone() });
+        assert_eq!(has_certificate, expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn pod_without_certificate_in_time_is_not_served() {
+    let scene = Scene::new(&settings(&[]));
+    let limit = Duration::from_secs(30);
+    let serving = || {
+        let pod = PodToServe { certificate_within: Some(limit), ..pod() };
+        scene.data_plane.serve(pod)
+    };
+    let late = scene.perform(Ok(Outcome::CertificateLate));
+    let (served, command) = tokio::join!(serving(), late);
+    let Command::Serve(start) = command else { panic!("{command:?}") };
+    assert_eq!(start.certificate_within, Some(limit));
+    assert!(matches!(served, Err(PodError::CertificateLate(late)) if late == limit));
+    let closed = scene.perform(Ok(Outcome::Done)).await;
+    assert_eq!(closed, Command::Close { pod: start.pod });
+    let began = tokio::time::Instant::now();
+    serving().await.unwrap_err();
+    assert_eq!(began.elapsed(), limit + Duration::from_secs(10), "the command lasts longer");
+}
+
+#[tokio::test]
 async fn status_of_many_pods_arrives_in_parts() {
     let scene = Scene::new(&settings(&[]));
     for number in 0..150 {
@@ -318,13 +383,15 @@ proptest! {
     }
 
     #[test]
-    fn decoding_survives_changed_messages(at in 0_usize..400, byte in any::<u8>(), which in 0_usize..4) {
+    fn decoding_survives_changed_messages(at in 0_usize..400, byte in any::<u8>(), which in 0_usize..6) {
         let pod = PodKey { uid: "6f1b-\u{e4}\"".to_owned(), enrolment: u64::MAX };
         let request = |request| ToBroker::Request { number: 1, request }.encode();
         let message = match which {
             0 => request(sockets(&pod, usize::MAX)),
             1 => request(Request::Pods { skip: usize::MAX }),
             2 => ToBroker::Done { number: 0, outcome: Err("\u{0}".to_owned()) }.encode(),
+            3 => ToBroker::Done { number: 0, outcome: Ok(Outcome::HasCertificate(true)) }.encode(),
+            4 => ToProxy::Command { number: 1, command: Command::PauseAccepting { pod } }.encode(),
             _ => ToProxy::Answer { number: 3, answer: Err(Refusal::SocketCount(9)) }.encode(),
         };
         let mut bytes = message.unwrap();

@@ -17,11 +17,11 @@ use crate::traffic::listeners::{Kind, Listeners};
 
 /// Serves the connections of pods.
 pub(crate) trait DataPlane: fmt::Debug + Send + Sync {
-    /// Accepts the connections of a pod from now on. Its tunnels wait for its certificate.
+    /// Accepts the connections of a pod from now on.
     ///
     /// # Errors
     ///
-    /// The workers cannot accept; no connection is served.
+    /// The workers cannot accept, or the pod gets no certificate in time; no connection is served.
     fn serve(&self, pod: PodToServe) -> BoxFuture<'static, Result<Box<dyn ServedPod>, PodError>>;
 
     /// An address that the mesh gives to another workload than `pod`, and that workload; see
@@ -49,6 +49,9 @@ pub(crate) struct PodToServe {
     /// The pod's network namespace, for the sockets of its connections.
     pub(crate) access: NamespaceAccess,
     pub(crate) listeners: Listeners<Kind>,
+    /// The pod accepts once its certificate is issued; it is not served without one after this
+    /// time. `None`: it accepts at once, and its tunnels wait for the certificate.
+    pub(crate) certificate_within: Option<Duration>,
 }
 
 /// A pod whose connections are served. Dropping it closes its listeners, and each tunnel when its
@@ -57,8 +60,19 @@ pub(crate) trait ServedPod: fmt::Debug + Send + Sync {
     /// Detects the test connections of this pod.
     fn arrivals(&self) -> Arc<dyn Arrivals>;
 
-    /// The state of the certificate for the pod's tunnels.
+    /// The state of the certificate for the pod's tunnels, as the status of the pod in this process
+    /// shows it.
     fn certificate(&self) -> CertificateState;
+
+    /// Whether the certificate is valid, or the pod needs none.
+    fn has_certificate(&self) -> BoxFuture<'static, bool>;
+
+    /// Stops accepting, while another process takes over: connections wait in the queues of the
+    /// listeners.
+    fn pause_accepting(&self) -> BoxFuture<'static, ()>;
+
+    /// Accepts again.
+    fn resume_accepting(&self);
 
     /// Closes the listeners. Tunnels accept no new streams.
     fn stop_accepting(&self) -> BoxFuture<'_, ()>;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use tokio::time::timeout;
 use underpass_config::WorkloadSettings;
 
 use crate::limits::FdPermit;
@@ -44,10 +45,14 @@ impl DataPlane for InProcess {
 
 impl InProcess {
     async fn open(self, pod: PodToServe) -> Result<Box<dyn ServedPod>, PodError> {
-        let PodToServe { settings, interception, access, listeners, .. } = pod;
+        let PodToServe { settings, interception, access, listeners, certificate_within, .. } = pod;
         let identities = self.identities.as_ref();
         let credentials =
             identities.map(|identities| identities.lease_awaited(&settings.workload.spiffe_id));
+        if let (Some(limit), Some(lease)) = (certificate_within, &credentials) {
+            let issued = timeout(limit, lease.first()).await;
+            issued.map_err(|_| PodError::CertificateLate(limit))?.map_err(PodError::Identity)?;
+        }
         let pod = Pod::open(&self.node, &settings, &access, credentials, interception).await?;
         let descriptors = &self.node.limits.descriptors;
         let descriptors = self.node.has_many_pods.then(|| descriptors.hold_of_idle_pod());
@@ -85,6 +90,20 @@ impl ServedPod for LocalPod {
             Some(true) => CertificateState::Expired,
             None => CertificateState::Awaited,
         }
+    }
+
+    fn has_certificate(&self) -> BoxFuture<'static, bool> {
+        let has_certificate = self.certificate() == CertificateState::Valid;
+        Box::pin(async move { has_certificate })
+    }
+
+    fn pause_accepting(&self) -> BoxFuture<'static, ()> {
+        let gate = self.pod.accepting.clone();
+        Box::pin(async move { gate.close().await })
+    }
+
+    fn resume_accepting(&self) {
+        self.pod.accepting.open();
     }
 
     fn stop_accepting(&self) -> BoxFuture<'_, ()> {

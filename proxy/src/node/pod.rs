@@ -19,6 +19,7 @@ use crate::limits::PodLimits;
 use crate::node::Node;
 use crate::node::identities::CredentialLease;
 use crate::node::sockets::PodSockets;
+use crate::process::pause_gate::PauseGate;
 use crate::rules::self_test::SelfTest;
 
 /// A process-wide unique id of a pod. Unlike a memory address or a name it is never reused.
@@ -47,6 +48,8 @@ pub(crate) struct Pod {
     /// The health of the endpoints, according to the connections of this pod.
     pub(crate) endpoints: Arc<EndpointHealth>,
     pub(crate) self_test: SelfTest,
+    /// Closed while another process takes the pod over. A fixed pod has that of the process.
+    pub(crate) accepting: PauseGate,
     /// The current interception settings; a reload changes them.
     pub(crate) interception: watch::Receiver<InterceptionSettings>,
     /// Counts and terminates the connections, tunnels and streams of the pod.
@@ -84,6 +87,7 @@ impl Pod {
             credentials,
             endpoints: Arc::default(),
             self_test: SelfTest::default(),
+            accepting: node.accepting_of_pod(),
             interception,
             connections: Registries::new(node.workers),
             local: access.local_addresses().await?,

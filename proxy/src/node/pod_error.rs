@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::io;
+use std::time::Duration;
 
 use thiserror::Error;
 use underpass_config::Hint;
@@ -28,6 +29,8 @@ pub(crate) enum PodError {
         /// Possible causes.
         suspects: Vec<String>,
     },
+    #[error("it has no certificate within {} s", .0.as_secs())]
+    CertificateLate(Duration),
     #[error("the workers cannot accept the pod's connections")]
     Accept(#[source] io::Error),
     #[error("the listener for {purpose} ({setting}) is closed")]
@@ -63,6 +66,7 @@ impl Hint for PodError {
                 "another program has closed it, for example with `ss -K`: create the pod again"
             }
             Self::ProxyProcess(_) => "see the log of the proxy process",
+            Self::CertificateLate(_) => "check the CA (identity.*)",
             Self::Changed(_) => "install the rules with `underpass rules install`",
         };
         Some(fixed.into())

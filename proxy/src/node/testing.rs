@@ -15,7 +15,7 @@ use crate::limits::{Descriptors, Limits};
 use crate::node::Node;
 use crate::node::pod::{Pod, PodId};
 use crate::node::sockets::PodSockets;
-use crate::process::pause_gate::Gates;
+use crate::process::pause_gate::{Gates, PauseGate};
 
 /// The settings of a workload `server`, followed by `more` settings.
 pub(crate) fn settings(more: &[&str]) -> Settings {
@@ -38,6 +38,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
         credentials: None,
         endpoints: Arc::default(),
         self_test: crate::rules::self_test::SelfTest::default(),
+        accepting: PauseGate::default(),
         interception: watch::Sender::new(settings.interception).subscribe(),
         connections: Registries::new(2),
         local: LocalAddresses::open(&here).expect("a netlink socket"),

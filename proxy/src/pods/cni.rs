@@ -42,8 +42,7 @@ use self::report::{Condition, Report};
 use self::results::CniResults;
 use self::store::{Store, StoreError};
 use self::upkeep::Upkeep;
-use crate::pods::registry::PodRegistry;
-use crate::pods::source::{PodSource, SourceEnd, SourceHealth, SourceRun};
+use crate::pods::source::{PodSource, SourceContext, SourceEnd, SourceRun, SourceState};
 use crate::process::take_over::control_socket::ControlSocket;
 
 /// Receives pods from the CNI plugin.
@@ -94,13 +93,11 @@ impl CniSource {
         Self { socket, facts: FactFinder::new(settings, origin), results, watches, upkeep }
     }
 
-    async fn serve(
-        self,
-        registry: PodRegistry,
-        health: SourceHealth,
-    ) -> Result<Infallible, CniError> {
+    async fn serve(self, context: SourceContext) -> Result<Infallible, CniError> {
+        let SourceContext { registry, health, pauses, inherited } = context;
         // Load the stored pods before the first call, which may be for one of them.
-        let socket = ControlSocket::bind(&self.socket, None)
+        let socket = self
+            .listen(inherited)
             .map_err(|source| CniError::Listen { socket: self.socket.clone(), source })?;
         let store = Store::open(self.socket.with_extension("pods"))?;
         let ledger = Arc::new(Ledger::new(registry, self.facts, store, namespace_file::open));
@@ -116,16 +113,28 @@ impl CniSource {
         }
         // The tasks never return: only a panic ends one.
         tokio::select! {
-            never = server::serve(socket, ledger, not_ready) => Ok(never),
+            never = server::serve(socket, ledger, not_ready, pauses) => Ok(never),
             Some(Err(panic)) = tasks.join_next() => Err(CniError::Task(panic)),
+        }
+    }
+
+    /// Continues to listen on the socket of the process that was taken over, if there is one.
+    fn listen(&self, inherited: Option<SourceState>) -> io::Result<ControlSocket> {
+        match inherited.and_then(|state| state.descriptors.into_iter().next()) {
+            Some(socket) => {
+                let mut socket = ControlSocket::share(&self.socket, socket)?;
+                socket.own(true);
+                Ok(socket)
+            }
+            None => ControlSocket::bind(&self.socket, None),
         }
     }
 }
 
 impl PodSource for CniSource {
-    fn run(self: Box<Self>, registry: PodRegistry, health: SourceHealth) -> SourceRun {
+    fn run(self: Box<Self>, context: SourceContext) -> SourceRun {
         Box::pin(async move {
-            match self.serve(registry, health).await {
+            match self.serve(context).await {
                 Err(error) => SourceEnd { source_name: "node.pods.cni", error: error.into() },
                 Ok(never) => match never {},
             }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
+use serde_json::{Value, json};
 use underpass_config::{
     ConfigErrors, FileWatcher, Hint as _, PodDocument, PodFile, PodFolder, PodUid,
     interval_at_multiples,
@@ -22,7 +23,7 @@ use crate::error::chain;
 use crate::pods::enrolment::EnrolError;
 use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
-use crate::pods::source::{PodSource, SourceHealth, SourceRun};
+use crate::pods::source::{PodSource, SourceContext, SourceHealth, SourceRun, SourceState};
 
 /// The interval of checks of the namespaces' files. No event reports a deleted or replaced
 /// namespace.
@@ -37,12 +38,15 @@ pub(crate) struct DirectorySource {
     files: BTreeMap<PathBuf, KnownFile>,
     /// The error of the last read of the folder, to report it once.
     folder_error: Option<String>,
+    /// Whether the registry has no other pods than those of the files.
+    complete: bool,
 }
 
 /// A file of the folder.
 #[derive(Debug)]
 struct KnownFile {
-    fingerprint: u64,
+    /// `None` before this process has read the file.
+    fingerprint: Option<u64>,
     /// The pod according to the last valid version of the file.
     pod: Option<KnownPod>,
 }
@@ -74,17 +78,45 @@ impl DirectorySource {
         open_namespace: Box<OpenNamespace>,
     ) -> Result<Self, ConfigErrors> {
         let folder = PodFolder::open(path, watcher)?;
-        Ok(Self { folder, open_namespace, files: BTreeMap::new(), folder_error: None })
+        let (files, folder_error) = (BTreeMap::new(), None);
+        Ok(Self { folder, open_namespace, files, folder_error, complete: false })
     }
 
-    async fn follow(mut self, registry: PodRegistry, health: SourceHealth) -> ! {
+    async fn follow(mut self, context: SourceContext) -> ! {
+        let SourceContext { registry, health, mut pauses, inherited } = context;
         let mut poll = interval_at_multiples(NAMESPACE_POLL_INTERVAL);
+        // Without a state, pods that were adopted and have no file any more are removed here.
+        self.complete = inherited.is_some();
+        self.inherit(&inherited.unwrap_or_default(), &registry);
         self.read_files(&registry, &health);
         loop {
             tokio::select! {
                 () = self.folder.changed() => self.read_files(&registry, &health),
                 _ = poll.tick() => self.follow_namespaces(&registry),
+                request = pauses.next() => request.pause(self.state()).await,
             }
+        }
+    }
+
+    /// The files and their pods. A file with a mistake still stands for the pod that it described.
+    fn state(&self) -> SourceState {
+        let known = self.files.iter().filter_map(|(path, file)| {
+            let KnownPod { uid, netns, .. } = file.pod.as_ref()?;
+            Some(json!([path.to_str()?, uid.to_string(), netns.to_str()?]))
+        });
+        let text = Value::from(known.collect::<Vec<_>>()).to_string();
+        SourceState { text, descriptors: Vec::new() }
+    }
+
+    /// Continues with the files of the process that was taken over, as far as their pods are known.
+    fn inherit(&mut self, state: &SourceState, registry: &PodRegistry) {
+        let known: Vec<[String; 3]> = serde_json::from_str(&state.text).unwrap_or_default();
+        for [path, uid, netns] in known {
+            let known = uid.parse().ok().and_then(|uid| registry.known(&uid));
+            let Some((facts, _)) = known else { continue };
+            let (uid, netns) = (facts.uid.clone(), netns.into());
+            let pod = Some(KnownPod { uid, netns, facts, added: None, error: None });
+            self.files.insert(path.into(), KnownFile { fingerprint: None, pod });
         }
     }
 
@@ -96,6 +128,10 @@ impl DirectorySource {
                 self.folder_error = None;
                 self.forget_missing(&documents, registry);
                 documents.into_iter().for_each(|document| self.read_file(document, registry));
+                if !std::mem::replace(&mut self.complete, true) {
+                    let pods = self.files.values().filter_map(|file| file.pod.as_ref());
+                    registry.retain(&pods.map(|pod| pod.uid.clone()).collect());
+                }
                 self.follow_namespaces(registry);
             }
             Err(error) => self.report_folder(error.to_string()),
@@ -130,7 +166,8 @@ impl DirectorySource {
 
     fn read_file(&mut self, document: PodDocument, registry: &PodRegistry) {
         let known = self.files.get(&document.path);
-        if known.is_some_and(|known| known.fingerprint == document.fingerprint) {
+        let fingerprint = Some(document.fingerprint);
+        if known.is_some_and(|known| known.fingerprint == fingerprint) {
             return;
         }
         let before = self.files.remove(&document.path).and_then(|known| known.pod);
@@ -146,7 +183,7 @@ impl DirectorySource {
                 before
             }
         };
-        self.files.insert(document.path, KnownFile { fingerprint: document.fingerprint, pod });
+        self.files.insert(document.path, KnownFile { fingerprint, pod });
     }
 
     fn parse(&self, document: &PodDocument) -> Result<KnownPod, String> {
@@ -236,8 +273,8 @@ impl From<PodFile> for KnownPod {
 }
 
 impl PodSource for DirectorySource {
-    fn run(self: Box<Self>, registry: PodRegistry, health: SourceHealth) -> SourceRun {
-        Box::pin(async move { self.follow(registry, health).await })
+    fn run(self: Box<Self>, context: SourceContext) -> SourceRun {
+        Box::pin(async move { self.follow(context).await })
     }
 }
 

@@ -14,18 +14,23 @@ use crate::node::pod_error::PodError;
 use crate::pods::annotations::ExemptReason;
 use crate::pods::facts::{FactsError, PodFacts};
 use crate::pods::namespace::NamespaceError;
+use crate::pods::take_over::handed::Handed;
+use crate::process::take_over::TakeOverError;
+use crate::traffic::listeners::NamedListeners;
 
 /// The future of a method of these traits.
 pub(crate) type Operation<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// Enrols pods. Tests have an implementation without namespaces.
 pub(crate) trait Enroller: fmt::Debug + Send + Sync + 'static {
-    /// Makes one attempt to serve a pod in its namespace. A failed attempt leaves only the rules
-    /// that block the pod's traffic. Each step has a deadline, so the attempt ends.
+    /// Makes one attempt to serve a pod in its namespace, with the listeners that another process has
+    /// `handed` over. A failed attempt leaves only the rules that block the pod's traffic. Each step
+    /// has a deadline, so the attempt ends.
     fn enrol(
         &self,
         facts: Arc<PodFacts>,
         namespace: Namespace,
+        handed: Option<Handed>,
     ) -> Operation<Result<Enrolled, EnrolError>>;
 }
 
@@ -44,9 +49,30 @@ pub(crate) trait EnrolledPod: fmt::Debug + Send {
     /// The current problem of the served pod.
     fn problem(&self) -> Option<PodProblem>;
 
+    /// Its listeners with their names, for another process that takes it over.
+    fn listeners(&self) -> NamedListeners;
+
+    /// Whether it has a valid certificate, or needs none.
+    fn has_certificate(&self) -> Operation<bool>;
+
+    /// Pauses a part of its work while another process takes over. Connections go on.
+    fn pause(&self, part: Pause) -> Operation<()>;
+
+    /// Resumes what is paused: the other process has failed.
+    fn resume(&self);
+
     /// Drains the connections, and keeps or removes the rules. Afterwards the process has no socket
     /// in the pod's namespace.
     fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()>;
+}
+
+/// The work of a pod that only one process may do at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pause {
+    /// Repairing and testing the rules.
+    Rules,
+    /// Accepting. New connections wait in the queue of the listeners.
+    Accepting,
 }
 
 /// The reason why a pod stops being served. It decides whether the rules are kept.
@@ -58,6 +84,8 @@ pub(crate) enum LeaveReason {
     EnrolledAgain,
     /// The daemon stops: `interception.on_exit` decides.
     DaemonStops,
+    /// Another process has taken it over, to which its rules belong.
+    HandedOver,
 }
 
 /// The outcome of a successful attempt.
@@ -126,6 +154,10 @@ pub(crate) enum EnrolError {
     Stopping,
     #[error("the attempt to enrol the pod panicked")]
     Panicked,
+    #[error("the previous process does not hand it over")]
+    TakeOver(#[source] Arc<TakeOverError>),
+    #[error("it was not adopted from the previous process, and is enrolled again")]
+    NotAdopted(#[source] Box<Self>),
 }
 
 impl EnrolError {
@@ -139,7 +171,9 @@ impl EnrolError {
                 NamespaceError::OtherAddresses { .. } | NamespaceError::OfAnotherWorkload { .. },
             )
             | Self::Pending
-            | Self::Panicked => true,
+            | Self::Panicked
+            | Self::TakeOver(_) => true,
+            Self::NotAdopted(error) => error.is_retryable(),
             Self::Facts(_)
             | Self::ForeignNamespace(NamespaceError::Host { .. })
             | Self::NamespaceInUse(_)
@@ -147,6 +181,15 @@ impl EnrolError {
             | Self::Removed
             | Self::Unknown
             | Self::Stopping => false,
+        }
+    }
+
+    /// The error of an attempt to adopt a pod.
+    pub(crate) fn of_adoption(self) -> Self {
+        match self {
+            // Ends the take-over.
+            Self::TakeOver(_) => self,
+            error => Self::NotAdopted(Box::new(error)),
         }
     }
 }
@@ -172,8 +215,16 @@ impl Hint for EnrolError {
             Self::Removed | Self::Unknown => "add the pod again",
             Self::Stopping => "add the pod once the daemon runs again",
             Self::Panicked => "report this defect of underpass",
+            Self::TakeOver(error) => return error.hint(),
+            Self::NotAdopted(error) => return error.hint(),
         };
         Some(fixed.into())
+    }
+}
+
+impl From<TakeOverError> for EnrolError {
+    fn from(error: TakeOverError) -> Self {
+        Self::TakeOver(Arc::new(error))
     }
 }
 

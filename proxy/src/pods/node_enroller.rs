@@ -1,6 +1,8 @@
 //! Enrols the pods of this node: makes their settings, checks their namespaces, and runs the phases
 //! of a pod.
 
+mod adoption;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,21 +15,21 @@ use crate::error::chain;
 use crate::node::data_plane::DataPlane;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
 use crate::pods::enrolment::{
-    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, PodProblem,
+    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, Pause, PodProblem,
 };
 use crate::pods::facts::PodFacts;
 use crate::pods::namespace::{NamespaceError, addresses, check_addresses, check_owner};
 use crate::pods::settings::{PodSettings, pod_settings};
+use crate::pods::take_over::handed::Handed;
 use crate::process::pause_gate::PauseGate;
 use crate::process::reload::follow;
 use crate::rules::health::{RulesHealth, RulesTotals};
+use crate::traffic::listeners::NamedListeners;
 
 /// Enrols the pods of this node. Clones share the node.
 #[derive(Debug, Clone)]
 pub(crate) struct NodeEnroller {
     pub(crate) data_plane: Arc<dyn DataPlane>,
-    /// Pauses the repair of rules.
-    pub(crate) gate: PauseGate,
     pub(crate) settings: Arc<Settings>,
     pub(crate) thread: NamespaceThread,
     /// The states of the rules of all pods.
@@ -41,9 +43,10 @@ impl Enroller for NodeEnroller {
         &self,
         facts: Arc<PodFacts>,
         namespace: Namespace,
+        handed: Option<Handed>,
     ) -> Operation<Result<Enrolled, EnrolError>> {
         let (this, span) = (self.clone(), span(&facts));
-        Box::pin(async move { this.attempt(&facts, namespace).await }.instrument(span))
+        Box::pin(async move { this.attempt(&facts, namespace, handed).await }.instrument(span))
     }
 }
 
@@ -57,10 +60,16 @@ impl NodeEnroller {
         &self,
         facts: &PodFacts,
         namespace: Namespace,
+        handed: Option<Handed>,
     ) -> Result<Enrolled, EnrolError> {
         let settings = match pod_settings(&self.settings, facts)? {
             PodSettings::Enrolled(settings) => Arc::<Settings>::from(settings),
-            PodSettings::Exempt(reason) => return Ok(Enrolled::Exempt(reason)),
+            PodSettings::Exempt(reason) => {
+                if let Some(handed) = handed {
+                    handed.running.exempt().await?;
+                }
+                return Ok(Enrolled::Exempt(reason));
+            }
         };
         let access = self.open_namespace(facts, &settings.workload, namespace).await?;
         let (interception, changes) = watch::channel(settings.interception.clone());
@@ -72,12 +81,20 @@ impl NodeEnroller {
             interception: changes,
             health: health.clone(),
         };
-        let pod = BoundPod::bind(spec, &mut Vec::new()).await?;
-        let pod = pod.guard(RulesOwner::ThisProcess).await?;
-        let pod = pod.serve(&*self.data_plane, self.gate.clone()).await?;
-        let node = self.settings.clone();
-        let span = span(facts);
-        let served = NodePod { pod, node, settings, interception, health, span };
+        let (mut handed_listeners, adopted) = handed.map(Handed::split).unzip();
+        let handed_listeners = handed_listeners.get_or_insert_default();
+        let pod = BoundPod::bind(spec, handed_listeners).await?;
+        let (listeners, rules_gate) = (pod.duplicate_listeners(), PauseGate::default());
+        let pod = match &adopted {
+            Some(adopted) => self.adopt(pod, adopted, facts, rules_gate.clone()).await?,
+            None => {
+                let pod = pod.guard(RulesOwner::ThisProcess).await?;
+                pod.serve(&*self.data_plane, rules_gate.clone()).await?
+            }
+        };
+        let (node, span) = (self.settings.clone(), span(facts));
+        let served =
+            NodePod { pod, listeners, rules_gate, node, settings, interception, health, span };
         Ok(Enrolled::Serving(Box::new(served)))
     }
 }
@@ -111,6 +128,10 @@ impl NodeEnroller {
 #[derive(Debug)]
 struct NodePod {
     pod: ServingPod,
+    /// Closed with the pod.
+    listeners: NamedListeners,
+    /// Pauses the repair of its rules.
+    rules_gate: PauseGate,
     node: Arc<Settings>,
     /// The pod's settings at its enrolment.
     settings: Arc<Settings>,
@@ -152,11 +173,39 @@ impl EnrolledPod for NodePod {
         PodProblem::of_certificate(self.pod.certificate())
     }
 
-    fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()> {
-        let (drain, span) = (self.settings.timeouts.drain, self.span.clone());
+    fn listeners(&self) -> NamedListeners {
+        self.listeners.clone()
+    }
+
+    fn has_certificate(&self) -> Operation<bool> {
+        self.pod.served().has_certificate()
+    }
+
+    fn pause(&self, part: Pause) -> Operation<()> {
+        let gate = self.rules_gate.clone();
+        match part {
+            Pause::Rules => Box::pin(async move { gate.close().await }),
+            Pause::Accepting => self.pod.served().pause_accepting(),
+        }
+    }
+
+    fn resume(&self) {
+        self.rules_gate.open();
+        self.pod.served().resume_accepting();
+    }
+
+    fn leave(mut self: Box<Self>, why: LeaveReason) -> Operation<()> {
+        let (timeouts, span) = (&self.settings.timeouts, self.span.clone());
+        let drain = match why {
+            LeaveReason::HandedOver => timeouts.handover_drain,
+            _ => timeouts.drain,
+        };
+        if why == LeaveReason::HandedOver {
+            self.pod.disown_rules();
+        }
         let on_exit = match why {
             LeaveReason::Removed => OnExit::Remove,
-            LeaveReason::EnrolledAgain => OnExit::Keep,
+            LeaveReason::EnrolledAgain | LeaveReason::HandedOver => OnExit::Keep,
             LeaveReason::DaemonStops => self.settings.interception.on_exit,
         };
         Box::pin(async move { self.drain_and_leave(drain, on_exit).await }.instrument(span))
@@ -165,7 +214,8 @@ impl EnrolledPod for NodePod {
 
 impl NodePod {
     async fn drain_and_leave(self, deadline: Duration, on_exit: OnExit) {
-        let Self { mut pod, .. } = self;
+        let Self { mut pod, listeners, .. } = self;
+        drop(listeners);
         pod.stop_accepting().await;
         let terminated = pod.drain(deadline).await;
         if terminated > 0 {

@@ -14,6 +14,7 @@ use underpass_config::OnExit;
 use underpass_interception::{Changes, HostPlan, HostRules, InterceptionError, NamespaceAccess};
 
 use crate::error::chain;
+use crate::process::pause_gate::PauseGate;
 
 /// The minimum interval of checks after changes by other programs, some of which replace rules of
 /// the host continuously.
@@ -24,6 +25,7 @@ const RETRY_DELAY: Duration = Duration::from_secs(1);
 /// The rules for kubelet probes in the host's namespace.
 #[derive(Debug)]
 pub(crate) struct ProbeTranslation {
+    access: NamespaceAccess,
     rules: HostRules,
     changes: Changes,
     pods: watch::Receiver<BTreeSet<IpAddr>>,
@@ -31,6 +33,8 @@ pub(crate) struct ProbeTranslation {
     applied: Option<HostPlan>,
     /// The last error, to report it once.
     error: Option<String>,
+    /// Closed while another process takes over.
+    gate: PauseGate,
 }
 
 impl ProbeTranslation {
@@ -42,10 +46,11 @@ impl ProbeTranslation {
     pub(crate) async fn start(
         access: NamespaceAccess,
         pods: watch::Receiver<BTreeSet<IpAddr>>,
+        gate: PauseGate,
     ) -> Result<Self, InterceptionError> {
-        let rules = HostRules::prepare(access).await?;
+        let rules = HostRules::prepare(access.clone()).await?;
         let changes = rules.changes().await?;
-        let mut started = Self { rules, changes, pods, applied: None, error: None };
+        let mut started = Self { access, rules, changes, pods, applied: None, error: None, gate };
         started.reconcile().await?;
         Ok(started)
     }
@@ -58,8 +63,12 @@ impl ProbeTranslation {
     /// Updates the rules when pods change, and repairs changes by other programs. Returns when
     /// the registry of pods is dropped.
     pub(crate) async fn run(mut self) {
+        let gate = self.gate.clone();
         loop {
-            let outcome = self.reconcile().await;
+            let access = self.access.clone();
+            let Some(outcome) = gate.pass_until(self.reconcile(), access.finish()).await else {
+                continue;
+            };
             let failed = self.report(outcome);
             let next_check = Instant::now() + if failed { RETRY_DELAY } else { MIN_CHECK_INTERVAL };
             let (changes, rules) = (&mut self.changes, &self.rules);

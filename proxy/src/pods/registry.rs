@@ -3,6 +3,8 @@
 //!
 //! `state.rs` decides on the actions, and `enrolment.rs` defines their trait.
 
+mod take_over;
+
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::net::IpAddr;
@@ -120,6 +122,11 @@ impl PodRegistry {
         Removal(self.change(Pods::stop))
     }
 
+    /// The facts about a pod, and the namespace in which it is or will be served.
+    pub(crate) fn known(&self, uid: &PodUid) -> Option<(PodFacts, NamespaceId)> {
+        self.pods().known(uid).map(|(facts, namespace)| (facts.clone(), namespace))
+    }
+
     /// Verifies the listeners and rules of a pod.
     pub(crate) async fn check(&self, uid: &PodUid) -> Result<(), EnrolError> {
         let check = self.pods().served(uid)?.check();
@@ -209,8 +216,8 @@ impl RegistryTask {
 
     fn perform(&mut self, action: Action) {
         let (task, running) = match action {
-            Action::Enrol { attempt, facts, namespace } => {
-                let enrol = self.enroller.enrol(facts.clone(), namespace);
+            Action::Enrol { attempt, facts, namespace, handed } => {
+                let enrol = self.enroller.enrol(facts.clone(), namespace, handed);
                 let task = self.tasks.spawn(async move { Ended::Enrolled(enrol.await) });
                 (task, Running::Enrolling { attempt, facts, since: Instant::now() })
             }

@@ -1,11 +1,14 @@
 //! The interface of a source of pods.
 
+use std::convert::Infallible;
 use std::error::Error;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use thiserror::Error;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::admin::endpoints::SourceReport;
 use crate::pods::registry::PodRegistry;
@@ -14,7 +17,82 @@ use crate::pods::registry::PodRegistry;
 pub(crate) trait PodSource: fmt::Debug + Send {
     /// Adds and removes pods until a failure that only a restart can remedy. Retries other
     /// failures. Cancelled when the daemon stops.
-    fn run(self: Box<Self>, registry: PodRegistry, health: SourceHealth) -> SourceRun;
+    fn run(self: Box<Self>, context: SourceContext) -> SourceRun;
+}
+
+/// The environment of a running source.
+#[derive(Debug)]
+pub(crate) struct SourceContext {
+    pub(crate) registry: PodRegistry,
+    pub(crate) health: SourceHealth,
+    pub(crate) pauses: PauseRequests,
+    /// The state of the source of the process that was taken over, unless that has ended before.
+    pub(crate) inherited: Option<SourceState>,
+}
+
+/// The state that a source passes to that of the process that takes over.
+#[derive(Debug, Default)]
+pub(crate) struct SourceState {
+    /// Has no line break.
+    pub(crate) text: String,
+    pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+/// Pauses a source.
+#[derive(Debug, Clone)]
+pub(crate) struct SourceHandle(mpsc::Sender<PauseRequest>);
+
+/// The requests that a source pauses.
+#[derive(Debug)]
+pub(crate) struct PauseRequests(mpsc::Receiver<PauseRequest>);
+
+/// A request to pause, while another process takes over.
+#[derive(Debug)]
+pub(crate) struct PauseRequest {
+    state: oneshot::Sender<SourceState>,
+    resumed: oneshot::Receiver<Infallible>,
+}
+
+/// A paused source, which resumes when this is dropped.
+#[derive(Debug)]
+pub(crate) struct PausedSource {
+    _resumed: oneshot::Sender<Infallible>,
+}
+
+/// A handle of a source, and the requests that the source gets from it.
+pub(crate) fn pauses() -> (SourceHandle, PauseRequests) {
+    let (sender, receiver) = mpsc::channel(1);
+    (SourceHandle(sender), PauseRequests(receiver))
+}
+
+impl SourceHandle {
+    /// Waits until the source has finished its work in progress, and returns its state. `None` if
+    /// the source has ended.
+    pub(crate) async fn pause(&self) -> Option<(SourceState, PausedSource)> {
+        let (state, received) = oneshot::channel();
+        let (paused, resumed) = oneshot::channel();
+        self.0.send(PauseRequest { state, resumed }).await.ok()?;
+        Some((received.await.ok()?, PausedSource { _resumed: paused }))
+    }
+}
+
+impl PauseRequests {
+    /// Waits for a request. Cancel-safe.
+    pub(crate) async fn next(&mut self) -> PauseRequest {
+        match self.0.recv().await {
+            Some(request) => request,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl PauseRequest {
+    /// Passes the state of the source, and waits until the source may continue.
+    pub(crate) async fn pause(self, state: SourceState) {
+        // Fails if the other process has failed meanwhile.
+        self.state.send(state).ok();
+        self.resumed.await.ok();
+    }
 }
 
 /// A running source.

@@ -10,8 +10,11 @@
 //! A removed pod is forgotten at once and drains in the background. A new pod of its namespace
 //! waits for that, so a namespace has at most one active pod.
 
+mod adoption;
+pub(super) mod moving;
+mod report;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +27,8 @@ use crate::backoff;
 use crate::pods::annotations::ExemptReason;
 use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, LeaveReason};
 use crate::pods::facts::PodFacts;
-use crate::pods::status::{PodState, PodStatus, Step};
+use crate::pods::state::moving::Moving;
+use crate::pods::take_over::handed::Handed;
 
 /// The maximum number of concurrent attempts. Operations on namespaces are serialized; otherwise an
 /// attempt mostly waits.
@@ -44,7 +48,7 @@ pub(super) struct AttemptId(u64);
 #[derive(Debug)]
 pub(super) enum Action {
     /// Starts an attempt to enrol a pod, whose end the owner reports with [`Pods::finished`].
-    Enrol { attempt: AttemptId, facts: Arc<PodFacts>, namespace: Namespace },
+    Enrol { attempt: AttemptId, facts: Arc<PodFacts>, namespace: Namespace, handed: Option<Handed> },
     /// Drains a pod, whose end the owner reports with [`Pods::left`].
     Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod>, why: LeaveReason },
 }
@@ -64,6 +68,10 @@ pub(super) struct Pods {
     next_attempt: u64,
     next_turn: u64,
     is_stopping: bool,
+    /// While another process takes over.
+    moving: Option<Moving>,
+    /// While this process takes over.
+    is_adopting: bool,
 }
 
 /// The due time of an attempt, with a unique number.
@@ -77,13 +85,15 @@ struct Entry {
     error: Option<EnrolError>,
     phase: Phase,
     answers: Vec<AnswerSender>,
+    /// The parts that the next attempt gets from the running process.
+    handed: Option<Handed>,
 }
 
 #[derive(Debug)]
 enum Phase {
     Waiting { turn: QueueKey, namespace: Namespace },
     Enrolling { attempt: AttemptId, namespace: Namespace },
-    Serving { namespace: NamespaceId, pod: Box<dyn EnrolledPod> },
+    Serving { namespace: Namespace, pod: Box<dyn EnrolledPod> },
     Exempt(ExemptReason),
     Failed,
 }
@@ -92,7 +102,9 @@ enum Phase {
 struct Attempt {
     uid: PodUid,
     facts: Arc<PodFacts>,
-    namespace: NamespaceId,
+    namespace: Namespace,
+    /// Whether it adopts the pod.
+    adopts: bool,
 }
 
 #[derive(Debug)]
@@ -107,10 +119,9 @@ struct Leaving {
 impl Entry {
     fn namespace(&self) -> Option<NamespaceId> {
         match &self.phase {
-            Phase::Waiting { namespace, .. } | Phase::Enrolling { namespace, .. } => {
-                Some(namespace.id())
-            }
-            Phase::Serving { namespace, .. } => Some(*namespace),
+            Phase::Waiting { namespace, .. }
+            | Phase::Enrolling { namespace, .. }
+            | Phase::Serving { namespace, .. } => Some(namespace.id()),
             Phase::Exempt(_) | Phase::Failed => None,
         }
     }
@@ -144,7 +155,8 @@ impl Pods {
         let turn = self.turn(now, &uid);
         let phase = Phase::Waiting { turn, namespace };
         let answers = vec![answer];
-        let entry = Entry { facts, since: now, failures: 0, error: None, phase, answers };
+        let (error, handed) = (None, None);
+        let entry = Entry { facts, since: now, failures: 0, error, phase, answers, handed };
         self.pods.insert(uid, entry);
     }
 
@@ -155,8 +167,8 @@ impl Pods {
             return;
         }
         let uid = facts.uid.clone();
-        let (error, answers) = (Some(error), Vec::new());
-        let entry = Entry { facts, since: now, failures: 0, error, phase: Phase::Failed, answers };
+        let (error, answers, phase) = (Some(error), Vec::new(), Phase::Failed);
+        let entry = Entry { facts, since: now, failures: 0, error, phase, answers, handed: None };
         self.pods.insert(uid, entry);
     }
 
@@ -231,12 +243,22 @@ impl Pods {
 
     /// Removes every pod, and refuses new ones.
     pub(super) fn stop(&mut self) -> Vec<oneshot::Receiver<()>> {
+        self.stop_with(|_| LeaveReason::DaemonStops)
+    }
+
+    fn stop_with(&mut self, why: impl Fn(&PodUid) -> LeaveReason) -> Vec<oneshot::Receiver<()>> {
         self.is_stopping = true;
         let all: Vec<_> = self.pods.keys().cloned().collect();
         for uid in all {
-            self.withdraw(&uid, LeaveReason::DaemonStops);
+            self.withdraw(&uid, why(&uid));
         }
         self.end_receivers(|_| true)
+    }
+
+    /// The facts about a pod, and the namespace in which it is or will be served.
+    pub(super) fn known(&self, uid: &PodUid) -> Option<(&PodFacts, NamespaceId)> {
+        let entry = self.pods.get(uid)?;
+        Some((&*entry.facts, entry.namespace()?))
     }
 
     fn end_receivers(&mut self, of: impl Fn(&Leaving) -> bool) -> Vec<oneshot::Receiver<()>> {
@@ -267,20 +289,31 @@ impl Pods {
             return None;
         }
         let due = self.queue.iter().take_while(|((due, _), _)| *due <= now);
-        let (turn, uid) = due.map(|(turn, uid)| (*turn, uid.clone())).find(|(_, uid)| {
-            let namespace = self.pods.get(uid).and_then(Entry::namespace);
-            namespace.is_some_and(|namespace| !self.leaving.contains_key(&namespace))
-        })?;
+        let (turn, uid) =
+            due.map(|(turn, uid)| (*turn, uid.clone())).find(|(_, uid)| self.may_enrol(uid))?;
         self.queue.remove(&turn);
         let attempt = AttemptId(self.next_attempt);
         self.next_attempt += 1;
         let entry = self.pods.get_mut(&uid)?;
         let Phase::Waiting { namespace, .. } = &entry.phase else { return None };
         let (facts, namespace) = (entry.facts.clone(), namespace.clone());
+        let handed = entry.handed.take();
         entry.phase = Phase::Enrolling { attempt, namespace: namespace.clone() };
-        let started = Attempt { uid, facts: facts.clone(), namespace: namespace.id() };
+        let (started, adopts) = (namespace.clone(), handed.is_some());
+        let started = Attempt { uid, facts: facts.clone(), namespace: started, adopts };
         self.attempts.insert(attempt, started);
-        Some(Action::Enrol { attempt, facts, namespace })
+        Some(Action::Enrol { attempt, facts, namespace, handed })
+    }
+
+    /// Whether an attempt for a waiting pod may start.
+    fn may_enrol(&self, uid: &PodUid) -> bool {
+        let Some(entry) = self.pods.get(uid) else { return false };
+        let Some(namespace) = entry.namespace() else { return false };
+        let is_free = !self.leaving.contains_key(&namespace);
+        let is_moving = |moving: &Moving| moving.holds(uid) || moving.occupies(namespace);
+        is_free
+            && !self.moving.as_ref().is_some_and(is_moving)
+            && (!self.is_adopting || entry.handed.is_some())
     }
 
     /// The next time at which an action becomes due.
@@ -298,12 +331,13 @@ impl Pods {
         outcome: Result<Enrolled, EnrolError>,
         chance: f64,
     ) -> Option<Duration> {
-        let Attempt { uid, facts, namespace } = self.attempts.remove(&attempt)?;
+        let Attempt { uid, facts, namespace, adopts } = self.attempts.remove(&attempt)?;
+        let id = namespace.id();
         let current = self.pods.get_mut(&uid).filter(
             |entry| matches!(entry.phase, Phase::Enrolling { attempt: current, .. } if current == attempt),
         );
         let Some(entry) = current else {
-            self.finish_withdrawn(namespace, uid, outcome);
+            self.finish_withdrawn(id, uid, outcome);
             return None;
         };
         let is_current = Arc::ptr_eq(&entry.facts, &facts) || entry.facts == facts;
@@ -319,7 +353,7 @@ impl Pods {
                     Err(why) => {
                         let name = entry.facts.full_name();
                         self.queue_again(now, &uid);
-                        self.leave(namespace, uid, name, pod, why);
+                        self.leave(id, uid, name, pod, why);
                     }
                 }
                 None
@@ -331,9 +365,10 @@ impl Pods {
             Ok(Enrolled::Exempt(reason)) => {
                 entry.phase = Phase::Exempt(reason);
                 entry.answer(&Ok(()));
-                self.pod_by_namespace.remove(&namespace);
+                self.pod_by_namespace.remove(&id);
                 None
             }
+            Err(error) if adopts => self.failed(now, &uid, error.of_adoption(), chance),
             Err(error) => self.failed(now, &uid, error, chance),
         }
     }
@@ -398,9 +433,14 @@ impl Pods {
     /// Forgets a pod. If it is active in its namespace, it leaves.
     fn withdraw(&mut self, uid: &PodUid, why: LeaveReason) {
         let Some(mut entry) = self.pods.remove(uid) else { return };
+        if why == LeaveReason::Removed
+            && let Some(moving) = &mut self.moving
+        {
+            moving.removed(uid);
+        }
         entry.answer(&Err(match why {
             LeaveReason::Removed | LeaveReason::EnrolledAgain => EnrolError::Removed,
-            LeaveReason::DaemonStops => EnrolError::Stopping,
+            LeaveReason::DaemonStops | LeaveReason::HandedOver => EnrolError::Stopping,
         }));
         if let Some(namespace) = entry.namespace() {
             self.pod_by_namespace.remove(&namespace);
@@ -415,7 +455,7 @@ impl Pods {
                 self.leaving.insert(namespace.id(), leaving);
             }
             Phase::Serving { namespace, pod: served } => {
-                self.leave(namespace, uid.clone(), pod, served, why);
+                self.leave(namespace.id(), uid.clone(), pod, served, why);
             }
             Phase::Exempt(_) | Phase::Failed => {}
         }
@@ -439,59 +479,6 @@ impl Pods {
         for gone in self.leaving.remove(&namespace).into_iter().flat_map(|leaving| leaving.gone) {
             // Fails if the source no longer waits.
             gone.send(()).ok();
-        }
-    }
-
-    /// The addresses of the served pods.
-    pub(super) fn served_addresses(&self) -> BTreeSet<IpAddr> {
-        let served =
-            self.pods.values().filter(|entry| matches!(entry.phase, Phase::Serving { .. }));
-        served.flat_map(|entry| entry.facts.ips.iter().copied()).collect()
-    }
-
-    /// The number of pods in each state.
-    pub(super) fn counts(&self) -> [(&'static str, usize); 5] {
-        let count =
-            |of: fn(&Phase) -> bool| self.pods.values().filter(|entry| of(&entry.phase)).count();
-        let is_pending =
-            |phase: &Phase| matches!(phase, Phase::Waiting { .. } | Phase::Enrolling { .. });
-        [
-            (PodState::PENDING, count(is_pending)),
-            (PodState::SERVING, count(|phase| matches!(phase, Phase::Serving { .. }))),
-            (PodState::EXEMPT, count(|phase| matches!(phase, Phase::Exempt(_)))),
-            (PodState::FAILED, count(|phase| matches!(phase, Phase::Failed))),
-            (PodState::LEAVING, self.leaving.len()),
-        ]
-    }
-
-    /// The status of all pods, unsorted.
-    pub(super) fn status(&self, now: Instant) -> Vec<PodStatus> {
-        let known = self.pods.iter().map(|(uid, entry)| PodStatus {
-            uid: uid.clone(),
-            pod: entry.facts.full_name(),
-            state: self.state(entry, now),
-        });
-        let leaving = self.leaving.values().map(|leaving| PodStatus {
-            uid: leaving.uid.clone(),
-            pod: leaving.pod.clone(),
-            state: PodState::Leaving,
-        });
-        known.chain(leaving).collect()
-    }
-
-    fn state(&self, entry: &Entry, now: Instant) -> PodState {
-        let pending =
-            |step| PodState::Pending { since: entry.since, step, error: entry.error.clone() };
-        match &entry.phase {
-            Phase::Waiting { namespace, .. } if self.leaving.contains_key(&namespace.id()) => {
-                pending(Step::Predecessor)
-            }
-            Phase::Waiting { turn: (due, _), .. } if *due > now => pending(Step::BackOff),
-            Phase::Waiting { .. } => pending(Step::Queued),
-            Phase::Enrolling { .. } => pending(Step::Enrolling),
-            Phase::Serving { pod, .. } => PodState::Serving(pod.problem()),
-            Phase::Exempt(reason) => PodState::Exempt(*reason),
-            Phase::Failed => PodState::Failed(entry.error.clone().unwrap_or(EnrolError::Pending)),
         }
     }
 }

@@ -4,14 +4,20 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
 use crate::pods::enrolment::{
-    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, PodProblem,
+    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, Pause, PodProblem,
 };
 use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
+use crate::pods::source::{
+    self, PodSource, SourceContext, SourceEnd, SourceHandle, SourceHealth, SourceState,
+};
+use crate::pods::take_over::handed::Handed;
+use crate::traffic::listeners::{Kind, Listeners, NamedListeners};
 
 /// Enrols pods in memory. Attempts succeed at once, except scripted ones.
 #[derive(Debug, Clone, Default)]
@@ -24,6 +30,7 @@ struct Fake {
     serving: HashMap<NamespaceId, Arc<PodFacts>>,
     attempts: HashMap<PodUid, usize>,
     left: Vec<(PodUid, LeaveReason)>,
+    paused: Vec<(PodUid, Pause)>,
     /// While true, leaving pods wait.
     hold_leaving: Option<watch::Receiver<bool>>,
 }
@@ -88,6 +95,14 @@ impl FakeEnroller {
         self.fake().left.iter().map(|(_, why)| *why).collect()
     }
 
+    /// The pods of which a part is paused.
+    pub(crate) fn paused(&self) -> Vec<PodUid> {
+        let mut paused: Vec<_> = self.fake().paused.iter().map(|(uid, _)| uid.clone()).collect();
+        paused.sort();
+        paused.dedup();
+        paused
+    }
+
     fn fake(&self) -> MutexGuard<'_, Fake> {
         self.0.lock().unwrap()
     }
@@ -98,6 +113,7 @@ impl Enroller for FakeEnroller {
         &self,
         facts: Arc<PodFacts>,
         namespace: Namespace,
+        handed: Option<Handed>,
     ) -> Operation<Result<Enrolled, EnrolError>> {
         let this = self.clone();
         Box::pin(async move {
@@ -106,12 +122,25 @@ impl Enroller for FakeEnroller {
                 *fake.attempts.entry(facts.uid.clone()).or_default() += 1;
                 fake.scripts.get_mut(&facts.uid).and_then(VecDeque::pop_front)
             };
+            let running = handed.map(|handed| handed.running);
+            if let Some(running) = &running {
+                running.pause_rules().await?;
+            }
             match scripted {
-                Some(Scripted::Fails(error)) => return Err(error),
+                Some(Scripted::Fails(error)) => {
+                    if let Some(running) = &running {
+                        running.resume().await?;
+                    }
+                    return Err(error);
+                }
                 Some(Scripted::Waits(held)) => {
                     held.await.ok();
                 }
                 None => {}
+            }
+            if let Some(running) = &running {
+                running.pause_accepting().await?;
+                running.served().await?;
             }
             let namespace = namespace.id();
             let before = this.fake().serving.insert(namespace, facts.clone());
@@ -144,6 +173,23 @@ impl EnrolledPod for FakePod {
         None
     }
 
+    fn listeners(&self) -> NamedListeners {
+        Listeners::<Kind>::testing().duplicate()
+    }
+
+    fn has_certificate(&self) -> Operation<bool> {
+        Box::pin(async { true })
+    }
+
+    fn pause(&self, part: Pause) -> Operation<()> {
+        self.enroller.fake().paused.push((self.facts.uid.clone(), part));
+        Box::pin(async {})
+    }
+
+    fn resume(&self) {
+        self.enroller.fake().paused.retain(|(uid, _)| *uid != self.facts.uid);
+    }
+
     fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()> {
         Box::pin(async move {
             let held = self.enroller.fake().hold_leaving.clone();
@@ -155,4 +201,17 @@ impl EnrolledPod for FakePod {
             fake.left.push((self.facts.uid.clone(), why));
         })
     }
+}
+
+/// Starts `source`, with the state of an earlier one if there is one.
+pub(crate) fn start(
+    source: impl PodSource + 'static,
+    registry: &PodRegistry,
+    health: &SourceHealth,
+    inherited: Option<SourceState>,
+) -> (JoinHandle<SourceEnd>, SourceHandle) {
+    let (handle, pauses) = source::pauses();
+    let (registry, health) = (registry.clone(), health.clone());
+    let context = SourceContext { registry, health, pauses, inherited };
+    (tokio::spawn(Box::new(source).run(context)), handle)
 }

@@ -23,8 +23,7 @@ use underpass_config::{Hint, Quoted};
 use underpass_interception::SeqPacket;
 
 use crate::backoff::Backoff;
-use crate::pods::registry::PodRegistry;
-use crate::pods::source::{PodSource, SourceHealth, SourceRun};
+use crate::pods::source::{PodSource, SourceContext, SourceRun, SourceState};
 use crate::pods::zds::connection::{Connection, ConnectionError};
 
 /// The bounds of the back-off before a new connection, as in ztunnel. istio-cni accepts five
@@ -71,17 +70,26 @@ impl ZdsSource {
         Self { socket }
     }
 
-    async fn connect_for_ever(self, registry: PodRegistry, health: SourceHealth) -> Infallible {
+    async fn connect_for_ever(self, context: SourceContext) -> Infallible {
+        let SourceContext { registry, health, mut pauses, inherited } = context;
         let mut backoff = Backoff::new(MIN_BACKOFF, MAX_BACKOFF);
+        let mut inherited = inherited.and_then(|state| Connection::resume(state, &registry));
         loop {
-            let error = match self.connect() {
-                Ok(socket) => {
-                    let connection = Connection::new(socket, registry.clone());
+            let connection = match inherited.take() {
+                Some(connection) => {
+                    tracing::info!("continuing the connection to the node agent");
+                    health.set_ready(connection.has_snapshot());
+                    Ok(connection)
+                }
+                None => self.connect().map(|socket| Connection::new(socket, registry.clone())),
+            };
+            let error = match connection {
+                Ok(connection) => {
                     let on_snapshot = || {
                         health.set_ready(true);
                         backoff.reset();
                     };
-                    connection.serve(on_snapshot).await.into()
+                    connection.serve(on_snapshot, &mut pauses).await.into()
                 }
                 Err(error) => error,
             };
@@ -90,7 +98,10 @@ impl ZdsSource {
             let hint = error.hint();
             let error = Quoted::chain(&error);
             tracing::warn!(%error, hint = hint.as_deref(), ?retry_in, "no connection to the node agent");
-            sleep(retry_in).await;
+            tokio::select! {
+                () = sleep(retry_in) => {}
+                request = pauses.next() => request.pause(SourceState::default()).await,
+            }
         }
     }
 
@@ -108,8 +119,8 @@ impl ZdsSource {
 }
 
 impl PodSource for ZdsSource {
-    fn run(self: Box<Self>, registry: PodRegistry, health: SourceHealth) -> SourceRun {
-        Box::pin(async move { match self.connect_for_ever(registry, health).await {} })
+    fn run(self: Box<Self>, context: SourceContext) -> SourceRun {
+        Box::pin(async move { match self.connect_for_ever(context).await {} })
     }
 }
 

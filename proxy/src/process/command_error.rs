@@ -17,6 +17,7 @@ use crate::mesh::feed::MeshFeedError;
 use crate::node::pod_error::PodError;
 use crate::pods::cni::install::InstallError;
 use crate::pods::source::SourceEnd;
+use crate::pods::take_over::incoming::AdoptionError;
 use crate::process::instance::{InstanceError, Running};
 use crate::process::supervise::TaskFailure;
 use crate::process::take_over::TakeOverError;
@@ -39,6 +40,8 @@ pub(crate) enum CommandError {
     Task(#[source] TaskFailure),
     #[error("cannot take over")]
     TakeOver(#[from] TakeOverError),
+    #[error(transparent)]
+    Adoption(#[from] AdoptionError),
     #[error(transparent)]
     Instance(#[from] InstanceError),
     #[error("a running proxy ({0}) would install the rules again")]

@@ -2,18 +2,22 @@
 //!
 //! ```text
 //! start  bind the endpoints, start the proxy part (`privileges.broker`), drop privileges
+//! adopt  take over the pods of a running daemon (`adoption.rs`), with `--take-over`
 //! serve  the source of pods adds and removes pods in the registry
-//! stop   report unready; drain and remove every pod; keep or remove its rules (`on_exit`)
+//! stop   report unready; drain and remove every pod; keep or remove its rules (`on_exit`),
+//!        or leave them to the process that has taken over
 //! ```
 //!
 //! After any other end of the process, every pod's rules stay: its traffic is refused.
 
+mod adoption;
+mod pod_source;
 mod proxy_part;
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
-use tokio::task::JoinSet;
+use futures_util::poll;
+use tokio::time::timeout;
 use underpass_config::{FileWatcher, NodeProbes, PodSourceSettings, Settings};
 use underpass_interception::{
     HostNamespaces, HostRules, Inotify, KeptCapabilities, Namespace, NamespaceAccess,
@@ -21,91 +25,131 @@ use underpass_interception::{
 };
 
 use self::proxy_part::{PreparedProxy, ProxyPart};
-use crate::decide::snapshot::Snapshot;
 use crate::node::pod::pod_sockets;
-use crate::pods::cni::CniSource;
-use crate::pods::cni::facts::FactOrigin;
-use crate::pods::directory::DirectorySource;
-use crate::pods::kubernetes;
-use crate::pods::kubernetes::api::Api;
 use crate::pods::node_enroller::NodeEnroller;
 use crate::pods::probes::{self, ProbeTranslation};
 use crate::pods::registry::PodRegistry;
-use crate::pods::source::PodSource;
-use crate::pods::zds::ZdsSource;
-use crate::process::app::run_until_failure;
+use crate::pods::source::{self, PodSource, SourceContext, SourceState};
+use crate::pods::take_over::outgoing::OutgoingPods;
+use crate::process::app::{Start, run_until_failure};
 use crate::process::command_error::CommandError;
 use crate::process::node_proxy::workers;
 use crate::process::notify;
-use crate::process::pause_gate::Gates;
+use crate::process::pause_gate::PauseGate;
+use crate::process::phases::draining::StopReason;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::{Supervisor, Task};
+use crate::process::take_over::{ReceivedSockets, TakeoverClient, TakeoverOutcome, TakeoverServer};
 use crate::rules::health::RulesTotals;
-use crate::traffic::dial::PlainDialer;
-use crate::traffic::listeners::Listeners;
+use crate::traffic::listeners::{BoundEndpoints, Listeners};
 
-/// Serves the pods of this node until a stop signal.
+/// Serves the pods of this node until a stop signal, or until another process has taken over.
 ///
 /// # Errors
 ///
 /// The daemon cannot start, or an essential task failed. The rules of pods stay installed.
-pub(crate) async fn run(settings: Settings, until_eof: bool) -> Result<(), CommandError> {
+pub(crate) async fn run(settings: Settings, start: Start) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    run_until_failure(Box::pin(run_phases(settings, until_eof, supervisor)), failures).await
+    run_until_failure(Box::pin(run_phases(settings, start, supervisor)), failures).await
 }
 
 async fn run_phases(
     settings: Settings,
-    until_eof: bool,
+    start: Start,
     supervisor: Supervisor,
 ) -> Result<(), CommandError> {
-    let mut stop = StopSignal::new(until_eof)?;
+    let mut stop = StopSignal::new(start.until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
     let watcher = FileWatcher::new(Inotify::open);
-    let start = Daemon::start(Arc::new(settings), &watcher, &supervisor, &mut stop);
-    let Some((mut daemon, source)) = start.await? else { return Ok(()) };
-    let why = daemon.serve(source, &mut stop).await?;
-    daemon.stop(why, &mut stop).await
+    let settings = Arc::new(settings);
+    let (client, handed) = TakeoverClient::connect_if(start.take_over, &settings).await?.unzip();
+    let started = Daemon::start(settings, handed, &watcher, supervisor, &mut stop).await?;
+    let Some((mut daemon, source)) = started else { return Ok(()) };
+    let mut inherited = None;
+    match client {
+        Some(client) => match daemon.adopt(client, &mut stop).await? {
+            Some(adopted) => (daemon, inherited) = adopted,
+            None => return Ok(()),
+        },
+        None => daemon.probes = daemon.pods.translate_probes().await?,
+    }
+    let end = daemon.serve(source, inherited, &mut stop).await?;
+    daemon.stop(end, &mut stop).await
 }
 
 /// A running daemon.
 struct Daemon {
-    settings: Arc<Settings>,
     proxy: ProxyPart,
-    registry: PodRegistry,
+    pods: NodePods,
+    takeovers: TakeoverServer,
     /// Tasks that run until the last pod is removed.
     tasks: Vec<Task>,
-    /// The rules for kubelet probes in the host's namespace, and the task that maintains them.
-    probes: Option<(HostRules, Task)>,
+    probes: Option<ProbeRules>,
+}
+
+/// The pods of the node, without their connections.
+struct NodePods {
+    settings: Arc<Settings>,
+    supervisor: Supervisor,
+    /// Operations in the namespace of the daemon.
+    access: NamespaceAccess,
+    registry: PodRegistry,
+    /// Pauses the repair of the rules in the host's namespace.
+    host_rules: PauseGate,
+}
+
+/// The rules for kubelet probes in the host's namespace, and the task that maintains them.
+type ProbeRules = (HostRules, Task);
+
+impl NodePods {
+    /// Installs the rules in the host's namespace, and keeps them.
+    async fn translate_probes(&self) -> Result<Option<ProbeRules>, CommandError> {
+        if self.settings.node.probes != NodeProbes::Translate {
+            return Ok(None);
+        }
+        let (pods, gate) = (self.registry.served_addresses(), self.host_rules.clone());
+        let translation = ProbeTranslation::start(self.access.clone(), pods, gate).await?;
+        let rules = translation.rules();
+        let task = self.supervisor.essential("rules for kubelet probes", translation.run());
+        Ok(Some((rules, task)))
+    }
 }
 
 impl Daemon {
+    /// Starts without pods, with the sockets that a running process has `handed` over. `None` if a
+    /// stop signal came before.
     async fn start(
         settings: Arc<Settings>,
+        handed: Option<ReceivedSockets>,
         watcher: &FileWatcher,
-        supervisor: &Supervisor,
+        supervisor: Supervisor,
         stop: &mut StopSignal,
     ) -> Result<Option<(Self, Box<dyn PodSource>)>, CommandError> {
+        let paused = handed.is_some();
+        let mut handed = handed.unwrap_or_default();
         let hosts = HostNamespaces::read()?;
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
         let sockets = pod_sockets(&settings);
-        let endpoints = Listeners::bind(&access, &sockets, &settings, &mut Vec::new()).await?;
-        let prepared = PreparedProxy::new(&settings, &access, endpoints, watcher, supervisor);
+        let listeners =
+            Listeners::bind(&access, &sockets, &settings, &mut handed.listeners).await?;
+        let (offered, control_socket) = (listeners.duplicate(), handed.control_socket.take());
+        let takeovers = TakeoverServer::listen(&settings, offered, control_socket).await?;
+        let endpoints = BoundEndpoints { listeners, paused };
+        let prepared = PreparedProxy::new(&settings, &access, endpoints, watcher, &supervisor);
         let prepared = prepared.await?;
         confine(&thread, &settings, prepared.control_thread()).await?;
         // The wait holds no traffic: pods are enrolled afterwards.
         let mut proxy = tokio::select! {
-            started = prepared.start(supervisor) => started?,
+            started = prepared.start(&supervisor) => started?,
             why = stop.wait() => {
                 tracing::info!(why, "stopped while waiting for the control plane");
                 return Ok(None);
             }
         };
-        let (mesh, following) = proxy.mesh(&settings, watcher, supervisor)?;
+        let (mesh, following) = proxy.mesh(&settings, watcher, &supervisor)?;
         let enroller = NodeEnroller {
             data_plane: proxy.data_plane(),
-            gate: Gates::default().rules,
             settings: settings.clone(),
             thread: thread.clone(),
             rules: RulesTotals::default(),
@@ -118,63 +162,87 @@ impl Daemon {
         ];
         tasks.extend(following);
         tokio::select! {
-            connected = proxy.connect(&registry, &settings, access.clone(), supervisor) => connected?,
+            connected = proxy.connect(&registry, &settings, access.clone(), &supervisor) => connected?,
             why = stop.wait() => {
                 tracing::info!(why, "stopped while waiting for the proxy process");
                 return Ok(None);
             }
         }
         // Open the source before rules are installed, so that a failure leaves no rules.
-        let source = source(&settings, mesh, &access, watcher)?;
-        let mut probes = None;
-        if settings.node.probes == NodeProbes::Translate {
-            let translation = ProbeTranslation::start(access, registry.served_addresses()).await?;
-            let rules = translation.rules();
-            let task = supervisor.essential("rules for kubelet probes", translation.run());
-            probes = Some((rules, task));
-        }
-        Ok(Some((Self { settings, proxy, registry, tasks, probes }, source)))
+        let source = pod_source::open(&settings, mesh, &access, watcher)?;
+        let host_rules = PauseGate::default();
+        let pods = NodePods { settings, supervisor, access, registry, host_rules };
+        Ok(Some((Self { proxy, pods, takeovers, tasks, probes: None }, source)))
     }
 
-    /// Serves until a stop signal, and returns the signal's name.
+    /// Serves until a stop signal, or until another process has taken over. Stop signals wait while
+    /// a take-over is in progress.
     async fn serve(
         &mut self,
         source: Box<dyn PodSource>,
+        inherited: Option<SourceState>,
         stop: &mut StopSignal,
-    ) -> Result<&'static str, CommandError> {
-        self.proxy.ready();
+    ) -> Result<StopReason, CommandError> {
+        let Self { proxy, pods: NodePods { registry, host_rules, .. }, takeovers, .. } = self;
+        let (handle, pauses) = source::pauses();
+        let (health, registry) = (proxy.source_health(), registry.clone());
+        let context = SourceContext { registry: registry.clone(), health, pauses, inherited };
+        let mut source = source.run(context);
+        // Before readiness is answered, so that a source that was taken over is not missing.
+        if let std::task::Poll::Ready(end) = poll!(&mut source) {
+            return Err(end.into());
+        }
+        proxy.ready();
         notify::ready();
-        let (name, pods) = (self.settings.node.name.as_deref(), self.settings.node.pods.as_ref());
-        tracing::info!(
-            node = name,
-            source = pods.map(PodSourceSettings::name),
-            path = pods.map(|pods| tracing::field::display(pods.path().display())),
-            workers = workers(&self.settings),
-            "serving the pods of this node"
-        );
-        tokio::select! {
-            end = source.run(self.registry.clone(), self.proxy.source_health()) => Err(end.into()),
-            why = stop.wait() => Ok(why),
-            error = self.proxy.failed() => Err(error),
+        log_start(&self.pods.settings);
+        loop {
+            let conversation = tokio::select! {
+                end = &mut source => return Err(end.into()),
+                why = stop.wait() => return Ok(StopReason::Stopped(why)),
+                error = proxy.failed() => return Err(error),
+                conversation = takeovers.accept() => conversation,
+            };
+            let (registry, handle) = (registry.clone(), handle.clone());
+            let mut pods =
+                OutgoingPods::new(registry, handle, proxy.endpoints(), host_rules.clone());
+            let outcome = tokio::select! {
+                end = &mut source => return Err(end.into()),
+                error = proxy.failed() => return Err(error),
+                outcome = takeovers.answer(conversation, &mut pods) => outcome,
+            };
+            match outcome {
+                TakeoverOutcome::Completed { pid } => return Ok(StopReason::HandedOver { pid }),
+                TakeoverOutcome::Abandoned => {}
+            }
         }
     }
 
     /// Removes every pod and stops the workers. A second stop signal ends the drain.
-    async fn stop(mut self, why: &'static str, stop: &mut StopSignal) -> Result<(), CommandError> {
-        notify::stopping();
-        let pods = self.registry.status().len();
-        tracing::info!(why, pods, deadline = ?self.settings.timeouts.drain, "stopping");
-        self.proxy.drain();
-        tokio::select! {
-            () = self.registry.stop().gone() => {}
-            why = stop.wait() => {
-                tracing::warn!(why, "second stop signal: ending the drain and keeping the rules of pods that still drain");
+    async fn stop(mut self, end: StopReason, stop: &mut StopSignal) -> Result<(), CommandError> {
+        let NodePods { settings, registry, .. } = &self.pods;
+        let (pods, timeouts) = (registry.status().len(), &settings.timeouts);
+        match end {
+            StopReason::Stopped(why) => {
+                notify::stopping();
+                tracing::info!(why, pods, deadline = ?timeouts.drain, "stopping");
+                self.proxy.drain();
             }
+            StopReason::HandedOver { pid } => {
+                self.proxy.hand_over();
+                notify::succeeded_by(pid);
+                let deadline = timeouts.handover_drain;
+                tracing::info!(pid, pods, ?deadline, "another process has taken over");
+            }
+        }
+        tokio::select! {
+            () = self.pods.drain(end, stop) => {}
             error = self.proxy.failed() => return Err(error),
         }
         if let Some((rules, task)) = self.probes {
             drop(task);
-            probes::leave(&rules, self.settings.interception.on_exit).await;
+            if let StopReason::Stopped(_) = end {
+                probes::leave(&rules, self.pods.settings.interception.on_exit).await;
+            }
         }
         self.proxy.end().await;
         drop(self.tasks);
@@ -183,44 +251,43 @@ impl Daemon {
     }
 }
 
-/// The source of pods that the settings name.
-fn source(
-    settings: &Arc<Settings>,
-    mesh: watch::Receiver<Arc<Snapshot>>,
-    access: &NamespaceAccess,
-    watcher: &FileWatcher,
-) -> Result<Box<dyn PodSource>, CommandError> {
-    match &settings.node.pods {
-        Some(PodSourceSettings::Zds(socket)) => Ok(Box::new(ZdsSource::new(socket.clone()))),
-        Some(PodSourceSettings::Cni(socket)) => {
-            let (origin, watches) = facts(settings, mesh, access)?;
-            Ok(Box::new(CniSource::new(settings, socket.clone(), origin, watches, watcher)))
+impl NodePods {
+    /// Removes every pod. A stop signal shortens the drain after a take-over; the last one ends it.
+    async fn drain(&self, end: StopReason, stop: &mut StopSignal) {
+        let StopReason::HandedOver { .. } = end else {
+            return end_of(self.registry.stop().gone(), stop).await;
+        };
+        let mut gone = std::pin::pin!(self.registry.hand_over().gone());
+        tokio::select! {
+            () = &mut gone => {}
+            why = stop.wait() => {
+                let deadline = self.settings.timeouts.drain;
+                tracing::warn!(why, ?deadline, "stop signal during the drain: shortening it");
+                end_of(async { timeout(deadline, gone).await.unwrap_or_default() }, stop).await;
+            }
         }
-        Some(PodSourceSettings::Directory(folder)) => {
-            Ok(Box::new(DirectorySource::open(folder, watcher)?))
-        }
-        None => Err(CommandError::NoPodSource),
     }
 }
 
-/// The origin of the facts that the CNI plugin does not know, and the tasks that keep it current.
-fn facts(
-    settings: &Settings,
-    mesh: watch::Receiver<Arc<Snapshot>>,
-    access: &NamespaceAccess,
-) -> Result<(FactOrigin, JoinSet<()>), CommandError> {
-    let Some(cluster) = kubernetes::cluster(settings)? else {
-        return Ok((FactOrigin::Mesh(mesh), JoinSet::new()));
-    };
-    let name = settings.node.name.as_deref().ok_or(CommandError::NoNodeName)?;
+/// Waits for the end of the drain, or for a stop signal.
+async fn end_of(drain: impl Future<Output = ()>, stop: &mut StopSignal) {
+    tokio::select! {
+        () = drain => {}
+        why = stop.wait() => {
+            tracing::warn!(why, "second stop signal: ending the drain and keeping the rules of pods that still drain");
+        }
+    }
+}
+
+fn log_start(settings: &Settings) {
+    let (name, pods) = (settings.node.name.as_deref(), settings.node.pods.as_ref());
     tracing::info!(
-        server = cluster.server,
         node = name,
-        "watching the pods of this node at the API server"
+        source = pods.map(PodSourceSettings::name),
+        path = pods.map(|pods| tracing::field::display(pods.path().display())),
+        workers = workers(settings),
+        "serving the pods of this node"
     );
-    let dialer = PlainDialer { access: access.clone(), sockets: pod_sockets(settings) };
-    let (view, watches) = kubernetes::watch::follow(Api::new(cluster, dialer), name);
-    Ok((FactOrigin::Kubernetes(view), watches))
 }
 
 /// Reduces the capabilities of the control thread to `control`. Its workers, if it starts any, drop

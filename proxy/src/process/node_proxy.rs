@@ -23,11 +23,11 @@ use crate::observe::metrics;
 use crate::observe::metrics::Exporter;
 use crate::process::command_error::CommandError;
 use crate::process::cpus::available_cpus;
-use crate::process::pause_gate::Gates;
+use crate::process::pause_gate::{Gates, PauseGate};
 use crate::process::phases::endpoints::Endpoints;
 use crate::process::supervise::{Supervisor, Task, restarting};
 use crate::traffic::dial::PlainDialer;
-use crate::traffic::listeners::{EndpointKind, Listeners};
+use crate::traffic::listeners::BoundEndpoints;
 
 /// Timeout for the end of the workers: the end of the process frees the resources of one that does
 /// not stop in time.
@@ -82,13 +82,17 @@ impl LoadedNode {
     /// A thread cannot be started.
     pub(crate) async fn serve(
         self,
-        endpoints: Listeners<EndpointKind>,
+        endpoints: BoundEndpoints,
         supervisor: &Supervisor,
     ) -> Result<RunningNode, CommandError> {
         let Self { settings, node, readiness, identities, has_ca_key, mut publisher, exporter } =
             self;
-        let _endpoints =
-            Endpoints::serve(endpoints, readiness.clone(), &exporter, &node.gates.accept);
+        let BoundEndpoints { listeners, paused } = endpoints;
+        let gate = &node.gates.accept;
+        if paused {
+            gate.close().await;
+        }
+        let endpoints = Endpoints::serve(listeners, readiness.clone(), &exporter, gate);
         certificates::warn_if_unreadable(&settings, has_ca_key);
         publisher.first_state().await;
         let (workers, threads, reports) =
@@ -101,7 +105,7 @@ impl LoadedNode {
         let publishing = supervisor.essential("publisher of the mesh", publisher.follow(reports));
         let (data_plane, tasks) =
             (InProcess { node, workers, identities }, vec![publishing, limits]);
-        Ok(RunningNode { data_plane, readiness, threads, tasks, _endpoints })
+        Ok(RunningNode { data_plane, readiness, threads, tasks, endpoints })
     }
 }
 
@@ -117,7 +121,7 @@ pub(crate) struct RunningNode {
     threads: WorkerThreads,
     /// Tasks that run until the last pod is removed: among them the enforcement of policies.
     tasks: Vec<Task>,
-    _endpoints: Endpoints,
+    endpoints: Endpoints,
 }
 
 impl RunningNode {
@@ -131,6 +135,24 @@ impl RunningNode {
 
     pub(crate) fn mesh(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.data_plane.node.mesh.clone()
+    }
+
+    /// Reports that the process serves its pods. The endpoints accept from now on.
+    pub(crate) fn ready(&self) {
+        self.readiness.ready();
+        self.data_plane.node.gates.accept.open();
+    }
+
+    /// Pauses accepting on the endpoints.
+    pub(crate) fn endpoints(&self) -> &PauseGate {
+        &self.data_plane.node.gates.accept
+    }
+
+    /// Closes the endpoints, on which another process accepts now. Pods take no new connections.
+    /// The node stays ready: requests that were accepted are answered so.
+    pub(crate) fn hand_over(&mut self) {
+        self.endpoints.close();
+        self.data_plane.node.drain.close();
     }
 
     /// Reports that the process is not ready any longer. Pods take no new connections.

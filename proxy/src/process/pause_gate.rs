@@ -3,8 +3,10 @@
 //! During a pause, new connections wait in the kernel's accept queue. Open connections continue;
 //! the connection registry terminates them when necessary.
 
+use std::fmt;
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
 /// Lets work pass unless a take-over has closed it. Clones share the state.
@@ -65,6 +67,25 @@ impl PauseGate {
 
     pub(crate) fn open(&self) {
         self.0.open.send_replace(true);
+    }
+}
+
+/// Accepting that can pause, in this process or in the proxy process.
+pub(crate) trait Pausable: fmt::Debug + Send + Sync {
+    /// Returns when nothing accepts any longer.
+    fn pause(&self) -> BoxFuture<'static, ()>;
+
+    fn resume(&self);
+}
+
+impl Pausable for PauseGate {
+    fn pause(&self) -> BoxFuture<'static, ()> {
+        let gate = self.clone();
+        Box::pin(async move { gate.close().await })
+    }
+
+    fn resume(&self) {
+        self.open();
     }
 }
 

@@ -15,7 +15,7 @@
 //! between them (`take_over.rs`).
 
 mod bound;
-mod draining;
+pub(super) mod draining;
 pub(super) mod endpoints;
 mod guarded;
 mod serving;

@@ -4,7 +4,8 @@
 //! new process              running process
 //! hello: its role     ──>  checks the user and the role
 //!                     <──  listening sockets; only the running process accepts
-//! rules               ──>  stops repairing the rules
+//! rules               ──>  stops repairing the rules             ┐ `run`; for the pods of a node
+//!                                                                ┘ see `pods/take_over.rs`
 //! accept              ──>  stops accepting; connections wait in the shared accept queue
 //! (workers, self-test)
 //! ready               ──>  unready, GOAWAY, drains for up to `timeouts.handover_drain`
@@ -12,34 +13,42 @@
 //!
 //! If a step fails before `ready`, the new process exits, which closes the connection.
 //! The running process then resumes accepting and repairing.
+//!
+//! The running process also passes one end of a socket pair, whose other end closes with the
+//! process. By it the new process tells the end of the running process from a closed connection.
 
 mod client;
 pub(crate) mod control_socket;
+mod role;
 mod server;
+mod subject;
 
 use std::borrow::Cow;
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
-use underpass_config::{Hint, InboundMode, Settings};
+use underpass_config::Hint;
 use underpass_interception::{InterceptionError, Namespace};
 
-pub(crate) use client::{ReceivedSockets, TakeoverClient};
+pub(crate) use client::{Answer, ReceivedSockets, TakeoverClient};
 pub(crate) use server::{TakeoverOutcome, TakeoverServer};
+pub(crate) use subject::{Reply, Subject};
 
 /// The version of this protocol.
 const VERSION: u32 = 1;
 /// Timeout for each answer of the running process, and for the first message of the new one.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for the new process to obtain its certificate, possibly from a remote CA. The running
 /// process serves meanwhile.
-const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const PREPARE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Timeout from the last accept of the running process until the new one is ready. New connections
 /// wait meanwhile. It exceeds the self-test's deadline and is below usual timeouts of clients.
-const SWITCH_TIMEOUT: Duration = Duration::from_secs(8);
+pub(crate) const SWITCH_TIMEOUT: Duration = Duration::from_secs(8);
+/// The maximum length of a message in bytes. The file of a pod has up to 512 KiB, and JSON may
+/// escape each byte.
+const LONGEST_MESSAGE: usize = 4 << 20;
 
 /// The requests of the new process, in this order.
 const RULES: &str = "rules";
@@ -52,6 +61,8 @@ const REFUSED: &str = "refused";
 const CONTROL_SOCKET: &str = "take-over";
 /// The name of the instance socket (`instance.rs`) among the sockets that are handed over.
 const INSTANCE_SOCKET: &str = "instance";
+/// The name of the socket among them that ends with the running process.
+const ALIVE: &str = "alive";
 
 /// Why this process cannot take over.
 #[derive(Debug, Error)]
@@ -65,19 +76,23 @@ pub(crate) enum TakeOverError {
     UntrustedUser { socket: PathBuf, uid: u32 },
     #[error("cannot read the network namespace of this process from /proc")]
     Namespace(#[source] io::Error),
+    #[error("cannot make a socket for a take-over")]
+    Socket(#[source] io::Error),
     #[error("the running process refused the take-over: {0}")]
     Refused(String),
     #[error(
         "the running process did not answer \"{request}\" within {} s",
-        ANSWER_TIMEOUT.as_secs()
+        timeout.as_secs()
     )]
-    NoAnswer { request: &'static str },
+    NoAnswer { request: &'static str, timeout: Duration },
     #[error("the running process closed the connection instead of answering \"{request}\"")]
     Closed { request: &'static str },
     #[error("the running process answered \"{answer}\" to \"{request}\"")]
     UnexpectedAnswer { request: &'static str, answer: String },
     #[error("cannot listen for a take-over at {} (take_over.socket)", socket.display())]
     Listen { socket: PathBuf, source: io::Error },
+    #[error("no certificate for the pod {pod} within {} s", timeout.as_secs())]
+    NoCertificate { pod: String, timeout: Duration },
 }
 
 impl Hint for TakeOverError {
@@ -85,7 +100,7 @@ impl Hint for TakeOverError {
         let fixed = match self {
             Self::UntrustedUser { .. } => "remove the file",
             Self::Refused(_) => {
-                "start with the profile, ports and user of the running process, or stop it first"
+                "start with the command, profile, ports, source of pods and user of the running process, or stop it first"
             }
             Self::NoAnswer { .. } | Self::Closed { .. } => {
                 "check whether the running process is stopped or overloaded, and read its log"
@@ -94,57 +109,18 @@ impl Hint for TakeOverError {
                 "stop the running process first if it has another version"
             }
             Self::Listen { .. } => "correct take_over.socket",
-            Self::Io { .. } | Self::Namespace(_) => return None,
+            Self::NoCertificate { .. } => {
+                "check the CA (identity.*): the running process continues with its certificates"
+            }
+            Self::Io { .. } | Self::Namespace(_) | Self::Socket(_) => return None,
         };
         Some(fixed.into())
-    }
-}
-
-/// The properties that both processes must share for the rules and listeners of one to serve the
-/// other.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Role {
-    version: u32,
-    namespace: u64,
-    profile: String,
-    tproxy: bool,
-    ports: [u16; 3],
-}
-
-impl Role {
-    fn new(settings: &Settings) -> io::Result<Self> {
-        let proxy = &settings.proxy;
-        Ok(Self {
-            version: VERSION,
-            namespace: namespace().map_err(io::Error::other)?,
-            profile: settings.interception.profile.to_string(),
-            tproxy: settings.interception.inbound.mode == InboundMode::Tproxy,
-            ports: [proxy.outbound_port, proxy.inbound_port, proxy.hbone_port],
-        })
-    }
-
-    /// Returns the reason to refuse a take-over by a process with the role `other`, if they differ.
-    fn refusal(&self, other: &str) -> Option<String> {
-        (other != self.to_string()).then(|| {
-            format!("the role differs: the running process is \"{self}\", the new one \"{other}\"")
-        })
     }
 }
 
 /// The inode number of this process's network namespace.
 fn namespace() -> Result<u64, InterceptionError> {
     Ok(Namespace::current()?.id().inode())
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { version, namespace, profile, tproxy, ports: [outbound, inbound, hbone] } = self;
-        write!(
-            f,
-            "underpass take-over {version}: network namespace {namespace}, profile {profile}, tproxy {tproxy}, \
-             ports {outbound} {inbound} {hbone}"
-        )
-    }
 }
 
 #[cfg(test)]

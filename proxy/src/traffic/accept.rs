@@ -52,7 +52,7 @@ pub(crate) async fn accept_loop(
     listener: Listener,
 ) {
     let listening = Listening { worker, pod, kind, listener };
-    let gate = &listening.worker.node.gates.accept;
+    let gate = &listening.pod.accepting;
     let accepting = async {
         loop {
             gate.pass(restart_after_panic(kind, || accept_forever(&listening))).await;

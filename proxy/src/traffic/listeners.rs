@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 
 use underpass_config::Settings;
 use underpass_interception::{
@@ -129,6 +130,14 @@ impl Kind {
 #[derive(Debug)]
 pub(crate) struct Listeners<K: 'static>(Vec<(&'static ListenerSpec<K>, BoundListener)>);
 
+/// The endpoints before they are served.
+#[derive(Debug)]
+pub(crate) struct BoundEndpoints {
+    pub(crate) listeners: Listeners<EndpointKind>,
+    /// Another process accepts on them until this one has taken over.
+    pub(crate) paused: bool,
+}
+
 /// The inodes of the listeners of a pod, with which the kernel lists them.
 #[derive(Debug, Clone)]
 pub(crate) struct ListenerInodes(Vec<(&'static ListenerSpec<Kind>, u64)>);
@@ -187,9 +196,12 @@ impl<K: ListenerKind> Listeners<K> {
         K::TABLE.iter().map(take).collect::<Option<Vec<_>>>().map(Self)
     }
 
-    /// Each listener with its name, for another process.
-    pub(crate) fn into_named(self) -> impl Iterator<Item = (&'static str, BoundListener)> {
-        self.0.into_iter().map(|(spec, listener)| (spec.name, listener))
+    /// The names of the listeners and their descriptors, for another process.
+    pub(crate) fn into_descriptors(self) -> io::Result<(Vec<String>, Vec<OwnedFd>)> {
+        let named = |(spec, listener): (&ListenerSpec<K>, BoundListener)| {
+            Ok((spec.name.to_owned(), listener.into_descriptor()?))
+        };
+        self.0.into_iter().map(named).collect()
     }
 
     /// Listeners on arbitrary ports of the loopback interface.
@@ -199,12 +211,9 @@ impl<K: ListenerKind> Listeners<K> {
         Self(K::TABLE.iter().map(|spec| (spec, listen())).collect())
     }
 
-    /// Duplicates the listeners' descriptors, to hand them over.
-    pub(crate) fn duplicate(&self) -> io::Result<NamedListeners> {
-        let duplicate = |(spec, listener): &(&ListenerSpec<K>, _)| {
-            Ok((spec.name, BoundListener::try_clone(listener)?))
-        };
-        self.0.iter().map(duplicate).collect()
+    /// The same listeners, to hand over.
+    pub(crate) fn duplicate(&self) -> NamedListeners {
+        self.0.iter().map(|(spec, listener)| (spec.name, listener.clone())).collect()
     }
 
     /// Each listener with its kind.

@@ -7,6 +7,7 @@ mod scene;
 
 use std::fs;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
     suite.test_both("an added pod is served with its own identity until it is deleted", lifecycle);
     suite.test("an addition fails closed while the daemon is down or lacks a fact", failures);
     suite.test("a daemon that was killed serves its pods again", restart);
+    suite.test("additions and deletions succeed during hot restarts", hot_restart);
     suite.test("garbage collection removes pods that the runtime does not name", collection);
     suite.test("the daemon installs the plugin and repairs its entry", upkeep);
     suite.test("a pod with IPv6 alone is served", ipv6_alone);
@@ -95,6 +97,41 @@ async fn restart() {
     }
     scene.exchanged(Family::V4).await;
     scene.succeeds("CHECK", &scene.a, json!({})).await;
+}
+
+async fn hot_restart() {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon("").await;
+    scene.succeeds("ADD", &scene.a, json!({})).await;
+    let stop = AtomicBool::new(false);
+    let calls = async {
+        let mut calls = 0;
+        while !stop.load(Relaxed) {
+            scene.succeeds("ADD", &scene.b, json!({})).await;
+            scene.succeeds("CHECK", &scene.a, json!({})).await;
+            scene.succeeds("CHECK", &scene.b, json!({})).await;
+            scene.succeeds("DEL", &scene.b, json!({})).await;
+            calls += 4;
+        }
+        calls
+    };
+    let restarts = async {
+        for _ in 0..3 {
+            let new = scene.node.proxy(&scene.settings().take_over()).await;
+            daemon.line(&["another process has taken over"]).await;
+            assert!(daemon.ended().await.success(), "{}", daemon.log());
+            daemon = new;
+        }
+        stop.store(true, Relaxed);
+    };
+    let (calls, ()) = tokio::join!(calls, restarts);
+    assert!(calls >= 4 && has_rules(&scene.a).await && !has_rules(&scene.b).await);
+    scene.succeeds("ADD", &scene.b, json!({})).await;
+    scene.exchanged(Family::V4).await;
+    assert_eq!(daemon.count(&["pod enrolled", "default/a"]), 1, "{}", daemon.log());
+    // The new process has the socket, and its end removes it.
+    assert!(daemon.stop().await.success(), "{}", daemon.log());
+    assert!(!scene.socket().exists());
 }
 
 async fn collection() {

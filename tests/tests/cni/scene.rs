@@ -29,7 +29,7 @@ impl Scene {
         Self { node, a, b, pki, world }
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.world.folder().join("cni.sock")
     }
 
@@ -41,13 +41,21 @@ impl Scene {
 
     /// Starts the daemon in the node's namespace with another mesh.
     pub(crate) async fn daemon_in(&self, mesh: Mesh, more: &str) -> Proxy {
+        self.node.proxy(&more.split_whitespace().fold(self.settings_in(mesh), Settings::set)).await
+    }
+
+    /// The settings of the daemon with both pods in the mesh.
+    pub(crate) fn settings(&self) -> Settings {
+        self.settings_in(Mesh::default().hbone(&self.a).hbone(&self.b))
+    }
+
+    fn settings_in(&self, mesh: Mesh) -> Settings {
         let mesh = mesh.write(&self.node, "mesh");
         let source = format!("cni: {:?}", self.socket());
         let identity = format!("identity: {{local_ca: {:?}}}", self.pki.dir());
         let settings = Settings::node("node", &source).section(&identity).mesh(&mesh);
         // The plugin's timeout must not include a drain.
-        let settings = settings.set("proxy.mtls=strict").set("timeouts.drain=100ms");
-        self.node.proxy(&more.split_whitespace().fold(settings, Settings::set)).await
+        settings.set("proxy.mtls=strict").set("timeouts.drain=100ms")
     }
 
     /// The readiness of the daemon: its status and its text.

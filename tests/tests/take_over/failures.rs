@@ -85,7 +85,7 @@ impl Running {
         let names = names.strip_prefix("listeners ").expect("listeners").split(' ');
         let listeners = names
             .zip(sockets)
-            .filter(|(name, _)| !["take-over", "instance"].contains(name))
+            .filter(|(name, _)| !["take-over", "instance", "alive"].contains(name))
             .map(|(_, socket)| BoundListener::try_from(socket).expect("a listener"));
         (conversation, listeners.collect())
     }

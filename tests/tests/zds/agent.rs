@@ -4,7 +4,9 @@
 use std::fs::{self, File};
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use tokio::time::timeout;
 use underpass_interception::SeqPacket;
 use underpass_interception::testing::SeqPacketListener;
 use underpass_tests::{Pod, within};
@@ -14,6 +16,9 @@ const ADD: u8 = 1;
 const DEL: u8 = 2;
 const SNAPSHOT_SENT: u8 = 3;
 const KEEP: u8 = 5;
+
+/// How long nothing must arrive.
+const QUIET: Duration = Duration::from_millis(300);
 
 /// A listening agent.
 pub(crate) struct Agent {
@@ -38,6 +43,14 @@ impl Agent {
         let connection = Connection(connection.expect("accepted"));
         assert_eq!(connection.message().await, [0x08, 0x01]);
         connection
+    }
+
+    /// Asserts that the proxy has no other connection, and sends no unsolicited response.
+    pub(crate) async fn assert_quiet(&self, connection: &Connection) {
+        let second = timeout(QUIET, self.listener.accept()).await;
+        assert!(second.is_err(), "a second connection");
+        let message = timeout(QUIET, connection.0.receive()).await;
+        assert!(message.is_err(), "a message that answers nothing: {message:?}");
     }
 
     /// Stops the agent and closes its connection.

@@ -9,6 +9,7 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use tokio::net::TcpStream;
 use underpass_tests::{
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     suite.test("removing a pod keeps the connections of others, and frees its namespace", removal);
     suite.test("pods and their connections survive a restart of the agent", restart);
     suite.test("a rejected request gets a reason and changes no pod", rejections);
+    suite.test("a hot restart continues the agent's connection", hot_restart);
     suite.run()
 }
 
@@ -34,6 +36,7 @@ struct Scene {
     a: Pod,
     b: Pod,
     c: Pod,
+    pki: Pki,
 }
 
 impl Scene {
@@ -49,21 +52,25 @@ impl Scene {
         for pod in [&a, &b, &c] {
             pod.rules("install", &rules).await.ok();
         }
-        Self { world, host, a, b, c }
+        let pki = Pki::new(world.folder());
+        Self { world, host, a, b, c, pki }
     }
 
     fn socket(&self) -> PathBuf {
         self.world.folder().join("agent.sock")
     }
 
+    fn settings(&self) -> Settings {
+        let mesh = Mesh::default().hbone(&self.a).hbone(&self.b).hbone(&self.c);
+        Settings::node("node", &format!("zds: {:?}", self.socket()))
+            .section(&format!("identity: {{local_ca: {:?}}}", self.pki.dir()))
+            .mesh(&mesh.write(&self.host, "mesh"))
+            .set("proxy.mtls=strict")
+    }
+
     /// Starts the daemon, and passes the pods to it.
     async fn start(&self, pods: &[&Pod]) -> (Proxy, Agent, Connection) {
-        let pki = Pki::new(self.world.folder());
-        let mesh = Mesh::default().hbone(&self.a).hbone(&self.b).hbone(&self.c);
-        let settings = Settings::node("node", &format!("zds: {:?}", self.socket()))
-            .section(&format!("identity: {{local_ca: {:?}}}", pki.dir()))
-            .mesh(&mesh.write(&self.host, "mesh"))
-            .set("proxy.mtls=strict");
+        let settings = self.settings();
         let agent = Agent::listen(&self.socket());
         let enrol = async {
             let connection = agent.accept().await;
@@ -119,7 +126,7 @@ async fn removal() {
     assert_eq!(agent.del(b).await, "", "it is removed already");
     connect(a, &app_c, c.at(Family::V4, APP)).await;
     drop(app_b);
-    let Scene { a, b, c, world, host } = scene;
+    let Scene { a, b, c, world, host, .. } = scene;
     drop(b);
     until("the namespace is gone, and its end of a link", async || {
         let links = tool(&a, "ip", &["-o", "link"]).await.ok();
@@ -176,4 +183,47 @@ async fn rejections() {
     assert!(reason.contains("after SnapshotSent"), "{reason}");
     exchange(&mut client, &mut server).await;
     assert_eq!(agent.add(a).await, "", "the connection is as before");
+}
+
+async fn hot_restart() {
+    let scene = Scene::new().await;
+    let Scene { a, b, c, .. } = &scene;
+    let (mut daemon, agent, connection) = scene.start(&[a, b]).await;
+    let app = b.listen(APP);
+    let to = b.at(Family::V4, APP);
+    let (mut client, mut server, _) = connect(a, &app, to).await;
+    let stop = AtomicBool::new(false);
+    let changes = async {
+        let mut changes = 0;
+        while !stop.load(Relaxed) {
+            assert_eq!(connection.add(c).await, "");
+            assert_eq!(connection.del(c).await, "");
+            changes += 2;
+        }
+        changes
+    };
+    let restarts = async {
+        let mut old = Vec::new();
+        for _ in 0..3 {
+            let new = scene.host.proxy(&scene.settings().take_over()).await;
+            daemon.line(&["another process has taken over"]).await;
+            old.push(std::mem::replace(&mut daemon, new));
+            daemon.line(&["continuing the connection to the node agent"]).await;
+            exchange(&mut client, &mut server).await;
+            connect(a, &app, to).await;
+        }
+        stop.store(true, Relaxed);
+        old
+    };
+    let (changes, old) = tokio::join!(changes, restarts);
+    assert!(changes >= 2);
+    agent.assert_quiet(&connection).await;
+    assert_eq!(connection.add(c).await, "");
+    let app_c = c.listen(APP);
+    connect(a, &app_c, c.at(Family::V4, APP)).await;
+    drop((client, server));
+    for mut old in old {
+        assert!(old.ended().await.success(), "{}", old.log());
+        assert_eq!(old.count(&["rules removed"]), 0, "{}", old.log());
+    }
 }

@@ -45,8 +45,7 @@ settings! {
     DRAIN: Duration = "timeouts.drain", DURATION,
         Fallback::Is(|| Duration::from_secs(5)), |s| Some(s.timeouts.drain);
     // The old process costs some memory, but ending it early would cost connections.
-    /// the time for open connections to end after another process has taken over (`underpass run
-    /// --take-over`)
+    /// the time for open connections to end after another process has taken over (`--take-over`)
     HANDOVER_DRAIN: Duration = "timeouts.handover_drain", DURATION,
         Fallback::Is(|| Duration::from_secs(HOUR)), |s| Some(s.timeouts.handover_drain);
     /// the time without streams after which a tunnel that this proxy opened is closed

@@ -139,7 +139,7 @@ async fn accepted(
     from: IpAddr,
 ) -> std::net::TcpStream {
     let port = listener.local_addr().expect("bound").port();
-    let listener = listener.try_clone().expect("a copy").register().expect("registered");
+    let listener = listener.clone().register().expect("registered");
     let to = SocketAddr::new(from, port);
     let (_client, accepted) = tokio::join!(connect(sockets, to), listener.accept());
     accepted.expect("accepted").0

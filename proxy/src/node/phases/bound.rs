@@ -1,7 +1,7 @@
 //! A pod with bound listeners.
 
-use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
 use underpass_config::{InterceptionSettings, PodUid, Settings};
@@ -53,17 +53,19 @@ impl BoundPod {
             Capture::prepare(settings.clone(), interception.clone(), access.clone()).await?;
         let sockets = pod_sockets(&settings);
         let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
-        let pod = PodToServe { uid, settings, interception, access, listeners };
+        let certificate_within = None;
+        let pod = PodToServe { uid, settings, interception, access, listeners, certificate_within };
         Ok(Self { pod, capture, health })
     }
 
-    /// Duplicates the listeners' descriptors, to hand them over.
-    ///
-    /// # Errors
-    ///
-    /// The process has no free descriptor.
-    pub(crate) fn duplicate_listeners(&self) -> io::Result<NamedListeners> {
+    /// Its listeners, to hand over. They close with the last handle.
+    pub(crate) fn duplicate_listeners(&self) -> NamedListeners {
         self.pod.listeners.duplicate()
+    }
+
+    /// Lets the pod wait for its certificate before it accepts.
+    pub(crate) fn require_certificate(&mut self, within: Duration) {
+        self.pod.certificate_within = Some(within);
     }
 
     /// Installs the rules.

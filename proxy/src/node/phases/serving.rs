@@ -36,6 +36,11 @@ impl ServingPod {
         self.served.certificate()
     }
 
+    /// Its connections, in the data plane.
+    pub(crate) fn served(&self) -> &dyn ServedPod {
+        &*self.served
+    }
+
     pub(crate) fn capture(&self) -> &Capture {
         &self.rules.capture
     }

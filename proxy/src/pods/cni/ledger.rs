@@ -270,6 +270,13 @@ impl Ledger {
     pub(super) fn resume(&self) -> io::Result<()> {
         for StoredPod { pod, device, inode } in self.store.load()? {
             let path = Path::new(&pod.namespace_path);
+            if let Some((facts, namespace)) = self.registry.known(&pod.pod.uid)
+                && (namespace.device(), namespace.inode()) == (device, inode)
+            {
+                // Adopted from the process that was taken over.
+                self.begin(&pod, namespace, Progress::Enrolled, Some(facts));
+                continue;
+            }
             let namespace = match (self.open)(path) {
                 Ok(found) if (found.id().device(), found.id().inode()) == (device, inode) => found,
                 Err(error) if !is_stale(path, device, inode) => {
@@ -293,6 +300,9 @@ impl Ledger {
             };
             self.begin(&pod, namespace.id(), Progress::Enrolled, None);
         }
+        let known = self.known();
+        let pods = known.entries.values().map(|entry| entry.pod.pod.uid.clone());
+        self.registry.retain(&pods.collect());
         Ok(())
     }
 

@@ -21,6 +21,7 @@ use super::ledger::{Addition, Ledger};
 use super::protocol::{Answer, ProtocolError, Refusal, Request, code};
 use crate::error::chain;
 use crate::pods::registry::Removal;
+use crate::pods::source::{PauseRequest, PauseRequests, SourceState};
 use crate::process::take_over::control_socket::ControlSocket;
 
 /// The maximum number of concurrent calls. Further ones wait in the accept queue.
@@ -35,6 +36,8 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(20);
 const DELETE_TIMEOUT: Duration = Duration::from_secs(5);
 /// The maximum number of attachments that a GC request lists.
 const MAX_VALID_ATTACHMENTS: usize = 10_000;
+/// Timeout for the calls in progress when another process takes over.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(4);
 /// The interval of the search for pods whose namespace no longer exists.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(30);
 /// The delay after a failed accept, for example without file descriptors.
@@ -45,9 +48,10 @@ pub(super) type NotReady = watch::Receiver<Option<String>>;
 
 /// Answers calls on `socket`. Never returns.
 pub(super) async fn serve(
-    socket: ControlSocket,
+    mut socket: ControlSocket,
     ledger: Arc<Ledger>,
     not_ready: NotReady,
+    mut pauses: PauseRequests,
 ) -> Infallible {
     let calls = Arc::new(Semaphore::new(MAX_CONCURRENT_CALLS));
     let mut tasks = JoinSet::new();
@@ -73,9 +77,32 @@ pub(super) async fn serve(
                 }
             },
             _ = sweep.tick() => ledger.sweep(),
+            request = pauses.next() => {
+                finish(&mut tasks).await;
+                pause(request, &mut socket).await;
+            }
             Some(_) = tasks.join_next() => {}
         }
     }
+}
+
+/// Waits for the calls in progress. Those that are not finished in time are undone, and the runtime
+/// repeats them.
+async fn finish(calls: &mut JoinSet<()>) {
+    let all = async { while calls.join_next().await.is_some() {} };
+    if timeout(FINISH_TIMEOUT, all).await.is_err() {
+        tracing::warn!(calls = calls.len(), "calls of the CNI plugin were not finished in time");
+        calls.shutdown().await;
+    }
+}
+
+/// Accepts no calls until the request ends: they wait in the queue of the socket.
+async fn pause(request: PauseRequest, socket: &mut ControlSocket) {
+    let descriptors = socket.descriptor().into_iter().collect();
+    // The process that takes over owns the file if this one ends now.
+    socket.own(false);
+    request.pause(SourceState { text: String::new(), descriptors }).await;
+    socket.own(true);
 }
 
 /// Answers the requests of one call.

@@ -6,12 +6,14 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Mutex;
 
+use tokio::task::JoinHandle;
 use underpass_interception::testing::fake_namespace;
 
 use super::*;
 use crate::pods::enrolment::LeaveReason;
+use crate::pods::source::{self, SourceEnd, SourceHandle};
 use crate::pods::status::PodState;
-use crate::pods::testing::FakeEnroller;
+use crate::pods::testing::{FakeEnroller, start};
 
 /// Longer than the intervals at which the folder and the namespaces are polled.
 const LONGER_THAN_POLL: Duration = Duration::from_secs(60);
@@ -22,6 +24,8 @@ struct Fixture {
     enroller: FakeEnroller,
     registry: PodRegistry,
     health: SourceHealth,
+    running: JoinHandle<SourceEnd>,
+    handle: SourceHandle,
 }
 
 impl Drop for Fixture {
@@ -39,15 +43,29 @@ impl Fixture {
         let namespaces: Arc<Mutex<HashMap<PathBuf, Namespace>>> = Arc::default();
         let enroller = FakeEnroller::default();
         let (registry, health) = (enroller.registry(), SourceHealth::default());
-        let opened = namespaces.clone();
+        let (handle, _) = source::pauses();
+        let running = tokio::spawn(std::future::pending());
+        let mut fixture = Self { folder, namespaces, enroller, registry, health, running, handle };
+        fixture.start(None);
+        fixture
+    }
+
+    /// Starts a source of the folder in place of the one before.
+    fn start(&mut self, inherited: Option<SourceState>) {
+        self.running.abort();
+        let source = self.source();
+        (self.running, self.handle) = start(source, &self.registry, &self.health, inherited);
+    }
+
+    /// Another source of the folder.
+    fn source(&self) -> DirectorySource {
+        let opened = self.namespaces.clone();
         let open = move |path: &Path| match opened.lock().unwrap().get(path) {
             Some(namespace) => Ok(namespace.clone()),
             None => Namespace::open("/nowhere"),
         };
-        let watcher = FileWatcher::default();
-        let source = DirectorySource::with_namespaces(&folder, &watcher, Box::new(open)).unwrap();
-        tokio::spawn(Box::new(source).run(registry.clone(), health.clone()));
-        Self { folder, namespaces, enroller, registry, health }
+        let (watcher, open) = (FileWatcher::default(), Box::new(open));
+        DirectorySource::with_namespaces(&self.folder, &watcher, open).unwrap()
     }
 
     /// Creates or replaces a namespace.
@@ -193,6 +211,30 @@ async fn pods_stay_enrolled_while_the_folder_is_missing() {
     tokio::time::sleep(LONGER_THAN_POLL).await;
     assert!(fixture.health.is_ready());
     assert_eq!((fixture.serving(), fixture.enroller.left().len()), (vec!["a".to_owned()], 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_process_continues_with_the_files() {
+    for with_state in [true, false] {
+        let mut fixture = Fixture::new(&format!("continues-{with_state}"));
+        ["a", "b", "c"].iter().for_each(|name| fixture.namespace(name));
+        for name in ["a", "b", "c"] {
+            fixture.write(&format!("{name}.yaml"), &pod(name, "")).await;
+        }
+        // A file with a mistake stands for its pod. One that goes meanwhile does not.
+        fixture.write("b.yaml", "uid: [").await;
+        let (state, paused) = fixture.handle.pause().await.unwrap();
+        fixture.remove("c.yaml").await;
+        fixture.write("a.yaml", &pod("a", "labels: {app: a}")).await;
+        assert_eq!(fixture.serving(), ["a", "b", "c"], "the source is paused");
+        fixture.running.abort();
+        drop(paused);
+        fixture.start(with_state.then_some(state));
+        tokio::time::sleep(LONGER_THAN_POLL).await;
+        let expected: &[&str] = if with_state { &["a", "b"] } else { &["a"] };
+        assert_eq!(fixture.serving(), expected);
+        assert_eq!(fixture.enroller.attempts(&"a".parse().unwrap()), 1, "it runs on");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -8,6 +8,7 @@ use super::*;
 use crate::pods::enrolment::LeaveReason;
 use crate::pods::facts::tests::facts;
 use crate::pods::status::PodState;
+use crate::pods::take_over::handed::Handed;
 use crate::pods::testing::FakeEnroller;
 
 fn pod(uid: &str) -> PodFacts {
@@ -116,6 +117,7 @@ async fn panicking_attempt_is_an_error_of_its_pod() {
             &self,
             _: Arc<PodFacts>,
             _: Namespace,
+            _: Option<Handed>,
         ) -> crate::pods::enrolment::Operation<Result<Enrolled, EnrolError>> {
             Box::pin(async { panic!("a defect") })
         }

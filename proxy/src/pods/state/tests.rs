@@ -6,8 +6,10 @@ use fastrand::Rng;
 use underpass_interception::testing::fake_namespace;
 
 use super::*;
-use crate::pods::enrolment::{Operation, PodProblem};
+use crate::pods::enrolment::{Operation, Pause, PodProblem};
 use crate::pods::facts::tests::facts;
+use crate::pods::status::{PodState, Step};
+use crate::traffic::listeners::NamedListeners;
 
 /// A served pod that applies all changes except a new name.
 #[derive(Debug)]
@@ -39,6 +41,20 @@ impl EnrolledPod for Served {
     fn problem(&self) -> Option<PodProblem> {
         None
     }
+
+    fn listeners(&self) -> NamedListeners {
+        Vec::new()
+    }
+
+    fn has_certificate(&self) -> Operation<bool> {
+        Box::pin(async { false })
+    }
+
+    fn pause(&self, _: Pause) -> Operation<()> {
+        Box::pin(async {})
+    }
+
+    fn resume(&self) {}
 
     fn leave(self: Box<Self>, _: LeaveReason) -> Operation<()> {
         Box::pin(async {})
@@ -98,7 +114,7 @@ impl Node {
         let now = self.now();
         while let Some(action) = self.pods.next_action(now) {
             match action {
-                Action::Enrol { attempt, facts, namespace } => {
+                Action::Enrol { attempt, facts, namespace, .. } => {
                     self.attempts.push((attempt, facts, namespace.id()));
                 }
                 Action::Leave { namespace, uid, pod, why } => {
@@ -354,7 +370,7 @@ fn check(node: &Node) {
     let mut active: Vec<_> = node.attempts.iter().map(|(_, _, namespace)| *namespace).collect();
     active.extend(node.leaving.iter().map(|(namespace, ..)| *namespace));
     let serving = node.pods.pods.values().filter_map(|entry| match &entry.phase {
-        Phase::Serving { namespace, .. } => Some(*namespace),
+        Phase::Serving { namespace, .. } => Some(namespace.id()),
         _ => None,
     });
     active.extend(serving);

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::convert::Infallible;
 use std::io::{self, ErrorKind};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -14,6 +14,7 @@ use underpass_interception::{InterceptionError, Message, Namespace, SeqPacket};
 use crate::pods::enrolment::EnrolError;
 use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
+use crate::pods::source::{PauseRequests, SourceState};
 use crate::pods::zds::session::{self, Command, RequestError, Session};
 
 /// How long a response waits for the enrolment. istio-cni waits 5 s for the response, and its
@@ -26,6 +27,8 @@ pub(super) struct Connection {
     socket: SeqPacket,
     registry: PodRegistry,
     session: Session,
+    /// Whether the other end awaits the first message.
+    greets: bool,
 }
 
 /// The reason why a connection ended.
@@ -79,12 +82,35 @@ impl RequestFailure {
 
 impl Connection {
     pub(super) fn new(socket: SeqPacket, registry: PodRegistry) -> Self {
-        Self { socket, registry, session: Session::new() }
+        Self { socket, registry, session: Session::new(), greets: true }
+    }
+
+    /// Continues the connection of the process that was taken over; `None` if it had none.
+    pub(super) fn resume(state: SourceState, registry: &PodRegistry) -> Option<Self> {
+        let socket = SeqPacket::new(state.descriptors.into_iter().next()?).ok()?;
+        let session = Session::resume(&state.text)?;
+        Some(Self { socket, registry: registry.clone(), session, greets: false })
+    }
+
+    /// Whether the agent has sent all pods.
+    pub(super) fn has_snapshot(&self) -> bool {
+        self.session.has_snapshot()
+    }
+
+    /// What another process needs to continue the connection.
+    fn state(&self) -> io::Result<SourceState> {
+        let descriptors = vec![self.socket.as_fd().try_clone_to_owned()?];
+        Ok(SourceState { text: self.session.state(), descriptors })
     }
 
     /// Performs requests until the connection ends. Calls `on_snapshot` at the end of a snapshot.
-    pub(super) async fn serve(mut self, on_snapshot: impl FnMut()) -> ConnectionError {
-        match self.exchange(on_snapshot).await {
+    /// Pauses between two requests.
+    pub(super) async fn serve(
+        mut self,
+        on_snapshot: impl FnMut(),
+        pauses: &mut PauseRequests,
+    ) -> ConnectionError {
+        match self.exchange(on_snapshot, pauses).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
@@ -93,10 +119,22 @@ impl Connection {
     async fn exchange(
         &mut self,
         mut on_snapshot: impl FnMut(),
+        pauses: &mut PauseRequests,
     ) -> Result<Infallible, ConnectionError> {
-        self.send(&session::hello()).await?;
+        if self.greets {
+            self.send(&session::hello()).await?;
+        }
         loop {
-            let outcome = match self.socket.receive().await {
+            let received = tokio::select! {
+                // A request that arrives now is the other process's.
+                biased;
+                request = pauses.next() => {
+                    request.pause(self.state().map_err(ConnectionError::Io)?).await;
+                    continue;
+                }
+                received = self.socket.receive() => received,
+            };
+            let outcome = match received {
                 Ok(Some(message)) => self.perform(message, &mut on_snapshot).await,
                 Ok(None) => return Err(ConnectionError::Closed),
                 Err(error) if error.kind() == ErrorKind::InvalidData => {

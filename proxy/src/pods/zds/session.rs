@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use prost::{DecodeError, Message as _};
+use serde_json::json;
 use thiserror::Error;
 use underpass_config::{PodUid, PodUidError};
 
@@ -86,6 +87,31 @@ impl RequestError {
 impl Session {
     pub(super) fn new() -> Self {
         Self { named: Some(BTreeSet::new()) }
+    }
+
+    /// Whether the agent has sent all pods.
+    pub(super) fn has_snapshot(&self) -> bool {
+        self.named.is_none()
+    }
+
+    /// The state, from which another process continues: the pods that the agent has named before
+    /// the end of the snapshot.
+    pub(super) fn state(&self) -> String {
+        let named = self.named.as_ref();
+        let named = named.map(|named| named.iter().map(PodUid::to_string).collect::<Vec<_>>());
+        json!(named).to_string()
+    }
+
+    /// Continues from a [`state`](Self::state); `None` if it is none.
+    pub(super) fn resume(state: &str) -> Option<Self> {
+        let named: Option<Vec<String>> = serde_json::from_str(state).ok()?;
+        let uids = |named: Vec<String>| {
+            named.iter().map(|uid| uid.parse().ok()).collect::<Option<BTreeSet<PodUid>>>()
+        };
+        match named.map(uids) {
+            None => Some(Self { named: None }),
+            Some(named) => Some(Self { named: Some(named?) }),
+        }
     }
 
     /// Interprets a datagram. Drops, and so closes, the descriptors of a rejected request.

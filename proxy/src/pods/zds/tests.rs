@@ -12,7 +12,9 @@ use underpass_interception::testing::{SeqPacketListener, seqpacket_pair};
 
 use super::*;
 use crate::pods::enrolment::EnrolError;
-use crate::pods::testing::FakeEnroller;
+use crate::pods::registry::PodRegistry;
+use crate::pods::source::{self, SourceEnd, SourceHandle, SourceHealth};
+use crate::pods::testing::{FakeEnroller, start};
 use crate::pods::zds::connection::Connection;
 use crate::pods::zds::messages::{Ack, AddWorkload, Payload, Response, WorkloadResponse, ZdsHello};
 use crate::pods::zds::session::script::{self, encode};
@@ -97,7 +99,10 @@ impl Proxy {
     async fn connect(&self) -> (Agent, JoinHandle<ConnectionError>) {
         let (ours, theirs) = seqpacket_pair().expect("a pair");
         let connection = Connection::new(ours, self.registry.clone());
-        let serving = tokio::spawn(connection.serve(|| {}));
+        let serving = tokio::spawn(async move {
+            let (_handle, mut pauses) = source::pauses();
+            connection.serve(|| {}, &mut pauses).await
+        });
         (Agent::greeted(theirs).await, serving)
     }
 
@@ -292,16 +297,29 @@ struct Connecting {
     proxy: Proxy,
     health: SourceHealth,
     path: PathBuf,
-    running: JoinHandle<crate::pods::source::SourceEnd>,
+    running: JoinHandle<SourceEnd>,
+    handle: SourceHandle,
 }
 
 impl Connecting {
     fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("zds-{}-{name}", std::process::id()));
         let (proxy, health) = (Proxy::new(), SourceHealth::default());
-        let source = Box::new(ZdsSource::new(path.clone()));
-        let running = tokio::spawn(source.run(proxy.registry.clone(), health.clone()));
-        Self { proxy, health, path, running }
+        let source = ZdsSource::new(path.clone());
+        let (running, handle) = start(source, &proxy.registry, &health, None);
+        Self { proxy, health, path, running, handle }
+    }
+
+    /// Pauses the source, and continues in another process with the same pods.
+    async fn hand_over(&mut self) {
+        let (state, paused) = self.handle.pause().await.expect("it runs");
+        self.running.abort();
+        drop(paused);
+        let source = ZdsSource::new(self.path.clone());
+        self.health = SourceHealth::default();
+        let started = start(source, &self.proxy.registry, &self.health, Some(state));
+        (self.running, self.handle) = started;
+        tokio::task::yield_now().await;
     }
 
     fn listen(&self) -> SeqPacketListener {
@@ -340,6 +358,66 @@ async fn reconnects_to_restarted_agent_and_keeps_pods() {
     assert_eq!(agent.snapshot_sent().await, "");
     assert!(source.health.is_ready());
     assert_eq!(source.proxy.enroller.attempts(&uid("a")), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_process_continues_the_connection_of_the_agent() {
+    let mut source = Connecting::new("hand-over");
+    let listener = source.listen();
+    let agent = Connecting::accept(&listener).await;
+    assert_eq!(agent.add("a", 0).await, "");
+    // In the middle of the snapshot: the pods named so far stay.
+    source.hand_over().await;
+    assert!(!source.health.is_ready(), "the snapshot is incomplete");
+    assert_eq!(agent.add("b", 1).await, "");
+    assert_eq!(agent.snapshot_sent().await, "");
+    assert!(source.health.is_ready());
+    source.hand_over().await;
+    assert!(source.health.is_ready(), "at once");
+    assert!(agent.snapshot_sent().await.contains("received before"));
+    assert_eq!(agent.del("a").await, "");
+    source.proxy.serves(&["b"]).await;
+    agent.receives_nothing().await;
+    assert_eq!(source.proxy.enroller.attempts(&uid("b")), 1);
+    timeout(Duration::from_secs(60), listener.accept()).await.expect_err("no second connection");
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_request_is_answered_once_by_either_process() {
+    let mut source = Connecting::new("in-flight");
+    let listener = source.listen();
+    let agent = Connecting::accept(&listener).await;
+    assert_eq!(agent.snapshot_sent().await, "");
+    // The running process answers the request in progress.
+    let release = source.proxy.enroller.hold_next(&uid("a"));
+    agent.send(&script::add("a"), &[namespace(0).as_fd()]).await;
+    while source.proxy.enroller.attempts(&uid("a")) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let released = async {
+        sleep(Duration::from_secs(1)).await;
+        release.send(()).expect("the attempt waits");
+    };
+    tokio::join!(source.hand_over(), released);
+    assert_eq!(agent.response().await, "");
+    // The new process answers the request that arrives while the source is paused.
+    let (state, paused) = source.handle.pause().await.expect("it runs");
+    agent.send(&script::add("b"), &[namespace(1).as_fd()]).await;
+    agent.receives_nothing().await;
+    // It fails, so that the running process continues.
+    drop((state, paused));
+    assert_eq!(agent.response().await, "");
+    agent.receives_nothing().await;
+    source.proxy.serves(&["a", "b"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_process_connects_if_there_was_no_connection() {
+    let mut source = Connecting::new("unconnected");
+    source.hand_over().await;
+    assert!(!source.health.is_ready());
+    let agent = Connecting::accept(&source.listen()).await;
+    assert_eq!(agent.snapshot_sent().await, "");
 }
 
 #[tokio::test(start_paused = true)]

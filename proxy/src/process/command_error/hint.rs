@@ -18,6 +18,7 @@ impl Hint for CommandError {
             Self::Mesh(MeshFeedError::ControlPlane(error)) => return error.hint(),
             Self::Pod(error) => return error.hint(),
             Self::TakeOver(error) => return error.hint(),
+            Self::Adoption(error) => return error.hint(),
             Self::Instance(error) => return error.hint(),
             Self::Demo(error) => return error.hint(),
             Self::Install(error) => return error.hint(),

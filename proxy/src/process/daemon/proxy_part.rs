@@ -17,12 +17,13 @@ use crate::pods::registry::PodRegistry;
 use crate::pods::source::SourceHealth;
 use crate::process::command_error::CommandError;
 use crate::process::node_proxy::{LoadedNode, RunningNode};
+use crate::process::pause_gate::Pausable;
 use crate::process::supervise::{Supervisor, Task};
-use crate::traffic::listeners::{EndpointKind, Listeners};
+use crate::traffic::listeners::BoundEndpoints;
 
 /// The proxy part before this process drops its privileges.
 pub(super) enum PreparedProxy {
-    InProcess(Box<LoadedNode>, Listeners<EndpointKind>),
+    InProcess(Box<LoadedNode>, BoundEndpoints),
     Process(Box<ProxyProcess>),
 }
 
@@ -37,7 +38,7 @@ impl PreparedProxy {
     pub(super) async fn new(
         settings: &Arc<Settings>,
         access: &NamespaceAccess,
-        endpoints: Listeners<EndpointKind>,
+        endpoints: BoundEndpoints,
         watcher: &FileWatcher,
         supervisor: &Supervisor,
     ) -> Result<Self, CommandError> {
@@ -140,10 +141,27 @@ impl ProxyPart {
         }
     }
 
+    /// Reports that the node serves its pods. The endpoints accept from now on.
     pub(super) fn ready(&self) {
         match self {
-            Self::InProcess(node) => node.readiness().ready(),
+            Self::InProcess(node) => node.ready(),
             Self::Process(process) => process.post(&ToProxy::Serving),
+        }
+    }
+
+    /// Pauses accepting on the endpoints, while another process takes over.
+    pub(super) fn endpoints(&self) -> Arc<dyn Pausable> {
+        match self {
+            Self::InProcess(node) => Arc::new(node.endpoints().clone()),
+            Self::Process(process) => Arc::new(process.data_plane.clone()),
+        }
+    }
+
+    /// Leaves the endpoints to the process that has taken over. Pods take no new connections.
+    pub(super) fn hand_over(&mut self) {
+        match self {
+            Self::InProcess(node) => node.hand_over(),
+            Self::Process(process) => process.post(&ToProxy::HandedOver),
         }
     }
 

@@ -49,7 +49,7 @@ impl Bound {
         take_over: bool,
         supervisor: Supervisor,
     ) -> Result<Self, CommandError> {
-        let (client, handed) = connect_to_running(&settings, take_over).await?.unzip();
+        let (client, handed) = TakeoverClient::connect_if(take_over, &settings).await?.unzip();
         let mut handed = handed.unwrap_or_default();
         let instance = Instance::claim(&settings, handed.instance.take()).await?;
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
@@ -89,10 +89,10 @@ impl Bound {
         let ReceivedSockets { listeners: handed, control_socket, .. } = &mut handed;
         let pod = BoundPod::bind(spec, handed).await?;
         let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
-        let mut offered = pod.duplicate_listeners().map_err(CommandError::Start)?;
-        offered.extend(listeners.duplicate().map_err(CommandError::Start)?);
+        let mut offered = pod.duplicate_listeners();
+        offered.extend(listeners.duplicate());
         let control_socket = control_socket.take();
-        let takeovers = TakeoverServer::listen(&settings, offered, gates.clone(), control_socket)?;
+        let takeovers = TakeoverServer::listen(&settings, offered, control_socket).await?;
         let takeovers = takeovers.with_instance(instance.clone());
         let mut endpoints = Endpoints::serve(listeners, readiness, &exporter, &gates.accept);
         let mut credentials = None;
@@ -125,20 +125,4 @@ impl Bound {
         let pod = pod.guard(owner).await?;
         Ok(Guarded { core, pod, credentials, publisher, reload, takeovers, client })
     }
-}
-
-/// Connects to the running process and receives its sockets. Returns `None` without `--take-over`
-/// or without a running process.
-async fn connect_to_running(
-    settings: &Settings,
-    take_over: bool,
-) -> Result<Option<(TakeoverClient, ReceivedSockets)>, CommandError> {
-    if !take_over {
-        return Ok(None);
-    }
-    let client = TakeoverClient::connect(settings).await?;
-    if client.is_none() {
-        tracing::info!("no running process to take over from: starting without one");
-    }
-    Ok(client)
 }

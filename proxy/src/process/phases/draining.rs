@@ -15,7 +15,7 @@ const WORKER_STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The reason why the proxy stops serving.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum StopReason {
+pub(in crate::process) enum StopReason {
     Stopped(&'static str),
     /// Another process has taken over.
     HandedOver {

@@ -50,10 +50,9 @@ impl Endpoints {
 
 fn serve(task: &'static str, endpoint: Endpoint, listener: BoundListener, gate: PauseGate) -> Task {
     restarting(task, move || {
-        let (endpoint, gate, listener) = (endpoint.clone(), gate.clone(), listener.try_clone());
+        let (endpoint, gate, listener) = (endpoint.clone(), gate.clone(), listener.clone());
         async move {
-            let served = async { endpoint.serve(listener?, gate).await };
-            if let Err(error) = served.await {
+            if let Err(error) = endpoint.serve(listener, gate).await {
                 tracing::error!(task, %error, "cannot serve an endpoint");
             }
         }

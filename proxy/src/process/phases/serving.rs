@@ -48,7 +48,8 @@ impl Serving {
                 why = stop.wait() => break StopReason::Stopped(why),
                 conversation = self.takeovers.accept() => conversation,
             };
-            match self.takeovers.answer(conversation).await {
+            let mut gates = self.core.node.gates.clone();
+            match self.takeovers.answer(conversation, &mut gates).await {
                 TakeoverOutcome::Completed { pid } => break StopReason::HandedOver { pid },
                 TakeoverOutcome::Abandoned => self.restore_rules().await,
             }

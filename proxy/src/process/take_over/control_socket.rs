@@ -7,7 +7,7 @@
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, ErrorKind};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _, chown};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
@@ -48,15 +48,20 @@ impl ControlSocket {
         Ok(Handover::new(self.listener.accept().await?.0))
     }
 
+    /// A descriptor of the socket, to hand over; `None` if the process has no free one.
+    pub(crate) fn descriptor(&self) -> Option<OwnedFd> {
+        self.listener.as_fd().try_clone_to_owned().ok()
+    }
+
     /// Listens on the socket of another process, which still owns the file.
-    pub(super) fn share(path: &Path, socket: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn share(path: &Path, socket: OwnedFd) -> io::Result<Self> {
         let listener = StdUnixListener::from(socket);
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
         Ok(Self { listener, path: path.to_owned(), owned: false })
     }
 
-    pub(super) fn own(&mut self, owned: bool) {
+    pub(crate) fn own(&mut self, owned: bool) {
         self.owned = owned;
     }
 }
@@ -100,6 +105,11 @@ pub(super) fn path(settings: &TakeOver) -> io::Result<Option<PathBuf>> {
             Ok(Some(Path::new(FOLDER).join(name)))
         }
     }
+}
+
+/// Whether a process listens at `path`.
+pub(super) async fn is_listening(path: &Path) -> bool {
+    matches!(connect(path).await, Ok(Some(_)))
 }
 
 /// Connects to the running process; `None` if no process listens.

@@ -1,7 +1,8 @@
 //! The running process's side of a take-over.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -9,14 +10,17 @@ use underpass_config::{Settings, TakeOver};
 use underpass_interception::{Handover, Peer, ProxyUser};
 
 use super::control_socket::{self, ControlSocket};
+use super::role::Role;
+use super::subject::Subject;
 use super::{
-    ACCEPT, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS, OK, PREPARE_TIMEOUT, READY,
-    REFUSED, RULES, Role, SWITCH_TIMEOUT, TakeOverError,
+    ACCEPT, ALIVE, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS, LONGEST_MESSAGE, OK,
+    READY, REFUSED, SWITCH_TIMEOUT, TakeOverError,
 };
 use crate::process::instance::Instance;
-use crate::process::pause_gate::Gates;
 use crate::traffic::listeners::NamedListeners;
 
+/// The first message, as errors name it.
+const HELLO: &str = "hello";
 /// The delay after a failed accept, for example without file descriptors.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 
@@ -28,7 +32,10 @@ pub(crate) struct TakeoverServer {
     listeners: NamedListeners,
     instance: Option<Instance>,
     role: Role,
-    gates: Gates,
+    /// Closed when this process ends, by which a new process knows it.
+    _alive: StdUnixStream,
+    /// The other end, which is passed.
+    alive: OwnedFd,
 }
 
 /// The outcome of an attempt to take over.
@@ -47,7 +54,7 @@ enum ConversationError {
     #[error("the other process has a different role")]
     Refused,
     #[error("no request within {} s after \"{after}\"", deadline.as_secs())]
-    Late { after: &'static str, deadline: Duration },
+    Late { after: String, deadline: Duration },
     #[error("the connection was closed before \"{wanted}\"")]
     Closed { wanted: &'static str },
     #[error("received \"{message}\" instead of \"{wanted}\"")]
@@ -59,18 +66,19 @@ enum ConversationError {
 impl TakeoverServer {
     /// Listens on the socket that was handed over, or else at the path from the settings. With
     /// `take_over.socket: auto` a failure to listen is only logged.
-    pub(crate) fn listen(
+    pub(crate) async fn listen(
         settings: &Settings,
         listeners: NamedListeners,
-        gates: Gates,
         handed: Option<ControlSocket>,
     ) -> Result<Self, TakeOverError> {
         let role = Role::new(settings).map_err(TakeOverError::Namespace)?;
         let control_socket = match handed {
             Some(socket) => Some(socket),
-            None => bind_control_socket(settings)?,
+            None => bind_control_socket(settings).await?,
         };
-        Ok(Self { control_socket, listeners, instance: None, role, gates })
+        let (_alive, alive) = StdUnixStream::pair().map_err(TakeOverError::Socket)?;
+        let alive = alive.into();
+        Ok(Self { control_socket, listeners, instance: None, role, _alive, alive })
     }
 
     /// Adds the instance socket to the sockets that are handed over.
@@ -101,11 +109,16 @@ impl TakeoverServer {
         }
     }
 
-    /// Performs the take-over within its timeouts. If this future is dropped, gates stay closed.
-    pub(crate) async fn answer(&mut self, conversation: Handover) -> TakeoverOutcome {
+    /// Performs the take-over of `subject` within its timeouts. Cancelling it leaves it paused.
+    pub(crate) async fn answer(
+        &mut self,
+        conversation: Handover,
+        subject: &mut impl Subject,
+    ) -> TakeoverOutcome {
+        let conversation = conversation.with_longest_line(LONGEST_MESSAGE);
         let peer = conversation.peer();
         let outcome = match &peer {
-            Ok(peer) => self.perform(&conversation, *peer).await,
+            Ok(peer) => self.perform(&conversation, *peer, subject).await,
             Err(error) => Err(ConversationError::Io(io::Error::from(error.kind()))),
         };
         let pid = peer.ok().and_then(|peer| peer.pid);
@@ -116,8 +129,10 @@ impl TakeoverServer {
                 }
                 TakeoverOutcome::Completed { pid }
             }
+            // Another process looked whether one listens here.
+            Err(ConversationError::Closed { wanted: HELLO }) => TakeoverOutcome::Abandoned,
             Err(error) => {
-                self.gates.open();
+                subject.resume();
                 let error = crate::error::chain(&error);
                 tracing::warn!(
                     pid,
@@ -129,8 +144,13 @@ impl TakeoverServer {
         }
     }
 
-    async fn perform(&self, conversation: &Handover, peer: Peer) -> Result<(), ConversationError> {
-        let role = receive(conversation, "hello", "connecting", ANSWER_TIMEOUT).await?;
+    async fn perform(
+        &self,
+        conversation: &Handover,
+        peer: Peer,
+        subject: &mut impl Subject,
+    ) -> Result<(), ConversationError> {
+        let role = receive(conversation, HELLO, "connecting", ANSWER_TIMEOUT).await?;
         if !peer.is_trusted() {
             conversation
                 .send(&format!("{REFUSED} only root and the proxy's user may take over"), &[])
@@ -148,28 +168,56 @@ impl TakeoverServer {
         let instance =
             self.instance.as_ref().map(|instance| (INSTANCE_SOCKET, instance.listener().as_fd()));
         let sockets = listeners.map(|(name, listener)| (*name, listener.as_fd()));
-        let sockets = sockets.chain(control).chain(instance);
+        let alive = Some((ALIVE, self.alive.as_fd()));
+        let sockets = sockets.chain(control).chain(instance).chain(alive);
         let (names, sockets): (Vec<_>, Vec<_>) = sockets.unzip();
         conversation.send(&format!("{LISTENERS} {}", names.join(" ")), &sockets).await?;
-        expect(conversation, RULES, "hello", PREPARE_TIMEOUT).await?;
-        self.gates.rules.close().await;
+        prepare(conversation, subject).await?;
+        subject.pause().await;
         conversation.send(OK, &[]).await?;
-        expect(conversation, ACCEPT, RULES, PREPARE_TIMEOUT).await?;
-        self.gates.accept.close().await;
-        conversation.send(OK, &[]).await?;
-        expect(conversation, READY, ACCEPT, SWITCH_TIMEOUT).await?;
+        let message = receive(conversation, READY, ACCEPT, SWITCH_TIMEOUT).await?;
+        if message != READY {
+            return Err(ConversationError::UnexpectedMessage { message, wanted: READY });
+        }
         // The new process accepts already, whether or not this answer arrives.
         conversation.send(OK, &[]).await.ok();
         Ok(())
     }
 }
 
-fn bind_control_socket(settings: &Settings) -> Result<Option<ControlSocket>, TakeOverError> {
+/// Performs requests until the new process takes over accepting.
+async fn prepare<S: Subject>(
+    conversation: &Handover,
+    subject: &mut S,
+) -> Result<(), ConversationError> {
+    let mut after = HELLO.to_owned();
+    loop {
+        let message = receive(conversation, S::REQUESTS, &after, subject.timeout()).await?;
+        if message == ACCEPT {
+            return Ok(());
+        }
+        let Some(reply) = subject.perform(&message).await else {
+            return Err(ConversationError::UnexpectedMessage { message, wanted: S::REQUESTS });
+        };
+        let attached: Vec<_> = reply.attached.iter().map(|one| one.as_fd()).collect();
+        conversation.send(&reply.line, &attached).await?;
+        after = message;
+    }
+}
+
+async fn bind_control_socket(settings: &Settings) -> Result<Option<ControlSocket>, TakeOverError> {
     let Some(socket) =
         control_socket::path(&settings.take_over).map_err(TakeOverError::Namespace)?
     else {
         return Ok(None);
     };
+    if settings.take_over == TakeOver::Auto && control_socket::is_listening(&socket).await {
+        tracing::info!(
+            socket = %socket.display(),
+            "take-over is unavailable: another process listens at its socket (take_over.socket)"
+        );
+        return Ok(None);
+    }
     let user = ProxyUser::required(&settings.interception).ok().flatten();
     match ControlSocket::bind(&socket, user) {
         Ok(bound) => Ok(Some(bound)),
@@ -184,26 +232,14 @@ fn bind_control_socket(settings: &Settings) -> Result<Option<ControlSocket>, Tak
     }
 }
 
-async fn expect(
-    conversation: &Handover,
-    wanted: &'static str,
-    after: &'static str,
-    deadline: Duration,
-) -> Result<(), ConversationError> {
-    match receive(conversation, wanted, after, deadline).await? {
-        said if said == wanted => Ok(()),
-        message => Err(ConversationError::UnexpectedMessage { message, wanted }),
-    }
-}
-
 async fn receive(
     conversation: &Handover,
     wanted: &'static str,
-    after: &'static str,
+    after: &str,
     deadline: Duration,
 ) -> Result<String, ConversationError> {
     match timeout(deadline, conversation.receive()).await {
-        Err(_) => Err(ConversationError::Late { after, deadline }),
+        Err(_) => Err(ConversationError::Late { after: after.to_owned(), deadline }),
         Ok(Ok(Some((line, _)))) => Ok(line),
         Ok(Ok(None)) => Err(ConversationError::Closed { wanted }),
         Ok(Err(error)) if error.kind() == ErrorKind::UnexpectedEof => {

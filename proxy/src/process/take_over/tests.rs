@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use tokio::net::UnixStream;
 use tokio::time::Instant;
-use underpass_config::Sources;
+use underpass_config::{Settings, Sources};
 use underpass_interception::Handover;
 
+use super::role::Role;
 use super::*;
 use crate::process::pause_gate::Gates;
 use crate::traffic::listeners::{Kind, Listeners};
@@ -17,10 +18,10 @@ fn settings(flags: &[&str]) -> Settings {
 }
 
 /// A server, its gates, and both ends of a connection.
-fn server() -> (TakeoverServer, Gates, Handover, Handover) {
+async fn server() -> (TakeoverServer, Gates, Handover, Handover) {
     let gates = Gates::default();
-    let listeners = Listeners::<Kind>::testing().duplicate().unwrap();
-    let server = TakeoverServer::listen(&settings(&[]), listeners, gates.clone(), None).unwrap();
+    let listeners = Listeners::<Kind>::testing().duplicate();
+    let server = TakeoverServer::listen(&settings(&[]), listeners, None).await.unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
     (server, gates, Handover::new(ours), Handover::new(theirs))
 }
@@ -39,10 +40,10 @@ async fn exchange(conversation: &Handover, lines: &[&str]) {
 
 #[tokio::test]
 async fn completed_take_over_keeps_gates_closed() {
-    let (mut server, gates, ours, theirs) = server();
+    let (mut server, mut gates, ours, theirs) = server().await;
     let role = role(&[]);
     let lines = [role.as_str(), RULES, ACCEPT, READY];
-    let (outcome, ()) = tokio::join!(server.answer(ours), exchange(&theirs, &lines));
+    let (outcome, ()) = tokio::join!(server.answer(ours, &mut gates), exchange(&theirs, &lines));
     assert!(matches!(outcome, TakeoverOutcome::Completed { pid: Some(_) }), "{outcome:?}");
     for gate in [&gates.accept, &gates.rules] {
         let passed = tokio::time::timeout(Duration::from_millis(1), gate.pass(async {})).await;
@@ -60,9 +61,9 @@ async fn silent_new_process_times_out_and_gates_reopen() {
         (&[&role, RULES, ACCEPT], SWITCH_TIMEOUT),
     ];
     for (lines, deadline) in turns {
-        let (mut server, gates, ours, theirs) = server();
+        let (mut server, mut gates, ours, theirs) = server().await;
         let began = Instant::now();
-        let (outcome, ()) = tokio::join!(server.answer(ours), exchange(&theirs, lines));
+        let (outcome, ()) = tokio::join!(server.answer(ours, &mut gates), exchange(&theirs, lines));
         assert!(matches!(outcome, TakeoverOutcome::Abandoned), "{outcome:?}");
         assert_eq!(began.elapsed(), deadline, "after {lines:?}");
         assert_eq!(gates.accept.pass(async {}).await, Some(()));
@@ -94,17 +95,51 @@ async fn client_times_out_when_running_process_is_silent() {
     let client = TakeoverClient::new(Handover::new(ours), PathBuf::from("/nowhere.sock"));
     let began = Instant::now();
     let outcome = client.rules().await;
-    assert!(matches!(outcome, Err(TakeOverError::NoAnswer { request: RULES })), "{outcome:?}");
+    assert!(matches!(outcome, Err(TakeOverError::NoAnswer { request: RULES, .. })), "{outcome:?}");
     assert_eq!(began.elapsed(), ANSWER_TIMEOUT);
 }
 
+#[test]
+fn roles_of_run_and_of_nodes_with_other_sources_differ() {
+    let run = Role::new(&settings(&[])).unwrap();
+    let nodes = [
+        "node.pods.directory=/a",
+        "node.pods.directory=/b",
+        "node.pods.cni=/a",
+        "node.pods.zds=/a",
+    ];
+    let nodes = nodes.map(|pods| role(&[pods, "interception.profile=ambient"]));
+    for (index, node) in nodes.iter().enumerate() {
+        assert!(run.refusal(node).is_some(), "{node}");
+        assert!(nodes.iter().skip(index + 1).all(|other| other != node), "{node}");
+    }
+    let broken = role(&["node.pods.directory=/a\nb"]);
+    assert!(!broken.contains('\n'), "a role is one line: {broken}");
+}
+
 #[tokio::test]
-async fn take_over_succeeds_if_old_process_has_exited() {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    let client = TakeoverClient::new(Handover::new(ours), PathBuf::from("/nowhere.sock"));
-    drop(theirs);
-    // An exit of the running process before `ready` is an error.
-    let outcome = client.accept().await;
-    assert!(matches!(outcome, Err(TakeOverError::Closed { request: ACCEPT })), "{outcome:?}");
-    client.ready().await.unwrap();
+async fn ready_succeeds_if_running_process_has_ended() {
+    let path = std::env::temp_dir().join(format!("take-over-{}.sock", std::process::id()));
+    let socket = format!("take_over.socket={}", path.display());
+    let settings = Sources { flags: vec![socket], ..Sources::default() }.load().unwrap();
+    for ends in [true, false] {
+        let server = TakeoverServer::listen(&settings, Vec::new(), None).await.unwrap();
+        let connect = TakeoverClient::connect_if(true, &settings);
+        let greet = async {
+            let mut gates = Gates::default();
+            let mut server = server;
+            let conversation = server.accept().await;
+            // Cancelled after the answer to the first message.
+            let answering = server.answer(conversation, &mut gates);
+            tokio::time::timeout(Duration::from_millis(100), answering).await.unwrap_err();
+            server
+        };
+        let (client, server) = tokio::join!(connect, greet);
+        let (client, _handed) = client.unwrap().unwrap();
+        let _running = (!ends).then_some(server);
+        let outcome = client.accept().await;
+        assert!(matches!(outcome, Err(TakeOverError::Closed { request: ACCEPT })), "{outcome:?}");
+        assert_eq!(client.ready().await.is_ok(), ends);
+        assert_eq!(client.accept_unless_ended().await.is_ok(), ends);
+    }
 }

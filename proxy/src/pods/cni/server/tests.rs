@@ -10,29 +10,41 @@ use super::*;
 use crate::pods::cni::CniSource;
 use crate::pods::cni::results::CniResults;
 use crate::pods::cni::testing::{Folder, attached, facts, namespace};
-use crate::pods::source::{PodSource as _, SourceEnd, SourceHealth};
-use crate::pods::testing::FakeEnroller;
+use crate::pods::registry::PodRegistry;
+use crate::pods::source::{SourceEnd, SourceHandle, SourceHealth};
+use crate::pods::testing::{FakeEnroller, start};
 
 /// A listening daemon, stopped on drop.
 struct Daemon {
     folder: Folder,
     enroller: FakeEnroller,
+    registry: PodRegistry,
     running: JoinHandle<SourceEnd>,
+    handle: SourceHandle,
 }
 
 impl Daemon {
     async fn start() -> Self {
         let (folder, enroller) = (Folder::new(), FakeEnroller::default());
-        let (socket, watches) = (folder.path("cni.sock"), JoinSet::new());
-        let results = CniResults::new(folder.path("results"));
-        let source = CniSource { socket, facts: facts().0, results, watches, upkeep: None };
-        let health = SourceHealth::default();
-        let running = tokio::spawn(Box::new(source).run(enroller.registry(), health.clone()));
+        let (registry, health) = (enroller.registry(), SourceHealth::default());
+        let (running, handle) = start(source(&folder), &registry, &health, None);
         while !health.is_ready() {
             assert!(!running.is_finished(), "{:?}", running.await);
             tokio::task::yield_now().await;
         }
-        Self { folder, enroller, running }
+        Self { folder, enroller, registry, running, handle }
+    }
+
+    /// Pauses the source, and continues in another process with the same pods.
+    async fn hand_over(&mut self) {
+        let (state, paused) = self.handle.pause().await.unwrap();
+        self.running.abort();
+        // Dropped before it resumes.
+        (&mut self.running).await.unwrap_err();
+        drop(paused);
+        let source = source(&self.folder);
+        let health = SourceHealth::default();
+        (self.running, self.handle) = start(source, &self.registry, &health, Some(state));
     }
 
     async fn connect(&self) -> Handover {
@@ -55,6 +67,13 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.running.abort();
     }
+}
+
+/// A source whose socket is in `folder`.
+fn source(folder: &Folder) -> CniSource {
+    let (socket, watches) = (folder.path("cni.sock"), JoinSet::new());
+    let results = CniResults::new(folder.path("results"));
+    CniSource { socket, facts: facts().0, results, watches, upkeep: None }
 }
 
 async fn exchange(connection: &Handover, line: &str, descriptors: &[BorrowedFd<'_>]) -> Answer {
@@ -93,6 +112,17 @@ async fn add_check_and_delete_of_a_pod_succeed() {
 }
 
 #[tokio::test]
+async fn delete_request_of_killed_plugin_is_performed() {
+    let daemon = Daemon::start().await;
+    let pod = attached("web", &[]);
+    assert_eq!(daemon.ask(&add("web"), &[namespace("uts").as_fd()]).await, Answer::Done);
+    let connection = daemon.connect().await;
+    connection.send(&Request::Delete(pod.attachment).encode(), &[]).await.unwrap();
+    drop(connection);
+    daemon.serves(0).await;
+}
+
+#[tokio::test]
 async fn killing_the_plugin_undoes_its_addition() {
     let daemon = Daemon::start().await;
     let (pod, namespace) = (attached("web", &[]), namespace("uts"));
@@ -107,17 +137,6 @@ async fn killing_the_plugin_undoes_its_addition() {
     let check = Request::Check(Box::new(pod));
     while code(daemon.ask(&check, &[namespace.as_fd()]).await) != 3 {}
     drop(held);
-    daemon.serves(0).await;
-}
-
-#[tokio::test]
-async fn delete_request_of_killed_plugin_is_performed() {
-    let daemon = Daemon::start().await;
-    let pod = attached("web", &[]);
-    assert_eq!(daemon.ask(&add("web"), &[namespace("uts").as_fd()]).await, Answer::Done);
-    let connection = daemon.connect().await;
-    connection.send(&Request::Delete(pod.attachment).encode(), &[]).await.unwrap();
-    drop(connection);
     daemon.serves(0).await;
 }
 
@@ -210,4 +229,51 @@ async fn many_calls_at_once_are_answered() {
         let answer = exchange(&connection, &Request::Status.encode(), &[]).await;
         assert_eq!(answer, Answer::Done);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn new_process_continues_with_socket_and_pods() {
+    let mut daemon = Daemon::start().await;
+    let [first, second] = [namespace("uts"), namespace("ipc")];
+    assert_eq!(daemon.ask(&add("web"), &[first.as_fd()]).await, Answer::Done);
+    // The running process finishes the call in progress.
+    let uid = attached("db", &[]).pod.uid;
+    let release = daemon.enroller.hold_next(&uid);
+    let adding = daemon.connect().await;
+    adding.send(&add("db").encode(), &[second.as_fd()]).await.unwrap();
+    while daemon.enroller.attempts(&uid) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let released = async {
+        sleep(Duration::from_secs(1)).await;
+        release.send(()).unwrap();
+    };
+    tokio::join!(daemon.hand_over(), released);
+    let (answer, _) = adding.receive().await.unwrap().unwrap();
+    assert_eq!(Answer::decode(&answer).unwrap(), Answer::Done);
+    assert_eq!(daemon.enroller.serving().len(), 2);
+    assert_eq!(daemon.enroller.attempts(&uid), 1, "no pod is enrolled again");
+    // The new process knows the pods, also one whose namespace it cannot open by its path.
+    let check = Request::Check(Box::new(attached("web", &[])));
+    assert_eq!(daemon.ask(&check, &[first.as_fd()]).await, Answer::Done);
+    for name in ["web", "db"] {
+        let delete = Request::Delete(attached(name, &[]).attachment);
+        assert_eq!(daemon.ask(&delete, &[]).await, Answer::Done);
+    }
+    daemon.serves(0).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn call_that_is_not_finished_in_time_is_undone() {
+    let mut daemon = Daemon::start().await;
+    let uid = attached("web", &[]).pod.uid;
+    let _held = daemon.enroller.hold_next(&uid);
+    let adding = daemon.connect().await;
+    adding.send(&add("web").encode(), &[namespace("uts").as_fd()]).await.unwrap();
+    while daemon.enroller.attempts(&uid) == 0 {
+        tokio::task::yield_now().await;
+    }
+    daemon.hand_over().await;
+    assert!(adding.receive().await.unwrap().is_none(), "the plugin reports an error");
+    assert!(!daemon.registry.is_known(&uid));
 }

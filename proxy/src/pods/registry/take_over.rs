@@ -1,0 +1,108 @@
+//! The registry while another process takes over from this one, and while this one takes over.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use underpass_config::PodUid;
+use underpass_interception::Namespace;
+
+use super::{Enrolment, PodRegistry, Removal};
+use crate::pods::enrolment::{EnrolledPod, Pause};
+use crate::pods::facts::PodFacts;
+use crate::pods::state::Pods;
+use crate::pods::state::moving::Moved;
+use crate::pods::take_over::handed::Handed;
+
+/// Passing all pods to another process that takes over.
+impl PodRegistry {
+    /// The next change that the other process learns; `None` if there is none now.
+    pub(in crate::pods) fn next_moved(&self) -> Option<Moved> {
+        self.pods().next_moved()
+    }
+
+    /// Records that the other process has closed the listeners of a removed pod.
+    pub(in crate::pods) fn released(&self, uid: &PodUid) {
+        self.change(|pods| pods.released(uid));
+    }
+
+    /// Whether the other process may still have the listeners of a removed pod.
+    pub(in crate::pods) fn has_gone(&self) -> bool {
+        self.pods().has_gone()
+    }
+
+    /// Whether the pod is served and has a certificate, or needs none.
+    pub(in crate::pods) async fn has_certificate(&self, uid: &PodUid) -> bool {
+        let certificate = self.pods().served(uid).map(EnrolledPod::has_certificate);
+        match certificate {
+            Ok(certificate) => certificate.await,
+            Err(_) => false,
+        }
+    }
+
+    /// Pauses a part of a pod's work, if the pod is served.
+    pub(in crate::pods) async fn pause(&self, uid: &PodUid, part: Pause) {
+        let pause = self.pods().served(uid).map(|pod| pod.pause(part));
+        if let Ok(pause) = pause {
+            pause.await;
+        }
+    }
+
+    /// Resumes the work of a pod.
+    pub(in crate::pods) fn resume(&self, uid: &PodUid) {
+        self.pods().served(uid).map(EnrolledPod::resume).ok();
+    }
+
+    /// Marks a pod that the other process leaves alone, so that its rules are removed.
+    pub(in crate::pods) fn exempt(&self, uid: &PodUid) {
+        self.pods().exempt(uid);
+    }
+
+    /// Starts no attempts from now on.
+    ///
+    /// # Errors
+    ///
+    /// A pod cannot be passed now.
+    pub(in crate::pods) fn freeze(&self) -> Result<(), String> {
+        self.pods().freeze()
+    }
+
+    /// Resumes the work of all pods.
+    pub(in crate::pods) fn resume_all(&self) {
+        self.change(|pods| {
+            pods.stop_moving();
+            pods.all_served().for_each(EnrolledPod::resume);
+        });
+    }
+
+    /// Drains every pod, whose rules belong to the other process.
+    pub(crate) fn hand_over(&self) -> Removal {
+        Removal(self.change(Pods::hand_over))
+    }
+}
+
+/// Adopting the pods of the running process.
+impl PodRegistry {
+    /// From now on only pods that are handed over are enrolled.
+    pub(in crate::pods) fn begin_adoption(&self) {
+        self.pods().begin_adoption();
+    }
+
+    /// Adds a pod of the running process. Returns the attempt with what is `handed` over.
+    pub(in crate::pods) fn adopt(
+        &self,
+        facts: PodFacts,
+        namespace: Namespace,
+        handed: Option<Handed>,
+    ) -> Option<Enrolment> {
+        let (answer, outcome) = oneshot::channel();
+        let (now, facts) = (Instant::now(), Arc::new(facts));
+        let adopts = self.change(|pods| pods.adopt(now, facts, namespace, handed, answer));
+        adopts.then_some(Enrolment(outcome))
+    }
+
+    /// Enrols the pods too that were not adopted.
+    pub(crate) fn finish_adoption(&self) {
+        self.change(|pods| pods.finish_adoption(Instant::now()));
+    }
+}

@@ -1,0 +1,156 @@
+//! Passing the pods to another process that takes over: which one is next, and what stands still
+//! meanwhile.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use underpass_config::PodUid;
+use underpass_interception::{Namespace, NamespaceId};
+
+use super::{Phase, Pods};
+use crate::pods::enrolment::{EnrolledPod, LeaveReason};
+use crate::pods::facts::PodFacts;
+use crate::traffic::listeners::NamedListeners;
+
+/// What has been passed to the other process.
+#[derive(Debug, Default)]
+pub(super) struct Moving {
+    passed: HashMap<PodUid, (NamespaceId, Arc<PodFacts>)>,
+    /// Pods that were passed and then removed, which the other process does not know yet.
+    gone: BTreeMap<PodUid, NamespaceId>,
+    /// Pods of which the other process knows that, and whose listeners it may still have.
+    releasing: BTreeMap<PodUid, NamespaceId>,
+    /// The passed pods that the other process leaves alone.
+    exempt: BTreeSet<PodUid>,
+    /// The source is paused: no attempt starts, so that pods change no longer.
+    frozen: bool,
+}
+
+/// The next change that the other process learns.
+#[derive(Debug)]
+pub(in crate::pods) enum Moved {
+    Pod(MovedPod),
+    /// A pod that was passed has been removed.
+    Gone(PodUid),
+}
+
+/// A pod that is passed. A pod that was passed before has other facts now.
+#[derive(Debug)]
+pub(in crate::pods) struct MovedPod {
+    pub(in crate::pods) facts: Arc<PodFacts>,
+    pub(in crate::pods) namespace: Namespace,
+    /// `None` if the pod is not served.
+    pub(in crate::pods) listeners: Option<NamedListeners>,
+}
+
+impl Moving {
+    /// Whether the other process enrols the pod.
+    pub(super) fn holds(&self, uid: &PodUid) -> bool {
+        self.frozen || self.passed.contains_key(uid)
+    }
+
+    /// Whether the other process may have listeners of a removed pod in the namespace.
+    pub(super) fn occupies(&self, namespace: NamespaceId) -> bool {
+        self.gone.values().chain(self.releasing.values()).any(|occupied| *occupied == namespace)
+    }
+
+    /// Records that the pod has been removed. Another one of its uid and namespace may follow.
+    pub(super) fn removed(&mut self, uid: &PodUid) {
+        if let Some((namespace, _)) = self.passed.remove(uid) {
+            self.gone.insert(uid.clone(), namespace);
+        }
+    }
+}
+
+impl Pods {
+    /// The next change to pass; `None` if there is none now. Pods that are not served are passed
+    /// once the source is paused: until then this process enrols them.
+    pub(in crate::pods) fn next_moved(&mut self) -> Option<Moved> {
+        let moving = self.moving.get_or_insert_default();
+        if let Some((uid, namespace)) = moving.gone.pop_first() {
+            moving.releasing.insert(uid.clone(), namespace);
+            return Some(Moved::Gone(uid));
+        }
+        let (uid, pod) = self.pods.iter().find_map(|(uid, entry)| {
+            if moving.passed.get(uid).is_some_and(|(_, facts)| *facts == entry.facts) {
+                return None;
+            }
+            let (namespace, listeners) = match &entry.phase {
+                Phase::Serving { namespace, pod } => (namespace, Some(pod.listeners())),
+                Phase::Waiting { namespace, .. } | Phase::Enrolling { namespace, .. }
+                    if moving.holds(uid) =>
+                {
+                    (namespace, None)
+                }
+                _ => return None,
+            };
+            let (facts, namespace) = (entry.facts.clone(), namespace.clone());
+            Some((uid.clone(), MovedPod { facts, namespace, listeners }))
+        })?;
+        moving.passed.insert(uid, (pod.namespace.id(), pod.facts.clone()));
+        Some(Moved::Pod(pod))
+    }
+
+    /// Whether the other process may still have the listeners of a removed pod.
+    pub(in crate::pods) fn has_gone(&self) -> bool {
+        let has_gone = |moving: &Moving| !moving.gone.is_empty() || !moving.releasing.is_empty();
+        self.moving.as_ref().is_some_and(has_gone)
+    }
+
+    /// Records that the other process has closed the listeners of a removed pod.
+    pub(in crate::pods) fn released(&mut self, uid: &PodUid) {
+        if let Some(moving) = &mut self.moving {
+            moving.releasing.remove(uid);
+        }
+    }
+
+    /// Starts no attempts from now on.
+    ///
+    /// # Errors
+    ///
+    /// A removed pod still drains in the namespace of another pod, and would remove its rules.
+    pub(in crate::pods) fn freeze(&mut self) -> Result<(), String> {
+        let removed = self.leaving.iter().find(|(namespace, leaving)| {
+            leaving.why == LeaveReason::Removed && self.pod_by_namespace.contains_key(namespace)
+        });
+        if let Some((_, leaving)) = removed {
+            return Err(format!(
+                "the removed pod {} drains in the network namespace of another one: try again later",
+                leaving.pod
+            ));
+        }
+        self.moving.get_or_insert_default().frozen = true;
+        Ok(())
+    }
+
+    /// Ends the take-over: this process enrols its pods again.
+    pub(in crate::pods) fn stop_moving(&mut self) {
+        self.moving = None;
+    }
+
+    /// Marks a pod that the other process leaves alone.
+    pub(in crate::pods) fn exempt(&mut self, uid: &PodUid) {
+        self.moving.get_or_insert_default().exempt.insert(uid.clone());
+    }
+
+    /// The pods that are served.
+    pub(in crate::pods) fn all_served(&self) -> impl Iterator<Item = &dyn EnrolledPod> {
+        self.pods.values().filter_map(|entry| match &entry.phase {
+            Phase::Serving { pod, .. } => Some(&**pod),
+            _ => None,
+        })
+    }
+
+    /// Drains every pod, whose rules the other process keeps, and refuses new ones.
+    pub(in crate::pods) fn hand_over(&mut self) -> Vec<oneshot::Receiver<()>> {
+        let exempt = self.moving.take().unwrap_or_default().exempt;
+        self.stop_with(|uid| match exempt.contains(uid) {
+            true => LeaveReason::Removed,
+            false => LeaveReason::HandedOver,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

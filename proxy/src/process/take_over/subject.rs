@@ -1,0 +1,92 @@
+//! The interface of the pods that are taken over: the fixed pod of `run`, or the pods of a node.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use super::{OK, PREPARE_TIMEOUT, REFUSED, RULES};
+use crate::process::pause_gate::Gates;
+
+/// The pods that are taken over.
+pub(crate) trait Subject {
+    /// The requests that [`perform`](Self::perform) knows, as an error names them.
+    const REQUESTS: &'static str;
+
+    /// Performs a request of the new process; `None` if it is no valid one.
+    fn perform(&mut self, request: &str) -> impl Future<Output = Option<Reply>>;
+
+    /// Timeout for the next request.
+    fn timeout(&self) -> Duration;
+
+    /// Stops what only one process may do, before the new process is ready.
+    fn pause(&mut self) -> impl Future<Output = ()>;
+
+    /// Resumes everything: the new process has failed.
+    fn resume(&mut self);
+}
+
+/// The answer to a request.
+pub(crate) struct Reply {
+    pub(super) line: String,
+    pub(super) attached: Vec<Attached>,
+}
+
+type Attached = Box<dyn AsFd + Send + Sync>;
+
+impl Reply {
+    /// The request is performed.
+    pub(crate) fn done() -> Self {
+        Self::new(OK.to_owned())
+    }
+
+    /// The request is refused, and the take-over fails.
+    pub(crate) fn refused(reason: &str) -> Self {
+        Self::new(format!("{REFUSED} {reason}"))
+    }
+
+    /// A line, which contains no line break.
+    pub(crate) fn new(line: String) -> Self {
+        Self { line, attached: Vec::new() }
+    }
+
+    /// Also passes these descriptors.
+    pub(crate) fn with(mut self, attached: impl IntoIterator<Item = Attached>) -> Self {
+        self.attached.extend(attached);
+        self
+    }
+}
+
+impl fmt::Debug for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reply")
+            .field("line", &self.line)
+            .field("attached", &self.attached.len())
+            .finish()
+    }
+}
+
+/// The fixed pod of `run`.
+impl Subject for Gates {
+    const REQUESTS: &'static str = RULES;
+
+    async fn perform(&mut self, request: &str) -> Option<Reply> {
+        if request != RULES {
+            return None;
+        }
+        self.rules.close().await;
+        Some(Reply::done())
+    }
+
+    fn timeout(&self) -> Duration {
+        PREPARE_TIMEOUT
+    }
+
+    async fn pause(&mut self) {
+        self.rules.close().await;
+        self.accept.close().await;
+    }
+
+    fn resume(&mut self) {
+        self.open();
+    }
+}

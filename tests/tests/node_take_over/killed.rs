@@ -1,0 +1,129 @@
+//! Any of the processes is killed during a hot restart.
+
+use std::os::fd::AsFd as _;
+use std::path::PathBuf;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::net::{UnixListener, UnixStream};
+use underpass::spawn::SpawnError;
+use underpass_interception::Handover;
+use underpass_tests::{APP, Proxy, Server, Settings};
+
+use crate::scene::{Mode, Scene, child};
+
+/// The process that is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Victim {
+    Old,
+    ProxyOfOld,
+    New,
+    ProxyOfNew,
+}
+
+/// Passes messages between both processes, and kills one after `messages` requests.
+struct Relay {
+    listener: UnixListener,
+    to: PathBuf,
+    messages: usize,
+    old: u32,
+    victim: Victim,
+}
+
+impl Relay {
+    /// Listens for the new process. Returns its settings too.
+    fn new(
+        scene: &Scene,
+        old: &Proxy,
+        mode: Mode,
+        messages: usize,
+        victim: Victim,
+    ) -> (Self, Settings) {
+        let at = scene.world.folder().join(format!("relay-{messages}.sock"));
+        let listener = UnixListener::bind(&at).expect("listens");
+        let settings = scene.settings(mode).set(&format!("take_over.socket={}", at.display()));
+        let (old, to) = (old.pid(), scene.socket());
+        (Self { listener, to, messages, old, victim }, settings.take_over())
+    }
+
+    async fn run(self) {
+        let (stream, _) = self.listener.accept().await.expect("accepted");
+        let new = Handover::new(stream).with_longest_line(1 << 20);
+        let old = UnixStream::connect(&self.to).await.expect("connected");
+        let old = Handover::new(old).with_longest_line(1 << 20);
+        for message in 0.. {
+            if message == self.messages {
+                let pid = new.peer().expect("a peer").pid.expect("a pid");
+                self.kill(u32::try_from(pid).expect("a pid"));
+            }
+            for (from, to) in [(&new, &old), (&old, &new)] {
+                let Ok(Some((line, attached))) = from.receive().await else { return };
+                let attached: Vec<_> = attached.iter().map(|one| one.as_fd()).collect();
+                if to.send(&line, &attached).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn kill(&self, new: u32) {
+        let victim = match self.victim {
+            Victim::Old => Some(self.old),
+            Victim::ProxyOfOld => child(self.old),
+            Victim::New => Some(new),
+            Victim::ProxyOfNew => child(new),
+        };
+        let victim = i32::try_from(victim.expect("a process")).expect("a pid");
+        kill(Pid::from_raw(victim), Signal::SIGKILL).expect("a signal");
+    }
+}
+
+/// Kills the old process, or its proxy process, after some of the messages.
+pub(crate) async fn old_is_killed(mode: Mode, victim: Victim) {
+    for messages in [1, 2, 4, 6, 9, 11] {
+        let scene = Scene::new().await;
+        let mut daemon = scene.daemon(mode).await;
+        let _echo = Server::echo(&scene.b, APP);
+        let (relay, settings) = Relay::new(&scene, &daemon, mode, messages, victim);
+        let relayed = tokio::spawn(relay.run());
+        let new = scene.node.proxy(&settings).await;
+        relayed.await.expect("relayed");
+        daemon.ended_by_itself().await;
+        scene.serves(&["a", "b"]).await;
+        scene.is_closed().await;
+        scene.echoed().await;
+        let count = new.count(&["the running process ended before it had passed all pods"]);
+        assert!(count <= 1, "{}", new.log());
+    }
+}
+
+/// Kills the new broker, or its proxy process, after some of the messages.
+pub(crate) async fn new_is_killed(victim: Victim) {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(Mode::Broker).await;
+    let _echo = Server::echo(&scene.b, APP);
+    for messages in [2, 4, 6, 9] {
+        let failed = ["take-over by another process failed"];
+        let before = daemon.count(&failed);
+        let (relay, settings) = Relay::new(&scene, &daemon, Mode::Broker, messages, victim);
+        let relayed = tokio::spawn(relay.run());
+        match scene.node.try_proxy(&settings).await {
+            Err(SpawnError::Ended { log, .. }) => {
+                assert_eq!(
+                    log.contains("the proxy process has ended"),
+                    victim == Victim::ProxyOfNew,
+                    "{log}"
+                );
+            }
+            other => unreachable!("the process did not end: {other:?}"),
+        }
+        relayed.await.expect("relayed");
+        daemon.more_than(before, &failed).await;
+        scene.serves(&["a", "b"]).await;
+        scene.is_closed().await;
+        scene.echoed().await;
+    }
+    let _new = scene.succeed(&mut daemon, Mode::Broker).await;
+    scene.serves(&["a", "b"]).await;
+    scene.echoed().await;
+}

@@ -1,0 +1,183 @@
+//! Hot restart of `underpass node`: the pods move to the new process one by one, no connection
+//! fails, and either process may be killed on the way.
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
+mod killed;
+mod load;
+mod scene;
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use tokio::net::UnixStream;
+use underpass::spawn::SpawnError;
+use underpass_interception::Handover;
+use underpass_tests::{APP, Family, Server, Settings, Suite, tool, within};
+
+use crate::killed::{Victim, new_is_killed, old_is_killed};
+use crate::load::{changed_mode, under_load};
+use crate::scene::{Mode, Scene};
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new();
+    suite.test("three hot restarts under load fail no connection", || under_load(Mode::Broker));
+    suite.test("three hot restarts of one process under load fail no connection", || {
+        under_load(Mode::OneProcess)
+    });
+    suite.test("hot restart turns the broker off and on", changed_mode);
+    suite.test("process that ends half-way leaves every pod to the old one", new_ends);
+    suite.test("killed old process leaves every pod to the new one", || {
+        old_is_killed(Mode::OneProcess, Victim::Old)
+    });
+    suite.test("killed old broker leaves every pod to the new processes", || {
+        old_is_killed(Mode::Broker, Victim::Old)
+    });
+    suite.test("killed old proxy process leaves every pod to the new processes", || {
+        old_is_killed(Mode::Broker, Victim::ProxyOfOld)
+    });
+    suite.test("killed new broker leaves every pod to the old processes", || {
+        new_is_killed(Victim::New)
+    });
+    suite.test("killed new proxy process leaves every pod to the old processes", || {
+        new_is_killed(Victim::ProxyOfNew)
+    });
+    suite.test("processes with another source or command are refused", refusals);
+    suite.test("file that changes or is removed meanwhile is followed", changed_files);
+    suite.test("rules of the node move too, and readiness is never lost", || {
+        host_rules(Mode::Broker)
+    });
+    suite.test("rules of the node of one process move too", || host_rules(Mode::OneProcess));
+    suite.run()
+}
+
+/// Connects to the running process as the new one would, up to the end of `requests`.
+async fn converse(scene: &Scene, requests: &[&str]) -> Handover {
+    let connect = async || {
+        let stream = UnixStream::connect(scene.socket()).await.expect("connected");
+        Handover::new(stream).with_longest_line(1 << 20)
+    };
+    let stranger = connect().await;
+    let refusal = ask(&stranger, "who are you?").await;
+    let role = refusal.split('"').nth(1).expect("what it is").to_owned();
+    let conversation = connect().await;
+    assert!(ask(&conversation, &role).await.starts_with("listeners "));
+    for request in requests {
+        let answer = ask(&conversation, request).await;
+        assert!(!answer.starts_with("refused"), "{request}: {answer}");
+    }
+    conversation
+}
+
+async fn ask(conversation: &Handover, request: &str) -> String {
+    conversation.send(request, &[]).await.expect("sent");
+    let answer = within("an answer", conversation.receive()).await.expect("received");
+    answer.expect("an answer").0
+}
+
+async fn new_ends() {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(Mode::Broker).await;
+    let _echo = Server::echo(&scene.b, APP);
+    let all =
+        ["next", "next", "next", "rules uid-b", "accept uid-b", "served uid-b", "source", "next"];
+    for count in [1, 3, 4, 5, 7, 8] {
+        let failed = ["take-over by another process failed", "the connection was closed before"];
+        let before = daemon.count(&failed);
+        let requests = all.get(..count).expect("a part");
+        let conversation = converse(&scene, requests).await;
+        // A connection to a pod that no process accepts for waits for the old one.
+        tokio::join!(scene.echoed(), async { drop(conversation) });
+        daemon.more_than(before, &failed).await;
+        scene.serves(&["a", "b"]).await;
+    }
+    // A message that is none ends the attempt.
+    let conversation = converse(&scene, &["next"]).await;
+    conversation.send("accept uid-x y", &[]).await.expect("sent");
+    daemon.line(&["take-over by another process failed", "instead of"]).await;
+    scene.echoed().await;
+    let _new = scene.succeed(&mut daemon, Mode::Broker).await;
+    scene.serves(&["a", "b"]).await;
+    scene.echoed().await;
+    assert!(daemon.ended().await.success(), "{}", daemon.log());
+}
+
+async fn refusals() {
+    let scene = Scene::new().await;
+    let _daemon = scene.daemon(Mode::Broker).await;
+    let _echo = Server::echo(&scene.b, APP);
+    let mut refused = vec![
+        scene
+            .settings(Mode::Broker)
+            .set(&format!("node.pods.directory={}", scene.world.folder().display())),
+        scene.settings(Mode::Broker).set("proxy.outbound_port=15011"),
+    ];
+    let socket = scene.socket();
+    refused.push(Settings::new("node").set(&format!("take_over.socket={}", socket.display())));
+    for settings in refused {
+        match scene.node.try_proxy(&settings.take_over()).await {
+            Err(SpawnError::Ended { status, log }) => {
+                assert_eq!(status.code(), Some(1), "{log}");
+                let source = format!("node with directory {}", scene.folder().display());
+                for part in ["refused the take-over: the role differs", source.as_str()] {
+                    assert!(log.contains(part), "{part} is missing:\n{log}");
+                }
+            }
+            other => unreachable!("the process did not exit: {other:?}"),
+        }
+    }
+    scene.echoed().await;
+}
+
+async fn changed_files() {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(Mode::Broker).await;
+    // The source of the running process is paused meanwhile.
+    let conversation = converse(&scene, &["next", "next", "next", "source"]).await;
+    scene.add(&scene.b, "annotations: {traffic.sidecar.istio.io/excludeInboundPorts: \"9999\"}");
+    fs::remove_file(scene.folder().join("a.yaml")).expect("a file");
+    drop(conversation);
+    daemon.line(&["pod removed", "uid-a"]).await;
+    let mut new = scene.succeed(&mut daemon, Mode::Broker).await;
+    scene.serves(&["b"]).await;
+    scene.add(&scene.a, "");
+    new.line(&["pod enrolled", "default/a"]).await;
+    let rules = tool(&scene.b, "nft", &["list", "ruleset"]).await.ok();
+    assert!(rules.contains("9999"), "{rules}");
+    scene.serves(&["a", "b"]).await;
+}
+
+async fn host_rules(mode: Mode) {
+    let scene = Scene::new().await;
+    let settings = scene.settings(mode).set("node.probes=translate");
+    let mut daemon = scene.node.proxy(&settings).await;
+    scene.serves(&["a", "b"]).await;
+    let scene = Arc::new(scene);
+    let (stop, probing) = (Arc::new(AtomicBool::new(false)), scene.clone());
+    let stopped = stop.clone();
+    let probes = tokio::spawn(async move {
+        let mut probes = 0;
+        while !stopped.load(Relaxed) {
+            let (status, text) = probing.get("/healthz/ready").await;
+            assert_eq!(status, 200, "{text}");
+            probes += 1;
+        }
+        probes
+    });
+    for _ in 0..2 {
+        let new = scene.node.proxy(&settings.clone().take_over()).await;
+        daemon.line(&["another process has taken over"]).await;
+        assert!(daemon.ended().await.success(), "{}", daemon.log());
+        daemon = new;
+        let table = tool(&scene.node, "nft", &["list", "table", "inet", "underpass_host"]).await;
+        let table = table.ok();
+        assert!(table.contains(&scene.a.ip(Family::V4).to_string()), "{table}");
+        let repaired = ["another program changed the rules for kubelet probes"];
+        assert_eq!(daemon.count(&repaired), 0, "{}", daemon.log());
+    }
+    stop.store(true, Relaxed);
+    assert!(probes.await.expect("readiness is never lost") > 0);
+    assert!(Path::new(&scene.socket()).exists(), "the socket belongs to the last process");
+}
