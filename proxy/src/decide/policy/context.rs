@@ -49,8 +49,8 @@ impl PolicyContext {
         }
     }
 
-    /// Fails if the mesh lacks policies for inbound connections to `address` of the pod: its control
-    /// plane has not sent the pod's workload.
+    /// Fails if the mesh may lack policies for inbound connections to `address` of the pod, because
+    /// its control plane has not sent the pod's workload.
     pub(crate) fn check_inbound(
         &self,
         snapshot: &Snapshot,
