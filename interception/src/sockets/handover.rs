@@ -153,7 +153,7 @@ mod tests {
 
     #[tokio::test]
     async fn passes_line_longer_than_the_buffer_of_the_socket() {
-        let (one, other) = conversation();
+        let (one, other) = handover_pair();
         let (one, other) = (one.with_longest_line(2 << 20), other.with_longest_line(2 << 20));
         let (long, file) = ("x".repeat(1 << 20), bound());
         let sent = async { one.send(&long, &[file.as_fd()]).await.expect("sent") };
