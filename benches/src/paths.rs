@@ -54,7 +54,7 @@ enum Intermediaries {
     Nothing,
     Relays(Vec<ChildProcess>),
     Proxies(Vec<Proxy>),
-    /// Each daemon in the namespace of its node.
+    /// Each daemon, and the pod that is its node.
     Daemons(Vec<(Proxy, Pod)>),
     Ztunnels(Vec<Ztunnel>),
 }

@@ -60,7 +60,7 @@ impl Handover {
             let send = || descriptors::send(&self.stream, rest, sockets);
             let sent = self.stream.async_io(Interest::WRITABLE, send).await?;
             rest = rest.get(sent..).unwrap_or_default();
-            // The first part carries them.
+            // The first part carries the sockets.
             sockets = &[];
         }
         Ok(())

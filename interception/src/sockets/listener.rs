@@ -31,7 +31,7 @@ impl BoundListener {
     ///
     /// # Errors
     ///
-    /// Other clones need a second descriptor, and the process has none left.
+    /// Other clones exist, so that this one needs a new descriptor, and the process has none left.
     pub fn into_descriptor(self) -> io::Result<OwnedFd> {
         match Arc::try_unwrap(self.listener) {
             Ok(listener) => Ok(listener.into()),

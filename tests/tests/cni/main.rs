@@ -129,7 +129,7 @@ async fn hot_restart() {
     scene.succeeds("ADD", &scene.b, json!({})).await;
     scene.exchanged(Family::V4).await;
     assert_eq!(daemon.count(&["pod enrolled", "default/a"]), 1, "{}", daemon.log());
-    // The new process has the socket, and its end removes it.
+    // The last process owns the socket, and removes it at its end.
     assert!(daemon.stop().await.success(), "{}", daemon.log());
     assert!(!scene.socket().exists());
 }

@@ -1,4 +1,4 @@
-//! Any of the processes is killed during a hot restart.
+//! Kills one of the processes during a hot restart.
 
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
@@ -21,29 +21,30 @@ pub(crate) enum Victim {
     ProxyOfNew,
 }
 
-/// Passes messages between both processes, and kills one after `messages` requests.
+/// Passes requests and answers between both processes, and kills one after `requests` requests.
 struct Relay {
     listener: UnixListener,
     to: PathBuf,
-    messages: usize,
+    requests: usize,
     old: u32,
     victim: Victim,
 }
 
 impl Relay {
-    /// Listens for the new process. Returns its settings too.
+    /// Listens for the new process. Also returns the settings with which the new process connects
+    /// to this relay.
     fn new(
         scene: &Scene,
         old: &Proxy,
         mode: Mode,
-        messages: usize,
+        requests: usize,
         victim: Victim,
     ) -> (Self, Settings) {
-        let at = scene.world.folder().join(format!("relay-{messages}.sock"));
-        let listener = UnixListener::bind(&at).expect("listens");
-        let settings = scene.settings(mode).set(&format!("take_over.socket={}", at.display()));
+        let socket = scene.world.folder().join(format!("relay-{requests}.sock"));
+        let listener = UnixListener::bind(&socket).expect("listens");
+        let settings = scene.settings(mode).set(&format!("take_over.socket={}", socket.display()));
         let (old, to) = (old.pid(), scene.socket());
-        (Self { listener, to, messages, old, victim }, settings.take_over())
+        (Self { listener, to, requests, old, victim }, settings.take_over())
     }
 
     async fn run(self) {
@@ -51,14 +52,15 @@ impl Relay {
         let new = Handover::new(stream).with_longest_line(1 << 20);
         let old = UnixStream::connect(&self.to).await.expect("connected");
         let old = Handover::new(old).with_longest_line(1 << 20);
-        for message in 0.. {
-            if message == self.messages {
+        for request in 0.. {
+            if request == self.requests {
                 let pid = new.peer().expect("a peer").pid.expect("a pid");
                 self.kill(u32::try_from(pid).expect("a pid"));
             }
             for (from, to) in [(&new, &old), (&old, &new)] {
                 let Ok(Some((line, attached))) = from.receive().await else { return };
-                let attached: Vec<_> = attached.iter().map(|one| one.as_fd()).collect();
+                let attached: Vec<_> =
+                    attached.iter().map(|descriptor| descriptor.as_fd()).collect();
                 if to.send(&line, &attached).await.is_err() {
                     return;
                 }
@@ -78,34 +80,34 @@ impl Relay {
     }
 }
 
-/// Kills the old process, or its proxy process, after some of the messages.
+/// Kills the old process, or its proxy process, after some of the requests.
 pub(crate) async fn old_is_killed(mode: Mode, victim: Victim) {
-    for messages in [1, 2, 4, 6, 9, 11] {
+    for requests in [1, 2, 4, 6, 9, 11] {
         let scene = Scene::new().await;
         let mut daemon = scene.daemon(mode).await;
         let _echo = Server::echo(&scene.b, APP);
-        let (relay, settings) = Relay::new(&scene, &daemon, mode, messages, victim);
+        let (relay, settings) = Relay::new(&scene, &daemon, mode, requests, victim);
         let relayed = tokio::spawn(relay.run());
         let new = scene.node.proxy(&settings).await;
         relayed.await.expect("relayed");
         daemon.ended_by_itself().await;
         scene.serves(&["a", "b"]).await;
-        scene.is_closed().await;
+        scene.assert_rules().await;
         scene.echoed().await;
         let count = new.count(&["the running process ended before it had passed all pods"]);
         assert!(count <= 1, "{}", new.log());
     }
 }
 
-/// Kills the new broker, or its proxy process, after some of the messages.
+/// Kills the new broker, or its proxy process, after some of the requests.
 pub(crate) async fn new_is_killed(victim: Victim) {
     let scene = Scene::new().await;
     let mut daemon = scene.daemon(Mode::Broker).await;
     let _echo = Server::echo(&scene.b, APP);
-    for messages in [2, 4, 6, 9] {
-        let failed = ["take-over by another process failed"];
-        let before = daemon.count(&failed);
-        let (relay, settings) = Relay::new(&scene, &daemon, Mode::Broker, messages, victim);
+    for requests in [2, 4, 6, 9] {
+        let failure = ["take-over by another process failed"];
+        let before = daemon.count(&failure);
+        let (relay, settings) = Relay::new(&scene, &daemon, Mode::Broker, requests, victim);
         let relayed = tokio::spawn(relay.run());
         match scene.node.try_proxy(&settings).await {
             Err(SpawnError::Ended { log, .. }) => {
@@ -118,12 +120,12 @@ pub(crate) async fn new_is_killed(victim: Victim) {
             other => unreachable!("the process did not end: {other:?}"),
         }
         relayed.await.expect("relayed");
-        daemon.more_than(before, &failed).await;
+        daemon.more_than(before, &failure).await;
         scene.serves(&["a", "b"]).await;
-        scene.is_closed().await;
+        scene.assert_rules().await;
         scene.echoed().await;
     }
-    let _new = scene.succeed(&mut daemon, Mode::Broker).await;
+    let _new = scene.start_successor(&mut daemon, Mode::Broker).await;
     scene.serves(&["a", "b"]).await;
     scene.echoed().await;
 }

@@ -92,7 +92,7 @@ impl Load {
     }
 
     /// Waits until `more` further connections were served.
-    async fn go_on(&self, more: usize) {
+    async fn serve_more(&self, more: usize) {
         let goal = self.done.load(Relaxed) + more;
         until("connections are served", async || {
             tokio::task::yield_now().await;
@@ -121,12 +121,12 @@ pub(crate) async fn under_load(mode: Mode) {
         if downloads.is_empty() {
             downloads.push(Download::start(&scene).await);
         }
-        load.go_on(20).await;
+        load.serve_more(20).await;
         let proxy = child(daemon.pid());
         assert_eq!(proxy.is_some(), mode == Mode::Broker, "{}", daemon.log());
-        let new = scene.succeed(&mut daemon, mode).await;
+        let new = scene.start_successor(&mut daemon, mode).await;
         drained.push((std::mem::replace(&mut daemon, new), proxy));
-        load.go_on(20).await;
+        load.serve_more(20).await;
         scene.serves(&["a", "b"]).await;
         assert_eq!(daemon.count(&["cannot enrol the pod"]), 0, "{}", daemon.log());
     }
@@ -139,7 +139,7 @@ pub(crate) async fn under_load(mode: Mode) {
         assert_eq!(old.count(&["rules removed"]), 0, "{}", old.log());
         assert!(!proxy.is_some_and(is_running), "the proxy process ends too");
     }
-    scene.is_closed().await;
+    scene.assert_rules().await;
     scene.echoed().await;
 }
 
@@ -150,10 +150,10 @@ pub(crate) async fn changed_mode() {
     let _echo = Server::echo(&scene.b, APP);
     let load = Load::start(&scene, 2);
     for mode in [Mode::OneProcess, Mode::Broker] {
-        load.go_on(10).await;
-        let new = scene.succeed(&mut daemon, mode).await;
+        load.serve_more(10).await;
+        let new = scene.start_successor(&mut daemon, mode).await;
         let mut old = std::mem::replace(&mut daemon, new);
-        load.go_on(10).await;
+        load.serve_more(10).await;
         scene.serves(&["a", "b"]).await;
         assert_eq!(child(daemon.pid()).is_some(), mode == Mode::Broker, "{}", daemon.log());
         assert!(old.ended().await.success(), "{}", old.log());

@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         under_load(Mode::OneProcess)
     });
     suite.test("hot restart turns the broker off and on", changed_mode);
-    suite.test("process that ends half-way leaves every pod to the old one", new_ends);
+    suite.test("new process that ends half-way leaves every pod to the old one", new_ends);
     suite.test("killed old process leaves every pod to the new one", || {
         old_is_killed(Mode::OneProcess, Victim::Old)
     });
@@ -59,9 +59,10 @@ async fn converse(scene: &Scene, requests: &[&str]) -> Handover {
         let stream = UnixStream::connect(scene.socket()).await.expect("connected");
         Handover::new(stream).with_longest_line(1 << 20)
     };
+    // The refusal of an unknown role names the role of the running process.
     let stranger = connect().await;
     let refusal = ask(&stranger, "who are you?").await;
-    let role = refusal.split('"').nth(1).expect("what it is").to_owned();
+    let role = refusal.split('"').nth(1).expect("a role").to_owned();
     let conversation = connect().await;
     assert!(ask(&conversation, &role).await.starts_with("listeners "));
     for request in requests {
@@ -88,17 +89,17 @@ async fn new_ends() {
         let before = daemon.count(&failed);
         let requests = all.get(..count).expect("a part");
         let conversation = converse(&scene, requests).await;
-        // A connection to a pod that no process accepts for waits for the old one.
+        // While no process accepts for a pod, a connection to it waits for the old process.
         tokio::join!(scene.echoed(), async { drop(conversation) });
         daemon.more_than(before, &failed).await;
         scene.serves(&["a", "b"]).await;
     }
-    // A message that is none ends the attempt.
+    // An unknown message ends the attempt.
     let conversation = converse(&scene, &["next"]).await;
     conversation.send("accept uid-x y", &[]).await.expect("sent");
     daemon.line(&["take-over by another process failed", "instead of"]).await;
     scene.echoed().await;
-    let _new = scene.succeed(&mut daemon, Mode::Broker).await;
+    let _new = scene.start_successor(&mut daemon, Mode::Broker).await;
     scene.serves(&["a", "b"]).await;
     scene.echoed().await;
     assert!(daemon.ended().await.success(), "{}", daemon.log());
@@ -140,7 +141,7 @@ async fn changed_files() {
     fs::remove_file(scene.folder().join("a.yaml")).expect("a file");
     drop(conversation);
     daemon.line(&["pod removed", "uid-a"]).await;
-    let mut new = scene.succeed(&mut daemon, Mode::Broker).await;
+    let mut new = scene.start_successor(&mut daemon, Mode::Broker).await;
     scene.serves(&["b"]).await;
     scene.add(&scene.a, "");
     new.line(&["pod enrolled", "default/a"]).await;
@@ -155,12 +156,12 @@ async fn host_rules(mode: Mode) {
     let mut daemon = scene.node.proxy(&settings).await;
     scene.serves(&["a", "b"]).await;
     let scene = Arc::new(scene);
-    let (stop, probing) = (Arc::new(AtomicBool::new(false)), scene.clone());
+    let (stop, probed_scene) = (Arc::new(AtomicBool::new(false)), scene.clone());
     let stopped = stop.clone();
     let probes = tokio::spawn(async move {
         let mut probes = 0;
         while !stopped.load(Relaxed) {
-            let (status, text) = probing.get("/healthz/ready").await;
+            let (status, text) = probed_scene.get("/healthz/ready").await;
             assert_eq!(status, 200, "{text}");
             probes += 1;
         }

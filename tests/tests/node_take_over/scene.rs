@@ -58,6 +58,7 @@ impl Scene {
         self.world.folder().join("take-over.sock")
     }
 
+    /// Writes the file of a pod, with more lines.
     pub(crate) fn add(&self, pod: &Pod, more: &str) {
         let (name, netns) = (pod.name(), pod.namespace().path());
         let ips: Vec<_> = pod.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
@@ -87,8 +88,8 @@ impl Scene {
         daemon
     }
 
-    /// Replaces `old`, and waits until it logs that.
-    pub(crate) async fn succeed(&self, old: &mut Proxy, mode: Mode) -> Proxy {
+    /// Starts a daemon that takes over from `old`, and waits until `old` logs that.
+    pub(crate) async fn start_successor(&self, old: &mut Proxy, mode: Mode) -> Proxy {
         let new = self.node.proxy(&self.settings(mode).take_over()).await;
         old.line(&["another process has taken over", &format!("pid={}", new.pid())]).await;
         new
@@ -98,6 +99,7 @@ impl Scene {
         http_get(&self.node, ([127, 0, 0, 1], 15021).into(), path).await
     }
 
+    /// Waits until exactly these pods are served.
     pub(crate) async fn serves(&self, names: &[&str]) {
         let expected: String =
             names.iter().map(|name| format!("default/{name} uid-{name} serving\n")).collect();
@@ -116,7 +118,7 @@ impl Scene {
     }
 
     /// Asserts that the rules of both pods are installed.
-    pub(crate) async fn is_closed(&self) {
+    pub(crate) async fn assert_rules(&self) {
         for pod in [&self.a, &self.b] {
             let listed = tool(pod, "nft", &["list", "table", "inet", TABLE]).await;
             assert!(listed.status.success(), "{}: {}", pod.name(), listed.err);

@@ -17,7 +17,7 @@ const DEL: u8 = 2;
 const SNAPSHOT_SENT: u8 = 3;
 const KEEP: u8 = 5;
 
-/// How long nothing must arrive.
+/// The time in which nothing must arrive.
 const QUIET: Duration = Duration::from_millis(300);
 
 /// A listening agent.
