@@ -212,7 +212,7 @@ async fn daemons(
     for pod in pods {
         let name = pod.name();
         let node = world.pod(&format!("node-of-{name}")).await;
-        let folder = node.folder().join("pods");
+        let folder = world.folder().join(format!("pods-of-{name}"));
         fs::create_dir_all(&folder).expect("a folder");
         let (namespace, ip) = (pod.namespace().path(), pod.ip(Family::V4));
         let workload = format!("{{name: {name}, namespace: default, serviceAccount: {name}}}");
