@@ -36,9 +36,10 @@ use Bound::{AtLeast, AtMost};
 /// All goals in the order of the report.
 #[rustfmt::skip]
 pub(crate) const GOALS: &[Goal] = &[
-    goal("bulk x1", BITS, Hbone, Some(ZtunnelHbone), AtLeast(1.45)),
-    goal("bulk x1", CPU_PER_BYTE, Hbone, Some(ZtunnelHbone), AtMost(0.65)),
+    goal("bulk x1", BITS, Hbone, Some(ZtunnelHbone), AtLeast(1.4)),
+    goal("bulk x1", CPU_PER_BYTE, Hbone, Some(ZtunnelHbone), AtMost(0.75)),
     goal("bulk x8", BITS, Hbone, Some(ZtunnelHbone), AtLeast(1.5)),
+    goal("bulk reverse x1", BITS, Hbone, Some(ZtunnelHbone), AtLeast(1.45)),
     goal("bulk x1", BITS, Plain, Some(ZtunnelPlain), AtLeast(1.4)),
     goal("bulk x1", BITS, Plain, Some(RelaySplice), AtLeast(0.95)),
     goal("bulk x1", CPU_PER_BYTE, Plain, Some(ZtunnelPlain), AtMost(0.55)),
@@ -48,6 +49,7 @@ pub(crate) const GOALS: &[Goal] = &[
     goal("requests x64", REQUESTS, Hbone, Some(ZtunnelHbone), AtLeast(1.5)),
     goal("requests x64", REQUESTS, Plain, Some(ZtunnelPlain), AtLeast(1.4)),
     goal("new connections x16", CONNECTIONS, Hbone, Some(ZtunnelHbone), AtLeast(1.6)),
+    goal("new connections x16", CPU_EACH, Hbone, Some(ZtunnelHbone), AtMost(0.65)),
     goal("new connections x16", CONNECTIONS, Plain, Some(ZtunnelPlain), AtLeast(1.6)),
     goal("idle x2000", KIB_PER_IDLE_CONNECTION, Hbone, None, AtMost(4.0)),
     goal("idle x2000", KIB_PER_IDLE_CONNECTION, Plain, None, AtMost(4.0)),
