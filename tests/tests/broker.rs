@@ -3,11 +3,13 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use underpass::spawn::SpawnError;
 use underpass_config::ResourceType;
 use underpass_interception::TABLE;
 use underpass_tests::{
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
     });
     suite.test("broker that ends kills a stopped proxy process", stopped_proxy_process);
     suite.test("proxy process follows a control plane over sockets of the broker", control_plane);
+    suite.test("proxy process that cannot start ends the broker", unreadable_mesh);
     suite.test("privileges.broker off makes one process", one_process);
     suite.run()
 }
@@ -173,7 +176,7 @@ async fn privileges() {
         assert_eq!((field(status, "Groups"), field(status, "NoNewPrivs")), ("", "1"), "{status}");
     }
     let key = fs::metadata(scene.pki.dir().join("ca.key")).expect("the key of the CA");
-    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&key.permissions()) & 0o077, 0);
+    assert_eq!(key.permissions().mode() & 0o077, 0);
     for status in threads(daemon.pid()) {
         let is_control = field(&status, "Pid") == daemon.pid().to_string();
         let kept = match field(&status, "Name") {
@@ -299,6 +302,19 @@ async fn control_plane() {
     daemon.line(&["the change of the mesh is in force"]).await;
     scene.a.dial_and_see_reset(scene.to_b()).await;
     stopped(daemon, proxy).await;
+}
+
+async fn unreadable_mesh() {
+    let scene = Scene::new().await;
+    let mesh = Mesh::default().hbone(&scene.a).write(&scene.node, "mesh");
+    fs::set_permissions(&mesh, fs::Permissions::from_mode(0o600)).expect("it is ours");
+    let settings = Settings::node("node", &format!("directory: {:?}", scene.folder())).mesh(&mesh);
+    let error = scene.node.try_proxy(&settings).await.expect_err("the mesh is unreadable");
+    let SpawnError::Ended { status, log } = error else { panic!("{error}") };
+    assert_eq!(status.code(), Some(2), "the settings are wrong: {log}");
+    assert!(log.contains("Permission denied"), "{log}");
+    assert!(log.contains("the proxy process has ended: exit status: 2"), "{log}");
+    assert!(!log.contains("serving the pods"), "{log}");
 }
 
 async fn one_process() {

@@ -110,7 +110,7 @@ impl ProxyProcess {
         server: RequestServer,
         supervisor: &Supervisor,
     ) -> Result<(), CommandError> {
-        let mut ready = server.ready();
+        let ready = server.ready();
         if let Some(receiver) = self.receiver.take() {
             let breaks = self.broken.clone();
             let serving = supervisor.essential("requests of the proxy process", async move {
@@ -121,7 +121,7 @@ impl ProxyProcess {
             self.tasks.push(serving);
         }
         tokio::select! {
-            _ = ready.wait_for(|ready| *ready) => Ok(()),
+            () = is_set(ready) => Ok(()),
             error = self.ended() => Err(error),
         }
     }
@@ -138,10 +138,10 @@ impl ProxyProcess {
 
     /// Waits for the end of the process or of its connection, and returns the error. Cancel-safe.
     pub(crate) async fn ended(&mut self) -> CommandError {
-        let mut broken = self.broken.subscribe();
+        let broken = self.broken.subscribe();
         let status = tokio::select! {
             status = self.child.wait() => status.ok(),
-            _ = broken.wait_for(|broken| *broken) => self.end().await,
+            () = is_set(broken) => self.end().await,
         };
         CommandError::ProxyProcess { status }
     }
@@ -160,6 +160,14 @@ impl ProxyProcess {
                 None
             }
         }
+    }
+}
+
+/// Waits until the value is true; for ever if its sender ends before. Holds no lock of the value
+/// afterwards: the handler of a `select!` would hold it, and block the sender.
+async fn is_set(mut value: watch::Receiver<bool>) {
+    if value.wait_for(|value| *value).await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 

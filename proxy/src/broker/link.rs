@@ -98,7 +98,11 @@ impl<M: Message> Sender<M> {
 impl Receiver {
     /// The next message; `None` after the other process has ended.
     pub(crate) async fn next(&self) -> io::Result<Option<Received>> {
-        self.0.receive().await
+        match self.0.receive().await {
+            // It has ended without reading all messages.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+            received => received,
+        }
     }
 }
 
