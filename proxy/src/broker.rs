@@ -15,7 +15,8 @@
 //! The broker refuses, counts and logs everything else (`requests.rs`), and limits the rate.
 //!
 //! The broker is the parent: it has the privileges from the start, so that no process gains any.
-//! If one of the two ends, the other one ends too. The rules stay: the pods are closed.
+//! If one of the two ends, the other one ends too. The rules stay, so that the connections of the
+//! pods fail instead of bypassing the proxy.
 //!
 //! * `message`: the messages, and `link`: the connection;
 //! * of the broker: `child`, `remote` (the other process' data plane), `requests`, `recorder`,

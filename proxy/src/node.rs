@@ -61,8 +61,8 @@ pub(crate) struct Node {
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
     pub(crate) drain: Drain,
-    /// Pauses accepting and rule repair while another process takes over. Of a node with many pods
-    /// `accept` is only that of the endpoints: each pod has its own.
+    /// Pauses accepting and rule repair while another process takes over. On a node with many
+    /// pods, `accept` concerns only the endpoints: each pod has its own gate.
     pub(crate) gates: Gates,
     pub(crate) series: Arc<SeriesRegistry>,
 }

@@ -25,7 +25,7 @@ use crate::traffic::listeners::BoundEndpoints;
 pub(crate) const COMMAND: &str = "proxy-process";
 /// Timeout for the end of the proxy process after its connection is closed, or after the last
 /// message.
-const END: Duration = Duration::from_secs(3);
+const END_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The running proxy process. Dropping it kills it.
 #[derive(Debug)]
@@ -46,7 +46,8 @@ pub(crate) fn user(settings: &Settings) -> Option<ProxyUser> {
         return None;
     }
     if settings.xds.is_some() && kubernetes::facts_are_in_mesh(settings) {
-        // The broker must not get them from the proxy process, and is no client of a control plane.
+        // The broker must not get the facts about pods from the proxy process, and is no client of
+        // a control plane.
         let hint = "set node.kubernetes, or use mesh.file instead of mesh.xds";
         tracing::warn!(
             hint,
@@ -148,13 +149,13 @@ impl ProxyProcess {
 
     /// Waits for the end of the process, and kills it if that takes too long.
     pub(crate) async fn end(&mut self) -> Option<ExitStatus> {
-        match timeout(END, self.child.wait()).await {
+        match timeout(END_TIMEOUT, self.child.wait()).await {
             Ok(status) => status.ok(),
             Err(_) => {
-                tracing::warn!(after = ?END, "the proxy process does not end: killing it");
+                tracing::warn!(after = ?END_TIMEOUT, "the proxy process does not end: killing it");
                 if let Err(error) = self.child.kill().await {
                     let pid = self.child.id();
-                    let hint = "kill it, since it keeps the listeners of pods; grant KILL";
+                    let hint = "grant KILL, and kill the process: it keeps the listeners of pods";
                     tracing::error!(%error, pid, hint, "cannot kill the proxy process");
                 }
                 None

@@ -54,7 +54,7 @@ impl IdentityFeeds {
         Some(Self { origin, sender: sender.clone(), feeds: Mutex::default() })
     }
 
-    /// The feed of an identity, from now on.
+    /// Returns the feed of an identity, and starts it if none runs.
     pub(crate) fn feed(&self, id: &SpiffeId) -> Arc<IdentityFeed> {
         // No code panics while it holds the lock.
         let mut feeds = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);

@@ -15,7 +15,7 @@ use underpass_interception::{Message as Received, SeqPacket};
 
 use crate::broker::message::{MAX_MESSAGE, Message};
 
-/// The number of messages with a sender that waits for the other process to read.
+/// The number of queued messages from which [`Sender::send`] waits. [`Sender::post`] never waits.
 const QUEUE: usize = 1024;
 /// A process that does not read for this long counts as failed.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,8 +73,8 @@ impl<M> Clone for Sender<M> {
 }
 
 impl<M: Message> Sender<M> {
-    /// Sends a message with these descriptors, which this process closes then. Waits while many
-    /// messages wait already.
+    /// Sends a message with these descriptors, which this process then closes. Waits while the
+    /// queue is full.
     pub(crate) async fn send(
         &self,
         message: &M,

@@ -14,8 +14,8 @@ use underpass_interception::{Family, SocketKind, SocketRole};
 
 use crate::admin::endpoints::SourceReport;
 
-/// The maximum length of a message in bytes. The kernel's default limit of one that is sent is
-/// 212,992 (`net.core.wmem_default`, which includes overhead).
+/// The maximum length of a message in bytes. The kernel's default limit, with overhead, is 212,992
+/// (`net.core.wmem_default`).
 pub(crate) const MAX_MESSAGE: usize = 128 << 10;
 /// The maximum number of sockets in one answer: what one message can carry.
 pub(crate) const MAX_SOCKETS: usize = 64;
@@ -169,7 +169,7 @@ pub(crate) enum Outcome {
 pub(crate) enum Request {
     /// Sockets to connect with.
     Sockets { of: SocketsOf, kind: WireKind, count: usize },
-    /// The status of pods, without the first ones.
+    /// The status of the pods after the first `skip` ones.
     Pods { skip: usize },
 }
 
@@ -210,7 +210,7 @@ pub(crate) struct PodLine {
     pub(crate) uid: String,
     /// The status without the state of its certificate.
     pub(crate) text: String,
-    /// Whether the pod is served without other trouble.
+    /// Whether the pod is served without a problem that the broker knows of.
     pub(crate) serving: bool,
 }
 
@@ -222,7 +222,7 @@ pub(crate) enum Refusal {
     Malformed,
     #[error("the message has descriptors attached")]
     Descriptors,
-    #[error("it answers no command")]
+    #[error("the message answers no command")]
     UnexpectedAnswer,
     #[error("no such pod is served")]
     UnknownPod,
@@ -334,8 +334,8 @@ impl From<WireKind> for SocketKind {
     }
 }
 
-/// Decodes a message of each side. Panics if one that decodes does not survive its encoding. For
-/// the fuzz target and the tests.
+/// Decodes the bytes as a message of each side. Panics if a decoded message changes when it is
+/// encoded and decoded again. For the fuzz target and the tests.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn check_bytes(bytes: &[u8]) {
     fn check<M: Message + PartialEq>(bytes: &[u8]) {

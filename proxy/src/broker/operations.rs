@@ -76,7 +76,8 @@ impl PrivilegedOperations for BrokerOperations {
                 Box::pin(async move { reply.ok_or_else(missing) })
             }
             other => {
-                let error = failed("perform an operation", &format!("the broker alone: {other:?}"));
+                let error =
+                    failed("perform an operation", &format!("only the broker performs {other:?}"));
                 Box::pin(async move { Err(error) })
             }
         }

@@ -74,10 +74,10 @@ impl Start {
 /// The process cannot start, or the broker has ended.
 pub(crate) async fn run(start: Start) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    run_until_failure(Box::pin(live(start, supervisor)), failures).await
+    run_until_failure(Box::pin(serve_pods(start, supervisor)), failures).await
 }
 
-async fn live(start: Start, supervisor: Supervisor) -> Result<(), CommandError> {
+async fn serve_pods(start: Start, supervisor: Supervisor) -> Result<(), CommandError> {
     // Signals to the process group reach the broker too, which stops this process.
     let _ignored = StopSignal::new(false)?;
     raise_open_files().map_err(CommandError::Start)?;
@@ -163,7 +163,7 @@ impl Broker {
         Ok((ToProxy::decode(&bytes).ok_or_else(malformed)?, descriptors))
     }
 
-    /// Processes a message that may arrive at any time. Returns another one.
+    /// Processes a message that may arrive at any time. Returns any other message.
     fn apply(&self, message: ToProxy, attached: Vec<OwnedFd>) -> Option<(ToProxy, Vec<OwnedFd>)> {
         match message {
             ToProxy::Answer { number, answer } => {
@@ -207,9 +207,9 @@ async fn report(requests: Requests, keys: Arc<ServedKeys>) -> String {
         match requests.request(Request::Pods { skip }).await {
             Ok((Answer::Pods { pods, more }, _)) => {
                 skip += pods.len();
-                let goes_on = more && !pods.is_empty();
+                let has_more = more && !pods.is_empty();
                 text.extend(pods.into_iter().map(|line| keys.complete(line)));
-                if !goes_on {
+                if !has_more {
                     return text;
                 }
             }

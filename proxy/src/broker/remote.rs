@@ -26,7 +26,7 @@ use crate::rules::self_test::Arrivals;
 /// Timeout of a command. The workers of a busy proxy process answer within milliseconds.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The endpoints in logs.
+/// The name of the endpoints in the log.
 const ENDPOINTS: &str = "endpoints";
 
 /// The data plane of the proxy process. Clones share it.
@@ -74,7 +74,7 @@ impl DataPlane for RemoteDataPlane {
                 Outcome::OtherWorkload(other) => {
                     Ok(other.map(|(address, other)| (address, Quoted::new(other).to_string())))
                 }
-                _ => Err(PodError::ProxyProcess("it sent another outcome".to_owned())),
+                _ => Err(PodError::ProxyProcess("unexpected outcome of the command".to_owned())),
             }
         })
     }
@@ -177,23 +177,27 @@ impl Shared {
                 outcome.map_err(|error| PodError::ProxyProcess(Quoted::new(error).to_string()))
             }
             Ok(Err(_)) => Err(failed(LinkError::Closed)),
-            Err(_) => Err(PodError::ProxyProcess(format!("it did not answer within {limit:?}"))),
+            Err(_) => Err(PodError::ProxyProcess(format!("no answer within {limit:?}"))),
         }
     }
 
-    /// A command whose outcome does not matter.
+    /// Sends a command whose outcome does not matter.
     fn post(&self, command: Command) {
         let (number, _) = self.commands.register();
         // Fails if the proxy process has ended.
         self.sender.post(&ToProxy::Command { number, command }).ok();
     }
 
-    /// A command that the proxy process obeys, about `subject`. A failure is logged: a pod leaves
-    /// all the same, and the end of the proxy process ends this one.
+    /// Sends a command about `subject`, and waits for its outcome. A failure is only logged: a pod
+    /// leaves nevertheless, and the end of the proxy process ends this one.
     async fn obey(&self, command: Command, subject: &str, limit: Duration) -> Option<Outcome> {
         let outcome = self.command(command, Vec::new(), limit).await;
         let warn = |error: &PodError| {
-            tracing::warn!(error = crate::error::chain(error), subject, "a command failed");
+            tracing::warn!(
+                error = crate::error::chain(error),
+                subject,
+                "a command to the proxy process failed"
+            );
         };
         outcome.inspect_err(warn).ok()
     }
@@ -228,13 +232,13 @@ struct RemotePod {
     shared: Arc<Shared>,
     key: PodKey,
     is_closed: AtomicBool,
-    /// Whether accepting was paused since it was resumed.
+    /// Whether accepting is paused.
     is_paused: AtomicBool,
     _following: AbortOnDropHandle<()>,
 }
 
 impl RemotePod {
-    /// A command that every served pod obeys.
+    /// Sends a command about this pod.
     async fn obey(&self, command: Command, limit: Duration) -> Option<Outcome> {
         self.shared.obey(command, &self.key.uid, limit).await
     }
@@ -315,7 +319,7 @@ impl Drop for RemotePod {
     }
 }
 
-/// Learns from the proxy process which test connections arrive.
+/// Reports the test connections that arrive at the proxy process.
 #[derive(Debug)]
 struct RemoteArrivals {
     shared: Arc<Shared>,

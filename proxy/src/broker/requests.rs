@@ -28,16 +28,16 @@ use crate::pods::status::{PodState, PodStatus};
 
 /// The maximum number of requests that are performed at a time. Further messages wait in the
 /// socket, and then the proxy process waits.
-const CONCURRENT: usize = 64;
+const MAX_CONCURRENT: usize = 64;
 /// The maximum number of messages in each [`WINDOW`]: twice what 20,000 new connections per second
 /// need.
-const MESSAGES: u32 = 200;
+const MAX_MESSAGES: u32 = 200;
 const WINDOW: Duration = Duration::from_millis(100);
-/// The pause after a message that is refused. The proxy process sends none, except about a pod that
-/// is just removed.
+/// The pause after a refused message. An intact proxy process sends one only about a pod that was
+/// just removed.
 const REFUSED_PAUSE: Duration = Duration::from_millis(10);
-/// The length of the status texts in one answer.
-const STATUS_BYTES: usize = 48 << 10;
+/// The maximum length of the status texts in one answer.
+const MAX_STATUS_BYTES: usize = 48 << 10;
 /// The longest status text of a pod.
 const MAX_STATUS: usize = 4096;
 
@@ -80,7 +80,7 @@ impl RequestServer {
 
     /// Serves until the proxy process ends.
     pub(crate) async fn run(self, receiver: Receiver) {
-        let permits = Arc::new(Semaphore::new(CONCURRENT));
+        let permits = Arc::new(Semaphore::new(MAX_CONCURRENT));
         let mut pace = Pace::default();
         loop {
             pace.pass().await;
@@ -153,7 +153,7 @@ impl Pace {
         let now = Instant::now();
         let until = self.until.filter(|until| *until > now);
         match until {
-            Some(until) if self.messages >= MESSAGES => {
+            Some(until) if self.messages >= MAX_MESSAGES => {
                 sleep_until(until).await;
                 self.begin(until);
             }
@@ -252,7 +252,7 @@ impl Context {
         for status in status.iter().skip(skip) {
             let line = line(status);
             length += line.uid.len() + line.text.len();
-            if length > STATUS_BYTES {
+            if length > MAX_STATUS_BYTES {
                 return Answer::Pods { pods, more: true };
             }
             pods.push(line);
@@ -274,14 +274,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn pace_limits_messages_in_each_window() {
         let (mut pace, began) = (Pace::default(), Instant::now());
-        for _ in 0..MESSAGES * 3 {
+        for _ in 0..MAX_MESSAGES * 3 {
             pace.pass().await;
         }
         assert_eq!(began.elapsed(), WINDOW * 2);
         tokio::time::sleep(WINDOW * 5).await;
         let later = Instant::now();
         pace.pass().await;
-        assert_eq!(later.elapsed(), Duration::ZERO, "a pause costs nothing afterwards");
+        assert_eq!(later.elapsed(), Duration::ZERO, "a message after a pause does not wait");
     }
 
     #[tokio::test(start_paused = true)]

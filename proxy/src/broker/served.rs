@@ -49,7 +49,7 @@ impl ServedKeys {
         let newest = of_pod.max_by_key(|entry| entry.key.enrolment);
         let served = newest.and_then(|entry| entry.served.as_ref());
         match served.and_then(|served| PodProblem::of_certificate(served.pod.certificate())) {
-            Some(trouble) => format!("{text}: {trouble}\n"),
+            Some(problem) => format!("{text}: {problem}\n"),
             None => format!("{text}\n"),
         }
     }
@@ -57,7 +57,7 @@ impl ServedKeys {
     fn served(&self, key: &PodKey) -> Result<Served, String> {
         let entries = self.entries();
         let served = entries.get(&key.enrolment).and_then(|entry| entry.served.clone());
-        served.ok_or_else(|| "it is not served".to_owned())
+        served.ok_or_else(|| "no such pod is served".to_owned())
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<u64, Entry>> {

@@ -228,7 +228,7 @@ async fn survives_messages_that_are_malformed_or_forbidden() {
     let forbidden = [
         "garbage".to_owned(),
         "{}".to_owned(),
-        // A proxy process must never be able to say this.
+        // A proxy process must never be able to request this.
         format!(r#"{{"Request":{{"number":1,"request":{{"RemoveRules":{{"pod":{pod}}}}}}}}}"#),
         format!(
             r#"{{"Request":{{"number":1,"request":{{"Sockets":{{"of":{{"Pod":{pod}}},"kind":{{"v6":false,"workload":true,"mark":0}},"count":1}}}}}}}}"#
@@ -274,11 +274,11 @@ async fn address_of_other_workload_is_found_in_the_mesh_of_the_proxy_process() {
     };
     let (found, ()) = tokio::join!(finding, answer);
     let (found, other) = found.unwrap().unwrap();
-    assert!(found == address && !other.contains('\u{1b}'), "{other:?} is for the log");
+    assert!(found == address && !other.contains('\u{1b}'), "{other:?} is not quoted");
 }
 
 #[tokio::test]
-async fn self_test_hears_of_arrivals_until_its_end() {
+async fn arrivals_reach_self_test_until_its_end() {
     let scene = Scene::new(&settings(&[]));
     let (served, key) = scene.serve().await;
     let (arrivals, destination) = (served.arrivals(), SocketAddr::from(([192, 0, 2, 2], 1404)));
@@ -323,7 +323,7 @@ async fn asks_the_proxy_process_for_the_state_of_a_certificate() {
         (Ok(Outcome::HasCertificate(true)), true),
         (Ok(Outcome::HasCertificate(false)), false),
         (Ok(Outcome::Done), false),
-        (Err("it is not served".to_owned()), false),
+        (Err("no such pod is served".to_owned()), false),
     ];
     for (outcome, expected) in outcomes {
         let answered = scene.perform(outcome);
@@ -350,7 +350,11 @@ async fn pod_without_certificate_in_time_is_not_served() {
     assert_eq!(closed, Command::Close { pod: start.pod });
     let began = tokio::time::Instant::now();
     serving().await.unwrap_err();
-    assert_eq!(began.elapsed(), limit + Duration::from_secs(10), "the command lasts longer");
+    assert_eq!(
+        began.elapsed(),
+        limit + Duration::from_secs(10),
+        "the timeout of the command is added"
+    );
 }
 
 #[tokio::test]

@@ -49,8 +49,8 @@ pub(crate) struct PodToServe {
     /// The pod's network namespace, for the sockets of its connections.
     pub(crate) access: NamespaceAccess,
     pub(crate) listeners: Listeners<Kind>,
-    /// The pod accepts once its certificate is issued; it is not served without one after this
-    /// time. `None`: it accepts at once, and its tunnels wait for the certificate.
+    /// How long the pod waits for its certificate before it accepts. Without one after this time,
+    /// it is not served. `None`: it accepts at once, and its tunnels wait for the certificate.
     pub(crate) certificate_within: Option<Duration>,
 }
 

@@ -48,7 +48,7 @@ pub(crate) struct Pod {
     /// The health of the endpoints, according to the connections of this pod.
     pub(crate) endpoints: Arc<EndpointHealth>,
     pub(crate) self_test: SelfTest,
-    /// Closed while another process takes the pod over. A fixed pod has that of the process.
+    /// Closed while another process takes the pod over. A fixed pod uses the gate of the process.
     pub(crate) accepting: PauseGate,
     /// The current interception settings; a reload changes them.
     pub(crate) interception: watch::Receiver<InterceptionSettings>,

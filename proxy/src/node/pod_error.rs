@@ -29,7 +29,7 @@ pub(crate) enum PodError {
         /// Possible causes.
         suspects: Vec<String>,
     },
-    #[error("it has no certificate within {} s", .0.as_secs())]
+    #[error("no certificate was issued within {} s", .0.as_secs())]
     CertificateLate(Duration),
     #[error("the workers cannot accept the pod's connections")]
     Accept(#[source] io::Error),

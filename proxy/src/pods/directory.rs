@@ -39,7 +39,7 @@ pub(crate) struct DirectorySource {
     /// The error of the last read of the folder, to report it once.
     folder_error: Option<String>,
     /// Whether the registry has no other pods than those of the files.
-    complete: bool,
+    is_complete: bool,
 }
 
 /// A file of the folder.
@@ -79,14 +79,14 @@ impl DirectorySource {
     ) -> Result<Self, ConfigErrors> {
         let folder = PodFolder::open(path, watcher)?;
         let (files, folder_error) = (BTreeMap::new(), None);
-        Ok(Self { folder, open_namespace, files, folder_error, complete: false })
+        Ok(Self { folder, open_namespace, files, folder_error, is_complete: false })
     }
 
     async fn follow(mut self, context: SourceContext) -> ! {
         let SourceContext { registry, health, mut pauses, inherited } = context;
         let mut poll = interval_at_multiples(NAMESPACE_POLL_INTERVAL);
-        // Without a state, pods that were adopted and have no file any more are removed here.
-        self.complete = inherited.is_some();
+        // Without a state, the first read of the folder removes adopted pods that have no file.
+        self.is_complete = inherited.is_some();
         self.inherit(&inherited.unwrap_or_default(), &registry);
         self.read_files(&registry, &health);
         loop {
@@ -128,7 +128,7 @@ impl DirectorySource {
                 self.folder_error = None;
                 self.forget_missing(&documents, registry);
                 documents.into_iter().for_each(|document| self.read_file(document, registry));
-                if !std::mem::replace(&mut self.complete, true) {
+                if !std::mem::replace(&mut self.is_complete, true) {
                     let pods = self.files.values().filter_map(|file| file.pod.as_ref());
                     registry.retain(&pods.map(|pod| pod.uid.clone()).collect());
                 }

@@ -84,7 +84,7 @@ pub(crate) enum LeaveReason {
     EnrolledAgain,
     /// The daemon stops: `interception.on_exit` decides.
     DaemonStops,
-    /// Another process has taken it over, to which its rules belong.
+    /// Another process has taken the pod over; the rules belong to that process.
     HandedOver,
 }
 

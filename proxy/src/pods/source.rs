@@ -26,11 +26,11 @@ pub(crate) struct SourceContext {
     pub(crate) registry: PodRegistry,
     pub(crate) health: SourceHealth,
     pub(crate) pauses: PauseRequests,
-    /// The state of the source of the process that was taken over, unless that has ended before.
+    /// The state of the source of the process that was taken over, if that process passed it.
     pub(crate) inherited: Option<SourceState>,
 }
 
-/// The state that a source passes to that of the process that takes over.
+/// The state that a source passes to the source of the process that takes over.
 #[derive(Debug, Default)]
 pub(crate) struct SourceState {
     /// Has no line break.

@@ -23,7 +23,7 @@
 //! its source enrols the other pods, as after a crash.
 //!
 //! A pod that cannot be adopted is served by the running process until `ready`, and is then
-//! enrolled as a new one. Its rules stay, so that it is closed meanwhile.
+//! enrolled as a new one. Its rules stay, so its traffic is refused meanwhile.
 
 pub(crate) mod handed;
 pub(crate) mod incoming;

@@ -188,7 +188,7 @@ impl Daemon {
         let (health, registry) = (proxy.source_health(), registry.clone());
         let context = SourceContext { registry: registry.clone(), health, pauses, inherited };
         let mut source = source.run(context);
-        // Before readiness is answered, so that a source that was taken over is not missing.
+        // Runs before the node reports readiness, so that an inherited source counts at once.
         if let std::task::Poll::Ready(end) = poll!(&mut source) {
             return Err(end.into());
         }
@@ -252,7 +252,8 @@ impl Daemon {
 }
 
 impl NodePods {
-    /// Removes every pod. A stop signal shortens the drain after a take-over; the last one ends it.
+    /// Removes every pod. A stop signal ends the drain; after a take-over, the first one only
+    /// shortens it.
     async fn drain(&self, end: StopReason, stop: &mut StopSignal) {
         let StopReason::HandedOver { .. } = end else {
             return end_of(self.registry.stop().gone(), stop).await;

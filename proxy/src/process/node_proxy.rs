@@ -143,13 +143,13 @@ impl RunningNode {
         self.data_plane.node.gates.accept.open();
     }
 
-    /// Pauses accepting on the endpoints.
+    /// The gate that pauses accepting on the endpoints.
     pub(crate) fn endpoints(&self) -> &PauseGate {
         &self.data_plane.node.gates.accept
     }
 
     /// Closes the endpoints, on which another process accepts now. Pods take no new connections.
-    /// The node stays ready: requests that were accepted are answered so.
+    /// The node stays ready for requests that were accepted before.
     pub(crate) fn hand_over(&mut self) {
         self.endpoints.close();
         self.data_plane.node.drain.close();

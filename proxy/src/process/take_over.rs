@@ -15,7 +15,7 @@
 //! The running process then resumes accepting and repairing.
 //!
 //! The running process also passes one end of a socket pair, whose other end closes with the
-//! process. By it the new process tells the end of the running process from a closed connection.
+//! process. It tells the new process whether the running one ended or only closed the connection.
 
 mod client;
 pub(crate) mod control_socket;
@@ -61,7 +61,7 @@ const REFUSED: &str = "refused";
 const CONTROL_SOCKET: &str = "take-over";
 /// The name of the instance socket (`instance.rs`) among the sockets that are handed over.
 const INSTANCE_SOCKET: &str = "instance";
-/// The name of the socket among them that ends with the running process.
+/// The name of the socket whose other end closes with the running process.
 const ALIVE: &str = "alive";
 
 /// Why this process cannot take over.
@@ -76,7 +76,7 @@ pub(crate) enum TakeOverError {
     UntrustedUser { socket: PathBuf, uid: u32 },
     #[error("cannot read the network namespace of this process from /proc")]
     Namespace(#[source] io::Error),
-    #[error("cannot make a socket for a take-over")]
+    #[error("cannot create a socket for a take-over")]
     Socket(#[source] io::Error),
     #[error("the running process refused the take-over: {0}")]
     Refused(String),

@@ -221,7 +221,7 @@ async fn new_process_continues_with_the_files() {
         for name in ["a", "b", "c"] {
             fixture.write(&format!("{name}.yaml"), &pod(name, "")).await;
         }
-        // A file with a mistake stands for its pod. One that goes meanwhile does not.
+        // A file with a mistake stands for its pod. A removed file does not.
         fixture.write("b.yaml", "uid: [").await;
         let (state, paused) = fixture.handle.pause().await.unwrap();
         fixture.remove("c.yaml").await;
@@ -233,7 +233,11 @@ async fn new_process_continues_with_the_files() {
         tokio::time::sleep(LONGER_THAN_POLL).await;
         let expected: &[&str] = if with_state { &["a", "b"] } else { &["a"] };
         assert_eq!(fixture.serving(), expected);
-        assert_eq!(fixture.enroller.attempts(&"a".parse().unwrap()), 1, "it runs on");
+        assert_eq!(
+            fixture.enroller.attempts(&"a".parse().unwrap()),
+            1,
+            "the pod is not enrolled again"
+        );
     }
 }
 

@@ -1,4 +1,5 @@
-//! Adopts a pod of the running process: both accept for a moment, so that no connection waits.
+//! Adopts a pod of the running process: both processes accept for a moment, so that no
+//! connection waits.
 
 use std::time::Duration;
 
@@ -33,7 +34,7 @@ impl NodeEnroller {
             Ok(open) => open,
             Err(error) => {
                 running.resume().await?;
-                return Err(failed(error, facts));
+                return Err(adoption_error(error, facts));
             }
         };
         if let Err(error) = switch(&open, running).await {
@@ -50,7 +51,7 @@ impl NodeEnroller {
 }
 
 /// Without certificates the running process must continue with all pods.
-fn failed(error: PodError, facts: &PodFacts) -> EnrolError {
+fn adoption_error(error: PodError, facts: &PodFacts) -> EnrolError {
     match error {
         PodError::CertificateLate(timeout) => {
             TakeOverError::NoCertificate { pod: facts.full_name(), timeout }.into()

@@ -88,7 +88,8 @@ impl PodRegistry {
         self.pods().begin_adoption();
     }
 
-    /// Adds a pod of the running process. Returns the attempt with what is `handed` over.
+    /// Adds a pod of the running process. Returns the attempt to adopt it with the `handed` parts,
+    /// if there is one.
     pub(in crate::pods) fn adopt(
         &self,
         facts: PodFacts,
@@ -101,7 +102,7 @@ impl PodRegistry {
         adopts.then_some(Enrolment(outcome))
     }
 
-    /// Enrols the pods too that were not adopted.
+    /// Also enrols the pods that were not adopted.
     pub(crate) fn finish_adoption(&self) {
         self.change(|pods| pods.finish_adoption(Instant::now()));
     }

@@ -16,7 +16,8 @@ impl Pods {
         self.is_adopting = true;
     }
 
-    /// Adds a pod of the running process. Returns whether it is enrolled with what is `handed` over.
+    /// Adds a pod of the running process. Returns whether an attempt adopts it with the `handed`
+    /// parts.
     pub(in crate::pods) fn adopt(
         &mut self,
         now: Instant,
@@ -35,7 +36,7 @@ impl Pods {
         adopts
     }
 
-    /// Enrols the other pods too, at once.
+    /// Also enrols the other pods, at once.
     pub(in crate::pods) fn finish_adoption(&mut self, now: Instant) {
         self.is_adopting = false;
         let waiting = |(uid, entry): (_, &super::Entry)| match entry.phase {

@@ -1,4 +1,4 @@
-//! Passing the pods to another process that takes over: which one is next, and what stands still
+//! Passing the pods to another process that takes over: which pod is next, and which work is paused
 //! meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -13,18 +13,18 @@ use crate::pods::enrolment::{EnrolledPod, LeaveReason};
 use crate::pods::facts::PodFacts;
 use crate::traffic::listeners::NamedListeners;
 
-/// What has been passed to the other process.
+/// The progress of passing the pods to the other process.
 #[derive(Debug, Default)]
 pub(super) struct Moving {
     passed: HashMap<PodUid, (NamespaceId, Arc<PodFacts>)>,
     /// Pods that were passed and then removed, which the other process does not know yet.
     gone: BTreeMap<PodUid, NamespaceId>,
-    /// Pods of which the other process knows that, and whose listeners it may still have.
+    /// Removed pods that the other process knows of, but whose listeners it may still have.
     releasing: BTreeMap<PodUid, NamespaceId>,
     /// The passed pods that the other process leaves alone.
     exempt: BTreeSet<PodUid>,
     /// The source is paused: no attempt starts, so that pods change no longer.
-    frozen: bool,
+    is_frozen: bool,
 }
 
 /// The next change that the other process learns.
@@ -35,7 +35,7 @@ pub(in crate::pods) enum Moved {
     Gone(PodUid),
 }
 
-/// A pod that is passed. A pod that was passed before has other facts now.
+/// A pod to pass: a new one, or one whose facts have changed since it was passed.
 #[derive(Debug)]
 pub(in crate::pods) struct MovedPod {
     pub(in crate::pods) facts: Arc<PodFacts>,
@@ -47,7 +47,7 @@ pub(in crate::pods) struct MovedPod {
 impl Moving {
     /// Whether the other process enrols the pod.
     pub(super) fn holds(&self, uid: &PodUid) -> bool {
-        self.frozen || self.passed.contains_key(uid)
+        self.is_frozen || self.passed.contains_key(uid)
     }
 
     /// Whether the other process may have listeners of a removed pod in the namespace.
@@ -120,7 +120,7 @@ impl Pods {
                 leaving.pod
             ));
         }
-        self.moving.get_or_insert_default().frozen = true;
+        self.moving.get_or_insert_default().is_frozen = true;
         Ok(())
     }
 

@@ -63,7 +63,7 @@ async fn adopt_all(
     registry: &PodRegistry,
 ) -> Result<SourceState, AdoptionError> {
     let source = loop {
-        // Again, until no pod has changed while others were adopted.
+        // Repeats until no pod has changed while others were adopted.
         while adopt_next(client, registry).await? > 0 {}
         let source = client.ask(SOURCE, SOURCE, SOURCE_TIMEOUT).await?;
         match source.word.as_str() {

@@ -19,7 +19,7 @@ pub(super) enum MessageError {
     Field(&'static str),
     #[error("the message has {0} descriptors, which do not fit its listeners")]
     Descriptors(usize),
-    #[error("a descriptor is not that of a network namespace or of a listener")]
+    #[error("a descriptor is neither a network namespace nor a listener")]
     Descriptor,
 }
 
@@ -57,7 +57,7 @@ pub(super) fn encode(pod: &MovedPod, has_certificate: bool) -> String {
     .to_string()
 }
 
-/// Reads the object of a pod, and what is attached to it.
+/// Reads the object of a pod, and the attached descriptors.
 pub(super) fn decode(
     text: &str,
     descriptors: Vec<std::os::fd::OwnedFd>,
@@ -104,8 +104,8 @@ fn facts(object: &Map<String, Value>) -> Result<PodFacts, MessageError> {
         namespace: text(object, "namespace")?.to_owned(),
         service_account: text(object, "service_account")?.to_owned(),
         ips: list(object, "ips", |ip| ip.as_str()?.parse().ok())?,
-        labels: texts(object, "labels")?,
-        annotations: texts(object, "annotations")?,
+        labels: string_map(object, "labels")?,
+        annotations: string_map(object, "annotations")?,
         namespace_mode: match object.get("namespace_mode") {
             Some(Value::Null) => None,
             _ => Some(text(object, "namespace_mode")?.to_owned()),
@@ -135,7 +135,7 @@ fn list<T>(
     items.iter().map(item).collect::<Option<_>>().ok_or(MessageError::Field(key))
 }
 
-fn texts(
+fn string_map(
     object: &Map<String, Value>,
     key: &'static str,
 ) -> Result<BTreeMap<String, String>, MessageError> {

@@ -30,7 +30,8 @@ pub(crate) struct OutgoingPods {
     endpoints: Arc<dyn Pausable>,
     /// Pauses the repair of the rules in the host's namespace.
     host_rules: PauseGate,
-    /// The pods for which no process may accept: the new one has not reported success or failure.
+    /// The pods for which possibly no process accepts: the new one has not reported success or
+    /// failure.
     switching: BTreeSet<PodUid>,
     paused: Option<PausedSource>,
 }
@@ -61,7 +62,7 @@ impl OutgoingPods {
         }
     }
 
-    async fn of_pod(&mut self, request: &str, uid: PodUid) -> Option<Reply> {
+    async fn perform_for_pod(&mut self, request: &str, uid: PodUid) -> Option<Reply> {
         match request {
             RULES => self.registry.pause(&uid, Pause::Rules).await,
             ACCEPT => {
@@ -108,7 +109,7 @@ impl Subject for OutgoingPods {
         match request.split_once(' ') {
             None if request == NEXT => Some(self.next().await),
             None if request == SOURCE => Some(self.pause_source().await),
-            Some((request, uid)) => self.of_pod(request, uid.parse().ok()?).await,
+            Some((request, uid)) => self.perform_for_pod(request, uid.parse().ok()?).await,
             None => None,
         }
     }

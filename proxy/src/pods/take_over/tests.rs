@@ -1,4 +1,4 @@
-//! Two processes in memory, whose connection or which themselves end at each message.
+//! Two processes in memory. At each message the connection, or one of the processes, ends.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,8 +25,8 @@ use crate::process::take_over::{TakeOverError, TakeoverClient, TakeoverOutcome, 
 /// Namespaces of kinds that need no privilege.
 const NAMESPACES: [&str; 3] = ["net", "uts", "ipc"];
 
-/// Long enough for every exchange.
-const LONGEST: usize = 40;
+/// More requests than any exchange has.
+const MAX_REQUESTS: usize = 40;
 
 fn uid(index: usize) -> PodUid {
     format!("pod-{index}").parse().unwrap()
@@ -167,7 +167,7 @@ async fn pods_and_source_move_and_running_process_drains() {
 
 #[tokio::test]
 async fn broken_connection_at_each_message_leaves_every_pod_to_running_process() {
-    for messages in 1..LONGEST {
+    for messages in 1..MAX_REQUESTS {
         let (running, new, at) = (Running::start().await, New::default(), path("relay"));
         let registry = new.enroller.registry();
         let listener = ControlSocket::bind(&at, None).unwrap();
@@ -200,12 +200,12 @@ async fn broken_connection_at_each_message_leaves_every_pod_to_running_process()
             }
         }
     }
-    unreachable!("the exchange is longer than {LONGEST}");
+    unreachable!("the exchange is longer than {MAX_REQUESTS}");
 }
 
 #[tokio::test]
 async fn killed_running_process_at_each_message_leaves_every_pod_to_new_process() {
-    for messages in 1..LONGEST {
+    for messages in 1..MAX_REQUESTS {
         let (running, new, at) = (Running::start().await, New::default(), path("relay"));
         let registry = new.enroller.registry();
         let listener = ControlSocket::bind(&at, None).unwrap();
@@ -222,7 +222,7 @@ async fn killed_running_process_at_each_message_leaves_every_pod_to_new_process(
             return;
         }
     }
-    unreachable!("the exchange is longer than {LONGEST}");
+    unreachable!("the exchange is longer than {MAX_REQUESTS}");
 }
 
 #[tokio::test]

@@ -27,8 +27,8 @@ pub(super) struct Connection {
     socket: SeqPacket,
     registry: PodRegistry,
     session: Session,
-    /// Whether the other end awaits the first message.
-    greets: bool,
+    /// Whether the agent still awaits the first message.
+    must_greet: bool,
 }
 
 /// The reason why a connection ended.
@@ -82,14 +82,14 @@ impl RequestFailure {
 
 impl Connection {
     pub(super) fn new(socket: SeqPacket, registry: PodRegistry) -> Self {
-        Self { socket, registry, session: Session::new(), greets: true }
+        Self { socket, registry, session: Session::new(), must_greet: true }
     }
 
     /// Continues the connection of the process that was taken over; `None` if it had none.
     pub(super) fn resume(state: SourceState, registry: &PodRegistry) -> Option<Self> {
         let socket = SeqPacket::new(state.descriptors.into_iter().next()?).ok()?;
         let session = Session::resume(&state.text)?;
-        Some(Self { socket, registry: registry.clone(), session, greets: false })
+        Some(Self { socket, registry: registry.clone(), session, must_greet: false })
     }
 
     /// Whether the agent has sent all pods.
@@ -97,7 +97,7 @@ impl Connection {
         self.session.has_snapshot()
     }
 
-    /// What another process needs to continue the connection.
+    /// The state from which another process continues the connection.
     fn state(&self) -> io::Result<SourceState> {
         let descriptors = vec![self.socket.as_fd().try_clone_to_owned()?];
         Ok(SourceState { text: self.session.state(), descriptors })
@@ -121,12 +121,12 @@ impl Connection {
         mut on_snapshot: impl FnMut(),
         pauses: &mut PauseRequests,
     ) -> Result<Infallible, ConnectionError> {
-        if self.greets {
+        if self.must_greet {
             self.send(&session::hello()).await?;
         }
         loop {
             let received = tokio::select! {
-                // A request that arrives now is the other process's.
+                // The other process answers a request that arrives now.
                 biased;
                 request = pauses.next() => {
                     request.pause(self.state().map_err(ConnectionError::Io)?).await;

@@ -102,7 +102,7 @@ impl Session {
         json!(named).to_string()
     }
 
-    /// Continues from a [`state`](Self::state); `None` if it is none.
+    /// Continues from a [`state`](Self::state); `None` if it is malformed.
     pub(super) fn resume(state: &str) -> Option<Self> {
         let named: Option<Vec<String>> = serde_json::from_str(state).ok()?;
         let uids = |named: Vec<String>| {

@@ -404,7 +404,7 @@ async fn each_request_is_answered_once_by_either_process() {
     let (state, paused) = source.handle.pause().await.expect("it runs");
     agent.send(&script::add("b"), &[namespace(1).as_fd()]).await;
     agent.receives_nothing().await;
-    // It fails, so that the running process continues.
+    // The new process fails, so the running one continues.
     drop((state, paused));
     assert_eq!(agent.response().await, "");
     agent.receives_nothing().await;

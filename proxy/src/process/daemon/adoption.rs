@@ -13,8 +13,8 @@ use crate::process::stop_signal::StopSignal;
 use crate::process::take_over::TakeoverClient;
 
 impl Daemon {
-    /// Takes over from the running process. Returns the state of its source too; `None` if a stop
-    /// signal came before.
+    /// Takes over from the running process. Returns the daemon with the state of the source; `None`
+    /// if a stop signal came before.
     ///
     /// # Errors
     ///
@@ -69,7 +69,8 @@ async fn complete(
     client.accept_unless_ended().await?;
     // Two processes would contend for these rules: the running one has stopped its repairs.
     let probes = pods.translate_probes().await?;
-    // They are paused already: without an answer the proxy process has ended.
+    // They are paused already. This waits for an answer of the proxy process: if it has ended, the
+    // take-over is cancelled.
     endpoints.pause().await;
     client.ready().await?;
     Ok((source, probes))

@@ -149,7 +149,7 @@ impl ProxyPart {
         }
     }
 
-    /// Pauses accepting on the endpoints, while another process takes over.
+    /// The endpoints, which pause accepting while another process takes over.
     pub(super) fn endpoints(&self) -> Arc<dyn Pausable> {
         match self {
             Self::InProcess(node) => Arc::new(node.endpoints().clone()),

@@ -88,7 +88,7 @@ impl TakeoverClient {
         Ok(Some((client, handed)))
     }
 
-    /// The same with `--take-over`; without it, or without a running process, `None`.
+    /// Connects if `take_over` is set; `None` without it, or without a running process.
     pub(crate) async fn connect_if(
         take_over: bool,
         settings: &Settings,
@@ -118,7 +118,7 @@ impl TakeoverClient {
         self.request(ACCEPT, ACCEPT).await
     }
 
-    /// The same, which also succeeds if the running process has ended.
+    /// Like [`accept`](Self::accept), but also succeeds if the running process has ended.
     pub(crate) async fn accept_unless_ended(&self) -> Result<(), TakeOverError> {
         self.unless_ended(self.accept().await).await
     }
@@ -128,7 +128,7 @@ impl TakeoverClient {
         self.unless_ended(self.request(READY, READY).await).await
     }
 
-    /// Success if the running process has ended.
+    /// Turns a closed connection into success if the running process has ended.
     pub(crate) async fn unless_ended(
         &self,
         outcome: Result<(), TakeOverError>,
@@ -144,14 +144,14 @@ impl TakeoverClient {
         *self.conversation.lock().await = None;
     }
 
-    /// Whether the running process has ended. It has not if it only closed the connection.
+    /// Whether the running process has ended, not only closed the connection.
     pub(crate) async fn has_ended(&self) -> bool {
         let mut alive = self.alive.lock().await;
         let Some(alive) = &mut *alive else { return false };
         matches!(timeout(END_TIMEOUT, alive.read(&mut [0])).await, Ok(Ok(0)))
     }
 
-    /// Sends `line`, which errors name `request`, and waits until it is performed.
+    /// Sends `line`, which errors call `request`, and waits until it is performed.
     pub(crate) async fn request(
         &self,
         request: &'static str,
@@ -161,7 +161,7 @@ impl TakeoverClient {
         if answer.word == OK { Ok(()) } else { Err(answer.unexpected(request)) }
     }
 
-    /// Sends `line`, which errors name `request`, and returns the answer, which is no refusal.
+    /// Sends `line`, which errors call `request`, and returns the answer. A refusal is an error.
     pub(crate) async fn ask(
         &self,
         request: &'static str,

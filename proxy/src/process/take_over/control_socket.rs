@@ -25,7 +25,7 @@ pub(crate) struct ControlSocket {
     pub(super) listener: UnixListener,
     path: PathBuf,
     /// Whether to remove the file on drop.
-    owned: bool,
+    is_owner: bool,
 }
 
 impl ControlSocket {
@@ -40,7 +40,7 @@ impl ControlSocket {
         let listener = UnixListener::bind(&new)?;
         fs::set_permissions(&new, Permissions::from_mode(0o600))?;
         fs::rename(&new, path)?;
-        Ok(Self { listener, path: path.to_owned(), owned: true })
+        Ok(Self { listener, path: path.to_owned(), is_owner: true })
     }
 
     /// Waits for a trusted process to connect. Cancel-safe.
@@ -58,17 +58,18 @@ impl ControlSocket {
         let listener = StdUnixListener::from(socket);
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
-        Ok(Self { listener, path: path.to_owned(), owned: false })
+        Ok(Self { listener, path: path.to_owned(), is_owner: false })
     }
 
-    pub(crate) fn own(&mut self, owned: bool) {
-        self.owned = owned;
+    /// Sets whether this process removes the file at its end.
+    pub(crate) fn own(&mut self, is_owner: bool) {
+        self.is_owner = is_owner;
     }
 }
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        if self.owned
+        if self.is_owner
             && let Err(error) = remove(&self.path)
         {
             // Another user owns the folder. The leftover is harmless: a new listener replaces it.

@@ -46,7 +46,8 @@ fn command(settings: &Settings) -> String {
     let path = pods.path().display().to_string();
     let source = format!("node with {} {}", pods.name(), path.escape_debug());
     match pods {
-        // The agent names a pod that is left alone once. The new process would not know it.
+        // The agent names each pod once. With other exempt namespaces the new process would miss
+        // the pods that this one leaves alone.
         PodSourceSettings::Zds(_) => {
             let exempt = settings.node.exempt_namespaces.join(" ");
             format!("{source}, exempt namespaces {}", exempt.escape_debug())

@@ -32,9 +32,9 @@ pub(crate) struct TakeoverServer {
     listeners: NamedListeners,
     instance: Option<Instance>,
     role: Role,
-    /// Closed when this process ends, by which a new process knows it.
+    /// Closes when this process ends, which tells the new process of the end.
     _alive: StdUnixStream,
-    /// The other end, which is passed.
+    /// The other end, which is passed to the new process.
     alive: OwnedFd,
 }
 
@@ -109,7 +109,7 @@ impl TakeoverServer {
         }
     }
 
-    /// Performs the take-over of `subject` within its timeouts. Cancelling it leaves it paused.
+    /// Performs the take-over of `subject` within its timeouts. Cancelling leaves `subject` paused.
     pub(crate) async fn answer(
         &mut self,
         conversation: Handover,
@@ -129,7 +129,7 @@ impl TakeoverServer {
                 }
                 TakeoverOutcome::Completed { pid }
             }
-            // Another process looked whether one listens here.
+            // Another process only checked that this one listens.
             Err(ConversationError::Closed { wanted: HELLO }) => TakeoverOutcome::Abandoned,
             Err(error) => {
                 subject.resume();
@@ -224,7 +224,7 @@ async fn bind_control_socket(settings: &Settings) -> Result<Option<ControlSocket
         Err(error) if settings.take_over == TakeOver::Auto => {
             tracing::info!(
                 %error, socket = %socket.display(),
-                "take-over is unavailable: cannot make its socket (take_over.socket)"
+                "take-over is unavailable: cannot create its socket (take_over.socket)"
             );
             Ok(None)
         }

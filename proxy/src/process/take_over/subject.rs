@@ -18,7 +18,7 @@ pub(crate) trait Subject {
     /// Timeout for the next request.
     fn timeout(&self) -> Duration;
 
-    /// Stops what only one process may do, before the new process is ready.
+    /// Pauses the work that only one process may do, before the new process is ready.
     fn pause(&mut self) -> impl Future<Output = ()>;
 
     /// Resumes everything: the new process has failed.

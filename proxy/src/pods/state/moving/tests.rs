@@ -1,4 +1,4 @@
-//! What the other process learns, and what stands still meanwhile.
+//! The changes that the other process learns, and the work that is paused meanwhile.
 
 use std::time::Duration;
 
@@ -78,7 +78,7 @@ async fn passes_other_pods_once_the_source_is_paused() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn this_process_does_not_enrol_a_pod_that_was_passed() {
+async fn passed_pod_is_not_enrolled_by_this_process() {
     let enroller = FakeEnroller::default();
     let registry = enroller.registry();
     let namespace = add(&registry, "a").await;
@@ -115,7 +115,7 @@ async fn removed_pod_that_is_added_again_waits_for_its_release_and_is_passed_aga
 }
 
 #[tokio::test(start_paused = true)]
-async fn refuses_while_a_removed_pod_drains_in_the_namespace_of_another() {
+async fn freeze_is_refused_while_removed_pod_drains_in_namespace_of_another() {
     let enroller = FakeEnroller::default();
     let registry = enroller.registry();
     let namespace = add(&registry, "a").await;
