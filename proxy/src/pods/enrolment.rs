@@ -23,9 +23,9 @@ pub(crate) type Operation<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// Enrols pods. Tests have an implementation without namespaces.
 pub(crate) trait Enroller: fmt::Debug + Send + Sync + 'static {
-    /// Makes one attempt to serve a pod in its namespace, with the listeners that another process has
-    /// `handed` over. A failed attempt leaves only the rules that block the pod's traffic. Each step
-    /// has a deadline, so the attempt ends.
+    /// Makes one attempt to serve a pod in its namespace, with the listeners that another process
+    /// has `handed` over. A failed attempt leaves only the rules that block the pod's traffic. Each
+    /// step has a deadline, so the attempt ends.
     fn enrol(
         &self,
         facts: Arc<PodFacts>,
