@@ -171,7 +171,17 @@ impl Mesh {
 
     /// The service that this hostname denotes for a workload of `namespace`.
     pub fn service_by_hostname(&self, hostname: &str, namespace: &str) -> Option<&Arc<Service>> {
-        select_service(self.services_named(hostname), namespace)
+        self.service_named(hostname, namespace, |_| true)
+    }
+
+    /// The accepted service that this hostname denotes for a workload of `namespace`.
+    pub fn service_named(
+        &self,
+        hostname: &str,
+        namespace: &str,
+        accept: impl Fn(&Service) -> bool,
+    ) -> Option<&Arc<Service>> {
+        select_service(self.services_named(hostname), namespace, accept)
     }
 
     /// All services with this hostname, regardless of visibility.

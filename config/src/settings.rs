@@ -4,6 +4,7 @@
 //! `declare.rs` and `resolve/` declare and parse them. `load.rs` reads their sources.
 
 pub(crate) mod declare;
+mod dns;
 mod egress;
 mod identity;
 mod interception;
@@ -21,6 +22,7 @@ mod xds;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+pub use dns::DnsSettings;
 pub use egress::{Egress, EgressSettings};
 pub use identity::{
     BundleFile, Cipher, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings,
@@ -78,6 +80,8 @@ pub struct Settings {
     pub proxy: ProxySettings,
     /// Destinations outside the mesh that the workload may connect to.
     pub egress: EgressSettings,
+    /// The resolution of names.
+    pub dns: DnsSettings,
     /// The number and lifetime of the tunnels to a peer.
     pub tunnels: TunnelSettings,
     /// Limits of the resources that peers and clients can use.

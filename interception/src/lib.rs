@@ -69,15 +69,16 @@ pub use self_test::packets::{PacketCapture, TcpSegment};
 pub use self_test::return_path::ReturnPathProbe;
 pub use self_test::{Probe, ProbeSockets};
 pub use sockets::handover::Handover;
-pub use sockets::listener::{BoundListener, Listener};
+pub use sockets::listener::{BoundListener, Listener, ListenerTransport};
 pub use sockets::local::LocalAddresses;
+pub use sockets::original_destination::OriginalDestination;
 pub use sockets::pacing::{Pacing, UndecidedPacing};
 pub use sockets::peer::Peer;
 pub use sockets::seqpacket::{Message, SeqPacket};
 pub use sockets::socket::{
-    AcceptedOptions, Closing, KEEPALIVE_PROBES, ListenerRequest, OriginalDestination, ReadySocket,
-    SocketKind, SocketRole, Sockets, enable_keepalive, end_on_close, end_writing, peek,
-    reset_on_close, write_before_end,
+    AcceptedOptions, Closing, KEEPALIVE_PROBES, ListenerRequest, ReadySocket, SocketKind,
+    SocketRole, Sockets, enable_keepalive, end_on_close, end_writing, peek, reset_on_close,
+    write_before_end,
 };
 pub use sockets::splice::SplicePipe;
 pub use subscription::{RuleSubscription, WatchScope};

@@ -6,5 +6,5 @@ pub(crate) mod bypass;
 pub(crate) mod limits;
 pub(crate) mod privileges;
 pub(crate) mod separate;
-mod user;
+pub(crate) mod user;
 pub(crate) mod user_ids;

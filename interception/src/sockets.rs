@@ -6,6 +6,7 @@ pub(crate) mod handover;
 pub(crate) mod listener;
 pub(crate) mod listening;
 pub(crate) mod local;
+pub(crate) mod original_destination;
 pub(crate) mod pacing;
 pub(crate) mod peer;
 pub(crate) mod seqpacket;

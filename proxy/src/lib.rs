@@ -10,6 +10,7 @@
 //! * `pods`: the pods of a node daemon: facts, settings, sources;
 //! * `traffic`: accepting, connecting, inbound and outbound connections, copying;
 //! * `decide`: routes, policies, and the health of endpoints;
+//! * `dns`: the DNS proxy of a pod, and lookups of hostnames;
 //! * `mesh`: the sources of the mesh, and the publication of its snapshots;
 //! * `limits`: bounds of memory, connections and file descriptors;
 //! * `observe`: access log, metrics and traces of connections;
@@ -24,6 +25,7 @@ mod broker;
 mod cli;
 mod decide;
 mod demo;
+mod dns;
 mod error;
 mod limits;
 mod mesh;
@@ -53,6 +55,12 @@ pub mod fuzz {
     /// when it is encoded and decoded again.
     pub fn broker_messages(bytes: &[u8]) {
         crate::broker::message::check_bytes(bytes);
+    }
+
+    /// Reads a DNS message as a query, a response, and both. Panics if a response of the proxy is
+    /// malformed or too long.
+    pub fn dns_messages(message: &[u8]) {
+        crate::dns::check_bytes(message);
     }
 
     /// Decodes a line between the CNI plugin and the daemon. Panics if the message changes when it

@@ -30,14 +30,20 @@ pub(crate) mod workers;
 
 use std::sync::Arc;
 
-use tokio::runtime::Handle;
 use tokio::sync::watch;
 use underpass_config::{SameNode, Settings, Timeouts, TunnelSettings};
+use underpass_interception::NamespaceAccess;
 
 use crate::decide::resolve::Resolver;
 use crate::decide::snapshot::Snapshot;
+use crate::dns::exchange::SocketExchange;
+use crate::dns::lookup::HostLookup;
+use crate::dns::resolv_file::ResolvFile;
+use crate::dns::upstream::Upstream;
 use crate::limits::Limits;
+use crate::node::pod::pod_sockets;
 use crate::node::served_pods::ServedPods;
+use crate::node::sockets::PodSockets;
 use crate::observe::metrics::SeriesRegistry;
 use crate::process::pause_gate::{Gates, PauseGate};
 use crate::traffic::copy::Deadlines;
@@ -58,6 +64,9 @@ pub(crate) struct Node {
     pub(crate) has_many_pods: bool,
     pub(crate) pods: ServedPods,
     pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
+    /// The resolver settings of the pods, and of this process.
+    pub(crate) resolv_file: Arc<ResolvFile>,
+    /// Resolves the hostnames of workloads without an address.
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
     pub(crate) drain: Drain,
@@ -68,15 +77,21 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Creates a node with this many workers. Requires the runtime of the control thread, on which
-    /// hostnames are resolved.
+    /// Creates a node with this many workers. `access` is that of the process' own sockets.
     pub(crate) fn new(
         settings: &Settings,
+        access: &NamespaceAccess,
         workers: usize,
         mesh: watch::Receiver<Arc<Snapshot>>,
         gates: Gates,
         series: Arc<SeriesRegistry>,
     ) -> Self {
+        let limits = Limits::new(&settings.limits, workers);
+        let resolv_file = Arc::new(ResolvFile::new(&settings.dns.resolv_conf));
+        let (sockets, descriptors) = (pod_sockets(settings), limits.descriptors.clone());
+        let sockets = PodSockets::new(access.clone(), sockets, descriptors);
+        let exchange = SocketExchange { sockets, limits: limits.pod() };
+        let lookup = HostLookup::new(resolv_file.clone(), Upstream::new(Arc::new(exchange)));
         Self {
             workers,
             timeouts: settings.timeouts.clone(),
@@ -86,8 +101,9 @@ impl Node {
             has_many_pods: settings.node.pods.is_some(),
             pods: ServedPods::default(),
             mesh,
-            resolver: Arc::new(Resolver::system(Handle::current())),
-            limits: Limits::new(&settings.limits, workers),
+            resolv_file,
+            resolver: Arc::new(Resolver::new(lookup)),
+            limits,
             drain: Drain::default(),
             gates,
             series,

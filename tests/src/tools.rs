@@ -28,6 +28,9 @@ const PACKAGES: &[(&str, &str)] = &[
     ("prlimit", "util-linux"),
     ("setpriv", "util-linux"),
     ("nsenter", "util-linux"),
+    ("unshare", "util-linux"),
+    ("dig", "dnsutils"),
+    ("dnsmasq", "dnsmasq-base"),
 ];
 
 /// The output and exit status of a program.

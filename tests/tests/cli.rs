@@ -355,7 +355,6 @@ fn config_check_rejects_settings_that_fail_start() {
         ("trust.crls=nowhere.crl", "nowhere.crl: No such file"),
         ("trust.bundles=other.test=nowhere.pem", "nowhere.pem: No such file"),
         ("logging.filter=a=b=c", "logging.filter"),
-        ("interception.dns=capture", "no DNS proxy yet"),
         ("mesh.file=nowhere.yaml", "nowhere.yaml"),
         ("metrics.address=[::]:15021", "readiness.address"),
     ];

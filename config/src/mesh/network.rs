@@ -61,7 +61,7 @@ impl Network {
     /// The service at `address` for a workload of `namespace`: one with this address, otherwise one
     /// with a range that contains it. Services that the workload cannot see are ignored.
     pub(super) fn service(&self, address: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
-        select_service(items(&self.vips, &address), namespace)
+        select_service(items(&self.vips, &address), namespace, |_| true)
             .or_else(|| self.service_around(address, namespace))
     }
 
@@ -139,15 +139,18 @@ impl Network {
     }
 }
 
-/// Selects among services with the same address or hostname, for a workload of `namespace`: one of
-/// its own namespace, otherwise the canonical one, otherwise the one with the first namespace. Of
-/// equal candidates the last in the file is used, because it replaces earlier ones in ztunnel
-/// (`state/service.rs`, `insert_internal`, `find_best_match`).
+/// Selects among the accepted services with the same address or hostname, for a workload of
+/// `namespace`: one of its own namespace, otherwise the canonical one, otherwise the one with the
+/// first namespace. Of equal candidates the last in the file is used, because it replaces earlier
+/// ones in ztunnel (`state/service.rs`, `insert_internal`, `find_best_match`).
 pub(super) fn select_service<'a>(
     services: &'a [Arc<Service>],
     namespace: &str,
+    accept: impl Fn(&Service) -> bool,
 ) -> Option<&'a Arc<Service>> {
-    let visible = || services.iter().filter(|service| service.visible_to(namespace));
+    let is_candidate =
+        |service: &&'a Arc<Service>| service.visible_to(namespace) && accept(service);
+    let visible = || services.iter().filter(is_candidate);
     let of = |namespace: &str| visible().rfind(|service| *service.namespace == *namespace);
     of(namespace)
         .or_else(|| visible().rfind(|service| service.canonical))

@@ -2,6 +2,7 @@
 //! rejects contradictions between them.
 
 mod access;
+mod dns;
 mod identity;
 mod interception;
 mod limits;
@@ -30,6 +31,7 @@ const SETTINGS: &[&[&dyn Declared]] = &[
     interception::ALL,
     proxy::ALL,
     access::ALL,
+    dns::ALL,
     tunnels::ALL,
     limits::ALL,
     timeouts::ALL,
@@ -94,6 +96,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
         trust,
         interception,
         egress,
+        dns: dns::dns(document)?,
         tunnels,
         limits,
         timeouts,

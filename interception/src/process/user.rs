@@ -6,7 +6,9 @@ use std::io;
 
 use caps::Capability;
 use nix::sys::prctl;
-use nix::unistd::{Gid, Uid, getegid, geteuid, setgroups, setresgid, setresuid};
+use nix::unistd::{
+    Gid, Uid, getegid, geteuid, setfsgid, setfsuid, setgroups, setresgid, setresuid,
+};
 use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
 use crate::error::InterceptionError;
@@ -78,4 +80,15 @@ impl ProxyUser {
         };
         switch().map_err(|source| InterceptionError::BecomeUser { user: self, source })
     }
+}
+
+/// Opens a socket or file that `user` owns, for rules that match the owner of a packet's socket
+/// (`xt_owner`: `f_cred->fsuid`). Affects only the calling thread.
+pub(crate) fn as_user<T>(user: Option<ProxyUser>, open: impl FnOnce() -> T) -> T {
+    let Some(ProxyUser { uid, gid }) = user else { return open() };
+    let (own_uid, own_gid) = (setfsuid(Uid::from_raw(uid)), setfsgid(Gid::from_raw(gid)));
+    let opened = open();
+    setfsgid(own_gid);
+    setfsuid(own_uid);
+    opened
 }

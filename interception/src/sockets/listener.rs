@@ -1,9 +1,10 @@
-//! Listeners. They are bound at start, and accept in the runtime of the worker that registers them.
+//! Listeners, and sockets that receive datagrams. They are bound at start, and belong to the
+//! runtime of the worker that registers them.
 //!
 //! `socket` contains addresses and marks.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -19,11 +20,24 @@ use crate::sockets::canonical;
 /// The length of the accept queue. The kernel reduces it to net.core.somaxconn (4096 by default).
 const BACKLOG: i32 = 65_535;
 
-/// A listener that belongs to no runtime. The kernel already completes handshakes for it. Clones
-/// share its descriptor, and the listener closes with the last one.
+/// How clients send to a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ListenerTransport {
+    /// TCP connections.
+    Stream,
+    /// UDP datagrams.
+    Datagram,
+}
+
+/// A listener that belongs to no runtime. The kernel already completes handshakes for it, or queues
+/// datagrams. Clones share its descriptor, and the listener closes with the last one.
 #[derive(Debug, Clone)]
-pub struct BoundListener {
-    listener: Arc<TcpListener>,
+pub struct BoundListener(Bound);
+
+#[derive(Debug, Clone)]
+enum Bound {
+    Stream(Arc<TcpListener>),
+    Datagram(Arc<UdpSocket>),
 }
 
 impl BoundListener {
@@ -33,9 +47,12 @@ impl BoundListener {
     ///
     /// Other clones exist, so that this one needs a new descriptor, and the process has none left.
     pub fn into_descriptor(self) -> io::Result<OwnedFd> {
-        match Arc::try_unwrap(self.listener) {
-            Ok(listener) => Ok(listener.into()),
-            Err(shared) => shared.try_clone().map(OwnedFd::from),
+        match self.0 {
+            Bound::Stream(listener) => match Arc::try_unwrap(listener) {
+                Ok(listener) => Ok(listener.into()),
+                Err(shared) => shared.try_clone().map(OwnedFd::from),
+            },
+            Bound::Datagram(socket) => owned(socket).map(OwnedFd::from),
         }
     }
 
@@ -45,7 +62,19 @@ impl BoundListener {
     ///
     /// The kernel rejected the operation.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        match &self.0 {
+            Bound::Stream(listener) => listener.local_addr(),
+            Bound::Datagram(socket) => socket.local_addr(),
+        }
+    }
+
+    /// How clients send to the listener.
+    #[must_use]
+    pub fn transport(&self) -> ListenerTransport {
+        match &self.0 {
+            Bound::Stream(_) => ListenerTransport::Stream,
+            Bound::Datagram(_) => ListenerTransport::Datagram,
+        }
     }
 
     /// Returns the inode of the socket, which no other open socket has.
@@ -54,39 +83,72 @@ impl BoundListener {
     ///
     /// The kernel rejected the operation.
     pub fn inode(&self) -> io::Result<u64> {
-        Ok(fstat(&self.listener)?.st_ino)
+        Ok(fstat(self)?.st_ino)
     }
 
     /// Registers the listener with the current tokio runtime.
     ///
     /// # Errors
     ///
-    /// The kernel rejected the operation.
+    /// The kernel rejected the operation. `InvalidInput` for a socket that receives datagrams.
     ///
     /// # Panics
     ///
     /// There is no current tokio runtime with I/O.
     pub fn register(self) -> io::Result<Listener> {
+        let Bound::Stream(listener) = self.0 else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
         // tokio's listener registers each connection with the runtime that accepts it, but often
         // another worker serves it.
         #[expect(
             deprecated,
             reason = "safe here: a TcpListener's descriptor stays open and the same (tokio #8587)"
         )]
-        let listener = AsyncFd::with_interest(self.listener, Interest::READABLE)?;
+        let listener = AsyncFd::with_interest(listener, Interest::READABLE)?;
         Ok(Listener { listener })
     }
+
+    /// Registers a socket that receives datagrams with the current tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// The kernel rejected the operation. `InvalidInput` for a listener of connections.
+    ///
+    /// # Panics
+    ///
+    /// There is no current tokio runtime with I/O.
+    pub fn register_datagram(self) -> io::Result<tokio::net::UdpSocket> {
+        match self.0 {
+            Bound::Datagram(socket) => tokio::net::UdpSocket::from_std(owned(socket)?),
+            Bound::Stream(_) => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+}
+
+/// The socket itself, or a new descriptor of it if clones exist.
+fn owned(socket: Arc<UdpSocket>) -> io::Result<UdpSocket> {
+    Arc::try_unwrap(socket).or_else(|shared| shared.try_clone())
 }
 
 impl AsFd for BoundListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
+        match &self.0 {
+            Bound::Stream(listener) => listener.as_fd(),
+            Bound::Datagram(socket) => socket.as_fd(),
+        }
     }
 }
 
 impl From<TcpListener> for BoundListener {
     fn from(listener: TcpListener) -> Self {
-        Self { listener: Arc::new(listener) }
+        Self(Bound::Stream(Arc::new(listener)))
+    }
+}
+
+impl From<UdpSocket> for BoundListener {
+    fn from(socket: UdpSocket) -> Self {
+        Self(Bound::Datagram(Arc::new(socket)))
     }
 }
 
@@ -95,6 +157,15 @@ impl TryFrom<OwnedFd> for BoundListener {
 
     /// Converts a descriptor from another process. It may be of any kind.
     fn try_from(socket: OwnedFd) -> io::Result<Self> {
+        if SockRef::from(&socket).r#type()? == Type::DGRAM {
+            let socket = UdpSocket::from(socket);
+            // Fails for descriptors without an IP address.
+            if socket.local_addr()?.port() == 0 || socket.peer_addr().is_ok() {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            socket.set_nonblocking(true)?;
+            return Ok(socket.into());
+        }
         let listens = SockRef::from(&socket).is_listener()?;
         let listener = TcpListener::from(socket);
         // Fails for descriptors without an IP address.
@@ -150,12 +221,14 @@ impl AsFd for Listener {
 
 /// Listens on `address`. Accepted streams inherit the mark (`inet_request_mark`,
 /// include/net/inet_sock.h). A transparent listener also accepts connections that TPROXY delivers.
-/// `prepare` runs before the first connection can arrive.
+/// `may_be_absent`: the address need not exist yet. `prepare` runs before the first connection can
+/// arrive.
 pub(crate) fn bind(
     _: &Entered,
     address: SocketAddr,
     mark: Option<u32>,
     transparent: bool,
+    may_be_absent: bool,
     prepare: impl FnOnce(&Socket) -> io::Result<()>,
 ) -> io::Result<BoundListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), None)?;
@@ -174,8 +247,38 @@ pub(crate) fn bind(
         SocketAddr::V4(_) => socket.set_ip_transparent_v4(true)?,
         SocketAddr::V6(_) => socket.set_ip_transparent_v6(true)?,
     }
+    if may_be_absent {
+        set_freebind(&socket, address)?;
+    }
     prepare(&socket)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(TcpListener::from(socket).into())
+}
+
+/// Receives datagrams at `address`, which need not exist yet.
+pub(crate) fn bind_datagram(
+    _: &Entered,
+    address: SocketAddr,
+    mark: Option<u32>,
+) -> io::Result<BoundListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), None)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
+    }
+    set_freebind(&socket, address)?;
+    socket.bind(&address.into())?;
+    Ok(UdpSocket::from(socket).into())
+}
+
+/// Allows binding to an address that does not exist yet: the loopback interface loses ::1 while
+/// IPv6 is disabled.
+fn set_freebind(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    match address {
+        SocketAddr::V4(_) => socket.set_freebind_v4(true),
+        SocketAddr::V6(_) => socket.set_freebind_v6(true),
+    }
 }

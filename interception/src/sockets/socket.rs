@@ -1,5 +1,4 @@
-//! Sockets that the rules recognize, with marks and preserved source addresses, and the original
-//! destinations of captured connections.
+//! Sockets that the rules recognize, with marks and preserved source addresses.
 //!
 //! Opening a socket requires its namespace and privileges; connecting it later requires neither.
 //! `listener` accepts; callers set deadlines.
@@ -13,14 +12,16 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::Instant;
 use underpass_config::{InboundMode, InterceptionSettings, Profile};
 
 use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::{Family, PROXY_MARK};
-use crate::sockets::listener::BoundListener;
+use crate::process::privileges::ProxyUser;
+use crate::process::user::as_user;
+use crate::sockets::listener::{BoundListener, ListenerTransport};
 use crate::sockets::pacing::{Pacing, UndecidedPacing};
 use crate::sockets::{canonical, listener};
 
@@ -37,6 +38,9 @@ pub struct Sockets {
     /// True if listeners accept connections that TPROXY delivers.
     transparent: bool,
     ipv6: bool,
+    /// The user by which the rules recognize the packets of the DNS proxy, if the process changes
+    /// to it later.
+    user: Option<ProxyUser>,
     keepalive: Option<Duration>,
     pacing: Option<Pacing>,
 }
@@ -46,6 +50,10 @@ pub struct Sockets {
 pub struct ListenerRequest {
     /// `[::]` accepts IPv4 too. If the kernel lacks IPv6, it becomes `0.0.0.0`.
     pub address: SocketAddr,
+    /// How clients send to it.
+    pub transport: ListenerTransport,
+    /// True if the address need not exist yet.
+    pub may_be_absent: bool,
     /// The options of accepted connections.
     pub accepted: AcceptedOptions,
     /// The purpose of the listener, for error messages.
@@ -80,6 +88,8 @@ pub enum SocketRole {
     Upstream,
     /// The workload. The profile determines the source address.
     Workload,
+    /// A DNS server that is asked over UDP.
+    NameServer,
 }
 
 impl SocketKind {
@@ -144,7 +154,9 @@ impl Sockets {
             (Profile::None, _) => (None, LastHop::Any),
         };
         let transparent = settings.inbound.mode == InboundMode::Tproxy;
-        Self { mark, last_hop, transparent, ipv6, keepalive: None, pacing: None }
+        // If the change of user is impossible, preparing the rules fails.
+        let user = ProxyUser::required(settings).ok().flatten();
+        Self { mark, last_hop, transparent, ipv6, user, keepalive: None, pacing: None }
     }
 
     /// Adds keepalive: the first probe after this time without data, and more at this interval.
@@ -184,8 +196,10 @@ impl Sockets {
     pub fn listen(
         &self,
         entered: &Entered,
-        ListenerRequest { address, accepted, purpose, setting }: ListenerRequest,
+        request: ListenerRequest,
     ) -> Result<BoundListener, InterceptionError> {
+        let ListenerRequest { address, transport, may_be_absent, accepted, purpose, setting } =
+            request;
         let any_v6 = address.ip().is_unspecified() && address.is_ipv6();
         let address = if any_v6 && !self.ipv6 {
             SocketAddr::from(([0u8; 4], address.port()))
@@ -193,8 +207,16 @@ impl Sockets {
             address
         };
         let prepare = |socket: &Socket| self.prepare(socket, accepted);
-        listener::bind(entered, address, self.mark, self.transparent, prepare)
-            .map_err(|source| InterceptionError::Listen { purpose, address, setting, source })
+        let (mark, transparent) = (self.mark, self.transparent);
+        let bound = match transport {
+            ListenerTransport::Stream => {
+                listener::bind(entered, address, mark, transparent, may_be_absent, prepare)
+            }
+            ListenerTransport::Datagram => {
+                as_user(self.user, || listener::bind_datagram(entered, address, mark))
+            }
+        };
+        bound.map_err(|source| InterceptionError::Listen { purpose, address, setting, source })
     }
 
     /// Sets the options that the connections of `listener` inherit (`sk_clone_lock`,
@@ -223,6 +245,11 @@ impl Sockets {
     /// The error of the kernel: no descriptor, no privilege, or no such address family.
     pub fn open(&self, _: &Entered, kind: SocketKind) -> io::Result<ReadySocket> {
         let (domain, workload) = (domain(kind.family), kind.role == SocketRole::Workload);
+        if kind.role == SocketRole::NameServer {
+            let socket = Socket::new(domain, Type::DGRAM.nonblocking(), None)?;
+            self.mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
+            return Ok(ReadySocket { socket, kind, pacing: None });
+        }
         let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
         let mark = match self.last_hop {
             LastHop::ClientAddress { mark } if workload => Some(mark),
@@ -360,55 +387,23 @@ impl ReadySocket {
         Ok(stream)
     }
 
+    /// Connects a socket for datagrams to `destination`: it receives only what comes from there.
+    /// The kernel chooses a random port.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel: unreachable, or not a socket for datagrams.
+    pub fn connect_datagram(self, destination: SocketAddr) -> io::Result<UdpSocket> {
+        if self.kind.role != SocketRole::NameServer {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.socket.connect(&canonical(destination).into())?;
+        UdpSocket::from_std(self.socket.into())
+    }
+
     /// The underlying socket, for the self-test.
     pub(crate) fn into_socket(self) -> Socket {
         self.socket
-    }
-}
-
-/// The destination of an accepted connection before any rule redirected it. Never an IPv4-mapped
-/// address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct OriginalDestination(SocketAddr);
-
-impl OriginalDestination {
-    /// Converts `address`.
-    #[must_use]
-    pub fn new(address: SocketAddr) -> Self {
-        Self(canonical(address))
-    }
-
-    /// Asks conntrack for the destination of a connection of `client` that a rule may have
-    /// redirected.
-    ///
-    /// # Errors
-    ///
-    /// The error of the kernel. ENOENT if conntrack has no entry of the connection.
-    pub fn redirected(stream: &impl AsFd, client: IpAddr) -> io::Result<Self> {
-        let socket = SockRef::from(stream);
-        // Use the family of the packets. On a dual-stack listener the socket has the other one,
-        // with which conntrack would look up wrong addresses.
-        let original = if client.to_canonical().is_ipv4() {
-            socket.original_dst_v4()?
-        } else {
-            socket.original_dst_v6()?
-        };
-        inet(original).map(Self::new)
-    }
-
-    /// The destination of a connection that no rule redirects: the local address of `stream`.
-    ///
-    /// # Errors
-    ///
-    /// The kernel rejected the operation.
-    pub fn local(stream: &impl AsFd) -> io::Result<Self> {
-        inet(SockRef::from(stream).local_addr()?).map(Self::new)
-    }
-
-    /// The destination's address and port.
-    #[must_use]
-    pub fn address(self) -> SocketAddr {
-        self.0
     }
 }
 
@@ -468,10 +463,6 @@ fn domain(family: Family) -> Domain {
         Family::V4 => Domain::IPV4,
         Family::V6 => Domain::IPV6,
     }
-}
-
-fn inet(address: socket2::SockAddr) -> io::Result<SocketAddr> {
-    address.as_socket().ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
 }
 
 #[cfg(test)]

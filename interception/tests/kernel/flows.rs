@@ -12,9 +12,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 use underpass_interception::{
-    AcceptedOptions, BoundListener, Closing, Entered, KeptCapabilities, ListenerRequest, Namespace,
-    NamespaceAccess, OriginalDestination, PacketCapture, SocketKind, SocketRole, Sockets,
-    TcpSegment, confine_thread, counters,
+    AcceptedOptions, BoundListener, Closing, Entered, KeptCapabilities, ListenerRequest,
+    ListenerTransport, Namespace, NamespaceAccess, OriginalDestination, PacketCapture, SocketKind,
+    SocketRole, Sockets, TcpSegment, confine_thread, counters,
 };
 
 use crate::Case;
@@ -110,6 +110,8 @@ impl Mesh {
         let listen = |port| {
             let listener = ListenerRequest {
                 address: any(port),
+                transport: ListenerTransport::Stream,
+                may_be_absent: false,
                 accepted: AcceptedOptions { closing: Closing::Reset, unpaced: false },
                 purpose: "a test",
                 setting: "none",

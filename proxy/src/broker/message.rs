@@ -177,7 +177,7 @@ pub(crate) enum Request {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) enum SocketsOf {
-    /// The node's own, for connections to its CA.
+    /// The node's own, for connections to its CA and for lookups of hostnames.
     Node,
     Pod(PodKey),
 }
@@ -187,8 +187,16 @@ pub(crate) enum SocketsOf {
 #[serde(deny_unknown_fields)]
 pub(crate) struct WireKind {
     pub(crate) v6: bool,
-    /// Whether it is for connections to the workload.
-    pub(crate) workload: bool,
+    pub(crate) role: WireRole,
+}
+
+/// The role of a socket's destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) enum WireRole {
+    Upstream,
+    Workload,
+    NameServer,
 }
 
 /// The answer to a request.
@@ -228,7 +236,7 @@ pub(crate) enum Refusal {
     UnknownPod,
     #[error("{0} sockets were requested: 1 to {MAX_SOCKETS} are allowed")]
     SocketCount(usize),
-    #[error("the settings need no connections of the node itself")]
+    #[error("the node itself has no workload to connect to")]
     SocketsOfNode,
     /// The request is allowed, and the operation failed.
     #[error("{0}")]
@@ -322,14 +330,23 @@ impl TryFrom<Certificate> for Identity {
 
 impl From<SocketKind> for WireKind {
     fn from(kind: SocketKind) -> Self {
-        Self { v6: kind.family == Family::V6, workload: kind.role == SocketRole::Workload }
+        let role = match kind.role {
+            SocketRole::Upstream => WireRole::Upstream,
+            SocketRole::Workload => WireRole::Workload,
+            SocketRole::NameServer => WireRole::NameServer,
+        };
+        Self { v6: kind.family == Family::V6, role }
     }
 }
 
 impl From<WireKind> for SocketKind {
-    fn from(WireKind { v6, workload }: WireKind) -> Self {
+    fn from(WireKind { v6, role }: WireKind) -> Self {
         let family = if v6 { Family::V6 } else { Family::V4 };
-        let role = if workload { SocketRole::Workload } else { SocketRole::Upstream };
+        let role = match role {
+            WireRole::Upstream => SocketRole::Upstream,
+            WireRole::Workload => SocketRole::Workload,
+            WireRole::NameServer => SocketRole::NameServer,
+        };
         Self { family, role }
     }
 }

@@ -61,7 +61,7 @@ impl Start {
         let adopt =
             |(name, listener)| -> io::Result<_> { Ok((name, BoundListener::try_from(listener)?)) };
         let named = endpoints.into_iter().zip(message.descriptors).map(adopt);
-        let listeners = Listeners::adopt(named.collect::<io::Result<_>>()?);
+        let listeners = Listeners::adopt(&mut named.collect::<io::Result<_>>()?);
         let endpoints = BoundEndpoints { listeners: listeners.ok_or_else(malformed)?, paused };
         Ok(Self { settings, endpoints, socket })
     }

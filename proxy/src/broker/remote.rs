@@ -108,11 +108,15 @@ impl RemoteDataPlane {
     }
 
     async fn open(self, pod: PodToServe) -> Result<Box<dyn ServedPod>, PodError> {
-        let PodToServe { uid, settings, interception, access, listeners, certificate_within } = pod;
+        let PodToServe { uid, settings, interception, access, listeners, dns, certificate_within } =
+            pod;
         let local = access.local_addresses().await?;
         let uid = uid.as_ref().map(PodUid::as_str).unwrap_or_default().to_owned();
         let key = PodKey { uid, enrolment: self.0.next.fetch_add(1, Relaxed) };
-        let (names, listeners) = listeners.into_descriptors().map_err(PodError::Accept)?;
+        let (mut names, mut listeners) = listeners.into_descriptors().map_err(PodError::Accept)?;
+        let of_dns = dns.into_descriptors().map_err(PodError::Accept)?;
+        names.extend(of_dns.0);
+        listeners.extend(of_dns.1);
         let command = Command::Serve(PodToStart {
             pod: key.clone(),
             name: settings.workload.name.clone(),

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
-use underpass_config::{IdentitySettings, Quoted, Settings};
+use underpass_config::{Quoted, Settings};
 use underpass_hbone::{LogLimit, log_panic};
 use underpass_interception::{
     InterceptionError, Message as Received, NamespaceAccess, SocketKind, Sockets,
@@ -18,7 +18,7 @@ use underpass_interception::{
 use crate::broker::link::{LinkError, Receiver};
 use crate::broker::message::{
     Answer, MAX_SOCKETS, Message as _, PodLine, Refusal, Request, SocketsOf, ToBroker, ToProxy,
-    WireKind,
+    WireKind, WireRole,
 };
 use crate::broker::remote::RemoteDataPlane;
 use crate::node::pod::pod_sockets;
@@ -55,8 +55,8 @@ pub(crate) struct RequestServer {
 struct Context {
     data_plane: RemoteDataPlane,
     registry: PodRegistry,
-    /// The sockets of the node itself, if it connects to a CA or to a control plane.
-    node: Option<(NamespaceAccess, Sockets)>,
+    /// The sockets of the node itself, for its CA, its control plane and lookups of hostnames.
+    node: (NamespaceAccess, Sockets),
 }
 
 impl RequestServer {
@@ -66,9 +66,7 @@ impl RequestServer {
         settings: &Settings,
         access: NamespaceAccess,
     ) -> Self {
-        let connects = settings.xds.is_some()
-            || matches!(&settings.identity, Some(IdentitySettings::IstioCa(_)));
-        let node = connects.then(|| (access, pod_sockets(settings)));
+        let node = (access, pod_sockets(settings));
         let context = Context { data_plane: data_plane.clone(), registry, node };
         Self { data_plane, context: Arc::new(context), ready: watch::Sender::default() }
     }
@@ -231,9 +229,11 @@ impl Context {
             return Err(Refusal::SocketCount(count));
         }
         let opened = match of {
-            SocketsOf::Node if kind.workload => return Err(Refusal::SocketsOfNode),
+            SocketsOf::Node if kind.role == WireRole::Workload => {
+                return Err(Refusal::SocketsOfNode);
+            }
             SocketsOf::Node => {
-                let (access, sockets) = self.node.as_ref().ok_or(Refusal::SocketsOfNode)?;
+                let (access, sockets) = &self.node;
                 access.open_sockets(sockets, kind.into(), count).await
             }
             SocketsOf::Pod(key) => {

@@ -118,9 +118,10 @@ impl CommandServer {
         let settings = Arc::new(Settings { workload, ..settings });
         let mut attached = attached.into_iter();
         let named = listeners.into_iter().zip(attached.by_ref()).map(named);
-        let listeners = named.collect::<Result<Vec<_>, _>>()?;
+        let mut named = named.collect::<Result<Vec<_>, _>>()?;
         let missing = || "a descriptor is missing".to_owned();
-        let listeners = Listeners::adopt(listeners).ok_or_else(missing)?;
+        let listeners = Listeners::adopt(&mut named).ok_or_else(missing)?;
+        let dns = Listeners::adopt(&mut named).ok_or_else(missing)?;
         let local = LocalAddresses::from(attached.next().ok_or_else(missing)?);
         let of = SocketsOf::Pod(key.clone());
         let operations = BrokerOperations::new(self.requests.clone(), of, Some(local));
@@ -129,8 +130,15 @@ impl CommandServer {
         let entry = Entry { key: key.clone(), interception: sender, served: None };
         // Before it is served: changed settings may arrive meanwhile.
         self.pods.entries().insert(key.enrolment, entry);
-        let pod =
-            PodToServe { uid: None, settings, interception, access, listeners, certificate_within };
+        let pod = PodToServe {
+            uid: None,
+            settings,
+            interception,
+            access,
+            listeners,
+            dns,
+            certificate_within,
+        };
         match self.data_plane.serve(pod).await {
             Ok(pod) => {
                 let pod = Arc::<dyn ServedPod>::from(pod);

@@ -18,7 +18,7 @@ use crate::broker::identities::IdentityFeeds;
 use crate::broker::link;
 use crate::broker::message::{
     Answer, Command, MAX_MESSAGE, MAX_SOCKETS, Message as _, Outcome, PodKey, Refusal, Request,
-    SocketsOf, ToBroker, ToProxy, WireKind, check_bytes,
+    SocketsOf, ToBroker, ToProxy, WireKind, WireRole, check_bytes,
 };
 use crate::broker::remote::RemoteDataPlane;
 use crate::broker::requests::RequestServer;
@@ -31,7 +31,7 @@ use crate::pods::testing::FakeEnroller;
 use crate::process::pause_gate::Pausable as _;
 use crate::traffic::listeners::Listeners;
 
-const KIND: WireKind = WireKind { v6: false, workload: false };
+const KIND: WireKind = WireKind { v6: false, role: WireRole::Upstream };
 
 /// A broker, and the other end of its connection.
 struct Scene {
@@ -95,8 +95,10 @@ impl Scene {
             let ToProxy::Command { number, command: Command::Serve(start) } = message else {
                 panic!("{message:?}");
             };
-            assert_eq!(start.listeners, ["outbound", "hbone", "inbound"]);
-            assert_eq!(descriptors.len(), 4, "three listeners and a lookup of addresses");
+            let of_dns = ["dns-udp-v4", "dns-udp-v6", "dns-tcp-v4", "dns-tcp-v6"];
+            let all: Vec<_> = ["outbound", "hbone", "inbound"].into_iter().chain(of_dns).collect();
+            assert_eq!(start.listeners, all);
+            assert_eq!(descriptors.len(), 8, "the listeners and a lookup of addresses");
             self.send(&ToBroker::Done { number, outcome: Ok(Outcome::Done) }).await;
             start.pod
         };
@@ -110,8 +112,8 @@ fn pod() -> PodToServe {
     let settings = Arc::new(settings(&["interception.profile=none"]));
     let interception = watch::Sender::new(settings.interception.clone()).subscribe();
     let access = NamespaceAccess::current().unwrap();
-    let (listeners, certificate_within) = (Listeners::testing(), None);
-    PodToServe { uid: None, settings, interception, access, listeners, certificate_within }
+    let (listeners, dns, certificate_within) = (Listeners::testing(), Listeners::testing(), None);
+    PodToServe { uid: None, settings, interception, access, listeners, dns, certificate_within }
 }
 
 /// The settings of a node.
@@ -156,8 +158,8 @@ fn facts(uid: PodUid) -> PodFacts {
     }
 }
 
-fn of_node(workload: bool) -> Request {
-    Request::Sockets { of: SocketsOf::Node, kind: WireKind { workload, ..KIND }, count: 1 }
+fn of_node(role: WireRole) -> Request {
+    Request::Sockets { of: SocketsOf::Node, kind: WireKind { role, ..KIND }, count: 1 }
 }
 
 fn sockets(pod: &PodKey, count: usize) -> Request {
@@ -202,9 +204,7 @@ async fn refuses_requests_beyond_the_served_pods() {
     for count in [0, MAX_SOCKETS + 1, usize::MAX] {
         assert_eq!(scene.refusal(sockets(&key, count)).await, Refusal::SocketCount(count));
     }
-    for workload in [false, true] {
-        assert_eq!(scene.refusal(of_node(workload)).await, Refusal::SocketsOfNode);
-    }
+    assert_eq!(scene.refusal(of_node(WireRole::Workload)).await, Refusal::SocketsOfNode);
     drop(served);
     let (message, _) = scene.next().await;
     assert!(matches!(message, ToProxy::Command { command: Command::Close { .. }, .. }));
@@ -212,12 +212,12 @@ async fn refuses_requests_beyond_the_served_pods() {
 }
 
 #[tokio::test]
-async fn node_with_control_plane_gets_its_own_sockets_but_none_for_workloads() {
-    let xds = ["address=https://istiod:15012", "roots=/roots.pem"];
-    let xds = xds.map(|one| format!("mesh.xds.{one}"));
-    let scene = Scene::new(&node(&[&xds[0], &xds[1]]));
-    assert_eq!(scene.request(of_node(false)).await, (Ok(Answer::Sockets), 1));
-    assert_eq!(scene.refusal(of_node(true)).await, Refusal::SocketsOfNode);
+async fn node_gets_its_own_sockets_but_none_for_workloads() {
+    let scene = Scene::new(&node(&[]));
+    for role in [WireRole::Upstream, WireRole::NameServer] {
+        assert_eq!(scene.request(of_node(role)).await, (Ok(Answer::Sockets), 1));
+    }
+    assert_eq!(scene.refusal(of_node(WireRole::Workload)).await, Refusal::SocketsOfNode);
 }
 
 #[tokio::test]
@@ -231,9 +231,9 @@ async fn survives_messages_that_are_malformed_or_forbidden() {
         // A proxy process must never be able to request this.
         format!(r#"{{"Request":{{"number":1,"request":{{"RemoveRules":{{"pod":{pod}}}}}}}}}"#),
         format!(
-            r#"{{"Request":{{"number":1,"request":{{"Sockets":{{"of":{{"Pod":{pod}}},"kind":{{"v6":false,"workload":true,"mark":0}},"count":1}}}}}}}}"#
+            r#"{{"Request":{{"number":1,"request":{{"Sockets":{{"of":{{"Pod":{pod}}},"kind":{{"v6":false,"role":"Workload","mark":0}},"count":1}}}}}}}}"#
         ),
-        r#"{"Request":{"number":1,"request":{"Sockets":{"of":{"Path":"/proc/1/ns/net"},"kind":{"v6":false,"workload":false},"count":1}}}}"#
+        r#"{"Request":{"number":1,"request":{"Sockets":{"of":{"Path":"/proc/1/ns/net"},"kind":{"v6":false,"role":"Upstream"},"count":1}}}}"#
             .to_owned(),
         r#"{"Done":{"number":999,"outcome":{"Ok":"Done"}}}"#.to_owned(),
         "x".repeat(MAX_MESSAGE + 1),

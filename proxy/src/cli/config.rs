@@ -8,20 +8,18 @@ use std::time::{Duration, SystemTime};
 use serde_json::json;
 use tokio::net::TcpStream;
 use underpass_config::{
-    ConfigErrors, Dns, Hint, IdentitySettings, Mesh, MeshSize, Problem, Profile, Protocol,
-    Reference, Settings, reference,
+    ConfigErrors, Hint, IdentitySettings, Mesh, MeshSize, Problem, Protocol, Reference, Settings,
+    reference,
 };
 use underpass_hbone::{
     ControlPlaneClient, Credentials, Dial, FileSource, HboneError, Identity, IstioCa,
     LocalAuthority, Trust,
 };
-use underpass_interception::Ports;
 
 use super::print;
 use super::rules::Output;
 use super::run::SettingsArguments;
 use crate::error::chain;
-use crate::node::pod_error::PodError;
 use crate::process::command_error::CommandError;
 use crate::process::logging;
 
@@ -160,11 +158,6 @@ impl Check {
     fn check_settings(&mut self, settings: &Settings) {
         if let Err(errors) = logging::filter(&settings.logging) {
             self.add_errors(errors);
-        }
-        let interception = &settings.interception;
-        if interception.dns == Dns::Capture && interception.profile != Profile::None {
-            let error = PodError::NoDnsProxy { port: Ports::of(settings).dns };
-            self.add_problem("interception.dns", Some("capture".to_owned()), &error);
         }
     }
 

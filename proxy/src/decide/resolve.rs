@@ -1,7 +1,5 @@
-//! Resolves the hostnames of workloads without an address with the system's resolver, and caches
-//! the answers.
-//!
-//! This is not the DNS proxy for applications.
+//! Resolves the hostnames of workloads without an address by the client of the DNS proxy, and
+//! caches the answers.
 
 #[cfg(test)]
 mod tests;
@@ -9,29 +7,29 @@ mod tests;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
-use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use thiserror::Error;
-use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 use underpass_config::{Hint, IpFamilies, Name};
 
 use crate::decide::route::NextHop;
+use crate::dns::cache::MAX_STALE;
+use crate::dns::lookup::{Addresses, HostLookup, LookupError};
 
-/// The lifetime of cached addresses. The system's resolver reports no TTL; names of Kubernetes and
-/// AWS have 30 s or more.
-const FRESH_TIME: Duration = Duration::from_secs(30);
+/// The limits of the lifetime of cached addresses, which is their TTL: it spares the servers, and a
+/// changed address is used soon.
+const MIN_FRESH_TIME: Duration = Duration::from_secs(1);
+const MAX_FRESH_TIME: Duration = Duration::from_mins(5);
+/// A lookup that began longer ago is started again: its answer would be stale on arrival.
+const MAX_LOOKUP_TIME: Duration = Duration::from_secs(30);
 /// The lifetime of a cached failure: it spares an overloaded resolver, and delays recovery only
 /// briefly.
 const FAILURE_CACHE_TIME: Duration = Duration::from_secs(2);
-/// How long expired addresses are used while lookups fail: time to repair a resolver. RFC 8767
-/// section 5 allows days, but addresses of workloads are reassigned sooner.
-const MAX_STALE_TIME: Duration = Duration::from_mins(15);
 /// How long a connection waits for a lookup while it has stale addresses (RFC 8767 section 5:
 /// client response timer).
 const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1800);
@@ -42,7 +40,7 @@ const MAX_NAMES: usize = 4096;
 #[derive(Debug, Error)]
 pub(crate) enum ResolveError {
     #[error("cannot look up {hostname}")]
-    Lookup { hostname: Name, source: Arc<io::Error> },
+    Lookup { hostname: Name, source: Arc<LookupError> },
     #[error("no answer from the resolver for {hostname} within {} s", after.as_secs_f32())]
     Timeout { hostname: Name, after: Duration },
     #[error("{hostname} has no address of the families in `ipFamilies` of its service")]
@@ -53,7 +51,7 @@ impl Hint for ResolveError {
     fn hint(&self) -> Option<Cow<'static, str>> {
         let fixed = match self {
             Self::Lookup { .. } | Self::Timeout { .. } => {
-                "check the resolver of this host (/etc/resolv.conf) and the workload's `hostname`"
+                "check the servers in dns.resolv_conf and the workload's `hostname`"
             }
             Self::NoAddress { .. } => "change `ipFamilies` of the service, or the name's addresses",
         };
@@ -65,7 +63,7 @@ impl Hint for ResolveError {
 type Lookup = Box<dyn Fn(Name) -> BoxFuture<'static, LookupResult> + Send + Sync>;
 
 /// The result of a lookup, shared by all connections that wait for it.
-type LookupResult = Result<Arc<[IpAddr]>, Arc<io::Error>>;
+type LookupResult = Result<Addresses, Arc<LookupError>>;
 
 /// Resolves hostnames, with at most one lookup per name at a time.
 pub(crate) struct Resolver {
@@ -75,8 +73,8 @@ pub(crate) struct Resolver {
 
 /// The cached results of one name. Ages count from the start of the lookup.
 struct Entry {
-    addresses: Option<(Arc<[IpAddr]>, Instant)>,
-    failure: Option<(Arc<io::Error>, Instant)>,
+    addresses: Option<(Addresses, Instant)>,
+    failure: Option<(Arc<LookupError>, Instant)>,
     /// The running lookup. It continues when the connection that started it is closed.
     pending: Option<(Shared<BoxFuture<'static, LookupResult>>, Instant)>,
     /// The time of the last request for this name.
@@ -86,20 +84,16 @@ struct Entry {
 }
 
 impl Resolver {
-    /// A resolver that calls the blocking system resolver on the blocking threads of `runtime`.
-    pub(crate) fn system(runtime: Handle) -> Self {
-        Self::new(move |name| {
-            let lookup = runtime.spawn_blocking(move || (&*name, 0).to_socket_addrs());
-            async move {
-                let found = lookup.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-                let found = found.map_err(Arc::new)?;
-                Ok(found.map(|address| address.ip().to_canonical()).collect())
-            }
-            .boxed()
+    /// A resolver that looks up names by `lookup`.
+    pub(crate) fn new(lookup: HostLookup) -> Self {
+        let lookup = Arc::new(lookup);
+        Self::by(move |name| {
+            let lookup = lookup.clone();
+            async move { lookup.addresses(&name).await.map_err(Arc::new) }.boxed()
         })
     }
 
-    fn new(
+    fn by(
         lookup: impl Fn(Name) -> BoxFuture<'static, LookupResult> + Send + Sync + 'static,
     ) -> Self {
         Self { lookup: Box::new(lookup), names: Mutex::default() }
@@ -134,7 +128,7 @@ impl Resolver {
         let (turn, pending, stale) = match self.look_up(hostname) {
             CacheLookup::Known(found, turn) => {
                 let failed = |source| ResolveError::Lookup { hostname: hostname.clone(), source };
-                return found.map(|addresses| (addresses, turn)).map_err(failed);
+                return found.map(|(addresses, _)| (addresses, turn)).map_err(failed);
             }
             CacheLookup::Pending { turn, lookup, stale } => (turn, lookup, stale),
         };
@@ -143,13 +137,13 @@ impl Resolver {
             Ok(found) => {
                 self.store(hostname, &pending, &found);
                 match found {
-                    Ok(addresses) => return Ok((addresses, turn)),
+                    Ok((addresses, _)) => return Ok((addresses, turn)),
                     Err(source) => ResolveError::Lookup { hostname: hostname.clone(), source },
                 }
             }
             Err(_) => ResolveError::Timeout { hostname: hostname.clone(), after: deadline },
         };
-        stale.map(|addresses| (addresses, turn)).ok_or(error)
+        stale.map(|(addresses, _)| (addresses, turn)).ok_or(error)
     }
 
     /// The cached addresses of a name, or its running lookup.
@@ -162,21 +156,22 @@ impl Resolver {
         entry.turn = entry.turn.wrapping_add(1);
         let turn = entry.turn;
         let within = |age: Duration| move |since: &Instant| now.duration_since(*since) < age;
-        let known = |age: Duration| {
-            let addresses = entry.addresses.as_ref().filter(|(_, since)| within(age)(since));
-            addresses.map(|(addresses, _)| addresses.clone())
+        let known = |stale: Duration| {
+            let is_known = |((_, ttl), since): &&(Addresses, Instant)| {
+                within((*ttl).clamp(MIN_FRESH_TIME, MAX_FRESH_TIME) + stale)(since)
+            };
+            entry.addresses.as_ref().filter(is_known).map(|(addresses, _)| addresses.clone())
         };
-        if let Some(addresses) = known(FRESH_TIME) {
+        if let Some(addresses) = known(Duration::ZERO) {
             return CacheLookup::Known(Ok(addresses), turn);
         }
-        let stale = known(FRESH_TIME + MAX_STALE_TIME);
+        let stale = known(MAX_STALE);
         if let Some((error, _)) =
             entry.failure.as_ref().filter(|(_, since)| within(FAILURE_CACHE_TIME)(since))
         {
             return CacheLookup::Known(stale.ok_or_else(|| error.clone()), turn);
         }
-        // The answer of an old lookup would be stale on arrival: start another one.
-        entry.pending = entry.pending.take().filter(|(_, since)| within(FRESH_TIME)(since));
+        entry.pending = entry.pending.take().filter(|(_, since)| within(MAX_LOOKUP_TIME)(since));
         let (lookup, _) =
             entry.pending.get_or_insert_with(|| ((self.lookup)(hostname.clone()).shared(), now));
         CacheLookup::Pending { turn, lookup: lookup.clone(), stale }
@@ -215,7 +210,7 @@ enum CacheLookup {
     Pending {
         turn: usize,
         lookup: Shared<BoxFuture<'static, LookupResult>>,
-        stale: Option<Arc<[IpAddr]>>,
+        stale: Option<Addresses>,
     },
 }
 

@@ -8,10 +8,11 @@ use underpass_interception::BoundListener;
 
 use crate::decide::connection_registry::Registration;
 use crate::decide::subject::Decision;
+use crate::dns::service::DnsService;
 use crate::limits::Ticket;
 use crate::node::pod::{Pod, PodId};
 use crate::traffic::accepted::Accepted;
-use crate::traffic::listeners::Kind;
+use crate::traffic::listeners::{DnsKind, Kind, Listeners};
 
 /// An accepted connection and the worker state that it is registered with.
 #[derive(Debug)]
@@ -35,6 +36,14 @@ pub(crate) enum WorkerCommand {
         kind: Kind,
         listener: BoundListener,
         /// Receives the result once the worker accepts connections.
+        added: oneshot::Sender<io::Result<()>>,
+    },
+    /// Starts to answer DNS queries of a pod.
+    AddDns {
+        pod: Arc<Pod>,
+        service: Arc<DnsService>,
+        listeners: Listeners<DnsKind>,
+        /// Receives the result once the worker receives queries.
         added: oneshot::Sender<io::Result<()>>,
     },
     /// Closes this worker's listeners of a pod. Open connections continue.

@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use underpass_hbone::log_panic;
 
+use crate::dns::receive::{DnsReceiver, receive_queries};
 use crate::mesh::publish::Reporter;
 use crate::node::assignment::WorkerCommand;
 use crate::node::pod::PodId;
@@ -43,6 +44,16 @@ pub(super) async fn execute(
                 });
                 // Fails if the caller has stopped waiting.
                 added.send(registered).ok();
+            }
+            WorkerCommand::AddDns { pod, service, listeners: of_dns, added } => {
+                let accepting = listeners.entry(pod.id).or_default();
+                let receiving = of_dns.into_kinds().try_for_each(|(_, listener)| {
+                    let receiver = DnsReceiver::register(listener)?;
+                    accepting.spawn(receive_queries(pod.clone(), service.clone(), receiver));
+                    Ok(())
+                });
+                // Fails if the caller has stopped waiting.
+                added.send(receiving).ok();
             }
             WorkerCommand::RemoveListeners { pod, removed } => {
                 let mut accepting = listeners.remove(&pod).unwrap_or_default();

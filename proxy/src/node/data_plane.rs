@@ -13,7 +13,7 @@ use underpass_interception::NamespaceAccess;
 
 use crate::node::pod_error::PodError;
 use crate::rules::self_test::Arrivals;
-use crate::traffic::listeners::{Kind, Listeners};
+use crate::traffic::listeners::{DnsKind, Kind, Listeners};
 
 /// Serves the connections of pods.
 pub(crate) trait DataPlane: fmt::Debug + Send + Sync {
@@ -49,6 +49,8 @@ pub(crate) struct PodToServe {
     /// The pod's network namespace, for the sockets of its connections.
     pub(crate) access: NamespaceAccess,
     pub(crate) listeners: Listeners<Kind>,
+    /// Those of the DNS proxy; none unless DNS queries are captured.
+    pub(crate) dns: Listeners<DnsKind>,
     /// How long the pod waits for its certificate before it accepts. Without one after this time,
     /// it is not served. `None`: it accepts at once, and its tunnels wait for the certificate.
     pub(crate) certificate_within: Option<Duration>,

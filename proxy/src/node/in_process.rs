@@ -8,6 +8,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::timeout;
 use underpass_config::WorkloadSettings;
 
+use crate::dns::service::DnsService;
 use crate::limits::FdPermit;
 use crate::node::Node;
 use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
@@ -45,7 +46,9 @@ impl DataPlane for InProcess {
 
 impl InProcess {
     async fn open(self, pod: PodToServe) -> Result<Box<dyn ServedPod>, PodError> {
-        let PodToServe { settings, interception, access, listeners, certificate_within, .. } = pod;
+        let PodToServe {
+            settings, interception, access, listeners, dns, certificate_within, ..
+        } = pod;
         let identities = self.identities.as_ref();
         let credentials =
             identities.map(|identities| identities.lease_awaited(&settings.workload.spiffe_id));
@@ -58,7 +61,12 @@ impl InProcess {
         let descriptors = self.node.has_many_pods.then(|| descriptors.hold_of_idle_pod());
         let served =
             LocalPod { pod: Arc::new(pod), workers: self.workers, _descriptors: descriptors };
-        let added = served.workers.add_listeners(&served.pod, listeners.into_kinds()).await;
+        let LocalPod { pod, workers, .. } = &served;
+        let mut added = workers.add_listeners(pod, listeners.into_kinds()).await;
+        if added.is_ok() && !dns.is_empty() {
+            let service = DnsService::of_pod(&self.node, pod, &settings);
+            added = workers.add_dns(pod, service, dns).await;
+        }
         if let Err(error) = added {
             served.stop_accepting().await;
             served.close().await;

@@ -18,10 +18,6 @@ pub(crate) enum PodError {
     Interception(#[from] InterceptionError),
     #[error("cannot obtain the first certificate")]
     Identity(#[source] HboneError),
-    #[error(
-        "interception.dns: capture redirects DNS queries to port {port}, where `underpass run` has no DNS proxy yet"
-    )]
-    NoDnsProxy { port: u16 },
     #[error("the self-test of the rules failed")]
     SelfTest {
         #[source]
@@ -57,9 +53,6 @@ impl Hint for PodError {
                 let hint = error.hint()?.into_owned();
                 let found = suspects.iter().map(|suspect| format!("; found here: {suspect}"));
                 return Some((hint + &found.collect::<String>()).into());
-            }
-            Self::NoDnsProxy { .. } => {
-                "set interception.dns: off; `underpass rules install` can redirect queries to another DNS proxy"
             }
             Self::Accept(_) => return None,
             Self::ListenerClosed { .. } => {

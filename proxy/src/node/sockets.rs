@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -46,7 +46,7 @@ pub(crate) struct PodSockets {
     /// The maximum size of a batch.
     max_batch: usize,
     /// One stock for each address family and role.
-    stocks: [SharedStock; 4],
+    stocks: [SharedStock; 6],
     closed: CancellationToken,
 }
 
@@ -89,7 +89,7 @@ impl PodSockets {
         descriptors: Descriptors,
     ) -> Arc<Self> {
         let max_batch = MAX_BATCH.min(descriptors.total() / DESCRIPTORS_PER_STOCK_SOCKET);
-        let (stocks, closed) = (<[SharedStock; 4]>::default(), CancellationToken::new());
+        let (stocks, closed) = (<[SharedStock; 6]>::default(), CancellationToken::new());
         Arc::new(Self { access, sockets, descriptors, max_batch, stocks, closed })
     }
 
@@ -123,6 +123,19 @@ impl PodSockets {
         let socket = self.take(SocketKind::new(SocketRole::Workload, destination)).await?;
         self.sockets.bind_for(&socket, destination, client)?;
         socket.connect(destination).await
+    }
+
+    /// Opens a UDP socket for queries to a DNS server.
+    ///
+    /// # Errors
+    ///
+    /// As [`connect`](Self::connect).
+    pub(crate) async fn connect_datagram(
+        self: &Arc<Self>,
+        server: SocketAddr,
+    ) -> io::Result<UdpSocket> {
+        let socket = self.take(SocketKind::new(SocketRole::NameServer, server)).await?;
+        socket.connect_datagram(server)
     }
 
     /// Closes the stock. Later connections fail.
@@ -160,12 +173,15 @@ impl PodSockets {
     }
 
     fn shared(&self, kind: SocketKind) -> &SharedStock {
-        let [upstream_v4, upstream_v6, workload_v4, workload_v6] = &self.stocks;
+        let [upstream_v4, upstream_v6, workload_v4, workload_v6, server_v4, server_v6] =
+            &self.stocks;
         match (kind.role, kind.family) {
             (SocketRole::Upstream, Family::V4) => upstream_v4,
             (SocketRole::Upstream, Family::V6) => upstream_v6,
             (SocketRole::Workload, Family::V4) => workload_v4,
             (SocketRole::Workload, Family::V6) => workload_v6,
+            (SocketRole::NameServer, Family::V4) => server_v4,
+            (SocketRole::NameServer, Family::V6) => server_v6,
         }
     }
 }

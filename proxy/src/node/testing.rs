@@ -62,7 +62,8 @@ pub(crate) fn node(workers: usize) -> Arc<Node> {
 
 /// A node with this many workers that follows a mesh. Requires a runtime.
 pub(crate) fn node_in(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>) -> Arc<Node> {
-    Arc::new(Node::new(&settings(&[]), workers, mesh, Gates::default(), Arc::default()))
+    let (settings, access) = (settings(&[]), NamespaceAccess::current().expect("a thread"));
+    Arc::new(Node::new(&settings, &access, workers, mesh, Gates::default(), Arc::default()))
 }
 
 /// The mesh of a file with this content, as this generation.

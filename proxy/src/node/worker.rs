@@ -92,6 +92,7 @@ impl Worker {
             WorkerCommand::Serve(assignment) => Some(assignment),
             // Unreachable: only `Serve` was sent.
             WorkerCommand::AddListener { .. }
+            | WorkerCommand::AddDns { .. }
             | WorkerCommand::RemoveListeners { .. }
             | WorkerCommand::CloseTunnels(_) => None,
         }

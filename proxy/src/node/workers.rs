@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use underpass_interception::{BoundListener, KeptCapabilities, confine_thread};
 
+use crate::dns::service::DnsService;
 use crate::mesh::publish;
 use crate::mesh::publish::Reports;
 use crate::node::Node;
@@ -20,7 +21,7 @@ use crate::node::commands;
 use crate::node::pod::{Pod, PodId};
 use crate::node::worker::Worker;
 use crate::process::supervise::Supervisor;
-use crate::traffic::listeners::Kind;
+use crate::traffic::listeners::{DnsKind, Kind, Listeners};
 
 /// The capacity of a worker's command queue. If it is full, the worker that accepts a connection
 /// serves it.
@@ -101,17 +102,40 @@ impl Workers {
     ) -> io::Result<()> {
         self.node.pods.add(pod);
         for (kind, listener) in listeners {
-            let turn = self.turn.fetch_add(1, Relaxed) % self.commands.len().max(1);
-            let (added, accepting) = oneshot::channel();
-            let command = WorkerCommand::AddListener { pod: pod.clone(), kind, listener, added };
-            let sent = match self.commands.get(turn) {
-                Some(worker) => worker.send(command).await.is_ok(),
-                None => false,
-            };
-            let ended = || Err(io::Error::other("the worker of a listener has ended"));
-            if sent { accepting.await.unwrap_or_else(|_| ended())? } else { ended()? }
+            let pod = pod.clone();
+            self.command(|added| WorkerCommand::AddListener { pod, kind, listener, added }).await?;
         }
         Ok(())
+    }
+
+    /// Gives the DNS proxy of `pod` to a worker, and returns when it receives queries.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_listeners`](Self::add_listeners).
+    pub(crate) async fn add_dns(
+        &self,
+        pod: &Arc<Pod>,
+        service: Arc<DnsService>,
+        listeners: Listeners<DnsKind>,
+    ) -> io::Result<()> {
+        let pod = pod.clone();
+        self.command(|added| WorkerCommand::AddDns { pod, service, listeners, added }).await
+    }
+
+    /// Sends a command to the worker whose turn it is, and returns its result.
+    async fn command(
+        &self,
+        command: impl FnOnce(oneshot::Sender<io::Result<()>>) -> WorkerCommand,
+    ) -> io::Result<()> {
+        let turn = self.turn.fetch_add(1, Relaxed) % self.commands.len().max(1);
+        let (added, result) = oneshot::channel();
+        let sent = match self.commands.get(turn) {
+            Some(worker) => worker.send(command(added)).await.is_ok(),
+            None => false,
+        };
+        let ended = || Err(io::Error::other("the worker of a listener has ended"));
+        if sent { result.await.unwrap_or_else(|_| ended()) } else { ended() }
     }
 
     /// Closes the listeners of `pod` on every worker, and returns when they are closed. Open
@@ -193,7 +217,7 @@ mod tests {
 
     use tokio::io::AsyncReadExt as _;
     use tokio::net::TcpStream;
-    use underpass_interception::{Entered, ListenerRequest};
+    use underpass_interception::{Entered, ListenerRequest, ListenerTransport};
 
     use super::*;
     use crate::node::testing::{node, pod};
@@ -204,6 +228,8 @@ mod tests {
         let kind = Kind::Plaintext;
         let request = ListenerRequest {
             address: any,
+            transport: ListenerTransport::Stream,
+            may_be_absent: false,
             accepted: kind.accepted(),
             purpose: "a test",
             setting: "none",

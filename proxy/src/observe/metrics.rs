@@ -4,6 +4,7 @@
 //! The `admin` module serves `/metrics`.
 
 mod certificates;
+pub(crate) mod dns;
 mod known;
 mod registry;
 mod series;
@@ -76,7 +77,8 @@ impl Exporter {
 
 /// Installs the metrics recorder of this process.
 pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> {
-    let recorder = PrometheusBuilder::new().install_recorder()?;
+    let recorder = dns::with_buckets(PrometheusBuilder::new())?.install_recorder()?;
+    dns::describe();
     describe_counter!(PAUSES, "Pauses of accepting, by the exhausted resource.");
     describe_gauge!(BUILD, "The running version; always 1.");
     describe_gauge!(INTERCEPTION, "How traffic is intercepted; always 1.");

@@ -96,7 +96,6 @@ pub(crate) fn interception(
     facts: &PodFacts,
     node: &InterceptionSettings,
 ) -> Result<InterceptionOverlay, FactsError> {
-    refuse_dns_capture(facts)?;
     let annotation = |key: &str| facts.annotations.get(key).map(|value| value.trim());
     let mut overlay = InterceptionOverlay::empty();
     for (key, settings) in SETTINGS_BY_ANNOTATION {
@@ -107,6 +106,13 @@ pub(crate) fn interception(
     for (key, setting) in INCLUSION_ANNOTATIONS {
         if let Some(value) = annotation(key) {
             overlay.set(setting, if value.is_empty() { "none" } else { value }, key);
+        }
+    }
+    if let Some(value) = annotation(DNS_CAPTURE) {
+        overlay.set("dns", dns(value), DNS_CAPTURE);
+        if normalized_bool(value) == "false" {
+            // The node's list has a meaning with capture only.
+            overlay.set("dns_servers", "", DNS_CAPTURE);
         }
     }
     if let Some(value) = annotation(BYPASS_INBOUND) {
@@ -124,19 +130,13 @@ pub(crate) fn interception(
     Ok(overlay)
 }
 
-/// There is no DNS proxy: an enrolled pod's queries would not be captured as the annotation
-/// demands.
-fn refuse_dns_capture(facts: &PodFacts) -> Result<(), FactsError> {
-    let Some(value) = facts.annotations.get(DNS_CAPTURE) else { return Ok(()) };
-    if normalized_bool(value) == "false" {
-        return Ok(());
+/// The setting for Istio's boolean. The parser of the settings rejects other values.
+fn dns(value: &str) -> &str {
+    match normalized_bool(value) {
+        "true" => "capture",
+        "false" => "off",
+        _ => "must be true or false",
     }
-    Err(FactsError::Metadata {
-        kind: "annotation",
-        key: DNS_CAPTURE,
-        value: value.clone(),
-        expected: "must be false or absent: underpass has no DNS proxy yet",
-    })
 }
 
 /// Istio parses booleans with Go's `strconv.ParseBool`.

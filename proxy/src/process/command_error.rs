@@ -114,7 +114,6 @@ impl CommandError {
             Self::Config(_)
             | Self::Mesh(MeshFeedError::File(_))
             | Self::Mistakes(_)
-            | Self::Pod(PodError::NoDnsProxy { .. })
             | Self::NoRules
             | Self::SettingsOfNode
             | Self::NoPodSource

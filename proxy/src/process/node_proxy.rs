@@ -69,7 +69,8 @@ impl LoadedNode {
         let (feed, mesh) = MeshFeed::open(settings, watcher, dialer, &readiness, supervisor)?;
         let publisher = Publisher::new(feed, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
-        let node = Arc::new(Node::new(settings, workers(settings), mesh, Gates::default(), series));
+        let (count, gates) = (workers(settings), Gates::default());
+        let node = Arc::new(Node::new(settings, access, count, mesh, gates, series));
         let (settings, identities) = (settings.clone(), identities.map(Arc::new));
         Ok(Self { settings, node, readiness, identities, has_ca_key, publisher, exporter })
     }

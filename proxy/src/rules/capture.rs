@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use underpass_config::{Dns, Hint as _, InterceptionSettings, OnExit, Profile, Settings};
+use underpass_config::{Hint as _, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
     ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, KeptCapabilities,
     NamespaceAccess, Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets,
@@ -92,9 +92,6 @@ impl Capture {
     ) -> Result<Self, PodError> {
         let ports = Ports::of(&settings);
         let interception = &settings.interception;
-        if interception.dns == Dns::Capture && interception.profile != Profile::None {
-            return Err(PodError::NoDnsProxy { port: ports.dns });
-        }
         access.check_reverse_path(interception).await?;
         let user = ProxyUser::required(interception)?;
         let prepared = if interception.install {

@@ -6,13 +6,13 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
-use underpass_config::Settings;
+use underpass_config::{Dns, Settings};
 use underpass_interception::{
-    AcceptedOptions, BoundListener, Closing, InterceptionError, ListenerRequest, NamespaceAccess,
-    Sockets,
+    AcceptedOptions, BoundListener, Closing, InterceptionError, ListenerRequest, ListenerTransport,
+    NamespaceAccess, Sockets, ipv6_available,
 };
 
 /// The kind of connections that a listener of the data path accepts.
@@ -33,9 +33,16 @@ pub(crate) enum EndpointKind {
     Metrics,
 }
 
+/// A listener of the DNS proxy, on the loopback interface. A socket at `[::]` would answer from
+/// another address than the one that the rules redirect to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DnsKind;
+
 /// A kind of listeners, with their table.
 pub(crate) trait ListenerKind: fmt::Debug + Copy + 'static {
     const TABLE: &'static [ListenerSpec<Self>];
+    /// Whether the settings decide if there are such listeners.
+    const IS_OPTIONAL: bool = false;
 
     /// The socket options of accepted connections.
     fn accepted(self) -> AcceptedOptions;
@@ -50,7 +57,9 @@ pub(crate) struct ListenerSpec<K> {
     purpose: &'static str,
     /// The setting that determines its address.
     setting: &'static str,
-    address: fn(&Settings) -> SocketAddr,
+    transport: ListenerTransport,
+    /// `None` if the settings need no such listener.
+    address: fn(&Settings) -> Option<SocketAddr>,
 }
 
 impl ListenerKind for Kind {
@@ -60,21 +69,24 @@ impl ListenerKind for Kind {
             name: Self::Outbound.name(),
             purpose: "caught outbound connections",
             setting: "proxy.outbound_port",
-            address: |settings| any(settings.proxy.outbound_port),
+            transport: ListenerTransport::Stream,
+            address: |settings| Some(any(settings.proxy.outbound_port)),
         },
         ListenerSpec {
             kind: Self::Hbone,
             name: Self::Hbone.name(),
             purpose: "tunnels",
             setting: "proxy.hbone_port",
-            address: |settings| any(settings.proxy.hbone_port),
+            transport: ListenerTransport::Stream,
+            address: |settings| Some(any(settings.proxy.hbone_port)),
         },
         ListenerSpec {
             kind: Self::Plaintext,
             name: Self::Plaintext.name(),
             purpose: "caught inbound connections",
             setting: "proxy.inbound_port",
-            address: |settings| any(settings.proxy.inbound_port),
+            transport: ListenerTransport::Stream,
+            address: |settings| Some(any(settings.proxy.inbound_port)),
         },
     ];
 
@@ -96,14 +108,16 @@ impl ListenerKind for EndpointKind {
             name: "readiness",
             purpose: "readiness",
             setting: "readiness.address",
-            address: |settings| settings.readiness,
+            transport: ListenerTransport::Stream,
+            address: |settings| Some(settings.readiness),
         },
         ListenerSpec {
             kind: Self::Metrics,
             name: "metrics",
             purpose: "metrics",
             setting: "metrics.address",
-            address: |settings| settings.metrics,
+            transport: ListenerTransport::Stream,
+            address: |settings| Some(settings.metrics),
         },
     ];
 
@@ -112,8 +126,43 @@ impl ListenerKind for EndpointKind {
     }
 }
 
+impl DnsKind {
+    const fn spec(
+        name: &'static str,
+        transport: ListenerTransport,
+        address: fn(&Settings) -> Option<SocketAddr>,
+    ) -> ListenerSpec<Self> {
+        let (purpose, setting) = ("DNS queries", "proxy.dns_port");
+        ListenerSpec { kind: Self, name, purpose, setting, transport, address }
+    }
+
+    fn at(settings: &Settings, loopback: IpAddr) -> Option<SocketAddr> {
+        let is_on = settings.interception.dns == Dns::Capture;
+        let exists = loopback.is_ipv4() || ipv6_available();
+        (is_on && exists).then_some(SocketAddr::new(loopback, settings.proxy.dns_port))
+    }
+}
+
+impl ListenerKind for DnsKind {
+    const TABLE: &'static [ListenerSpec<Self>] = &[
+        Self::spec("dns-udp-v4", ListenerTransport::Datagram, |s| Self::at(s, V4_LOOPBACK)),
+        Self::spec("dns-udp-v6", ListenerTransport::Datagram, |s| Self::at(s, V6_LOOPBACK)),
+        Self::spec("dns-tcp-v4", ListenerTransport::Stream, |s| Self::at(s, V4_LOOPBACK)),
+        Self::spec("dns-tcp-v6", ListenerTransport::Stream, |s| Self::at(s, V6_LOOPBACK)),
+    ];
+    const IS_OPTIONAL: bool = true;
+
+    /// The clients are on this host.
+    fn accepted(self) -> AcceptedOptions {
+        AcceptedOptions { closing: Closing::End, unpaced: true }
+    }
+}
+
+const V4_LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const V6_LOOPBACK: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
+
 const fn any(port: u16) -> SocketAddr {
-    SocketAddr::new(std::net::IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), port)
 }
 
 impl Kind {
@@ -163,6 +212,10 @@ impl Listeners<Kind> {
 pub(crate) type NamedListeners = Vec<(&'static str, BoundListener)>;
 
 impl<K: ListenerKind> Listeners<K> {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Uses the `handed` over listeners whose addresses still apply, and binds the others.
     pub(crate) async fn bind(
         access: &NamespaceAccess,
@@ -172,13 +225,20 @@ impl<K: ListenerKind> Listeners<K> {
     ) -> Result<Self, InterceptionError> {
         let mut bound = Vec::with_capacity(K::TABLE.len());
         for spec in K::TABLE {
-            let address = (spec.address)(settings);
+            let Some(address) = (spec.address)(settings) else { continue };
             let listener = match take_handed_over(handed, spec.name, address) {
                 Some(listener) => listener,
                 None => {
-                    let &ListenerSpec { kind, purpose, setting, .. } = spec;
-                    let accepted = kind.accepted();
-                    let request = ListenerRequest { address, accepted, purpose, setting };
+                    let &ListenerSpec { kind, purpose, setting, transport, .. } = spec;
+                    let (accepted, may_be_absent) = (kind.accepted(), K::IS_OPTIONAL);
+                    let request = ListenerRequest {
+                        address,
+                        transport,
+                        may_be_absent,
+                        accepted,
+                        purpose,
+                        setting,
+                    };
                     access.listen(sockets, request).await?
                 }
             };
@@ -187,13 +247,14 @@ impl<K: ListenerKind> Listeners<K> {
         Ok(Self(bound))
     }
 
-    /// The listeners of a table that another process has bound; `None` if one is missing.
-    pub(crate) fn adopt(mut named: Vec<(String, BoundListener)>) -> Option<Self> {
-        let take = |spec: &'static ListenerSpec<K>| {
+    /// Takes the listeners of a table that another process has bound; `None` if one is missing.
+    pub(crate) fn adopt(named: &mut Vec<(String, BoundListener)>) -> Option<Self> {
+        let mut take = |spec: &'static ListenerSpec<K>| {
             let index = named.iter().position(|(name, _)| name == spec.name)?;
             Some((spec, named.swap_remove(index).1))
         };
-        K::TABLE.iter().map(take).collect::<Option<Vec<_>>>().map(Self)
+        let adopted: Vec<_> = K::TABLE.iter().filter_map(&mut take).collect();
+        (K::IS_OPTIONAL || adopted.len() == K::TABLE.len()).then_some(Self(adopted))
     }
 
     /// The names of the listeners and their descriptors, for another process.
@@ -207,8 +268,15 @@ impl<K: ListenerKind> Listeners<K> {
     /// Listeners on arbitrary ports of the loopback interface.
     #[cfg(test)]
     pub(crate) fn testing() -> Self {
-        let listen = || std::net::TcpListener::bind("127.0.0.1:0").expect("a listener").into();
-        Self(K::TABLE.iter().map(|spec| (spec, listen())).collect())
+        let listen = |transport| match transport {
+            ListenerTransport::Stream => std::net::TcpListener::bind("127.0.0.1:0")
+                .map(BoundListener::from)
+                .expect("a listener"),
+            ListenerTransport::Datagram => {
+                std::net::UdpSocket::bind("127.0.0.1:0").map(BoundListener::from).expect("a socket")
+            }
+        };
+        Self(K::TABLE.iter().map(|spec| (spec, listen(spec.transport))).collect())
     }
 
     /// The same listeners, to hand over.

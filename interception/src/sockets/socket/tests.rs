@@ -30,7 +30,14 @@ fn paced(closing: Closing) -> AcceptedOptions {
 
 fn listen_on(sockets: &Sockets, address: SocketAddr, closing: Closing) -> BoundListener {
     let (accepted, purpose, setting) = (paced(closing), "a test", "test.port");
-    let request = ListenerRequest { address, accepted, purpose, setting };
+    let request = ListenerRequest {
+        address,
+        transport: ListenerTransport::Stream,
+        may_be_absent: false,
+        accepted,
+        purpose,
+        setting,
+    };
     sockets.listen(&enter_current(), request).expect("a free port")
 }
 
@@ -84,6 +91,8 @@ fn bind_error_names_purpose_and_setting() {
     let _holder = listen_on(&sockets, taken, Closing::End);
     let request = ListenerRequest {
         address: taken,
+        transport: ListenerTransport::Stream,
+        may_be_absent: false,
         accepted: paced(Closing::End),
         purpose: "captured connections",
         setting: "proxy.port",

@@ -8,12 +8,14 @@ use tokio::time::{advance, sleep};
 use super::*;
 
 const DEADLINE: Duration = Duration::from_secs(10);
+const TTL: Duration = Duration::from_secs(30);
 
 /// A resolver with configured answers and delay, which counts its lookups.
 #[derive(Clone, Default)]
 struct Dns {
     answer: Arc<Mutex<Option<Vec<IpAddr>>>>,
     delay: Arc<Mutex<Duration>>,
+    ttl: Arc<Mutex<Duration>>,
     lookups: Arc<AtomicUsize>,
 }
 
@@ -21,6 +23,7 @@ impl Dns {
     fn new(addresses: &[&str]) -> Self {
         let dns = Self::default();
         *dns.delay.lock().unwrap() = Duration::from_secs(1);
+        *dns.ttl.lock().unwrap() = TTL;
         dns.answers(Some(addresses));
         dns
     }
@@ -40,14 +43,16 @@ impl Dns {
 
     fn resolver(&self) -> Resolver {
         let dns = self.clone();
-        Resolver::new(move |_| {
+        Resolver::by(move |_| {
             let dns = dns.clone();
             async move {
                 dns.lookups.fetch_add(1, Ordering::Relaxed);
                 let delay = *dns.delay.lock().unwrap();
                 sleep(delay).await;
                 let answer = dns.answer.lock().unwrap().clone();
-                answer.map(Into::into).ok_or_else(|| Arc::new(io::Error::other("SERVFAIL")))
+                let ttl = *dns.ttl.lock().unwrap();
+                let found = answer.map(|answer| (answer.into(), ttl));
+                found.ok_or_else(|| Arc::new(LookupError::NotFound))
             }
             .boxed()
         })
@@ -97,12 +102,12 @@ async fn rotates_addresses_of_preferred_family_before_others() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn addresses_are_used_for_thirty_seconds() {
+async fn addresses_are_used_until_their_ttl_ends() {
     let dns = Dns::new(&["10.0.0.1"]);
     let resolver = dns.resolver();
     resolve(&resolver).await.unwrap();
     dns.answers(Some(&["10.0.0.2"]));
-    advance(FRESH_TIME - Duration::from_secs(2)).await;
+    advance(TTL - Duration::from_secs(2)).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
     advance(Duration::from_secs(1)).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.2:80");
@@ -144,14 +149,14 @@ async fn uses_stale_addresses_when_lookup_fails_or_is_slow() {
     let resolver = dns.resolver();
     resolve(&resolver).await.unwrap();
     dns.answers(None);
-    advance(FRESH_TIME).await;
+    advance(TTL).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
     dns.delays(Duration::from_mins(1));
     advance(FAILURE_CACHE_TIME).await;
     let begun = Instant::now();
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
     assert_eq!(begun.elapsed(), ATTEMPT_TIMEOUT);
-    advance(MAX_STALE_TIME).await;
+    advance(MAX_STALE).await;
     let error = resolve(&resolver).await.unwrap_err();
     assert!(matches!(error, ResolveError::Timeout { .. }), "{error}");
 }
@@ -163,7 +168,7 @@ async fn abandoned_lookup_is_restarted() {
     let hop = hop("a.example", IpFamilies::Any, false);
     resolver.resolve(&hop, Duration::from_millis(500)).await.unwrap_err();
     dns.answers(Some(&["10.0.0.2"]));
-    advance(FRESH_TIME).await;
+    advance(TTL).await;
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.2:80");
     assert_eq!(dns.lookups(), 2);
 }
@@ -183,9 +188,19 @@ async fn evicts_least_recently_requested_name() {
     assert!(!names.contains_key("0.example") && names.contains_key("1.example"));
 }
 
-#[tokio::test]
-async fn resolver_queries_the_system() {
-    let hop = hop("127.0.0.1", IpFamilies::Any, false);
-    let found = Resolver::system(Handle::current()).resolve(&hop, DEADLINE).await.unwrap();
-    assert_eq!(found, SocketAddr::from(([127, 0, 0, 1], 80)));
+#[tokio::test(start_paused = true)]
+async fn very_short_and_very_long_ttls_are_bounded() {
+    for (ttl, lifetime) in
+        [(Duration::ZERO, MIN_FRESH_TIME), (Duration::from_hours(24), MAX_FRESH_TIME)]
+    {
+        let dns = Dns::new(&["10.0.0.1"]);
+        *dns.ttl.lock().unwrap() = ttl;
+        *dns.delay.lock().unwrap() = Duration::ZERO;
+        let resolver = dns.resolver();
+        for (wait, lookups) in [(Duration::ZERO, 1), (lifetime / 2, 1), (lifetime, 2)] {
+            advance(wait).await;
+            resolve(&resolver).await.unwrap();
+            assert_eq!(dns.lookups(), lookups, "{ttl:?}");
+        }
+    }
 }

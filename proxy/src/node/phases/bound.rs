@@ -53,14 +53,23 @@ impl BoundPod {
             Capture::prepare(settings.clone(), interception.clone(), access.clone()).await?;
         let sockets = pod_sockets(&settings);
         let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
-        let certificate_within = None;
-        let pod = PodToServe { uid, settings, interception, access, listeners, certificate_within };
+        let dns = Listeners::bind(&access, &sockets, &settings, handed).await?;
+        let pod = PodToServe {
+            uid,
+            settings,
+            interception,
+            access,
+            listeners,
+            dns,
+            certificate_within: None,
+        };
         Ok(Self { pod, capture, health })
     }
 
     /// Its listeners, to hand over. They close with the last handle.
     pub(crate) fn duplicate_listeners(&self) -> NamedListeners {
-        self.pod.listeners.duplicate()
+        let PodToServe { listeners, dns, .. } = &self.pod;
+        listeners.duplicate().into_iter().chain(dns.duplicate()).collect()
     }
 
     /// Lets the pod wait for its certificate before it accepts.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use underpass_config::PortRange;
+use underpass_config::{Dns, PortRange};
 
 use super::*;
 use crate::pods::facts::tests::facts;
@@ -175,9 +175,17 @@ fn annotation_replaces_the_nodes_value() {
 }
 
 #[test]
-fn rejects_captured_dns_without_a_dns_proxy() {
-    enrolled("", &annotated(&[("ambient.istio.io/dns-capture", "false")]));
-    for value in ["true", "1", "", "yes"] {
+fn annotation_captures_dns_or_does_not() {
+    let node = "interception: {dns: capture, dns_servers: [10.0.0.10]}";
+    let dns = |settings: &str, value: &str| {
+        let pod = annotated(&[("ambient.istio.io/dns-capture", value)]);
+        enrolled(settings, &pod).interception.dns
+    };
+    for value in ["true", "1"] {
+        assert_eq!((dns("", value), dns(node, value)), (Dns::Capture, Dns::Capture));
+    }
+    assert_eq!((dns("", "false"), dns(node, "false")), (Dns::Off, Dns::Off));
+    for value in ["yes", "capture"] {
         let error = error_of(&annotated(&[("ambient.istio.io/dns-capture", value)]));
         assert!(error.contains("ambient.istio.io/dns-capture"), "{error}");
     }

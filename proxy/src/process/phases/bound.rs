@@ -77,7 +77,7 @@ impl Bound {
         let (feed, mesh) = MeshFeed::open(&settings, &watcher, dialer, &readiness, &supervisor)?;
         let publisher = Publisher::new(feed, mesh, &settings.workload);
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
-        let node = Node::new(&settings, workers(&settings), mesh, gates.clone(), series);
+        let node = Node::new(&settings, &access, workers(&settings), mesh, gates.clone(), series);
         let (node, identities) = (Arc::new(node), identities.map(Arc::new));
         let spec = PodSpec {
             uid: None,

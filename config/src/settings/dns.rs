@@ -1,0 +1,14 @@
+//! Names: the servers that know those that the mesh does not, and the domain of Kubernetes.
+
+use std::path::PathBuf;
+
+/// The resolution of names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DnsSettings {
+    /// A file in the format of resolv.conf(5) with the servers.
+    pub resolv_conf: PathBuf,
+    /// The domain of Kubernetes services, in lower case.
+    pub domain: String,
+    /// The maximum number of queries of a pod to its servers per second; `None`: unlimited.
+    pub queries_per_second: Option<u32>,
+}

@@ -1,0 +1,216 @@
+//! Tests of the service with scripted servers and paused time.
+
+use std::net::SocketAddr;
+
+use futures_util::future::join_all;
+use tokio::time::advance;
+use underpass_config::testing::Folder;
+
+use super::*;
+use crate::dns::message::testing::{edns, query, record, response};
+use crate::dns::message::{Layout, TC};
+use crate::dns::upstream::tests::{Script, ScriptedExchange, Servers};
+use crate::node::testing::snapshot;
+
+const MESH: &str = "
+services:
+- {hostname: web.default.svc.cluster.local, vips: [/10.1.0.1]}
+- {hostname: api.example, vips: [/10.1.0.2]}
+";
+const FAST: Duration = Duration::from_millis(10);
+const ANSWERS: Script = Script::Answers(ResponseCode::NO_ERROR, FAST);
+
+struct Scene {
+    service: Arc<DnsService>,
+    servers: Arc<Servers>,
+    _mesh: watch::Sender<Arc<Snapshot>>,
+    _folder: Folder,
+}
+
+impl Scene {
+    fn new(script: Script) -> Self {
+        Self::with(script, None, "nameserver 10.0.0.1")
+    }
+
+    fn with(script: Script, per_second: Option<u32>, resolv_conf: &str) -> Self {
+        let (folder, servers) = (Folder::of_test(), Arc::new(Servers::default()));
+        folder.write("resolv.conf", resolv_conf);
+        let file = Arc::new(ResolvFile::new(&folder.path("resolv.conf")));
+        let resolver = ResolverSource { file, is_of_node: true, per_second };
+        let [namespace, network] = ["default", ""].map(str::to_owned);
+        let domain = "cluster.local".to_owned();
+        let view = PodView { namespace, network, domain, ipv6: true };
+        let mesh = watch::Sender::new(snapshot(1, MESH));
+        let upstream = Upstream::new(Arc::new(ScriptedExchange(servers.clone())));
+        let service = DnsService::new(view, mesh.subscribe(), resolver, upstream);
+        let scene = Self { service, servers, _mesh: mesh, _folder: folder };
+        scene.script(script);
+        scene
+    }
+
+    fn script(&self, script: Script) {
+        let server = SocketAddr::from(([10, 0, 0, 1], 53));
+        self.servers.scripts.lock().unwrap().insert(server, script);
+    }
+
+    async fn send(&self, message: &[u8]) -> Vec<u8> {
+        match self.service.serve(message, Transport::Udp) {
+            Reply::Nothing => Vec::new(),
+            Reply::Now(response) => response,
+            Reply::Later(response) => response.await,
+        }
+    }
+
+    /// The code, the number of answers and the first TTL of the response to a query, and the number
+    /// of queries that servers have received.
+    async fn ask(&self, name: &str, kind: u16) -> (&'static str, usize, u32, usize) {
+        let message = self.send(&query(name, RecordType(kind), &[])).await;
+        assert_eq!(&message[..2], [0, 7], "the id of the query");
+        let layout = Layout::read(&message).unwrap();
+        let ttl = layout.answers.first().map_or(0, |answer| answer.ttl);
+        (message::code(&message).as_str(), layout.answers.len(), ttl, self.servers.asked())
+    }
+}
+
+const A: u16 = 1;
+const HTTPS: u16 = 65;
+
+#[tokio::test(start_paused = true)]
+async fn names_of_mesh_need_no_server() {
+    let scene = Scene::new(Script::Drops);
+    for name in ["web", "web.default", "web.default.svc.cluster.local", "api.example"] {
+        assert_eq!(scene.ask(name, A).await, ("NOERROR", 1, 30, 0), "{name}");
+    }
+    assert_eq!(scene.ask("api.example", 28).await, ("NOERROR", 0, 0, 0), "no IPv6 address");
+    let alias = scene.ask("api.example.default.svc.cluster.local", A).await;
+    assert_eq!(alias, ("NOERROR", 2, 30, 0), "a CNAME for the search path");
+}
+
+#[tokio::test(start_paused = true)]
+async fn other_names_are_forwarded_and_stored() {
+    let scene = Scene::new(ANSWERS);
+    assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 60, 1));
+    advance(Duration::from_secs(20)).await;
+    assert_eq!(scene.ask("OTHER.example", A).await, ("NOERROR", 1, 40, 1));
+    advance(Duration::from_secs(40)).await;
+    assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 60, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn forwarded_response_is_that_of_the_server() {
+    let scene = Scene::new(ANSWERS);
+    let asked = query("Other.Example", RecordType::A, &[&edns(1232, true, &[0, 8, 0, 1, 9])]);
+    let records = [record(1, 60, &[10, 0, 0, 1])];
+    assert_eq!(scene.send(&asked).await, response(&asked, 0, [&records, &[], &[]]));
+    scene.send(&asked).await;
+    assert_eq!(scene.servers.asked(), 2, "an unknown option: not stored");
+}
+
+#[tokio::test(start_paused = true)]
+async fn name_of_mesh_exists_for_every_type() {
+    let missing = Script::Answers(ResponseCode::NAME_ERROR, FAST);
+    let scene = Scene::new(missing);
+    assert_eq!(scene.ask("api.example", HTTPS).await, ("NOERROR", 0, 0, 1));
+    assert_eq!(scene.ask("api.example", HTTPS).await, ("NOERROR", 0, 0, 1), "stored");
+    assert_eq!(scene.ask("no.example", HTTPS).await, ("NXDOMAIN", 0, 0, 2));
+    advance(Duration::from_secs(9)).await;
+    assert_eq!(scene.ask("no.example", HTTPS).await, ("NXDOMAIN", 0, 0, 3), "the SOA's 9 s");
+}
+
+#[tokio::test(start_paused = true)]
+async fn equal_queries_wait_for_one_answer() {
+    let scene = Scene::new(ANSWERS);
+    let asked = join_all((0..100).map(|_| scene.ask("other.example", A))).await;
+    assert!(asked.iter().all(|answer| *answer == ("NOERROR", 1, 60, 1)), "{asked:?}");
+    assert!(scene.service.running().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn stale_response_is_used_while_servers_fail() {
+    let scene = Scene::new(ANSWERS);
+    scene.ask("other.example", A).await;
+    advance(Duration::from_secs(60)).await;
+    scene.script(Script::Answers(ResponseCode::SERVER_FAILURE, FAST));
+    assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 30, 3), "two attempts");
+    scene.script(Script::Refuses);
+    assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 30, 5));
+    scene.script(Script::Drops);
+    let began = Instant::now();
+    assert_eq!(scene.ask("other.example", A).await.0, "NOERROR");
+    assert_eq!(began.elapsed(), STALE_WAIT);
+    advance(super::super::cache::MAX_STALE).await;
+    assert_eq!(scene.ask("other.example", A).await.0, "SERVFAIL");
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_answer_is_stored_although_the_client_got_a_stale_one() {
+    let scene = Scene::new(ANSWERS);
+    scene.ask("other.example", A).await;
+    advance(Duration::from_secs(60)).await;
+    scene.script(Script::Answers(ResponseCode::NO_ERROR, Duration::from_secs(3)));
+    assert_eq!(scene.ask("other.example", A).await.2, 30);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 60, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn failure_without_stored_response_is_servfail() {
+    for (script, resolv_conf) in [
+        (Script::Drops, "nameserver 10.0.0.1"),
+        (Script::Refuses, "nameserver 10.0.0.1"),
+        (ANSWERS, ""),
+    ] {
+        let scene = Scene::with(script, None, resolv_conf);
+        assert_eq!(scene.ask("other.example", A).await.0, "SERVFAIL");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn queries_to_servers_are_limited() {
+    let scene = Scene::with(ANSWERS, Some(100), "nameserver 10.0.0.1");
+    let names: Vec<_> = (0..50).map(|n| format!("n{n}.example")).collect();
+    let codes = join_all(names.iter().map(|name| scene.ask(name, A))).await;
+    let failed = codes.iter().filter(|answer| answer.0 == "SERVFAIL").count();
+    assert_eq!((failed, scene.servers.asked()), (40, 10), "a tenth at once");
+    assert_eq!(scene.ask("web", A).await.0, "NOERROR", "the mesh is not limited");
+    advance(Duration::from_secs(1)).await;
+    assert_eq!(scene.ask("n49.example", A).await.0, "NOERROR");
+}
+
+#[tokio::test(start_paused = true)]
+async fn number_of_waiting_queries_is_limited() {
+    let scene = Scene::new(Script::Drops);
+    let asked: Vec<_> = (0..=MAX_OUTSTANDING)
+        .map(|n| query(&format!("n{n}.example"), RecordType::A, &[]))
+        .map(|message| match scene.service.serve(&message, Transport::Udp) {
+            Reply::Later(response) => response.now_or_never(),
+            Reply::Now(_) | Reply::Nothing => panic!("no server can have answered"),
+        })
+        .collect();
+    assert_eq!(scene.servers.asked(), MAX_OUTSTANDING);
+    assert!(asked[..MAX_OUTSTANDING].iter().all(Option::is_none));
+    assert!(
+        asked[MAX_OUTSTANDING]
+            .as_ref()
+            .is_some_and(|message| { message::code(message) == ResponseCode::SERVER_FAILURE })
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn malformed_messages_get_an_error_or_nothing() {
+    let scene = Scene::new(Script::Drops);
+    let mut message = query("web", RecordType::A, &[]);
+    message.truncate(15);
+    assert_eq!(message::code(&scene.send(&message).await), ResponseCode::FORMAT_ERROR);
+    message[2] = 0x80;
+    assert!(scene.send(&message).await.is_empty(), "a response is not answered");
+    assert!(scene.send(b"short").await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn use_vc_asks_servers_over_tcp() {
+    let scene = Scene::with(ANSWERS, None, "nameserver 10.0.0.1\noptions use-vc");
+    let response = scene.send(&query("other.example", RecordType::A, &[])).await;
+    assert_eq!(message::flags(&response) & TC, 0);
+    assert_eq!(scene.servers.asked.lock().unwrap()[0].1, Transport::Tcp);
+}

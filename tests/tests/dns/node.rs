@@ -1,0 +1,76 @@
+//! Tests of the DNS proxies of a node daemon, with the broker and without.
+
+use std::fs;
+
+use underpass_tests::{Mesh, Pki, Pod, Settings, Suite, World, tool};
+
+use crate::scene::{SERVICE, VIP, dnsmasq};
+
+pub(crate) fn add_tests(suite: &mut Suite) {
+    for broker in ["auto", "off"] {
+        let name = format!("every pod of a node has a DNS proxy (privileges.broker: {broker})");
+        suite.test(&name, async move || pods_of_node(broker).await);
+    }
+}
+
+async fn pods_of_node(broker: &str) {
+    let mut world = World::new();
+    let (node, mut server) = (world.pod("node").await, world.pod("server").await);
+    let mut pods = [world.pod("a").await, world.pod("b").await];
+    for pod in &mut pods {
+        world.wire(pod, &mut server).await;
+    }
+    let pki = Pki::new(world.folder());
+    let folder = world.folder().join("pods");
+    fs::create_dir_all(&folder).expect("a folder");
+    let record = "--host-record=other.example,192.0.2.7".to_owned();
+    let _server = dnsmasq(&server, &[record]).await;
+    let resolv_conf = world.folder().join("resolv.conf");
+    // The address on the link with the first pod; the other pod has no route to it, but its own.
+    let servers = server.ips();
+    let lines: Vec<_> = [servers[0], servers[2]].map(|ip| format!("nameserver {ip}\n")).into();
+    fs::write(&resolv_conf, lines.concat() + "options timeout:1\n").expect("a file");
+    for (pod, namespace) in pods.iter().zip(["default", "shop"]) {
+        write(pod, namespace, &folder);
+    }
+    let service = |hostname: &str, vip: &str| format!("hostname: {hostname}, vips: [/{vip}]");
+    let mesh = Mesh::default().hbone(&pods[0]).hbone(&pods[1]);
+    let mesh = mesh
+        .service(&service(SERVICE, VIP))
+        .service(&service("web.shop.svc.cluster.local", "10.99.0.2"))
+        .write(&node, "mesh");
+    let source = format!("directory: {folder:?}");
+    let identity = format!("identity: {{local_ca: {:?}}}", pki.dir());
+    let settings = Settings::node("node", &source).section(&identity).mesh(&mesh);
+    let settings = settings
+        .set("interception.dns=capture")
+        .set(&format!("privileges.broker={broker}"))
+        .set(&format!("dns.resolv_conf={}", resolv_conf.display()));
+    let mut daemon = node.proxy(&settings).await;
+    daemon.line(&["pod enrolled", "default/a"]).await;
+    daemon.line(&["pod enrolled", "shop/b"]).await;
+    for (pod, (own, server)) in pods.iter().zip([(VIP, servers[0]), ("10.99.0.2", servers[2])]) {
+        let server = format!("@{server}");
+        for (name, protocol, expected) in
+            [("web", "+notcp", own), ("web", "+tcp", own), ("other.example", "+tcp", "192.0.2.7")]
+        {
+            let found = tool(pod, "dig", &[&server, "+short", protocol, name]).await.ok();
+            assert_eq!(found.trim(), expected, "{} {name} {protocol}", pod.name());
+        }
+        let found = tool(pod, "dig", &[&server, "+short", "other.example"]).await.ok();
+        assert_eq!(found.trim(), "192.0.2.7", "{}", pod.name());
+    }
+    assert!(daemon.stop().await.success(), "{}", daemon.log());
+}
+
+/// Writes the file of a pod in this namespace of the mesh.
+fn write(pod: &Pod, namespace: &str, folder: &std::path::Path) {
+    let (name, netns) = (pod.name(), pod.namespace().path());
+    let workload = format!("{{name: {name}, namespace: {namespace}, serviceAccount: {name}}}");
+    let ips: Vec<_> = pod.ips().iter().map(|ip| format!("'{ip}'")).collect();
+    let text = format!(
+        "{{uid: {name}-uid, netns: {netns:?}, workload: {workload}, ips: [{}]}}\n",
+        ips.join(", ")
+    );
+    fs::write(folder.join(format!("{name}.yaml")), text).expect("a file");
+}
