@@ -117,7 +117,7 @@ fn follow(folder: &Path) {
 
 fn follow_control_plane(workloads: u32, services: u32) {
     let kind = ResourceType::Address;
-    let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default());
+    let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default(), false);
     // As with the channel, the messages share the memory of the encoded response.
     let encoded: Bytes = {
         let addresses = (0..workloads).map(|n| address_of_workload(n, services, "v1"));

@@ -27,11 +27,11 @@ pub use identity::spiffe::{SpiffeError, SpiffeId, TrustDomain};
 pub use ipnet::{IpNet, Ipv4Net};
 pub use mesh::{
     ApplicationTunnel, Background, Condition, Connection, Destination, Endpoint, Gateway,
-    GatewayDestination, IpFamilies, Item, LoadBalancing, LoadBalancingMode, Locality, Match, Mesh,
-    MeshBuilder, MeshSize, MeshSource, Mistake, Name, NamespacedHostname, NetworkAddress,
-    NetworkCidr, NetworkMode, Policy, PolicyAction, PolicyLayers, PolicyScope, PolicySet, PortMap,
-    Protocol, Rules, Scope, Service, StringMatch, TunnelHeader, Values, Visibility,
-    WeightedWaypoint, Workload, WorkloadDraft, WorkloadType, retire_mesh,
+    GatewayDestination, IpFamilies, Item, LoadBalancing, LoadBalancingMode, Locality, Lookup,
+    Match, Mesh, MeshBuilder, MeshSize, MeshSource, Mistake, Name, NamespacedHostname,
+    NetworkAddress, NetworkCidr, NetworkMode, Policy, PolicyAction, PolicyLayers, PolicyScope,
+    PolicySet, PortMap, Protocol, Rules, Scope, Service, StringMatch, TunnelHeader, Values,
+    Visibility, WeightedWaypoint, Workload, WorkloadDraft, WorkloadType, retire_mesh,
 };
 pub use pod::file::PodFile;
 pub use pod::folder::{PodDocument, PodFolder};
@@ -58,7 +58,8 @@ pub use xds::convert::Rejection;
 pub use xds::message::{
     Any, DeltaRequest, DeltaResponse, Metadata, MetadataValue, Node, Resource, Status,
 };
-pub use xds::session::{ResourceType, SessionError};
+pub use xds::resource_type::ResourceType;
+pub use xds::session::SessionError;
 pub use yaml::document::Origin;
 pub use yaml::quote::Quoted;
 pub use yaml::read::parse_duration;

@@ -14,11 +14,13 @@ mod builder;
 mod document;
 mod index;
 mod list;
+pub(crate) mod lookup;
 pub(crate) mod names;
 mod network;
 mod policy;
 mod ranges;
 mod reader;
+mod references;
 mod service;
 pub(crate) mod shared;
 mod source;
@@ -30,6 +32,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use builder::{Item, MeshBuilder, Mistake, WorkloadDraft};
+pub use lookup::Lookup;
 pub use names::{Name, NamespacedHostname, NetworkAddress, NetworkCidr};
 pub use policy::{
     Condition, Connection, Match, Policy, PolicyAction, PolicyLayers, PolicyScope, PolicySet,
@@ -47,6 +50,7 @@ pub use workload::{
 
 use crate::error::ConfigErrors;
 use list::{List, SharedMap, items};
+use lookup::Answered;
 use names::NamespacedName;
 use network::{Network, select_service};
 
@@ -71,6 +75,8 @@ pub struct Mesh {
     /// The mesh of a file beside a control plane, for addresses and names that the control plane
     /// does not know.
     fallback: Option<Arc<Self>>,
+    /// The lookups that the control plane has answered; `None` if the mesh is complete.
+    answered: Option<Answered>,
 }
 
 /// The policies whose scope is global or a namespace.
@@ -118,6 +124,10 @@ impl Mesh {
     #[must_use]
     pub fn with_fallback(&self, fallback: Option<Arc<Self>>) -> Self {
         Self { fallback, ..self.clone() }
+    }
+
+    pub(crate) fn with_answered(self, answered: Option<Answered>) -> Self {
+        Self { answered, ..self }
     }
 
     /// The workload with this address in `network`; `None` if several share it.

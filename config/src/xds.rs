@@ -10,6 +10,8 @@ pub(crate) mod authorization;
 pub(crate) mod control_plane;
 pub(crate) mod convert;
 pub(crate) mod message;
+pub(crate) mod on_demand;
+pub(crate) mod resource_type;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod script;
 pub(crate) mod session;

@@ -20,6 +20,7 @@ use crate::decide::authorization::Denial;
 use crate::decide::resolve::ResolveError;
 use crate::decide::route::RouteError;
 use crate::limits::Refusal;
+use crate::mesh::on_demand::LookupError;
 
 /// The reason why a connection failed or ended early.
 #[derive(Debug, Error)]
@@ -42,6 +43,8 @@ pub(crate) enum ProxyError {
     CertificateAwaited { id: SpiffeId, after: Duration },
     #[error("the mesh has no workload {pod} with this pod's identity {id}")]
     PodNotInMesh { pod: String, id: SpiffeId },
+    #[error(transparent)]
+    Lookup(LookupError),
     #[error("too many TLS handshakes of {0} are in progress (limits.handshakes_per_source)")]
     TooManyHandshakes(IpAddr),
     #[error(
@@ -188,6 +191,7 @@ impl ProxyError {
             Self::PodNotInMesh { .. } => {
                 ("pod_not_in_mesh", Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
+            Self::Lookup(_) => ("lookup", Connect, Us, StatusCode::SERVICE_UNAVAILABLE),
             Self::TooManyHandshakes(_) | Self::HandshakeNotBegun { .. } => {
                 ("too_many_handshakes", Deny, Peer, StatusCode::SERVICE_UNAVAILABLE)
             }

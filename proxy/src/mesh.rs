@@ -3,5 +3,6 @@
 pub(crate) mod control_plane;
 pub(crate) mod feed;
 pub(crate) mod follow;
+pub(crate) mod on_demand;
 pub(crate) mod publish;
 mod report;

@@ -41,6 +41,7 @@ use crate::dns::lookup::HostLookup;
 use crate::dns::resolv_file::ResolvFile;
 use crate::dns::upstream::Upstream;
 use crate::limits::Limits;
+use crate::mesh::on_demand::Lookups;
 use crate::node::pod::pod_sockets;
 use crate::node::served_pods::ServedPods;
 use crate::node::sockets::PodSockets;
@@ -64,6 +65,8 @@ pub(crate) struct Node {
     pub(crate) has_many_pods: bool,
     pub(crate) pods: ServedPods,
     pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
+    /// The lookups on demand of addresses and names that the mesh does not have yet.
+    pub(crate) lookups: Lookups,
     /// The resolver settings of the pods, and of this process.
     pub(crate) resolv_file: Arc<ResolvFile>,
     /// Resolves the hostnames of workloads without an address.
@@ -83,6 +86,7 @@ impl Node {
         access: &NamespaceAccess,
         workers: usize,
         mesh: watch::Receiver<Arc<Snapshot>>,
+        lookups: Lookups,
         gates: Gates,
         series: Arc<SeriesRegistry>,
     ) -> Self {
@@ -101,6 +105,7 @@ impl Node {
             has_many_pods: settings.node.pods.is_some(),
             pods: ServedPods::default(),
             mesh,
+            lookups,
             resolv_file,
             resolver: Arc::new(Resolver::new(lookup)),
             limits,

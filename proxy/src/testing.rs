@@ -74,11 +74,12 @@ impl TestNode {
         let (source, mesh) =
             MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
         let publisher = Publisher::new(MeshFeed::File(Box::new(source)), mesh, &settings.workload);
+        let lookups = publisher.lookups();
         let (mesh, series) = (publisher.subscribe(), exporter(settings)?.series);
         let (thread, rules) = (NamespaceThread::start()?, RulesTotals::default());
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
         let gates = Gates::default();
-        let node = Arc::new(Node::new(settings, &access, workers, mesh, gates, series));
+        let node = Arc::new(Node::new(settings, &access, workers, mesh, lookups, gates, series));
         let (supervisor, _failures) = Supervisor::new();
         let (workers, threads, reports) = Workers::start(&node, workers, &supervisor)?;
         let _publishing = supervisor.essential("publisher of the mesh", publisher.follow(reports));

@@ -3,6 +3,7 @@
 //! It uses no code of underpass except for the types of xDS requests and responses. The resources
 //! in them are encoded by hand.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -233,11 +234,14 @@ pub fn number(number: u32, value: u32) -> Vec<u8> {
     bytes
 }
 
-/// A resource of this type, name and content.
+/// A resource of this type, name and content. Its version depends on the content, as istiod's.
 #[must_use]
 pub fn resource(kind: ResourceType, name: &str, content: Vec<u8>) -> Resource {
+    let mut hasher = DefaultHasher::new();
+    content.hash(&mut hasher);
+    let version = format!("{:x}", hasher.finish());
     let any = Any { type_url: kind.url().to_owned(), value: content.into() };
-    Resource { version: "1".to_owned(), name: name.to_owned(), resource: Some(any) }
+    Resource { version, name: name.to_owned(), resource: Some(any), aliases: Vec::new() }
 }
 
 /// A response with these resources.

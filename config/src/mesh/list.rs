@@ -10,7 +10,7 @@ use imbl::GenericHashMap;
 use imbl::shared_ptr::DefaultSharedPtr;
 
 /// A persistent map: a clone takes constant time, and a change copies only the path to its entry.
-pub(super) type SharedMap<K, V> = GenericHashMap<K, V, RandomState, DefaultSharedPtr>;
+pub(crate) type SharedMap<K, V> = GenericHashMap<K, V, RandomState, DefaultSharedPtr>;
 
 /// The items of one key, oldest first.
 pub(super) type List<T> = Arc<[Arc<T>]>;

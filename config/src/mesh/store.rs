@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use super::Mesh;
 use super::builder::WorkloadDraft;
+use super::lookup::Lookup;
 use super::names::{Map, Name, NamespacedHostname, NetworkCidr, Set};
 use super::policy::{Policy, PolicyScope};
 use super::service::{Endpoint, PortMap, Service};
@@ -105,6 +106,43 @@ impl MeshStore {
     /// Whether there is a policy with this name (`namespace/name`).
     pub(crate) fn has_policy(&self, key: &str) -> bool {
         self.policies.contains_key(key)
+    }
+
+    /// The addresses of the workload, service or rejected resource with this name, as names of
+    /// lookups.
+    pub(crate) fn aliases(&self, resource: &str) -> Vec<Lookup> {
+        if let Some(entry) = self.workloads.get(resource) {
+            return addresses_of_workload(&entry.draft).collect();
+        }
+        let key = resource.parse::<NamespacedHostname>().ok();
+        if let Some(entry) = key.and_then(|key| self.services.get(&key)) {
+            return vips_of(&entry.draft).collect();
+        }
+        let withheld = self.withheld.get(resource).into_iter().flatten();
+        let addresses = withheld.filter(|one| one.cidr.prefix_len() == one.cidr.max_prefix_len());
+        addresses.map(|one| Lookup::address(&one.network, one.cidr.addr())).collect()
+    }
+
+    /// The names of the workloads and services that no lookup needs: no name of theirs `is_asked`,
+    /// and they are neither local nor an endpoint of a needed service.
+    pub(crate) fn unneeded(
+        &self,
+        is_asked: impl Fn(&str) -> bool,
+        is_local: impl Fn(&Workload) -> bool,
+    ) -> Vec<Name> {
+        let needed = self.services.iter().filter(|(key, entry)| {
+            is_asked(&key.to_string()) || vips_of(&entry.draft).any(|vip| is_asked(vip.as_str()))
+        });
+        let needed: Set<_> = needed.map(|(key, _)| key).collect();
+        let workloads = self.workloads.iter().filter(|(uid, WorkloadEntry { draft, .. })| {
+            !is_asked(uid)
+                && !is_local(draft)
+                && !draft.services.iter().any(|service| needed.contains(service))
+                && !addresses_of_workload(draft).any(|address| is_asked(address.as_str()))
+        });
+        let services = self.services.keys().filter(|key| !needed.contains(key));
+        let names = workloads.map(|(uid, _)| uid.clone());
+        names.chain(services.map(|key| key.to_string().into())).collect()
     }
 
     /// Adds or replaces the workload with its uid.
@@ -283,6 +321,14 @@ impl MeshStore {
         };
         uids.filter_map(endpoint).collect()
     }
+}
+
+fn addresses_of_workload(workload: &Workload) -> impl Iterator<Item = Lookup> {
+    workload.addresses.iter().map(|address| Lookup::address(&workload.network, *address))
+}
+
+fn vips_of(service: &Service) -> impl Iterator<Item = Lookup> {
+    service.vips.iter().map(|vip| Lookup::address(&vip.network, vip.address))
 }
 
 /// The list that a policy is in: that of its namespace, or of all namespaces. `None` if workloads

@@ -39,7 +39,7 @@ const SETTINGS: &[&[&dyn Declared]] = &[
 ];
 
 /// Keys of planned features. They are rejected with that reason instead of as unknown.
-const UNIMPLEMENTED_KEYS: &[&str] = &["mesh.xds.on_demand", "admin"];
+const UNIMPLEMENTED_KEYS: &[&str] = &["admin"];
 
 /// Every setting.
 pub(crate) fn declared() -> impl Iterator<Item = &'static dyn Declared> {
@@ -68,6 +68,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let trust = identity::trust(document, own)?;
     let interception = interception::settings(document)?;
     let node = node::node(document)?;
+    xds.iter().for_each(|xds| xds::check_node(document, xds, &node));
     let interception = node::interception(document, interception, &node);
     let privileges = privileges::privileges(document, &node)?;
     if node.pods.is_some() {

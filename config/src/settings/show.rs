@@ -179,6 +179,7 @@ mesh:
     key: /c.key
     cluster_id: east
     headers: [x-revision=canary, 'a=b, c']
+    on_demand: true
     name: underpass-x
     namespace: istio-system
 ";

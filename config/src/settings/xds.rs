@@ -20,6 +20,8 @@ pub struct XdsSettings {
     pub cluster_id: String,
     /// Further headers of the request.
     pub headers: Vec<XdsHeader>,
+    /// Whether addresses are looked up on demand.
+    pub on_demand: bool,
     /// The name of this client.
     pub name: String,
     /// The namespace of this client, which must be that of the token.

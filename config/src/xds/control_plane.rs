@@ -5,11 +5,14 @@ use prost::Message as _;
 
 use super::convert::{Rejection, addresses_of, policy, service, service_key, substitute, workload};
 use super::message::{DeltaRequest, DeltaResponse, Node};
-use super::session::{Item, ResourceType, Session, SessionError};
+use super::on_demand::{Lookups, unsubscription};
+use super::resource_type::ResourceType;
+use super::session::{Item, Session, SessionError};
 use super::workload::{Address, AddressType};
+use crate::mesh::lookup::Lookup;
 use crate::mesh::names::Set;
 use crate::mesh::store::MeshStore;
-use crate::mesh::{Mesh, Name, WorkloadDraft};
+use crate::mesh::{Mesh, Name, Workload};
 
 /// The number of changes after which unused interned values are dropped.
 const CHANGES_PER_CLEANUP: usize = 1 << 16;
@@ -20,6 +23,8 @@ pub struct ControlPlane {
     session: Session,
     store: MeshStore,
     local: LocalWorkloads,
+    /// The lookups on demand; `None` if the control plane sends the whole mesh.
+    lookups: Option<Lookups>,
     /// The policies of which no version was accepted, so that a substitute denies instead.
     substitutes: Set<Name>,
     changes: usize,
@@ -47,17 +52,20 @@ pub struct Applied {
     pub removed: usize,
     /// The rejected resources.
     pub rejected: Vec<(Name, Rejection)>,
-    /// Whether the change must take effect at once: it concerns policies or local workloads.
+    /// Whether the change must take effect at once: it concerns policies, local workloads or
+    /// lookups.
     pub is_urgent: bool,
 }
 
 impl ControlPlane {
-    /// Creates a client with this node id and these local workloads.
-    pub fn new(node: Node, local: LocalWorkloads) -> Self {
+    /// Creates a client with this node id and these local workloads. It looks addresses up on
+    /// demand, or subscribes to all.
+    pub fn new(node: Node, local: LocalWorkloads, on_demand: bool) -> Self {
         Self {
             session: Session::new(node),
             store: MeshStore::default(),
             local,
+            lookups: on_demand.then(Lookups::default),
             substitutes: Set::default(),
             changes: 0,
         }
@@ -66,17 +74,60 @@ impl ControlPlane {
     /// The same client without state.
     #[must_use]
     pub fn renewed(&self) -> Self {
-        Self::new(self.session.node().clone(), self.local.clone())
+        Self::new(self.session.node().clone(), self.local.clone(), self.lookups.is_some())
     }
 
     /// The first requests of a new stream.
     pub fn open(&mut self) -> Vec<DeltaRequest> {
-        self.session.open()
+        self.session.open(self.lookups.as_mut())
     }
 
-    /// Whether the first state is complete.
+    /// Whether the first state is complete: with lookups on demand, that of the policies.
     pub fn is_synced(&self) -> bool {
-        self.session.is_synced()
+        let mut kinds = ResourceType::ALL.into_iter();
+        let on_demand = self.lookups.is_some();
+        kinds.all(|kind| on_demand && kind == ResourceType::Address || self.session.is_synced(kind))
+    }
+
+    /// The requests that look up those of `lookups` that have no answer. None without lookups on
+    /// demand.
+    pub fn look_up(&mut self, lookups: &[Lookup]) -> Vec<DeltaRequest> {
+        self.lookups.as_mut().map(|known| known.ask(lookups)).unwrap_or_default()
+    }
+
+    /// The requests that look up those of `lookups` again that are known. Their answers stay valid.
+    pub fn refresh(&self, lookups: &[Lookup]) -> Vec<DeltaRequest> {
+        self.lookups.as_ref().map(|known| known.refresh(lookups)).unwrap_or_default()
+    }
+
+    /// Removes these lookups, and the resources that no other lookup needs. Returns the request
+    /// that ends their subscriptions.
+    pub fn let_go(&mut self, lookups: &[Lookup]) -> Option<DeltaRequest> {
+        let known = self.lookups.as_mut()?;
+        let sweeps = lookups.iter().any(|lookup| !known.is_absent(lookup));
+        known.let_go(lookups);
+        let mut unneeded = Vec::new();
+        if sweeps {
+            let local = &self.local;
+            let is_local = |workload: &Workload| local.contains(workload);
+            unneeded = self.store.unneeded(|name| known.contains(name), is_local);
+        }
+        for name in &unneeded {
+            self.session.forget(ResourceType::Address, name);
+            self.remove(ResourceType::Address, name);
+        }
+        let names = lookups.iter().map(Lookup::as_str).chain(unneeded.iter().map(|name| &**name));
+        Some(unsubscription(names))
+    }
+
+    /// Whether the control plane has not answered this lookup yet.
+    pub fn awaits(&self, lookup: &Lookup) -> bool {
+        self.lookups.as_ref().is_some_and(|known| known.is_awaited(lookup))
+    }
+
+    /// Whether the control plane has nothing for this lookup.
+    pub fn is_absent(&self, lookup: &Lookup) -> bool {
+        self.lookups.as_ref().is_some_and(|known| known.is_absent(lookup))
     }
 
     /// Applies a response to the next snapshot.
@@ -89,18 +140,30 @@ impl ControlPlane {
         let (kind, set, removed) = (update.kind, update.resources.len(), update.removed.len());
         let mut is_urgent = kind == ResourceType::Authorization;
         for name in &update.removed {
+            let before = self.aliases(kind, name);
             self.remove(kind, name);
+            is_urgent |= self.outdated(kind, name, &before);
+            let lookups = self.lookups.as_mut().filter(|_| kind == ResourceType::Address);
+            is_urgent |= lookups.is_some_and(|lookups| lookups.mentioned(name, false));
         }
         let mut rejected = Vec::new();
-        for Item { name, content, .. } in &update.resources {
+        for item in &update.resources {
+            let Item { name, content, .. } = item;
+            if item.is_unchanged {
+                is_urgent |= self.answered(kind, item);
+                continue;
+            }
+            let before = self.aliases(kind, name);
             let applied = match (content, kind) {
-                (Ok(content), ResourceType::Address) => self.address(name, content),
-                (Ok(content), ResourceType::Authorization) => self.policy(name, content),
+                (Ok(content), ResourceType::Address) => self.address(item, content),
+                (Ok(content), ResourceType::Authorization) => self.policy(item, content),
                 (Err(rejection), _) => {
-                    self.reject(kind, name, &Bytes::new());
+                    self.reject(kind, item, &Bytes::new());
                     Err(rejection.clone())
                 }
             };
+            is_urgent |= self.outdated(kind, name, &before);
+            is_urgent |= self.answered(kind, item);
             match applied {
                 Ok(is_local) => is_urgent |= is_local,
                 Err(rejection) => rejected.push((name.clone(), rejection)),
@@ -117,14 +180,44 @@ impl ControlPlane {
 
     /// The mesh after all responses.
     pub fn snapshot(&mut self) -> Mesh {
-        self.store.snapshot()
+        let answered = self.lookups.as_ref().map(|lookups| lookups.answered().clone());
+        self.store.snapshot().with_answered(answered)
+    }
+
+    /// The addresses of a workload or service.
+    fn aliases(&self, kind: ResourceType, name: &str) -> Vec<Lookup> {
+        match (&self.lookups, kind) {
+            (Some(_), ResourceType::Address) => self.store.aliases(name),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Records a resource as the answer to the lookups of its names. Returns whether an answer
+    /// changes.
+    fn answered(&mut self, kind: ResourceType, Item { name, aliases, .. }: &Item) -> bool {
+        let known = self.aliases(kind, name);
+        let Some(lookups) = self.lookups.as_mut().filter(|_| kind == ResourceType::Address) else {
+            return false;
+        };
+        let aliases = aliases.iter().map(String::as_str).chain(known.iter().map(Lookup::as_str));
+        let names = std::iter::once(&**name).chain(aliases);
+        names.fold(false, |changed, name| lookups.mentioned(name, true) | changed)
+    }
+
+    /// Records that a resource does not have these addresses `before` any longer. Returns whether
+    /// an answer changes.
+    fn outdated(&mut self, kind: ResourceType, name: &str, before: &[Lookup]) -> bool {
+        let after = self.aliases(kind, name);
+        let Some(lookups) = &mut self.lookups else { return false };
+        let gone = before.iter().filter(|alias| !after.contains(alias));
+        gone.fold(false, |changed, alias| lookups.outdate(alias.as_str()) | changed)
     }
 
     /// Applies a workload or a service. Returns whether it is a local workload.
-    fn address(&mut self, name: &Name, content: &Bytes) -> Result<bool, Rejection> {
-        let applied = self.try_address(name, content);
+    fn address(&mut self, item: &Item, content: &Bytes) -> Result<bool, Rejection> {
+        let applied = self.try_address(&item.name, content);
         if applied.is_err() {
-            self.reject(ResourceType::Address, name, content);
+            self.reject(ResourceType::Address, item, content);
         }
         applied
     }
@@ -134,7 +227,7 @@ impl ControlPlane {
         match Address::decode(content.clone())?.kind.ok_or(Rejection::Type)? {
             AddressType::Workload(given) => {
                 let draft = workload(name.clone(), &given, shared)?;
-                let is_local = self.local.contain(&draft);
+                let is_local = self.local.contains(&draft.workload);
                 if let Some(key) = service_key(name) {
                     self.store.remove_service(&key);
                 }
@@ -150,7 +243,8 @@ impl ControlPlane {
         }
     }
 
-    fn policy(&mut self, name: &Name, content: &Bytes) -> Result<bool, Rejection> {
+    fn policy(&mut self, item: &Item, content: &Bytes) -> Result<bool, Rejection> {
+        let name = &item.name;
         match policy(name, content, self.store.shared()) {
             Ok(policy) => {
                 self.substitutes.remove(name);
@@ -158,7 +252,7 @@ impl ControlPlane {
                 Ok(true)
             }
             Err(rejection) => {
-                self.reject(ResourceType::Authorization, name, content);
+                self.reject(ResourceType::Authorization, item, content);
                 Err(rejection)
             }
         }
@@ -166,13 +260,13 @@ impl ControlPlane {
 
     /// Keeps the accepted version of a rejected resource. Without one, connections that the
     /// resource may forbid are refused.
-    fn reject(&mut self, kind: ResourceType, name: &Name, content: &Bytes) {
+    fn reject(&mut self, kind: ResourceType, Item { name, aliases, .. }: &Item, content: &Bytes) {
         match kind {
             ResourceType::Address => {
                 let is_service =
                     || service_key(name).is_some_and(|key| self.store.has_service(&key));
                 if !self.store.has_workload(name) && !is_service() {
-                    let addresses = addresses_of(content, self.store.shared());
+                    let addresses = addresses_of(content, aliases, self.store.shared());
                     self.store.withhold(name.clone(), addresses);
                 }
             }
@@ -204,7 +298,7 @@ impl ControlPlane {
 }
 
 impl LocalWorkloads {
-    fn contain(&self, WorkloadDraft { workload, .. }: &WorkloadDraft) -> bool {
+    fn contains(&self, workload: &Workload) -> bool {
         let is_on_node = self.node.as_ref().is_some_and(|node| **node == *workload.node);
         let named = self.named.as_ref();
         is_on_node

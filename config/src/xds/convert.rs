@@ -20,7 +20,7 @@ pub(super) use self::policy::{policy, substitute};
 pub(super) use self::service::{service, service_key};
 pub(super) use self::workload::workload;
 use super::workload::{
-    Address, AddressType, GatewayAddress, GatewayDestination, NetworkAddress, Port, Workload,
+    Address, AddressType, GatewayAddress, GatewayDestination, NetworkAddress, Port,
 };
 use crate::cidr::canonical;
 use crate::identity::spiffe::SpiffeError;
@@ -94,14 +94,19 @@ fn network_address(
     Ok(mesh::NetworkAddress { network, address })
 }
 
-/// The readable addresses and ranges of a rejected workload or service. A range with an unusable
-/// length is its address.
-pub(super) fn addresses_of(content: &Bytes, shared: &mut Shared) -> Box<[NetworkCidr]> {
+/// The readable addresses and ranges of a rejected workload or service, and those of the aliases of
+/// its resource. A range with an unusable length is its address.
+pub(super) fn addresses_of(
+    content: &Bytes,
+    aliases: &[String],
+    shared: &mut Shared,
+) -> Box<[NetworkCidr]> {
     let kind = Address::decode(content.clone()).ok().and_then(|address| address.kind);
     let addresses: Vec<_> = match kind {
         Some(AddressType::Workload(workload)) => {
-            let Workload { network, addresses, .. } = *workload;
-            addresses.into_iter().map(|address| (network.clone(), address, None)).collect()
+            let network = workload.network;
+            let addresses = workload.addresses.into_iter();
+            addresses.map(|address| (network.clone(), address, None)).collect()
         }
         Some(AddressType::Service(service)) => {
             let addresses = service.addresses.into_iter();
@@ -114,7 +119,11 @@ pub(super) fn addresses_of(content: &Bytes, shared: &mut Shared) -> Box<[Network
         let cidr = length.and_then(|length| range(&bytes, length)).unwrap_or_else(|| one.into());
         Some(NetworkCidr { network: shared.name(&network), cidr })
     });
-    readable.collect()
+    let aliases = aliases.iter().filter_map(|alias| {
+        let one = alias.parse::<mesh::NetworkAddress>().ok()?;
+        Some(NetworkCidr { network: one.network, cidr: one.address.into() })
+    });
+    readable.chain(aliases).collect()
 }
 
 /// The range of this prefix length, which applies to the address in the form that was sent.

@@ -97,6 +97,9 @@ pub struct Resource {
     /// The name, unique in its type.
     #[prost(string, tag = "3")]
     pub name: String,
+    /// Other names that a subscription may have used.
+    #[prost(string, repeated, tag = "4")]
+    pub aliases: Vec<String>,
 }
 
 /// `google.protobuf.Any`.

@@ -9,12 +9,18 @@ use prost::Message as _;
 
 use super::control_plane::{ControlPlane, LocalWorkloads};
 use super::message::{DeltaResponse, Node};
-use super::session::ResourceType;
+use super::resource_type::ResourceType;
 
 /// Runs `script`. Panics if the client differs from the model, which retains exactly the names of
 /// resources that were not removed. The mesh has at most one item for each name.
 pub(crate) fn run(script: &[u8]) {
-    let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default());
+    for on_demand in [false, true] {
+        run_client(script, on_demand);
+    }
+}
+
+fn run_client(script: &[u8], on_demand: bool) {
+    let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default(), on_demand);
     let mut names: [BTreeSet<String>; 2] = Default::default();
     let mut rest = script;
     while let Some((length, after)) = rest.split_first_chunk::<2>() {

@@ -19,7 +19,10 @@ use thiserror::Error;
 
 use super::convert::Rejection;
 use super::message::{DeltaRequest, DeltaResponse, Node, Resource, Status};
+use super::on_demand::Lookups;
+use super::resource_type::ResourceType;
 use crate::mesh::Name;
+use crate::mesh::lookup::Lookup;
 use crate::mesh::names::{Map, Set};
 
 /// The maximum size of one resource in bytes: a service with thousands of addresses.
@@ -32,38 +35,10 @@ const MAX_RESOURCES: usize = 1 << 20;
 const MAX_REQUEST: usize = 4 << 20;
 /// The maximum number of names in a NACK.
 const MAX_REPORTED: usize = 20;
+/// The name for all resources.
+const ALL_NAMES: &str = "*";
 /// `INVALID_ARGUMENT` of gRPC.
 const INVALID_ARGUMENT: i32 = 3;
-
-/// A type of resources.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum ResourceType {
-    /// Workloads and services.
-    Address,
-    /// Authorization policies.
-    Authorization,
-}
-
-impl ResourceType {
-    /// All types, in the order of their subscriptions.
-    pub const ALL: [Self; 2] = [Self::Address, Self::Authorization];
-
-    /// The URL of the type.
-    pub fn url(self) -> &'static str {
-        match self {
-            Self::Address => "type.googleapis.com/istio.workload.Address",
-            Self::Authorization => "type.googleapis.com/istio.security.Authorization",
-        }
-    }
-
-    /// The name in metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Address => "address",
-            Self::Authorization => "authorization",
-        }
-    }
-}
 
 /// A violation of the protocol by the control plane. The response was not applied; the stream must
 /// be closed.
@@ -97,8 +72,11 @@ pub(super) struct Update {
 #[derive(Debug)]
 pub(super) struct Item {
     pub(super) name: Name,
+    pub(super) aliases: Vec<String>,
     version: String,
     pub(super) content: Result<Bytes, Rejection>,
+    /// Whether the version is the accepted one.
+    pub(super) is_unchanged: bool,
 }
 
 /// The state of the client.
@@ -132,11 +110,16 @@ impl Session {
         &self.node
     }
 
-    /// The first requests of a new stream.
-    pub(super) fn open(&mut self) -> Vec<DeltaRequest> {
+    /// The first requests of a new stream: all resources, or with `lookups` only those addresses.
+    pub(super) fn open(&mut self, mut lookups: Option<&mut Lookups>) -> Vec<DeltaRequest> {
         let mut node = Some(self.node.clone());
         let subscriptions = self.subscriptions.iter_mut();
-        subscriptions.map(|subscription| subscription.open(node.take())).collect()
+        let requests = subscriptions.map(|subscription| {
+            let is_address = subscription.kind == ResourceType::Address;
+            let lookups = lookups.as_deref_mut().filter(|_| is_address);
+            subscription.open(node.take(), lookups)
+        });
+        requests.collect()
     }
 
     /// Checks a response. The caller must apply the update and then call [`finish`](Self::finish).
@@ -162,11 +145,12 @@ impl Session {
     }
 
     fn item(&self, kind: ResourceType, resource: Resource) -> Result<Item, SessionError> {
-        let Resource { version, resource, name } = resource;
+        let Resource { version, resource, name, aliases } = resource;
         if name.is_empty() || name.len() > MAX_NAME || version.len() > MAX_NAME {
             return Err(SessionError::Name);
         }
         let retained = self.subscription(kind).versions.get_key_value(&*name);
+        let is_unchanged = retained.is_some_and(|(_, it)| !it.is_empty() && **it == *version);
         let name = retained.map_or_else(|| Arc::from(name), |(name, _)| name.clone());
         let content = match resource {
             Some(any) if any.type_url != kind.url() => Err(Rejection::Type),
@@ -174,7 +158,7 @@ impl Session {
             Some(any) => Ok(any.value),
             None => Err(Rejection::Type),
         };
-        Ok(Item { name, version, content })
+        Ok(Item { name, aliases, version, content, is_unchanged })
     }
 
     /// Retains the names of an applied update. Returns the ACK, or the NACK if any resource was
@@ -210,9 +194,16 @@ impl Session {
         }
     }
 
-    /// Whether the first state of every type was applied.
-    pub(super) fn is_synced(&self) -> bool {
-        self.subscriptions.iter().all(|one| one.synced)
+    /// Whether the first state of this type was applied.
+    pub(super) fn is_synced(&self, kind: ResourceType) -> bool {
+        self.subscription(kind).synced
+    }
+
+    /// Forgets a resource.
+    pub(super) fn forget(&mut self, kind: ResourceType, name: &str) {
+        if let Some(subscription) = self.subscriptions.iter_mut().find(|one| one.kind == kind) {
+            subscription.versions.remove(name);
+        }
     }
 
     fn subscription(&self, kind: ResourceType) -> &Subscription {
@@ -226,15 +217,24 @@ impl Session {
 
 impl Subscription {
     /// The first request of a new stream.
-    fn open(&mut self, node: Option<Node>) -> DeltaRequest {
-        let versions = self.versions.iter();
-        let versions = versions.map(|(name, version)| (name.to_string(), version.to_string()));
-        let mut request = DeltaRequest {
-            node,
-            type_url: self.kind.url().to_owned(),
-            initial_resource_versions: versions.collect(),
-            ..DeltaRequest::default()
-        };
+    fn open(&mut self, node: Option<Node>, lookups: Option<&mut Lookups>) -> DeltaRequest {
+        let mut request =
+            DeltaRequest { node, type_url: self.kind.url().to_owned(), ..DeltaRequest::default() };
+        // An unchanged resource is not sent again, so it would answer no lookup.
+        let mut with_versions = true;
+        if let Some(lookups) = lookups {
+            // To subscribe to nothing (istiod, `deltaWatchedResources`).
+            request.resource_names_unsubscribe = vec![ALL_NAMES.to_owned()];
+            let names = lookups.reopened().map(Lookup::to_string);
+            request.resource_names_subscribe =
+                std::iter::once(ALL_NAMES.to_owned()).chain(names).collect();
+            with_versions = !lookups.awaits_any();
+        }
+        let versions = self.versions.iter().map(|(name, version)| {
+            let version = if with_versions { version.to_string() } else { String::new() };
+            (name.to_string(), version)
+        });
+        request.initial_resource_versions = versions.collect();
         self.is_whole = request.encoded_len() > MAX_REQUEST;
         if self.is_whole {
             request.initial_resource_versions = HashMap::new();

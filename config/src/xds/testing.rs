@@ -1,11 +1,14 @@
 //! Resources and responses of a control plane, for tests.
 
+use std::hash::BuildHasher as _;
+
 use bytes::Bytes;
+use foldhash::fast::FixedState;
 use prost::Message as _;
 
 use super::authorization::{Authorization, Group, Match, Rules};
 use super::message::{Any, DeltaResponse, Node, Resource};
-use super::session::ResourceType;
+use super::resource_type::ResourceType;
 use super::workload::{Address, AddressType, NetworkAddress, Port, PortList, Service, Workload};
 
 pub(super) fn node() -> Node {
@@ -105,9 +108,11 @@ pub(super) fn resource<T: IntoResource>(item: T) -> Resource {
     encoded(T::KIND, &name, item.encoded())
 }
 
+/// A resource whose version depends on its content, as istiod's.
 pub(super) fn encoded(kind: ResourceType, name: &str, value: Vec<u8>) -> Resource {
+    let version = format!("{:x}", FixedState::default().hash_one(&value));
     let any = Any { type_url: kind.url().into(), value: value.into() };
-    Resource { version: "1".into(), resource: Some(any), name: name.into() }
+    Resource { version, resource: Some(any), name: name.into(), aliases: Vec::new() }
 }
 
 pub(super) fn response(

@@ -50,6 +50,7 @@ impl Plane {
             client: Some((file("client.pem"), file("client.key"))),
             cluster_id: "c1".to_owned(),
             headers: vec![XdsHeader { name: "x-a".to_owned(), value: "b c".to_owned() }],
+            on_demand: false,
             name: "pod".to_owned(),
             namespace: "ns".to_owned(),
         };

@@ -7,6 +7,7 @@ use underpass_config::Hint;
 use super::ProxyError;
 use crate::decide::authorization::Denial;
 use crate::limits::Refusal;
+use crate::mesh::on_demand::LookupError;
 
 impl Hint for ProxyError {
     fn hint(&self) -> Option<Cow<'static, str>> {
@@ -26,6 +27,10 @@ impl Hint for ProxyError {
                 "check that the CA answers, or raise timeouts.handshake"
             }
             Self::PodNotInMesh { .. } => "add the pod to the mesh, with its service account",
+            Self::Lookup(LookupError::Unanswered { .. }) => {
+                "check that the control plane answers (underpass_control_plane_connected)"
+            }
+            Self::Lookup(LookupError::TooMany) => "check for a client that scans addresses",
             Self::TooManyHandshakes(_) => {
                 "check for a storm of connections or for a client that never finishes them, or raise \
                  limits.handshakes_per_source"

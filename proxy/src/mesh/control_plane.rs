@@ -15,14 +15,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, Interval, sleep_until};
 use underpass_config::{
-    Applied, ControlPlane, DeltaResponse, Hint as _, LocalWorkloads, Mesh, MeshSource, Metadata,
-    MetadataValue, Node, SessionError, Settings, XdsSettings,
+    Applied, ControlPlane, DeltaResponse, Hint as _, LocalWorkloads, Lookup, Mesh, MeshSource,
+    Metadata, MetadataValue, Node, SessionError, Settings, XdsSettings,
 };
 use underpass_hbone::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream, Dial};
 use underpass_interception::run_in_background;
 
+use super::on_demand::Lookups;
+use super::on_demand::schedule::{CHECK, Schedule, Unanswered};
 use super::report::log_refused;
 use crate::admin::endpoints::Readiness;
 use crate::backoff::Backoff;
@@ -52,6 +54,9 @@ pub(crate) struct ControlPlaneFollower {
     /// The mesh of the file, if there is one.
     fallback: Option<Arc<Mesh>>,
     snapshots: watch::Sender<Option<Arc<Mesh>>>,
+    /// The lookups of connections, and when each was sent.
+    lookups: Lookups,
+    schedule: Schedule,
     /// The time at which collected changes are passed on.
     due: Option<Instant>,
 }
@@ -63,20 +68,34 @@ enum StreamEnd {
     Stream(#[from] ControlPlaneError),
     #[error("the control plane violates the protocol: {0}")]
     Session(#[from] SessionError),
+    #[error(transparent)]
+    Unanswered(#[from] Unanswered),
+}
+
+/// An event on an open stream.
+enum Event {
+    Response(DeltaResponse),
+    /// Connections need these lookups.
+    Asked(Vec<Lookup>),
+    /// The time to check all lookups.
+    Check,
 }
 
 impl ControlPlaneFollower {
-    /// Creates a follower that passes snapshots to the returned receiver.
+    /// Creates a follower that passes snapshots to the returned receiver, and answers `lookups`.
     pub(crate) fn new(
         settings: &Settings,
         xds: &XdsSettings,
         file: MeshSource,
         fallback: Option<Arc<Mesh>>,
+        lookups: Lookups,
     ) -> (Self, watch::Receiver<Option<Arc<Mesh>>>) {
-        let plane = ControlPlane::new(node(settings, xds), local(settings));
+        let plane = ControlPlane::new(node(settings, xds), local(settings), xds.on_demand);
         let (snapshots, receiver) = watch::channel(None);
-        let address = xds.address.clone();
-        (Self { address, plane, file, fallback, snapshots, due: None }, receiver)
+        let (address, schedule) = (xds.address.clone(), Schedule::default());
+        let follower =
+            Self { address, plane, file, fallback, snapshots, lookups, schedule, due: None };
+        (follower, receiver)
     }
 
     /// Follows the control plane. Never returns.
@@ -89,7 +108,7 @@ impl ControlPlaneFollower {
         readiness.mesh_known(false);
         metrics::control_plane_connected(false);
         loop {
-            let first = self.plane.open();
+            let first = self.schedule.open(&mut self.plane, &self.lookups);
             let opened = self.or_file_changes(client.open(first)).await;
             let end = match opened {
                 Ok(stream) => {
@@ -116,21 +135,48 @@ impl ControlPlaneFollower {
     async fn follow(&mut self, mut stream: ControlPlaneStream, readiness: &Readiness) -> StreamEnd {
         metrics::control_plane_connected(true);
         tracing::info!(address = self.address, "connected to the control plane");
+        let mut checks = tokio::time::interval(CHECK);
         loop {
-            let response = match self.or_file_changes(stream.next()).await {
-                Ok(response) => response,
-                Err(error) => return error.into(),
-            };
-            let applied = match self.apply(response).await {
-                Ok(applied) => applied,
-                Err(error) => return error.into(),
-            };
-            report(&applied);
-            self.take_effect(applied.is_urgent, readiness);
-            if let Err(error) = self.or_file_changes(stream.send(applied.answer)).await {
-                return error.into();
-            }
+            let Err(end) = self.step(&mut stream, &mut checks, readiness).await else { continue };
+            return end;
         }
+    }
+
+    /// Waits for an event on the stream, and sends what follows from it.
+    async fn step(
+        &mut self,
+        stream: &mut ControlPlaneStream,
+        checks: &mut Interval,
+        readiness: &Readiness,
+    ) -> Result<(), StreamEnd> {
+        let lookups = self.lookups.clone();
+        let event = async {
+            tokio::select! {
+                response = stream.next() => response.map(Event::Response),
+                asked = lookups.asked() => Ok(Event::Asked(asked)),
+                _ = checks.tick(), if lookups.are_on_demand() => Ok(Event::Check),
+            }
+        };
+        let requests = match self.or_file_changes(event).await? {
+            Event::Response(response) => {
+                let applied = self.apply(response).await?;
+                report(&applied);
+                self.take_effect(applied.is_urgent, readiness);
+                vec![applied.answer]
+            }
+            Event::Asked(asked) => self.schedule.ask(&mut self.plane, asked),
+            Event::Check => {
+                let (requests, is_changed) = self.schedule.check(&mut self.plane, &self.lookups)?;
+                if is_changed {
+                    self.take_effect(false, readiness);
+                }
+                requests
+            }
+        };
+        for request in requests {
+            self.or_file_changes(stream.send(request)).await?;
+        }
+        Ok(())
     }
 
     /// Passes on the mesh after a response: at once if it is urgent or completes the first state.
@@ -232,7 +278,7 @@ fn report(Applied { kind, set, removed, rejected, .. }: &Applied) {
 fn log_end(address: &str, end: &StreamEnd, retry_in: Duration) {
     let hint = match end {
         StreamEnd::Stream(error) => error.hint(),
-        StreamEnd::Session(_) => None,
+        StreamEnd::Session(_) | StreamEnd::Unanswered(_) => None,
     };
     let error = error_chain(end);
     if retry_in > Duration::from_secs(1) {

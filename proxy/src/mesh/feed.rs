@@ -9,6 +9,7 @@ use underpass_hbone::{ControlPlaneClient, ControlPlaneError, Dial};
 use underpass_interception::run_in_background;
 
 use super::control_plane::ControlPlaneFollower;
+use super::on_demand::Lookups;
 use crate::admin::endpoints::Readiness;
 use crate::process::supervise::{Supervisor, Task};
 
@@ -18,7 +19,11 @@ pub(crate) enum MeshFeed {
     /// A file or a folder, or an empty mesh.
     File(Box<MeshSource>),
     /// The snapshots of a control plane; `None` until its first state is complete.
-    ControlPlane { snapshots: watch::Receiver<Option<Arc<Mesh>>>, _follower: Task },
+    ControlPlane {
+        snapshots: watch::Receiver<Option<Arc<Mesh>>>,
+        lookups: Lookups,
+        _follower: Task,
+    },
 }
 
 /// The reason why the source could not be opened.
@@ -45,10 +50,20 @@ impl MeshFeed {
         let Some(xds) = &settings.xds else { return Ok((Self::File(Box::new(source)), mesh)) };
         let client = ControlPlaneClient::new(xds.clone(), dialer)?;
         let file = file.map(|_| mesh);
-        let (follower, snapshots) = ControlPlaneFollower::new(settings, xds, source, file);
+        let lookups = if xds.on_demand { Lookups::on_demand() } else { Lookups::default() };
+        let (follower, snapshots) =
+            ControlPlaneFollower::new(settings, xds, source, file, lookups.clone());
         let following = follower.run(client, readiness.clone());
         let _follower = supervisor.essential("control plane", following);
-        Ok((Self::ControlPlane { snapshots, _follower }, Arc::default()))
+        Ok((Self::ControlPlane { snapshots, lookups, _follower }, Arc::default()))
+    }
+
+    /// The lookups on demand of this source.
+    pub(crate) fn lookups(&self) -> Lookups {
+        match self {
+            Self::File(_) => Lookups::default(),
+            Self::ControlPlane { lookups, .. } => lookups.clone(),
+        }
     }
 
     /// The first complete state of a control plane; `None` for a file. Has no timeout.

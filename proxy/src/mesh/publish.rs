@@ -19,6 +19,7 @@ use underpass_interception::run_in_background;
 
 use self::ledger::{Ledger, Published};
 use super::feed::MeshFeed;
+use super::on_demand::Lookups;
 use super::report::{log_refused, log_size};
 use crate::decide::snapshot::Snapshot;
 
@@ -92,6 +93,11 @@ impl Publisher {
             log_size(first.size(), "mesh received");
             self.current.send_replace(Arc::new(Snapshot::new(first, &self.own, 1)));
         }
+    }
+
+    /// The lookups on demand of the mesh's source.
+    pub(crate) fn lookups(&self) -> Lookups {
+        self.feed.lookups()
     }
 
     /// The current snapshot of the mesh, which workers apply.

@@ -12,6 +12,7 @@ use crate::decide::connection_registry::Registries;
 use crate::decide::policy::PolicyContext;
 use crate::decide::snapshot::Snapshot;
 use crate::limits::{Descriptors, Limits};
+use crate::mesh::on_demand::Lookups;
 use crate::node::Node;
 use crate::node::pod::{Pod, PodId};
 use crate::node::sockets::PodSockets;
@@ -63,7 +64,15 @@ pub(crate) fn node(workers: usize) -> Arc<Node> {
 /// A node with this many workers that follows a mesh. Requires a runtime.
 pub(crate) fn node_in(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>) -> Arc<Node> {
     let (settings, access) = (settings(&[]), NamespaceAccess::current().expect("a thread"));
-    Arc::new(Node::new(&settings, &access, workers, mesh, Gates::default(), Arc::default()))
+    Arc::new(Node::new(
+        &settings,
+        &access,
+        workers,
+        mesh,
+        Lookups::default(),
+        Gates::default(),
+        Arc::default(),
+    ))
 }
 
 /// The mesh of a file with this content, as this generation.

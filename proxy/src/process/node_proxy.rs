@@ -68,9 +68,10 @@ impl LoadedNode {
             (Readiness::for_node(), PlainDialer { access: access.clone(), sockets });
         let (feed, mesh) = MeshFeed::open(settings, watcher, dialer, &readiness, supervisor)?;
         let publisher = Publisher::new(feed, mesh, &settings.workload);
+        let lookups = publisher.lookups();
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let (count, gates) = (workers(settings), Gates::default());
-        let node = Arc::new(Node::new(settings, access, count, mesh, gates, series));
+        let node = Arc::new(Node::new(settings, access, count, mesh, lookups, gates, series));
         let (settings, identities) = (settings.clone(), identities.map(Arc::new));
         Ok(Self { settings, node, readiness, identities, has_ca_key, publisher, exporter })
     }

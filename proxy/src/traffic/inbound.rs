@@ -31,6 +31,7 @@ use crate::decide::route::{InboundTarget, Target};
 use crate::decide::subject::{Decision, Principal, Subject};
 use crate::error::ProxyError;
 use crate::limits::{Refusal, Ticket};
+use crate::mesh::on_demand::LookupLease;
 use crate::node::assignment::Assignment;
 use crate::node::worker::seat::Seat;
 use crate::node::worker::turns::InTurn;
@@ -76,6 +77,7 @@ struct Opened<C> {
 /// The resources that a connection holds until it is closed.
 struct HeldResources {
     registration: Registration<Decision>,
+    _lookups: LookupLease,
     _ticket: Ticket,
 }
 
@@ -86,9 +88,9 @@ async fn open_plaintext(
 ) -> Option<Opened<TcpStream>> {
     let accepted_at = Instant::now();
     let (client, destination) = (accepted.client, accepted.destination.address());
-    let mesh = pin!(seat.inbound_mesh(destination.ip()));
-    let snapshot = match registration.termination().or_terminate(mesh).await {
-        Ok(snapshot) => snapshot,
+    let mesh = pin!(seat.inbound_mesh(destination, None));
+    let (snapshot, lookups) = match registration.termination().or_terminate(mesh).await {
+        Ok(found) => found,
         Err(error) => {
             let facts = Facts::new(
                 Direction::Inbound,
@@ -114,7 +116,7 @@ async fn open_plaintext(
     };
     match connected {
         Ok((Registered { stream: client, .. }, app)) => {
-            let held = HeldResources { registration, _ticket: ticket };
+            let held = HeldResources { registration, _lookups: lookups, _ticket: ticket };
             let record = ConnectionRecord::opened(accepted_at, facts, &seat.worker.series);
             Some(Opened { record, held, client, app })
         }
@@ -314,24 +316,20 @@ async fn open_request(
 ) -> Option<Opened<TunnelStream>> {
     let accepted_at = Instant::now();
     let series = &seat.worker.series;
-    let known = registration
-        .termination()
-        .or_terminate(pin!(seat.inbound_mesh(tunnel_request.origin.here.ip())))
-        .await;
-    let target = inbound_target(
-        &seat,
-        &requested(tunnel_request.request.authority()),
-        tunnel_request.origin.here,
-    );
+    let (requested, here) =
+        (requested(tunnel_request.request.authority()), tunnel_request.origin.here);
+    let mesh = pin!(seat.inbound_mesh(here, Some(&requested)));
+    let known = registration.termination().or_terminate(mesh).await;
+    let target = inbound_target(&seat, &requested, here);
     let headers = tunnel_request.request.headers();
     let facts = request_facts(&seat, &tunnel_request.origin, headers, target.as_ref().ok());
     let connected = async {
-        known?;
+        let (_, lookups) = known?;
         let ticket = admitted?;
         let app = connect_request(&seat, &mut tunnel_request, &registration, &target?).await?;
-        Ok::<_, ProxyError>((app, ticket))
+        Ok::<_, ProxyError>((app, ticket, lookups))
     };
-    let (app, ticket) = match connected.await {
+    let (app, ticket, lookups) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
             // A disconnected client gets no response.
@@ -344,7 +342,7 @@ async fn open_request(
     let answer = headers::response(record.facts(), &seat.context().own);
     match tunnel_request.request.accept(answer) {
         Ok(client) => {
-            let held = HeldResources { registration, _ticket: ticket };
+            let held = HeldResources { registration, _lookups: lookups, _ticket: ticket };
             Some(Opened { record, held, client, app })
         }
         Err(error) => {

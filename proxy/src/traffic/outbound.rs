@@ -31,13 +31,17 @@ use underpass_hbone::{
 
 use crate::decide::connection_registry::Registration;
 use crate::decide::endpoint_health::{EndpointKey, OpenConnection};
+use crate::decide::lookups;
 use crate::decide::policy::Permit;
 use crate::decide::route;
-use crate::decide::route::{Alternatives, Caller, EndpointSelector, ForwardVia, Route, Target};
+use crate::decide::route::{
+    Alternatives, Caller, EndpointSelector, ForwardVia, NextHop, Route, Target,
+};
 use crate::decide::snapshot::Snapshot;
 use crate::decide::subject::{Decision, Outbound, Subject};
 use crate::error::ProxyError;
 use crate::limits::Ticket;
+use crate::mesh::on_demand::LookupLease;
 use crate::node::assignment::Assignment;
 use crate::node::worker::seat::Seat;
 use crate::observe::metrics;
@@ -94,6 +98,7 @@ struct Opened {
 struct HeldResources {
     registration: Registration<Decision>,
     _load: Vec<OpenConnection>,
+    _lookups: LookupLease,
     _ticket: Ticket,
 }
 
@@ -125,12 +130,13 @@ async fn open(
     let series = &seat.worker.series;
     match connect(&seat, accepted, &registration).await {
         Ok((Registered { stream: client, .. }, connected)) => {
-            let Connected { facts, upstream, load } = connected;
+            let Connected { facts, upstream, load, lookups } = connected;
             if let Upstream::Tunnel(_) | Upstream::SameNode(_) = &upstream {
                 // The tunnel, or the destination pod, holds the descriptor of its own connection.
                 ticket.release_descriptor();
             }
-            let held = HeldResources { registration, _load: load, _ticket: ticket };
+            let held =
+                HeldResources { registration, _load: load, _lookups: lookups, _ticket: ticket };
             let record = ConnectionRecord::opened(accepted_at, facts, series);
             Some(Opened { record, held, client, upstream })
         }
@@ -148,9 +154,9 @@ async fn connect(
     registration: &Registration<Decision>,
 ) -> Result<(Registered, Connected), Box<ConnectFailure>> {
     let destination = accepted.destination.address();
-    let mesh = pin!(seat.mesh());
-    let snapshot = match registration.termination().or_terminate(mesh).await {
-        Ok(snapshot) => snapshot,
+    let mesh = pin!(seat.outbound_mesh(accepted.client, destination));
+    let (snapshot, lookups) = match registration.termination().or_terminate(mesh).await {
+        Ok(found) => found,
         Err(error) => {
             let (source, destination) =
                 (Party::at_address(accepted.client), Party::at_address(destination));
@@ -190,7 +196,7 @@ async fn connect(
         known,
     };
     let connected = connect.connect().await?;
-    Ok((connection, connected))
+    Ok((connection, Connected { lookups, ..connected }))
 }
 
 /// An open connection to the upstream, with the facts for the record.
@@ -198,6 +204,7 @@ struct Connected {
     facts: Facts,
     upstream: Upstream,
     load: Vec<OpenConnection>,
+    lookups: LookupLease,
 }
 
 /// Connects one caught connection.
@@ -317,7 +324,7 @@ impl OutboundConnect<'_> {
         match self.unless_interrupted(self.permit_and_dial(route, hop, &facts)).await {
             Ok(upstream) => {
                 facts.destination.identity = upstream.identity().cloned();
-                Ok(Connected { facts, upstream, load })
+                Ok(Connected { facts, upstream, load, lookups: LookupLease::default() })
             }
             Err(error) => Err(facts.failed(error)),
         }
@@ -339,7 +346,17 @@ impl OutboundConnect<'_> {
     /// Resolves the address of the next hop.
     async fn resolve(&self, route: &Route) -> Result<SocketAddr, ProxyError> {
         let (resolver, deadline) = (&self.seat.node().resolver, self.seat.node().timeouts.connect);
-        resolver.resolve(route.via.next_hop(), deadline).await.map_err(ProxyError::Resolve)
+        let hop = route.via.next_hop();
+        let resolved = resolver.resolve(hop, deadline).await.map_err(ProxyError::Resolve)?;
+        if let (ForwardVia::Plain { .. }, NextHop::Hostname { .. }) = (&route.via, hop) {
+            // The address may belong to a workload that requires a tunnel.
+            let (client, current) =
+                (self.connection.client, self.seat.node().mesh.borrow().clone());
+            let own = &self.seat.context().own;
+            let needed = |mesh: &Snapshot| lookups::outbound(mesh, own, client.ip(), resolved.ip());
+            self.seat.look_up(current, needed).await?;
+        }
+        Ok(resolved)
     }
 
     /// The facts of a connection by `route`. `hop` is the address of the next hop, if it is

@@ -21,6 +21,10 @@ pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a rejected resource is named, and its last good version stays", rejected);
     suite.test("an outage of the control plane keeps the last mesh", outage);
     suite.test("a control plane that misbehaves changes nothing", misbehaving);
+    suite.test(
+        "a connection waits for the lookup of its address, and is never plaintext before",
+        on_demand,
+    );
     suite.test("a mesh file beside a control plane cannot widen its policies", with_file);
 }
 
@@ -197,6 +201,56 @@ enum Attack {
     Raw(&'static [u8]),
     /// The control plane sends these bytes, and ends the connection.
     Unfinished(&'static [u8]),
+}
+
+async fn on_demand() {
+    let scene = Scene::new().await;
+    let mut plane = ScriptedControlPlane::start(&scene.server, PORT, &scene.pki);
+    let [addresses, policies] = usual(&scene);
+    plane.set_first(&[policies]);
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    let client = settings(&scene, &plane, CLIENT).set("mesh.xds.on_demand=true");
+    let mut client = scene.client.proxy(&client).await;
+    let first = plane.request().await;
+    assert_eq!(first.resource_names_subscribe, ["*"]);
+    assert_eq!(first.resource_names_unsubscribe, ["*"]);
+    let app = scene.server.listen(APP);
+    let absent = response(ADDRESS, Vec::new(), &[&lookup(&scene, Family::V6)]);
+    // The first address is not in the mesh, so the connection is plaintext. The second one is.
+    for (tunnels, (family, answer)) in
+        [(Family::V6, absent), (Family::V4, addresses)].into_iter().enumerate()
+    {
+        let mut one = scene.client.dial(scene.app(family)).await.expect("a connection");
+        one.write_all(b"early").await.expect("it is open");
+        let asked = lookups(&mut plane).await;
+        assert!(asked.contains(&lookup(&scene, family)), "{asked:?}");
+        assert!(!app.is_reached(), "a connection before the answer");
+        let own = format!("/{}", scene.client.ip(family));
+        plane.send(&response(ADDRESS, Vec::new(), &[&own]));
+        plane.send(&answer);
+        let (mut other, _) = app.accept().await;
+        let mut received = [0; 5];
+        within("the early bytes", other.read_exact(&mut received)).await.expect("they arrive");
+        assert_eq!(&received, b"early");
+        drop((one, other));
+        client.more_than(tunnels, &["connection complete", "direction=\"outbound\""]).await;
+        assert_eq!(client.count(&["connection complete", "dst.hbone_addr="]), tunnels);
+    }
+}
+
+/// The name of the lookup of the server's address.
+fn lookup(scene: &Scene, family: Family) -> String {
+    format!("/{}", scene.server.ip(family))
+}
+
+/// The names of the next subscription.
+async fn lookups(plane: &mut ScriptedControlPlane) -> Vec<String> {
+    loop {
+        let request = plane.request().await;
+        if !request.resource_names_subscribe.is_empty() {
+            return request.resource_names_subscribe;
+        }
+    }
 }
 
 async fn with_file() {

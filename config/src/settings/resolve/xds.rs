@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use super::identity::{CLUSTER, HOST, HTTPS};
 use crate::settings::declare::{
-    Declared as _, Document, Fallback, PATH, TEXT, given_list, list, settings,
+    Declared as _, Document, FLAG, Fallback, PATH, TEXT, given_list, list, settings,
 };
-use crate::settings::{Settings, WorkloadSettings, XdsHeader, XdsSettings};
+use crate::settings::{NodeSettings, Settings, WorkloadSettings, XdsHeader, XdsSettings};
 
 settings! {
     /// `https://HOST:PORT` of a control plane that serves the mesh (istiod): [mesh.md](mesh.md),
@@ -37,6 +37,10 @@ settings! {
     HEADERS: Vec<XdsHeader> = "mesh.xds.headers",
         list("list of `NAME=VALUE`", |cursor, _| given_list(cursor, header)),
         Fallback::Is(Vec::new), |s| s.xds.as_ref().map(|xds| xds.headers.clone());
+    /// ask only for the addresses that connections need, when they need them: [mesh.md](mesh.md),
+    /// "A control plane"
+    ON_DEMAND: bool = "mesh.xds.on_demand", FLAG,
+        Fallback::Is(|| false), |s| s.xds.as_ref().map(|xds| xds.on_demand);
     /// the name of this client, such as that of its pod
     NAME: String = "mesh.xds.name", TEXT,
         Fallback::Varies("`workload.name`"), |s| s.xds.as_ref().map(|xds| xds.name.clone());
@@ -72,11 +76,20 @@ pub(super) fn xds(document: Document<'_>, own: &WorkloadSettings) -> Option<XdsS
         client,
         cluster_id: CLUSTER_ID.read(document)?,
         headers: HEADERS.read(document)?,
+        on_demand: ON_DEMAND.read(document)?,
         name: NAME.given(document).unwrap_or_else(|| own.name.clone()),
         namespace: NAMESPACE.given(document).unwrap_or_else(|| own.namespace.clone()),
         address: address?,
         roots: roots?,
     })
+}
+
+/// Rejects lookups on demand on a node without a name: the control plane would not send the
+/// workloads of its pods.
+pub(super) fn check_node(document: Document<'_>, xds: &XdsSettings, node: &NodeSettings) {
+    if xds.on_demand && node.pods.is_some() && node.name.is_none() {
+        ON_DEMAND.problem(document, "needs node.name with node.pods");
+    }
 }
 
 fn client_of(settings: &Settings) -> Option<&(PathBuf, PathBuf)> {
@@ -104,7 +117,17 @@ mod tests {
     use crate::settings::{Settings, XdsHeader};
 
     fn load(flags: &[&str]) -> Result<Settings, String> {
-        let flags = flags.iter().map(|flag| format!("mesh.xds.{flag}")).collect();
+        load_with(flags, &[])
+    }
+
+    /// The settings of a node without a name.
+    fn load_node(flags: &[&str]) -> Result<Settings, String> {
+        load_with(flags, &["node.pods.directory=/run/pods", "identity.local_ca=/ca"])
+    }
+
+    fn load_with(flags: &[&str], more: &[&str]) -> Result<Settings, String> {
+        let flags = flags.iter().map(|flag| format!("mesh.xds.{flag}"));
+        let flags = flags.chain(more.iter().map(|&flag| flag.to_owned())).collect();
         let sources = Sources { file: None, environment: Vec::new(), flags };
         sources.load().map_err(|errors| errors.to_string())
     }
@@ -119,12 +142,21 @@ mod tests {
             ("Kubernetes", "default", "default")
         );
         assert_eq!((xds.token, xds.client, xds.server_name), (None, None, None));
-        let more =
-            ["headers=a=b,c-d=e f", "certificate=c", "key=k", "token=t", "name=z", "namespace=n"];
+        assert!(!xds.on_demand);
+        let more = [
+            "headers=a=b,c-d=e f",
+            "certificate=c",
+            "key=k",
+            "token=t",
+            "name=z",
+            "namespace=n",
+            "on_demand=true",
+        ];
         let xds = load(&[&NEEDED[..], &more].concat()).unwrap().xds.unwrap();
         let header = |name: &str, value: &str| XdsHeader { name: name.into(), value: value.into() };
         assert_eq!(xds.headers, [header("a", "b"), header("c-d", "e f")]);
         assert_eq!(xds.client, Some(("c".into(), "k".into())));
+        assert!(xds.on_demand);
         assert_eq!((xds.token, &*xds.name, &*xds.namespace), (Some("t".into()), "z", "n"));
         assert_eq!(load(&[]).unwrap().xds, None);
     }
@@ -138,11 +170,12 @@ mod tests {
                 "mesh.xds.address: \"http://a:1\": must be https://HOST:PORT",
             ),
             (&[NEEDED[0], NEEDED[1], "key=k"], "mesh.xds.certificate: is needed with `key`"),
+            (&[NEEDED[0], NEEDED[1], "on_demand=true"], "needs node.name with node.pods"),
             (&[NEEDED[0], NEEDED[1], "certificate=c"], "mesh.xds.key: is needed"),
             (&[NEEDED[0], NEEDED[1], "headers=authorization=x"], "must be NAME=VALUE"),
             (&[NEEDED[0], NEEDED[1], "headers=A=x"], "must be NAME=VALUE"),
         ] {
-            let errors = load(flags).unwrap_err();
+            let errors = load_node(flags).unwrap_err();
             assert!(errors.contains(reason), "{errors}");
         }
     }

@@ -19,7 +19,7 @@ fn converts_every_field_of_workload() {
         })),
         hbone_mtls_port: port,
     };
-    let given = Workload {
+    let given = message::Workload {
         trust_domain: "td".into(),
         service_account: "sa".into(),
         network: "net".into(),
@@ -78,7 +78,7 @@ fn empty_fields_of_workload_have_ztunnels_defaults() {
 
 #[test]
 fn refuses_workload_with_invalid_value() {
-    type Change = fn(&mut Workload);
+    type Change = fn(&mut message::Workload);
     let changes: [(Change, &str); 8] = [
         (|it| it.tunnel_protocol = 2, "tunnel_protocol: unsupported value 2"),
         (|it| it.status = 5, "status: unsupported value 5"),

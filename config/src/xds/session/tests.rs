@@ -11,7 +11,12 @@ const KIND: ResourceType = ResourceType::Address;
 
 fn resource(name: &str, version: &str) -> Resource {
     let any = Any { type_url: KIND.url().into(), value: Bytes::from_static(b"x") };
-    Resource { name: name.into(), version: version.into(), resource: Some(any) }
+    Resource {
+        name: name.into(),
+        version: version.into(),
+        resource: Some(any),
+        aliases: Vec::new(),
+    }
 }
 
 fn response(nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaResponse {
@@ -25,7 +30,7 @@ fn response(nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaRes
 
 /// The names and versions that the next stream sends.
 fn retained(session: &mut Session) -> BTreeMap<String, String> {
-    session.open()[0].initial_resource_versions.clone().into_iter().collect()
+    session.open(None)[0].initial_resource_versions.clone().into_iter().collect()
 }
 
 fn session() -> Session {
@@ -34,7 +39,7 @@ fn session() -> Session {
 
 #[test]
 fn first_request_names_node_and_each_type_once() {
-    let requests = session().open();
+    let requests = session().open(None);
     let types: Vec<_> = requests.iter().map(|request| &*request.type_url).collect();
     assert_eq!(types, ResourceType::ALL.map(ResourceType::url));
     assert!(requests[0].node.is_some() && requests[1].node.is_none());
@@ -124,12 +129,12 @@ fn nack_lists_limited_number_of_names() {
 fn is_synced_after_one_response_of_each_type() {
     let mut session = session();
     for kind in ResourceType::ALL {
-        assert!(!session.is_synced());
+        assert!(!session.is_synced(kind));
         let empty = DeltaResponse { type_url: kind.url().into(), ..DeltaResponse::default() };
         let update = session.receive(empty).unwrap();
         session.finish(update, &[]);
+        assert!(session.is_synced(kind));
     }
-    assert!(session.is_synced());
 }
 
 #[test]

@@ -15,7 +15,13 @@ const XDS: [&str; 4] = [
 fn follower() -> (ControlPlaneFollower, watch::Receiver<Option<Arc<Mesh>>>) {
     let settings = settings(&XDS);
     let (file, _) = MeshSource::open(None, &FileWatcher::default(), run_in_background).unwrap();
-    ControlPlaneFollower::new(&settings, settings.xds.as_ref().unwrap(), file, None)
+    ControlPlaneFollower::new(
+        &settings,
+        settings.xds.as_ref().unwrap(),
+        file,
+        None,
+        Lookups::default(),
+    )
 }
 
 /// A follower with a complete, empty state.

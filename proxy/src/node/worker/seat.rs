@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::task::task_tracker::TaskTrackerToken;
-use underpass_config::{Timeouts, Workload};
+use underpass_config::{Lookup, Timeouts, Workload};
 use underpass_hbone::{
     Acceptor, ClientSettings, Connector, Credentials, Pool, PoolSettings, ServerSettings, log_panic,
 };
@@ -20,11 +20,14 @@ use underpass_hbone::{
 use self::dialer::TunnelDialer;
 use self::neighbours::Neighbours;
 use crate::decide::connection_registry::{ConnectionRegistry, Registration};
+use crate::decide::lookups;
 use crate::decide::policy;
 use crate::decide::policy::{Permit, PolicyContext};
+use crate::decide::route::Target;
 use crate::decide::snapshot::Snapshot;
 use crate::decide::subject::{Decision, Subject};
 use crate::error::ProxyError;
+use crate::mesh::on_demand::LookupLease;
 use crate::node::Node;
 use crate::node::pod::Pod;
 use crate::node::worker::Worker;
@@ -144,16 +147,55 @@ impl Seat {
         self.endpoints.get().is_some()
     }
 
-    /// The current mesh. If permits require the pod's own workload, waits until the mesh has it, at
-    /// most for `timeouts.connect`.
-    pub(crate) async fn mesh(&self) -> Result<Arc<Snapshot>, ProxyError> {
-        self.mesh_with(|snapshot| self.context().check_own(snapshot)).await
+    /// The mesh for an outbound connection from `client` to `destination`. If permits require the
+    /// pod's own workload, waits until the mesh has it, and then for the lookups of the connection;
+    /// each at most for `timeouts.connect`.
+    pub(crate) async fn outbound_mesh(
+        &self,
+        client: SocketAddr,
+        destination: SocketAddr,
+    ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
+        let current = self.mesh_with(|snapshot| self.context().check_own(snapshot)).await?;
+        let own = &self.context().own;
+        let (client, destination) = (client.ip(), destination.ip());
+        self.look_up(current, |mesh| lookups::outbound(mesh, own, client, destination)).await
     }
 
-    /// The current mesh, for an inbound connection to `address` of the pod. Waits like
-    /// [`mesh`](Self::mesh), also for the pod's policies.
-    pub(crate) async fn inbound_mesh(&self, address: IpAddr) -> Result<Arc<Snapshot>, ProxyError> {
-        self.mesh_with(|snapshot| self.context().check_inbound(snapshot, address)).await
+    /// The mesh for an inbound connection to the address `here` of the pod. Waits for the pod's
+    /// policies too.
+    pub(crate) async fn inbound_mesh(
+        &self,
+        here: SocketAddr,
+        requested: Option<&Target>,
+    ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
+        let check = |snapshot: &Snapshot| self.context().check_inbound(snapshot, here.ip());
+        if !self.node().lookups.are_on_demand() {
+            return Ok((self.mesh_with(check).await?, LookupLease::default()));
+        }
+        let own = &self.context().own;
+        let mut mesh = self.node().mesh.clone();
+        let deadline = Instant::now() + self.node().timeouts.connect;
+        loop {
+            let current = mesh.borrow_and_update().clone();
+            let needed = |mesh: &Snapshot| lookups::inbound(mesh, own, here, requested);
+            let (snapshot, lease) = self.look_up(current, needed).await?;
+            let Err(error) = check(&snapshot) else { return Ok((snapshot, lease)) };
+            // An absent workload is looked up again when its answer has expired.
+            if !matches!(timeout_at(deadline, mesh.changed()).await, Ok(Ok(()))) {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Looks up what a connection needs besides the `current` mesh.
+    pub(crate) async fn look_up(
+        &self,
+        current: Arc<Snapshot>,
+        needed: impl Fn(&Snapshot) -> Vec<Lookup>,
+    ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
+        let node = self.node();
+        let resolved = node.lookups.resolve(current, &node.mesh, needed, node.timeouts.connect);
+        resolved.await.map_err(ProxyError::Lookup)
     }
 
     async fn mesh_with(

@@ -76,8 +76,10 @@ impl Bound {
         let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
         let (feed, mesh) = MeshFeed::open(&settings, &watcher, dialer, &readiness, &supervisor)?;
         let publisher = Publisher::new(feed, mesh, &settings.workload);
+        let lookups = publisher.lookups();
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
-        let node = Node::new(&settings, &access, workers(&settings), mesh, gates.clone(), series);
+        let node =
+            Node::new(&settings, &access, workers(&settings), mesh, lookups, gates.clone(), series);
         let (node, identities) = (Arc::new(node), identities.map(Arc::new));
         let spec = PodSpec {
             uid: None,

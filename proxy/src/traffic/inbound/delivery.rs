@@ -21,6 +21,7 @@ use crate::decide::route::Target;
 use crate::decide::subject::Decision;
 use crate::error::ProxyError;
 use crate::limits::Ticket;
+use crate::mesh::on_demand::LookupLease;
 use crate::node::worker::seat::Seat;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts};
@@ -43,6 +44,7 @@ pub(in crate::traffic) struct Delivery {
     app: TcpStream,
     record: ConnectionRecord,
     registration: Registration<Decision>,
+    _lookups: LookupLease,
     _ticket: Ticket,
     seat: Arc<Seat>,
     trust: Arc<MutualTrust>,
@@ -69,23 +71,27 @@ pub(in crate::traffic) async fn deliver(
     let accepted_at = Instant::now();
     let registration = seat.register_stream();
     let origin = RequestOrigin { client, here, peer: trust.client().clone() };
-    let known = registration.termination().or_terminate(pin!(seat.inbound_mesh(here.ip()))).await;
+    let known = {
+        let mesh = pin!(seat.inbound_mesh(here, Some(&target)));
+        registration.termination().or_terminate(mesh).await
+    };
     let target = inbound_target(&seat, &target, here);
     let facts = request_facts(&seat, &origin, &headers, target.as_ref().ok());
     let unopened = Unopened { seat: &seat, accepted_at, facts, is_recorded: false };
     let connected = async {
-        known?;
+        let (_, lookups) = known?;
         let admitted = seat.pod.limits.admit_delivery(client.ip(), seat.worker.index);
         let ticket = admitted.map_err(refused_stream)?;
         let target = target?;
         let connecting = pin!(connect(&seat, &registration, client, &target, Some(&origin.peer)));
         let app = registration.termination().or_terminate(connecting).await?;
-        Ok((app, ticket))
+        Ok((app, ticket, lookups))
     };
     match connected.await {
-        Ok((app, ticket)) => {
+        Ok((app, ticket, lookups)) => {
             let record = unopened.opened();
-            Ok(Box::new(Delivery { app, record, registration, _ticket: ticket, seat, trust }))
+            let (_lookups, _ticket) = (lookups, ticket);
+            Ok(Box::new(Delivery { app, record, registration, _lookups, _ticket, seat, trust }))
         }
         Err(error) => Err(unopened.failed(error)),
     }

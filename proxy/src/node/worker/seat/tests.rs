@@ -67,7 +67,9 @@ async fn connections_of_new_pod_wait_until_mesh_has_it() {
         seat.permit(Subject::inbound(client, here, None), &registration).map(drop)
     };
     let start = Instant::now();
-    assert!(matches!(seat.mesh().await, Err(ProxyError::PodNotInMesh { .. })));
+    let [client, here] = [1, 2].map(|host| (Ipv4Addr::new(10, 0, 0, host), 80).into());
+    let error = seat.outbound_mesh(here, client).await.map(drop).unwrap_err();
+    assert!(matches!(error, ProxyError::PodNotInMesh { .. }), "{error}");
     assert_eq!(start.elapsed(), seat.node().timeouts.connect);
     assert!(matches!(permitted(), Err(ProxyError::PodNotInMesh { .. })));
 
@@ -75,17 +77,17 @@ async fn connections_of_new_pod_wait_until_mesh_has_it() {
     mesh.send_replace(snapshot(2, other));
     assert!(matches!(permitted(), Err(ProxyError::PodNotInMesh { .. })), "another identity");
 
-    let (known, ()) = tokio::join!(seat.mesh(), async {
+    let (known, ()) = tokio::join!(seat.outbound_mesh(here, client), async {
         let server = "workloads: [{name: server, workloadIps: [10.0.0.2]}]";
         mesh.send_replace(snapshot(3, server));
     });
-    assert_eq!(known.unwrap().generation, 3);
+    assert_eq!(known.unwrap().0.generation, 3);
     permitted().unwrap();
 }
 
 /// The mesh of a control plane with these workloads.
 fn control_plane_mesh(text: &str) -> Arc<Snapshot> {
-    let mut plane = ControlPlane::new(Default::default(), Default::default());
+    let mut plane = ControlPlane::new(Default::default(), Default::default(), false);
     let file = Mesh::from_text("mesh", text).unwrap();
     let mesh = Arc::new(plane.snapshot().with_fallback(Some(Arc::new(file))));
     Arc::new(Snapshot::new(mesh, &settings(&[]).workload, 1))
@@ -104,16 +106,16 @@ async fn inbound_connections_wait_until_control_plane_has_pod() {
         let registration = seat.register_stream();
         seat.permit(Subject::inbound(client, here, None), &registration).map(drop)
     };
-    assert_eq!(seat.mesh().await.unwrap().generation, 1);
-    let error = seat.inbound_mesh(here.ip()).await.unwrap_err();
+    assert_eq!(seat.outbound_mesh(here, client).await.unwrap().0.generation, 1);
+    let error = seat.inbound_mesh(here, None).await.map(drop).unwrap_err();
     assert!(matches!(error, ProxyError::PodNotInMesh { .. }), "{error}");
     let error = permitted().unwrap_err();
     assert!(matches!(error, ProxyError::DeniedInPlain(_)), "{error}");
 
-    let (waited, ()) = tokio::join!(seat.inbound_mesh(here.ip()), async {
+    let (waited, ()) = tokio::join!(seat.inbound_mesh(here, None), async {
         mesh.send_replace(snapshot(2, known));
     });
-    assert_eq!(waited.unwrap().generation, 2);
+    assert_eq!(waited.unwrap().0.generation, 2);
     permitted().unwrap();
 }
 

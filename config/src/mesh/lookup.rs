@@ -1,0 +1,44 @@
+//! The names by which a control plane looks up resources on demand.
+
+use std::borrow::Borrow;
+use std::fmt;
+use std::net::IpAddr;
+
+use super::list::SharedMap;
+use super::names::{Name, NamespacedHostname};
+
+/// A name that a client can look up: `network/address` or `namespace/hostname`, in istiod's form.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Lookup(Name);
+
+/// The lookups with an answer that is not outdated.
+pub(crate) type Answered = SharedMap<Lookup, ()>;
+
+impl Lookup {
+    /// The workload or service at an address.
+    pub fn address(network: &str, address: IpAddr) -> Self {
+        Self(format!("{network}/{}", address.to_canonical()).into())
+    }
+
+    /// The service with a hostname, and its endpoints.
+    pub fn hostname(name: &NamespacedHostname) -> Self {
+        Self(name.to_string().into())
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Borrow<str> for Lookup {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Lookup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}

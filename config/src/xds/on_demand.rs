@@ -1,0 +1,152 @@
+//! The lookups of a client that subscribes to resources on demand, and the state of their answers.
+//!
+//! ```text
+//!            ask             mentioned by a response
+//! unasked ────────> awaited ────────────────────────> known, or absent
+//!    ^                 ^  ask                            │ its resource is removed or moves
+//!    │ let go          └──────────── outdated <──────────┘
+//! ```
+//!
+//! istiod answers a subscription once. It pushes later changes of the resources that it sent, but
+//! neither a new resource for an absent name nor a new endpoint of a service. So an absent name is
+//! let go after a while, and a known one is subscribed to again: unsubscribing comes first, because
+//! istiod does not answer a subscription to a name that it already has.
+
+use super::message::DeltaRequest;
+use super::resource_type::ResourceType;
+use crate::mesh::lookup::{Answered, Lookup};
+use crate::mesh::names::Map;
+
+/// A name without a resource, which every request subscribes to that ends subscriptions. istiod
+/// answers a request without subscriptions with the removal of all names (`pushDeltaXds`).
+const NOTHING: &str = "/0.0.0.0";
+
+/// The lookups of a client.
+#[derive(Debug, Default)]
+pub(super) struct Lookups {
+    states: Map<Lookup, State>,
+    answered: Answered,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Awaited,
+    Known,
+    Absent,
+    /// The control plane has the subscription, but its answer is not valid any longer.
+    Outdated,
+}
+
+impl Lookups {
+    /// Subscribes to the lookups that have no answer, and are not awaited.
+    pub(super) fn ask(&mut self, lookups: &[Lookup]) -> Vec<DeltaRequest> {
+        let (mut outdated, mut asked) = (Vec::new(), Vec::new());
+        for lookup in lookups {
+            match self.states.get(lookup) {
+                None => {}
+                Some(State::Outdated) => outdated.push(lookup.clone()),
+                Some(State::Awaited | State::Known | State::Absent) => continue,
+            }
+            self.states.insert(lookup.clone(), State::Awaited);
+            asked.push(lookup.clone());
+        }
+        subscribe_again(&outdated, &asked)
+    }
+
+    /// Subscribes again to those of `lookups` that are known. Their answers stay valid.
+    pub(super) fn refresh(&self, lookups: &[Lookup]) -> Vec<DeltaRequest> {
+        let is_known = |lookup: &&Lookup| self.states.get(*lookup) == Some(&State::Known);
+        let known: Vec<_> = lookups.iter().filter(is_known).cloned().collect();
+        subscribe_again(&known, &known)
+    }
+
+    /// Forgets these lookups. The caller unsubscribes from them.
+    pub(super) fn let_go(&mut self, lookups: &[Lookup]) {
+        for lookup in lookups {
+            self.states.remove(lookup);
+            self.answered.remove(lookup);
+        }
+    }
+
+    /// The names for the first request of a stream, which asks all again.
+    pub(super) fn reopened(&mut self) -> impl Iterator<Item = &Lookup> {
+        for state in self.states.values_mut().filter(|state| **state == State::Outdated) {
+            *state = State::Awaited;
+        }
+        self.states.keys()
+    }
+
+    /// Records a name in a response. Returns whether this changes an answer.
+    pub(super) fn mentioned(&mut self, name: &str, is_known: bool) -> bool {
+        let Some((lookup, state)) = self.states.get_key_value(name) else { return false };
+        let new = if is_known { State::Known } else { State::Absent };
+        if *state == new {
+            return false;
+        }
+        let lookup = lookup.clone();
+        self.answered.insert(lookup.clone(), ());
+        self.states.insert(lookup, new);
+        true
+    }
+
+    /// Records that the resource of a known lookup was removed or has moved. Returns whether this
+    /// changes an answer.
+    pub(super) fn outdate(&mut self, name: &str) -> bool {
+        match self.states.get_mut(name) {
+            Some(state @ State::Known) => {
+                *state = State::Outdated;
+                self.answered.remove(name);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.states.contains_key(name)
+    }
+
+    pub(super) fn is_awaited(&self, lookup: &Lookup) -> bool {
+        self.states.get(lookup) == Some(&State::Awaited)
+    }
+
+    pub(super) fn is_absent(&self, lookup: &Lookup) -> bool {
+        self.states.get(lookup) == Some(&State::Absent)
+    }
+
+    /// Whether any lookup has no answer.
+    pub(super) fn awaits_any(&self) -> bool {
+        self.states.values().any(|state| *state == State::Awaited)
+    }
+
+    pub(super) fn answered(&self) -> &Answered {
+        &self.answered
+    }
+}
+
+/// Requests that unsubscribe from the first names, and then subscribe to the others.
+fn subscribe_again(unsubscribe: &[Lookup], subscribe: &[Lookup]) -> Vec<DeltaRequest> {
+    let mut requests = Vec::new();
+    if !unsubscribe.is_empty() {
+        requests.push(unsubscription(unsubscribe.iter().map(Lookup::as_str)));
+    }
+    if !subscribe.is_empty() {
+        let resource_names_subscribe = subscribe.iter().map(Lookup::to_string).collect();
+        requests.push(DeltaRequest { resource_names_subscribe, ..addresses() });
+    }
+    requests
+}
+
+/// The request that ends the subscription of these names.
+pub(super) fn unsubscription<'a>(names: impl Iterator<Item = &'a str>) -> DeltaRequest {
+    let resource_names_unsubscribe = names.map(str::to_owned).collect();
+    let resource_names_subscribe = vec![NOTHING.to_owned()];
+    DeltaRequest { resource_names_subscribe, resource_names_unsubscribe, ..addresses() }
+}
+
+fn addresses() -> DeltaRequest {
+    DeltaRequest { type_url: ResourceType::Address.url().to_owned(), ..DeltaRequest::default() }
+}
+
+#[cfg(test)]
+mod tests;

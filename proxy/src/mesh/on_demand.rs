@@ -1,0 +1,187 @@
+//! Lookups on demand (`mesh.xds.on_demand`): connections wait for the answers of the control plane
+//! to the addresses and names that they need.
+//!
+//! ```text
+//! connection ── resolve ──> Lookups ── asked ──> follower ──> control plane
+//!     ^                                             │
+//!     └────────── snapshot with the answers <───────┘
+//! ```
+//!
+//! A connection holds a [`LookupLease`] as long as it is open. A lookup without a lease is let go
+//! some minutes later (`schedule.rs`).
+
+pub(super) mod schedule;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, timeout_at};
+use underpass_config::Lookup;
+
+use crate::decide::snapshot::Snapshot;
+
+/// The maximum number of lookups: a client that scans addresses must not exhaust memory.
+const MAX_LOOKUPS: usize = 16_384;
+
+/// The reason why a lookup has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub(crate) enum LookupError {
+    #[error("the control plane has not answered the lookup of {lookup} within {} s", after.as_secs_f32())]
+    Unanswered { lookup: Lookup, after: Duration },
+    #[error("{MAX_LOOKUPS} lookups are in use")]
+    TooMany,
+}
+
+/// The lookups of the process. Without lookups on demand every lookup is answered at once.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Lookups(Option<Arc<Shared>>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    leased: Mutex<HashMap<Lookup, Arc<Leased>>>,
+    /// The lookups without an answer that connections wait for.
+    asked: Mutex<Vec<Lookup>>,
+    wake: Notify,
+}
+
+/// The use of a lookup. More than one reference means that it is in use.
+#[derive(Debug, Default)]
+struct Leased {
+    /// Whether a connection has used it since the last check.
+    used: AtomicBool,
+    /// The number of checks since its last use.
+    unused: AtomicU32,
+}
+
+/// Keeps lookups in use. Empty without lookups on demand.
+#[derive(Debug, Default)]
+pub(crate) struct LookupLease {
+    _leased: Box<[Arc<Leased>]>,
+}
+
+impl Lookups {
+    /// Lookups on demand.
+    pub(crate) fn on_demand() -> Self {
+        Self(Some(Arc::default()))
+    }
+
+    pub(crate) fn are_on_demand(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Waits until the mesh has an answer to every lookup that is `needed`, at most for `within`.
+    /// An answer may refer to further needed names. Returns the mesh with the answers, and the
+    /// lease that keeps them up to date; at once the `current` mesh without lookups on demand.
+    ///
+    /// # Errors
+    /// A lookup has no answer.
+    pub(crate) async fn resolve(
+        &self,
+        current: Arc<Snapshot>,
+        mesh: &watch::Receiver<Arc<Snapshot>>,
+        needed: impl Fn(&Snapshot) -> Vec<Lookup>,
+        within: Duration,
+    ) -> Result<(Arc<Snapshot>, LookupLease), LookupError> {
+        let Some(shared) = &self.0 else { return Ok((current, LookupLease::default())) };
+        let (mut current, mut mesh) = (current, mesh.clone());
+        let deadline = Instant::now() + within;
+        loop {
+            let lookups = needed(&current);
+            let lease = shared.lease(&lookups)?;
+            let unanswered = |snapshot: &Snapshot| {
+                lookups.iter().find(|lookup| !snapshot.mesh.is_answered(lookup)).cloned()
+            };
+            let Some(lookup) = unanswered(&current) else { return Ok((current, lease)) };
+            shared.ask(lookups.iter().filter(|lookup| !current.mesh.is_answered(lookup)));
+            let answered = mesh.wait_for(|snapshot| unanswered(snapshot).is_none());
+            current = match timeout_at(deadline, answered).await {
+                Ok(Ok(snapshot)) => snapshot.clone(),
+                // Out of time, or the process ends.
+                Ok(Err(_)) | Err(_) => {
+                    return Err(LookupError::Unanswered { lookup, after: within });
+                }
+            };
+        }
+    }
+
+    /// Waits for lookups without an answer. Returns all of them.
+    pub(super) async fn asked(&self) -> Vec<Lookup> {
+        let Some(shared) = &self.0 else { return std::future::pending().await };
+        loop {
+            let asked = std::mem::take(&mut *lock(&shared.asked));
+            if !asked.is_empty() {
+                return asked;
+            }
+            shared.wake.notified().await;
+        }
+    }
+
+    /// All lookups that are in use, or were lately.
+    pub(super) fn all(&self) -> Vec<Lookup> {
+        let shared = self.0.as_ref();
+        shared.map(|shared| lock(&shared.leased).keys().cloned().collect()).unwrap_or_default()
+    }
+
+    /// Removes the lookups that no connection has used during the last `checks` calls.
+    pub(super) fn take_unused(&self, checks: u32) -> Vec<Lookup> {
+        let Some(shared) = &self.0 else { return Vec::new() };
+        let mut leased = lock(&shared.leased);
+        let unused = leased.extract_if(|_, lease| lease.is_unused_for(checks));
+        unused.map(|(lookup, _)| lookup).collect()
+    }
+}
+
+impl Shared {
+    fn lease(&self, lookups: &[Lookup]) -> Result<LookupLease, LookupError> {
+        let mut leased = lock(&self.leased);
+        let mut leases = Vec::with_capacity(lookups.len());
+        let mut new = Vec::new();
+        for lookup in lookups {
+            if !leased.contains_key(lookup) {
+                if leased.len() >= MAX_LOOKUPS {
+                    return Err(LookupError::TooMany);
+                }
+                new.push(lookup);
+            }
+            let lease = leased.entry(lookup.clone()).or_default();
+            lease.used.store(true, Relaxed);
+            leases.push(lease.clone());
+        }
+        drop(leased);
+        // An answered lookup may have been let go since the snapshot.
+        self.ask(new.into_iter());
+        Ok(LookupLease { _leased: leases.into() })
+    }
+
+    fn ask<'a>(&self, lookups: impl Iterator<Item = &'a Lookup>) {
+        let mut asked = lock(&self.asked);
+        let before = asked.len();
+        asked.extend(lookups.cloned());
+        if asked.len() > before {
+            self.wake.notify_one();
+        }
+    }
+}
+
+impl Leased {
+    /// Counts a check. Returns whether there was no use during the last `checks`.
+    fn is_unused_for(self: &Arc<Self>, checks: u32) -> bool {
+        if self.used.swap(false, Relaxed) || Arc::strong_count(self) > 1 {
+            self.unused.store(0, Relaxed);
+            return false;
+        }
+        self.unused.fetch_add(1, Relaxed) + 1 >= checks
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No code panics while it holds the lock.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,180 @@
+//! Tests of lookups on demand, with a control plane that answers by hand.
+
+use underpass_config::{
+    Any, ControlPlane, DeltaRequest, DeltaResponse, LocalWorkloads, Mesh, Node, Resource,
+    ResourceType,
+};
+
+use super::schedule::{CHECK, Schedule};
+use super::*;
+use crate::node::testing::settings;
+
+const WITHIN: Duration = Duration::from_secs(10);
+const HOUR: Duration = Duration::from_hours(1);
+
+/// A control plane's client with lookups on demand, and the mesh that connections see.
+struct Scene {
+    plane: ControlPlane,
+    schedule: Schedule,
+    lookups: Lookups,
+    mesh: watch::Sender<Arc<Snapshot>>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default(), true);
+        let mesh = watch::Sender::new(snapshot(plane.snapshot()));
+        Self { plane, schedule: Schedule::default(), lookups: Lookups::on_demand(), mesh }
+    }
+
+    /// The lease of a connection to this address.
+    fn connect(&self, host: u8) -> impl Future<Output = Result<LookupLease, LookupError>> + use<> {
+        let (mesh, lookups) = (self.mesh.subscribe(), self.lookups.clone());
+        async move {
+            let current = mesh.borrow().clone();
+            let needed =
+                |snapshot: &Snapshot| snapshot.mesh.lookups_to_address("", [10, 0, 0, host].into());
+            lookups.resolve(current, &mesh, needed, WITHIN).await.map(|(_, lease)| lease)
+        }
+    }
+
+    /// Sends the lookups that connections wait for. Returns the names of the subscription.
+    async fn ask(&mut self) -> Vec<String> {
+        let asked = self.lookups.asked().await;
+        subscribed(&self.schedule.ask(&mut self.plane, asked))
+    }
+
+    /// Answers with these workloads, and these absent names.
+    fn answer(&mut self, workloads: &[u8], absent: &[&str]) {
+        let response = DeltaResponse {
+            type_url: ResourceType::Address.url().to_owned(),
+            resources: workloads.iter().map(|host| workload(*host)).collect(),
+            removed_resources: absent.iter().map(|name| (*name).to_owned()).collect(),
+            ..DeltaResponse::default()
+        };
+        assert_eq!(self.plane.receive(response).unwrap().rejected, []);
+        self.mesh.send_replace(snapshot(self.plane.snapshot()));
+    }
+
+    /// Performs the checks of this time. Returns the names of subscriptions that they begin, and
+    /// of those that they end.
+    async fn checks(&mut self, time: Duration) -> [Vec<String>; 2] {
+        let end = Instant::now() + time;
+        let mut all = Vec::new();
+        while Instant::now() < end {
+            tokio::time::sleep(CHECK).await;
+            all.extend(self.schedule.check(&mut self.plane, &self.lookups).unwrap().0);
+        }
+        let ended = all.iter().flat_map(|one| one.resource_names_unsubscribe.clone()).collect();
+        [subscribed(&all), ended]
+    }
+}
+
+fn snapshot(mesh: Mesh) -> Arc<Snapshot> {
+    Arc::new(Snapshot::new(Arc::new(mesh), &settings(&[]).workload, 1))
+}
+
+/// The names of the requests that only subscribe.
+fn subscribed(requests: &[DeltaRequest]) -> Vec<String> {
+    let only = requests.iter().filter(|request| request.resource_names_unsubscribe.is_empty());
+    only.flat_map(|request| request.resource_names_subscribe.clone()).collect()
+}
+
+/// The workload `uid-HOST` at `10.0.0.HOST`: `Address { workload: { namespace, addresses, uid } }`.
+fn workload(host: u8) -> Resource {
+    let name = format!("uid-{host}");
+    let length = u8::try_from(name.len()).unwrap();
+    let content =
+        [&[0x12, 2, b'n', b's', 0x1a, 4, 10, 0, 0, host, 0xa2, 1, length][..], name.as_bytes()]
+            .concat();
+    let value = [&[0x0a, u8::try_from(content.len()).unwrap()][..], &content].concat();
+    let any = Any { type_url: ResourceType::Address.url().to_owned(), value: value.into() };
+    Resource { version: "1".to_owned(), resource: Some(any), name, aliases: Vec::new() }
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_wait_for_one_lookup_of_their_address() {
+    let mut scene = Scene::new();
+    let (one, other) = (tokio::spawn(scene.connect(1)), tokio::spawn(scene.connect(1)));
+    assert_eq!(scene.ask().await, ["/10.0.0.1"]);
+    tokio::time::sleep(WITHIN / 2).await;
+    assert!(!one.is_finished() && !other.is_finished());
+    scene.answer(&[1], &[]);
+    one.await.unwrap().unwrap();
+    other.await.unwrap().unwrap();
+    // Known and absent addresses need no wait.
+    scene.connect(1).await.unwrap();
+    let absent = tokio::spawn(scene.connect(2));
+    scene.ask().await;
+    scene.answer(&[], &["/10.0.0.2"]);
+    absent.await.unwrap().unwrap();
+    scene.connect(2).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn connection_fails_without_answer() {
+    let scene = Scene::new();
+    let start = Instant::now();
+    let error = scene.connect(1).await.unwrap_err();
+    assert_eq!(start.elapsed(), WITHIN);
+    let text = "the control plane has not answered the lookup of /10.0.0.1 within 10 s";
+    assert_eq!(error.to_string(), text);
+}
+
+#[tokio::test(start_paused = true)]
+async fn stream_without_answer_is_given_up() {
+    let mut scene = Scene::new();
+    let _waiting = tokio::spawn(scene.connect(1));
+    scene.ask().await;
+    scene.checks(WITHIN - CHECK).await;
+    tokio::time::sleep(CHECK).await;
+    let error = scene.schedule.check(&mut scene.plane, &scene.lookups).unwrap_err();
+    assert_eq!(error.to_string(), "it has not answered the lookup of /10.0.0.1 within 10s");
+    let first = &scene.schedule.open(&mut scene.plane, &scene.lookups)[0];
+    assert_eq!(first.resource_names_subscribe, ["*", "/10.0.0.1"]);
+    scene.checks(WITHIN - CHECK).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn absent_address_is_looked_up_again_after_seconds() {
+    let mut scene = Scene::new();
+    let first = tokio::spawn(scene.connect(1));
+    scene.ask().await;
+    scene.answer(&[], &["/10.0.0.1"]);
+    let _open = first.await.unwrap().unwrap();
+    assert_eq!(scene.checks(Duration::from_secs(10)).await[1], ["/10.0.0.1"]);
+    scene.mesh.send_replace(snapshot(scene.plane.snapshot()));
+    let again = tokio::spawn(scene.connect(1));
+    assert_eq!(scene.ask().await, ["/10.0.0.1"]);
+    scene.answer(&[1], &[]);
+    again.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn lookup_is_refreshed_while_in_use_and_let_go_afterwards() {
+    let mut scene = Scene::new();
+    let first = tokio::spawn(scene.connect(1));
+    scene.ask().await;
+    scene.answer(&[1], &[]);
+    let open = first.await.unwrap().unwrap();
+    let [refreshed, ended] = scene.checks(HOUR).await;
+    assert_eq!((refreshed.len(), &ended), (120, &refreshed), "a refresh every 30 s");
+    drop(open);
+    let [refreshed, ended] = scene.checks(Duration::from_mins(6)).await;
+    assert_eq!((refreshed.len(), ended.len()), (9, 11));
+    assert_eq!(ended[9..], ["/10.0.0.1", "uid-1"]);
+    assert_eq!(scene.plane.snapshot().size().workloads, 0);
+    assert!(scene.lookups.all().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn scan_of_addresses_is_bounded() {
+    let scene = Scene::new();
+    let lookups: Vec<_> =
+        (0..MAX_LOOKUPS).map(|n| Lookup::address(&n.to_string(), [10, 0, 0, 1].into())).collect();
+    let shared = scene.lookups.0.as_ref().unwrap();
+    let lease = shared.lease(&lookups).unwrap();
+    shared.lease(&lookups[..1]).unwrap();
+    assert_eq!(scene.connect(1).await.unwrap_err(), LookupError::TooMany);
+    drop(lease);
+}
