@@ -13,6 +13,7 @@
 mod builder;
 mod document;
 mod index;
+mod lineage;
 mod list;
 pub(crate) mod lookup;
 pub(crate) mod names;
@@ -49,6 +50,7 @@ pub use workload::{
 };
 
 use crate::error::ConfigErrors;
+use lineage::Lineage;
 use list::{List, SharedMap, items};
 use lookup::Answered;
 use names::NamespacedName;
@@ -75,6 +77,8 @@ pub struct Mesh {
     /// The mesh of a file beside a control plane, for addresses and names that the control plane
     /// does not know.
     fallback: Option<Arc<Self>>,
+    /// The difference from the previous snapshot of the control plane.
+    lineage: Lineage,
     /// The lookups that the control plane has answered; `None` if the mesh is complete.
     answered: Option<Answered>,
 }
@@ -124,6 +128,18 @@ impl Mesh {
     #[must_use]
     pub fn with_fallback(&self, fallback: Option<Arc<Self>>) -> Self {
         Self { fallback, ..self.clone() }
+    }
+
+    /// The addresses at which this mesh may differ from `old`, the one before it; `None` for any
+    /// address. Policies may differ too.
+    pub fn touched_since(
+        &self,
+        old: &Self,
+    ) -> Option<impl Iterator<Item = &NetworkAddress> + use<'_>> {
+        let fallbacks = [&self.fallback, &old.fallback].map(|mesh| mesh.as_ref().map(Arc::as_ptr));
+        let [new, old_fallback] = fallbacks;
+        let touched = self.lineage.touched_since(&old.lineage).filter(|_| new == old_fallback);
+        touched.map(|addresses| addresses.iter())
     }
 
     pub(crate) fn with_answered(self, answered: Option<Answered>) -> Self {

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::list::{List, add, remove};
-use super::names::{Name, NamespacedName, NetworkCidr};
+use super::names::{Name, NamespacedName, NetworkAddress, NetworkCidr};
 use super::network::Network;
 use super::policy::{Policy, PolicyScope};
 use super::service::Service;
@@ -15,6 +15,7 @@ use super::{Mesh, MeshSize};
 
 impl Mesh {
     pub(super) fn add_workload(&mut self, workload: &Arc<Workload>) {
+        self.touch_workload(workload);
         let network = self.networks.entry(workload.network.clone()).or_default();
         workload.addresses.iter().for_each(|address| network.add_workload(*address, workload));
         if !workload.hostname.is_empty() {
@@ -25,6 +26,7 @@ impl Mesh {
     }
 
     pub(super) fn remove_workload(&mut self, workload: &Arc<Workload>) {
+        self.touch_workload(workload);
         let network = self.networks.entry(workload.network.clone()).or_default();
         workload.addresses.iter().for_each(|address| network.remove_workload(*address, workload));
         if !workload.hostname.is_empty() {
@@ -34,7 +36,21 @@ impl Mesh {
         self.size.workloads -= 1;
     }
 
+    fn touch_workload(&mut self, Workload { network, addresses, .. }: &Workload) {
+        for address in addresses {
+            self.lineage.touch(NetworkAddress { network: network.clone(), address: *address });
+        }
+    }
+
+    fn touch_service(&mut self, service: &Service) {
+        service.vips.iter().for_each(|vip| self.lineage.touch(vip.clone()));
+        if !service.cidr_vips.is_empty() {
+            self.lineage.touch_all();
+        }
+    }
+
     pub(super) fn add_service(&mut self, service: &Arc<Service>) {
+        self.touch_service(service);
         for vip in &service.vips {
             self.network(&vip.network).add_vip(vip.address, service);
         }
@@ -46,6 +62,7 @@ impl Mesh {
     }
 
     pub(super) fn remove_service(&mut self, service: &Arc<Service>) {
+        self.touch_service(service);
         for vip in &service.vips {
             self.network(&vip.network).remove_vip(vip.address, service);
         }
@@ -82,6 +99,7 @@ impl Mesh {
 
     /// Adds a rejected item to the count of each of these ranges, or removes it.
     pub(super) fn withhold(&mut self, ranges: &[NetworkCidr], is_withheld: bool) {
+        self.lineage.touch_all();
         for NetworkCidr { network, cidr } in ranges {
             let network = self.network(network);
             if is_withheld { network.withhold(*cidr) } else { network.release(*cidr) }

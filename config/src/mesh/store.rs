@@ -253,6 +253,14 @@ impl MeshStore {
 
     /// The mesh after all changes.
     pub(crate) fn snapshot(&mut self) -> Mesh {
+        self.index();
+        let mesh = self.mesh.clone();
+        self.mesh.lineage = mesh.lineage.next();
+        mesh
+    }
+
+    /// Indexes all changes, which takes most of the time of a snapshot.
+    pub(crate) fn index(&mut self) {
         let Changed { workloads, services, policies } = std::mem::take(&mut self.changed);
         for list in policies {
             self.index_policies(&list);
@@ -265,7 +273,6 @@ impl MeshStore {
         for key in services {
             self.index_service(&key);
         }
-        self.mesh.clone()
     }
 
     /// Drops interned values that no item uses any longer.

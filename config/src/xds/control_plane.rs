@@ -178,6 +178,11 @@ impl ControlPlane {
         Ok(Applied { answer, kind, set, removed, rejected, is_urgent })
     }
 
+    /// Does most of the work of the next [`snapshot`](Self::snapshot).
+    pub fn index(&mut self) {
+        self.store.index();
+    }
+
     /// The mesh after all responses.
     pub fn snapshot(&mut self) -> Mesh {
         let answered = self.lookups.as_ref().map(|lookups| lookups.answered().clone());

@@ -12,6 +12,8 @@
 //! `terminate` only marks connections, which is fast; `end` wakes them a few at a time, because
 //! closing their sockets is not. `policy.rs` decides which connections are allowed.
 
+pub(crate) mod index;
+
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,6 +27,7 @@ use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use self::index::{Index, Indexed};
 use crate::error::ProxyError;
 
 /// The number of connections that are checked before the worker's other tasks run: some hundreds of
@@ -97,6 +100,8 @@ pub(crate) struct ConnectionRegistry<T> {
 #[derive(Debug)]
 struct Connections<T> {
     open: Slab<Connection<T>>,
+    /// The connections of `open` by their addresses.
+    index: Index,
     /// The reason for terminating every later connection on registration, after
     /// [`Registries::close`].
     closed: Option<fn() -> ProxyError>,
@@ -114,12 +119,13 @@ struct Connection<T> {
 
 impl<T> Default for ConnectionRegistry<T> {
     fn default() -> Self {
-        let connections = Connections { open: Slab::new(), closed: None, is_awaited: false };
+        let (open, index) = (Slab::new(), Index::default());
+        let connections = Connections { open, index, closed: None, is_awaited: false };
         Self { connections: Mutex::new(connections), ended: Notify::new() }
     }
 }
 
-impl<T> ConnectionRegistry<T> {
+impl<T: Indexed> ConnectionRegistry<T> {
     /// Registers a connection until the registration is dropped.
     pub(crate) fn register(self: &Arc<Self>, subject: T) -> Registration<T> {
         let state = Arc::new(TerminationState::default());
@@ -128,11 +134,15 @@ impl<T> ConnectionRegistry<T> {
         if let Some(reason) = connections.closed {
             state.terminate(reason());
         }
+        let by = connection.subject.indexed_by();
         let key = connections.open.insert(connection);
+        connections.index.insert(by, key);
         drop(connections);
         Registration { registry: self.clone(), key, termination: Termination(state) }
     }
+}
 
+impl<T> ConnectionRegistry<T> {
     /// The number of open connections.
     pub(crate) fn open(&self) -> usize {
         self.lock().open.len()
@@ -166,6 +176,35 @@ impl<T> ConnectionRegistry<T> {
         }
     }
 
+    /// The connections that `find` selects. A key may belong to another connection later, for which
+    /// a check is harmless.
+    pub(crate) fn find<R>(&self, find: impl FnOnce(&Index) -> R) -> R {
+        find(&self.lock().index)
+    }
+
+    /// Terminates every connection of `keys` that `check` does not allow.
+    pub(crate) async fn terminate_found(
+        &self,
+        keys: &[usize],
+        terminated: &mut Terminated,
+        mut check: impl FnMut(&T) -> Result<(), ProxyError>,
+    ) {
+        for some in keys.chunks(CHECK_AT_ONCE) {
+            self.terminate_keys(some, &mut check, terminated);
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn terminate_keys(
+        &self,
+        keys: &[usize],
+        check: &mut impl FnMut(&T) -> Result<(), ProxyError>,
+        terminated: &mut Terminated,
+    ) {
+        let mut connections = self.lock();
+        keys.iter().for_each(|key| connections.terminate(*key, check, terminated));
+    }
+
     /// Checks some connections from the key `next` on. Returns the next key; `None` at the end.
     fn terminate_some(
         &self,
@@ -176,15 +215,7 @@ impl<T> ConnectionRegistry<T> {
         let mut connections = self.lock();
         let end = connections.open.capacity().min(next + CHECK_AT_ONCE);
         for key in next..end {
-            let open = connections.open.get_mut(key);
-            let Some(connection) = open.filter(|one| !one.termination.is_terminated()) else {
-                continue;
-            };
-            if let Err(reason) = check(&connection.subject) {
-                connection.termination.terminate(reason);
-                connection.ending = Some(terminated.ending.token());
-                terminated.marked.push(connection.termination.clone());
-            }
+            connections.terminate(key, check, terminated);
         }
         (next < end).then_some(end)
     }
@@ -192,6 +223,24 @@ impl<T> ConnectionRegistry<T> {
     fn lock(&self) -> MutexGuard<'_, Connections<T>> {
         // No code panics between related changes, so the state is consistent after a panic.
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> Connections<T> {
+    /// Terminates an open connection that `check` does not allow.
+    fn terminate(
+        &mut self,
+        key: usize,
+        check: &mut impl FnMut(&T) -> Result<(), ProxyError>,
+        terminated: &mut Terminated,
+    ) {
+        let open = self.open.get_mut(key);
+        let Some(connection) = open.filter(|one| !one.termination.is_terminated()) else { return };
+        if let Err(reason) = check(&connection.subject) {
+            connection.termination.terminate(reason);
+            connection.ending = Some(terminated.ending.token());
+            terminated.marked.push(connection.termination.clone());
+        }
     }
 }
 
@@ -226,17 +275,21 @@ impl Terminated {
 
 /// An open connection in its registry.
 #[derive(Debug)]
-pub(crate) struct Registration<T> {
+pub(crate) struct Registration<T: Indexed> {
     registry: Arc<ConnectionRegistry<T>>,
     key: usize,
     termination: Termination,
 }
 
-impl<T> Registration<T> {
+impl<T: Indexed> Registration<T> {
     /// Changes the subject, which later checks use.
     pub(crate) fn update(&self, change: impl FnOnce(&mut T)) {
-        if let Some(connection) = self.registry.lock().open.get_mut(self.key) {
-            change(&mut connection.subject);
+        let mut connections = self.registry.lock();
+        let Connections { open, index, .. } = &mut *connections;
+        if let Some(Connection { subject, .. }) = open.get_mut(self.key) {
+            index.remove(subject.indexed_by(), self.key);
+            change(subject);
+            index.insert(subject.indexed_by(), self.key);
         }
     }
 
@@ -246,10 +299,13 @@ impl<T> Registration<T> {
     }
 }
 
-impl<T> Drop for Registration<T> {
+impl<T: Indexed> Drop for Registration<T> {
     fn drop(&mut self) {
         let mut connections = self.registry.lock();
         let ended = connections.open.try_remove(self.key);
+        if let Some(connection) = &ended {
+            connections.index.remove(connection.subject.indexed_by(), self.key);
+        }
         let report = connections.is_awaited && connections.open.is_empty();
         drop(connections);
         // Drop outside the lock: this may be the last owner of the pod.

@@ -12,12 +12,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use underpass_config::{Connection, Mtls, Workload, WorkloadSettings};
+use underpass_config::{Connection, Mtls, NetworkAddress, Workload, WorkloadSettings};
 use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Ports};
 
 pub(crate) use self::context::PolicyContext;
 use crate::decide::authorization;
 use crate::decide::connection_registry::Registration;
+use crate::decide::connection_registry::index::Index;
 use crate::decide::snapshot::Snapshot;
 use crate::decide::subject::{Decision, Inbound, Outbound, Permitted, Subject};
 use crate::error::ProxyError;
@@ -218,6 +219,26 @@ impl<'a> MeshChange<'a> {
             }
             subject => check(subject, self.new, self.context),
         }
+    }
+
+    /// The keys of the connections that the change may forbid; `None` for all. Only a change from
+    /// one generation to the next one has a known difference.
+    pub(crate) fn concerned(&mut self, index: &Index) -> Option<Vec<usize>> {
+        if self.new.generation != self.old.generation + 1 {
+            return None;
+        }
+        let mut keys = Vec::new();
+        for NetworkAddress { network, address } in self.new.mesh.touched_since(&self.old.mesh)? {
+            if **network == *self.context.own.network {
+                keys.extend(index.outbound_to(*address));
+            }
+        }
+        for address in index.inbound_addresses() {
+            if self.affects(address) {
+                keys.extend(index.inbound_to(address));
+            }
+        }
+        Some(keys)
     }
 
     fn affects(&mut self, address: IpAddr) -> bool {

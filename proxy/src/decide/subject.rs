@@ -6,6 +6,8 @@ use std::sync::Arc;
 use underpass_config::{SpiffeId, TrustDomain};
 use underpass_hbone::PeerIdentity;
 
+use crate::decide::connection_registry::index::{Indexed, IndexedBy};
+
 /// The facts of a connection that decide whether it is allowed.
 #[derive(Debug)]
 pub(crate) enum Subject {
@@ -74,6 +76,20 @@ impl Subject {
 /// Dialling another endpoint replaces it.
 #[derive(Debug, Default)]
 pub(crate) struct Decision(pub(super) Option<Permitted>);
+
+impl Indexed for Decision {
+    fn indexed_by(&self) -> IndexedBy {
+        match self.0.as_ref().map(|permitted| &permitted.subject) {
+            None => IndexedBy::Nothing,
+            Some(Subject::Inbound(inbound)) => {
+                IndexedBy::Inbound(inbound.destination.ip().to_canonical())
+            }
+            Some(Subject::Outbound(Outbound { asked, hop, .. })) => {
+                IndexedBy::Outbound([asked, hop].map(|address| address.ip().to_canonical()))
+            }
+        }
+    }
+}
 
 /// A permitted connection, which is checked again when the mesh changes.
 #[derive(Debug)]

@@ -203,7 +203,7 @@ impl ControlPlaneFollower {
         let (finished, applied) = oneshot::channel();
         run_in_background(Box::new(move || {
             let applied = plane.receive(response);
-            plane.snapshot();
+            plane.index();
             // Fails if the process is ending.
             finished.send((plane, applied)).ok();
         }));

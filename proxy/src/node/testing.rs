@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use underpass_config::{Mesh, Settings, Sources};
+use underpass_config::{Any, Mesh, Resource, ResourceType, Settings, Sources};
 use underpass_interception::{Entered, LocalAddresses, NamespaceAccess, Sockets};
 
 use crate::decide::connection_registry::Registries;
@@ -79,4 +79,18 @@ pub(crate) fn node_in(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>) -> A
 pub(crate) fn snapshot(generation: u64, mesh: &str) -> Arc<Snapshot> {
     let mesh = Arc::new(Mesh::from_text("mesh", mesh).expect("a mesh"));
     Arc::new(Snapshot::new(mesh, &settings(&[]).workload, generation))
+}
+
+/// The workload `uid-HOST` of a control plane at `10.0.0.HOST`:
+/// `Address { workload: { namespace, addresses, uid } }`.
+pub(crate) fn workload_resource(host: u8) -> Resource {
+    let name = format!("uid-{host}");
+    let length = u8::try_from(name.len()).expect("a short text");
+    let content =
+        [&[0x12, 2, b'n', b's', 0x1a, 4, 10, 0, 0, host, 0xa2, 1, length][..], name.as_bytes()]
+            .concat();
+    let value =
+        [&[0x0a, u8::try_from(content.len()).expect("a short text")][..], &content].concat();
+    let any = Any { type_url: ResourceType::Address.url().to_owned(), value: value.into() };
+    Resource { version: "1".to_owned(), resource: Some(any), name, aliases: Vec::new() }
 }

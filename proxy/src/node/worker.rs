@@ -161,11 +161,17 @@ impl Worker {
         let mut terminated = Terminated::default();
         for seat in seats {
             let mut change = MeshChange::new(old, new, seat.context());
+            let found = seat.registry.find(|index| change.concerned(index));
             let check = |decision: &Decision| {
                 let checked = change.check(decision);
                 checked.map_err(|reason| ProxyError::NoLongerAllowed(Box::new(reason)))
             };
-            seat.registry.terminate(&mut terminated, check).await;
+            match found {
+                Some(keys) => {
+                    seat.registry.terminate_found(&keys, &mut terminated, check).await;
+                }
+                None => seat.registry.terminate(&mut terminated, check).await,
+            }
         }
         terminated
     }

@@ -119,6 +119,39 @@ fn earlier_snapshot_and_unchanged_services_stay() {
 }
 
 #[test]
+fn snapshot_names_addresses_that_differ_from_previous_one() {
+    let touched = |new: &Mesh, old: &Mesh| {
+        let mut all: Vec<_> = new.touched_since(old)?.map(ToString::to_string).collect();
+        all.sort();
+        Some(all)
+    };
+    let mut client = Client::new();
+    let first = client.set(service("s", [10, 96, 0, 1]));
+    let second = client.set(behind("s", workload("a", [10, 0, 0, 1])));
+    assert_eq!(touched(&second, &first).unwrap(), ["/10.0.0.1", "/10.96.0.1"]);
+    client.apply(ADDRESS, vec![resource(workload("b", [10, 0, 0, 2]))], &[]);
+    client.0.index();
+    let third = client.set(workload("b", [10, 0, 0, 3]));
+    assert_eq!(touched(&third, &second).unwrap(), ["/10.0.0.2", "/10.0.0.3"]);
+    assert_eq!(touched(&third, &first), None, "not the previous one");
+    assert_eq!(touched(&second, &third), None, "older");
+    let fourth = client.set(policy("p", NAMESPACE, DENY));
+    assert_eq!(touched(&fourth, &third).unwrap(), [""; 0]);
+    let file = fourth.with_fallback(Some(Arc::new(Mesh::default())));
+    assert_eq!(touched(&file, &third), None, "another file");
+    let mut range = service("r", [10, 97, 0, 0]);
+    range.addresses[0].length = Some(16);
+    assert_eq!(touched(&client.set(range), &fourth), None);
+    let many = (0..2000_u32).map(|n| {
+        let [_, _, c, d] = n.to_be_bytes();
+        resource(workload(&n.to_string(), [10, 1, c, d]))
+    });
+    let before = client.0.snapshot();
+    client.apply(ADDRESS, many.collect(), &[]);
+    assert_eq!(touched(&client.0.snapshot(), &before), None);
+}
+
+#[test]
 fn moved_workload_leaves_its_old_address_and_service() {
     let mut client = Client::new();
     client.set(service("s", [10, 96, 0, 1]));

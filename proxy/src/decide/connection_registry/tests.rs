@@ -1,11 +1,56 @@
 //! Tests of the connection registry, with numbers as subjects.
 
+use std::net::IpAddr;
+
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
+use super::index::IndexedBy;
 use super::*;
 
 type Registry = Arc<ConnectionRegistry<usize>>;
+
+/// Even numbers are inbound, and odd ones outbound; the number modulo ten is the address.
+impl Indexed for usize {
+    fn indexed_by(&self) -> IndexedBy {
+        let address = address(self % 10);
+        if self.is_multiple_of(2) {
+            IndexedBy::Inbound(address)
+        } else {
+            IndexedBy::Outbound([address, [192, 0, 2, 1].into()])
+        }
+    }
+}
+
+fn address(host: usize) -> IpAddr {
+    [10, 0, 0, u8::try_from(host).unwrap()].into()
+}
+
+#[tokio::test]
+async fn index_finds_connections_by_their_addresses() {
+    let registry = Registry::default();
+    let mut open: Vec<_> = (0..100).map(|number| registry.register(number)).collect();
+    let inbound = registry.find(|index| index.inbound_addresses().collect::<Vec<_>>());
+    assert_eq!(inbound, [0, 2, 4, 6, 8].map(address));
+    let numbers = |find: fn(&Index) -> Vec<usize>| registry.find(find).len();
+    assert_eq!(numbers(|index| index.inbound_to(address(2)).collect()), 10);
+    assert_eq!(numbers(|index| index.inbound_to(address(3)).collect()), 0);
+    assert_eq!(numbers(|index| index.outbound_to(address(3)).collect()), 10);
+    assert_eq!(numbers(|index| index.outbound_to([192, 0, 2, 1].into()).collect()), 50);
+    // Changed subjects and closed connections.
+    open[3].update(|number| *number = 4);
+    assert_eq!(numbers(|index| index.inbound_to(address(4)).collect()), 11);
+    assert_eq!(numbers(|index| index.outbound_to(address(3)).collect()), 9);
+    let keys = registry.find(|index| index.outbound_to(address(5)).collect::<Vec<_>>());
+    let mut terminated = Terminated::default();
+    registry.terminate_found(&keys, &mut terminated, forbid).await;
+    assert_eq!(terminated.count(), 10);
+    assert_eq!(open.iter().filter(|one| one.termination().is_terminated()).count(), 10);
+    open.clear();
+    assert_eq!(numbers(|index| index.outbound_to([192, 0, 2, 1].into()).collect()), 0);
+    assert!(registry.find(|index| index.inbound_addresses().next()).is_none());
+    terminated.end().await;
+}
 
 /// A connection that ends only when it is terminated.
 fn idle(registry: &Registry, number: usize) -> JoinHandle<Result<(), ProxyError>> {

@@ -1,11 +1,11 @@
 //! Tests of policy decisions on new connections, and on open ones when the mesh changes.
 
-use underpass_config::Mesh;
+use underpass_config::{ControlPlane, DeltaResponse, LocalWorkloads, Mesh, Node, ResourceType};
 
 use super::*;
-use crate::decide::connection_registry::Terminated;
+use crate::decide::connection_registry::{ConnectionRegistry, Terminated};
 use crate::decide::subject::Principal;
-use crate::node::testing::{self, pod};
+use crate::node::testing::{self, pod, workload_resource};
 
 const CLIENT: &str = "spiffe://cluster.local/ns/default/sa/client";
 
@@ -241,6 +241,55 @@ async fn registered_connection_stores_its_permit() {
     let later = pod.connections.for_worker(0).register(Decision::default());
     let denied = permit(from_client(), &pod, &mesh, &later).map(drop);
     assert!(matches!(denied, Err(ProxyError::Denied(_))), "{denied:?}");
+}
+
+/// The snapshots of a control plane before and after a change of the workload at `10.0.0.HOST`.
+fn control_plane_change(host: u8) -> [Snapshot; 2] {
+    let (context, kind) = (context(&[]), ResourceType::Address);
+    let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default(), false);
+    let mut next = |generation| {
+        let response = DeltaResponse {
+            type_url: kind.url().to_owned(),
+            resources: vec![workload_resource(host)],
+            ..DeltaResponse::default()
+        };
+        if generation > 1 {
+            plane.receive(response).expect("a response");
+        }
+        Snapshot::new(Arc::new(plane.snapshot()), &context.own, generation)
+    };
+    [1, 2].map(&mut next)
+}
+
+#[test]
+fn change_concerns_only_connections_to_its_addresses() {
+    let registry = Arc::<ConnectionRegistry<Decision>>::default();
+    let outbound = |asked: &str, hop: &str| {
+        let subject = Outbound { asked: at(asked), hop: at(hop), peers: None, by_address: true };
+        let permitted = Permitted { subject: Subject::Outbound(subject), generation: 1 };
+        registry.register(Decision(Some(permitted)))
+    };
+    let _open = [
+        outbound("10.0.0.1:80", "10.0.0.1:80"),
+        outbound("10.96.0.1:80", "10.0.0.2:80"),
+        outbound("10.0.0.2:80", "10.0.0.3:80"),
+        registry.register(Decision(Some(Permitted { subject: from_client(), generation: 1 }))),
+    ];
+    let context = context(&[]);
+    let concerned = |old: &Snapshot, new: &Snapshot| {
+        let keys = registry.find(|index| MeshChange::new(old, new, &context).concerned(index));
+        keys.map(|mut keys| {
+            keys.sort_unstable();
+            keys
+        })
+    };
+    let [old, new] = control_plane_change(2);
+    assert_eq!(concerned(&old, &new), Some(vec![1, 2]));
+    let [old, mut new] = control_plane_change(9);
+    assert_eq!(concerned(&old, &new), Some(vec![]));
+    new.generation = 3;
+    assert_eq!(concerned(&old, &new), None, "a skipped generation");
+    assert_eq!(concerned(&snapshot(1, ""), &snapshot(2, "")), None, "files");
 }
 
 /// Both pods have the same address, in two namespaces.

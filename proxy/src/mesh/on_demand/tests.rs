@@ -1,13 +1,12 @@
 //! Tests of lookups on demand, with a control plane that answers by hand.
 
 use underpass_config::{
-    Any, ControlPlane, DeltaRequest, DeltaResponse, LocalWorkloads, Mesh, Node, Resource,
-    ResourceType,
+    ControlPlane, DeltaRequest, DeltaResponse, LocalWorkloads, Mesh, Node, ResourceType,
 };
 
 use super::schedule::{CHECK, Schedule};
 use super::*;
-use crate::node::testing::settings;
+use crate::node::testing::{settings, workload_resource};
 
 const WITHIN: Duration = Duration::from_secs(10);
 const HOUR: Duration = Duration::from_hours(1);
@@ -48,7 +47,7 @@ impl Scene {
     fn answer(&mut self, workloads: &[u8], absent: &[&str]) {
         let response = DeltaResponse {
             type_url: ResourceType::Address.url().to_owned(),
-            resources: workloads.iter().map(|host| workload(*host)).collect(),
+            resources: workloads.iter().map(|host| workload_resource(*host)).collect(),
             removed_resources: absent.iter().map(|name| (*name).to_owned()).collect(),
             ..DeltaResponse::default()
         };
@@ -78,18 +77,6 @@ fn snapshot(mesh: Mesh) -> Arc<Snapshot> {
 fn subscribed(requests: &[DeltaRequest]) -> Vec<String> {
     let only = requests.iter().filter(|request| request.resource_names_unsubscribe.is_empty());
     only.flat_map(|request| request.resource_names_subscribe.clone()).collect()
-}
-
-/// The workload `uid-HOST` at `10.0.0.HOST`: `Address { workload: { namespace, addresses, uid } }`.
-fn workload(host: u8) -> Resource {
-    let name = format!("uid-{host}");
-    let length = u8::try_from(name.len()).unwrap();
-    let content =
-        [&[0x12, 2, b'n', b's', 0x1a, 4, 10, 0, 0, host, 0xa2, 1, length][..], name.as_bytes()]
-            .concat();
-    let value = [&[0x0a, u8::try_from(content.len()).unwrap()][..], &content].concat();
-    let any = Any { type_url: ResourceType::Address.url().to_owned(), value: value.into() };
-    Resource { version: "1".to_owned(), resource: Some(any), name, aliases: Vec::new() }
 }
 
 #[tokio::test(start_paused = true)]
