@@ -130,6 +130,12 @@ impl ControlPlane {
         self.lookups.as_ref().is_some_and(|known| known.is_absent(lookup))
     }
 
+    /// The names of the retained resources of this type.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(super) fn retained(&self, kind: ResourceType) -> std::collections::BTreeSet<String> {
+        self.session.retained(kind).into_keys().collect()
+    }
+
     /// Applies a response to the next snapshot.
     ///
     /// # Errors

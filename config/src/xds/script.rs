@@ -37,9 +37,11 @@ fn run_client(script: &[u8], on_demand: bool) {
                 names.extend(response.resources.into_iter().map(|resource| resource.name));
             }
         }
-        let retained = plane.open().into_iter().map(|request| request.initial_resource_versions);
-        let retained = retained.map(|versions| versions.into_keys().collect::<BTreeSet<_>>());
-        assert!(retained.eq(names.iter().cloned()), "other names than in the model");
+        let retained = ResourceType::ALL.map(|kind| plane.retained(kind));
+        assert!(
+            retained.iter().cloned().eq(names.iter().cloned()),
+            "other names than in the model"
+        );
         let size = plane.snapshot().size();
         assert!(size.workloads + size.services <= names.iter().map(BTreeSet::len).sum());
         assert!(size.policies <= names.iter().map(BTreeSet::len).sum());

@@ -7,7 +7,8 @@
 //!
 //! istiod computes removals on a new stream from the retained names. So every name that was not
 //! removed is retained, also that of a rejected resource. A request with too many names is sent
-//! without them: its first response is the whole state, and removes every name that it lacks.
+//! without them: its first response is the whole state, and removes every name that it lacks. So is
+//! that of a control plane without versions (Cilium), which computes no removals.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -194,6 +195,16 @@ impl Session {
         }
     }
 
+    /// The retained names with their versions.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(super) fn retained(
+        &self,
+        kind: ResourceType,
+    ) -> std::collections::BTreeMap<String, String> {
+        let versions = self.subscription(kind).versions.iter();
+        versions.map(|(name, version)| (name.to_string(), version.to_string())).collect()
+    }
+
     /// Whether the first state of this type was applied.
     pub(super) fn is_synced(&self, kind: ResourceType) -> bool {
         self.subscription(kind).synced
@@ -222,7 +233,9 @@ impl Subscription {
             DeltaRequest { node, type_url: self.kind.url().to_owned(), ..DeltaRequest::default() };
         // An unchanged resource is not sent again, so it would answer no lookup.
         let mut with_versions = true;
+        let mut is_versioned = self.versions.values().any(|version| !version.is_empty());
         if let Some(lookups) = lookups {
+            is_versioned = true;
             // To subscribe to nothing (istiod, `deltaWatchedResources`).
             request.resource_names_unsubscribe = vec![ALL_NAMES.to_owned()];
             let names = lookups.reopened().map(Lookup::to_string);
@@ -235,10 +248,12 @@ impl Subscription {
             (name.to_string(), version)
         });
         request.initial_resource_versions = versions.collect();
-        self.is_whole = request.encoded_len() > MAX_REQUEST;
-        if self.is_whole {
+        let is_too_large = request.encoded_len() > MAX_REQUEST;
+        if is_too_large {
             request.initial_resource_versions = HashMap::new();
         }
+        // istiod sends policies without versions, and computes their removals.
+        self.is_whole = is_too_large || !is_versioned && self.kind == ResourceType::Address;
         request
     }
 

@@ -28,9 +28,8 @@ fn response(nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaRes
     }
 }
 
-/// The names and versions that the next stream sends.
-fn retained(session: &mut Session) -> BTreeMap<String, String> {
-    session.open(None)[0].initial_resource_versions.clone().into_iter().collect()
+fn retained(session: &Session) -> BTreeMap<String, String> {
+    session.retained(KIND)
 }
 
 fn session() -> Session {
@@ -58,13 +57,13 @@ fn acknowledges_with_nonce_and_retains_versions() {
     assert_eq!((&*answer.response_nonce, answer.error_detail), ("n1", None));
     assert_eq!(answer.type_url, KIND.url());
     assert_eq!(
-        retained(&mut session),
+        retained(&session),
         [("a", "1"), ("b", "")].map(|(n, v)| (n.into(), v.into())).into()
     );
     let update = session.receive(response("n2", vec![resource("c", "3")], &["a", "unknown"]));
     session.finish(update.unwrap(), &[]);
     assert_eq!(
-        retained(&mut session),
+        retained(&session),
         [("b", ""), ("c", "3")].map(|(n, v)| (n.into(), v.into())).into()
     );
 }
@@ -88,7 +87,7 @@ fn nack_names_rejected_resources_and_keeps_their_versions() {
     assert_eq!(answer.response_nonce, "2");
     // The control plane needs the name of "b" to compute its removal.
     let expected = [("a", "1"), ("b", ""), ("c", "2")].map(|(n, v)| (n.into(), v.into()));
-    assert_eq!(retained(&mut session), expected.into());
+    assert_eq!(retained(&session), expected.into());
 }
 
 /// A long outage of a large mesh: its names exceed the maximum size of a request.
@@ -100,17 +99,40 @@ fn request_above_size_limit_asks_for_whole_state() {
     let resources = (0..count).map(|n| resource(&name(n), "1")).collect();
     let update = session.receive(response("1", resources, &[])).unwrap();
     session.finish(update, &[]);
-    assert_eq!(retained(&mut session), BTreeMap::new());
+    assert!(session.open(None)[0].initial_resource_versions.is_empty());
     let whole = vec![resource(&name(7), "2"), resource("new", "1")];
     let update = session.receive(response("2", whole, &["ignored"])).unwrap();
     assert_eq!(update.removed.len(), count - 1);
     assert!(!update.removed.contains(&name(7)));
     session.finish(update, &[]);
     let left = [(name(7), "2"), ("new".to_owned(), "1")].map(|(n, v)| (n, v.to_owned()));
-    assert_eq!(retained(&mut session), left.into());
+    assert_eq!(retained(&session), left.into());
     // Later responses are deltas again.
     let update = session.receive(response("3", vec![resource("a", "1")], &["new"])).unwrap();
     assert_eq!(update.removed, ["new"]);
+}
+
+/// Cilium sends its whole state on each stream, without versions and without removals.
+#[test]
+fn first_state_of_stream_without_versions_replaces_retained_one() {
+    let mut session = session();
+    let received = |session: &mut Session, names: &[&str]| {
+        let resources = names.iter().map(|name| resource(name, "")).collect();
+        let update = session.receive(response("1", resources, &[])).unwrap();
+        let removed = update.removed.clone();
+        session.finish(update, &[]);
+        removed
+    };
+    session.open(None);
+    assert_eq!(received(&mut session, &["uid-1", "uid-2"]), [""; 0]);
+    assert_eq!(received(&mut session, &["uid-3"]), [""; 0], "an event");
+    assert_eq!(session.open(None)[0].initial_resource_versions.len(), 3);
+    assert_eq!(received(&mut session, &["uid-1", "uid-3"]), ["uid-2"]);
+    // A control plane with versions computes the removals itself.
+    let update = session.receive(response("2", vec![resource("uid-1", "7")], &[])).unwrap();
+    session.finish(update, &[]);
+    session.open(None);
+    assert_eq!(received(&mut session, &["uid-3"]), [""; 0]);
 }
 
 #[test]
@@ -209,7 +231,7 @@ proptest! {
                 let entry = model.entry(name.to_string());
                 if bad { entry.or_default(); } else { entry.insert_entry(version.to_string()); }
             }
-            prop_assert_eq!(retained(&mut session), model.clone());
+            prop_assert_eq!(retained(&session), model.clone());
         }
     }
 }
