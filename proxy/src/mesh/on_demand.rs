@@ -12,7 +12,7 @@
 
 pub(super) mod schedule;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -44,7 +44,9 @@ pub(crate) struct Lookups(Option<Arc<Shared>>);
 struct Shared {
     leased: Mutex<HashMap<Lookup, Arc<Leased>>>,
     /// The lookups without an answer that connections wait for.
-    asked: Mutex<Vec<Lookup>>,
+    asked: Mutex<HashSet<Lookup>>,
+    /// The lookups that were removed from `leased` to make room.
+    evicted: Mutex<Vec<Lookup>>,
     wake: Notify,
 }
 
@@ -114,7 +116,7 @@ impl Lookups {
         loop {
             let asked = std::mem::take(&mut *lock(&shared.asked));
             if !asked.is_empty() {
-                return asked;
+                return asked.into_iter().collect();
             }
             shared.wake.notified().await;
         }
@@ -126,12 +128,16 @@ impl Lookups {
         shared.map(|shared| lock(&shared.leased).keys().cloned().collect()).unwrap_or_default()
     }
 
-    /// Removes the lookups that no connection has used during the last `checks` calls.
+    /// Removes the lookups that no connection has used during the last `checks` calls. Returns them
+    /// and those that were evicted.
     pub(super) fn take_unused(&self, checks: u32) -> Vec<Lookup> {
         let Some(shared) = &self.0 else { return Vec::new() };
         let mut leased = lock(&shared.leased);
         let unused = leased.extract_if(|_, lease| lease.is_unused_for(checks));
-        unused.map(|(lookup, _)| lookup).collect()
+        let mut gone: Vec<_> = unused.map(|(lookup, _)| lookup).collect();
+        let evicted = std::mem::take(&mut *lock(&shared.evicted));
+        gone.extend(evicted.into_iter().filter(|lookup| !leased.contains_key(lookup)));
+        gone
     }
 }
 
@@ -143,7 +149,7 @@ impl Shared {
         for lookup in lookups {
             if !leased.contains_key(lookup) {
                 if leased.len() >= MAX_LOOKUPS {
-                    return Err(LookupError::TooMany);
+                    self.evict_unused(&mut leased)?;
                 }
                 new.push(lookup);
             }
@@ -155,6 +161,21 @@ impl Shared {
         // An answered lookup may have been let go since the snapshot.
         self.ask(new.into_iter());
         Ok(LookupLease { _leased: leases.into() })
+    }
+
+    /// Makes room: a client that scans addresses must not refuse lookups to other pods.
+    fn evict_unused(&self, leased: &mut HashMap<Lookup, Arc<Leased>>) -> Result<(), LookupError> {
+        let unused = leased.extract_if(|_, lease| Arc::strong_count(lease) == 1);
+        let unused: Vec<_> = unused.map(|(lookup, _)| lookup).collect();
+        if unused.is_empty() {
+            return Err(LookupError::TooMany);
+        }
+        let mut asked = lock(&self.asked);
+        for lookup in &unused {
+            asked.remove(lookup);
+        }
+        lock(&self.evicted).extend(unused);
+        Ok(())
     }
 
     fn ask<'a>(&self, lookups: impl Iterator<Item = &'a Lookup>) {

@@ -163,5 +163,14 @@ async fn scan_of_addresses_is_bounded() {
     let lease = shared.lease(&lookups).unwrap();
     shared.lease(&lookups[..1]).unwrap();
     assert_eq!(scene.connect(1).await.unwrap_err(), LookupError::TooMany);
+    // Lookups that no connection uses any longer make room.
     drop(lease);
+    let used = shared.lease(&lookups[..1]).unwrap();
+    assert!(matches!(scene.connect(1).await.unwrap_err(), LookupError::Unanswered { .. }));
+    assert_eq!(scene.lookups.all().len(), 2);
+    let gone = scene.lookups.take_unused(1000);
+    assert_eq!(gone.len(), MAX_LOOKUPS - 1);
+    assert!(!gone.contains(&lookups[0]));
+    assert_eq!(lock(&shared.asked).len(), 2);
+    drop(used);
 }
