@@ -6,8 +6,8 @@
 //!                                          └ upstream  the pod's servers → exchange: sockets
 //! ```
 //!
-//! The proxy forwards what the mesh does not know as it is: it changes the id, TTLs of stored
-//! responses, and the length for clients that accept less.
+//! The proxy forwards other queries and their responses unchanged, except for the id, the TTLs of
+//! stored responses, and the length for clients that accept less.
 
 pub(crate) mod cache;
 pub(crate) mod exchange;
@@ -33,7 +33,7 @@ pub(crate) fn check_bytes(bytes: &[u8]) {
     use response::{Age, StoredResponse, Transport};
 
     let Ok(query) = Query::read(bytes) else { return };
-    let whole = |message: &[u8]| {
+    let assert_whole = |message: &[u8]| {
         let layout = Layout::read(message);
         assert!(layout.is_some_and(|layout| layout.end() == message.len()), "{message:?}");
     };
@@ -41,13 +41,13 @@ pub(crate) fn check_bytes(bytes: &[u8]) {
     for transport in [Transport::Udp, Transport::Tcp] {
         for alias in [None, Some(query.name.labels()), Some(usize::MAX)] {
             let answer = response::of_addresses(&query, alias, &addresses, transport);
-            whole(&answer);
+            assert_whole(&answer);
             assert!(answer.len() <= transport.limit(&query));
         }
         // The same bytes as a response of a server.
         if let Some(stored) = StoredResponse::new(bytes.to_vec()) {
             let answer = stored.to(&query, Age::Stale, transport);
-            whole(&answer);
+            assert_whole(&answer);
             assert!(answer.len() <= transport.limit(&query));
             stored.addresses();
             stored.ttl(query.kind);

@@ -189,8 +189,8 @@ impl<T> ConnectionRegistry<T> {
         terminated: &mut Terminated,
         mut check: impl FnMut(&T) -> Result<(), ProxyError>,
     ) {
-        for some in keys.chunks(CHECK_AT_ONCE) {
-            self.terminate_keys(some, &mut check, terminated);
+        for chunk in keys.chunks(CHECK_AT_ONCE) {
+            self.terminate_keys(chunk, &mut check, terminated);
             tokio::task::yield_now().await;
         }
     }

@@ -39,8 +39,8 @@ pub(crate) fn inbound(
     lookups
 }
 
-/// The lookups of a hostname that a client of namespace `own` uses. The control plane has no lookup
-/// of a hostname without its namespace: it is the client's, or that of a Kubernetes name.
+/// The lookups of a hostname that the client `own` uses. The control plane looks up a hostname only
+/// with its namespace: the client's, or the one in a Kubernetes name.
 pub(crate) fn hostname(snapshot: &Snapshot, own: &WorkloadSettings, hostname: &str) -> Vec<Lookup> {
     let of_name = kubernetes_namespace(hostname).filter(|namespace| *namespace != own.namespace);
     let namespaces = std::iter::once(&*own.namespace).chain(of_name);

@@ -14,7 +14,7 @@ use super::response::StoredResponse;
 /// The maximum time that a response is used without asking again: a change of a name with a long
 /// TTL becomes visible after this time.
 const MAX_FRESH: Duration = Duration::from_mins(5);
-/// The same for responses without an answer, so that a new name becomes visible soon.
+/// The maximum time for responses without an answer, so that a new name becomes visible soon.
 const MAX_NEGATIVE: Duration = Duration::from_secs(30);
 /// How long expired responses are used while no server answers: time to repair a server. RFC 8767
 /// section 5 allows days, but addresses of workloads are reassigned sooner.
@@ -110,10 +110,11 @@ impl Cache {
         by_use.sort_unstable_by_key(|(used, _)| *used);
         let keys: Vec<Key> = by_use.into_iter().map(|(_, key)| key.clone()).collect();
         let share = keys.len() / 8 + 1;
-        let dead = |entry: &Entry| now.duration_since(entry.stored) >= entry.lifetime + MAX_STALE;
+        let is_dead =
+            |entry: &Entry| now.duration_since(entry.stored) >= entry.lifetime + MAX_STALE;
         for (index, key) in keys.iter().enumerate() {
             let is_enough = index >= share && self.bytes + wanted <= MAX_BYTES;
-            if !is_enough || self.entries.get(key).is_some_and(dead) {
+            if !is_enough || self.entries.get(key).is_some_and(is_dead) {
                 self.remove(key);
             }
         }

@@ -18,8 +18,9 @@ use super::upstream::Exchange;
 use crate::limits::PodLimits;
 use crate::node::sockets::PodSockets;
 
-/// The buffer for a response over UDP: what most servers send at most, whatever the client accepts.
-const DATAGRAM: usize = 4096;
+/// The minimum buffer for a response over UDP: the most that servers usually send, whatever the
+/// client accepts.
+const MIN_BUFFER: usize = 4096;
 
 /// Exchanges messages by the sockets of one pod, or of the node.
 #[derive(Debug)]
@@ -65,7 +66,7 @@ async fn by_udp(
     let (id, mut message) = (random_id(), message.to_vec());
     message::set_id(&mut message, id);
     socket.send(&message).await?;
-    let mut buffer = vec![0; query.udp_limit().max(DATAGRAM)];
+    let mut buffer = vec![0; query.udp_limit().max(MIN_BUFFER)];
     loop {
         let length = socket.recv(&mut buffer).await?;
         // A guess of another sender, or an answer that is not whole: the right one may follow.
@@ -96,7 +97,8 @@ async fn by_tcp(
     Err(io::Error::new(io::ErrorKind::InvalidData, "the response belongs to another query"))
 }
 
-/// A number that an attacker cannot guess: the hash of nothing, by a random key and a counter.
+/// A number that an attacker cannot guess: the hash of an empty value, with a random key that
+/// changes with each call.
 fn random_id() -> u16 {
     let [low, high, ..] = RandomState::new().hash_one(()).to_le_bytes();
     u16::from_le_bytes([low, high])

@@ -14,8 +14,8 @@ pub(super) const HEADER: usize = 12;
 pub(super) const MAX_MESSAGE: usize = 65_535;
 /// The maximum length of a response over UDP for a client without EDNS.
 pub(super) const MIN_PAYLOAD: u16 = 512;
-/// The payload size that this proxy announces and never exceeds over UDP on its own: the one of
-/// DNS Flag Day 2020, which needs no fragments.
+/// The payload size that this proxy announces: the one of DNS Flag Day 2020, which needs no
+/// fragments.
 pub(super) const PAYLOAD: u16 = 1232;
 /// The length of an OPT record without options.
 pub(super) const OPT_LENGTH: usize = 11;
@@ -125,7 +125,8 @@ pub(crate) struct Query {
     /// The question as the client wrote it. Its name is not compressed.
     pub(super) question: Box<[u8]>,
     pub(super) edns: Option<Edns>,
-    /// Whether another client's answer serves too: no signature, and no option but a cookie.
+    /// Whether the answer to another client's query serves too: no signature, and no option but a
+    /// cookie.
     pub(super) is_plain: bool,
 }
 
@@ -193,7 +194,7 @@ impl Query {
         self.edns.is_some_and(|edns| edns.dnssec_ok)
     }
 
-    /// Whether `message` is a response to this query with another id, `id`.
+    /// Whether `message` is a response with this `id` to the question of this query.
     pub(super) fn is_answered_by(&self, message: &[u8], id: u16) -> bool {
         let mut reader = Reader { bytes: message, at: 0 };
         let Some(header) = reader.header() else { return false };
@@ -304,7 +305,7 @@ impl Record {
         Edns { payload: self.class, version, dnssec_ok: flags & 0x80 != 0 }
     }
 
-    /// The addresses, if this is a record of an address.
+    /// The address, if this is a record of an address.
     pub(super) fn address(&self, message: &[u8]) -> Option<std::net::IpAddr> {
         let data = message.get(self.data.clone())?;
         match RecordType(self.kind) {
@@ -411,8 +412,8 @@ impl<'a> Reader<'a> {
         (self.at - start <= MAX_NAME).then(|| DomainName::of_labels(labels.into_iter()))
     }
 
-    /// Passes the name of a record. A pointer must point back; what it points to is not read.
-    fn pass_name(&mut self) -> Option<()> {
+    /// Skips the name of a record. A pointer must point back; its target is not read.
+    fn skip_name(&mut self) -> Option<()> {
         let start = self.at;
         loop {
             match self.u8()? {
@@ -435,7 +436,7 @@ impl<'a> Reader<'a> {
 
     fn record(&mut self) -> Option<Record> {
         let start = self.at;
-        self.pass_name()?;
+        self.skip_name()?;
         let (kind, class, ttl_at) = (self.u16()?, self.u16()?, self.at);
         let (ttl, length) = (self.u32()?, self.u16()?);
         let data = self.at..self.at + usize::from(length);

@@ -1,4 +1,4 @@
-//! Domain names as text in lower case, which the mesh and the cache are asked for.
+//! Domain names as text in lower case: the keys of lookups in the mesh and the cache.
 
 use std::fmt;
 use std::fmt::Write as _;

@@ -9,11 +9,11 @@ use tokio::time::Instant;
 
 use super::resolv_conf::ResolvConf;
 
-/// How long the file is used without a look at it. Inotify does not report changes of a file that
-/// a container runtime has mounted.
+/// The interval at which the file is checked for a change. Inotify does not report changes of a
+/// file that a container runtime has mounted.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// The file of systemd-resolved with the servers that it asks. The usual file names only
-/// systemd-resolved itself. With captured queries, asking it would be a loop.
+/// systemd-resolved itself. If queries are captured, asking it would cause a loop.
 const SYSTEMD_RESOLVED: &str = "/run/systemd/resolve/resolv.conf";
 
 /// A file in the format of resolv.conf(5), read again after a change.
@@ -108,7 +108,7 @@ mod tests {
         advance(CHECK_INTERVAL).await;
         assert_eq!(servers(&file), ["10.0.0.1"]);
         replace("nameserver 10.0.0.2", 2);
-        assert_eq!(servers(&file), ["10.0.0.1"], "not looked at yet");
+        assert_eq!(servers(&file), ["10.0.0.1"], "the file is not checked yet");
         advance(CHECK_INTERVAL).await;
         assert_eq!(servers(&file), ["10.0.0.2"]);
         fs::remove_file(&path).unwrap();
@@ -124,7 +124,11 @@ mod tests {
         let beyond: &'static Path = Box::leak(beyond.into_boxed_path());
         let mut file = ResolvFile::new(&path);
         file.beyond_loopback = Some(beyond);
-        assert_eq!(servers(&file), ["127.0.0.53"], "nothing better is known");
+        assert_eq!(
+            servers(&file),
+            ["127.0.0.53"],
+            "without another file, the local server is used"
+        );
         fs::write(beyond, "nameserver 10.0.0.1\nsearch b.example").unwrap();
         let mut file = ResolvFile::new(&path);
         file.beyond_loopback = Some(beyond);

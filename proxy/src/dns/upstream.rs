@@ -1,4 +1,4 @@
-//! Asks the servers of a pod, as resolv.conf(5) says: in which order, how often, how long.
+//! Asks the servers of a pod in the order, as often and as long as resolv.conf(5) defines.
 //!
 //! A server that has not answered in time may still answer while the next one is asked: the first
 //! useful response counts.
@@ -147,7 +147,7 @@ impl Upstream {
     }
 }
 
-/// Whether another server would not help: glibc too asks the next server after these errors.
+/// Whether the response is final. After the other codes glibc, too, asks the next server.
 fn is_useful(response: &[u8]) -> bool {
     use ResponseCode as Code;
     let code = message::code(response);

@@ -49,7 +49,7 @@ pub(crate) struct PodToServe {
     /// The pod's network namespace, for the sockets of its connections.
     pub(crate) access: NamespaceAccess,
     pub(crate) listeners: Listeners<Kind>,
-    /// Those of the DNS proxy; none unless DNS queries are captured.
+    /// The listeners of the DNS proxy; empty unless DNS queries are captured.
     pub(crate) dns: Listeners<DnsKind>,
     /// How long the pod waits for its certificate before it accepts. Without one after this time,
     /// it is not served. `None`: it accepts at once, and its tunnels wait for the certificate.

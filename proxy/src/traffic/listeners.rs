@@ -41,7 +41,7 @@ pub(crate) struct DnsKind;
 /// A kind of listeners, with their table.
 pub(crate) trait ListenerKind: fmt::Debug + Copy + 'static {
     const TABLE: &'static [ListenerSpec<Self>];
-    /// Whether the settings decide if there are such listeners.
+    /// Whether the settings can omit listeners of this kind.
     const IS_OPTIONAL: bool = false;
 
     /// The socket options of accepted connections.

@@ -141,7 +141,7 @@ async fn silent_server_is_followed_by_next_and_then_asked_last() {
     assert_eq!(scene.ask().await, ("2".to_owned(), 10));
     assert_eq!(scene.asked(), "1 2 2");
     tokio::time::advance(AVOID_TIME).await;
-    assert_eq!(scene.ask().await, ("2".to_owned(), 2010), "it gets another chance");
+    assert_eq!(scene.ask().await, ("2".to_owned(), 2010), "the silent server is asked first again");
 }
 
 #[tokio::test(start_paused = true)]
@@ -194,6 +194,6 @@ async fn one_query_takes_bounded_time() {
 
 #[tokio::test(start_paused = true)]
 async fn settings_without_server_fail_at_once() {
-    let (outcome, took) = scene(&[], "").ask().await;
-    assert_eq!((outcome.as_str(), took), ("no server: resolv.conf names none", 0));
+    let (outcome, elapsed) = scene(&[], "").ask().await;
+    assert_eq!((outcome.as_str(), elapsed), ("no server: resolv.conf names none", 0));
 }

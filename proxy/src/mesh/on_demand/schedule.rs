@@ -10,20 +10,20 @@ use super::Lookups;
 
 /// The interval of the checks.
 pub(in crate::mesh) const CHECK: Duration = Duration::from_secs(1);
-/// How long an absent name stays absent: the control plane does not report that it exists now. A
-/// new pod may get the address, and plaintext must not reach it for longer.
-const ABSENT: Duration = Duration::from_secs(5);
-/// The interval in which known names are asked again: the control plane does not report new
+/// How long an absent name counts as absent: the control plane does not report its later creation.
+/// A new pod may get the address, and plaintext must not reach it for longer.
+const ABSENT_TIME: Duration = Duration::from_secs(5);
+/// The interval at which known names are looked up again: the control plane does not report new
 /// endpoints of a service.
-const REFRESH: Duration = Duration::from_secs(30);
+const REFRESH_INTERVAL: Duration = Duration::from_secs(30);
 /// Timeout for an answer, after which the stream is opened again.
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The number of checks after which an unused lookup is let go: five minutes.
 const UNUSED_CHECKS: u32 = 300;
 
-/// A lookup without an answer after [`ANSWER`].
+/// A lookup without an answer after [`ANSWER_TIMEOUT`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("it has not answered the lookup of {0} within {ANSWER:?}")]
+#[error("the control plane has not answered the lookup of {0} within {ANSWER_TIMEOUT:?}")]
 pub(in crate::mesh) struct Unanswered(Lookup);
 
 /// The time at which each lookup was sent.
@@ -70,17 +70,18 @@ impl Schedule {
         let now = Instant::now();
         let older = |age: Duration| move |sent: &Instant| now.duration_since(*sent) >= age;
         let mut sent = self.0.iter();
-        let late = sent.find(|(lookup, sent)| older(ANSWER)(sent) && plane.awaits(lookup));
+        let late = sent.find(|(lookup, sent)| older(ANSWER_TIMEOUT)(sent) && plane.awaits(lookup));
         if let Some((lookup, _)) = late {
             return Err(Unanswered(lookup.clone()));
         }
         let mut gone = lookups.take_unused(UNUSED_CHECKS);
-        let absent = self.0.iter().filter(|(one, at)| older(ABSENT)(at) && plane.is_absent(one));
+        let absent =
+            self.0.iter().filter(|(one, at)| older(ABSENT_TIME)(at) && plane.is_absent(one));
         gone.extend(absent.map(|(lookup, _)| lookup.clone()));
         for lookup in &gone {
             self.0.remove(lookup);
         }
-        let due = self.0.iter_mut().filter(|(_, sent)| older(REFRESH)(sent));
+        let due = self.0.iter_mut().filter(|(_, sent)| older(REFRESH_INTERVAL)(sent));
         let due: Vec<_> = due
             .map(|(lookup, sent)| {
                 *sent = now;

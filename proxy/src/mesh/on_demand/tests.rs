@@ -1,4 +1,4 @@
-//! Tests of lookups on demand, with a control plane that answers by hand.
+//! Tests of lookups on demand, with a control plane whose answers the tests send.
 
 use underpass_config::{
     ControlPlane, DeltaRequest, DeltaResponse, LocalWorkloads, Mesh, Node, ResourceType,
@@ -116,7 +116,10 @@ async fn stream_without_answer_is_given_up() {
     scene.checks(WITHIN - CHECK).await;
     tokio::time::sleep(CHECK).await;
     let error = scene.schedule.check(&mut scene.plane, &scene.lookups).unwrap_err();
-    assert_eq!(error.to_string(), "it has not answered the lookup of /10.0.0.1 within 10s");
+    assert_eq!(
+        error.to_string(),
+        "the control plane has not answered the lookup of /10.0.0.1 within 10s"
+    );
     let first = &scene.schedule.open(&mut scene.plane, &scene.lookups)[0];
     assert_eq!(first.resource_names_subscribe, ["*", "/10.0.0.1"]);
     scene.checks(WITHIN - CHECK).await;

@@ -20,12 +20,12 @@ pub(super) fn with_buckets(builder: PrometheusBuilder) -> Result<PrometheusBuild
 
 pub(super) fn describe() {
     describe_counter!(REQUESTS, "DNS queries of applications, by type and protocol.");
-    describe_counter!(UPSTREAM, "DNS queries that a server of the pod was asked, by type.");
+    describe_counter!(UPSTREAM, "DNS queries for a server of the pod, by type.");
     describe_counter!(
         UPSTREAM_FAILURES,
         "DNS queries without an answer of a server, or with SERVFAIL."
     );
-    describe_histogram!(UPSTREAM_DURATION, "The time of DNS queries that a server was asked.");
+    describe_histogram!(UPSTREAM_DURATION, "The duration of DNS queries for a server of the pod.");
     describe_counter!(ANSWERS, "Responses to DNS queries, by source and response code.");
 }
 
@@ -39,7 +39,7 @@ pub(crate) fn answer(source: &'static str, code: &'static str) {
     counter!(ANSWERS, "source" => source, "code" => code).increment(1);
 }
 
-/// Counts a query that a server was asked.
+/// Counts a query for a server of the pod.
 pub(crate) fn upstream(
     kind: &'static str,
     protocol: &'static str,

@@ -175,7 +175,7 @@ fn annotation_replaces_the_nodes_value() {
 }
 
 #[test]
-fn annotation_captures_dns_or_does_not() {
+fn annotation_sets_dns_capture() {
     let node = "interception: {dns: capture, dns_servers: [10.0.0.10]}";
     let dns = |settings: &str, value: &str| {
         let pod = annotated(&[("ambient.istio.io/dns-capture", value)]);
