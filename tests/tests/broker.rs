@@ -1,5 +1,10 @@
 //! A node daemon as two processes: their privileges, the end of either, and the traffic afterwards.
-#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::fs;
 use std::net::SocketAddr;
