@@ -61,7 +61,7 @@ pub use process::bypass::BypassingProcess;
 pub use process::limits::{is_out_of_files, raise_open_files};
 pub use process::privileges::{
     KeptCapabilities, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
-    confine_thread, prepare_change_of_user,
+    confine_thread, may_signal_other_users, prepare_change_of_user,
 };
 pub use process::separate::SeparationError;
 pub use rules::RuleSettings;

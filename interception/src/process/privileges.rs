@@ -88,6 +88,12 @@ pub(crate) fn lacks_net_admin() -> bool {
     caps::has_cap(None, CapSet::Effective, Capability::CAP_NET_ADMIN).is_ok_and(|has| !has)
 }
 
+/// Returns true if this thread may send signals to processes of other users.
+#[must_use]
+pub fn may_signal_other_users() -> bool {
+    MissingCapabilities::of(&[Capability::CAP_KILL]).is_empty()
+}
+
 /// Confines the whole process. Programs that it runs gain no privileges (no_new_privs). It is not
 /// dumpable: other processes of its user can neither trace it nor read its memory, which contains
 /// private keys. Call this while there is one thread.

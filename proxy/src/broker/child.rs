@@ -8,7 +8,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use underpass_config::{Broker, Settings};
-use underpass_interception::{ProxyUser, SeqPacket};
+use underpass_interception::{ProxyUser, SeqPacket, may_signal_other_users};
 
 use crate::broker::identities::IdentityFeeds;
 use crate::broker::link::{self, Receiver, Sender};
@@ -56,7 +56,15 @@ pub(crate) fn user(settings: &Settings) -> Option<ProxyUser> {
         return None;
     }
     match user.check_separation() {
-        Ok(()) => Some(user),
+        Ok(()) => {
+            if !may_signal_other_users() {
+                tracing::warn!(
+                    hint = "grant KILL",
+                    "a proxy process that hangs outlives this process: it keeps the listeners of pods"
+                );
+            }
+            Some(user)
+        }
         Err(error) => {
             let (error, hint) = (crate::error::chain(&error), "grant SETUID and SETGID");
             tracing::warn!(error, hint, "no broker: one process has all privileges");
