@@ -10,14 +10,15 @@ use std::time::Duration;
 
 use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use underpass_interception::{Message as Received, SeqPacket};
 
 use crate::broker::message::{MAX_MESSAGE, Message};
 
 /// The number of queued messages from which [`Sender::send`] waits. [`Sender::post`] never waits.
 const QUEUE: usize = 1024;
-/// A process that does not read for this long counts as failed.
+/// A process that has not read a message this long after it was queued counts as failed. So the
+/// queue has no older message.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a message was not sent.
@@ -25,7 +26,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) enum LinkError {
     #[error("the message is longer than {MAX_MESSAGE} bytes")]
     TooLong,
-    #[error("the other process has ended, or does not read")]
+    #[error("the other process has ended, or reads too slowly")]
     Closed,
 }
 
@@ -43,6 +44,8 @@ pub(crate) struct Sender<M> {
 struct Outgoing {
     bytes: Vec<u8>,
     descriptors: Vec<OwnedFd>,
+    /// The other process must have read enough until then.
+    deadline: Instant,
     _permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -82,15 +85,25 @@ impl<M: Message> Sender<M> {
     ) -> Result<(), LinkError> {
         let bytes = message.encode().ok_or(LinkError::TooLong)?;
         let permit = self.permits.clone().acquire_owned().await;
-        let _permit = Some(permit.map_err(|_| LinkError::Closed)?);
-        self.queue.send(Outgoing { bytes, descriptors, _permit }).map_err(|_| LinkError::Closed)
+        let permit = permit.map_err(|_| LinkError::Closed)?;
+        self.queue(bytes, descriptors, Some(permit))
     }
 
-    /// Sends a message without waiting. For messages whose rate does not depend on the other
-    /// process: a writer that cannot write them ends the connection after [`WRITE_TIMEOUT`].
+    /// Sends a message without waiting. The number of queued messages has no limit, but their age
+    /// has: the writer ends the connection when it cannot write one within [`WRITE_TIMEOUT`].
     pub(crate) fn post(&self, message: &M) -> Result<(), LinkError> {
         let bytes = message.encode().ok_or(LinkError::TooLong)?;
-        let outgoing = Outgoing { bytes, descriptors: Vec::new(), _permit: None };
+        self.queue(bytes, Vec::new(), None)
+    }
+
+    fn queue(
+        &self,
+        bytes: Vec<u8>,
+        descriptors: Vec<OwnedFd>,
+        _permit: Option<OwnedSemaphorePermit>,
+    ) -> Result<(), LinkError> {
+        let deadline = Instant::now() + WRITE_TIMEOUT;
+        let outgoing = Outgoing { bytes, descriptors, deadline, _permit };
         self.queue.send(outgoing).map_err(|_| LinkError::Closed)
     }
 }
@@ -107,18 +120,19 @@ impl Receiver {
 }
 
 impl Writer {
-    /// Writes until the other process ends or does not read.
+    /// Writes until the other process ends, or reads too slowly.
     pub(crate) async fn run(mut self) {
-        while let Some(Outgoing { bytes, descriptors, _permit }) = self.queue.recv().await {
+        while let Some(outgoing) = self.queue.recv().await {
+            let Outgoing { bytes, descriptors, deadline, _permit } = outgoing;
             let attached: Vec<_> = descriptors.iter().map(|one| one.as_fd()).collect();
-            match timeout(WRITE_TIMEOUT, self.socket.send(&bytes, &attached)).await {
+            match timeout_at(deadline, self.socket.send(&bytes, &attached)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "cannot send to the other process");
                     return;
                 }
                 Err(_) => {
-                    tracing::error!(after = ?WRITE_TIMEOUT, "the other process does not read");
+                    tracing::error!(after = ?WRITE_TIMEOUT, "the other process reads too slowly");
                     return;
                 }
             }
@@ -170,6 +184,12 @@ mod tests {
         ToProxy::EndTest { pod: PodKey { uid: String::new(), enrolment } }
     }
 
+    fn open_other_end(socket: OwnedFd) -> SeqPacket {
+        let socket = std::os::unix::net::UnixStream::from(socket);
+        socket.set_nonblocking(true).unwrap();
+        SeqPacket::new(socket.into()).unwrap().with_limit(MAX_MESSAGE)
+    }
+
     #[tokio::test]
     async fn posted_messages_are_sent_in_order_behind_a_full_queue() {
         let (ours, theirs) = SeqPacket::pair().unwrap();
@@ -181,9 +201,7 @@ mod tests {
         sender.send(&message(count), Vec::new()).await.unwrap();
         drop(sender);
         tokio::spawn(writer.run());
-        let theirs = std::os::unix::net::UnixStream::from(theirs);
-        theirs.set_nonblocking(true).unwrap();
-        let theirs = SeqPacket::new(theirs.into()).unwrap();
+        let theirs = open_other_end(theirs);
         for enrolment in 0..=count {
             let received = theirs.receive().await.unwrap().unwrap();
             assert_eq!(ToProxy::decode(&received.bytes), Some(message(enrolment)));
@@ -203,5 +221,32 @@ mod tests {
         assert!(futures_util::poll!(&mut sending).is_pending());
         drop(writer);
         assert!(matches!(sending.await, Err(LinkError::Closed)));
+    }
+
+    /// Each single write of this test succeeds within [`WRITE_TIMEOUT`].
+    #[tokio::test(start_paused = true)]
+    async fn writer_ends_while_other_process_reads_slowly() {
+        let (ours, theirs) = SeqPacket::pair().unwrap();
+        let (sender, _, writer) = open(ours).unwrap();
+        let uid = "u".repeat(MAX_MESSAGE / 8);
+        let long = ToProxy::EndTest { pod: PodKey { uid, enrolment: 0 } };
+        for _ in 0..QUEUE {
+            sender.post(&long).unwrap();
+        }
+        drop(sender);
+        let (theirs, start) = (open_other_end(theirs), Instant::now());
+        let read_slowly = async {
+            loop {
+                tokio::time::sleep(WRITE_TIMEOUT * 9 / 10).await;
+                for _ in 0..QUEUE / 32 {
+                    theirs.receive().await.unwrap();
+                }
+            }
+        };
+        tokio::select! {
+            () = writer.run() => {}
+            () = read_slowly => {}
+        }
+        assert_eq!(start.elapsed(), WRITE_TIMEOUT);
     }
 }
