@@ -1,5 +1,7 @@
 //! The facts about one pod that its source reports.
 
+pub(crate) mod wire;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 

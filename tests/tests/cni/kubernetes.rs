@@ -1,5 +1,6 @@
 //! Tests of the daemon with facts from a scripted API server of Kubernetes.
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use underpass_tests::{Family, Pod, Proxy, Suite, until};
 
@@ -15,6 +16,7 @@ pub(crate) fn add_to(suite: &mut Suite) {
         "facts stay while the API server is unavailable, and are updated afterwards",
         outages,
     );
+    suite.test("pods are enrolled after a restart while the API server is unreachable", restarted);
     suite.test("a pod that the runtime did not add makes the node unready", unadded);
 }
 
@@ -153,6 +155,36 @@ async fn outages() {
     api.pod("b", mode("none"));
     cluster.rules_are(&scene.b, false).await;
     assert_eq!(api.counts().0, lists, "the pods are not listed again");
+}
+
+async fn restarted() {
+    let mut cluster = Cluster::new("").await;
+    {
+        let Cluster { scene, .. } = &cluster;
+        for pod in [&scene.a, &scene.b] {
+            scene.succeeds("ADD", pod, json!({})).await;
+        }
+        scene.exchanged(Family::V4).await;
+    }
+    cluster.daemon.signal(Signal::SIGKILL);
+    cluster.daemon.ended_by_itself().await;
+    let Cluster { scene, api, .. } = &cluster;
+    api.refuse(Some((503, "etcdserver: no leader")));
+    let more = api.settings();
+    let daemon = scene.daemon(&more).await;
+    until("both pods are served", async || {
+        let pods = scene.pods().await;
+        ["default/a uid-a serving", "default/b uid-b serving"].iter().all(|pod| pods.contains(pod))
+    })
+    .await;
+    scene.exchanged(Family::V4).await;
+    cluster.is_ready_with(503, "the API server has not sent").await;
+    assert!(daemon.count(&["enrolling a pod with stored facts"]) >= 2, "{}", daemon.log());
+    // Changes are applied once it answers.
+    api.pod("b", mode("none"));
+    api.refuse(None);
+    cluster.rules_are(&scene.b, false).await;
+    cluster.is_ready_with(200, "ready").await;
 }
 
 async fn unadded() {

@@ -99,6 +99,11 @@ impl Hint for FactProblem {
 }
 
 impl FactProblem {
+    /// Whether the origin of the facts cannot be reached.
+    pub(in crate::pods::cni) fn is_outage(&self) -> bool {
+        matches!(self, Self::NotListed { problem: Some(_) })
+    }
+
     /// Whether the fact may arrive soon.
     fn is_late(&self) -> bool {
         matches!(self, Self::NotListed { .. } | Self::NoPod { .. } | Self::NoNamespace(_))

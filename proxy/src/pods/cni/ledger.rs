@@ -63,10 +63,18 @@ struct Entry {
     namespace: NamespaceId,
     /// Whether this process can open the namespace's file.
     is_visible: bool,
-    /// The facts that the registry has; `None` until they are known after a restart.
-    facts: Option<PodFacts>,
+    facts: EntryFacts,
     /// The reason why facts are unknown or not applied, to log it once.
     problem: Option<String>,
+}
+
+/// The facts about the pod of an attachment.
+#[derive(Debug, Default)]
+struct EntryFacts {
+    /// Those that the registry has; `None` until they are known after a restart.
+    current: Option<PodFacts>,
+    /// Those that an earlier process has stored.
+    stored: Option<PodFacts>,
 }
 
 /// The progress of an `ADD` call.
@@ -76,6 +84,20 @@ enum Progress {
     Adding,
     /// The pod is served and stored.
     Enrolled,
+}
+
+impl EntryFacts {
+    fn of(current: PodFacts) -> Self {
+        Self { current: Some(current), stored: None }
+    }
+}
+
+impl Entry {
+    fn to_store(&self) -> StoredPod {
+        let (pod, facts) = (self.pod.clone(), self.facts.current.clone());
+        let (device, inode) = (self.namespace.device(), self.namespace.inode());
+        StoredPod { pod, device, inode, facts }
+    }
 }
 
 /// The hint for a namespace whose file this process cannot open.
@@ -128,11 +150,12 @@ impl Ledger {
             return Ok(Addition { ledger: self, undo: None });
         }
         let facts = self.facts.wait_for(&pod).await.map_err(Refusal::from)?;
-        let call = self.begin(&pod, namespace.id(), Progress::Adding, Some(facts.clone()));
+        let call =
+            self.begin(&pod, namespace.id(), Progress::Adding, EntryFacts::of(facts.clone()));
         let addition = Addition { ledger: self, undo: Some((pod.attachment.clone(), call)) };
         let enrolment = self.registry.add(facts, namespace.clone());
         enrolment.first_outcome().await.map_err(|error| Refusal::from(&error))?;
-        self.complete(&pod, namespace.id(), call)?;
+        self.complete(&pod.attachment, call)?;
         Ok(addition)
     }
 
@@ -141,7 +164,7 @@ impl Ledger {
         pod: &AttachedPod,
         namespace: NamespaceId,
         progress: Progress,
-        facts: Option<PodFacts>,
+        facts: EntryFacts,
     ) -> u64 {
         let is_visible = leads_to(Path::new(&pod.namespace_path), namespace);
         if !is_visible {
@@ -162,18 +185,13 @@ impl Ledger {
     }
 
     /// Stores a pod that is served.
-    fn complete(
-        &self,
-        pod: &AttachedPod,
-        namespace: NamespaceId,
-        call: u64,
-    ) -> Result<(), Refusal> {
+    fn complete(&self, attachment: &Attachment, call: u64) -> Result<(), Refusal> {
         let mut known = self.known();
-        let Some(entry) = known.entries.get_mut(&pod.attachment).filter(|entry| entry.call == call)
-        else {
+        let entry = known.entries.get_mut(attachment).filter(|entry| entry.call == call);
+        let Some(entry) = entry else {
             return Err(Refusal::from(&EnrolError::Removed));
         };
-        self.store.save(pod, namespace).map_err(|error| Refusal {
+        self.store.save(&entry.to_store()).map_err(|error| Refusal {
             code: code::TRY_AGAIN,
             message: format!("the daemon cannot store the pod: {error}"),
             hint: "free space in the folder of the daemon's socket; the runtime tries again"
@@ -268,13 +286,13 @@ impl Ledger {
 
     /// Loads the pods of an earlier process, which [`Ledger::follow_facts`] enrols again.
     pub(super) fn resume(&self) -> io::Result<()> {
-        for StoredPod { pod, device, inode } in self.store.load()? {
+        for StoredPod { pod, device, inode, facts: stored } in self.store.load()? {
             let path = Path::new(&pod.namespace_path);
             if let Some((facts, namespace)) = self.registry.known(&pod.pod.uid)
                 && (namespace.device(), namespace.inode()) == (device, inode)
             {
                 // Adopted from the process that was taken over.
-                self.begin(&pod, namespace, Progress::Enrolled, Some(facts));
+                self.begin(&pod, namespace, Progress::Enrolled, EntryFacts::of(facts));
                 continue;
             }
             let namespace = match (self.open)(path) {
@@ -298,7 +316,8 @@ impl Ledger {
                     continue;
                 }
             };
-            self.begin(&pod, namespace.id(), Progress::Enrolled, None);
+            let facts = EntryFacts { current: None, stored };
+            self.begin(&pod, namespace.id(), Progress::Enrolled, facts);
         }
         let known = self.known();
         let pods = known.entries.values().map(|entry| entry.pod.pod.uid.clone());

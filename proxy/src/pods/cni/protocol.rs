@@ -13,10 +13,13 @@
 
 use std::net::IpAddr;
 
+use serde::Deserialize as _;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use super::attachment::{AttachedPod, Attachment, InvalidName, NetworkName, PodReference};
+use crate::pods::facts::PodFacts;
+use crate::pods::facts::wire::{InvalidFact, WireFacts};
 
 const VERSION: u64 = 1;
 /// The maximum number of addresses of a pod.
@@ -83,6 +86,8 @@ pub(crate) struct StoredPod {
     pub(crate) pod: AttachedPod,
     pub(crate) device: u64,
     pub(crate) inode: u64,
+    /// The last facts about it; `None` if they were never known.
+    pub(crate) facts: Option<PodFacts>,
 }
 
 /// A message that does not follow the protocol.
@@ -100,6 +105,8 @@ pub(crate) enum ProtocolError {
     Field(&'static str),
     #[error(transparent)]
     Name(#[from] InvalidName),
+    #[error(transparent)]
+    Facts(#[from] InvalidFact),
 }
 
 impl Request {
@@ -173,11 +180,13 @@ impl Answer {
 }
 
 impl StoredPod {
-    pub(crate) fn encode(pod: &AttachedPod, device: u64, inode: u64) -> String {
+    pub(crate) fn encode(&self) -> String {
+        let Self { pod, device, inode, facts } = self;
         let mut stored = encode_pod("stored", pod);
         if let Some(stored) = stored.as_object_mut() {
-            stored.insert("device".to_owned(), device.into());
-            stored.insert("inode".to_owned(), inode.into());
+            stored.insert("device".to_owned(), (*device).into());
+            stored.insert("inode".to_owned(), (*inode).into());
+            stored.insert("facts".to_owned(), json!(facts.as_ref().map(WireFacts::from)));
         }
         add_version(&mut stored);
         stored.to_string()
@@ -189,7 +198,9 @@ impl StoredPod {
             stored.get(key).and_then(Value::as_u64).ok_or(ProtocolError::Field(key))
         };
         let (device, inode) = (number("device")?, number("inode")?);
-        Ok(Self { pod: decode_pod(&stored)?, device, inode })
+        let facts = stored.get("facts").cloned().unwrap_or_default();
+        let facts = Option::<WireFacts>::deserialize(facts)?.map(PodFacts::try_from).transpose()?;
+        Ok(Self { pod: decode_pod(&stored)?, device, inode, facts })
     }
 }
 
@@ -284,9 +295,7 @@ pub(crate) fn check_line(line: &[u8]) {
         assert_eq!(Answer::decode(&line).ok().map(|again| again.encode()), Some(line));
     }
     if let Ok(stored) = StoredPod::decode(line) {
-        let StoredPod { pod, device, inode } = &stored;
-        let again = StoredPod::decode(&StoredPod::encode(pod, *device, *inode));
-        assert_eq!(again.ok().as_ref(), Some(&stored));
+        assert_eq!(StoredPod::decode(&stored.encode()).ok().as_ref(), Some(&stored));
     }
 }
 

@@ -11,9 +11,9 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
-use underpass_interception::{NamespaceId, Peer};
+use underpass_interception::Peer;
 
-use super::attachment::{AttachedPod, Attachment};
+use super::attachment::Attachment;
 use super::protocol::{ProtocolError, StoredPod};
 
 /// The extension of a pod's file.
@@ -75,10 +75,10 @@ impl Store {
     }
 
     /// Stores a pod atomically.
-    pub(super) fn save(&self, pod: &AttachedPod, namespace: NamespaceId) -> io::Result<()> {
-        let path = self.file(&pod.attachment);
+    pub(super) fn save(&self, pod: &StoredPod) -> io::Result<()> {
+        let path = self.file(&pod.pod.attachment);
         let new = path.with_extension("new");
-        fs::write(&new, StoredPod::encode(pod, namespace.device(), namespace.inode()))?;
+        fs::write(&new, pod.encode())?;
         fs::rename(&new, &path)
     }
 

@@ -16,6 +16,13 @@ pub(crate) fn cluster(view: &watch::Sender<ClusterView>, pods: &[Value], namespa
     });
 }
 
+/// Reports that the API server does not answer.
+pub(crate) fn unreachable(view: &watch::Sender<ClusterView>) {
+    view.send_modify(|view| {
+        view.set_problem(Kind::Pods, Some("connection refused".to_owned()));
+    });
+}
+
 /// The pod `shop/NAME` with the uid `uid-of-NAME`.
 pub(crate) fn pod(name: &str) -> Value {
     json!({

@@ -51,11 +51,14 @@ impl OutgoingPods {
         match self.registry.next_moved() {
             Some(Moved::Pod(pod)) => {
                 let has_certificate = self.registry.has_certificate(&pod.facts.uid).await;
-                let line = format!("{POD} {}", message::encode(&pod, has_certificate));
+                let Ok(message) = message::encode(&pod, has_certificate) else {
+                    return Reply::refused("cannot encode a pod");
+                };
                 let listeners = pod.listeners.into_iter().flatten();
                 let listeners = listeners.map(|(_, listener)| Box::new(listener) as _);
                 let namespace: Box<dyn AsFd + Send + Sync> = Box::new(pod.namespace);
-                Reply::new(line).with(std::iter::once(namespace).chain(listeners))
+                Reply::new(format!("{POD} {message}"))
+                    .with(std::iter::once(namespace).chain(listeners))
             }
             Some(Moved::Gone(uid)) => Reply::new(format!("{GONE} {uid}")),
             None => Reply::new(END.to_owned()),

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
+use futures_util::future::join_all;
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 use underpass_config::{PodUid, Settings, Sources};
@@ -167,62 +168,64 @@ async fn pods_and_source_move_and_running_process_drains() {
 
 #[tokio::test]
 async fn broken_connection_at_each_message_leaves_every_pod_to_running_process() {
-    for messages in 1..MAX_REQUESTS {
-        let (running, new, at) = (Running::start().await, New::default(), path("relay"));
-        let registry = new.enroller.registry();
-        let listener = ControlSocket::bind(&at, None).unwrap();
-        let relayed = relay(listener, running.socket.clone(), messages, || {});
-        let (outcome, complete) = tokio::join!(new.take_over(&registry, &at), relayed);
-        if complete {
-            outcome.unwrap();
-            assert!(messages > 10, "{messages}");
-            return;
+    let complete = join_all((1..MAX_REQUESTS).map(break_connection)).await;
+    let incomplete = complete.iter().filter(|complete| !**complete).count();
+    assert!(incomplete > 10 && incomplete < complete.len(), "{complete:?}");
+}
+
+/// Returns whether the exchange was complete before.
+async fn break_connection(messages: usize) -> bool {
+    let (running, new, at) = (Running::start().await, New::default(), path("relay"));
+    let registry = new.enroller.registry();
+    let listener = ControlSocket::bind(&at, None).unwrap();
+    let relayed = relay(listener, running.socket.clone(), messages, || {});
+    let (outcome, complete) = tokio::join!(new.take_over(&registry, &at), relayed);
+    match outcome {
+        // The last message was passed.
+        Ok(_) => {
+            let outcome = running.life.await.unwrap().0;
+            assert!(matches!(outcome, TakeoverOutcome::Completed { .. }), "{outcome:?}");
         }
-        match outcome {
-            // The last message was passed.
-            Ok(_) => {
-                let outcome = running.life.await.unwrap().0;
-                assert!(matches!(outcome, TakeoverOutcome::Completed { .. }), "{outcome:?}");
+        Err(error) => {
+            assert!(
+                matches!(
+                    error,
+                    AdoptionError::TakeOver(TakeOverError::Closed { .. })
+                        | AdoptionError::Pod(EnrolError::TakeOver(_))
+                ),
+                "after {messages}: {error:?}"
+            );
+            assert!(!complete, "after {messages}");
+            while !running.life.is_finished() {
+                tokio::task::yield_now().await;
             }
-            Err(error) => {
-                assert!(
-                    matches!(
-                        error,
-                        AdoptionError::TakeOver(TakeOverError::Closed { .. })
-                            | AdoptionError::Pod(EnrolError::TakeOver(_))
-                    ),
-                    "after {messages}: {error:?}"
-                );
-                while !running.life.is_finished() {
-                    tokio::task::yield_now().await;
-                }
-                running.assert_serves_all().await;
-            }
+            running.assert_serves_all().await;
         }
     }
-    unreachable!("the exchange is longer than {MAX_REQUESTS}");
+    complete
 }
 
 #[tokio::test]
 async fn killed_running_process_at_each_message_leaves_every_pod_to_new_process() {
-    for messages in 1..MAX_REQUESTS {
-        let (running, new, at) = (Running::start().await, New::default(), path("relay"));
-        let registry = new.enroller.registry();
-        let listener = ControlSocket::bind(&at, None).unwrap();
-        let kill = || running.life.abort();
-        let relayed = relay(listener, running.socket.clone(), messages, kill);
-        let (outcome, complete) = tokio::join!(new.take_over(&registry, &at), relayed);
-        outcome.unwrap();
-        // Its source enrols what was not passed.
-        for index in 0..NAMESPACES.len() {
-            registry.add(pod(index), namespace(index)).first_outcome().await.unwrap();
-        }
-        assert_eq!(new.enroller.serving().len(), NAMESPACES.len());
-        if complete {
-            return;
-        }
+    let complete = join_all((1..MAX_REQUESTS).map(kill_running)).await;
+    assert!(complete.contains(&true) && complete.contains(&false), "{complete:?}");
+}
+
+/// Returns whether the exchange was complete before.
+async fn kill_running(messages: usize) -> bool {
+    let (running, new, at) = (Running::start().await, New::default(), path("relay"));
+    let registry = new.enroller.registry();
+    let listener = ControlSocket::bind(&at, None).unwrap();
+    let kill = || running.life.abort();
+    let relayed = relay(listener, running.socket.clone(), messages, kill);
+    let (outcome, complete) = tokio::join!(new.take_over(&registry, &at), relayed);
+    outcome.unwrap();
+    // Its source enrols the pods that were not passed.
+    for index in 0..NAMESPACES.len() {
+        registry.add(pod(index), namespace(index)).first_outcome().await.unwrap();
     }
-    unreachable!("the exchange is longer than {MAX_REQUESTS}");
+    assert_eq!(new.enroller.serving().len(), NAMESPACES.len());
+    complete
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 use underpass_config::{Hint as _, PodUid, next_multiple};
 
-use super::{Entry, Ledger};
+use super::{Entry, Ledger, Progress};
 use crate::error::chain;
 use crate::observe::metrics;
 use crate::pods::cni::attachment::PodReference;
@@ -62,15 +62,20 @@ impl Ledger {
     }
 
     /// Passes changed facts to the registry. If the facts of a pod are no longer found, the last
-    /// ones stay.
+    /// ones stay: after a restart those that the earlier process has stored.
     pub(super) fn apply_facts(&self) {
         for entry in self.known().entries.values_mut() {
             match self.facts.find(&entry.pod) {
-                Ok(facts) if entry.facts.as_ref() == Some(&facts) => {}
+                Ok(facts) if entry.facts.current.as_ref() == Some(&facts) => {}
                 Ok(facts) => self.enrol(entry, facts),
-                Err(problem) if entry.facts.is_none() => {
+                Err(problem) if entry.facts.current.is_none() => {
                     let hint = problem.hint();
                     entry.log(problem.to_string(), hint.as_deref());
+                    if let Some(stored) = entry.facts.stored.clone().filter(|_| problem.is_outage())
+                    {
+                        tracing::warn!(uid = %entry.pod.pod.uid, "enrolling a pod with stored facts");
+                        self.enrol(entry, stored);
+                    }
                 }
                 Err(_) => {}
             }
@@ -82,8 +87,9 @@ impl Ledger {
             Ok(namespace) if namespace.id() == entry.namespace => {
                 // The registry retries failed enrolments.
                 drop(self.registry.add(facts.clone(), namespace));
-                entry.facts = Some(facts);
+                entry.facts.current = Some(facts);
                 entry.problem = None;
+                self.store(entry);
             }
             // The sweep removes the pod.
             Ok(_) => {}
@@ -91,6 +97,18 @@ impl Ledger {
                 let hint = error.hint();
                 entry.log(chain(&error), hint.as_deref());
             }
+        }
+    }
+
+    /// Stores the new facts of a pod that an earlier call has stored.
+    fn store(&self, entry: &Entry) {
+        let is_new = entry.facts.current != entry.facts.stored;
+        if is_new
+            && entry.progress == Progress::Enrolled
+            && let Err(error) = self.store.save(&entry.to_store())
+        {
+            let hint = "free space in the folder of the daemon's socket";
+            tracing::warn!(%error, hint, uid = %entry.pod.pod.uid, "cannot store the facts of a pod");
         }
     }
 

@@ -14,7 +14,9 @@ use crate::pods::cni::report::Report;
 use crate::pods::cni::results::CniResults;
 use crate::pods::cni::testing::{Folder, attached, facts, namespace, namespace_path, snapshot};
 use crate::pods::enrolment::LeaveReason;
-use crate::pods::kubernetes::testing::{cluster, namespace as kubernetes_namespace, pod};
+use crate::pods::kubernetes::testing::{
+    cluster, namespace as kubernetes_namespace, pod, unreachable,
+};
 use crate::pods::source::SourceHealth;
 use crate::pods::testing::FakeEnroller;
 
@@ -284,6 +286,44 @@ async fn restarted_daemon_waits_for_facts_about_a_pod() {
     let _following = daemon.follow();
     daemon.mesh.send_replace(snapshot(&settings(&[]), &["db", "web"]));
     daemon.serves(&["uid-of-web"]).await;
+}
+
+#[tokio::test]
+async fn restarted_daemon_uses_stored_facts_while_the_api_server_is_unreachable() {
+    let folder = Folder::new();
+    const LABEL: &str = "istio.io/revision";
+    let web = attached("web", &["10.0.0.1"]);
+    let start = || {
+        let (enroller, view) = (FakeEnroller::default(), watch::Sender::default());
+        let store = Store::open(folder.path("pods")).unwrap();
+        let facts = FactFinder::new(&settings(&[]), FactOrigin::Kubernetes(view.subscribe()));
+        let open = |path: &Path| Namespace::open(path);
+        (Ledger::new(enroller.registry(), facts, store, open), enroller, view)
+    };
+    let mut object = pod("web");
+    {
+        let (ledger, _, view) = start();
+        cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
+        ledger.add(web.clone(), namespace("uts")).await.unwrap().keep();
+        object["metadata"]["labels"][LABEL] = "new".into();
+        cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
+        ledger.apply_facts();
+    }
+    let (ledger, enroller, view) = start();
+    ledger.resume().unwrap();
+    ledger.apply_facts();
+    assert!(!ledger.registry.is_known(&web.pod.uid), "the API server may still answer");
+    unreachable(&view);
+    ledger.apply_facts();
+    let label = || ledger.registry.known(&web.pod.uid).unwrap().0.labels.get(LABEL).cloned();
+    assert_eq!(label().as_deref(), Some("new"), "the last facts were stored");
+    while enroller.serving().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    object["metadata"]["labels"][LABEL] = "newer".into();
+    cluster(&view, &[object], &[kubernetes_namespace("shop", "ambient")]);
+    ledger.apply_facts();
+    assert_eq!((label().as_deref(), enroller.attempts(&web.pod.uid)), (Some("newer"), 1));
 }
 
 #[tokio::test]

@@ -3,7 +3,9 @@
 use std::os::unix::fs::PermissionsExt as _;
 
 use super::*;
+use crate::pods::cni::attachment::AttachedPod;
 use crate::pods::cni::testing::{Folder, attached, namespace};
+use crate::pods::facts::tests::facts;
 
 fn permit(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
@@ -15,18 +17,22 @@ fn pods_stay_stored_until_they_are_removed() {
     let id = namespace("uts").id();
     let (web, db) = (attached("web", &["10.0.0.1", "fd00::1"]), attached("db", &[]));
     let store = Store::open(folder.path("pods")).unwrap();
-    store.save(&web, id).unwrap();
-    store.save(&db, id).unwrap();
-    store.save(&db, id).unwrap();
-    let stored =
-        |pod: &AttachedPod| StoredPod { pod: pod.clone(), device: id.device(), inode: id.inode() };
+    let stored = |pod: &AttachedPod, facts| {
+        let (pod, device, inode) = (pod.clone(), id.device(), id.inode());
+        StoredPod { pod, device, inode, facts }
+    };
+    let (web, first, db) =
+        (stored(&web, Some(facts())), stored(&db, None), stored(&db, Some(facts())));
+    for pod in [&web, &first, &db] {
+        store.save(pod).unwrap();
+    }
     let again = Store::open(folder.path("pods")).unwrap();
     let mut loaded = again.load().unwrap();
     loaded.sort_by(|a, b| a.pod.attachment.cmp(&b.pod.attachment));
-    assert_eq!(loaded, [stored(&db), stored(&web)]);
-    again.remove(&db.attachment).unwrap();
-    again.remove(&db.attachment).unwrap();
-    assert_eq!(again.load().unwrap(), [stored(&web)]);
+    assert_eq!(loaded, [db.clone(), web.clone()]);
+    again.remove(&db.pod.attachment).unwrap();
+    again.remove(&db.pod.attachment).unwrap();
+    assert_eq!(again.load().unwrap(), [web]);
 }
 
 #[test]
