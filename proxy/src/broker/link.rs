@@ -44,7 +44,7 @@ pub(crate) struct Sender<M> {
 struct Outgoing {
     bytes: Vec<u8>,
     descriptors: Vec<OwnedFd>,
-    /// The other process must have read enough until then.
+    /// The time by which the other process must have read enough for this message.
     deadline: Instant,
     _permit: Option<OwnedSemaphorePermit>,
 }
@@ -89,8 +89,8 @@ impl<M: Message> Sender<M> {
         self.queue(bytes, descriptors, Some(permit))
     }
 
-    /// Sends a message without waiting. The number of queued messages has no limit, but their age
-    /// has: the writer ends the connection when it cannot write one within [`WRITE_TIMEOUT`].
+    /// Sends a message without waiting. The number of queued messages is not limited, but their
+    /// age is: the writer ends the connection when it cannot write one within [`WRITE_TIMEOUT`].
     pub(crate) fn post(&self, message: &M) -> Result<(), LinkError> {
         let bytes = message.encode().ok_or(LinkError::TooLong)?;
         self.queue(bytes, Vec::new(), None)

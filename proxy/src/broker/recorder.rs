@@ -45,7 +45,8 @@ struct ForwardedGauge {
 }
 
 /// Sends a change. Fails only if the proxy process has ended, or reads too slowly, which ends it.
-/// A refused message of the proxy process is counted, so a hostile one causes messages to itself.
+/// Each refused message of the proxy process is counted, so a hostile process causes messages to
+/// itself.
 fn send(sender: &Sender<ToProxy>, key: &Key, change: Change) {
     let label = |label: &metrics::Label| (label.key().to_owned(), label.value().to_owned());
     let (name, labels) = (key.name().to_owned(), key.labels().map(label).collect());

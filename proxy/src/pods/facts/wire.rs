@@ -1,4 +1,4 @@
-//! The facts about a pod as JSON: for a process that takes over, and for the next one.
+//! The facts about a pod as JSON: for a process that takes over, and for the one after a restart.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

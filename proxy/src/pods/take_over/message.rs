@@ -13,7 +13,7 @@ use crate::pods::state::moving::MovedPod;
 /// Why a message about a pod cannot be used.
 #[derive(Debug, Error)]
 pub(super) enum MessageError {
-    #[error("the message is not that of a pod")]
+    #[error("the message does not describe a pod")]
     Json(#[from] serde_json::Error),
     #[error("the message is invalid")]
     Facts(#[from] InvalidFact),
