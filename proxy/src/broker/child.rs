@@ -104,7 +104,7 @@ impl ProxyProcess {
         tracing::info!(pid = child.id(), user = user.uid, "started the proxy process");
         let installed = recorder::install(sender.clone());
         installed.map_err(|error| CommandError::Start(std::io::Error::other(error.to_string())))?;
-        let identities = IdentityFeeds::new(settings, &sender);
+        let identities = IdentityFeeds::new(settings, &sender, supervisor);
         let data_plane = RemoteDataPlane::new(sender, identities);
         Ok(Self { child, data_plane, receiver: Some(receiver), broken, tasks: vec![writing] })
     }

@@ -6,21 +6,21 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use tokio_util::task::AbortOnDropHandle;
 use underpass_config::{IdentitySettings, Settings, SpiffeId, SpireSettings};
-use underpass_hbone::{
-    DelegatedIdentitySource, LocalAuthority, LocalCaSource, PemSource, log_panic,
-};
+use underpass_hbone::{DelegatedIdentitySource, LocalAuthority, LocalCaSource, PemSource};
 
 use crate::broker::link::{LinkError, Sender};
 use crate::broker::message::ToProxy;
 use crate::node::certificates::report_failure;
+use crate::observe::metrics;
+use crate::process::supervise::{Supervisor, Task};
 
 /// The certificates of the served pods. The pods of one workload share one feed.
 #[derive(Debug)]
 pub(crate) struct IdentityFeeds {
     origin: Origin,
     sender: Sender<ToProxy>,
+    supervisor: Supervisor,
     /// By identity. Entries without a pod stay until the next feed starts.
     feeds: Mutex<HashMap<SpiffeId, Weak<IdentityFeed>>>,
 }
@@ -37,13 +37,17 @@ enum Origin {
 pub(crate) struct IdentityFeed {
     id: SpiffeId,
     sender: Sender<ToProxy>,
-    _task: AbortOnDropHandle<()>,
+    _task: Task,
 }
 
 impl IdentityFeeds {
     /// `None` if the proxy process gets the certificates itself. Call it while this process has its
     /// privileges.
-    pub(crate) fn new(settings: &Settings, sender: &Sender<ToProxy>) -> Option<Self> {
+    pub(crate) fn new(
+        settings: &Settings,
+        sender: &Sender<ToProxy>,
+        supervisor: &Supervisor,
+    ) -> Option<Self> {
         let origin = match &settings.identity {
             Some(IdentitySettings::LocalCa(ca)) => {
                 Origin::LocalCa(Arc::new(LocalAuthority::new(ca.clone())))
@@ -51,7 +55,8 @@ impl IdentityFeeds {
             Some(IdentitySettings::Spire(spire)) => Origin::Spire(spire.clone()),
             Some(IdentitySettings::IstioCa(_) | IdentitySettings::Files(_)) | None => return None,
         };
-        Some(Self { origin, sender: sender.clone(), feeds: Mutex::default() })
+        let (sender, supervisor) = (sender.clone(), supervisor.clone());
+        Some(Self { origin, sender, supervisor, feeds: Mutex::default() })
     }
 
     /// Returns the feed of an identity, and starts it if none runs.
@@ -62,11 +67,9 @@ impl IdentityFeeds {
             return running;
         }
         feeds.retain(|_, feed| feed.strong_count() > 0);
-        let following = follow(self.source(id), id.clone(), self.sender.clone());
-        let task = tokio::spawn(log_panic("certificates for the proxy process", following));
-        let (id, sender, _task) = (id.clone(), self.sender.clone(), AbortOnDropHandle::new(task));
-        let feed = Arc::new(IdentityFeed { id: id.clone(), sender, _task });
-        feeds.insert(id, Arc::downgrade(&feed));
+        let (source, sender) = (self.source(id), self.sender.clone());
+        let feed = Arc::new(IdentityFeed::start(id.clone(), source, sender, &self.supervisor));
+        feeds.insert(id.clone(), Arc::downgrade(&feed));
         feed
     }
 
@@ -82,7 +85,20 @@ impl IdentityFeeds {
     }
 }
 
-/// Sends certificates until the proxy process ends.
+impl IdentityFeed {
+    fn start(
+        id: SpiffeId,
+        source: Box<dyn PemSource>,
+        sender: Sender<ToProxy>,
+        supervisor: &Supervisor,
+    ) -> Self {
+        let following = follow(source, id.clone(), sender.clone());
+        let _task = supervisor.essential("certificates for the proxy process", following);
+        Self { id, sender, _task }
+    }
+}
+
+/// Sends certificates until the proxy process ends. Never returns.
 async fn follow(mut source: Box<dyn PemSource>, id: SpiffeId, sender: Sender<ToProxy>) {
     loop {
         match source.next_pem().await {
@@ -90,13 +106,17 @@ async fn follow(mut source: Box<dyn PemSource>, id: SpiffeId, sender: Sender<ToP
                 let message = ToProxy::Certificate(identity.into());
                 match sender.send(&message, Vec::new()).await {
                     Ok(()) => {}
-                    Err(LinkError::Closed) => return,
-                    Err(error @ LinkError::TooLong) => tracing::error!(
-                        %error,
-                        workload = %id,
-                        hint = "federate the workload with fewer trust domains, or set privileges.broker: off",
-                        "cannot send a certificate and its roots to the proxy process"
-                    ),
+                    // `ProxyProcess::ended` reports the reason.
+                    Err(LinkError::Closed) => std::future::pending().await,
+                    Err(error @ LinkError::TooLong) => {
+                        metrics::certificate_failed();
+                        tracing::error!(
+                            %error,
+                            workload = %id,
+                            hint = "federate the workload with fewer trust domains, or set privileges.broker: off",
+                            "cannot send a certificate and its roots to the proxy process"
+                        );
+                    }
                 }
             }
             Err(error) => report_failure(Some(&id), &error),
@@ -109,5 +129,80 @@ impl Drop for IdentityFeed {
         let identity = self.id.to_string();
         // Fails if the proxy process has ended.
         self.sender.post(&ToProxy::DropCertificate { identity }).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+    use std::time::Duration;
+
+    use futures_util::FutureExt as _;
+    use underpass_config::TrustDomain;
+    use underpass_hbone::{IdentityPem, NextPem};
+    use underpass_interception::SeqPacket;
+
+    use super::*;
+    use crate::broker::link;
+    use crate::broker::message::MAX_MESSAGE;
+    use crate::node::testing::metrics_after;
+
+    /// Returns the certificates of a function.
+    struct Source<F>(F);
+
+    impl<F: FnMut() -> Option<IdentityPem> + Send> PemSource for Source<F> {
+        fn next_pem(&mut self) -> NextPem<'_> {
+            match (self.0)() {
+                Some(pem) => Box::pin(ready(Ok(pem))),
+                None => Box::pin(pending()),
+            }
+        }
+    }
+
+    fn id() -> SpiffeId {
+        "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap()
+    }
+
+    fn pem(roots: String) -> IdentityPem {
+        let domain: TrustDomain = "cluster.local".parse().unwrap();
+        let (chain, key) = (String::new(), String::new());
+        IdentityPem { chain, key, bundles: [(domain, roots)].into() }
+    }
+
+    #[tokio::test]
+    async fn panic_of_feed_is_reported_as_failure_of_the_process() {
+        let (ours, _theirs) = SeqPacket::pair().unwrap();
+        let (sender, _, _writer) = link::open(ours).unwrap();
+        let (supervisor, mut failures) = Supervisor::new();
+        let source = Source(|| -> Option<IdentityPem> { panic!("a defect") });
+        let _feed = IdentityFeed::start(id(), Box::new(source), sender, &supervisor);
+        assert_eq!(
+            failures.next().await.to_string(),
+            "certificates for the proxy process panicked: a defect"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn closed_connection_is_no_failure_of_feed() {
+        let (ours, _theirs) = SeqPacket::pair().unwrap();
+        let (sender, _, writer) = link::open(ours).unwrap();
+        drop(writer);
+        let (supervisor, mut failures) = Supervisor::new();
+        let source = Source(|| Some(pem(String::new())));
+        let _feed = IdentityFeed::start(id(), Box::new(source), sender, &supervisor);
+        let failed = tokio::time::timeout(Duration::from_secs(1), failures.next()).await;
+        assert!(failed.is_err(), "{failed:?}");
+    }
+
+    #[tokio::test]
+    async fn certificate_beyond_message_size_counts_as_failure() {
+        let (ours, _theirs) = SeqPacket::pair().unwrap();
+        let (sender, _, _writer) = link::open(ours).unwrap();
+        let mut certificates = vec![pem("r".repeat(MAX_MESSAGE))];
+        let source = Box::new(Source(move || certificates.pop()));
+        let metrics = metrics_after(|| {
+            assert_eq!(follow(source, id(), sender).now_or_never(), None);
+        });
+        assert!(metrics.contains("underpass_certificate_failures_total 1"), "{metrics}");
     }
 }

@@ -21,6 +21,7 @@ use crate::broker::reported;
 use crate::broker::served::{CommandServer, ServedKeys};
 use crate::error::chain;
 use crate::node::received_identities::ReceivedIdentities;
+use crate::observe::metrics;
 use crate::process::app::run_until_failure;
 use crate::process::command_error::CommandError;
 use crate::process::node_proxy::{LoadedNode, RunningNode};
@@ -185,6 +186,7 @@ impl Broker {
         match certificate.try_into() {
             Ok(identity) => self.identities.receive(identity),
             Err::<_, CertificateError>(error) => {
+                metrics::certificate_failed();
                 tracing::error!(error = chain(&error), "cannot use a certificate of the broker");
             }
         }
@@ -219,5 +221,27 @@ async fn report(requests: Requests, keys: Arc<ServedKeys>) -> String {
                 return text;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use underpass_hbone::IdentityPem;
+
+    use super::*;
+    use crate::node::testing::metrics_after;
+
+    #[tokio::test]
+    async fn unusable_certificate_of_broker_counts_as_failure() {
+        let (ours, _theirs) = SeqPacket::pair().unwrap();
+        let (sender, receiver, _writer) = link::open(ours).unwrap();
+        let (requests, identities) = (Requests::new(sender), Arc::default());
+        let broker = Broker { receiver, requests, identities };
+        let (chain, key) = ("no certificate".to_owned(), String::new());
+        let pem = IdentityPem { chain, key, bundles: BTreeMap::new() };
+        let metrics = metrics_after(|| broker.receive(pem.into()));
+        assert!(metrics.contains("underpass_certificate_failures_total 1"), "{metrics}");
     }
 }

@@ -29,6 +29,7 @@ use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
 use crate::pods::testing::FakeEnroller;
 use crate::process::pause_gate::Pausable as _;
+use crate::process::supervise::Supervisor;
 use crate::traffic::listeners::Listeners;
 
 const KIND: WireKind = WireKind { v6: false, role: WireRole::Upstream };
@@ -45,7 +46,8 @@ impl Scene {
         let (ours, theirs) = SeqPacket::pair().unwrap();
         let (sender, receiver, writer) = link::open(ours).unwrap();
         tokio::spawn(writer.run());
-        let identities = IdentityFeeds::new(settings, &sender);
+        let (supervisor, _) = Supervisor::new();
+        let identities = IdentityFeeds::new(settings, &sender, &supervisor);
         let data_plane = RemoteDataPlane::new(sender, identities);
         let registry = FakeEnroller::default().registry();
         let access = NamespaceAccess::current().unwrap();

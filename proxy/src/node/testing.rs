@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -53,6 +54,13 @@ pub(crate) fn sockets(settings: &Settings) -> Arc<PodSockets> {
     let access = NamespaceAccess::current().expect("a thread");
     let sockets = Sockets::new(&settings.interception, false);
     PodSockets::new(access, sockets, Descriptors::new(10_000, 0, 1))
+}
+
+/// The metrics that `act` changes.
+pub(crate) fn metrics_after(act: impl FnOnce()) -> String {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    metrics::with_local_recorder(&recorder, act);
+    recorder.handle().render()
 }
 
 /// A node with this many workers and an empty mesh. Requires a runtime.
