@@ -93,9 +93,9 @@ impl MeshStore {
         &mut self.shared
     }
 
-    /// Whether there is a workload with this uid.
-    pub(crate) fn has_workload(&self, uid: &str) -> bool {
-        self.workloads.contains_key(uid)
+    /// The workload with this uid, without policies.
+    pub(crate) fn workload(&self, uid: &str) -> Option<&Workload> {
+        self.workloads.get(uid).map(|entry| &*entry.draft)
     }
 
     /// Whether there is a service with this name.

@@ -147,6 +147,7 @@ impl ControlPlane {
         let mut is_urgent = kind == ResourceType::Authorization;
         for name in &update.removed {
             let before = self.aliases(kind, name);
+            is_urgent |= self.is_local(kind, name);
             self.remove(kind, name);
             is_urgent |= self.outdated(kind, name, &before);
             let lookups = self.lookups.as_mut().filter(|_| kind == ResourceType::Address);
@@ -160,6 +161,7 @@ impl ControlPlane {
                 continue;
             }
             let before = self.aliases(kind, name);
+            let was_local = self.is_local(kind, name);
             let applied = match (content, kind) {
                 (Ok(content), ResourceType::Address) => self.address(item, content),
                 (Ok(content), ResourceType::Authorization) => self.policy(item, content),
@@ -171,7 +173,7 @@ impl ControlPlane {
             is_urgent |= self.outdated(kind, name, &before);
             is_urgent |= self.answered(kind, item);
             match applied {
-                Ok(is_local) => is_urgent |= is_local,
+                Ok(is_local) => is_urgent |= was_local || is_local,
                 Err(rejection) => rejected.push((name.clone(), rejection)),
             }
         }
@@ -193,6 +195,12 @@ impl ControlPlane {
     pub fn snapshot(&mut self) -> Mesh {
         let answered = self.lookups.as_ref().map(|lookups| lookups.answered().clone());
         self.store.snapshot().with_answered(answered)
+    }
+
+    /// Whether the accepted version of a resource is a local workload.
+    fn is_local(&self, kind: ResourceType, name: &str) -> bool {
+        let workload = self.store.workload(name).filter(|_| kind == ResourceType::Address);
+        workload.is_some_and(|workload| self.local.contains(workload))
     }
 
     /// The addresses of a workload or service.
@@ -276,7 +284,7 @@ impl ControlPlane {
             ResourceType::Address => {
                 let is_service =
                     || service_key(name).is_some_and(|key| self.store.has_service(&key));
-                if !self.store.has_workload(name) && !is_service() {
+                if self.store.workload(name).is_none() && !is_service() {
                     let addresses = addresses_of(content, aliases, self.store.shared());
                     self.store.withhold(name.clone(), addresses);
                 }

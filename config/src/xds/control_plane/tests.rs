@@ -343,12 +343,19 @@ fn policies_and_local_workloads_are_urgent() {
     let mut client = Client(ControlPlane::new(node(), local, false));
     let mut on_node = workload("a", [10, 0, 0, 1]);
     on_node.node = "here".into();
+    let moved = workload("a", [10, 0, 0, 4]);
     for (item, urgent) in [
         (on_node, true),
+        (moved.clone(), true),
+        (moved, false),
         (workload("own", [10, 0, 0, 2]), true),
         (workload("b", [10, 0, 0, 3]), false),
     ] {
         assert_eq!(client.apply(ADDRESS, vec![resource(item)], &[]).is_urgent, urgent);
+    }
+    for (removed, urgent) in [("own", true), ("own", false), ("b", false)] {
+        let uid = format!("cluster//Pod/ns/{removed}");
+        assert_eq!(client.apply(ADDRESS, Vec::new(), &[&uid]).is_urgent, urgent, "{removed}");
     }
     assert!(client.apply(POLICY, vec![resource(policy("p", NAMESPACE, DENY))], &[]).is_urgent);
     assert!(client.apply(POLICY, Vec::new(), &["ns/p"]).is_urgent);
