@@ -136,6 +136,11 @@ impl ControlPlane {
         self.session.retained(kind).into_keys().collect()
     }
 
+    /// The number of changes of a response at most, with the removals that a whole state implies.
+    pub fn max_changes(&self, response: &DeltaResponse) -> usize {
+        response.resources.len() + self.session.max_removals(response)
+    }
+
     /// Applies a response to the next snapshot.
     ///
     /// # Errors

@@ -125,11 +125,11 @@ impl Session {
 
     /// Checks a response. The caller must apply the update and then call [`finish`](Self::finish).
     pub(super) fn receive(&self, response: DeltaResponse) -> Result<Update, SessionError> {
-        let DeltaResponse { resources, type_url, nonce, removed_resources: removed } = response;
-        let known = self.subscriptions.iter().find(|one| one.kind.url() == type_url);
-        let Some(subscription) = known else {
-            return Err(SessionError::UnknownType(type_url.chars().take(100).collect()));
+        let Some(subscription) = self.of_response(&response) else {
+            let unknown = response.type_url.chars().take(100).collect();
+            return Err(SessionError::UnknownType(unknown));
         };
+        let DeltaResponse { resources, nonce, removed_resources: removed, .. } = response;
         let kind = subscription.kind;
         let removed = match subscription.is_whole {
             true => subscription.names_missing_in(&resources),
@@ -143,6 +143,16 @@ impl Session {
         }
         let resources = resources.into_iter().map(|resource| self.item(kind, resource));
         Ok(Update { kind, removed, resources: resources.collect::<Result<_, _>>()?, nonce })
+    }
+
+    /// The number of resources that [`receive`](Self::receive) removes at most.
+    pub(super) fn max_removals(&self, response: &DeltaResponse) -> usize {
+        let subscription = self.of_response(response).filter(|one| one.is_whole);
+        subscription.map_or(response.removed_resources.len(), |one| one.versions.len())
+    }
+
+    fn of_response(&self, response: &DeltaResponse) -> Option<&Subscription> {
+        self.subscriptions.iter().find(|one| one.kind.url() == response.type_url)
     }
 
     fn item(&self, kind: ResourceType, resource: Resource) -> Result<Item, SessionError> {

@@ -194,8 +194,7 @@ impl ControlPlaneFollower {
 
     /// Applies a response; a large one on another thread.
     async fn apply(&mut self, response: DeltaResponse) -> Result<Applied, SessionError> {
-        let changes = response.resources.len() + response.removed_resources.len();
-        if changes <= MAX_INLINE {
+        if self.plane.max_changes(&response) <= MAX_INLINE {
             return self.plane.receive(response);
         }
         let empty = self.plane.renewed();

@@ -101,14 +101,18 @@ fn request_above_size_limit_asks_for_whole_state() {
     session.finish(update, &[]);
     assert!(session.open(None)[0].initial_resource_versions.is_empty());
     let whole = vec![resource(&name(7), "2"), resource("new", "1")];
-    let update = session.receive(response("2", whole, &["ignored"])).unwrap();
+    let whole = response("2", whole, &["ignored"]);
+    assert_eq!(session.max_removals(&whole), count);
+    let update = session.receive(whole).unwrap();
     assert_eq!(update.removed.len(), count - 1);
     assert!(!update.removed.contains(&name(7)));
     session.finish(update, &[]);
     let left = [(name(7), "2"), ("new".to_owned(), "1")].map(|(n, v)| (n, v.to_owned()));
     assert_eq!(retained(&session), left.into());
     // Later responses are deltas again.
-    let update = session.receive(response("3", vec![resource("a", "1")], &["new"])).unwrap();
+    let delta = response("3", vec![resource("a", "1")], &["new"]);
+    assert_eq!(session.max_removals(&delta), 1);
+    let update = session.receive(delta).unwrap();
     assert_eq!(update.removed, ["new"]);
 }
 
