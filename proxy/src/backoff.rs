@@ -34,6 +34,15 @@ impl Backoff {
         wait
     }
 
+    /// The wait after an attempt that succeeded for this long and then failed. If that is at least
+    /// the longest wait, the attempt ends the series.
+    pub(crate) fn next_after(&mut self, lasted: Duration) -> Duration {
+        if lasted >= self.longest {
+            self.reset();
+        }
+        self.next()
+    }
+
     /// Ends the series, after a success.
     pub(crate) fn reset(&mut self) {
         self.failures = 0;
@@ -55,5 +64,17 @@ mod tests {
         }
         backoff.reset();
         assert!(backoff.next() <= first);
+    }
+
+    #[test]
+    fn only_attempt_that_lasted_long_ends_series_of_failures() {
+        let (first, longest) = (Duration::from_millis(10), Duration::from_secs(15));
+        let mut backoff = Backoff::new(first, longest);
+        for lasted in [Duration::ZERO, longest - first, longest / 2] {
+            backoff.next_after(lasted);
+        }
+        assert!(backoff.next_after(longest - first) > first * 4);
+        assert!(backoff.next_after(longest) <= first);
+        assert!(backoff.next_after(Duration::ZERO) > first);
     }
 }

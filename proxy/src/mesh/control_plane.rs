@@ -33,8 +33,6 @@ use crate::observe::metrics;
 /// The bounds of the back-off before a new connection, as in ztunnel but with jitter.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
-/// A stream that lasted this long ends a series of failures.
-const STABLE: Duration = LONGEST_WAIT;
 /// The time for which changes that are not urgent are collected.
 const COALESCE: Duration = Duration::from_millis(100);
 /// The maximum number of changes that are applied on this thread. A larger response is applied on
@@ -110,22 +108,16 @@ impl ControlPlaneFollower {
         loop {
             let first = self.schedule.open(&mut self.plane, &self.lookups);
             let opened = self.or_file_changes(client.open(first)).await;
+            let since = Instant::now();
             let end = match opened {
-                Ok(stream) => {
-                    let since = Instant::now();
-                    let end = self.follow(stream, &readiness).await;
-                    // A control plane that closes every stream early is not asked again at once:
-                    // each time it would send its whole state.
-                    if since.elapsed() >= STABLE {
-                        backoff.reset();
-                    }
-                    end
-                }
+                Ok(stream) => self.follow(stream, &readiness).await,
                 Err(error) => StreamEnd::Stream(error),
             };
             metrics::control_plane_connected(false);
             metrics::control_plane_lost();
-            let (wait, address) = (backoff.next(), &self.address);
+            // A control plane that closes every stream early is not asked again at once: each time
+            // it would send its whole state.
+            let (wait, address) = (backoff.next_after(since.elapsed()), &self.address);
             log_end(address, &end, wait);
             self.or_file_changes(tokio::time::sleep(wait)).await;
         }
