@@ -45,9 +45,7 @@ impl ProxyUser {
         }
         let (users, groups) = (UserIds::of_users(), UserIds::of_groups());
         for (ids, kind, id) in [(users, "user", self.uid), (groups, "group", self.gid)] {
-            if !ids.contain(id) {
-                return Err(SeparationError::Unmapped(kind, id));
-            }
+            check_mapped(&ids, kind, id)?;
         }
         let setgroups = fs::read_to_string(SETGROUPS);
         let setgroups = setgroups.map_err(|error| SeparationError::Proc(SETGROUPS, error))?;
@@ -73,5 +71,28 @@ impl ProxyUser {
             Ok(())
         };
         confine().map_err(|source| InterceptionError::BecomeUser { user: self, source })
+    }
+}
+
+/// Fails unless the user namespace is known to have this user or group.
+fn check_mapped(ids: &UserIds, kind: &'static str, id: u32) -> Result<(), SeparationError> {
+    if !ids.is_known() || !ids.contain(id) {
+        return Err(SeparationError::Unmapped(kind, id));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn separation_needs_user_that_is_known_to_exist() {
+        let check = |map: &str, id| check_mapped(&UserIds::parse(map), "user", id);
+        for map in ["", "0 0", "a b c", "0 1000 1\n"] {
+            let error = check(map, 15008).unwrap_err();
+            assert!(matches!(error, SeparationError::Unmapped("user", 15008)), "{map:?}: {error}");
+        }
+        check("0 1000 1\n1 100000 65536\n", 15008).unwrap();
     }
 }

@@ -27,7 +27,7 @@ impl UserIds {
     }
 
     /// Parses lines with three numbers: first id inside, first id outside, count.
-    fn parse(map: &str) -> Self {
+    pub(crate) fn parse(map: &str) -> Self {
         let range = |line: &str| {
             let mut numbers = line.split_whitespace();
             Some((numbers.next()?.parse().ok()?, numbers.nth(1)?.parse().ok()?))
@@ -35,11 +35,16 @@ impl UserIds {
         Self { ranges: map.lines().filter_map(range).collect() }
     }
 
+    /// Whether the map was read and has an entry.
+    pub(crate) fn is_known(&self) -> bool {
+        !self.ranges.is_empty()
+    }
+
     pub(crate) fn contain(&self, id: u32) -> bool {
         let has = |(first, count): &(u32, u32)| {
             id.checked_sub(*first).is_some_and(|offset| offset < *count)
         };
-        self.ranges.is_empty() || self.ranges.iter().any(has)
+        !self.is_known() || self.ranges.iter().any(has)
     }
 }
 
