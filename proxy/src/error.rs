@@ -43,6 +43,8 @@ pub(crate) enum ProxyError {
     CertificateAwaited { id: SpiffeId, after: Duration },
     #[error("the mesh has no workload {pod} with this pod's identity {id}")]
     PodNotInMesh { pod: String, id: SpiffeId },
+    #[error("the control plane has not sent the workload {pod}, so its policies are unknown")]
+    WorkloadNotSent { pod: String },
     #[error(transparent)]
     Lookup(LookupError),
     #[error("too many TLS handshakes of {0} are in progress (limits.handshakes_per_source)")]
@@ -188,7 +190,7 @@ impl ProxyError {
             Self::CertificateAwaited { .. } => {
                 ("certificate_awaited", IdentityError, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
-            Self::PodNotInMesh { .. } => {
+            Self::PodNotInMesh { .. } | Self::WorkloadNotSent { .. } => {
                 ("pod_not_in_mesh", Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::Lookup(_) => ("lookup", Connect, Us, StatusCode::SERVICE_UNAVAILABLE),

@@ -27,6 +27,9 @@ impl Hint for ProxyError {
                 "check that the CA answers, or raise timeouts.handshake"
             }
             Self::PodNotInMesh { .. } => "add the pod to the mesh, with its service account",
+            Self::WorkloadNotSent { .. } => {
+                "add the workload to the control plane's mesh: one of mesh.file is not enough"
+            }
             Self::Lookup(LookupError::Unanswered { .. }) => {
                 "check that the control plane answers (underpass_control_plane_connected)"
             }

@@ -89,16 +89,27 @@ pub(crate) fn snapshot(generation: u64, mesh: &str) -> Arc<Snapshot> {
     Arc::new(Snapshot::new(mesh, &settings(&[]).workload, generation))
 }
 
-/// The workload `uid-HOST` of a control plane at `10.0.0.HOST`:
-/// `Address { workload: { namespace, addresses, uid } }`.
+/// The workload `uid-HOST` of a control plane at `10.0.0.HOST`.
 pub(crate) fn workload_resource(host: u8) -> Resource {
+    named_workload_resource("ns", "", host)
+}
+
+/// The same workload with this namespace and name:
+/// `Address { workload: { name, namespace, addresses, uid } }`.
+pub(crate) fn named_workload_resource(namespace: &str, workload: &str, host: u8) -> Resource {
     let name = format!("uid-{host}");
-    let length = u8::try_from(name.len()).expect("a short text");
-    let content =
-        [&[0x12, 2, b'n', b's', 0x1a, 4, 10, 0, 0, host, 0xa2, 1, length][..], name.as_bytes()]
-            .concat();
-    let value =
-        [&[0x0a, u8::try_from(content.len()).expect("a short text")][..], &content].concat();
+    let content = [
+        field(&[0x0a], workload.as_bytes()),
+        field(&[0x12], namespace.as_bytes()),
+        field(&[0x1a], &[10, 0, 0, host]),
+        field(&[0xa2, 1], name.as_bytes()),
+    ];
+    let value = field(&[0x0a], &content.concat());
     let any = Any { type_url: ResourceType::Address.url().to_owned(), value: value.into() };
     Resource { version: "1".to_owned(), resource: Some(any), name, aliases: Vec::new() }
+}
+
+/// A field of protobuf with this tag.
+fn field(tag: &[u8], value: &[u8]) -> Vec<u8> {
+    [tag, &[u8::try_from(value.len()).expect("a short value")], value].concat()
 }

@@ -45,7 +45,7 @@ impl PolicyContext {
         match snapshot.named(&self.own) {
             _ if !self.must_be_in_mesh => Ok(()),
             Some(workload) if workload.identity == self.own.spiffe_id => Ok(()),
-            _ => Err(self.not_in_mesh()),
+            _ => Err(ProxyError::PodNotInMesh { pod: self.pod(), id: self.own.spiffe_id.clone() }),
         }
     }
 
@@ -59,12 +59,12 @@ impl PolicyContext {
         self.check_own(snapshot)?;
         let local = snapshot.local(&self.own, address).map(|workload| &**workload);
         let known = snapshot.mesh.has_policies_of(local);
-        if known { Ok(()) } else { Err(self.not_in_mesh()) }
+        if known { Ok(()) } else { Err(ProxyError::WorkloadNotSent { pod: self.pod() }) }
     }
 
-    fn not_in_mesh(&self) -> ProxyError {
-        let pod = format!("{}/{}", self.own.namespace, self.own.name);
-        ProxyError::PodNotInMesh { pod, id: self.own.spiffe_id.clone() }
+    /// The pod in errors.
+    fn pod(&self) -> String {
+        format!("{}/{}", self.own.namespace, self.own.name)
     }
 }
 

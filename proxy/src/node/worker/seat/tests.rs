@@ -3,12 +3,14 @@
 use std::net::Ipv4Addr;
 use std::sync::Weak;
 
-use underpass_config::{ControlPlane, FileWatcher, Mesh, SpiffeId, TrustSettings};
+use underpass_config::{
+    ControlPlane, DeltaResponse, FileWatcher, Mesh, ResourceType, SpiffeId, TrustSettings,
+};
 use underpass_hbone::{CredentialsEvent, HboneError, IdentitySource, NextIdentity};
 
 use super::*;
 use crate::node::identities::{Identities, Issuer};
-use crate::node::testing::{node, node_in, pod, settings, snapshot};
+use crate::node::testing::{named_workload_resource, node, node_in, pod, settings, snapshot};
 use crate::process::supervise::Supervisor;
 
 #[tokio::test(start_paused = true)]
@@ -85,20 +87,20 @@ async fn connections_of_new_pod_wait_until_mesh_has_it() {
     permitted().unwrap();
 }
 
-/// The mesh of a control plane with these workloads.
-fn control_plane_mesh(text: &str) -> Arc<Snapshot> {
-    let mut plane = ControlPlane::new(Default::default(), Default::default(), false);
-    let file = Mesh::from_text("mesh", text).unwrap();
+/// The mesh of a control plane, with the workloads of a file.
+fn control_plane_mesh(plane: &mut ControlPlane, generation: u64, file: &str) -> Arc<Snapshot> {
+    let file = Mesh::from_text("mesh", file).unwrap();
     let mesh = Arc::new(plane.snapshot().with_fallback(Some(Arc::new(file))));
-    Arc::new(Snapshot::new(mesh, &settings(&[]).workload, 1))
+    Arc::new(Snapshot::new(mesh, &settings(&[]).workload, generation))
 }
 
 /// The control plane may have policies that select the pod. A workload of the mesh file does not
 /// end the wait.
 #[tokio::test(start_paused = true)]
 async fn inbound_connections_wait_until_control_plane_has_pod() {
-    let known = "workloads: [{name: server, workloadIps: [10.0.0.2]}]";
-    let (mesh, receiver) = watch::channel(control_plane_mesh(known));
+    let file = "workloads: [{name: server, workloadIps: [10.0.0.2]}]";
+    let mut plane = ControlPlane::new(Default::default(), Default::default(), false);
+    let (mesh, receiver) = watch::channel(control_plane_mesh(&mut plane, 1, file));
     let worker = Worker::new(node_in(1, receiver), 0, Arc::default());
     let seat = worker.seat(&pod(&["workload.name=server"]));
     let (client, here) = (([10, 0, 0, 1], 80).into(), ([10, 0, 0, 2], 80).into());
@@ -108,12 +110,19 @@ async fn inbound_connections_wait_until_control_plane_has_pod() {
     };
     assert_eq!(seat.outbound_mesh(here, client).await.unwrap().0.generation, 1);
     let error = seat.inbound_mesh(here, None).await.map(drop).unwrap_err();
-    assert!(matches!(error, ProxyError::PodNotInMesh { .. }), "{error}");
+    assert!(matches!(error, ProxyError::WorkloadNotSent { .. }), "{error}");
+    assert_eq!(error.reason().code, "pod_not_in_mesh");
     let error = permitted().unwrap_err();
     assert!(matches!(error, ProxyError::DeniedInPlain(_)), "{error}");
 
     let (waited, ()) = tokio::join!(seat.inbound_mesh(here, None), async {
-        mesh.send_replace(snapshot(2, known));
+        let response = DeltaResponse {
+            type_url: ResourceType::Address.url().to_owned(),
+            resources: vec![named_workload_resource("default", "server", 2)],
+            ..DeltaResponse::default()
+        };
+        assert_eq!(plane.receive(response).unwrap().rejected, []);
+        mesh.send_replace(control_plane_mesh(&mut plane, 2, file));
     });
     assert_eq!(waited.unwrap().0.generation, 2);
     permitted().unwrap();
