@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use underpass_config::{Lookup, Name, NamespacedHostname, WorkloadSettings};
+use underpass_config::{Lookup, Mesh, Name, NamespacedHostname, WorkloadSettings};
 
 use crate::decide::route::Target;
 use crate::decide::snapshot::Snapshot;
@@ -39,16 +39,16 @@ pub(crate) fn inbound(
     lookups
 }
 
-/// The lookups of a hostname that the client `own` uses. The control plane looks up a hostname only
-/// with its namespace: the client's, or the one in a Kubernetes name.
-pub(crate) fn hostname(snapshot: &Snapshot, own: &WorkloadSettings, hostname: &str) -> Vec<Lookup> {
-    let of_name = kubernetes_namespace(hostname).filter(|namespace| *namespace != own.namespace);
-    let namespaces = std::iter::once(&*own.namespace).chain(of_name);
+/// The lookups of a hostname that a client in `namespace` and `network` uses. The control plane
+/// looks up a hostname only with its namespace: the client's, or the one in a Kubernetes name.
+pub(crate) fn hostname(mesh: &Mesh, network: &str, namespace: &str, hostname: &str) -> Vec<Lookup> {
+    let of_name = kubernetes_namespace(hostname).filter(|of_name| *of_name != namespace);
+    let namespaces = std::iter::once(namespace).chain(of_name);
     let names = namespaces.map(|namespace| NamespacedHostname {
         namespace: namespace.into(),
         hostname: hostname.into(),
     });
-    names.flat_map(|name| snapshot.mesh.lookups_to_name(&own.network, &name)).collect()
+    names.flat_map(|name| mesh.lookups_to_name(network, &name)).collect()
 }
 
 /// The lookups of a hostname in a tunnel to this workload, which may be an endpoint of the service.
@@ -62,11 +62,11 @@ fn hostname_of_endpoint(
     let services = local.into_iter().flat_map(|local| &*local.services);
     let named = services.filter(|service| service.hostname == *requested);
     let lookups = named.flat_map(|name| snapshot.mesh.lookups_to_name(&own.network, name));
-    lookups.chain(hostname(snapshot, own, requested)).collect()
+    lookups.chain(hostname(&snapshot.mesh, &own.network, &own.namespace, requested)).collect()
 }
 
 /// The namespace in `SERVICE.NAMESPACE.svc.DOMAIN`.
-fn kubernetes_namespace(hostname: &str) -> Option<&str> {
+pub(crate) fn kubernetes_namespace(hostname: &str) -> Option<&str> {
     let mut labels = hostname.split('.').skip(1);
     let namespace = labels.next()?;
     (labels.next()? == "svc").then_some(namespace)

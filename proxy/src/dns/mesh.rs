@@ -6,10 +6,11 @@
 
 use std::net::IpAddr;
 
-use underpass_config::{Mesh, Service};
+use underpass_config::{Lookup, Mesh, Service};
 
 use super::message::RecordType;
 use super::name::DomainName;
+use crate::decide::lookups::{hostname, kubernetes_namespace};
 
 /// Names with more labels are not looked up in the mesh: each label costs lookups of wildcards.
 const MAX_LABELS: usize = 32;
@@ -51,7 +52,7 @@ pub(super) fn find(
     name: &DomainName,
     kind: RecordType,
 ) -> Option<Found> {
-    if !name.is_plain() || !(1..=MAX_LABELS).contains(&name.labels()) {
+    if !is_findable(name) {
         return None;
     }
     candidates(name, pod, search).iter().find_map(|candidate| {
@@ -62,6 +63,33 @@ pub(super) fn find(
         let alias = candidate.stripped.filter(|_| !is_wildcard);
         Some(Found { addresses: of_kind(addresses, pod, kind), alias })
     })
+}
+
+/// The lookups on demand of a name, with those of a headless service for the name of its pod. None
+/// without lookups on demand.
+pub(super) fn lookups(
+    mesh: &Mesh,
+    pod: &PodView,
+    search: &[String],
+    name: &DomainName,
+) -> Vec<Lookup> {
+    let PodView { network, namespace, .. } = pod;
+    if !is_findable(name) {
+        return Vec::new();
+    }
+    let mut lookups = Vec::new();
+    for Candidate { name, .. } in candidates(name, pod, search) {
+        lookups.extend(hostname(mesh, network, namespace, &name));
+        let service = name.split_once('.').map(|(_, service)| service);
+        if let Some(service) = service.filter(|name| kubernetes_namespace(name).is_some()) {
+            lookups.extend(hostname(mesh, network, namespace, service));
+        }
+    }
+    lookups
+}
+
+fn is_findable(name: &DomainName) -> bool {
+    name.is_plain() && (1..=MAX_LABELS).contains(&name.labels())
 }
 
 /// The service with this hostname, or the most specific wildcard for it.

@@ -22,12 +22,15 @@ use super::response::{self, Age, StoredResponse, Transport};
 use super::upstream::{Upstream, UpstreamError};
 use crate::decide::snapshot::Snapshot;
 use crate::limits::Rate;
+use crate::mesh::on_demand::Lookups;
 use crate::node::Node;
 use crate::node::pod::Pod;
 
 /// How long a client waits for a server while there is a stale response (RFC 8767 section 5: client
 /// response timer).
 const STALE_WAIT: Duration = Duration::from_millis(1800);
+/// How long a query waits for a lookup on demand: less than the timeout of any resolver.
+const LOOKUP_WAIT: Duration = Duration::from_secs(1);
 /// The maximum number of queries of a pod that wait for its servers.
 const MAX_OUTSTANDING: usize = 512;
 
@@ -36,6 +39,7 @@ const MAX_OUTSTANDING: usize = 512;
 pub(crate) struct DnsService {
     view: PodView,
     mesh: watch::Receiver<Arc<Snapshot>>,
+    lookups: Lookups,
     resolver: ResolverSource,
     upstream: Upstream,
     cache: Mutex<Cache>,
@@ -106,6 +110,7 @@ impl DnsService {
     fn new(
         view: PodView,
         mesh: watch::Receiver<Arc<Snapshot>>,
+        lookups: Lookups,
         resolver: ResolverSource,
         upstream: Upstream,
     ) -> Arc<Self> {
@@ -113,7 +118,17 @@ impl DnsService {
         let outstanding = Arc::new(Semaphore::new(MAX_OUTSTANDING));
         let pace = Pace { rate: resolver.per_second.map(Rate::new), exhausted: None };
         let pace = Mutex::new(pace);
-        Arc::new(Self { view, mesh, resolver, upstream, cache, running, outstanding, pace })
+        Arc::new(Self {
+            view,
+            mesh,
+            lookups,
+            resolver,
+            upstream,
+            cache,
+            running,
+            outstanding,
+            pace,
+        })
     }
 
     /// The service of a pod with these settings.
@@ -131,11 +146,21 @@ impl DnsService {
         };
         let (sockets, limits) = (pod.sockets.clone(), pod.limits.clone());
         let upstream = Upstream::new(Arc::new(SocketExchange { sockets, limits }));
-        Self::new(view, node.mesh.clone(), resolver, upstream)
+        Self::new(view, node.mesh.clone(), node.lookups.clone(), resolver, upstream)
     }
 
     /// Serves a message of a client.
     pub(crate) fn serve(self: &Arc<Self>, message: &[u8], transport: Transport) -> Reply {
+        self.serve_after_lookup(message, transport, !self.lookups.are_on_demand())
+    }
+
+    /// Serves a message. If the mesh may have the name and was not asked for it, asks first.
+    fn serve_after_lookup(
+        self: &Arc<Self>,
+        message: &[u8],
+        transport: Transport,
+        is_looked_up: bool,
+    ) -> Reply {
         let query = match Query::read(message) {
             Ok(query) => query,
             Err(Malformed::Ignored) => return Reply::Nothing,
@@ -144,9 +169,13 @@ impl DnsService {
                 return message::rejection(message, code).map_or(Reply::Nothing, Reply::Now);
             }
         };
-        let report = Report::new(&query, transport);
         let settings = self.resolv_conf();
         let found = self.find(&query, &settings);
+        if !is_looked_up && found.is_none() && self.has_unanswered_lookup(&query, &settings) {
+            let looking_up = self.clone().look_up(query, settings, message.into(), transport);
+            return Reply::Later(looking_up.boxed());
+        }
+        let report = Report::new(&query, transport);
         let is_address = matches!(query.kind, RecordType::A | RecordType::AAAA);
         if let Some(found) = found.as_ref().filter(|_| is_address) {
             let mut addresses = found.addresses.clone();
@@ -185,6 +214,35 @@ impl DnsService {
         match query.class {
             CLASS_IN => mesh::find(mesh, &self.view, search, &query.name, query.kind),
             _ => None,
+        }
+    }
+
+    fn has_unanswered_lookup(&self, query: &Query, settings: &ResolvConf) -> bool {
+        let mesh = &self.mesh.borrow().mesh;
+        let lookups = mesh::lookups(mesh, &self.view, &settings.search, &query.name);
+        lookups.iter().any(|lookup| !mesh.is_answered(lookup))
+    }
+
+    /// Asks the control plane for the name, and serves the message afterwards. Without an answer
+    /// the pod's servers are asked: a connection to what they answer asks for the address itself.
+    async fn look_up(
+        self: Arc<Self>,
+        query: Query,
+        settings: Arc<ResolvConf>,
+        message: Box<[u8]>,
+        transport: Transport,
+    ) -> Vec<u8> {
+        if let Ok(_permit) = self.outstanding.try_acquire() {
+            let current = self.mesh.borrow().clone();
+            let needed = |snapshot: &Snapshot| {
+                mesh::lookups(&snapshot.mesh, &self.view, &settings.search, &query.name)
+            };
+            self.lookups.resolve(current, &self.mesh, needed, LOOKUP_WAIT).await.ok();
+        }
+        match self.serve_after_lookup(&message, transport, true) {
+            Reply::Nothing => Vec::new(),
+            Reply::Now(response) => response,
+            Reply::Later(response) => response.await,
         }
     }
 

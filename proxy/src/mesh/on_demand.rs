@@ -111,7 +111,7 @@ impl Lookups {
     }
 
     /// Waits for lookups without an answer. Returns all of them.
-    pub(super) async fn asked(&self) -> Vec<Lookup> {
+    pub(crate) async fn asked(&self) -> Vec<Lookup> {
         let Some(shared) = &self.0 else { return std::future::pending().await };
         loop {
             let asked = std::mem::take(&mut *lock(&shared.asked));

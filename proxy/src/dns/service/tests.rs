@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use futures_util::future::join_all;
 use tokio::time::advance;
 use underpass_config::testing::Folder;
+use underpass_config::{ControlPlane, DeltaResponse, LocalWorkloads, Mesh, Node, ResourceType};
 
 use super::*;
 use crate::dns::message::testing::{edns, query, record, response};
 use crate::dns::message::{Layout, TC};
 use crate::dns::upstream::tests::{Script, ScriptedExchange, Servers};
-use crate::node::testing::snapshot;
+use crate::node::testing::{settings, snapshot};
 
 const MESH: &str = "
 services:
@@ -42,7 +43,8 @@ impl Scene {
         let view = PodView { namespace, network, domain, ipv6: true };
         let mesh = watch::Sender::new(snapshot(1, MESH));
         let upstream = Upstream::new(Arc::new(ScriptedExchange(servers.clone())));
-        let service = DnsService::new(view, mesh.subscribe(), resolver, upstream);
+        let service =
+            DnsService::new(view, mesh.subscribe(), Lookups::default(), resolver, upstream);
         let scene = Self { service, servers, _mesh: mesh, _folder: folder };
         scene.script(script);
         scene
@@ -84,6 +86,40 @@ async fn names_of_mesh_need_no_server() {
     assert_eq!(scene.ask("api.example", 28).await, ("NOERROR", 0, 0, 0), "no IPv6 address");
     let alias = scene.ask("api.example.default.svc.cluster.local", A).await;
     assert_eq!(alias, ("NOERROR", 2, 30, 0), "a CNAME for the search path");
+}
+
+/// The control plane is asked for the name first. Without an answer, or if it has none, the servers
+/// are asked.
+#[tokio::test(start_paused = true)]
+async fn name_is_looked_up_on_demand_before_it_is_forwarded() {
+    let mut scene = Scene::new(ANSWERS);
+    let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default(), true);
+    let first = Arc::new(plane.snapshot());
+    let own = settings(&[]).workload;
+    let publish = |mesh| Arc::new(Snapshot::new(Arc::new(mesh), &own, 2));
+    scene._mesh.send_replace(publish(Mesh::clone(&first)));
+    let lookups = Lookups::on_demand();
+    Arc::get_mut(&mut scene.service).unwrap().lookups = lookups.clone();
+    let start = Instant::now();
+    assert_eq!(scene.ask("a.b.example", A).await, ("NOERROR", 1, 60, 1));
+    assert!(start.elapsed() >= LOOKUP_WAIT);
+    // The control plane has no such name.
+    let names = ["default/c.d.example", "default/c.d.example.svc.cluster.local"];
+    let asked = async {
+        let asked = lookups.asked().await;
+        let subscribed = plane.look_up(&asked);
+        let absent = DeltaResponse {
+            type_url: ResourceType::Address.url().to_owned(),
+            removed_resources: asked.iter().map(ToString::to_string).collect(),
+            ..DeltaResponse::default()
+        };
+        plane.receive(absent).unwrap();
+        scene._mesh.send_replace(publish(plane.snapshot()));
+        subscribed[0].resource_names_subscribe.clone()
+    };
+    let (answer, asked) = tokio::join!(scene.ask("c.d.example", A), asked);
+    assert_eq!(answer.3, 2);
+    assert!(names.iter().all(|name| asked.contains(&(*name).to_owned())), "{asked:?}");
 }
 
 #[tokio::test(start_paused = true)]
