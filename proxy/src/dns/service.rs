@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::{BoxFuture, FutureExt as _, Shared};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout};
 use underpass_config::{Ipv6, Settings};
 use underpass_hbone::log_panic;
@@ -33,6 +33,9 @@ const STALE_WAIT: Duration = Duration::from_millis(1800);
 const LOOKUP_WAIT: Duration = Duration::from_secs(1);
 /// The maximum number of queries of a pod that wait for its servers.
 const MAX_OUTSTANDING: usize = 512;
+/// The maximum number of queries of a pod that wait for an answer, also those that wait for an equal
+/// query.
+const MAX_WAITING: usize = 4096;
 
 /// Answers the queries of one pod.
 #[derive(Debug)]
@@ -47,6 +50,7 @@ pub(crate) struct DnsService {
     /// this proxy causes no endless loop.
     running: Mutex<HashMap<Question, Running>>,
     outstanding: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
     /// Limits the queries to the pod's servers, which are those of its neighbours too.
     pace: Mutex<Pace>,
 }
@@ -115,7 +119,8 @@ impl DnsService {
         upstream: Upstream,
     ) -> Arc<Self> {
         let (cache, running) = Default::default();
-        let outstanding = Arc::new(Semaphore::new(MAX_OUTSTANDING));
+        let [outstanding, waiting] =
+            [MAX_OUTSTANDING, MAX_WAITING].map(|limit| Arc::new(Semaphore::new(limit)));
         let pace = Pace { rate: resolver.per_second.map(Rate::new), exhausted: None };
         let pace = Mutex::new(pace);
         Arc::new(Self {
@@ -127,6 +132,7 @@ impl DnsService {
             cache,
             running,
             outstanding,
+            waiting,
             pace,
         })
     }
@@ -205,7 +211,10 @@ impl DnsService {
             is_in_mesh: found.is_some(),
             report,
         };
-        Reply::Later(forward.run(key, message.into()).boxed())
+        match self.waiting.clone().try_acquire_owned() {
+            Ok(permit) => Reply::Later(forward.run(key, message.into(), permit).boxed()),
+            Err(_) => Reply::Now(forward.without_answer("limit", None)),
+        }
     }
 
     fn find(&self, query: &Query, settings: &ResolvConf) -> Option<mesh::Found> {
@@ -289,7 +298,13 @@ struct Forward {
 }
 
 impl Forward {
-    async fn run(self, key: Option<Key>, message: Arc<[u8]>) -> Vec<u8> {
+    /// `_permit` counts the query until it is answered.
+    async fn run(
+        self,
+        key: Option<Key>,
+        message: Arc<[u8]>,
+        _permit: OwnedSemaphorePermit,
+    ) -> Vec<u8> {
         let Some((running, is_first)) = self.start(key, message) else {
             return self.without_answer("limit", None);
         };

@@ -233,6 +233,21 @@ async fn number_of_waiting_queries_is_limited() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn number_of_equal_queries_that_wait_is_limited() {
+    let scene = Scene::new(Script::Drops);
+    let message = query("other.example", RecordType::A, &[]);
+    let mut waiting: Vec<_> =
+        (0..MAX_WAITING).map(|_| scene.service.serve(&message, Transport::Udp)).collect();
+    assert!(waiting.iter().all(|reply| matches!(reply, Reply::Later(_))));
+    let Reply::Now(refused) = scene.service.serve(&message, Transport::Udp) else {
+        panic!("too many queries wait");
+    };
+    assert_eq!(message::code(&refused), ResponseCode::SERVER_FAILURE);
+    waiting.pop();
+    assert!(matches!(scene.service.serve(&message, Transport::Udp), Reply::Later(_)));
+}
+
+#[tokio::test(start_paused = true)]
 async fn malformed_messages_get_an_error_or_nothing() {
     let scene = Scene::new(Script::Drops);
     let mut message = query("web", RecordType::A, &[]);
