@@ -31,7 +31,7 @@ pub(crate) mod workers;
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use underpass_config::{SameNode, Settings, Timeouts, TunnelSettings};
+use underpass_config::{IdentitySettings, SameNode, Settings, Timeouts, TunnelSettings};
 use underpass_interception::NamespaceAccess;
 
 use crate::decide::resolve::Resolver;
@@ -79,6 +79,12 @@ pub(crate) struct Node {
     pub(crate) series: Arc<SeriesRegistry>,
 }
 
+/// Whether the node itself connects to a CA or to a control plane. Otherwise the broker grants it no
+/// sockets for TCP.
+pub(crate) fn node_connects(settings: &Settings) -> bool {
+    settings.xds.is_some() || matches!(settings.identity, Some(IdentitySettings::IstioCa(_)))
+}
+
 impl Node {
     /// Creates a node with this many workers. `access` is that of the process' own sockets.
     pub(crate) fn new(
@@ -95,7 +101,9 @@ impl Node {
         let (sockets, descriptors) = (pod_sockets(settings), limits.descriptors.clone());
         let sockets = PodSockets::new(access.clone(), sockets, descriptors);
         let exchange = SocketExchange { sockets, limits: limits.pod() };
-        let lookup = HostLookup::new(resolv_file.clone(), Upstream::new(Arc::new(exchange)));
+        let upstream = Upstream::new(Arc::new(exchange));
+        let has_tcp = settings.node.pods.is_none() || node_connects(settings);
+        let lookup = HostLookup::new(resolv_file.clone(), upstream, has_tcp);
         Self {
             workers,
             timeouts: settings.timeouts.clone(),

@@ -177,7 +177,7 @@ pub(crate) enum Request {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) enum SocketsOf {
-    /// The node's own, for connections to its CA and for lookups of hostnames.
+    /// The node's own, for its CA, its control plane and lookups of hostnames.
     Node,
     Pod(PodKey),
 }
@@ -236,7 +236,7 @@ pub(crate) enum Refusal {
     UnknownPod,
     #[error("{0} sockets were requested: 1 to {MAX_SOCKETS} are allowed")]
     SocketCount(usize),
-    #[error("the node itself has no workload to connect to")]
+    #[error("the settings need no such connections of the node itself")]
     SocketsOfNode,
     /// The request is allowed, and the operation failed.
     #[error("{0}")]

@@ -21,6 +21,7 @@ use crate::broker::message::{
     WireKind, WireRole,
 };
 use crate::broker::remote::RemoteDataPlane;
+use crate::node::node_connects;
 use crate::node::pod::pod_sockets;
 use crate::observe::metrics;
 use crate::pods::registry::PodRegistry;
@@ -55,8 +56,34 @@ pub(crate) struct RequestServer {
 struct Context {
     data_plane: RemoteDataPlane,
     registry: PodRegistry,
-    /// The sockets of the node itself, for its CA, its control plane and lookups of hostnames.
-    node: (NamespaceAccess, Sockets),
+    node: Option<NodeSockets>,
+}
+
+/// The sockets of the node itself.
+#[derive(Debug)]
+struct NodeSockets {
+    access: NamespaceAccess,
+    sockets: Sockets,
+    /// Whether they are also for TCP connections, to a CA or to a control plane. Otherwise they are
+    /// only for lookups of hostnames over UDP.
+    connects: bool,
+}
+
+impl NodeSockets {
+    /// `None` if the settings need none.
+    fn new(settings: &Settings, access: NamespaceAccess) -> Option<Self> {
+        let connects = node_connects(settings);
+        let needed = connects || settings.mesh_file.is_some();
+        needed.then(|| Self { access, sockets: pod_sockets(settings), connects })
+    }
+
+    fn allows(&self, role: WireRole) -> bool {
+        match role {
+            WireRole::Upstream => self.connects,
+            WireRole::NameServer => true,
+            WireRole::Workload => false,
+        }
+    }
 }
 
 impl RequestServer {
@@ -66,7 +93,7 @@ impl RequestServer {
         settings: &Settings,
         access: NamespaceAccess,
     ) -> Self {
-        let node = (access, pod_sockets(settings));
+        let node = NodeSockets::new(settings, access);
         let context = Context { data_plane: data_plane.clone(), registry, node };
         Self { data_plane, context: Arc::new(context), ready: watch::Sender::default() }
     }
@@ -229,11 +256,9 @@ impl Context {
             return Err(Refusal::SocketCount(count));
         }
         let opened = match of {
-            SocketsOf::Node if kind.role == WireRole::Workload => {
-                return Err(Refusal::SocketsOfNode);
-            }
             SocketsOf::Node => {
-                let (access, sockets) = &self.node;
+                let node = self.node.as_ref().filter(|node| node.allows(kind.role));
+                let NodeSockets { access, sockets, .. } = node.ok_or(Refusal::SocketsOfNode)?;
                 access.open_sockets(sockets, kind.into(), count).await
             }
             SocketsOf::Pod(key) => {

@@ -206,7 +206,9 @@ async fn refuses_requests_beyond_the_served_pods() {
     for count in [0, MAX_SOCKETS + 1, usize::MAX] {
         assert_eq!(scene.refusal(sockets(&key, count)).await, Refusal::SocketCount(count));
     }
-    assert_eq!(scene.refusal(of_node(WireRole::Workload)).await, Refusal::SocketsOfNode);
+    for role in [WireRole::Upstream, WireRole::NameServer, WireRole::Workload] {
+        assert_eq!(scene.refusal(of_node(role)).await, Refusal::SocketsOfNode);
+    }
     drop(served);
     let (message, _) = scene.next().await;
     assert!(matches!(message, ToProxy::Command { command: Command::Close { .. }, .. }));
@@ -214,12 +216,23 @@ async fn refuses_requests_beyond_the_served_pods() {
 }
 
 #[tokio::test]
-async fn node_gets_its_own_sockets_but_none_for_workloads() {
-    let scene = Scene::new(&node(&[]));
+async fn node_with_control_plane_gets_its_own_sockets_but_none_for_workloads() {
+    let xds = ["address=https://istiod:15012", "roots=/roots.pem"];
+    let xds = xds.map(|one| format!("mesh.xds.{one}"));
+    let scene = Scene::new(&node(&[&xds[0], &xds[1]]));
     for role in [WireRole::Upstream, WireRole::NameServer] {
         assert_eq!(scene.request(of_node(role)).await, (Ok(Answer::Sockets), 1));
     }
     assert_eq!(scene.refusal(of_node(WireRole::Workload)).await, Refusal::SocketsOfNode);
+}
+
+#[tokio::test]
+async fn node_with_mesh_in_file_gets_sockets_only_for_lookups_of_hostnames() {
+    let scene = Scene::new(&node(&["mesh.file=/mesh.yaml"]));
+    assert_eq!(scene.request(of_node(WireRole::NameServer)).await, (Ok(Answer::Sockets), 1));
+    for role in [WireRole::Upstream, WireRole::Workload] {
+        assert_eq!(scene.refusal(of_node(role)).await, Refusal::SocketsOfNode);
+    }
 }
 
 #[tokio::test]

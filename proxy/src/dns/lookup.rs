@@ -40,11 +40,13 @@ pub(crate) type Addresses = (Arc<[IpAddr]>, Duration);
 pub(crate) struct HostLookup {
     file: Arc<ResolvFile>,
     upstream: Upstream,
+    /// Whether servers may be asked over TCP.
+    has_tcp: bool,
 }
 
 impl HostLookup {
-    pub(crate) fn new(file: Arc<ResolvFile>, upstream: Upstream) -> Self {
-        Self { file, upstream }
+    pub(crate) fn new(file: Arc<ResolvFile>, upstream: Upstream, has_tcp: bool) -> Self {
+        Self { file, upstream, has_tcp }
     }
 
     /// The addresses of `hostname`: an address itself, a name in /etc/hosts, or a name that a
@@ -96,9 +98,12 @@ impl HostLookup {
         let message = query(name, kind).ok_or(LookupError::NotADomainName)?;
         let query = Query::read(&message).map_err(|_| LookupError::NotADomainName)?;
         let (query, message) = (Arc::new(query), Arc::from(message));
-        let first = if settings.use_tcp { Transport::Tcp } else { Transport::Udp };
+        let is_tcp = settings.use_tcp && self.has_tcp;
+        let first = if is_tcp { Transport::Tcp } else { Transport::Udp };
         let mut response = self.upstream.ask(settings, first, &query, &message).await?;
-        if message::flags(&response) & message::TC != 0 && first == Transport::Udp {
+        // Without TCP, the addresses in the truncated response suffice.
+        let is_truncated = message::flags(&response) & message::TC != 0;
+        if is_truncated && self.has_tcp && first == Transport::Udp {
             response = self.upstream.ask(settings, Transport::Tcp, &query, &message).await?;
         }
         let code = message::code(&response);

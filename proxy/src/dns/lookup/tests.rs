@@ -15,7 +15,7 @@ fn lookup(folder: &Folder, script: Script) -> (HostLookup, Arc<Servers>) {
     let server = SocketAddr::from(([10, 0, 0, 1], 53));
     servers.scripts.lock().unwrap().insert(server, script);
     let upstream = Upstream::new(Arc::new(ScriptedExchange(servers.clone())));
-    (HostLookup::new(Arc::new(ResolvFile::new(&path)), upstream), servers)
+    (HostLookup::new(Arc::new(ResolvFile::new(&path)), upstream, true), servers)
 }
 
 #[tokio::test(start_paused = true)]
@@ -61,6 +61,19 @@ async fn error_of_server_ends_the_lookup() {
     assert_eq!(error.to_string(), "cannot ask 10.0.0.1:53");
     let error = lookup(&folder, fails).0.addresses("a..b").await.unwrap_err();
     assert_eq!(error.to_string(), "it is not a domain name");
+}
+
+#[tokio::test(start_paused = true)]
+async fn use_vc_asks_over_tcp_only_if_allowed() {
+    let folder = Folder::of_test();
+    let answers = Script::Answers(ResponseCode::NO_ERROR, Duration::from_millis(1));
+    for (has_tcp, transport) in [(true, Transport::Tcp), (false, Transport::Udp)] {
+        let (mut lookup, servers) = lookup(&folder, answers);
+        write(folder.path("resolv.conf"), "nameserver 10.0.0.1\noptions use-vc").unwrap();
+        lookup.has_tcp = has_tcp;
+        lookup.addresses("a.example").await.unwrap();
+        assert!(servers.asked.lock().unwrap().iter().all(|(_, used)| *used == transport));
+    }
 }
 
 #[test]
