@@ -28,7 +28,8 @@ pub(crate) struct ResolvFile {
 #[derive(Debug, Default)]
 struct State {
     checked: Option<Instant>,
-    changed: Option<SystemTime>,
+    /// The times of the last changes of the file and of the one beyond the loopback interface.
+    changed: [Option<SystemTime>; 2],
     settings: Arc<ResolvConf>,
 }
 
@@ -51,8 +52,10 @@ impl ResolvFile {
     }
 
     fn check(&self, state: &mut State) {
-        let changed = fs::metadata(&self.path).and_then(|file| file.modified()).ok();
-        if changed.is_some() && changed == state.changed {
+        let time = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
+        let changed = [time(&self.path), self.beyond_loopback.and_then(time)];
+        let [of_file, _] = changed;
+        if of_file.is_some() && changed == state.changed {
             return;
         }
         match fs::read(&self.path) {
@@ -129,10 +132,14 @@ mod tests {
             ["127.0.0.53"],
             "without another file, the local server is used"
         );
-        fs::write(beyond, "nameserver 10.0.0.1\nsearch b.example").unwrap();
-        let mut file = ResolvFile::new(&path);
-        file.beyond_loopback = Some(beyond);
-        assert_eq!(servers(&file), ["10.0.0.1"]);
-        assert_eq!(file.current().search, ["a.example"]);
+        // Only this file changes, for example with each new DHCP lease.
+        for (server, seconds) in [("10.0.0.1", 1), ("10.0.0.2", 2)] {
+            fs::write(beyond, format!("nameserver {server}\nsearch b.example")).unwrap();
+            let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+            fs::File::open(beyond).unwrap().set_modified(changed).unwrap();
+            advance(CHECK_INTERVAL).await;
+            assert_eq!(servers(&file), [server]);
+            assert_eq!(file.current().search, ["a.example"]);
+        }
     }
 }
