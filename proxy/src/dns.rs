@@ -45,6 +45,11 @@ pub(crate) fn check_bytes(bytes: &[u8]) {
             assert!(answer.len() <= transport.limit(&query));
         }
         // The same bytes as a response of a server.
+        let answer = response::truncate(bytes.to_vec(), &query, transport);
+        assert!(answer.len() <= transport.limit(&query));
+        if answer != bytes {
+            assert_whole(&answer);
+        }
         if let Some(stored) = StoredResponse::new(bytes.to_vec()) {
             let answer = stored.to(&query, Age::Stale, transport);
             assert_whole(&answer);

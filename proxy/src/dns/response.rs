@@ -141,29 +141,40 @@ fn first_labels(question: &[u8], count: usize) -> Option<Vec<u8>> {
     Some(name)
 }
 
-/// Shortens a response to `limit` bytes: leaves out whole records, keeps an OPT record, and sets
-/// TC. Clients without TCP use the remaining answers.
-pub(super) fn truncate(mut message: Vec<u8>, limit: usize) -> Vec<u8> {
+/// Shortens a response to what the client of `query` accepts: leaves out whole records, keeps an
+/// OPT record, and sets TC. Clients without TCP use the remaining answers.
+pub(super) fn truncate(mut message: Vec<u8>, query: &Query, transport: Transport) -> Vec<u8> {
+    let limit = transport.limit(query);
     if message.len() <= limit {
         return message;
     }
-    let Some(layout) = Layout::read(&message) else { return message };
-    let opt = layout.additionals.iter().find(|record| record.is_opt());
-    let opt = opt.and_then(|record| message.get(record.start..record.end())).map(<[u8]>::to_vec);
-    let fixed = opt.as_ref().map_or(0, Vec::len);
-    let fits = |end: usize| end + fixed <= limit;
+    let Some(layout) = Layout::read(&message) else {
+        return of_code(query, ResponseCode::SERVER_FAILURE);
+    };
+    let room = limit.saturating_sub(layout.question);
+    let opt = opt_of(&message, &layout).filter(|opt| opt.len() <= room);
+    let own = || query.edns.map(|_| message::opt(query.dnssec_ok(), 0).to_vec());
+    let opt = opt.or_else(|| own().filter(|opt| opt.len() <= room)).unwrap_or_default();
+    let fits = |end: usize| end + opt.len() <= limit;
     let answers = layout.answers.iter().take_while(|answer| fits(answer.end()));
     let (mut end, mut count) = (layout.question, 0);
     for answer in answers {
         (end, count) = (answer.end(), count + 1);
     }
     message.truncate(end);
-    // Without room for the OPT record, the client's limit is below 512, which no client has.
-    message.extend(opt.iter().flatten());
+    message.extend(&opt);
     let flags = message::flags(&message);
     message::set_flags(&mut message, flags | TC);
-    message::set_counts(&mut message, [count, 0, opt.map_or(0, |_| 1)]);
+    message::set_counts(&mut message, [count, 0, u16::from(!opt.is_empty())]);
     message
+}
+
+/// The OPT record of a response. Its name must be the root: another one may point to a record that
+/// is left out.
+fn opt_of(message: &[u8], layout: &Layout) -> Option<Vec<u8>> {
+    let opt = layout.additionals.iter().find(|record| record.is_opt())?;
+    let bytes = message.get(opt.start..opt.end())?;
+    bytes.starts_with(&[0]).then(|| bytes.to_vec())
 }
 
 /// A response of a server, for later queries with the same question.
@@ -275,7 +286,7 @@ impl StoredResponse {
             message::write_u16(&mut message, 10, additionals.saturating_add(1));
             message.extend(message::opt(query.dnssec_ok(), 0));
         }
-        truncate(message, transport.limit(query))
+        truncate(message, query, transport)
     }
 }
 

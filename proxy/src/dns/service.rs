@@ -364,7 +364,7 @@ impl Forward {
             _ => {
                 let mut message = answered.message.to_vec();
                 message::set_id(&mut message, self.query.id);
-                response::truncate(message, self.transport.limit(&self.query))
+                response::truncate(message, &self.query, self.transport)
             }
         };
         in_mesh(response, self.is_in_mesh)

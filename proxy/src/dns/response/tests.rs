@@ -76,11 +76,33 @@ fn truncation_keeps_whole_answers_and_opt_record() {
     let opt = edns(4096, false, &[0, 15, 0, 2, 0, 1]);
     let large =
         response(&asked, AA, [&answers, &[record(2, 60, &[0])], std::slice::from_ref(&opt)]);
-    let small = truncate(large.clone(), 512);
+    let client = read(&asked);
+    let small = truncate(large.clone(), &client, Transport::Udp);
     assert_eq!(shape(&small), (true, 29, 1));
     assert!(small.len() <= 512 && small.ends_with(&opt));
     assert_eq!(message::flags(&small), message::flags(&large) | TC);
-    assert_eq!(truncate(large.clone(), large.len()), large);
+    assert_eq!(truncate(large.clone(), &client, Transport::Tcp), large);
+}
+
+#[test]
+fn truncation_replaces_hostile_opt_record() {
+    let (plain, with_edns) = (query("a.b", A, &[]), query("a.b", A, &[&edns(512, true, &[])]));
+    let own = message::opt(true, 0);
+    let answers: Vec<_> = (0..100).map(|n| record(1, 60, &[10, 0, 0, n])).collect();
+    let large = edns(4096, false, &[&[0, 15, 3, 0][..], &[0; 768]].concat());
+    let [_, fields @ ..] = &own;
+    // A pointer to the last answer, which is left out.
+    let pointer = 12 + 9 + 99 * 16;
+    let pointer = u16::try_from(pointer).unwrap() | 0xc000;
+    let with_pointer = [&pointer.to_be_bytes(), &fields[..]].concat();
+    for opt in [large, with_pointer] {
+        for (asked, expected) in [(&plain, (true, 30, 0)), (&with_edns, (true, 30, 1))] {
+            let message = response(asked, 0, [&answers, &[], std::slice::from_ref(&opt)]);
+            let small = truncate(message, &read(asked), Transport::Udp);
+            assert_eq!(shape(&small), expected);
+            assert!(small.len() <= 512 && small.ends_with(&own) == (expected.2 == 1));
+        }
+    }
 }
 
 #[test]
