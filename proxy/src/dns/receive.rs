@@ -42,8 +42,8 @@ pub(crate) async fn receive_queries(
     receiver: DnsReceiver,
 ) {
     let serve = async || match &receiver {
-        DnsReceiver::Udp(socket) => serve_udp(&service, &pod.sockets, socket).await,
-        DnsReceiver::Tcp(listener) => serve_tcp(&service, &pod.sockets, listener).await,
+        DnsReceiver::Udp(socket) => serve_udp(&service, &pod, socket).await,
+        DnsReceiver::Tcp(listener) => serve_tcp(&service, &pod, listener).await,
     };
     let receiving = async {
         loop {

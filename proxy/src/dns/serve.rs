@@ -10,12 +10,13 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use underpass_hbone::log_panic;
 use underpass_interception::Listener;
 
 use super::response::Transport;
 use super::service::{DnsService, Reply};
-use crate::node::sockets::PodSockets;
+use crate::node::pod::Pod;
 
 /// The maximum length of a query. Names have at most 255 bytes; the rest is for options and
 /// signatures.
@@ -35,7 +36,7 @@ const ERROR_PAUSE: Duration = Duration::from_millis(100);
 /// Serves a UDP socket. Never returns.
 pub(crate) async fn serve_udp(
     service: &Arc<DnsService>,
-    sockets: &Arc<PodSockets>,
+    pod: &Arc<Pod>,
     socket: &Arc<UdpSocket>,
 ) {
     let mut buffer = vec![0; MAX_QUERY + 1];
@@ -56,7 +57,7 @@ pub(crate) async fn serve_udp(
                 socket.send_to(&response, client).await.ok();
             }
             Reply::Later(response) => {
-                let (socket, sockets) = (socket.clone(), sockets.clone());
+                let (socket, sockets) = (socket.clone(), pod.sockets.clone());
                 let serving = async move {
                     tokio::select! {
                         response = response => {
@@ -65,18 +66,14 @@ pub(crate) async fn serve_udp(
                         () = sockets.closed() => {}
                     }
                 };
-                tokio::spawn(log_panic("DNS query", serving));
+                pod.queries.spawn(log_panic("DNS query", serving));
             }
         }
     }
 }
 
 /// Accepts connections of a TCP listener. Never returns.
-pub(crate) async fn serve_tcp(
-    service: &Arc<DnsService>,
-    sockets: &Arc<PodSockets>,
-    listener: &Listener,
-) {
+pub(crate) async fn serve_tcp(service: &Arc<DnsService>, pod: &Arc<Pod>, listener: &Listener) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // The semaphore is never closed.
@@ -90,11 +87,12 @@ pub(crate) async fn serve_tcp(
                 continue;
             }
         };
-        let (service, sockets) = (service.clone(), sockets.clone());
+        let (service, sockets, closing) =
+            (service.clone(), pod.sockets.clone(), pod.closing.clone());
         let serving = async move {
             let _permit = permit;
             tokio::select! {
-                served = serve_connection(&service, stream) => {
+                served = serve_connection(&service, stream, &closing) => {
                     if let Err(error) = served {
                         tracing::debug!(%error, "a DNS connection failed");
                     }
@@ -102,12 +100,17 @@ pub(crate) async fn serve_tcp(
                 () = sockets.closed() => {}
             }
         };
-        tokio::spawn(log_panic("DNS connection", serving));
+        pod.queries.spawn(log_panic("DNS connection", serving));
     }
 }
 
-/// Serves the queries of one connection, also several at a time (RFC 7766 section 6.2.1.1).
-async fn serve_connection(service: &Arc<DnsService>, stream: TcpStream) -> io::Result<()> {
+/// Serves the queries of one connection, also several at a time (RFC 7766 section 6.2.1.1). During a
+/// drain, only queries that already wait are answered.
+async fn serve_connection(
+    service: &Arc<DnsService>,
+    stream: TcpStream,
+    closing: &CancellationToken,
+) -> io::Result<()> {
     let (mut reader, mut writer) = stream.into_split();
     let (mut received, mut waiting) = (BytesMut::new(), FuturesUnordered::new());
     let mut is_open = true;
@@ -115,6 +118,10 @@ async fn serve_connection(service: &Arc<DnsService>, stream: TcpStream) -> io::R
         let has_room = waiting.len() < MAX_PIPELINED;
         let response = tokio::select! {
             Some(response) = waiting.next() => Some(response),
+            () = closing.cancelled(), if is_open => {
+                is_open = false;
+                None
+            }
             message = next_message(&mut reader, &mut received), if is_open && has_room => {
                 match message? {
                     Some(message) => match service.serve(&message, Transport::Tcp) {

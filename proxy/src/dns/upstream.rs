@@ -22,7 +22,7 @@ use super::response::Transport;
 
 /// The maximum time for one query, with all servers and attempts. Applications have stopped waiting
 /// by then (glibc: 10 s for one server by default).
-const MAX_TIME: Duration = Duration::from_secs(20);
+pub(crate) const MAX_TIME: Duration = Duration::from_secs(20);
 /// How long a server that did not answer is asked last.
 const AVOID_TIME: Duration = Duration::from_secs(30);
 

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 use underpass_config::WorkloadSettings;
 
 use crate::dns::service::DnsService;
+use crate::dns::upstream::MAX_TIME;
 use crate::limits::FdPermit;
 use crate::node::Node;
 use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
@@ -86,6 +87,14 @@ struct LocalPod {
     _descriptors: Option<FdPermit>,
 }
 
+impl LocalPod {
+    /// Waits until the DNS queries that wait for servers are answered.
+    async fn queries_answered(&self) {
+        self.pod.queries.close();
+        self.pod.queries.wait().await;
+    }
+}
+
 impl ServedPod for LocalPod {
     fn arrivals(&self) -> Arc<dyn Arrivals> {
         Arc::new(self.pod.self_test.clone())
@@ -122,7 +131,10 @@ impl ServedPod for LocalPod {
     }
 
     fn drain(&self, deadline: Duration) -> BoxFuture<'_, usize> {
-        Box::pin(drain(&self.pod.connections, deadline))
+        Box::pin(async move {
+            let queries = timeout(deadline.min(MAX_TIME), self.queries_answered());
+            tokio::join!(drain(&self.pod.connections, deadline), queries).0
+        })
     }
 
     fn close(&self) -> BoxFuture<'_, ()> {

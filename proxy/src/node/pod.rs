@@ -60,6 +60,8 @@ pub(crate) struct Pod {
     pub(crate) closing: CancellationToken,
     /// Counts the pod's seats, which own its tunnels.
     pub(crate) seats: TaskTracker,
+    /// Counts the DNS queries over UDP that wait, and the connections of DNS over TCP.
+    pub(crate) queries: TaskTracker,
 }
 
 /// The options of a pod's sockets.
@@ -93,6 +95,7 @@ impl Pod {
             local: access.local_addresses().await?,
             closing: node.drain.closing_of_pod(),
             seats: TaskTracker::new(),
+            queries: TaskTracker::new(),
         })
     }
 

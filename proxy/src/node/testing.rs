@@ -46,6 +46,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
         local: LocalAddresses::open(&here).expect("a netlink socket"),
         closing: CancellationToken::new(),
         seats: TaskTracker::new(),
+        queries: TaskTracker::new(),
     })
 }
 

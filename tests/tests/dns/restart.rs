@@ -11,17 +11,18 @@ use crate::scene::{DnsScene, SERVICE};
 
 /// The timeout of glibc for a first attempt.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// The timeout of an answer that waits for the start of another process.
+const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("hot restart loses no query", hot_restart);
+    suite.test("hot restart waits for the server of a forwarded query", forwarded_query);
 }
 
 async fn hot_restart() {
     let (scene, mut old) = DnsScene::start("interception.profile=ambient").await;
     let server = scene.server.at(Family::V4, 53);
-    let socket = scene.client.run(|| std::net::UdpSocket::bind("0.0.0.0:0")).expect("a socket");
-    socket.set_nonblocking(true).expect("a socket");
-    let socket = UdpSocket::from_std(socket).expect("a socket");
+    let socket = bind(&scene, "0.0.0.0:0".parse().expect("an address"));
     let mut id = 0;
     for _ in 0..2 {
         let settings = scene.settings.clone().take_over();
@@ -29,7 +30,7 @@ async fn hot_restart() {
         let new = loop {
             tokio::select! {
                 new = &mut starting => break new,
-                () = ask(&socket, server, SERVICE, id) => id += 1,
+                () = ask(&socket, server, SERVICE, id, ANSWER_TIMEOUT) => id += 1,
             }
         };
         old.line(&["another process has taken over"]).await;
@@ -37,14 +38,53 @@ async fn hot_restart() {
         old = new;
         for name in [SERVICE, "other.example"] {
             id += 1;
-            ask(&socket, server, name, id).await;
+            ask(&socket, server, name, id, ANSWER_TIMEOUT).await;
         }
     }
     assert!(id > 100, "queries during the restarts: {id}");
 }
 
+/// The pod's server answers a query only after another process has taken over.
+async fn forwarded_query() {
+    let (scene, mut first) = DnsScene::start("interception.profile=ambient").await;
+    let upstream_address = scene.client.at(Family::V4, 53);
+    let upstream = bind(&scene, upstream_address);
+    let nameserver = format!("nameserver {}", upstream_address.ip());
+    scene.write_resolv_conf(&format!("{nameserver}\noptions timeout:20 attempts:1\n"));
+    let settings = scene.settings.clone().take_over();
+    let mut old = scene.client.proxy(&settings).await;
+    first.ended_by_itself().await;
+    let socket = bind(&scene, "0.0.0.0:0".parse().expect("an address"));
+    let server = scene.server.at(Family::V4, 53);
+    let asking = ask(&socket, server, "slow.example", 1, SLOW_ANSWER_TIMEOUT);
+    let taking_over = async {
+        let mut asked = [0; 512];
+        let (length, proxy) = upstream.recv_from(&mut asked).await.expect("a forwarded query");
+        let new = scene.client.proxy(&settings).await;
+        old.line(&["another process has taken over"]).await;
+        upstream.send_to(&answer_to(&asked[..length]), proxy).await.expect("an answer is sent");
+        new
+    };
+    let ((), _new) = tokio::join!(asking, taking_over);
+    assert!(old.ended_by_itself().await.success(), "{}", old.log());
+}
+
+/// A UDP socket of the client.
+fn bind(scene: &DnsScene, address: SocketAddr) -> UdpSocket {
+    let socket = scene.client.run(|| std::net::UdpSocket::bind(address)).expect("a socket");
+    socket.set_nonblocking(true).expect("a socket");
+    UdpSocket::from_std(socket).expect("a socket")
+}
+
+/// A response to a query without additional records, with one address.
+fn answer_to(query: &[u8]) -> Vec<u8> {
+    let header = [0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0];
+    let record = [0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 9];
+    [&query[..2], &header, &query[12..], &record].concat()
+}
+
 /// Sends one query, and waits for its answer. It is not repeated.
-async fn ask(socket: &UdpSocket, server: SocketAddr, name: &str, id: u16) {
+async fn ask(socket: &UdpSocket, server: SocketAddr, name: &str, id: u16, within: Duration) {
     let mut message = id.to_be_bytes().to_vec();
     message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
     for label in name.split('.') {
@@ -64,7 +104,7 @@ async fn ask(socket: &UdpSocket, server: SocketAddr, name: &str, id: u16) {
             }
         }
     };
-    let length = timeout(ANSWER_TIMEOUT, receive).await.expect("an answer in time");
+    let length = timeout(within, receive).await.expect("an answer in time");
     let (code, answers) = (answer[3] & 0xf, answer[7]);
     assert!(length > message.len() && code == 0 && answers == 1, "{code} {answers}");
 }
