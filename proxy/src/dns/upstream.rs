@@ -14,6 +14,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use thiserror::Error;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
 use super::message::{self, Query, ResponseCode};
@@ -23,6 +24,9 @@ use super::response::Transport;
 /// The maximum time for one query, with all servers and attempts. Applications have stopped waiting
 /// by then (glibc: 10 s for one server by default).
 pub(crate) const MAX_TIME: Duration = Duration::from_secs(20);
+/// The maximum number of attempts of a pod that run beside an earlier attempt of the same query.
+/// Each attempt has a socket. The service limits the queries, and so the first attempts.
+const MAX_FURTHER: usize = 512;
 /// How long a server that did not answer is asked last.
 const AVOID_TIME: Duration = Duration::from_secs(30);
 
@@ -61,11 +65,13 @@ pub(crate) struct Upstream {
     /// The servers that did not answer, with the times.
     silent: Mutex<HashMap<SocketAddr, Instant>>,
     turn: AtomicUsize,
+    further: Semaphore,
 }
 
 impl Upstream {
     pub(crate) fn new(exchange: Arc<dyn Exchange>) -> Self {
-        Self { exchange, silent: Mutex::default(), turn: AtomicUsize::default() }
+        let further = Semaphore::new(MAX_FURTHER);
+        Self { exchange, silent: Mutex::default(), turn: AtomicUsize::default(), further }
     }
 
     /// Returns the first useful response. If all servers report errors, returns the first of those.
@@ -87,10 +93,17 @@ impl Upstream {
         let (mut error_response, mut error) = (None, UpstreamError::NoServer);
         let mut newest = None;
         loop {
-            if let Some(server) = plan.next() {
+            // With too many attempts of the pod, the earlier ones of this query continue alone.
+            let permit = self.further.try_acquire().ok();
+            let may_ask = attempts.is_empty() || permit.is_some();
+            if let Some(server) = plan.next_if(|_| may_ask) {
+                let permit = permit.filter(|_| !attempts.is_empty());
                 let (query, message) = (query.clone(), message.clone());
                 let exchange = self.exchange.exchange(server, transport, query, message);
-                attempts.push(async move { (server, exchange.await) });
+                attempts.push(async move {
+                    let _permit = permit;
+                    (server, exchange.await)
+                });
                 newest = Some(server);
             }
             let until = end.min(Instant::now() + settings.timeout);

@@ -187,6 +187,14 @@ async fn silence_ends_after_all_attempts_and_names_the_servers() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn attempts_beside_earlier_ones_are_limited() {
+    let scene = scene(&[Script::Drops], "timeout:1 attempts:5");
+    let count = MAX_FURTHER + 100;
+    futures_util::future::join_all((0..count).map(|_| scene.ask())).await;
+    assert_eq!(scene.servers.asked(), count + MAX_FURTHER);
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_query_takes_bounded_time() {
     let scene = scene(&[Script::Drops], "timeout:30 attempts:5");
     assert_eq!(scene.ask().await.1, MAX_TIME.as_millis());
