@@ -19,6 +19,9 @@ const MAX_NEGATIVE: Duration = Duration::from_secs(30);
 /// How long expired responses are used while no server answers: time to repair a server. RFC 8767
 /// section 5 allows days, but addresses of workloads are reassigned sooner.
 pub(crate) const MAX_STALE: Duration = Duration::from_mins(15);
+/// How long after a failed query expired responses are used at once, while the servers are asked
+/// (RFC 8767 section 5: failure recheck timer).
+pub(super) const RECHECK: Duration = Duration::from_secs(30);
 /// The maximum memory of a pod's responses, and their number.
 const MAX_BYTES: usize = 256 << 10;
 const MAX_ENTRIES: usize = 2048;
@@ -56,6 +59,8 @@ struct Entry {
     stored: Instant,
     lifetime: Duration,
     used: Instant,
+    /// The last time that no server has answered.
+    failed: Option<Instant>,
 }
 
 /// A stored response.
@@ -64,8 +69,16 @@ pub(super) enum Cached {
     /// With its age.
     Fresh(Arc<StoredResponse>, Duration),
     /// It has expired.
-    Stale(Arc<StoredResponse>),
+    Stale(Stale),
     Missing,
+}
+
+/// A stored response that has expired.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stale {
+    pub(super) response: Arc<StoredResponse>,
+    /// Whether the servers have failed within [`RECHECK`].
+    pub(super) has_failed: bool,
 }
 
 impl Cache {
@@ -75,7 +88,10 @@ impl Cache {
         let age = now.duration_since(entry.stored);
         match () {
             () if age < entry.lifetime => Cached::Fresh(entry.response.clone(), age),
-            () if age < entry.lifetime + MAX_STALE => Cached::Stale(entry.response.clone()),
+            () if age < entry.lifetime + MAX_STALE => Cached::Stale(Stale {
+                response: entry.response.clone(),
+                has_failed: entry.failed.is_some_and(|at| now.duration_since(at) < RECHECK),
+            }),
             () => Cached::Missing,
         }
     }
@@ -94,7 +110,15 @@ impl Cache {
             self.evict(now, size);
         }
         self.bytes += size;
-        self.entries.insert(key, Entry { response, stored: now, lifetime, used: now });
+        self.entries
+            .insert(key, Entry { response, stored: now, lifetime, used: now, failed: None });
+    }
+
+    /// Records that no server has answered.
+    pub(super) fn fail(&mut self, key: &Key, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(key) {
+            entry.failed = Some(now);
+        }
     }
 
     fn remove(&mut self, key: &Key) {
@@ -148,11 +172,15 @@ mod tests {
             .get(&key("A"), now + Duration::from_secs(seconds))
         {
             Cached::Fresh(_, age) => format!("{} s old", age.as_secs()),
+            Cached::Stale(stale) if stale.has_failed => "failed".to_owned(),
             Cached::Stale(_) => "stale".to_owned(),
             Cached::Missing => "missing".to_owned(),
         };
         assert_eq!(at(&mut cache, 59), "59 s old");
         assert_eq!(at(&mut cache, 60), "stale");
+        cache.fail(&key("a"), now + Duration::from_secs(60));
+        assert_eq!(at(&mut cache, 60 + 29), "failed");
+        assert_eq!(at(&mut cache, 60 + 30), "stale");
         assert_eq!(at(&mut cache, 60 + 899), "stale");
         assert_eq!(at(&mut cache, 60 + 900), "missing");
     }

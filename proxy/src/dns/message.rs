@@ -90,6 +90,8 @@ impl ResponseCode {
     pub(crate) const NAME_ERROR: Self = Self(3);
     pub(crate) const NOT_IMPLEMENTED: Self = Self(4);
     pub(crate) const REFUSED: Self = Self(5);
+    /// Its upper part is in the OPT record (RFC 6891 section 9).
+    pub(crate) const BAD_VERSION: Self = Self(16);
 
     /// The name in logs and metrics.
     pub(crate) fn as_str(self) -> &'static str {
@@ -100,6 +102,7 @@ impl ResponseCode {
             Self::NAME_ERROR => "NXDOMAIN",
             Self::NOT_IMPLEMENTED => "NOTIMP",
             Self::REFUSED => "REFUSED",
+            Self::BAD_VERSION => "BADVERS",
             Self(_) => "other",
         }
     }

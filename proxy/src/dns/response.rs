@@ -47,9 +47,6 @@ pub(super) fn of_addresses(
     addresses: &[IpAddr],
     transport: Transport,
 ) -> Vec<u8> {
-    if let Some(error) = unsupported_version(query) {
-        return error;
-    }
     let mut message = start(query, ResponseCode::NO_ERROR, AA);
     let mut owner = HEADER;
     let limit = transport.limit(query) - query.edns.map_or(0, |_| OPT_LENGTH);
@@ -92,8 +89,8 @@ pub(super) fn of_code(query: &Query, code: ResponseCode) -> Vec<u8> {
     finish(start(query, code, 0), query, 0)
 }
 
-/// A response to a query with a version of EDNS that is not 0.
-fn unsupported_version(query: &Query) -> Option<Vec<u8>> {
+/// A response to a query with a version of EDNS that is not 0; `None` for other queries.
+pub(super) fn unsupported_version(query: &Query) -> Option<Vec<u8>> {
     query.edns.filter(|Edns { version, .. }| *version != 0)?;
     let mut message = start(query, ResponseCode::NO_ERROR, 0);
     message.extend(message::opt(query.dnssec_ok(), BAD_VERSION));

@@ -8,7 +8,6 @@ use bytes::{Buf as _, BytesMut};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use underpass_hbone::log_panic;
@@ -21,9 +20,8 @@ use crate::node::pod::Pod;
 /// The maximum length of a query. Names have at most 255 bytes; the rest is for options and
 /// signatures.
 const MAX_QUERY: usize = 4096;
-/// The maximum number of TCP connections of a pod's applications, and of queries of one connection
-/// that wait for a response. Further ones wait in the kernel.
-const MAX_CONNECTIONS: usize = 64;
+/// The maximum number of queries of one connection that wait for a response. Further ones wait in
+/// the kernel.
 const MAX_PIPELINED: usize = 64;
 /// The idle timeout of a connection: longer than applications keep them open (RFC 7766 section
 /// 6.2.3: a few seconds).
@@ -34,11 +32,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves a UDP socket. Never returns.
-pub(crate) async fn serve_udp(
-    service: &Arc<DnsService>,
-    pod: &Arc<Pod>,
-    socket: &Arc<UdpSocket>,
-) {
+pub(crate) async fn serve_udp(service: &Arc<DnsService>, pod: &Arc<Pod>, socket: &Arc<UdpSocket>) {
     let mut buffer = vec![0; MAX_QUERY + 1];
     loop {
         let (length, client) = match socket.recv_from(&mut buffer).await {
@@ -74,10 +68,9 @@ pub(crate) async fn serve_udp(
 
 /// Accepts connections of a TCP listener. Never returns.
 pub(crate) async fn serve_tcp(service: &Arc<DnsService>, pod: &Arc<Pod>, listener: &Listener) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // The semaphore is never closed.
-        let Ok(permit) = connections.clone().acquire_owned().await else { return };
+        let Ok(permit) = service.connections.clone().acquire_owned().await else { return };
         let accepted = listener.accept().await.and_then(|(stream, _)| TcpStream::from_std(stream));
         let stream = match accepted {
             Ok(stream) => stream,
@@ -87,10 +80,11 @@ pub(crate) async fn serve_tcp(service: &Arc<DnsService>, pod: &Arc<Pod>, listene
                 continue;
             }
         };
+        let descriptor = pod.limits.hold_outbound();
         let (service, sockets, closing) =
             (service.clone(), pod.sockets.clone(), pod.closing.clone());
         let serving = async move {
-            let _permit = permit;
+            let _permits = (permit, descriptor);
             tokio::select! {
                 served = serve_connection(&service, stream, &closing) => {
                     if let Err(error) = served {

@@ -11,15 +11,15 @@ use tokio::time::{Instant, timeout};
 use underpass_config::{Ipv6, Settings};
 use underpass_hbone::log_panic;
 
-use super::cache::{Cache, Cached, Key};
+use super::cache::{Cache, Cached, Key, Stale};
 use super::exchange::SocketExchange;
 use super::mesh::{self, PodView};
 use super::message::{self, CLASS_IN, Malformed, Query, RecordType, ResponseCode};
-use super::report::{self, AnswerSource, Report};
+use super::report::{self, AnswerSource, Failure, FailureLog};
 use super::resolv_conf::ResolvConf;
 use super::resolv_file::ResolvFile;
 use super::response::{self, Age, StoredResponse, Transport};
-use super::upstream::{Upstream, UpstreamError};
+use super::upstream::Upstream;
 use crate::decide::snapshot::Snapshot;
 use crate::limits::Rate;
 use crate::mesh::on_demand::Lookups;
@@ -36,6 +36,8 @@ const MAX_OUTSTANDING: usize = 512;
 /// The maximum number of queries of a pod that wait for an answer, also those that wait for an equal
 /// query.
 const MAX_WAITING: usize = 4096;
+/// The maximum number of TCP connections of a pod's applications. Further ones wait in the kernel.
+pub(super) const MAX_CONNECTIONS: usize = 64;
 
 /// Answers the queries of one pod.
 #[derive(Debug)]
@@ -51,8 +53,10 @@ pub(crate) struct DnsService {
     running: Mutex<HashMap<Question, Running>>,
     outstanding: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
+    pub(super) connections: Arc<Semaphore>,
     /// Limits the queries to the pod's servers, which are those of its neighbours too.
     pace: Mutex<Pace>,
+    failures: FailureLog,
 }
 
 /// Where the resolver settings come from.
@@ -91,7 +95,8 @@ struct Question {
     limit: usize,
 }
 
-type Running = Shared<BoxFuture<'static, Result<Answered, Arc<UpstreamError>>>>;
+/// `None`: no server has answered.
+type Running = Shared<BoxFuture<'static, Option<Answered>>>;
 
 /// The response of a server.
 #[derive(Debug, Clone)]
@@ -117,10 +122,12 @@ impl DnsService {
         lookups: Lookups,
         resolver: ResolverSource,
         upstream: Upstream,
+        failures: FailureLog,
     ) -> Arc<Self> {
         let (cache, running) = Default::default();
-        let [outstanding, waiting] =
-            [MAX_OUTSTANDING, MAX_WAITING].map(|limit| Arc::new(Semaphore::new(limit)));
+        let limits = [MAX_OUTSTANDING, MAX_WAITING, MAX_CONNECTIONS];
+        let [outstanding, waiting, connections] =
+            limits.map(|limit| Arc::new(Semaphore::new(limit)));
         let pace = Pace { rate: resolver.per_second.map(Rate::new), exhausted: None };
         let pace = Mutex::new(pace);
         Arc::new(Self {
@@ -133,7 +140,9 @@ impl DnsService {
             running,
             outstanding,
             waiting,
+            connections,
             pace,
+            failures,
         })
     }
 
@@ -152,7 +161,8 @@ impl DnsService {
         };
         let (sockets, limits) = (pod.sockets.clone(), pod.limits.clone());
         let upstream = Upstream::new(Arc::new(SocketExchange { sockets, limits }));
-        Self::new(view, node.mesh.clone(), node.lookups.clone(), resolver, upstream)
+        let failures = FailureLog::new(&settings.workload);
+        Self::new(view, node.mesh.clone(), node.lookups.clone(), resolver, upstream, failures)
     }
 
     /// Serves a message of a client.
@@ -171,23 +181,27 @@ impl DnsService {
             Ok(query) => query,
             Err(Malformed::Ignored) => return Reply::Nothing,
             Err(Malformed::Rejected(code)) => {
-                report::rejected(code);
+                report::answered(AnswerSource::None, code);
                 return message::rejection(message, code).map_or(Reply::Nothing, Reply::Now);
             }
         };
+        if let Some(response) = response::unsupported_version(&query) {
+            report::answered(AnswerSource::None, ResponseCode::BAD_VERSION);
+            return Reply::Now(response);
+        }
         let settings = self.resolv_conf();
         let found = self.find(&query, &settings);
         if !is_looked_up && found.is_none() && self.has_unanswered_lookup(&query, &settings) {
             let looking_up = self.clone().look_up(query, settings, message.into(), transport);
             return Reply::Later(looking_up.boxed());
         }
-        let report = Report::new(&query, transport);
+        report::requested(&query, transport);
         let is_address = matches!(query.kind, RecordType::A | RecordType::AAAA);
         if let Some(found) = found.as_ref().filter(|_| is_address) {
             let mut addresses = found.addresses.clone();
             fastrand::shuffle(&mut addresses);
             let response = response::of_addresses(&query, found.alias, &addresses, transport);
-            report.answered(AnswerSource::Mesh, message::code(&response));
+            report::answered(AnswerSource::Mesh, message::code(&response));
             return Reply::Now(response);
         }
         let key = Key::of(&query);
@@ -196,7 +210,7 @@ impl DnsService {
         let stale = match cached {
             Cached::Fresh(stored, age) => {
                 let response = stored.to(&query, Age::Fresh(age), transport);
-                report.answered(AnswerSource::Cache, stored.code());
+                report::answered(AnswerSource::Cache, stored.code());
                 return Reply::Now(in_mesh(response, found.is_some()));
             }
             Cached::Stale(stored) => Some(stored),
@@ -209,11 +223,10 @@ impl DnsService {
             settings,
             stale,
             is_in_mesh: found.is_some(),
-            report,
         };
         match self.waiting.clone().try_acquire_owned() {
             Ok(permit) => Reply::Later(forward.run(key, message.into(), permit).boxed()),
-            Err(_) => Reply::Now(forward.without_answer("limit", None)),
+            Err(_) => Reply::Now(forward.without_answer(Some(Failure::Waiting))),
         }
     }
 
@@ -233,7 +246,7 @@ impl DnsService {
     }
 
     /// Asks the control plane for the name, and serves the message afterwards. Without an answer
-    /// the pod's servers are asked: a connection to what they answer asks for the address itself.
+    /// the query fails: the name may be one of the mesh.
     async fn look_up(
         self: Arc<Self>,
         query: Query,
@@ -241,18 +254,30 @@ impl DnsService {
         message: Box<[u8]>,
         transport: Transport,
     ) -> Vec<u8> {
-        if let Ok(_permit) = self.outstanding.try_acquire() {
-            let current = self.mesh.borrow().clone();
-            let needed = |snapshot: &Snapshot| {
-                mesh::lookups(&snapshot.mesh, &self.view, &settings.search, &query.name)
-            };
-            self.lookups.resolve(current, &self.mesh, needed, LOOKUP_WAIT).await.ok();
-        }
+        let Ok(permit) = self.outstanding.try_acquire() else {
+            return self.refuse(&query, transport, Failure::Outstanding);
+        };
+        let current = self.mesh.borrow().clone();
+        let needed = |snapshot: &Snapshot| {
+            mesh::lookups(&snapshot.mesh, &self.view, &settings.search, &query.name)
+        };
+        let found = self.lookups.resolve(current, &self.mesh, needed, LOOKUP_WAIT).await;
+        drop(permit);
+        let _lease = match found {
+            Ok((_, lease)) => lease,
+            Err(error) => return self.refuse(&query, transport, Failure::Lookup(&error)),
+        };
         match self.serve_after_lookup(&message, transport, true) {
             Reply::Nothing => Vec::new(),
             Reply::Now(response) => response,
             Reply::Later(response) => response.await,
         }
+    }
+
+    fn refuse(&self, query: &Query, transport: Transport, failure: Failure<'_>) -> Vec<u8> {
+        self.failures.log(query, transport, failure);
+        report::answered(AnswerSource::None, ResponseCode::SERVER_FAILURE);
+        response::of_code(query, ResponseCode::SERVER_FAILURE)
     }
 
     fn resolv_conf(&self) -> Arc<ResolvConf> {
@@ -292,9 +317,20 @@ struct Forward {
     query: Arc<Query>,
     transport: Transport,
     settings: Arc<ResolvConf>,
-    stale: Option<Arc<StoredResponse>>,
+    stale: Option<Stale>,
     is_in_mesh: bool,
-    report: Report,
+}
+
+/// The outcome of asking the servers.
+enum Asked {
+    Answered {
+        answered: Answered,
+        is_first: bool,
+    },
+    /// The response cannot serve the clients that joined an equal query.
+    OfOtherClient,
+    /// `None`: no server has answered in time, which is logged where the servers are asked.
+    Failed(Option<Failure<'static>>),
 }
 
 impl Forward {
@@ -305,40 +341,73 @@ impl Forward {
         message: Arc<[u8]>,
         _permit: OwnedSemaphorePermit,
     ) -> Vec<u8> {
-        let Some((running, is_first)) = self.start(key, message) else {
-            return self.without_answer("limit", None);
-        };
-        let wait = if self.stale.is_some() { STALE_WAIT } else { Duration::MAX };
-        match timeout(wait, running).await {
-            Ok(Ok(answered)) => self.answer(&answered, is_first),
-            Ok(Err(error)) => self.without_answer("upstream", Some(&error)),
-            Err(_) => self.without_answer("slow", None),
+        let mut asked = self.ask(key.as_ref(), &message).await;
+        if matches!(asked, Asked::OfOtherClient) {
+            asked = self.ask(None, &message).await;
+        }
+        match asked {
+            Asked::Answered { answered, is_first } => self.answer(&answered, is_first),
+            Asked::OfOtherClient => self.without_answer(None),
+            Asked::Failed(failure) => self.without_answer(failure),
         }
     }
 
-    /// Asks the servers, or joins an equal query. `None` if too many queries wait.
-    fn start(&self, key: Option<Key>, message: Arc<[u8]>) -> Option<(Running, bool)> {
-        let (transport, limit) = (self.transport, self.transport.limit(&self.query));
-        let question = key.map(|key| Question { key, transport, limit });
+    /// Asks the servers, and waits unless there is a stale response and they have just failed.
+    async fn ask(&self, key: Option<&Key>, message: &Arc<[u8]>) -> Asked {
+        let (running, is_first) = match self.start(key, message) {
+            Ok(started) => started,
+            Err(failure) => return Asked::Failed(Some(failure)),
+        };
+        let outcome = match &self.stale {
+            None => Some(running.await),
+            Some(Stale { has_failed: true, .. }) => running.now_or_never(),
+            Some(_) => timeout(STALE_WAIT, running).await.ok(),
+        };
+        match outcome {
+            Some(Some(Answered { stored: None, .. })) if !is_first => Asked::OfOtherClient,
+            Some(Some(answered)) => Asked::Answered { answered, is_first },
+            Some(None) => Asked::Failed(None),
+            None => {
+                self.service.failed(key);
+                Asked::Failed(None)
+            }
+        }
+    }
+
+    /// Asks the servers, or joins an equal query.
+    fn start(
+        &self,
+        key: Option<&Key>,
+        message: &Arc<[u8]>,
+    ) -> Result<(Running, bool), Failure<'static>> {
+        let (client, limit) = (self.transport, self.transport.limit(&self.query));
+        let question = key.map(|key| Question { key: key.clone(), transport: client, limit });
         let mut running = self.service.running();
         if let Some(known) = question.as_ref().and_then(|question| running.get(question)) {
-            return Some((known.clone(), false));
+            return Ok((known.clone(), false));
         }
-        let permit = self.service.outstanding.clone().try_acquire_owned().ok()?;
+        let permit = self.service.outstanding.clone().try_acquire_owned();
+        let permit = permit.map_err(|_| Failure::Outstanding)?;
         if !self.service.admit() {
-            return None;
+            return Err(Failure::Rate);
         }
         let (service, query) = (self.service.clone(), self.query.clone());
-        let (settings, asked) = (self.settings.clone(), question.clone());
-        let transport = if settings.use_tcp { Transport::Tcp } else { transport };
+        let (settings, message) = (self.settings.clone(), message.clone());
+        let asked = question.clone();
+        let transport = if settings.use_tcp { Transport::Tcp } else { client };
         let asking = async move {
+            let began = Instant::now();
             let outcome = service.upstream.ask(&settings, transport, &query, &message).await;
-            let outcome = outcome.map(|message| service.store(asked.as_ref(), message));
+            service.failures.exchanged(&query, client, began, &outcome);
+            if report::is_failure(&outcome) {
+                service.failed(asked.as_ref().map(|asked| &asked.key));
+            }
+            let outcome = outcome.ok().map(|message| service.store(asked.as_ref(), message));
             if let Some(asked) = &asked {
                 service.running().remove(asked);
             }
             drop(permit);
-            outcome.map_err(Arc::new)
+            outcome
         };
         let asking = asking.boxed().shared();
         // It ends also if no client waits any longer, so that the response is stored.
@@ -346,7 +415,7 @@ impl Forward {
         if let Some(question) = question {
             running.insert(question, asking.clone());
         }
-        Some((asking, true))
+        Ok((asking, true))
     }
 
     fn answer(&self, answered: &Answered, is_first: bool) -> Vec<u8> {
@@ -356,7 +425,7 @@ impl Forward {
         {
             return response;
         }
-        self.report.answered(AnswerSource::Upstream, code);
+        report::answered(AnswerSource::Upstream, code);
         let response = match &answered.stored {
             Some(stored) if !is_first => {
                 stored.to(&self.query, Age::Fresh(Duration::ZERO), self.transport)
@@ -370,18 +439,21 @@ impl Forward {
         in_mesh(response, self.is_in_mesh)
     }
 
-    /// The stale response; otherwise a failure, which is logged with its reason.
-    fn without_answer(&self, reason: &'static str, error: Option<&UpstreamError>) -> Vec<u8> {
+    /// The stale response; otherwise a failure.
+    fn without_answer(&self, failure: Option<Failure<'_>>) -> Vec<u8> {
         if let Some(response) = self.stale_response() {
             return response;
         }
-        self.report.failed(&self.query, reason, error);
+        if let Some(failure) = failure {
+            return self.service.refuse(&self.query, self.transport, failure);
+        }
+        report::answered(AnswerSource::None, ResponseCode::SERVER_FAILURE);
         response::of_code(&self.query, ResponseCode::SERVER_FAILURE)
     }
 
     fn stale_response(&self) -> Option<Vec<u8>> {
-        let stored = self.stale.as_ref()?;
-        self.report.answered(AnswerSource::Stale, stored.code());
+        let stored = &self.stale.as_ref()?.response;
+        report::answered(AnswerSource::Stale, stored.code());
         let response = stored.to(&self.query, Age::Stale, self.transport);
         Some(in_mesh(response, self.is_in_mesh))
     }
@@ -395,7 +467,14 @@ impl DnsService {
         }
         Answered { message: message.into(), stored }
     }
+
+    /// Records that no server has answered.
+    fn failed(&self, key: Option<&Key>) {
+        if let Some(key) = key {
+            self.cache().fail(key, Instant::now());
+        }
+    }
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -63,7 +63,7 @@ fn alias_is_cname_to_first_labels() {
 fn unknown_edns_version_is_refused() {
     let mut opt = edns(1232, true, &[]);
     opt[6] = 1;
-    let message = of_addresses(&read(&query("a", A, &[&opt])), None, &addresses(1), Transport::Udp);
+    let message = unsupported_version(&read(&query("a", A, &[&opt]))).unwrap();
     assert_eq!(shape(&message), (false, 0, 1));
     let layout = Layout::read(&message).unwrap();
     assert_eq!(layout.additionals[0].ttl.to_be_bytes(), [BAD_VERSION, 0, 0x80, 0]);

@@ -2,9 +2,19 @@
 
 use std::io::ErrorKind;
 
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
+
 use tokio::io::duplex;
+use underpass_interception::BoundListener;
 
 use super::*;
+use crate::dns::message::RecordType;
+use crate::dns::message::testing::query;
+use crate::dns::service::MAX_CONNECTIONS;
+use crate::dns::service::tests::Scene;
+use crate::dns::upstream::tests::Script;
+use crate::node::testing::pod;
 
 fn framed(messages: &[&[u8]]) -> Vec<u8> {
     let frame = |message: &&[u8]| {
@@ -50,4 +60,40 @@ async fn long_messages_and_idle_clients_end_the_connection() {
     let began = tokio::time::Instant::now();
     assert_eq!(next_message(&mut server, &mut BytesMut::new()).await.unwrap(), None);
     assert_eq!(began.elapsed(), IDLE_TIMEOUT);
+}
+
+/// Serves a new listener, and returns its address.
+fn serve(scene: &Scene, pod: &Arc<Pod>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let listener = BoundListener::try_from(OwnedFd::from(listener)).unwrap().register().unwrap();
+    let (service, pod) = (scene.service.clone(), pod.clone());
+    tokio::spawn(async move { serve_tcp(&service, &pod, &listener).await });
+    address
+}
+
+/// A connection that has received an answer.
+async fn answered(server: SocketAddr) -> TcpStream {
+    let mut client = TcpStream::connect(server).await.unwrap();
+    let message = query("web", RecordType::A, &[]);
+    client.write_all(&framed(&[&message])).await.unwrap();
+    let mut answer = vec![0; client.read_u16().await.unwrap().into()];
+    client.read_exact(&mut answer).await.unwrap();
+    client
+}
+
+#[tokio::test]
+async fn connections_of_all_listeners_are_limited_together() {
+    let (scene, pod) = (Scene::new(Script::Drops), pod(&["interception.profile=none"]));
+    let [first, second] = [(); 2].map(|()| serve(&scene, &pod));
+    let mut clients = Vec::new();
+    // Each listener waits with a permit for its next connection.
+    for n in 0..MAX_CONNECTIONS - 1 {
+        clients.push(answered(if n % 2 == 0 { first } else { second }).await);
+    }
+    assert_eq!(scene.service.connections.available_permits(), 0);
+    assert_eq!(pod.queries.len(), MAX_CONNECTIONS - 1);
+    clients.clear();
+    answered(first).await;
+    answered(second).await;
 }

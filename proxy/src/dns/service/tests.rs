@@ -8,6 +8,7 @@ use underpass_config::testing::Folder;
 use underpass_config::{ControlPlane, DeltaResponse, LocalWorkloads, Mesh, Node, ResourceType};
 
 use super::*;
+use crate::dns::cache::RECHECK;
 use crate::dns::message::testing::{edns, query, record, response};
 use crate::dns::message::{Layout, TC};
 use crate::dns::upstream::tests::{Script, ScriptedExchange, Servers};
@@ -21,15 +22,15 @@ services:
 const FAST: Duration = Duration::from_millis(10);
 const ANSWERS: Script = Script::Answers(ResponseCode::NO_ERROR, FAST);
 
-struct Scene {
-    service: Arc<DnsService>,
+pub(in crate::dns) struct Scene {
+    pub(in crate::dns) service: Arc<DnsService>,
     servers: Arc<Servers>,
     _mesh: watch::Sender<Arc<Snapshot>>,
     _folder: Folder,
 }
 
 impl Scene {
-    fn new(script: Script) -> Self {
+    pub(in crate::dns) fn new(script: Script) -> Self {
         Self::with(script, None, "nameserver 10.0.0.1")
     }
 
@@ -43,8 +44,9 @@ impl Scene {
         let view = PodView { namespace, network, domain, ipv6: true };
         let mesh = watch::Sender::new(snapshot(1, MESH));
         let upstream = Upstream::new(Arc::new(ScriptedExchange(servers.clone())));
-        let service =
-            DnsService::new(view, mesh.subscribe(), Lookups::default(), resolver, upstream);
+        let failures = FailureLog::new(&settings(&[]).workload);
+        let (mesh_view, lookups) = (mesh.subscribe(), Lookups::default());
+        let service = DnsService::new(view, mesh_view, lookups, resolver, upstream, failures);
         let scene = Self { service, servers, _mesh: mesh, _folder: folder };
         scene.script(script);
         scene
@@ -88,8 +90,8 @@ async fn names_of_mesh_need_no_server() {
     assert_eq!(alias, ("NOERROR", 2, 30, 0), "a CNAME for the search path");
 }
 
-/// The control plane is asked for the name first. Without an answer, or if it has none, the servers
-/// are asked.
+/// The control plane is asked for the name first. Without an answer the query fails. If it has no
+/// such name, the servers are asked.
 #[tokio::test(start_paused = true)]
 async fn name_is_looked_up_on_demand_before_it_is_forwarded() {
     let mut scene = Scene::new(ANSWERS);
@@ -101,7 +103,7 @@ async fn name_is_looked_up_on_demand_before_it_is_forwarded() {
     let lookups = Lookups::on_demand();
     Arc::get_mut(&mut scene.service).unwrap().lookups = lookups.clone();
     let start = Instant::now();
-    assert_eq!(scene.ask("a.b.example", A).await, ("NOERROR", 1, 60, 1));
+    assert_eq!(scene.ask("a.b.example", A).await, ("SERVFAIL", 0, 0, 0));
     assert!(start.elapsed() >= LOOKUP_WAIT);
     // The control plane has no such name.
     let names = ["default/c.d.example", "default/c.d.example.svc.cluster.local"];
@@ -118,7 +120,7 @@ async fn name_is_looked_up_on_demand_before_it_is_forwarded() {
         subscribed[0].resource_names_subscribe.clone()
     };
     let (answer, asked) = tokio::join!(scene.ask("c.d.example", A), asked);
-    assert_eq!(answer.3, 2);
+    assert_eq!(answer, ("NOERROR", 1, 60, 1));
     assert!(names.iter().all(|name| asked.contains(&(*name).to_owned())), "{asked:?}");
 }
 
@@ -171,11 +173,54 @@ async fn stale_response_is_used_while_servers_fail() {
     scene.script(Script::Refuses);
     assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 30, 5));
     scene.script(Script::Drops);
-    let began = Instant::now();
-    assert_eq!(scene.ask("other.example", A).await.0, "NOERROR");
-    assert_eq!(began.elapsed(), STALE_WAIT);
+    advance(RECHECK).await;
+    for expected in [STALE_WAIT, Duration::ZERO] {
+        let began = Instant::now();
+        assert_eq!(scene.ask("other.example", A).await.0, "NOERROR");
+        assert_eq!(began.elapsed(), expected, "only the first client waits");
+    }
     advance(super::super::cache::MAX_STALE).await;
     assert_eq!(scene.ask("other.example", A).await.0, "SERVFAIL");
+}
+
+#[tokio::test(start_paused = true)]
+async fn servers_are_asked_while_a_stale_response_is_used_at_once() {
+    let scene = Scene::new(ANSWERS);
+    scene.ask("other.example", A).await;
+    advance(Duration::from_secs(60)).await;
+    scene.script(Script::Refuses);
+    assert_eq!(scene.ask("other.example", A).await.2, 30);
+    scene.script(ANSWERS);
+    assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 30, 4));
+    tokio::time::sleep(2 * FAST).await;
+    assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 60, 4));
+}
+
+#[tokio::test(start_paused = true)]
+async fn response_that_cannot_be_stored_is_only_for_the_client_that_asked() {
+    let scene = Scene::new(Script::AnswersUnusually(FAST));
+    let asked = ["other.example", "OTHER.Example"];
+    let asked = asked.map(|name| query(name, RecordType::A, &[&edns(1232, false, &[])]));
+    let responses = join_all(asked.iter().map(|message| scene.send(message))).await;
+    for (asked, response) in asked.iter().zip(&responses) {
+        assert_eq!(message::code(response), ResponseCode::NO_ERROR);
+        let end = Layout::read(response).unwrap().question;
+        assert_eq!(response[12..end], asked[12..end], "the name as this client wrote it");
+    }
+    assert_eq!(scene.servers.asked(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn unknown_edns_version_is_refused_for_every_name() {
+    let scene = Scene::new(ANSWERS);
+    let mut opt = edns(1232, false, &[]);
+    opt[6] = 1;
+    for name in ["web", "other.example"] {
+        let response = scene.send(&query(name, RecordType::A, &[&opt])).await;
+        let layout = Layout::read(&response).unwrap();
+        assert_eq!(layout.additionals[0].ttl >> 24, 1, "BADVERS");
+    }
+    assert_eq!(scene.servers.asked(), 0);
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,13 +5,15 @@ use tokio::time::sleep;
 
 use super::*;
 use crate::dns::message::RecordType;
-use crate::dns::message::testing::{query, record, response};
+use crate::dns::message::testing::{edns, query, record, response};
 
 /// The behaviour of a scripted server.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Script {
     /// Answers with this code after this time.
     Answers(ResponseCode, Duration),
+    /// Answers with a record after the OPT record, which cannot be stored.
+    AnswersUnusually(Duration),
     Drops,
     Refuses,
 }
@@ -52,6 +54,11 @@ impl Exchange for ScriptedExchange {
                         ResponseCode::NO_ERROR => response(&message, 0, [&records, &[], &[]]),
                         code => response(&message, code.0, [&[], &[soa], &[]]),
                     })
+                }
+                Script::AnswersUnusually(after) => {
+                    sleep(after).await;
+                    let more = [edns(1232, false, &[]), record(1, 60, &server_number(server))];
+                    Ok(response(&message, 0, [&[], &[], &more]))
                 }
                 Script::Drops => std::future::pending().await,
                 Script::Refuses => Err(io::ErrorKind::ConnectionRefused.into()),
