@@ -54,9 +54,9 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Leased {
     /// Whether a connection has used it since the last check.
-    used: AtomicBool,
+    was_used: AtomicBool,
     /// The number of checks since its last use.
-    unused: AtomicU32,
+    unused_checks: AtomicU32,
 }
 
 /// Keeps lookups in use. Empty without lookups on demand.
@@ -77,7 +77,7 @@ impl Lookups {
 
     /// Waits until the mesh has an answer to every lookup that is `needed`, at most for `within`.
     /// An answer may refer to further needed names. Returns the mesh with the answers, and the
-    /// lease that keeps them up to date; at once the `current` mesh without lookups on demand.
+    /// lease that keeps them up to date. Without lookups on demand, returns `current` at once.
     ///
     /// # Errors
     /// A lookup has no answer.
@@ -154,7 +154,7 @@ impl Shared {
                 new.push(lookup);
             }
             let lease = leased.entry(lookup.clone()).or_default();
-            lease.used.store(true, Relaxed);
+            lease.was_used.store(true, Relaxed);
             leases.push(lease.clone());
         }
         drop(leased);
@@ -191,11 +191,11 @@ impl Shared {
 impl Leased {
     /// Counts a check. Returns whether there was no use during the last `checks`.
     fn is_unused_for(self: &Arc<Self>, checks: u32) -> bool {
-        if self.used.swap(false, Relaxed) || Arc::strong_count(self) > 1 {
-            self.unused.store(0, Relaxed);
+        if self.was_used.swap(false, Relaxed) || Arc::strong_count(self) > 1 {
+            self.unused_checks.store(0, Relaxed);
             return false;
         }
-        self.unused.fetch_add(1, Relaxed) + 1 >= checks
+        self.unused_checks.fetch_add(1, Relaxed) + 1 >= checks
     }
 }
 
