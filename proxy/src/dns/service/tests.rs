@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use futures_util::future::join_all;
+use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::time::advance;
 use underpass_config::testing::Folder;
 use underpass_config::{ControlPlane, DeltaResponse, LocalWorkloads, Mesh, Node, ResourceType};
@@ -309,4 +310,27 @@ async fn use_vc_asks_servers_over_tcp() {
     let response = scene.send(&query("other.example", RecordType::A, &[])).await;
     assert_eq!(message::flags(&response) & TC, 0);
     assert_eq!(scene.servers.asked.lock().unwrap()[0].1, Transport::Tcp);
+}
+
+#[tokio::test(start_paused = true)]
+async fn failure_of_servers_is_counted_once_and_a_limit_is_none() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let _guard = ::metrics::set_default_local_recorder(&recorder);
+    let failures = || {
+        let text = recorder.handle().render();
+        let mut lines = text.lines();
+        let line = lines.find(|line| line.starts_with("istio_dns_upstream_failures_total{"));
+        line.and_then(|line| line.rsplit(' ').next()).map_or(0, |count| count.parse().unwrap())
+    };
+    let scene = Scene::new(ANSWERS);
+    scene.ask("other.example", A).await;
+    advance(Duration::from_secs(60)).await;
+    scene.script(Script::Answers(ResponseCode::SERVER_FAILURE, FAST));
+    let asked = join_all((0..10).map(|_| scene.ask("other.example", A))).await;
+    assert!(asked.iter().all(|answer| answer.0 == "NOERROR"), "stale responses");
+    assert_eq!(failures(), 1);
+    let scene = Scene::with(ANSWERS, Some(10), "nameserver 10.0.0.1");
+    assert_eq!(scene.ask("one.example", A).await.0, "NOERROR");
+    assert_eq!(scene.ask("two.example", A).await.0, "SERVFAIL");
+    assert_eq!(failures(), 1, "no server was asked");
 }
