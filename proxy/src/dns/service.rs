@@ -254,8 +254,12 @@ impl DnsService {
         message: Box<[u8]>,
         transport: Transport,
     ) -> Vec<u8> {
+        let refuse = |failure: Failure<'_>| {
+            report::requested(&query, transport);
+            self.refuse(&query, transport, failure)
+        };
         let Ok(permit) = self.outstanding.try_acquire() else {
-            return self.refuse(&query, transport, Failure::Outstanding);
+            return refuse(Failure::Outstanding);
         };
         let current = self.mesh.borrow().clone();
         let needed = |snapshot: &Snapshot| {
@@ -265,7 +269,7 @@ impl DnsService {
         drop(permit);
         let _lease = match found {
             Ok((_, lease)) => lease,
-            Err(error) => return self.refuse(&query, transport, Failure::Lookup(&error)),
+            Err(error) => return refuse(Failure::Lookup(&error)),
         };
         match self.serve_after_lookup(&message, transport, true) {
             Reply::Nothing => Vec::new(),
