@@ -79,8 +79,8 @@ pub(crate) struct Node {
     pub(crate) series: Arc<SeriesRegistry>,
 }
 
-/// Whether the node itself connects to a CA or to a control plane. Otherwise the broker grants it no
-/// sockets for TCP.
+/// Whether the node itself connects to a CA or to a control plane. Otherwise the broker grants it
+/// no sockets for TCP.
 pub(crate) fn node_connects(settings: &Settings) -> bool {
     settings.xds.is_some() || matches!(settings.identity, Some(IdentitySettings::IstioCa(_)))
 }

@@ -98,8 +98,8 @@ pub(crate) async fn serve_tcp(service: &Arc<DnsService>, pod: &Arc<Pod>, listene
     }
 }
 
-/// Serves the queries of one connection, also several at a time (RFC 7766 section 6.2.1.1). During a
-/// drain, only queries that already wait are answered.
+/// Serves the queries of one connection, also several at a time (RFC 7766 section 6.2.1.1). During
+/// a drain, only queries that already wait are answered.
 async fn serve_connection(
     service: &Arc<DnsService>,
     stream: TcpStream,

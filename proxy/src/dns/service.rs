@@ -33,8 +33,8 @@ const STALE_WAIT: Duration = Duration::from_millis(1800);
 const LOOKUP_WAIT: Duration = Duration::from_secs(1);
 /// The maximum number of queries of a pod that wait for its servers.
 const MAX_OUTSTANDING: usize = 512;
-/// The maximum number of queries of a pod that wait for an answer, also those that wait for an equal
-/// query.
+/// The maximum number of queries of a pod that wait for an answer, also those that wait for an
+/// equal query.
 const MAX_WAITING: usize = 4096;
 /// The maximum number of TCP connections of a pod's applications. Further ones wait in the kernel.
 pub(super) const MAX_CONNECTIONS: usize = 64;

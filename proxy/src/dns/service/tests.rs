@@ -329,6 +329,7 @@ async fn failure_of_servers_is_counted_once_and_a_limit_is_none() {
     let asked = join_all((0..10).map(|_| scene.ask("other.example", A))).await;
     assert!(asked.iter().all(|answer| answer.0 == "NOERROR"), "stale responses");
     assert_eq!(failures(), 1);
+    drop(scene);
     let scene = Scene::with(ANSWERS, Some(10), "nameserver 10.0.0.1");
     assert_eq!(scene.ask("one.example", A).await.0, "NOERROR");
     assert_eq!(scene.ask("two.example", A).await.0, "SERVFAIL");
