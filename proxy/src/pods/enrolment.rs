@@ -61,6 +61,10 @@ pub(crate) trait EnrolledPod: fmt::Debug + Send {
     /// Resumes what is paused: the other process has failed.
     fn resume(&self);
 
+    /// Removes the rules for another process that takes over and leaves the pod alone. `resume`
+    /// installs them again.
+    fn remove_rules(&self) -> Operation<()>;
+
     /// Drains the connections, and keeps or removes the rules. Afterwards the process has no socket
     /// in the pod's namespace.
     fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()>;
@@ -80,6 +84,8 @@ pub(crate) enum Pause {
 pub(crate) enum LeaveReason {
     /// The source has removed the pod: its rules are removed.
     Removed,
+    /// The process that this one takes over from has removed the pod. That process owns its rules.
+    RemovedByOther,
     /// The pod will be enrolled with other facts: its rules stay and block its traffic meanwhile.
     EnrolledAgain,
     /// The daemon stops: `interception.on_exit` decides.

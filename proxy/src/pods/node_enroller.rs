@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tracing::Instrument as _;
-use underpass_config::{InterceptionSettings, OnExit, Settings, WorkloadSettings};
+use underpass_config::{Hint as _, InterceptionSettings, OnExit, Settings, WorkloadSettings};
 use underpass_interception::{HostNamespaces, Namespace, NamespaceAccess, NamespaceThread};
 
 use crate::error::chain;
@@ -25,6 +25,10 @@ use crate::process::pause_gate::PauseGate;
 use crate::process::reload::follow;
 use crate::rules::health::{RulesHealth, RulesTotals};
 use crate::traffic::listeners::NamedListeners;
+
+/// The longest drain of a pod that is removed while it is adopted. The running process waits 60 s
+/// for the next request (`PREPARE_TIMEOUT`).
+const MAX_ADOPTION_DRAIN: Duration = Duration::from_secs(10);
 
 /// Enrols the pods of this node. Clones share the node.
 #[derive(Debug, Clone)]
@@ -192,20 +196,38 @@ impl EnrolledPod for NodePod {
     fn resume(&self) {
         self.rules_gate.open();
         self.pod.served().resume_accepting();
+        let interception = &self.settings.interception;
+        if interception.install && !interception.repair {
+            // Without a reconciler nothing else replaces the rules of the other process.
+            tokio::spawn(self.restore_rules().instrument(self.span.clone()));
+        }
+    }
+
+    fn remove_rules(&self) -> Operation<()> {
+        let (gate, capture) = (self.rules_gate.clone(), self.pod.capture().clone());
+        let removal = async move {
+            gate.close().await;
+            if let Err(error) = capture.leave(OnExit::Remove).await {
+                tracing::warn!(error = chain(&error), "cannot remove the rules of an exempt pod");
+            }
+        };
+        Box::pin(removal.instrument(self.span.clone()))
     }
 
     fn leave(mut self: Box<Self>, why: LeaveReason) -> Operation<()> {
         let (timeouts, span) = (&self.settings.timeouts, self.span.clone());
         let drain = match why {
             LeaveReason::HandedOver => timeouts.handover_drain,
+            LeaveReason::RemovedByOther => timeouts.drain.min(MAX_ADOPTION_DRAIN),
             _ => timeouts.drain,
         };
-        if why == LeaveReason::HandedOver {
-            self.pod.disown_rules();
-        }
         let on_exit = match why {
             LeaveReason::Removed => OnExit::Remove,
-            LeaveReason::EnrolledAgain | LeaveReason::HandedOver => OnExit::Keep,
+            LeaveReason::EnrolledAgain => OnExit::Keep,
+            LeaveReason::HandedOver | LeaveReason::RemovedByOther => {
+                self.pod.disown_rules();
+                OnExit::Keep
+            }
             LeaveReason::DaemonStops => self.settings.interception.on_exit,
         };
         Box::pin(async move { self.drain_and_leave(drain, on_exit).await }.instrument(span))
@@ -213,9 +235,27 @@ impl EnrolledPod for NodePod {
 }
 
 impl NodePod {
+    /// Installs the rules again, which the other process of a failed take-over may have changed.
+    fn restore_rules(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (gate, capture) = (self.rules_gate.clone(), self.pod.capture().clone());
+        async move {
+            let access = capture.access().clone();
+            if let Some(Err(error)) = gate.pass_until(capture.install(), access.finish()).await {
+                let (error, hint) = (chain(&error), error.hint());
+                tracing::error!(
+                    error,
+                    hint = hint.as_deref(),
+                    "cannot restore the rules after a failed take-over"
+                );
+            }
+        }
+    }
+
     async fn drain_and_leave(self, deadline: Duration, on_exit: OnExit) {
-        let Self { mut pod, listeners, .. } = self;
+        let Self { mut pod, listeners, rules_gate, .. } = self;
         drop(listeners);
+        // Waits for the end of a restoration.
+        rules_gate.close().await;
         pod.stop_accepting().await;
         let terminated = pod.drain(deadline).await;
         if terminated > 0 {

@@ -127,6 +127,14 @@ impl ProbeTranslation {
     }
 }
 
+/// Removes the rules of a process that was taken over, if it had any.
+pub(crate) async fn remove_rules(access: NamespaceAccess) {
+    // Without nf_tables there are none.
+    if let Ok(rules) = HostRules::prepare(access).await {
+        leave(&rules, OnExit::Remove).await;
+    }
+}
+
 /// Removes the rules at the end, unless `interception.on_exit` keeps the pods' rules.
 pub(crate) async fn leave(rules: &HostRules, on_exit: OnExit) {
     if on_exit == OnExit::Keep {

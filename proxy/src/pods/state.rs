@@ -243,15 +243,13 @@ impl Pods {
 
     /// Removes every pod, and refuses new ones.
     pub(super) fn stop(&mut self) -> Vec<oneshot::Receiver<()>> {
-        self.stop_with(|_| LeaveReason::DaemonStops)
+        self.stop_with(LeaveReason::DaemonStops)
     }
 
-    fn stop_with(&mut self, why: impl Fn(&PodUid) -> LeaveReason) -> Vec<oneshot::Receiver<()>> {
+    fn stop_with(&mut self, why: LeaveReason) -> Vec<oneshot::Receiver<()>> {
         self.is_stopping = true;
         let all: Vec<_> = self.pods.keys().cloned().collect();
-        for uid in all {
-            self.withdraw(&uid, why(&uid));
-        }
+        all.iter().for_each(|uid| self.withdraw(uid, why));
         self.end_receivers(|_| true)
     }
 
@@ -439,7 +437,9 @@ impl Pods {
             moving.removed(uid);
         }
         entry.answer(&Err(match why {
-            LeaveReason::Removed | LeaveReason::EnrolledAgain => EnrolError::Removed,
+            LeaveReason::Removed | LeaveReason::RemovedByOther | LeaveReason::EnrolledAgain => {
+                EnrolError::Removed
+            }
             LeaveReason::DaemonStops | LeaveReason::HandedOver => EnrolError::Stopping,
         }));
         if let Some(namespace) = entry.namespace() {

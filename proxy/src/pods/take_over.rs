@@ -14,7 +14,8 @@
 //! source              ──>  pauses the source; its state and descriptors; "again" if `next` comes
 //!                          first
 //! next …                   pods that changed until then, and pods that are not served
-//! accept, ready            as in `process/take_over.rs`
+//! accept              ──>  as in `process/take_over.rs`
+//! ready               ──>  finishes removals, and removes the rules of the pods to be left alone
 //! ```
 //!
 //! Until `ready` the running process keeps every pod, with its listeners and connections, and

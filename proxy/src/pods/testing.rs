@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
+use crate::pods::annotations::ExemptReason;
 use crate::pods::enrolment::{
     EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, Pause, PodProblem,
 };
@@ -31,6 +32,7 @@ struct Fake {
     attempts: HashMap<PodUid, usize>,
     left: Vec<(PodUid, LeaveReason)>,
     paused: Vec<(PodUid, Pause)>,
+    without_rules: Vec<PodUid>,
     /// While true, leaving pods wait.
     hold_leaving: Option<watch::Receiver<bool>>,
 }
@@ -39,6 +41,7 @@ struct Fake {
 enum Scripted {
     Fails(EnrolError),
     Waits(oneshot::Receiver<()>),
+    IsExempt(ExemptReason),
 }
 
 impl FakeEnroller {
@@ -59,6 +62,11 @@ impl FakeEnroller {
         let (release, held) = oneshot::channel();
         self.script(uid, Scripted::Waits(held));
         release
+    }
+
+    /// Makes the next unscripted attempt of a pod find that it is exempt.
+    pub(crate) fn exempt_next(&self, uid: &PodUid, reason: ExemptReason) {
+        self.script(uid, Scripted::IsExempt(reason));
     }
 
     /// Makes leaving pods wait until the sender sends false or is dropped.
@@ -103,6 +111,11 @@ impl FakeEnroller {
         paused
     }
 
+    /// The served pods whose rules are removed for another process, in that order.
+    pub(crate) fn without_rules(&self) -> Vec<PodUid> {
+        self.fake().without_rules.clone()
+    }
+
     fn fake(&self) -> MutexGuard<'_, Fake> {
         self.0.lock().unwrap()
     }
@@ -123,6 +136,12 @@ impl Enroller for FakeEnroller {
                 fake.scripts.get_mut(&facts.uid).and_then(VecDeque::pop_front)
             };
             let running = handed.map(|handed| handed.running);
+            if let Some(Scripted::IsExempt(reason)) = scripted {
+                if let Some(running) = &running {
+                    running.exempt().await?;
+                }
+                return Ok(Enrolled::Exempt(reason));
+            }
             if let Some(running) = &running {
                 running.pause_rules().await?;
             }
@@ -136,7 +155,7 @@ impl Enroller for FakeEnroller {
                 Some(Scripted::Waits(held)) => {
                     held.await.ok();
                 }
-                None => {}
+                Some(Scripted::IsExempt(_)) | None => {}
             }
             if let Some(running) = &running {
                 running.pause_accepting().await?;
@@ -187,7 +206,14 @@ impl EnrolledPod for FakePod {
     }
 
     fn resume(&self) {
-        self.enroller.fake().paused.retain(|(uid, _)| *uid != self.facts.uid);
+        let mut fake = self.enroller.fake();
+        fake.paused.retain(|(uid, _)| *uid != self.facts.uid);
+        fake.without_rules.retain(|uid| *uid != self.facts.uid);
+    }
+
+    fn remove_rules(&self) -> Operation<()> {
+        let (enroller, uid) = (self.enroller.clone(), self.facts.uid.clone());
+        Box::pin(async move { enroller.fake().without_rules.push(uid) })
     }
 
     fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()> {

@@ -56,7 +56,9 @@ const ACCEPT: &str = "accept";
 const READY: &str = "ready";
 const OK: &str = "ok";
 const LISTENERS: &str = "listeners";
+/// The answers without which the take-over fails. After the second one another attempt may succeed.
 const REFUSED: &str = "refused";
+const BUSY: &str = "busy";
 /// The name of the control socket among the sockets that are handed over.
 const CONTROL_SOCKET: &str = "take-over";
 /// The name of the instance socket (`instance.rs`) among the sockets that are handed over.
@@ -80,6 +82,8 @@ pub(crate) enum TakeOverError {
     Socket(#[source] io::Error),
     #[error("the running process refused the take-over: {0}")]
     Refused(String),
+    #[error("the running process is busy: {0}")]
+    Busy(String),
     #[error(
         "the running process did not answer \"{request}\" within {} s",
         timeout.as_secs()
@@ -102,6 +106,7 @@ impl Hint for TakeOverError {
             Self::Refused(_) => {
                 "start with the command, profile, ports, source of pods and user of the running process, or stop it first"
             }
+            Self::Busy(_) => "try again: the running process continues with all pods",
             Self::NoAnswer { .. } | Self::Closed { .. } => {
                 "check whether the running process is stopped or overloaded, and read its log"
             }

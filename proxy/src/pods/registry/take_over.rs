@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use underpass_config::PodUid;
@@ -53,18 +54,26 @@ impl PodRegistry {
         self.pods().served(uid).map(EnrolledPod::resume).ok();
     }
 
-    /// Marks a pod that the other process leaves alone, so that its rules are removed.
+    /// Marks a pod that the other process leaves alone: `finish_rules` removes its rules.
     pub(in crate::pods) fn exempt(&self, uid: &PodUid) {
         self.pods().exempt(uid);
     }
 
-    /// Starts no attempts from now on.
-    ///
-    /// # Errors
-    ///
-    /// A pod cannot be passed now.
-    pub(in crate::pods) fn freeze(&self) -> Result<(), String> {
-        self.pods().freeze()
+    /// Starts no attempts from now on. Returns the removals in progress: each one still changes the
+    /// rules in a namespace where the other process may enrol another pod.
+    pub(in crate::pods) fn freeze(&self) -> Removal {
+        let mut pods = self.pods();
+        pods.freeze();
+        Removal(pods.removals())
+    }
+
+    /// Changes the rules for the last time: finishes removals, and removes the rules of the pods
+    /// that the other process leaves alone.
+    pub(in crate::pods) async fn finish_rules(&self) {
+        let removals = Removal(self.pods().removals());
+        removals.gone().await;
+        let removals = self.pods().exempt_rules_removals();
+        join_all(removals).await;
     }
 
     /// Resumes the work of all pods.
@@ -100,6 +109,11 @@ impl PodRegistry {
         let (now, facts) = (Instant::now(), Arc::new(facts));
         let adopts = self.change(|pods| pods.adopt(now, facts, namespace, handed, answer));
         adopts.then_some(Enrolment(outcome))
+    }
+
+    /// Removes a pod that the running process has removed, and leaves the rules to that process.
+    pub(in crate::pods) fn release(&self, uid: &PodUid) -> Removal {
+        Removal(self.change(|pods| pods.release(uid)))
     }
 
     /// Also enrols the pods that were not adopted.

@@ -3,10 +3,13 @@
 
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
 use tokio::time::Instant;
+use underpass_config::PodUid;
 use underpass_interception::Namespace;
 
 use super::{AnswerSender, Phase, Pods};
+use crate::pods::enrolment::LeaveReason;
 use crate::pods::facts::PodFacts;
 use crate::pods::take_over::handed::Handed;
 
@@ -34,6 +37,12 @@ impl Pods {
             entry.handed = handed;
         }
         adopts
+    }
+
+    /// Removes a pod that the running process has removed. Returns receivers of its end.
+    pub(in crate::pods) fn release(&mut self, uid: &PodUid) -> Vec<oneshot::Receiver<()>> {
+        self.withdraw(uid, LeaveReason::RemovedByOther);
+        self.end_receivers(|leaving| leaving.uid == *uid)
     }
 
     /// Also enrols the other pods, at once.

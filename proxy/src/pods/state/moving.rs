@@ -9,7 +9,7 @@ use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
 use super::{Phase, Pods};
-use crate::pods::enrolment::{EnrolledPod, LeaveReason};
+use crate::pods::enrolment::{EnrolledPod, LeaveReason, Operation};
 use crate::pods::facts::PodFacts;
 use crate::traffic::listeners::NamedListeners;
 
@@ -57,6 +57,7 @@ impl Moving {
 
     /// Records that the pod has been removed. Another one of its uid and namespace may follow.
     pub(super) fn removed(&mut self, uid: &PodUid) {
+        self.exempt.remove(uid);
         if let Some((namespace, _)) = self.passed.remove(uid) {
             self.gone.insert(uid.clone(), namespace);
         }
@@ -88,6 +89,8 @@ impl Pods {
             let (facts, namespace) = (entry.facts.clone(), namespace.clone());
             Some((uid.clone(), MovedPod { facts, namespace, listeners }))
         })?;
+        // The other process decides again with these facts.
+        moving.exempt.remove(&uid);
         moving.passed.insert(uid, (pod.namespace.id(), pod.facts.clone()));
         Some(Moved::Pod(pod))
     }
@@ -106,22 +109,19 @@ impl Pods {
     }
 
     /// Starts no attempts from now on.
-    ///
-    /// # Errors
-    ///
-    /// A removed pod still drains in the namespace of another pod, and would remove its rules.
-    pub(in crate::pods) fn freeze(&mut self) -> Result<(), String> {
-        let removed = self.leaving.iter().find(|(namespace, leaving)| {
-            leaving.why == LeaveReason::Removed && self.pod_by_namespace.contains_key(namespace)
-        });
-        if let Some((_, leaving)) = removed {
-            return Err(format!(
-                "the removed pod {} drains in the network namespace of another one: try again later",
-                leaving.pod
-            ));
-        }
+    pub(in crate::pods) fn freeze(&mut self) {
         self.moving.get_or_insert_default().is_frozen = true;
-        Ok(())
+    }
+
+    /// Receivers of the ends of all removals in progress.
+    pub(in crate::pods) fn removals(&mut self) -> Vec<oneshot::Receiver<()>> {
+        self.end_receivers(|_| true)
+    }
+
+    /// The removals of the rules of the served pods that the other process leaves alone.
+    pub(in crate::pods) fn exempt_rules_removals(&self) -> Vec<Operation<()>> {
+        let exempt = self.moving.iter().flat_map(|moving| &moving.exempt);
+        exempt.filter_map(|uid| Some(self.served(uid).ok()?.remove_rules())).collect()
     }
 
     /// Ends the take-over: this process enrols its pods again.
@@ -144,11 +144,8 @@ impl Pods {
 
     /// Drains every pod, whose rules the other process keeps, and refuses new ones.
     pub(in crate::pods) fn hand_over(&mut self) -> Vec<oneshot::Receiver<()>> {
-        let exempt = self.moving.take().unwrap_or_default().exempt;
-        self.stop_with(|uid| match exempt.contains(uid) {
-            true => LeaveReason::Removed,
-            false => LeaveReason::HandedOver,
-        })
+        self.moving = None;
+        self.stop_with(LeaveReason::HandedOver)
     }
 }
 

@@ -56,6 +56,10 @@ impl EnrolledPod for Served {
 
     fn resume(&self) {}
 
+    fn remove_rules(&self) -> Operation<()> {
+        Box::pin(async {})
+    }
+
     fn leave(self: Box<Self>, _: LeaveReason) -> Operation<()> {
         Box::pin(async {})
     }

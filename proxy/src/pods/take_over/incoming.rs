@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use thiserror::Error;
 use underpass_config::{Hint, PodUid};
 
@@ -12,7 +13,7 @@ use super::message::{self, ReceivedPod};
 use super::{AGAIN, END, GONE, NEXT, POD, RELEASED, SOURCE};
 use crate::error::chain;
 use crate::pods::enrolment::EnrolError;
-use crate::pods::registry::PodRegistry;
+use crate::pods::registry::{Enrolment, PodRegistry, Removal};
 use crate::pods::source::SourceState;
 use crate::process::take_over::{ANSWER_TIMEOUT, Answer, TakeOverError, TakeoverClient};
 
@@ -87,17 +88,14 @@ async fn adopt_next(
         match answer.word.as_str() {
             POD => attempts.extend(add(client, registry, answer)?),
             GONE => match answer.rest.parse::<PodUid>() {
-                Ok(uid) => removals.push((registry.remove(&uid), uid)),
+                Ok(uid) => removals.push(release(client, registry.release(&uid), uid)),
                 Err(_) => return Err(answer.unexpected(NEXT).into()),
             },
             END => break,
             _ => return Err(answer.unexpected(NEXT).into()),
         }
     }
-    for (removal, uid) in removals {
-        removal.gone().await;
-        client.request(RELEASED, &format!("{RELEASED} {uid}")).await?;
-    }
+    try_join_all(removals).await?;
     let adopted = attempts.len();
     for attempt in attempts {
         // The registry reports other failures, which concern one pod.
@@ -108,12 +106,22 @@ async fn adopt_next(
     Ok(adopted)
 }
 
+/// Reports the end of the removal of a pod, which the running process has removed.
+async fn release(
+    client: &TakeoverClient,
+    removal: Removal,
+    uid: PodUid,
+) -> Result<(), TakeOverError> {
+    removal.gone().await;
+    client.request(RELEASED, &format!("{RELEASED} {uid}")).await
+}
+
 /// Adds a pod. Returns the attempt to adopt it, if the running process serves it.
 fn add(
     client: &Arc<TakeoverClient>,
     registry: &PodRegistry,
     answer: Answer,
-) -> Result<Option<crate::pods::registry::Enrolment>, TakeOverError> {
+) -> Result<Option<Enrolment>, TakeOverError> {
     let ReceivedPod { facts, namespace, listeners, has_certificate } =
         match message::decode(&answer.rest, answer.descriptors) {
             Ok(pod) => pod,

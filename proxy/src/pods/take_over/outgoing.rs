@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use underpass_config::PodUid;
 
 use super::{
@@ -18,7 +18,8 @@ use crate::pods::state::moving::Moved;
 use crate::process::pause_gate::{Pausable, PauseGate};
 use crate::process::take_over::{PREPARE_TIMEOUT, Reply, SWITCH_TIMEOUT, Subject};
 
-/// Timeout for the source to finish its work in progress, below that of the new process.
+/// Timeout for the source to finish its work in progress, and for removed pods to drain, below that
+/// of the new process.
 const SOURCE_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// The pods of a node, while another process takes them over.
@@ -90,15 +91,16 @@ impl OutgoingPods {
         if self.registry.has_gone() {
             return Reply::new(AGAIN.to_owned());
         }
-        let Ok(paused) = timeout(SOURCE_TIMEOUT, self.source.pause()).await else {
-            return Reply::refused("the source of pods is busy: try again");
+        let deadline = Instant::now() + SOURCE_TIMEOUT;
+        let Ok(paused) = timeout_at(deadline, self.source.pause()).await else {
+            return Reply::busy("the source of pods has requests in progress");
         };
         let Some((state, paused)) = paused else {
             return Reply::refused("the source of pods has ended");
         };
         self.paused = Some(paused);
-        if let Err(reason) = self.registry.freeze() {
-            return Reply::refused(&reason);
+        if timeout_at(deadline, self.registry.freeze().gone()).await.is_err() {
+            return Reply::busy("a removed pod still drains");
         }
         let descriptors = state.descriptors.into_iter().map(|descriptor| Box::new(descriptor) as _);
         Reply::new(format!("{SOURCE} {}", state.text)).with(descriptors)
@@ -124,6 +126,10 @@ impl Subject for OutgoingPods {
     async fn pause(&mut self) {
         self.host_rules.close().await;
         self.endpoints.pause().await;
+    }
+
+    async fn complete(&mut self) {
+        self.registry.finish_rules().await;
     }
 
     fn resume(&mut self) {

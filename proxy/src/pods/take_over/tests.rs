@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use futures_util::future::join_all;
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
-use underpass_config::{PodUid, Settings, Sources};
+use underpass_config::{Hint as _, PodUid, Settings, Sources};
 use underpass_interception::{Handover, Namespace};
 
 use super::incoming::{self, AdoptionError};
 use super::outgoing::OutgoingPods;
+use crate::pods::annotations::ExemptReason;
 use crate::pods::enrolment::{EnrolError, LeaveReason};
 use crate::pods::facts::PodFacts;
 use crate::pods::facts::tests::facts;
@@ -257,6 +258,34 @@ async fn pod_that_cannot_be_adopted_is_enrolled_again_and_others_are_unaffected(
 }
 
 #[tokio::test]
+async fn exempt_pod_loses_its_rules_before_take_over_completes() {
+    let (running, new) = (Running::start().await, New::default());
+    let registry = new.enroller.registry();
+    new.enroller.exempt_next(&uid(1), ExemptReason::OptedOut);
+    new.take_over(&registry, &running.socket).await.unwrap();
+    assert_eq!(running.enroller.without_rules(), [uid(1)]);
+    assert_eq!(new.enroller.serving(), [uid(0), uid(2)]);
+    running.life.await.unwrap();
+    assert_eq!(running.enroller.departures(), [LeaveReason::HandedOver; NAMESPACES.len()]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn removed_pod_that_drains_refuses_take_over_as_busy() {
+    let (running, new) = (Running::start().await, New::default());
+    let registry = new.enroller.registry();
+    let release = running.enroller.hold_leaving();
+    drop(running.registry.remove(&uid(1)));
+    let error = new.take_over(&registry, &running.socket).await.unwrap_err();
+    assert!(matches!(error, AdoptionError::TakeOver(TakeOverError::Busy(_))), "{error:?}");
+    assert!(error.hint().unwrap().starts_with("try again"));
+    while !running.life.is_finished() {
+        tokio::task::yield_now().await;
+    }
+    release.send(false).unwrap();
+    assert!(running.enroller.paused().is_empty());
+}
+
+#[tokio::test]
 async fn pod_that_changes_meanwhile_is_passed_again() {
     let (running, new) = (Running::start().await, New::default());
     let registry = new.enroller.registry();
@@ -274,7 +303,7 @@ async fn pod_that_changes_meanwhile_is_passed_again() {
         release.send(()).unwrap();
     });
     taken.unwrap();
-    assert_eq!(new.enroller.departures(), [LeaveReason::Removed]);
+    assert_eq!(new.enroller.departures(), [LeaveReason::RemovedByOther]);
     while new.enroller.serving().len() < NAMESPACES.len() {
         tokio::task::yield_now().await;
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio::time::timeout;
 
 use super::{Daemon, NodePods, ProbeRules};
+use crate::pods::probes;
 use crate::pods::source::SourceState;
 use crate::pods::take_over::incoming;
 use crate::process::command_error::CommandError;
@@ -38,11 +39,21 @@ impl Daemon {
                 Ok(None)
             }
         };
+        // A stop signal waits for the answer: the running process may have left already.
+        let outcome = match outcome {
+            Ok(Some(adopted)) => {
+                client.ready().await.map(|()| Some(adopted)).map_err(CommandError::from)
+            }
+            other => other,
+        };
         match outcome {
             Ok(Some((source, probes))) => {
-                self.probes = probes;
                 self.takeovers.own();
                 self.pods.registry.finish_adoption();
+                if probes.is_none() {
+                    probes::remove_rules(self.pods.access.clone()).await;
+                }
+                self.probes = probes;
                 Ok(Some((self, source)))
             }
             failed => {
@@ -58,7 +69,7 @@ impl Daemon {
     }
 }
 
-/// Adopts the pods, and becomes the process that serves the node. Returns the state of the source,
+/// Adopts the pods, and does everything before the last message. Returns the state of the source,
 /// unless the running process ended before it passed that, and the rules in the host's namespace.
 async fn complete(
     client: &Arc<TakeoverClient>,
@@ -72,6 +83,5 @@ async fn complete(
     // They are paused already. This waits for an answer of the proxy process: if it has ended, the
     // take-over is cancelled.
     endpoints.pause().await;
-    client.ready().await?;
     Ok((source, probes))
 }

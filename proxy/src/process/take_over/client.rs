@@ -16,8 +16,8 @@ use underpass_interception::{BoundListener, Handover};
 use super::control_socket::{self, ControlSocket};
 use super::role::Role;
 use super::{
-    ACCEPT, ALIVE, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS, LONGEST_MESSAGE, OK,
-    READY, REFUSED, RULES, TakeOverError,
+    ACCEPT, ALIVE, ANSWER_TIMEOUT, BUSY, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS,
+    LONGEST_MESSAGE, OK, READY, REFUSED, RULES, TakeOverError,
 };
 
 /// How long the sockets of a process that has ended may stay open: the kernel closes them one
@@ -187,10 +187,11 @@ impl TakeoverClient {
         *conversation = Some(open);
         let (line, descriptors) = received;
         let (word, rest) = line.split_once(' ').unwrap_or((&line, ""));
-        if word == REFUSED {
-            return Err(TakeOverError::Refused(rest.to_owned()));
+        match word {
+            REFUSED => Err(TakeOverError::Refused(rest.to_owned())),
+            BUSY => Err(TakeOverError::Busy(rest.to_owned())),
+            _ => Ok(Answer { word: word.to_owned(), rest: rest.to_owned(), descriptors }),
         }
-        Ok(Answer { word: word.to_owned(), rest: rest.to_owned(), descriptors })
     }
 }
 
@@ -203,7 +204,11 @@ impl Answer {
 
 /// Whether the error means that the peer has closed the connection.
 fn is_end(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset)
+    // UnexpectedEof: the peer ended in the middle of a line.
+    matches!(
+        error.kind(),
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof
+    )
 }
 
 impl ReceivedSockets {

@@ -24,6 +24,9 @@ const HELLO: &str = "hello";
 /// The delay after a failed accept, for example without file descriptors.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 
+/// Timeout for finishing the work that would disturb the new process, below `ANSWER_TIMEOUT`.
+const COMPLETION_TIMEOUT: Duration = Duration::from_secs(4);
+
 /// Accepts requests of new processes to take over from this one.
 #[derive(Debug)]
 pub(crate) struct TakeoverServer {
@@ -59,6 +62,8 @@ enum ConversationError {
     Closed { wanted: &'static str },
     #[error("received \"{message}\" instead of \"{wanted}\"")]
     UnexpectedMessage { message: String, wanted: &'static str },
+    #[error("work in progress is not finished within {} s", COMPLETION_TIMEOUT.as_secs())]
+    Incomplete,
     #[error("the connection failed")]
     Io(#[from] io::Error),
 }
@@ -179,9 +184,10 @@ impl TakeoverServer {
         if message != READY {
             return Err(ConversationError::UnexpectedMessage { message, wanted: READY });
         }
-        // The new process accepts already, whether or not this answer arrives.
-        conversation.send(OK, &[]).await.ok();
-        Ok(())
+        let completed = timeout(COMPLETION_TIMEOUT, subject.complete()).await;
+        completed.map_err(|_| ConversationError::Incomplete)?;
+        // The new process ends without this answer.
+        Ok(conversation.send(OK, &[]).await?)
     }
 }
 

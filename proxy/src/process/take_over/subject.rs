@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use super::{OK, PREPARE_TIMEOUT, REFUSED, RULES};
+use super::{BUSY, OK, PREPARE_TIMEOUT, REFUSED, RULES};
 use crate::process::pause_gate::Gates;
 
 /// The pods that are taken over.
@@ -20,6 +20,9 @@ pub(crate) trait Subject {
 
     /// Pauses the work that only one process may do, before the new process is ready.
     fn pause(&mut self) -> impl Future<Output = ()>;
+
+    /// Finishes the work that would disturb the new process, before that learns of the completion.
+    fn complete(&mut self) -> impl Future<Output = ()>;
 
     /// Resumes everything: the new process has failed.
     fn resume(&mut self);
@@ -42,6 +45,11 @@ impl Reply {
     /// The request is refused, and the take-over fails.
     pub(crate) fn refused(reason: &str) -> Self {
         Self::new(format!("{REFUSED} {reason}"))
+    }
+
+    /// The request cannot be performed now, and the take-over fails.
+    pub(crate) fn busy(reason: &str) -> Self {
+        Self::new(format!("{BUSY} {reason}"))
     }
 
     /// A line, which contains no line break.
@@ -85,6 +93,8 @@ impl Subject for Gates {
         self.rules.close().await;
         self.accept.close().await;
     }
+
+    async fn complete(&mut self) {}
 
     fn resume(&mut self) {
         self.open();

@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use underpass_config::{Settings, Sources};
 use underpass_interception::Handover;
@@ -49,6 +51,68 @@ async fn completed_take_over_keeps_gates_closed() {
         let passed = tokio::time::timeout(Duration::from_millis(1), gate.pass(async {})).await;
         assert!(passed.is_err(), "the gate is open");
     }
+}
+
+/// Sends the last request, after the others.
+async fn send_ready(theirs: &Handover, role: &str) {
+    exchange(theirs, &[role, RULES, ACCEPT]).await;
+    theirs.send(READY, &[]).await.unwrap();
+}
+
+#[tokio::test]
+async fn running_process_resumes_if_last_answer_cannot_be_sent() {
+    let (mut server, mut gates, ours, theirs) = server().await;
+    let end = async move { send_ready(&theirs, &role(&[])).await };
+    let (outcome, ()) = tokio::join!(server.answer(ours, &mut gates), end);
+    assert!(matches!(outcome, TakeoverOutcome::Abandoned), "{outcome:?}");
+    assert_eq!(gates.accept.pass(async {}).await, Some(()));
+}
+
+/// Work that does not end.
+struct Unfinished(Gates);
+
+impl Subject for Unfinished {
+    const REQUESTS: &'static str = RULES;
+
+    async fn perform(&mut self, request: &str) -> Option<Reply> {
+        self.0.perform(request).await
+    }
+
+    fn timeout(&self) -> Duration {
+        self.0.timeout()
+    }
+
+    async fn pause(&mut self) {
+        self.0.pause().await;
+    }
+
+    async fn complete(&mut self) {
+        std::future::pending().await
+    }
+
+    fn resume(&mut self) {
+        self.0.resume();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn running_process_resumes_if_its_work_does_not_end() {
+    let (mut server, gates, ours, theirs) = server().await;
+    let mut subject = Unfinished(gates.clone());
+    let began = Instant::now();
+    let client = async {
+        send_ready(&theirs, &role(&[])).await;
+        // Keeps the connection until the running process closes it.
+        assert!(theirs.receive().await.unwrap().is_none());
+    };
+    let answer = async {
+        let conversation = ours;
+        server.answer(conversation, &mut subject).await
+    };
+    let (outcome, ()) = tokio::join!(answer, client);
+    assert!(matches!(outcome, TakeoverOutcome::Abandoned), "{outcome:?}");
+    assert!(began.elapsed() < ANSWER_TIMEOUT);
+    assert_eq!(gates.accept.pass(async {}).await, Some(()));
 }
 
 #[tokio::test(start_paused = true)]
@@ -99,6 +163,18 @@ async fn client_times_out_when_running_process_is_silent() {
     assert_eq!(began.elapsed(), ANSWER_TIMEOUT);
 }
 
+#[tokio::test]
+async fn end_of_running_process_in_mid_line_closes_connection() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let client = TakeoverClient::new(Handover::new(ours), PathBuf::from("/nowhere.sock"));
+    let (outcome, ()) = tokio::join!(client.rules(), async {
+        theirs.read_exact(&mut [0; RULES.len() + 1]).await.unwrap();
+        theirs.write_all(b"o").await.unwrap();
+        drop(theirs);
+    });
+    assert!(matches!(outcome, Err(TakeOverError::Closed { request: RULES })), "{outcome:?}");
+}
+
 #[test]
 fn roles_of_run_and_of_nodes_with_other_sources_differ() {
     let run = Role::new(&settings(&[])).unwrap();
@@ -124,14 +200,21 @@ async fn ready_succeeds_if_running_process_has_ended() {
     let settings = Sources { flags: vec![socket], ..Sources::default() }.load().unwrap();
     for ends in [true, false] {
         let server = TakeoverServer::listen(&settings, Vec::new(), None).await.unwrap();
-        let connect = TakeoverClient::connect_if(true, &settings);
+        let greeted = Notify::new();
+        let connect = async {
+            let connected = TakeoverClient::connect_if(true, &settings).await;
+            greeted.notify_one();
+            connected
+        };
         let greet = async {
             let mut gates = Gates::default();
             let mut server = server;
             let conversation = server.accept().await;
             // Cancelled after the answer to the first message.
-            let answering = server.answer(conversation, &mut gates);
-            tokio::time::timeout(Duration::from_millis(100), answering).await.unwrap_err();
+            tokio::select! {
+                outcome = server.answer(conversation, &mut gates) => unreachable!("{outcome:?}"),
+                () = greeted.notified() => {}
+            }
             server
         };
         let (client, server) = tokio::join!(connect, greet);

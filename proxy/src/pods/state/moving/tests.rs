@@ -66,7 +66,7 @@ async fn passes_other_pods_once_the_source_is_paused() {
         tokio::task::yield_now().await;
     }
     assert!(moved(&registry).is_empty());
-    registry.freeze().unwrap();
+    registry.freeze().gone().await;
     let added = registry.add(late, fake_namespace().unwrap());
     timeout(wait, added.first_outcome()).await.expect_err("no attempt starts");
     assert_eq!(enroller.attempts(&failing.uid), 1);
@@ -115,37 +115,53 @@ async fn removed_pod_that_is_added_again_waits_for_its_release_and_is_passed_aga
 }
 
 #[tokio::test(start_paused = true)]
-async fn freeze_is_refused_while_removed_pod_drains_in_namespace_of_another() {
-    let enroller = FakeEnroller::default();
+async fn removed_pod_that_drains_delays_freeze_and_completion() {
+    let (enroller, wait) = (FakeEnroller::default(), Duration::from_secs(60));
     let registry = enroller.registry();
-    let namespace = add(&registry, "a").await;
+    add(&registry, "a").await;
     let release = enroller.hold_leaving();
     drop(registry.remove(&"a".parse().unwrap()));
-    registry.freeze().unwrap();
-    registry.resume_all();
-    let replaced = registry.add(pod("b"), namespace);
-    let reason = registry.freeze().unwrap_err();
-    assert!(reason.contains("the removed pod shop/a drains"), "{reason}");
+    timeout(wait, registry.freeze().gone()).await.expect_err("it drains");
+    timeout(wait, registry.finish_rules()).await.expect_err("it drains");
     release.send(false).unwrap();
-    replaced.first_outcome().await.unwrap();
-    registry.freeze().unwrap();
+    registry.freeze().gone().await;
+    registry.finish_rules().await;
+    assert_eq!(enroller.left(), [pod("a").uid]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn completed_move_leaves_rules_except_those_of_exempt_pods() {
+async fn completed_move_removes_rules_of_exempt_pods_and_leaves_others() {
     let enroller = FakeEnroller::default();
     let registry = enroller.registry();
     add(&registry, "a").await;
     add(&registry, "b").await;
     assert_eq!(moved(&registry), ["a", "b"]);
     registry.exempt(&"b".parse().unwrap());
+    registry.finish_rules().await;
+    assert_eq!(enroller.without_rules(), [pod("b").uid]);
+    // From here on the other process may enrol another pod in their namespaces.
     registry.hand_over().gone().await;
-    let mut left: Vec<_> = enroller.left().into_iter().zip(enroller.departures()).collect();
-    left.sort_by(|(one, _), (other, _)| one.cmp(other));
-    let expected = [("a", LeaveReason::HandedOver), ("b", LeaveReason::Removed)];
-    assert_eq!(left, expected.map(|(uid, why)| (uid.parse().unwrap(), why)));
+    assert_eq!(enroller.departures(), [LeaveReason::HandedOver; 2]);
     let refused = registry.add(pod("c"), fake_namespace().unwrap()).first_outcome().await;
     assert!(matches!(refused, Err(EnrolError::Stopping)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn changed_or_replaced_pod_is_no_longer_exempt() {
+    let enroller = FakeEnroller::default();
+    let registry = enroller.registry();
+    let [a, b] = [add(&registry, "a").await, add(&registry, "b").await];
+    assert_eq!(moved(&registry), ["a", "b"]);
+    registry.exempt(&pod("a").uid);
+    registry.exempt(&pod("b").uid);
+    let labels = [("app".to_owned(), "a".to_owned())].into();
+    registry.add(PodFacts { labels, ..pod("a") }, a).first_outcome().await.unwrap();
+    registry.remove(&pod("b").uid).gone().await;
+    assert_eq!(moved(&registry), ["-b", "a"]);
+    registry.released(&pod("b").uid);
+    registry.add(pod("b"), b).first_outcome().await.unwrap();
+    registry.finish_rules().await;
+    assert!(enroller.without_rules().is_empty(), "{:?}", enroller.without_rules());
 }
 
 #[tokio::test(start_paused = true)]
