@@ -1,11 +1,13 @@
-//! Kills one of the processes during a hot restart.
+//! Kills or stops one of the processes during a hot restart.
 
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::net::{UnixListener, UnixStream};
+use tokio::time::timeout;
 use underpass::spawn::SpawnError;
 use underpass_interception::Handover;
 use underpass_tests::{APP, Proxy, Server, Settings};
@@ -47,25 +49,41 @@ impl Relay {
         (Self { listener, to, requests, old, victim }, settings.take_over())
     }
 
-    async fn run(self) {
+    /// Returns whether it killed the process: the exchange can have fewer requests.
+    async fn run(self) -> bool {
+        let (new, old) = self.connect().await;
+        for request in 0.. {
+            if request == self.requests {
+                self.kill(pid(&new));
+            }
+            for (from, to) in [(&new, &old), (&old, &new)] {
+                if pass(from, to).await.is_none() {
+                    return request >= self.requests;
+                }
+            }
+        }
+        unreachable!("requests have a last one")
+    }
+
+    /// Stops the new process before the last answer. Returns whether it waited for that answer.
+    async fn stop_before_last_answer(self) -> bool {
+        let (new, old) = self.connect().await;
+        while pass(&new, &old).await.expect("a request") != "ready" {
+            pass(&old, &new).await.expect("an answer");
+        }
+        signal(pid(&new), Signal::SIGTERM);
+        let waits = timeout(Duration::from_secs(1), new.receive()).await.is_err();
+        pass(&old, &new).await;
+        waits
+    }
+
+    /// The connections to the new and the old process.
+    async fn connect(&self) -> (Handover, Handover) {
         let (stream, _) = self.listener.accept().await.expect("accepted");
         let new = Handover::new(stream).with_longest_line(1 << 20);
         let old = UnixStream::connect(&self.to).await.expect("connected");
         let old = Handover::new(old).with_longest_line(1 << 20);
-        for request in 0.. {
-            if request == self.requests {
-                let pid = new.peer().expect("a peer").pid.expect("a pid");
-                self.kill(u32::try_from(pid).expect("a pid"));
-            }
-            for (from, to) in [(&new, &old), (&old, &new)] {
-                let Ok(Some((line, attached))) = from.receive().await else { return };
-                let attached: Vec<_> =
-                    attached.iter().map(|descriptor| descriptor.as_fd()).collect();
-                if to.send(&line, &attached).await.is_err() {
-                    return;
-                }
-            }
-        }
+        (new, old)
     }
 
     fn kill(&self, new: u32) {
@@ -75,9 +93,26 @@ impl Relay {
             Victim::New => Some(new),
             Victim::ProxyOfNew => child(new),
         };
-        let victim = i32::try_from(victim.expect("a process")).expect("a pid");
-        kill(Pid::from_raw(victim), Signal::SIGKILL).expect("a signal");
+        signal(victim.expect("a process"), Signal::SIGKILL);
     }
+}
+
+/// The process at the other end.
+fn pid(connection: &Handover) -> u32 {
+    let pid = connection.peer().expect("a peer").pid.expect("a pid");
+    u32::try_from(pid).expect("a pid")
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(pid).expect("a pid")), signal).expect("a signal");
+}
+
+/// Passes a message with its descriptors, and returns it; `None` if one of both has ended.
+async fn pass(from: &Handover, to: &Handover) -> Option<String> {
+    let (line, attached) = from.receive().await.ok()??;
+    let attached: Vec<_> = attached.iter().map(|descriptor| descriptor.as_fd()).collect();
+    to.send(&line, &attached).await.ok()?;
+    Some(line)
 }
 
 /// Kills the old process, or its proxy process, after some of the requests.
@@ -89,7 +124,7 @@ pub(crate) async fn old_is_killed(mode: Mode, victim: Victim) {
         let (relay, settings) = Relay::new(&scene, &daemon, mode, requests, victim);
         let relayed = tokio::spawn(relay.run());
         let new = scene.node.proxy(&settings).await;
-        relayed.await.expect("relayed");
+        assert!(relayed.await.expect("relayed"), "there are less than {requests} requests");
         daemon.ended_by_itself().await;
         scene.serves(&["a", "b"]).await;
         scene.assert_rules().await;
@@ -119,7 +154,7 @@ pub(crate) async fn new_is_killed(victim: Victim) {
             }
             other => unreachable!("the process did not end: {other:?}"),
         }
-        relayed.await.expect("relayed");
+        assert!(relayed.await.expect("relayed"), "there are less than {requests} requests");
         daemon.more_than(before, &failure).await;
         scene.serves(&["a", "b"]).await;
         scene.assert_rules().await;
@@ -128,4 +163,24 @@ pub(crate) async fn new_is_killed(victim: Victim) {
     let _new = scene.start_successor(&mut daemon, Mode::Broker).await;
     scene.serves(&["a", "b"]).await;
     scene.echoed().await;
+}
+
+/// Stops the new process before it has the last answer of the old one, which ends too.
+pub(crate) async fn new_is_stopped_before_last_answer() {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(Mode::Broker).await;
+    let (relay, settings) = Relay::new(&scene, &daemon, Mode::Broker, 0, Victim::New);
+    let relayed = tokio::spawn(relay.stop_before_last_answer());
+    let log = match scene.node.try_proxy(&settings).await {
+        Ok(mut new) => {
+            assert!(new.ended().await.success(), "{}", new.log());
+            new.log()
+        }
+        Err(SpawnError::Ended { log, .. }) => log,
+        Err(other) => unreachable!("{other:?}"),
+    };
+    assert!(relayed.await.expect("relayed"), "it did not wait for the last answer:\n{log}");
+    daemon.line(&["another process has taken over"]).await;
+    assert!(log.contains("stopping") && !log.contains("stopped while taking over"), "{log}");
+    scene.assert_rules().await;
 }

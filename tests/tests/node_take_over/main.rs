@@ -15,9 +15,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use tokio::net::UnixStream;
 use underpass::spawn::SpawnError;
 use underpass_interception::Handover;
-use underpass_tests::{APP, Family, Server, Settings, Suite, tool, within};
+use underpass_tests::{APP, Family, Server, Settings, Suite, tool, until, within};
 
-use crate::killed::{Victim, new_is_killed, old_is_killed};
+use crate::killed::{Victim, new_is_killed, new_is_stopped_before_last_answer, old_is_killed};
 use crate::load::{changed_mode, under_load};
 use crate::scene::{Mode, Scene};
 
@@ -44,6 +44,11 @@ fn main() -> ExitCode {
     suite.test("killed new proxy process leaves every pod to the old processes", || {
         new_is_killed(Victim::ProxyOfNew)
     });
+    suite.test(
+        "new process that is stopped waits for the last answer of the old one",
+        new_is_stopped_before_last_answer,
+    );
+    suite.test("old process restores rules that a failed hot restart changed", restored_rules);
     suite.test("processes with another source or command are refused", refusals);
     suite.test("file that changes or is removed meanwhile is followed", changed_files);
     suite.test("rules of the node move too, and readiness is never lost", || {
@@ -150,6 +155,21 @@ async fn changed_files() {
     scene.serves(&["a", "b"]).await;
 }
 
+async fn restored_rules() {
+    let scene = Scene::new().await;
+    for repair in [false, true] {
+        let settings = scene.settings(Mode::Broker).set(&format!("interception.repair={repair}"));
+        let mut daemon = scene.node.proxy(&settings).await;
+        scene.serves(&["a", "b"]).await;
+        let rules = scene.b.traces().await;
+        let conversation = converse(&scene, &["next", "next", "rules uid-a", "rules uid-b"]).await;
+        tool(&scene.b, "nft", &["flush", "ruleset"]).await.ok();
+        drop(conversation);
+        until("the rules are back", async || scene.b.traces().await == rules).await;
+        assert!(daemon.stop().await.success(), "{}", daemon.log());
+    }
+}
+
 async fn host_rules(mode: Mode) {
     let scene = Scene::new().await;
     let settings = scene.settings(mode).set("node.probes=translate");
@@ -178,6 +198,11 @@ async fn host_rules(mode: Mode) {
         let repaired = ["another program changed the rules for kubelet probes"];
         assert_eq!(daemon.count(&repaired), 0, "{}", daemon.log());
     }
+    let without = scene.settings(mode).set("node.probes=off").take_over();
+    let _new = scene.node.proxy(&without).await;
+    assert!(daemon.ended().await.success(), "{}", daemon.log());
+    let table = tool(&scene.node, "nft", &["list", "table", "inet", "underpass_host"]).await;
+    assert!(!table.status.success(), "{}", table.out);
     stop.store(true, Relaxed);
     assert!(probes.await.expect("readiness is never lost") > 0);
     assert!(Path::new(&scene.socket()).exists(), "the socket belongs to the last process");
