@@ -55,14 +55,26 @@ pub(super) fn find(
     if !is_findable(name) {
         return None;
     }
-    candidates(name, pod, search).iter().find_map(|candidate| {
-        let Some((service, is_wildcard)) = exact_or_wildcard(mesh, pod, &candidate.name) else {
-            return of_headless_pod(mesh, pod, candidate, kind);
-        };
-        let addresses = addresses(service, pod)?;
-        let alias = candidate.stripped.filter(|_| !is_wildcard);
-        Some(Found { addresses: of_kind(addresses, pod, kind), alias })
+    // Most names of the mesh are complete: the others are not made.
+    let complete = Candidate { name: name.as_str().to_owned(), stripped: None };
+    of_candidate(mesh, pod, &complete, kind).or_else(|| {
+        let mut others = candidates(name, pod, search).into_iter().skip(1);
+        others.find_map(|candidate| of_candidate(mesh, pod, &candidate, kind))
     })
+}
+
+fn of_candidate(
+    mesh: &Mesh,
+    pod: &PodView,
+    candidate: &Candidate,
+    kind: RecordType,
+) -> Option<Found> {
+    let Some((service, is_wildcard)) = exact_or_wildcard(mesh, pod, &candidate.name) else {
+        return of_headless_pod(mesh, pod, candidate, kind);
+    };
+    let addresses = addresses(service, pod)?;
+    let alias = candidate.stripped.filter(|_| !is_wildcard);
+    Some(Found { addresses: of_kind(addresses, pod, kind), alias })
 }
 
 /// The lookups on demand of a name, with those of a headless service for the name of its pod. None

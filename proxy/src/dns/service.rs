@@ -65,6 +65,8 @@ struct ResolverSource {
     file: Arc<ResolvFile>,
     /// Whether the file is that of the node. The search path is then that of the pod's namespace.
     is_of_node: bool,
+    /// The content of the node's file, and the settings of the pod that follow from it.
+    of_pod: Mutex<Option<(Arc<ResolvConf>, Arc<ResolvConf>)>>,
     /// The maximum number of queries to servers per second; `None`: unlimited.
     per_second: Option<u32>,
 }
@@ -157,6 +159,7 @@ impl DnsService {
         let resolver = ResolverSource {
             file: node.resolv_file.clone(),
             is_of_node: node.has_many_pods,
+            of_pod: Mutex::default(),
             per_second: settings.dns.queries_per_second,
         };
         let (sockets, limits) = (pod.sockets.clone(), pod.limits.clone());
@@ -285,11 +288,21 @@ impl DnsService {
     }
 
     fn resolv_conf(&self) -> Arc<ResolvConf> {
-        let settings = self.resolver.file.current();
-        match self.resolver.is_of_node {
-            true => Arc::new(settings.of_pod(&self.view.namespace, &self.view.domain)),
-            false => settings,
+        let ResolverSource { file, is_of_node, of_pod, .. } = &self.resolver;
+        let settings = file.current();
+        if !is_of_node {
+            return settings;
         }
+        // No code panics while it holds the lock.
+        let mut of_pod = of_pod.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of_node, known)) = &*of_pod
+            && Arc::ptr_eq(of_node, &settings)
+        {
+            return known.clone();
+        }
+        let made = Arc::new(settings.of_pod(&self.view.namespace, &self.view.domain));
+        *of_pod = Some((settings, made.clone()));
+        made
     }
 
     fn cache(&self) -> MutexGuard<'_, Cache> {

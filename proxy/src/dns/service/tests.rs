@@ -39,7 +39,8 @@ impl Scene {
         let (folder, servers) = (Folder::of_test(), Arc::new(Servers::default()));
         folder.write("resolv.conf", resolv_conf);
         let file = Arc::new(ResolvFile::new(&folder.path("resolv.conf")));
-        let resolver = ResolverSource { file, is_of_node: true, per_second };
+        let resolver =
+            ResolverSource { file, is_of_node: true, of_pod: Mutex::default(), per_second };
         let [namespace, network] = ["default", ""].map(str::to_owned);
         let domain = "cluster.local".to_owned();
         let view = PodView { namespace, network, domain, ipv6: true };
