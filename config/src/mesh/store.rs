@@ -9,6 +9,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::Mesh;
@@ -32,7 +33,7 @@ pub(crate) struct MeshStore {
     /// The uids of the workloads that refer to each service and each policy, known or not.
     endpoints: Map<NamespacedHostname, Set<Name>>,
     selected: Map<Name, Set<Name>>,
-    /// The addresses of rejected items by the name of the resource.
+    /// The addresses of rejected versions by the name of the resource.
     withheld: Map<Name, Box<[NetworkCidr]>>,
     /// The items that changed since the last snapshot.
     changed: Changed,
@@ -98,29 +99,45 @@ impl MeshStore {
         self.workloads.get(uid).map(|entry| &*entry.draft)
     }
 
-    /// Whether there is a service with this name.
-    pub(crate) fn has_service(&self, key: &NamespacedHostname) -> bool {
-        self.services.contains_key(key)
-    }
-
     /// Whether there is a policy with this name (`namespace/name`).
     pub(crate) fn has_policy(&self, key: &str) -> bool {
         self.policies.contains_key(key)
     }
 
-    /// The addresses of the workload, service or rejected resource with this name, as names of
-    /// lookups.
+    /// The addresses of the workload or service with this name, as names of lookups; with those that
+    /// are withheld for a rejected version.
     pub(crate) fn aliases(&self, resource: &str) -> Vec<Lookup> {
-        if let Some(entry) = self.workloads.get(resource) {
-            return addresses_of_workload(&entry.draft).collect();
-        }
-        let key = resource.parse::<NamespacedHostname>().ok();
-        if let Some(entry) = key.and_then(|key| self.services.get(&key)) {
-            return vips_of(&entry.draft).collect();
-        }
+        let workload = self.workload(resource).into_iter().flat_map(addresses_of_workload);
+        let service = self.service(resource).into_iter().flat_map(vips_of);
+        workload.chain(service).chain(self.withheld_for(resource)).collect()
+    }
+
+    /// The withheld addresses of a resource, without its ranges.
+    fn withheld_for(&self, resource: &str) -> impl Iterator<Item = Lookup> {
         let withheld = self.withheld.get(resource).into_iter().flatten();
         let addresses = withheld.filter(|one| one.cidr.prefix_len() == one.cidr.max_prefix_len());
-        addresses.map(|one| Lookup::address(&one.network, one.cidr.addr())).collect()
+        addresses.map(|one| Lookup::address(&one.network, one.cidr.addr()))
+    }
+
+    /// The service with this name (`namespace/hostname`), without endpoints.
+    fn service(&self, name: &str) -> Option<&Service> {
+        let key = name.parse::<NamespacedHostname>().ok()?;
+        self.services.get(&key).map(|entry| &entry.draft)
+    }
+
+    /// The addresses and ranges of the accepted version of a resource.
+    fn accepted_ranges(&self, resource: &str) -> Vec<NetworkCidr> {
+        let at = |network: &Name, address: IpAddr| NetworkCidr {
+            network: network.clone(),
+            cidr: address.into(),
+        };
+        if let Some(workload) = self.workload(resource) {
+            let addresses = workload.addresses.iter();
+            return addresses.map(|address| at(&workload.network, *address)).collect();
+        }
+        let Some(service) = self.service(resource) else { return Vec::new() };
+        let vips = service.vips.iter().map(|vip| at(&vip.network, vip.address));
+        vips.chain(service.cidr_vips.iter().cloned()).collect()
     }
 
     /// The names of the workloads and services that no lookup needs: no name of theirs `is_asked`,
@@ -131,14 +148,18 @@ impl MeshStore {
         is_local: impl Fn(&Workload) -> bool,
     ) -> Vec<Name> {
         let needed = self.services.iter().filter(|(key, entry)| {
-            is_asked(&key.to_string()) || vips_of(&entry.draft).any(|vip| is_asked(vip.as_str()))
+            let name = key.to_string();
+            let mut vips = vips_of(&entry.draft).chain(self.withheld_for(&name));
+            is_asked(&name) || vips.any(|vip| is_asked(vip.as_str()))
         });
         let needed: Set<_> = needed.map(|(key, _)| key).collect();
         let workloads = self.workloads.iter().filter(|(uid, WorkloadEntry { draft, .. })| {
             !is_asked(uid)
                 && !is_local(draft)
                 && !draft.services.iter().any(|service| needed.contains(service))
-                && !addresses_of_workload(draft).any(|address| is_asked(address.as_str()))
+                && !addresses_of_workload(draft)
+                    .chain(self.withheld_for(uid))
+                    .any(|address| is_asked(address.as_str()))
         });
         let services = self.services.keys().filter(|key| !needed.contains(key));
         let names = workloads.map(|(uid, _)| uid.clone());
@@ -237,15 +258,20 @@ impl MeshStore {
         true
     }
 
-    /// Refuses plaintext to the addresses of a rejected resource without an accepted version,
-    /// because the resource may have announced HBONE.
-    pub(crate) fn withhold(&mut self, resource: Name, addresses: Box<[NetworkCidr]>) {
+    /// Refuses plaintext to the addresses of a rejected version of a resource, because it may have
+    /// announced HBONE. Those of the accepted version stay as they are.
+    pub(crate) fn withhold(&mut self, resource: Name, mut addresses: Vec<NetworkCidr>) {
         self.release(&resource);
-        self.mesh.withhold(&addresses, true);
-        self.withheld.insert(resource, addresses);
+        let accepted = self.accepted_ranges(&resource);
+        addresses.retain(|one| !accepted.contains(one));
+        if !addresses.is_empty() {
+            self.mesh.withhold(&addresses, true);
+            self.withheld.insert(resource, addresses.into());
+        }
     }
 
-    fn release(&mut self, resource: &str) {
+    /// Ends what [`withhold`](Self::withhold) began.
+    pub(crate) fn release(&mut self, resource: &str) {
         if let Some(addresses) = self.withheld.remove(resource) {
             self.mesh.withhold(&addresses, false);
         }

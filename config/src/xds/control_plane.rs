@@ -161,11 +161,16 @@ impl ControlPlane {
         let mut rejected = Vec::new();
         for item in &update.resources {
             let Item { name, content, .. } = item;
+            let before = self.aliases(kind, name);
             if item.is_unchanged {
+                // Also after a rejected version.
+                if kind == ResourceType::Address {
+                    self.store.release(name);
+                }
+                is_urgent |= self.outdated(kind, name, &before);
                 is_urgent |= self.answered(kind, item);
                 continue;
             }
-            let before = self.aliases(kind, name);
             let was_local = self.is_local(kind, name);
             let applied = match (content, kind) {
                 (Ok(content), ResourceType::Address) => self.address(item, content),
@@ -282,17 +287,13 @@ impl ControlPlane {
         }
     }
 
-    /// Keeps the accepted version of a rejected resource. Without one, connections that the
-    /// resource may forbid are refused.
+    /// Keeps the accepted version of a rejected resource. Connections that only the rejected one may
+    /// forbid are refused.
     fn reject(&mut self, kind: ResourceType, Item { name, aliases, .. }: &Item, content: &Bytes) {
         match kind {
             ResourceType::Address => {
-                let is_service =
-                    || service_key(name).is_some_and(|key| self.store.has_service(&key));
-                if self.store.workload(name).is_none() && !is_service() {
-                    let addresses = addresses_of(content, aliases, self.store.shared());
-                    self.store.withhold(name.clone(), addresses);
-                }
+                let addresses = addresses_of(content, aliases, self.store.shared());
+                self.store.withhold(name.clone(), addresses);
             }
             ResourceType::Authorization => {
                 let is_accepted = self.store.has_policy(name) && !self.substitutes.contains(name);

@@ -100,7 +100,7 @@ pub(super) fn addresses_of(
     content: &Bytes,
     aliases: &[String],
     shared: &mut Shared,
-) -> Box<[NetworkCidr]> {
+) -> Vec<NetworkCidr> {
     let kind = Address::decode(content.clone()).ok().and_then(|address| address.kind);
     let addresses: Vec<_> = match kind {
         Some(AddressType::Workload(workload)) => {

@@ -295,6 +295,36 @@ fn rejected_workload_keeps_accepted_version_or_withholds_address() {
 }
 
 #[test]
+fn rejected_version_withholds_its_further_addresses() {
+    let mut client = Client::new();
+    let accepted = workload("a", [10, 0, 0, 1]);
+    let mut moved = Workload { tunnel_protocol: 2, ..accepted.clone() };
+    moved.addresses.extend(workload("a", [10, 0, 0, 2]).addresses);
+    let reject = |client: &mut Client| {
+        let sent = resource(moved.clone());
+        client.rejected(sent, ADDRESS, "tunnel_protocol: unsupported value 2")
+    };
+    client.set(Workload { tunnel_protocol: 0, ..accepted.clone() });
+    let mesh = reject(&mut client);
+    assert!(mesh.has_workload("", at([10, 0, 0, 1])));
+    assert_eq!([1, 2].map(|n| mesh.speaks_hbone("", at([10, 0, 0, n]))), [false, true]);
+    // The accepted version again, and a new one.
+    let mesh = client.set(Workload { tunnel_protocol: 0, ..accepted.clone() });
+    assert!(!mesh.speaks_hbone("", at([10, 0, 0, 2])));
+    reject(&mut client);
+    assert!(!client.set(accepted).speaks_hbone("", at([10, 0, 0, 2])));
+    let mut unknown = service("s", [10, 96, 0, 2]);
+    unknown.visibility = 9;
+    client.set(service("s", [10, 96, 0, 1]));
+    let reason = "visibility: unsupported value 9";
+    let mesh = client.rejected(resource(unknown), ADDRESS, reason);
+    assert!(
+        mesh.speaks_hbone("", at([10, 96, 0, 2])) && !mesh.speaks_hbone("", at([10, 96, 0, 1]))
+    );
+    assert!(!client.remove(ADDRESS, "ns/s").speaks_hbone("", at([10, 96, 0, 2])));
+}
+
+#[test]
 fn rejected_service_withholds_address() {
     let mut client = Client::new();
     let mut unknown = service("s", [10, 96, 0, 1]);

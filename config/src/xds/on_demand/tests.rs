@@ -181,6 +181,25 @@ fn rejected_answer_allows_no_plaintext() {
     assert!(mesh.speaks_hbone("", at(2)) && answered(&mesh, "/10.0.0.2"));
 }
 
+/// A pod gets another address, and the lookup of the new one is answered by a rejected version.
+#[test]
+fn rejected_version_at_looked_up_address_allows_no_plaintext() {
+    let mut client = Client::new();
+    client.look_up(&["/10.0.0.1", "/10.0.0.2"]);
+    client.apply(vec![resource(workload("a", [10, 0, 0, 1]))], &[]);
+    let mut moved = workload("a", [10, 0, 0, 2]);
+    moved.tunnel_protocol = 2;
+    let mesh = client.apply(vec![resource(moved)], &[]);
+    assert!(mesh.speaks_hbone("", at(2)) && answered(&mesh, "/10.0.0.2"));
+    assert!(mesh.has_workload("", at(1)) && answered(&mesh, "/10.0.0.1"));
+    // The new address needs the resource too.
+    client.0.let_go(&lookups(&["/10.0.0.1"]));
+    let mesh = client.0.snapshot();
+    assert!(mesh.speaks_hbone("", at(2)) && answered(&mesh, "/10.0.0.2"));
+    client.0.let_go(&lookups(&["/10.0.0.2"]));
+    assert!(!client.0.snapshot().speaks_hbone("", at(2)));
+}
+
 #[test]
 fn next_stream_asks_for_lookups_without_answer_again() {
     let mut client = Client::new();
