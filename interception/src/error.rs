@@ -221,6 +221,13 @@ impl InterceptionError {
         )
     }
 
+    /// Returns true if another socket listens at the address of a listener.
+    #[must_use]
+    pub fn is_address_in_use(&self) -> bool {
+        let in_use = |source: &io::Error| source.kind() == io::ErrorKind::AddrInUse;
+        matches!(self, Self::Listen { source, .. } if in_use(source))
+    }
+
     /// Returns true if a required program is not installed.
     pub(crate) fn is_missing_program(&self) -> bool {
         matches!(self, Self::IptablesProgram { source, .. } if source.kind() == io::ErrorKind::NotFound)

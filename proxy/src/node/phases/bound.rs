@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
 use underpass_config::{InterceptionSettings, PodUid, Settings};
-use underpass_interception::{BoundListener, NamespaceAccess};
+use underpass_interception::{BoundListener, InterceptionError, NamespaceAccess};
 
 use super::guarded::GuardedPod;
 use super::rules::{OwnedRules, RulesOwner};
@@ -14,7 +15,13 @@ use crate::node::pod::pod_sockets;
 use crate::node::pod_error::PodError;
 use crate::rules::capture::Capture;
 use crate::rules::health::RulesHealth;
-use crate::traffic::listeners::{Listeners, NamedListeners};
+use crate::traffic::listeners::{DnsKind, Kind, Listeners, NamedListeners};
+
+/// The time for another process of the node to close its listeners in a pod's namespace: one that
+/// has handed the pod over before it was deleted and added again, or that was killed.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+/// The pause between attempts to bind meanwhile.
+const RELEASE_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The parts from which a pod is bound.
 #[derive(Debug)]
@@ -51,9 +58,19 @@ impl BoundPod {
         let PodSpec { uid, settings, access, interception, health } = spec;
         let capture =
             Capture::prepare(settings.clone(), interception.clone(), access.clone()).await?;
-        let sockets = pod_sockets(&settings);
-        let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
-        let dns = Listeners::bind(&access, &sockets, &settings, handed).await?;
+        let began = Instant::now();
+        let (listeners, dns) = loop {
+            match bind(&access, &settings, handed).await {
+                Err(error)
+                    if uid.is_some()
+                        && error.is_address_in_use()
+                        && began.elapsed() < RELEASE_TIMEOUT =>
+                {
+                    sleep(RELEASE_INTERVAL).await;
+                }
+                bound => break bound?,
+            }
+        };
         let pod = PodToServe {
             uid,
             settings,
@@ -88,4 +105,15 @@ impl BoundPod {
         health.set_intact(true);
         GuardedPod::new(pod, OwnedRules { capture, owner }, health).await
     }
+}
+
+/// Binds the listeners of the pod and of its DNS proxy.
+async fn bind(
+    access: &NamespaceAccess,
+    settings: &Settings,
+    handed: &mut Vec<(String, BoundListener)>,
+) -> Result<(Listeners<Kind>, Listeners<DnsKind>), InterceptionError> {
+    let sockets = pod_sockets(settings);
+    let listeners = Listeners::bind(access, &sockets, settings, handed).await?;
+    Ok((listeners, Listeners::bind(access, &sockets, settings, handed).await?))
 }
