@@ -1,5 +1,7 @@
 //! The mesh of one control plane: applies its responses, and answers them.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use prost::Message as _;
 
@@ -44,6 +46,8 @@ pub struct LocalWorkloads {
 pub struct Applied {
     /// The answer to the control plane.
     pub answer: DeltaRequest,
+    /// The request that ends the subscriptions to removed resources, if there are any.
+    pub unsubscription: Option<DeltaRequest>,
     /// The type of the resources.
     pub kind: ResourceType,
     /// The number of resources that were added or changed.
@@ -92,7 +96,8 @@ impl ControlPlane {
     /// The requests that look up those of `lookups` that have no answer. None without lookups on
     /// demand.
     pub fn look_up(&mut self, lookups: &[Lookup]) -> Vec<DeltaRequest> {
-        self.lookups.as_mut().map(|known| known.ask(lookups)).unwrap_or_default()
+        let Some(known) = &mut self.lookups else { return Vec::new() };
+        known.ask(lookups, |name| self.session.retains(ResourceType::Address, name))
     }
 
     /// The requests that look up those of `lookups` again that are known. Their answers stay valid.
@@ -105,6 +110,8 @@ impl ControlPlane {
     pub fn let_go(&mut self, lookups: &[Lookup]) -> Option<DeltaRequest> {
         let known = self.lookups.as_mut()?;
         let sweeps = lookups.iter().any(|lookup| !known.is_absent(lookup));
+        let names = lookups.iter().map(Lookup::as_str).filter(|name| known.contains(name));
+        let mut names: BTreeSet<_> = names.map(Name::from).collect();
         known.let_go(lookups);
         let mut unneeded = Vec::new();
         if sweeps {
@@ -116,8 +123,10 @@ impl ControlPlane {
             self.session.forget(ResourceType::Address, name);
             self.remove(ResourceType::Address, name);
         }
-        let names = lookups.iter().map(Lookup::as_str).chain(unneeded.iter().map(|name| &**name));
-        Some(unsubscription(names))
+        // Another lookup needs what is left.
+        names.retain(|name| !self.session.retains(ResourceType::Address, name));
+        names.extend(unneeded);
+        (!names.is_empty()).then(|| unsubscription(names.iter().map(|name| &**name)))
     }
 
     /// Whether the control plane has not answered this lookup yet.
@@ -132,7 +141,7 @@ impl ControlPlane {
 
     /// The names of the retained resources of this type.
     #[cfg(any(test, feature = "fuzz"))]
-    pub(super) fn retained(&self, kind: ResourceType) -> std::collections::BTreeSet<String> {
+    pub(super) fn retained(&self, kind: ResourceType) -> BTreeSet<String> {
         self.session.retained(kind).into_keys().collect()
     }
 
@@ -150,6 +159,7 @@ impl ControlPlane {
         let update = self.session.receive(response)?;
         let (kind, set, removed) = (update.kind, update.resources.len(), update.removed.len());
         let mut is_urgent = kind == ResourceType::Authorization;
+        let unsubscription = self.unsubscription(kind, &update.removed);
         for name in &update.removed {
             let before = self.aliases(kind, name);
             is_urgent |= self.is_local(kind, name);
@@ -193,7 +203,7 @@ impl ControlPlane {
             self.store.drop_unused();
         }
         let answer = self.session.finish(update, &rejected);
-        Ok(Applied { answer, kind, set, removed, rejected, is_urgent })
+        Ok(Applied { answer, unsubscription, kind, set, removed, rejected, is_urgent })
     }
 
     /// Does most of the work of the next [`snapshot`](Self::snapshot).
@@ -219,6 +229,17 @@ impl ControlPlane {
             (Some(_), ResourceType::Address) => self.store.aliases(name),
             _ => Vec::new(),
         }
+    }
+
+    /// The request that ends the subscriptions to removed resources that no lookup names: istiod
+    /// keeps them, and would not answer a later lookup of the name.
+    fn unsubscription(&self, kind: ResourceType, removed: &[String]) -> Option<DeltaRequest> {
+        let lookups = self.lookups.as_ref().filter(|_| kind == ResourceType::Address)?;
+        let names = removed.iter().map(String::as_str);
+        let is_subscribed = |name: &&str| self.session.retains(kind, name);
+        let names = names.filter(|name| !lookups.contains(name)).filter(is_subscribed);
+        let mut names = names.peekable();
+        names.peek().is_some().then(|| unsubscription(names))
     }
 
     /// Records a resource as the answer to the lookups of its names. Returns whether an answer

@@ -10,7 +10,8 @@
 //! istiod answers a subscription once. It pushes later changes of the resources that it sent, but
 //! neither a new resource for an absent name nor a new endpoint of a service. So an absent name is
 //! let go after a while, and a known one is subscribed to again: unsubscribing comes first, because
-//! istiod does not answer a subscription to a name that it already has.
+//! istiod does not answer a subscription to a name that it already has. It also has the name of
+//! each resource that it sent, even after it has removed the resource.
 
 use super::message::DeltaRequest;
 use super::resource_type::ResourceType;
@@ -18,8 +19,9 @@ use crate::mesh::lookup::{Answered, Lookup};
 use crate::mesh::names::Map;
 
 /// A name without a resource, which every request subscribes to that ends subscriptions. istiod
-/// answers a request without subscriptions with the removal of all names (`pushDeltaXds`).
-const NOTHING: &str = "/0.0.0.0";
+/// answers a request without subscriptions with the removal of all names (`pushDeltaXds`). It is
+/// neither an address nor in a valid namespace, so that no connection looks it up.
+const NOTHING: &str = "-/-";
 
 /// The lookups of a client.
 #[derive(Debug, Default)]
@@ -38,19 +40,24 @@ enum State {
 }
 
 impl Lookups {
-    /// Subscribes to the lookups that have no answer, and are not awaited.
-    pub(super) fn ask(&mut self, lookups: &[Lookup]) -> Vec<DeltaRequest> {
-        let (mut outdated, mut asked) = (Vec::new(), Vec::new());
+    /// Subscribes to the lookups that have no answer, and are not awaited. `is_subscribed` tells
+    /// whether the control plane has a subscription to this name of a resource.
+    pub(super) fn ask(
+        &mut self,
+        lookups: &[Lookup],
+        is_subscribed: impl Fn(&str) -> bool,
+    ) -> Vec<DeltaRequest> {
+        let (mut subscribed, mut asked) = (Vec::new(), Vec::new());
         for lookup in lookups {
             match self.states.get(lookup) {
-                None => {}
-                Some(State::Outdated) => outdated.push(lookup.clone()),
+                None if !is_subscribed(lookup.as_str()) => {}
+                None | Some(State::Outdated) => subscribed.push(lookup.clone()),
                 Some(State::Awaited | State::Known | State::Absent) => continue,
             }
             self.states.insert(lookup.clone(), State::Awaited);
             asked.push(lookup.clone());
         }
-        subscribe_again(&outdated, &asked)
+        subscribe_again(&subscribed, &asked)
     }
 
     /// Subscribes again to those of `lookups` that are known. Their answers stay valid.

@@ -220,6 +220,11 @@ impl Session {
         self.subscription(kind).synced
     }
 
+    /// Whether this resource is retained. The control plane then has a subscription to its name.
+    pub(super) fn retains(&self, kind: ResourceType, name: &str) -> bool {
+        self.subscription(kind).versions.contains_key(name)
+    }
+
     /// Forgets a resource.
     pub(super) fn forget(&mut self, kind: ResourceType, name: &str) {
         if let Some(subscription) = self.subscriptions.iter_mut().find(|one| one.kind == kind) {

@@ -154,7 +154,7 @@ impl ControlPlaneFollower {
                 let applied = self.apply(response).await?;
                 report(&applied);
                 self.take_effect(applied.is_urgent, readiness);
-                vec![applied.answer]
+                std::iter::once(applied.answer).chain(applied.unsubscription).collect()
             }
             Event::Asked(asked) => self.schedule.ask(&mut self.plane, asked),
             Event::Check => {

@@ -169,6 +169,53 @@ fn lookup_that_is_let_go_takes_its_resources_along() {
 }
 
 #[test]
+fn lookup_of_resource_that_was_sent_is_answered() {
+    let mut client = Client::new();
+    client.look_up(&["/10.96.0.1"]);
+    let endpoint = behind("s", workload("a", [10, 0, 0, 1]));
+    client.apply(vec![resource(service("s", [10, 96, 0, 1])), resource(endpoint)], &[]);
+    let name = vec!["ns/s".to_owned()];
+    assert_eq!(client.look_up(&["ns/s"]), [name.clone(), name]);
+    // The lookup of the address needs the subscription of the service.
+    assert_eq!(client.0.let_go(&lookups(&["ns/s", "ns/never-asked"])), None);
+    assert_eq!(client.0.snapshot().size().services, 1);
+    client.look_up(&["ns/s"]);
+    let request = client.0.let_go(&lookups(&["ns/s", "/10.96.0.1"])).unwrap();
+    let ended = ["/10.96.0.1", "cluster//Pod/ns/a", "ns/s"];
+    assert_eq!(request.resource_names_unsubscribe, ended, "each once");
+}
+
+#[test]
+fn removed_resource_is_unsubscribed_from_unless_it_is_a_lookup() {
+    let mut client = Client::new();
+    client.look_up(&["/10.96.0.1", "/10.96.0.2", "ns/t"]);
+    let sent = [service("s", [10, 96, 0, 1]), service("t", [10, 96, 0, 2])];
+    client.apply(sent.map(resource).to_vec(), &[]);
+    let removed = response(ADDRESS, Vec::new(), &["ns/s", "ns/t", "ns/unknown", NOTHING]);
+    let requests: Vec<_> = client.receive(removed).unsubscription.into_iter().collect();
+    assert_eq!(changes(&requests), [no_names(), vec!["ns/s".to_owned()]]);
+    assert_eq!(client.look_up(&["ns/s"]), [vec!["ns/s".to_owned()], no_names()]);
+    let absent = response(ADDRESS, Vec::new(), &["ns/s"]);
+    assert_eq!(client.receive(absent).unsubscription, None);
+}
+
+#[test]
+fn no_lookup_is_name_without_resource() {
+    assert!(NOTHING.parse::<crate::mesh::NetworkAddress>().is_err());
+    for address in ["0.0.0.0", "::", "10.0.0.1"].map(|text| text.parse().unwrap()) {
+        for network in ["", "-", "-/-"] {
+            assert_ne!(Lookup::address(network, address).as_str(), NOTHING);
+        }
+    }
+    // A name of a namespace begins with a letter or digit.
+    for namespace in ["", "ns", "0"] {
+        let (namespace, hostname) = (namespace.into(), "-".into());
+        let name = crate::mesh::NamespacedHostname { namespace, hostname };
+        assert_ne!(Lookup::hostname(&name).as_str(), NOTHING);
+    }
+}
+
+#[test]
 fn rejected_answer_allows_no_plaintext() {
     let mut client = Client::new();
     client.look_up(&["/10.0.0.1", "/10.0.0.2"]);
