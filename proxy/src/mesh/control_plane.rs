@@ -106,7 +106,10 @@ impl ControlPlaneFollower {
         readiness.mesh_known(false);
         metrics::control_plane_connected(false);
         loop {
-            let first = self.schedule.open(&mut self.plane, &self.lookups);
+            let (first, is_changed) = self.schedule.open(&mut self.plane, &self.lookups);
+            if is_changed {
+                self.take_effect(false, &readiness);
+            }
             let opened = self.or_file_changes(client.open(first)).await;
             let since = Instant::now();
             let end = match opened {

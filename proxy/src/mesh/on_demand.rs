@@ -46,7 +46,7 @@ struct Shared {
     /// The lookups without an answer that connections wait for.
     asked: Mutex<HashSet<Lookup>>,
     /// The lookups that were removed from `leased` to make room.
-    evicted: Mutex<Vec<Lookup>>,
+    evicted: Mutex<HashSet<Lookup>>,
     wake: Notify,
 }
 
@@ -135,9 +135,14 @@ impl Lookups {
         let mut leased = lock(&shared.leased);
         let unused = leased.extract_if(|_, lease| lease.is_unused_for(checks));
         let mut gone: Vec<_> = unused.map(|(lookup, _)| lookup).collect();
-        let evicted = std::mem::take(&mut *lock(&shared.evicted));
-        gone.extend(evicted.into_iter().filter(|lookup| !leased.contains_key(lookup)));
+        gone.extend(shared.take_evicted(&leased));
         gone
+    }
+
+    /// The lookups that were evicted since the last call of this or `take_unused`.
+    pub(super) fn take_evicted(&self) -> Vec<Lookup> {
+        let Some(shared) = &self.0 else { return Vec::new() };
+        shared.take_evicted(&lock(&shared.leased))
     }
 }
 
@@ -176,6 +181,12 @@ impl Shared {
         }
         lock(&self.evicted).extend(unused);
         Ok(())
+    }
+
+    /// The evicted lookups that are not leased again.
+    fn take_evicted(&self, leased: &HashMap<Lookup, Arc<Leased>>) -> Vec<Lookup> {
+        let evicted = std::mem::take(&mut *lock(&self.evicted));
+        evicted.into_iter().filter(|lookup| !leased.contains_key(lookup)).collect()
     }
 
     fn ask<'a>(&self, lookups: impl Iterator<Item = &'a Lookup>) {

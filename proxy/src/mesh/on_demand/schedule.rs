@@ -31,19 +31,26 @@ pub(in crate::mesh) struct Unanswered(Lookup);
 pub(in crate::mesh) struct Schedule(HashMap<Lookup, Instant>);
 
 impl Schedule {
-    /// The first requests of a new stream, which asks for all lookups in use.
+    /// The first requests of a new stream, which asks for all lookups in use, and whether the mesh
+    /// changes.
     pub(in crate::mesh) fn open(
         &mut self,
         plane: &mut ControlPlane,
         lookups: &Lookups,
-    ) -> Vec<DeltaRequest> {
+    ) -> (Vec<DeltaRequest>, bool) {
         let now = Instant::now();
+        let evicted = lookups.take_evicted();
+        for lookup in &evicted {
+            self.0.remove(lookup);
+        }
+        // The new stream has no subscription that must end.
+        plane.let_go(&evicted);
         let all = lookups.all();
         // The first request contains them.
         plane.look_up(&all);
         self.0.extend(all.into_iter().map(|lookup| (lookup, now)));
         self.0.values_mut().for_each(|sent| *sent = now);
-        plane.open()
+        (plane.open(), !evicted.is_empty())
     }
 
     /// The requests for lookups that connections need.

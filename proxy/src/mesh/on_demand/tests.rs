@@ -120,7 +120,7 @@ async fn stream_without_answer_is_given_up() {
         error.to_string(),
         "the control plane has not answered the lookup of /10.0.0.1 within 10s"
     );
-    let first = &scene.schedule.open(&mut scene.plane, &scene.lookups)[0];
+    let first = &scene.schedule.open(&mut scene.plane, &scene.lookups).0[0];
     assert_eq!(first.resource_names_subscribe, ["*", "/10.0.0.1"]);
     scene.checks(WITHIN - CHECK).await;
 }
@@ -176,4 +176,21 @@ async fn scan_of_addresses_is_bounded() {
     assert!(!gone.contains(&lookups[0]));
     assert_eq!(lock(&shared.asked).len(), 2);
     drop(used);
+}
+
+/// A control plane that fails before the first check, while a client scans addresses.
+#[test]
+fn lookups_of_outage_are_bounded() {
+    let mut scene = Scene::new();
+    let shared = scene.lookups.0.clone().unwrap();
+    for n in 0..10 {
+        let at = |one: usize| Lookup::address(&format!("{n}-{one}"), [10, 0, 0, 1].into());
+        let scan: Vec<_> = (0..MAX_LOOKUPS).map(at).collect();
+        drop(shared.lease(&scan[..1]).unwrap());
+        drop(shared.lease(&scan).unwrap());
+        let (requests, is_changed) = scene.schedule.open(&mut scene.plane, &scene.lookups);
+        assert_eq!(is_changed, n > 0, "{n}");
+        let names = subscribed(&requests[1..]).len() + requests[0].resource_names_subscribe.len();
+        assert_eq!(names, MAX_LOOKUPS + 1, "{n}");
+    }
 }
