@@ -22,7 +22,7 @@ use super::response::{self, Age, StoredResponse, Transport};
 use super::upstream::Upstream;
 use crate::decide::snapshot::Snapshot;
 use crate::limits::Rate;
-use crate::mesh::on_demand::Lookups;
+use crate::mesh::on_demand::{Lookups, Wait};
 use crate::node::Node;
 use crate::node::pod::Pod;
 
@@ -268,7 +268,8 @@ impl DnsService {
         let needed = |snapshot: &Snapshot| {
             mesh::lookups(&snapshot.mesh, &self.view, &settings.search, &query.name)
         };
-        let found = self.lookups.resolve(current, &self.mesh, needed, LOOKUP_WAIT).await;
+        let wait = Wait { since: Instant::now(), within: LOOKUP_WAIT };
+        let found = self.lookups.resolve(current, &self.mesh, needed, wait).await;
         drop(permit);
         let _lease = match found {
             Ok((_, lease)) => lease,

@@ -59,6 +59,19 @@ struct Leased {
     unused_checks: AtomicU32,
 }
 
+/// How long a connection waits.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wait {
+    pub(crate) since: Instant,
+    pub(crate) within: Duration,
+}
+
+impl Wait {
+    pub(crate) fn end(self) -> Instant {
+        self.since + self.within
+    }
+}
+
 /// Keeps lookups in use. Empty without lookups on demand.
 #[derive(Debug, Default)]
 pub(crate) struct LookupLease {
@@ -75,7 +88,7 @@ impl Lookups {
         self.0.is_some()
     }
 
-    /// Waits until the mesh has an answer to every lookup that is `needed`, at most for `within`.
+    /// Waits until the mesh has an answer to every lookup that is `needed`, at most for `wait`.
     /// An answer may refer to further needed names. Returns the mesh with the answers, and the
     /// lease that keeps them up to date. Without lookups on demand, returns `current` at once.
     ///
@@ -86,11 +99,10 @@ impl Lookups {
         current: Arc<Snapshot>,
         mesh: &watch::Receiver<Arc<Snapshot>>,
         needed: impl Fn(&Snapshot) -> Vec<Lookup>,
-        within: Duration,
+        wait: Wait,
     ) -> Result<(Arc<Snapshot>, LookupLease), LookupError> {
         let Some(shared) = &self.0 else { return Ok((current, LookupLease::default())) };
         let (mut current, mut mesh) = (current, mesh.clone());
-        let deadline = Instant::now() + within;
         loop {
             let lookups = needed(&current);
             let lease = shared.lease(&lookups)?;
@@ -100,11 +112,11 @@ impl Lookups {
             let Some(lookup) = unanswered(&current) else { return Ok((current, lease)) };
             shared.ask(lookups.iter().filter(|lookup| !current.mesh.is_answered(lookup)));
             let answered = mesh.wait_for(|snapshot| unanswered(snapshot).is_none());
-            current = match timeout_at(deadline, answered).await {
+            current = match timeout_at(wait.end(), answered).await {
                 Ok(Ok(snapshot)) => snapshot.clone(),
                 // Out of time, or the process ends.
                 Ok(Err(_)) | Err(_) => {
-                    return Err(LookupError::Unanswered { lookup, after: within });
+                    return Err(LookupError::Unanswered { lookup, after: wait.within });
                 }
             };
         }

@@ -72,13 +72,22 @@ pub(crate) fn node(workers: usize) -> Arc<Node> {
 
 /// A node with this many workers that follows a mesh. Requires a runtime.
 pub(crate) fn node_in(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>) -> Arc<Node> {
+    node_with(workers, mesh, Lookups::default())
+}
+
+/// A node with one worker that follows a mesh with lookups on demand. Requires a runtime.
+pub(crate) fn node_on_demand(mesh: watch::Receiver<Arc<Snapshot>>) -> Arc<Node> {
+    node_with(1, mesh, Lookups::on_demand())
+}
+
+fn node_with(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>, lookups: Lookups) -> Arc<Node> {
     let (settings, access) = (settings(&[]), NamespaceAccess::current().expect("a thread"));
     Arc::new(Node::new(
         &settings,
         &access,
         workers,
         mesh,
-        Lookups::default(),
+        lookups,
         Gates::default(),
         Arc::default(),
     ))

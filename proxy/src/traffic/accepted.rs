@@ -1,10 +1,14 @@
 //! A connection between accept(2) and the worker that serves it.
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::pin::pin;
 
 use underpass_interception::{OriginalDestination, Ports};
 
+use crate::decide::connection_registry::Registration;
+use crate::decide::subject::Decision;
 use crate::error::ProxyError;
+use crate::traffic::copy::aborted;
 use crate::traffic::listeners::Kind;
 
 /// An accepted connection that is not registered with a runtime yet.
@@ -71,4 +75,20 @@ pub(crate) struct Registered {
     pub(crate) stream: tokio::net::TcpStream,
     pub(crate) client: SocketAddr,
     pub(crate) destination: OriginalDestination,
+}
+
+impl Registered {
+    /// Runs `work` until the connection is terminated or the client resets it.
+    pub(crate) async fn unless_interrupted<T>(
+        &self,
+        registration: &Registration<Decision>,
+        work: impl Future<Output = Result<T, ProxyError>>,
+    ) -> Result<T, ProxyError> {
+        let work = pin!(work);
+        tokio::select! {
+            outcome = registration.termination().or_terminate(work) => outcome,
+            // A FIN does not interrupt: the bytes before it must still be delivered.
+            error = aborted(&self.stream) => Err(ProxyError::Client(error)),
+        }
+    }
 }

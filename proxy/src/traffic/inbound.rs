@@ -39,7 +39,7 @@ use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts};
 use crate::traffic::accepted::{Accepted, Registered};
-use crate::traffic::copy::{Flow, aborted};
+use crate::traffic::copy::Flow;
 use crate::traffic::dial::{dial_loopback, dial_workload};
 use crate::traffic::listeners::Kind;
 use crate::traffic::{headers, proxy_protocol};
@@ -88,34 +88,25 @@ async fn open_plaintext(
 ) -> Option<Opened<TcpStream>> {
     let accepted_at = Instant::now();
     let (client, destination) = (accepted.client, accepted.destination.address());
-    let mesh = pin!(seat.inbound_mesh(destination, None));
-    let (snapshot, lookups) = match registration.termination().or_terminate(mesh).await {
-        Ok(found) => found,
-        Err(error) => {
-            let facts = Facts::new(
-                Direction::Inbound,
-                Party::at_address(client),
-                Party::at_address(destination),
-            );
-            ConnectionRecord::failed(accepted_at, &facts.failed(error), &seat.worker.series);
-            return None;
+    // A connection that is not the pod's takes no lookups.
+    let registered = accepted.check_local(&seat).and_then(Accepted::register);
+    let is_own = registered.is_ok();
+    let known = match registered {
+        Ok(connection) => {
+            let mesh = seat.inbound_mesh(destination, None);
+            let known = connection.unless_interrupted(&registration, mesh).await;
+            known.map(|(_, lookups)| (connection, lookups))
         }
-    };
-    let source = Party::plaintext_client(client, &snapshot);
-    let checked = accepted.check_local(&seat);
-    let destination = match checked {
-        Ok(_) => seat.own_party(&snapshot, destination),
-        // The address is not the pod's, so the destination is not its workload.
-        Err(_) => Party::at_address(destination),
-    };
-    drop(snapshot);
-    let facts = Facts::new(Direction::Inbound, source, destination);
-    let connected = match checked.and_then(Accepted::register) {
-        Ok(connection) => connect_plaintext(&seat, connection, &registration).await,
         Err(error) => Err(error),
     };
-    match connected {
-        Ok((Registered { stream: client, .. }, app)) => {
+    let facts = plaintext_facts(&seat, client, destination, is_own);
+    let connected = async {
+        let (connection, lookups) = known?;
+        let app = connect_plaintext(&seat, &connection, &registration).await?;
+        Ok::<_, ProxyError>((connection.stream, app, lookups))
+    };
+    match connected.await {
+        Ok((client, app, lookups)) => {
             let held = HeldResources { registration, _lookups: lookups, _ticket: ticket };
             let record = ConnectionRecord::opened(accepted_at, facts, &seat.worker.series);
             Some(Opened { record, held, client, app })
@@ -127,20 +118,31 @@ async fn open_plaintext(
     }
 }
 
+/// The facts of a plaintext connection before it is connected.
+fn plaintext_facts(
+    seat: &Seat,
+    client: SocketAddr,
+    destination: SocketAddr,
+    is_own: bool,
+) -> Facts {
+    let snapshot = seat.node().mesh.borrow();
+    let destination = match is_own {
+        true => seat.own_party(&snapshot, destination),
+        // The address is not the pod's, so the destination is not its workload.
+        false => Party::at_address(destination),
+    };
+    Facts::new(Direction::Inbound, Party::plaintext_client(client, &snapshot), destination)
+}
+
 async fn connect_plaintext(
     seat: &Seat,
-    connection: Registered,
+    connection: &Registered,
     registration: &Registration<Decision>,
-) -> Result<(Registered, TcpStream), ProxyError> {
+) -> Result<TcpStream, ProxyError> {
     let address = connection.destination.address();
     let target = InboundTarget { address, header: None, service: None };
-    let connecting = pin!(connect(seat, registration, connection.client, &target, None));
-    let app = tokio::select! {
-        connected = registration.termination().or_terminate(connecting) => connected?,
-        // A FIN does not interrupt: the bytes before it must still be delivered.
-        error = aborted(&connection.stream) => return Err(ProxyError::Client(error)),
-    };
-    Ok((connection, app))
+    let connecting = connect(seat, registration, connection.client, &target, None);
+    connection.unless_interrupted(registration, connecting).await
 }
 
 /// Serves one peer's connection: the TLS and HTTP/2 handshakes, then every CONNECT request.
@@ -318,14 +320,13 @@ async fn open_request(
     let series = &seat.worker.series;
     let (requested, here) =
         (requested(tunnel_request.request.authority()), tunnel_request.origin.here);
-    let mesh = pin!(seat.inbound_mesh(here, Some(&requested)));
-    let known = registration.termination().or_terminate(mesh).await;
+    let mesh = admitted_mesh(&seat, admitted, here, &requested);
+    let known = unless_reset(&mut tunnel_request.request, &registration, mesh).await;
     let target = inbound_target(&seat, &requested, here);
     let headers = tunnel_request.request.headers();
     let facts = request_facts(&seat, &tunnel_request.origin, headers, target.as_ref().ok());
     let connected = async {
-        let (_, lookups) = known?;
-        let ticket = admitted?;
+        let (ticket, lookups) = known?;
         let app = connect_request(&seat, &mut tunnel_request, &registration, &target?).await?;
         Ok::<_, ProxyError>((app, ticket, lookups))
     };
@@ -359,11 +360,33 @@ async fn connect_request(
     target: &InboundTarget,
 ) -> Result<TcpStream, ProxyError> {
     let TunnelRequest { request, origin } = tunnel_request;
-    let connecting = pin!(connect(seat, registration, origin.client, target, Some(&origin.peer)));
+    let connecting = connect(seat, registration, origin.client, target, Some(&origin.peer));
+    unless_reset(request, registration, connecting).await
+}
+
+/// Runs `work` until the connection is terminated or the client resets the request.
+async fn unless_reset<T>(
+    request: &mut Incoming,
+    registration: &Registration<Decision>,
+    work: impl Future<Output = Result<T, ProxyError>>,
+) -> Result<T, ProxyError> {
+    let work = pin!(work);
     tokio::select! {
-        connected = registration.termination().or_terminate(connecting) => connected,
+        outcome = registration.termination().or_terminate(work) => outcome,
         error = request.closed() => Err(ProxyError::Tunnel(error)),
     }
+}
+
+/// Waits for the mesh of an admitted stream. A refused one takes no lookups.
+async fn admitted_mesh(
+    seat: &Seat,
+    admitted: Result<Ticket, ProxyError>,
+    here: SocketAddr,
+    requested: &Target,
+) -> Result<(Ticket, LookupLease), ProxyError> {
+    let ticket = admitted?;
+    let (_, lookups) = seat.inbound_mesh(here, Some(requested)).await?;
+    Ok((ticket, lookups))
 }
 
 /// The facts of a CONNECT request before it is connected.
@@ -437,3 +460,6 @@ async fn dial_app(
     app.write_all(&header).await.map_err(ProxyError::Upstream)?;
     Ok(app)
 }
+
+#[cfg(test)]
+mod tests;

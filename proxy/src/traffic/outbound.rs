@@ -48,7 +48,7 @@ use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectFailure, ConnectionRecord, Facts};
 use crate::traffic::accepted::{Accepted, Registered, Source};
-use crate::traffic::copy::{Flow, aborted};
+use crate::traffic::copy::Flow;
 use crate::traffic::dial::dial;
 use crate::traffic::headers;
 use crate::traffic::inbound::Delivery;
@@ -98,7 +98,7 @@ struct Opened {
 struct HeldResources {
     registration: Registration<Decision>,
     _load: Vec<OpenConnection>,
-    _lookups: LookupLease,
+    _lookups: [LookupLease; 2],
     _ticket: Ticket,
 }
 
@@ -129,14 +129,18 @@ async fn open(
     let accepted_at = Instant::now();
     let series = &seat.worker.series;
     match connect(&seat, accepted, &registration).await {
-        Ok((Registered { stream: client, .. }, connected)) => {
-            let Connected { facts, upstream, load, lookups } = connected;
+        Ok((Registered { stream: client, .. }, connected, lookups)) => {
+            let Connected { facts, upstream, load, of_hop } = connected;
             if let Upstream::Tunnel(_) | Upstream::SameNode(_) = &upstream {
                 // The tunnel, or the destination pod, holds the descriptor of its own connection.
                 ticket.release_descriptor();
             }
-            let held =
-                HeldResources { registration, _load: load, _lookups: lookups, _ticket: ticket };
+            let held = HeldResources {
+                registration,
+                _load: load,
+                _lookups: [lookups, of_hop],
+                _ticket: ticket,
+            };
             let record = ConnectionRecord::opened(accepted_at, facts, series);
             Some(Opened { record, held, client, upstream })
         }
@@ -152,38 +156,31 @@ async fn connect(
     seat: &Arc<Seat>,
     accepted: Accepted,
     registration: &Registration<Decision>,
-) -> Result<(Registered, Connected), Box<ConnectFailure>> {
-    let destination = accepted.destination.address();
-    let mesh = pin!(seat.outbound_mesh(accepted.client, destination));
-    let (snapshot, lookups) = match registration.termination().or_terminate(mesh).await {
-        Ok(found) => found,
-        Err(error) => {
-            let (source, destination) =
-                (Party::at_address(accepted.client), Party::at_address(destination));
-            let facts = Facts::new(Direction::Outbound, source, destination);
-            return Err(facts.failed(error));
-        }
-    };
-    let checked = accepted.check_source(seat);
-    let source = match checked {
-        Ok(Source::Own(_)) => seat.own_party(&snapshot, accepted.client),
-        Ok(Source::Other) | Err(_) => seat.party_behind(&snapshot, accepted.client),
-    };
-    let known = Facts {
+) -> Result<(Registered, Connected, LookupLease), Box<ConnectFailure>> {
+    let (client, destination) = (accepted.client, accepted.destination.address());
+    let facts = |source| Facts {
         trace: Some(TraceParent::new()),
         ..Facts::new(Direction::Outbound, source, Party::at_address(destination))
     };
-    let source = match checked {
-        Ok(source) => source,
+    // A connection of a foreign source takes no lookups.
+    let found = async {
+        let source = accepted.check_source(seat).inspect_err(|_| metrics::foreign_source())?;
+        let connection = accepted.register()?;
+        let mesh = seat.outbound_mesh(client, destination);
+        let (snapshot, lookups) = connection.unless_interrupted(registration, mesh).await?;
+        Ok((source, connection, snapshot, lookups))
+    };
+    let (source, connection, snapshot, lookups) = match found.await {
+        Ok(found) => found,
         Err(error) => {
-            metrics::foreign_source();
-            return Err(known.failed(error));
+            let source = seat.party_behind(&seat.node().mesh.borrow(), client);
+            return Err(facts(source).failed(error));
         }
     };
-    let connection = match accepted.register() {
-        Ok(connection) => connection,
-        Err(error) => return Err(known.failed(error)),
-    };
+    let known = facts(match source {
+        Source::Own(_) => seat.own_party(&snapshot, client),
+        Source::Other => seat.party_behind(&snapshot, client),
+    });
     let identity = seat.pod.identity();
     let snapshot = &*snapshot;
     let connect = OutboundConnect {
@@ -196,7 +193,7 @@ async fn connect(
         known,
     };
     let connected = connect.connect().await?;
-    Ok((connection, Connected { lookups, ..connected }))
+    Ok((connection, connected, lookups))
 }
 
 /// An open connection to the upstream, with the facts for the record.
@@ -204,7 +201,8 @@ struct Connected {
     facts: Facts,
     upstream: Upstream,
     load: Vec<OpenConnection>,
-    lookups: LookupLease,
+    /// Of the address of the next hop, if a resolver has found it.
+    of_hop: LookupLease,
 }
 
 /// Connects one caught connection.
@@ -316,15 +314,15 @@ impl OutboundConnect<'_> {
         route: &Route,
         load: Vec<OpenConnection>,
     ) -> Result<Connected, Box<ConnectFailure>> {
-        let hop = match self.unless_interrupted(self.resolve(route)).await {
-            Ok(hop) => hop,
+        let (hop, of_hop) = match self.unless_interrupted(self.resolve(route)).await {
+            Ok(resolved) => resolved,
             Err(error) => return Err(self.facts(route, None).failed(error)),
         };
         let mut facts = self.facts(route, Some(hop));
         match self.unless_interrupted(self.permit_and_dial(route, hop, &facts)).await {
             Ok(upstream) => {
                 facts.destination.identity = upstream.identity().cloned();
-                Ok(Connected { facts, upstream, load, lookups: LookupLease::default() })
+                Ok(Connected { facts, upstream, load, of_hop })
             }
             Err(error) => Err(facts.failed(error)),
         }
@@ -335,16 +333,13 @@ impl OutboundConnect<'_> {
         &self,
         work: impl Future<Output = Result<T, ProxyError>>,
     ) -> Result<T, ProxyError> {
-        let work = pin!(work);
-        tokio::select! {
-            outcome = self.registration.termination().or_terminate(work) => outcome,
-            // A FIN does not interrupt: the bytes before it must still be delivered.
-            error = aborted(&self.connection.stream) => Err(ProxyError::Client(error)),
-        }
+        self.connection.unless_interrupted(self.registration, work).await
     }
 
     /// Resolves the address of the next hop.
-    async fn resolve(&self, route: &Route) -> Result<SocketAddr, ProxyError> {
+    ///
+    /// The lease is of the lookups of a resolved hostname, so that the workload stays known.
+    async fn resolve(&self, route: &Route) -> Result<(SocketAddr, LookupLease), ProxyError> {
         let (resolver, deadline) = (&self.seat.node().resolver, self.seat.node().timeouts.connect);
         let hop = route.via.next_hop();
         let resolved = resolver.resolve(hop, deadline).await.map_err(ProxyError::Resolve)?;
@@ -354,9 +349,10 @@ impl OutboundConnect<'_> {
                 (self.connection.client, self.seat.node().mesh.borrow().clone());
             let own = &self.seat.context().own;
             let needed = |mesh: &Snapshot| lookups::outbound(mesh, own, client.ip(), resolved.ip());
-            self.seat.look_up(current, needed).await?;
+            let (_, lookups) = self.seat.look_up(current, needed, self.seat.connect_wait()).await?;
+            return Ok((resolved, lookups));
         }
-        Ok(resolved)
+        Ok((resolved, LookupLease::default()))
     }
 
     /// The facts of a connection by `route`. `hop` is the address of the next hop, if it is

@@ -33,7 +33,8 @@ impl Scene {
             let current = mesh.borrow().clone();
             let needed =
                 |snapshot: &Snapshot| snapshot.mesh.lookups_to_address("", [10, 0, 0, host].into());
-            lookups.resolve(current, &mesh, needed, WITHIN).await.map(|(_, lease)| lease)
+            let wait = Wait { since: Instant::now(), within: WITHIN };
+            lookups.resolve(current, &mesh, needed, wait).await.map(|(_, lease)| lease)
         }
     }
 

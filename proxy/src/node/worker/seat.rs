@@ -27,7 +27,7 @@ use crate::decide::route::Target;
 use crate::decide::snapshot::Snapshot;
 use crate::decide::subject::{Decision, Subject};
 use crate::error::ProxyError;
-use crate::mesh::on_demand::LookupLease;
+use crate::mesh::on_demand::{LookupLease, Wait};
 use crate::node::Node;
 use crate::node::pod::Pod;
 use crate::node::worker::Worker;
@@ -149,16 +149,17 @@ impl Seat {
 
     /// The mesh for an outbound connection from `client` to `destination`. If permits require the
     /// pod's own workload, waits until the mesh has it, and then for the lookups of the connection;
-    /// each at most for `timeouts.connect`.
+    /// together at most for `timeouts.connect`.
     pub(crate) async fn outbound_mesh(
         &self,
         client: SocketAddr,
         destination: SocketAddr,
     ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
-        let current = self.mesh_with(|snapshot| self.context().check_own(snapshot)).await?;
+        let wait = self.connect_wait();
+        let current = self.mesh_with(|snapshot| self.context().check_own(snapshot), wait).await?;
         let own = &self.context().own;
         let (client, destination) = (client.ip(), destination.ip());
-        self.look_up(current, |mesh| lookups::outbound(mesh, own, client, destination)).await
+        self.look_up(current, |mesh| lookups::outbound(mesh, own, client, destination), wait).await
     }
 
     /// The mesh for an inbound connection to the address `here` of the pod. Waits for the pod's
@@ -169,22 +170,27 @@ impl Seat {
         requested: Option<&Target>,
     ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
         let check = |snapshot: &Snapshot| self.context().check_inbound(snapshot, here.ip());
+        let wait = self.connect_wait();
         if !self.node().lookups.are_on_demand() {
-            return Ok((self.mesh_with(check).await?, LookupLease::default()));
+            return Ok((self.mesh_with(check, wait).await?, LookupLease::default()));
         }
         let own = &self.context().own;
         let mut mesh = self.node().mesh.clone();
-        let deadline = Instant::now() + self.node().timeouts.connect;
         loop {
             let current = mesh.borrow_and_update().clone();
             let needed = |mesh: &Snapshot| lookups::inbound(mesh, own, here, requested);
-            let (snapshot, lease) = self.look_up(current, needed).await?;
+            let (snapshot, lease) = self.look_up(current, needed, wait).await?;
             let Err(error) = check(&snapshot) else { return Ok((snapshot, lease)) };
             // An absent workload is looked up again when its answer has expired.
-            if !matches!(timeout_at(deadline, mesh.changed()).await, Ok(Ok(()))) {
+            if !matches!(timeout_at(wait.end(), mesh.changed()).await, Ok(Ok(()))) {
                 return Err(error);
             }
         }
+    }
+
+    /// The wait of a connection that begins now, at most for `timeouts.connect`.
+    pub(crate) fn connect_wait(&self) -> Wait {
+        Wait { since: Instant::now(), within: self.node().timeouts.connect }
     }
 
     /// Looks up what a connection needs besides the `current` mesh.
@@ -192,21 +198,22 @@ impl Seat {
         &self,
         current: Arc<Snapshot>,
         needed: impl Fn(&Snapshot) -> Vec<Lookup>,
+        wait: Wait,
     ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
         let node = self.node();
-        let resolved = node.lookups.resolve(current, &node.mesh, needed, node.timeouts.connect);
-        resolved.await.map_err(ProxyError::Lookup)
+        node.lookups.resolve(current, &node.mesh, needed, wait).await.map_err(ProxyError::Lookup)
     }
 
     async fn mesh_with(
         &self,
         check: impl Fn(&Snapshot) -> Result<(), ProxyError>,
+        wait: Wait,
     ) -> Result<Arc<Snapshot>, ProxyError> {
         let current = self.node().mesh.borrow().clone();
         let Err(error) = check(&current) else { return Ok(current) };
         let mut mesh = self.node().mesh.clone();
         let known = mesh.wait_for(|snapshot| check(snapshot).is_ok());
-        match timeout(self.node().timeouts.connect, known).await {
+        match timeout_at(wait.end(), known).await {
             Ok(Ok(snapshot)) => Ok(snapshot.clone()),
             Ok(Err(_)) | Err(_) => Err(error),
         }

@@ -14,7 +14,8 @@ use tokio::time::Instant;
 use underpass_hbone::{HboneError, MutualTrust};
 
 use super::{
-    RequestOrigin, connect, inbound_target, record_failed_handshake, refused_stream, request_facts,
+    RequestOrigin, admitted_mesh, connect, inbound_target, record_failed_handshake, refused_stream,
+    request_facts,
 };
 use crate::decide::connection_registry::{Registration, Termination};
 use crate::decide::route::Target;
@@ -72,16 +73,16 @@ pub(in crate::traffic) async fn deliver(
     let registration = seat.register_stream();
     let origin = RequestOrigin { client, here, peer: trust.client().clone() };
     let known = {
-        let mesh = pin!(seat.inbound_mesh(here, Some(&target)));
+        let admitted = seat.pod.limits.admit_delivery(client.ip(), seat.worker.index);
+        let admitted = admitted.map_err(refused_stream);
+        let mesh = pin!(admitted_mesh(&seat, admitted, here, &target));
         registration.termination().or_terminate(mesh).await
     };
     let target = inbound_target(&seat, &target, here);
     let facts = request_facts(&seat, &origin, &headers, target.as_ref().ok());
     let unopened = Unopened { seat: &seat, accepted_at, facts, is_recorded: false };
     let connected = async {
-        let (_, lookups) = known?;
-        let admitted = seat.pod.limits.admit_delivery(client.ip(), seat.worker.index);
-        let ticket = admitted.map_err(refused_stream)?;
+        let (ticket, lookups) = known?;
         let target = target?;
         let connecting = pin!(connect(&seat, &registration, client, &target, Some(&origin.peer)));
         let app = registration.termination().or_terminate(connecting).await?;

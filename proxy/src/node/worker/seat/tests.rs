@@ -10,7 +10,9 @@ use underpass_hbone::{CredentialsEvent, HboneError, IdentitySource, NextIdentity
 
 use super::*;
 use crate::node::identities::{Identities, Issuer};
-use crate::node::testing::{named_workload_resource, node, node_in, pod, settings, snapshot};
+use crate::node::testing::{
+    named_workload_resource, node, node_in, node_on_demand, pod, settings, snapshot,
+};
 use crate::process::supervise::Supervisor;
 
 #[tokio::test(start_paused = true)]
@@ -126,6 +128,35 @@ async fn inbound_connections_wait_until_control_plane_has_pod() {
     });
     assert_eq!(waited.unwrap().0.generation, 2);
     permitted().unwrap();
+}
+
+/// An answer after a while, without the pod, does not begin a second wait.
+#[tokio::test(start_paused = true)]
+async fn inbound_connection_waits_once_for_lookups_and_pod() {
+    let mut plane = ControlPlane::new(Default::default(), Default::default(), true);
+    let (mesh, receiver) = watch::channel(control_plane_mesh(&mut plane, 1, "workloads: []"));
+    let worker = Worker::new(node_on_demand(receiver), 0, Arc::default());
+    let seat = worker.seat(&pod(&["workload.name=server"]));
+    let (start, connect) = (Instant::now(), seat.node().timeouts.connect);
+    let here = ([10, 0, 0, 2], 80).into();
+    let (error, ()) = tokio::join!(seat.inbound_mesh(here, None), async {
+        let asked = seat.node().lookups.asked().await;
+        plane.look_up(&asked);
+        let response = DeltaResponse {
+            type_url: ResourceType::Address.url().to_owned(),
+            removed_resources: vec!["/10.0.0.2".to_owned()],
+            ..DeltaResponse::default()
+        };
+        assert_eq!(plane.receive(response).unwrap().rejected, []);
+        mesh.send_replace(control_plane_mesh(&mut plane, 2, "workloads: []"));
+        // The answer expires just before the end of the wait.
+        tokio::time::sleep(connect * 9 / 10).await;
+        plane.let_go(&asked);
+        mesh.send_replace(control_plane_mesh(&mut plane, 3, "workloads: []"));
+    });
+    let error = error.map(drop).unwrap_err();
+    assert!(matches!(error, ProxyError::Lookup(_)), "{error}");
+    assert_eq!(start.elapsed(), connect);
 }
 
 /// An issuer that never issues a certificate.
