@@ -1,7 +1,8 @@
 //! The protocol of delta xDS on one stream, and the state that a client retains for the next one.
 //!
 //! ```text
-//! open ──> one request for each type: all resources, with the names and versions retained
+//! open ──> one request for each type: all resources, with the names and versions retained; on
+//!          demand only lookups, split into requests of limited size
 //! receive ──> Update ──> finish ──> ACK, or NACK with the rejected names
 //! ```
 //!
@@ -34,6 +35,10 @@ const MAX_NAME: usize = 2048;
 const MAX_RESOURCES: usize = 1 << 20;
 /// The maximum size of a request in bytes: the default limit of gRPC servers, also that of istiod.
 const MAX_REQUEST: usize = 4 << 20;
+/// The maximum size in bytes of the names that a request subscribes to.
+const MAX_NAMES: usize = 1 << 20;
+/// The bytes of a name in a request besides its text: a tag and a length.
+const NAME_OVERHEAD: usize = 4;
 /// The maximum number of names in a NACK.
 const MAX_REPORTED: usize = 20;
 /// The name for all resources.
@@ -115,10 +120,12 @@ impl Session {
     pub(super) fn open(&mut self, mut lookups: Option<&mut Lookups>) -> Vec<DeltaRequest> {
         let mut node = Some(self.node.clone());
         let subscriptions = self.subscriptions.iter_mut();
-        let requests = subscriptions.map(|subscription| {
+        let requests = subscriptions.flat_map(|subscription| {
             let is_address = subscription.kind == ResourceType::Address;
-            let lookups = lookups.as_deref_mut().filter(|_| is_address);
-            subscription.open(node.take(), lookups)
+            match lookups.as_deref_mut().filter(|_| is_address) {
+                Some(lookups) => subscription.open_on_demand(node.take(), lookups),
+                None => vec![subscription.open(node.take())],
+            }
         });
         requests.collect()
     }
@@ -242,27 +249,12 @@ impl Session {
 }
 
 impl Subscription {
-    /// The first request of a new stream.
-    fn open(&mut self, node: Option<Node>, lookups: Option<&mut Lookups>) -> DeltaRequest {
+    /// The first request of a new stream, for all resources.
+    fn open(&mut self, node: Option<Node>) -> DeltaRequest {
+        let is_versioned = self.versions.values().any(|version| !version.is_empty());
+        let versions = self.retained(true);
         let mut request =
-            DeltaRequest { node, type_url: self.kind.url().to_owned(), ..DeltaRequest::default() };
-        // An unchanged resource is not sent again, so it would answer no lookup.
-        let mut with_versions = true;
-        let mut is_versioned = self.versions.values().any(|version| !version.is_empty());
-        if let Some(lookups) = lookups {
-            is_versioned = true;
-            // To subscribe to nothing (istiod, `deltaWatchedResources`).
-            request.resource_names_unsubscribe = vec![ALL_NAMES.to_owned()];
-            let names = lookups.reopened().map(Lookup::to_string);
-            request.resource_names_subscribe =
-                std::iter::once(ALL_NAMES.to_owned()).chain(names).collect();
-            with_versions = !lookups.awaits_any();
-        }
-        let versions = self.versions.iter().map(|(name, version)| {
-            let version = if with_versions { version.to_string() } else { String::new() };
-            (name.to_string(), version)
-        });
-        request.initial_resource_versions = versions.collect();
+            DeltaRequest { node, initial_resource_versions: versions, ..self.request() };
         let is_too_large = request.encoded_len() > MAX_REQUEST;
         if is_too_large {
             request.initial_resource_versions = HashMap::new();
@@ -272,12 +264,63 @@ impl Subscription {
         request
     }
 
+    /// The first requests of a new stream, for lookups only.
+    fn open_on_demand(&self, node: Option<Node>, lookups: &mut Lookups) -> Vec<DeltaRequest> {
+        let names = split(lookups.reopened().map(Lookup::to_string)).into_iter();
+        let mut requests: Vec<_> = names.map(|names| self.subscribing(names)).collect();
+        let Some(first) = requests.first_mut() else { return requests };
+        first.node = node;
+        // To subscribe to nothing (istiod, `deltaWatchedResources`).
+        first.resource_names_subscribe.insert(0, ALL_NAMES.to_owned());
+        first.resource_names_unsubscribe = vec![ALL_NAMES.to_owned()];
+        // An unchanged resource is not sent again, so it would answer no lookup.
+        first.initial_resource_versions = self.retained(!lookups.awaits_any());
+        if first.encoded_len() > MAX_REQUEST {
+            let retained = std::mem::take(&mut first.initial_resource_versions).into_keys();
+            let names = split(retained.filter(|name| !lookups.contains(name))).into_iter();
+            requests.extend(names.map(|names| self.subscribing(names)));
+        }
+        requests
+    }
+
+    fn subscribing(&self, resource_names_subscribe: Vec<String>) -> DeltaRequest {
+        DeltaRequest { resource_names_subscribe, ..self.request() }
+    }
+
+    fn request(&self) -> DeltaRequest {
+        DeltaRequest { type_url: self.kind.url().to_owned(), ..DeltaRequest::default() }
+    }
+
+    /// The retained names, with their versions or without.
+    fn retained(&self, with_versions: bool) -> HashMap<String, String> {
+        let versions = self.versions.iter().map(|(name, version)| {
+            let version = if with_versions { version.to_string() } else { String::new() };
+            (name.to_string(), version)
+        });
+        versions.collect()
+    }
+
     /// The retained names without those of `resources`.
     fn names_missing_in(&self, resources: &[Resource]) -> Vec<String> {
         let sent: Set<&str> = resources.iter().map(|resource| &*resource.name).collect();
         let names = self.versions.keys().filter(|name| !sent.contains(&***name));
         names.map(|name| name.to_string()).collect()
     }
+}
+
+/// Splits names into parts for one request each, and at least one part.
+fn split(names: impl Iterator<Item = String>) -> Vec<Vec<String>> {
+    let (mut parts, mut part, mut size) = (Vec::new(), Vec::new(), 0);
+    for name in names {
+        if size + name.len() > MAX_NAMES {
+            parts.push(std::mem::take(&mut part));
+            size = 0;
+        }
+        size += name.len() + NAME_OVERHEAD;
+        part.push(name);
+    }
+    parts.push(part);
+    parts
 }
 
 fn nack(rejected: &[(Name, Rejection)]) -> Status {

@@ -4,7 +4,7 @@
 use super::super::control_plane::{Applied, ControlPlane, LocalWorkloads};
 use super::super::message::{DeltaResponse, Resource};
 use super::super::testing::{behind, encoded, node, resource, response, service, workload};
-use super::super::workload::{GatewayAddress, GatewayDestination, NamespacedHostname};
+use super::super::workload::{GatewayAddress, GatewayDestination, NamespacedHostname, Workload};
 use super::*;
 use crate::mesh::{Destination, Mesh};
 
@@ -262,6 +262,33 @@ fn next_stream_asks_for_lookups_without_answer_again() {
     let first = client.0.open().remove(0);
     assert_eq!(first.initial_resource_versions["cluster//Pod/ns/a"], "");
     assert_eq!(first.resource_names_subscribe.len(), 3);
+}
+
+/// A long outage with many lookups and resources in use.
+#[test]
+fn names_of_next_stream_are_split_into_requests_of_limited_size() {
+    let mut client = Client::new();
+    let long = "x".repeat(240);
+    let names: Vec<_> = (0..16_384).map(|n| format!("namespace/{long}{n:05}")).collect();
+    client.look_up(&names.iter().map(|name| &**name).collect::<Vec<_>>());
+    let uid = |n: u32| format!("cluster//Pod/ns/{long}{n:05}");
+    let sent = (0..16_384_u32).map(|n| {
+        let [_, _, c, d] = n.to_be_bytes();
+        resource(Workload { uid: uid(n), ..workload("a", [10, 1, c, d]) })
+    });
+    client.apply(sent.collect(), &[]);
+    let requests = client.0.open();
+    let sizes: Vec<_> = requests.iter().map(prost::Message::encoded_len).collect();
+    assert!(sizes.iter().all(|size| *size <= (1 << 20) + 1000), "{sizes:?}");
+    let [subscribed, ended] = changes(&requests);
+    assert_eq!((&*ended, &*subscribed[0]), (&["*".to_owned()][..], "*"));
+    let asked: std::collections::BTreeSet<_> = subscribed[1..].iter().cloned().collect();
+    assert_eq!((asked.len(), subscribed.len()), (2 * 16_384, 2 * 16_384 + 1), "each once");
+    assert!(names.iter().all(|name| asked.contains(name)) && asked.contains(&uid(0)));
+    assert_eq!(requests.iter().filter(|request| request.node.is_some()).count(), 1);
+    // No response is the whole state: what it lacks stays.
+    client.apply(vec![resource(workload("b", [10, 0, 0, 1]))], &[&uid(0)]);
+    assert_eq!(client.0.snapshot().size().workloads, 16_384);
 }
 
 #[test]
