@@ -53,7 +53,7 @@ pub use settings::{
 pub use ticks::{interval_at_multiples, next_multiple};
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};
 pub use watch::{FileWatch, FileWatcher, FolderFilesWatch};
-pub use xds::control_plane::{Applied, ControlPlane, LocalWorkloads};
+pub use xds::control_plane::{Applied, ControlPlane, LocalWorkloads, Urgency};
 pub use xds::convert::Rejection;
 pub use xds::message::{
     Any, DeltaRequest, DeltaResponse, Metadata, MetadataValue, Node, Resource, Status,

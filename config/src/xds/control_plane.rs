@@ -56,9 +56,28 @@ pub struct Applied {
     pub removed: usize,
     /// The rejected resources.
     pub rejected: Vec<(Name, Rejection)>,
-    /// Whether the change must take effect at once: it concerns policies, local workloads or
-    /// lookups.
-    pub is_urgent: bool,
+    /// How soon the change must take effect.
+    pub urgency: Urgency,
+}
+
+/// How soon a change must take effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Urgency {
+    /// No one waits for it.
+    Low,
+    /// Connections wait for it: it answers lookups.
+    Awaited,
+    /// At once: it concerns policies, local workloads, or answers that are not valid any longer.
+    Immediate,
+}
+
+impl Urgency {
+    /// Raises the urgency to `other` if `applies`.
+    fn raise(&mut self, other: Self, applies: bool) {
+        if applies {
+            *self = (*self).max(other);
+        }
+    }
 }
 
 impl ControlPlane {
@@ -158,15 +177,19 @@ impl ControlPlane {
     pub fn receive(&mut self, response: DeltaResponse) -> Result<Applied, SessionError> {
         let update = self.session.receive(response)?;
         let (kind, set, removed) = (update.kind, update.resources.len(), update.removed.len());
-        let mut is_urgent = kind == ResourceType::Authorization;
+        let mut urgency = Urgency::Low;
+        urgency.raise(Urgency::Immediate, kind == ResourceType::Authorization);
         let unsubscription = self.unsubscription(kind, &update.removed);
         for name in &update.removed {
             let before = self.aliases(kind, name);
-            is_urgent |= self.is_local(kind, name);
+            urgency.raise(Urgency::Immediate, self.is_local(kind, name));
             self.remove(kind, name);
-            is_urgent |= self.outdated(kind, name, &before);
+            urgency.raise(Urgency::Immediate, self.outdated(kind, name, &before));
             let lookups = self.lookups.as_mut().filter(|_| kind == ResourceType::Address);
-            is_urgent |= lookups.is_some_and(|lookups| lookups.mentioned(name, false));
+            let is_answer = lookups.is_some_and(|lookups| lookups.mentioned(name, false));
+            let is_removal = is_answer && self.session.retains(kind, name);
+            urgency.raise(Urgency::Awaited, is_answer);
+            urgency.raise(Urgency::Immediate, is_removal);
         }
         let mut rejected = Vec::new();
         for item in &update.resources {
@@ -177,8 +200,8 @@ impl ControlPlane {
                 if kind == ResourceType::Address {
                     self.store.release(name);
                 }
-                is_urgent |= self.outdated(kind, name, &before);
-                is_urgent |= self.answered(kind, item);
+                urgency.raise(Urgency::Immediate, self.outdated(kind, name, &before));
+                urgency.raise(Urgency::Awaited, self.answered(kind, item));
                 continue;
             }
             let was_local = self.is_local(kind, name);
@@ -190,10 +213,10 @@ impl ControlPlane {
                     Err(rejection.clone())
                 }
             };
-            is_urgent |= self.outdated(kind, name, &before);
-            is_urgent |= self.answered(kind, item);
+            urgency.raise(Urgency::Immediate, self.outdated(kind, name, &before));
+            urgency.raise(Urgency::Awaited, self.answered(kind, item));
             match applied {
-                Ok(is_local) => is_urgent |= was_local || is_local,
+                Ok(is_local) => urgency.raise(Urgency::Immediate, was_local || is_local),
                 Err(rejection) => rejected.push((name.clone(), rejection)),
             }
         }
@@ -203,7 +226,7 @@ impl ControlPlane {
             self.store.drop_unused();
         }
         let answer = self.session.finish(update, &rejected);
-        Ok(Applied { answer, unsubscription, kind, set, removed, rejected, is_urgent })
+        Ok(Applied { answer, unsubscription, kind, set, removed, rejected, urgency })
     }
 
     /// Does most of the work of the next [`snapshot`](Self::snapshot).

@@ -7,9 +7,11 @@
 //!    └── lost: the last mesh stays
 //! ```
 //!
-//! Policies and workloads of this process take effect at once. Other changes are collected for
-//! [`COALESCE`], so that frequent changes of endpoints cost only a few snapshots a second. No mesh
-//! is passed on before the first state is complete.
+//! Policies and workloads of this process take effect at once, and so do removals of looked up
+//! resources. Answers to lookups are collected for [`COLLECT_ANSWERS`], so that a burst of lookups
+//! costs few snapshots. Other changes are collected for [`COALESCE`], so that frequent changes of
+//! endpoints cost only a few snapshots a second. No mesh is passed on before the first state is
+//! complete.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +20,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, Interval, sleep_until};
 use underpass_config::{
     Applied, ControlPlane, DeltaResponse, Hint as _, LocalWorkloads, Lookup, Mesh, MeshSource,
-    Metadata, MetadataValue, Node, SessionError, Settings, XdsSettings,
+    Metadata, MetadataValue, Node, SessionError, Settings, Urgency, XdsSettings,
 };
 use underpass_hbone::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream, Dial};
 use underpass_interception::run_in_background;
@@ -35,6 +37,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
 /// The time for which changes that are not urgent are collected.
 const COALESCE: Duration = Duration::from_millis(100);
+/// The time for which answers to lookups are collected: connections wait for them.
+const COLLECT_ANSWERS: Duration = Duration::from_millis(1);
 /// The maximum number of changes that are applied on this thread. A larger response is applied on
 /// another thread, so that it delays no other task.
 const MAX_INLINE: usize = 256;
@@ -108,7 +112,7 @@ impl ControlPlaneFollower {
         loop {
             let (first, is_changed) = self.schedule.open(&mut self.plane, &self.lookups);
             if is_changed {
-                self.take_effect(false, &readiness);
+                self.take_effect(Urgency::Low, &readiness);
             }
             let opened = self.or_file_changes(client.open(first)).await;
             let since = Instant::now();
@@ -156,14 +160,14 @@ impl ControlPlaneFollower {
             Event::Response(response) => {
                 let applied = self.apply(response).await?;
                 report(&applied);
-                self.take_effect(applied.is_urgent, readiness);
+                self.take_effect(applied.urgency, readiness);
                 std::iter::once(applied.answer).chain(applied.unsubscription).collect()
             }
             Event::Asked(asked) => self.schedule.ask(&mut self.plane, asked),
             Event::Check => {
                 let (requests, is_changed) = self.schedule.check(&mut self.plane, &self.lookups)?;
                 if is_changed {
-                    self.take_effect(false, readiness);
+                    self.take_effect(Urgency::Low, readiness);
                 }
                 requests
             }
@@ -174,17 +178,21 @@ impl ControlPlaneFollower {
         Ok(())
     }
 
-    /// Passes on the mesh after a response: at once if it is urgent or completes the first state.
-    fn take_effect(&mut self, is_urgent: bool, readiness: &Readiness) {
+    /// Passes on the mesh after a response as soon as its urgency requires: at once if it completes
+    /// the first state.
+    fn take_effect(&mut self, urgency: Urgency, readiness: &Readiness) {
         if !self.plane.is_synced() {
             return;
         }
         readiness.mesh_known(true);
-        if is_urgent || self.snapshots.borrow().is_none() {
-            self.publish();
-        } else {
-            self.due.get_or_insert_with(|| Instant::now() + COALESCE);
-        }
+        let wait = match urgency {
+            _ if self.snapshots.borrow().is_none() => return self.publish(),
+            Urgency::Immediate => return self.publish(),
+            Urgency::Awaited => COLLECT_ANSWERS,
+            Urgency::Low => COALESCE,
+        };
+        let due = Instant::now() + wait;
+        self.due = Some(self.due.map_or(due, |earlier| earlier.min(due)));
     }
 
     /// Applies a response; a large one on another thread.

@@ -381,14 +381,24 @@ fn policies_and_local_workloads_are_urgent() {
         (workload("own", [10, 0, 0, 2]), true),
         (workload("b", [10, 0, 0, 3]), false),
     ] {
-        assert_eq!(client.apply(ADDRESS, vec![resource(item)], &[]).is_urgent, urgent);
+        assert_eq!(
+            client.apply(ADDRESS, vec![resource(item)], &[]).urgency == Urgency::Immediate,
+            urgent
+        );
     }
     for (removed, urgent) in [("own", true), ("own", false), ("b", false)] {
         let uid = format!("cluster//Pod/ns/{removed}");
-        assert_eq!(client.apply(ADDRESS, Vec::new(), &[&uid]).is_urgent, urgent, "{removed}");
+        assert_eq!(
+            client.apply(ADDRESS, Vec::new(), &[&uid]).urgency == Urgency::Immediate,
+            urgent,
+            "{removed}"
+        );
     }
-    assert!(client.apply(POLICY, vec![resource(policy("p", NAMESPACE, DENY))], &[]).is_urgent);
-    assert!(client.apply(POLICY, Vec::new(), &["ns/p"]).is_urgent);
+    assert_eq!(
+        client.apply(POLICY, vec![resource(policy("p", NAMESPACE, DENY))], &[]).urgency,
+        Urgency::Immediate
+    );
+    assert_eq!(client.apply(POLICY, Vec::new(), &["ns/p"]).urgency, Urgency::Immediate);
 }
 
 /// The mesh file adds items that the control plane does not have.

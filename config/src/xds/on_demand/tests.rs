@@ -1,7 +1,7 @@
 //! Tests of lookups, with the answers as istiod sends them: names of resources with the requested
 //! names as aliases, or removed names.
 
-use super::super::control_plane::{Applied, ControlPlane, LocalWorkloads};
+use super::super::control_plane::{Applied, ControlPlane, LocalWorkloads, Urgency};
 use super::super::message::{DeltaResponse, Resource};
 use super::super::testing::{behind, encoded, node, resource, response, service, workload};
 use super::super::workload::{GatewayAddress, GatewayDestination, NamespacedHostname, Workload};
@@ -95,7 +95,7 @@ fn lookup_is_answered_by_resource_with_its_address_or_by_removed_name() {
     // More than was asked.
     let more = vec![resource(workload("a", [10, 0, 0, 1])), resource(workload("b", [10, 0, 0, 9]))];
     let answer = response(ADDRESS, more, &["/10.0.0.2"]);
-    assert!(client.receive(answer).is_urgent);
+    assert_eq!(client.receive(answer).urgency, Urgency::Awaited);
     let mesh = client.0.snapshot();
     assert_eq!(asked.map(|name| answered(&mesh, name)), [true, true, false]);
     assert!(mesh.has_workload("", at(1)) && mesh.has_workload("", at(9)));
@@ -122,7 +122,7 @@ fn removed_or_moved_resource_is_asked_again() {
         "/10.0.0.1"
     ));
     let removed = response(ADDRESS, Vec::new(), &["cluster//Pod/ns/b"]);
-    assert!(client.receive(removed).is_urgent);
+    assert_eq!(client.receive(removed).urgency, Urgency::Immediate);
     assert!(!answered(&client.0.snapshot(), "/10.0.0.1"));
 }
 
@@ -192,7 +192,9 @@ fn removed_resource_is_unsubscribed_from_unless_it_is_a_lookup() {
     let sent = [service("s", [10, 96, 0, 1]), service("t", [10, 96, 0, 2])];
     client.apply(sent.map(resource).to_vec(), &[]);
     let removed = response(ADDRESS, Vec::new(), &["ns/s", "ns/t", "ns/unknown", NOTHING]);
-    let requests: Vec<_> = client.receive(removed).unsubscription.into_iter().collect();
+    let applied = client.receive(removed);
+    assert_eq!(applied.urgency, Urgency::Immediate, "a known service is removed");
+    let requests: Vec<_> = applied.unsubscription.into_iter().collect();
     assert_eq!(changes(&requests), [no_names(), vec!["ns/s".to_owned()]]);
     assert_eq!(client.look_up(&["ns/s"]), [vec!["ns/s".to_owned()], no_names()]);
     let absent = response(ADDRESS, Vec::new(), &["ns/s"]);

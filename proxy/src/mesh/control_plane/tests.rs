@@ -66,6 +66,26 @@ async fn collected_changes_are_published_once_after_interval() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn answers_are_collected_for_shorter_time_and_policies_not_at_all() {
+    let (mut follower, mut snapshots) = synced().await;
+    let readiness = Readiness::default();
+    follower.take_effect(Urgency::Low, &readiness);
+    assert!(snapshots.borrow_and_update().is_some(), "the first state");
+    follower.take_effect(Urgency::Low, &readiness);
+    follower.take_effect(Urgency::Awaited, &readiness);
+    follower.take_effect(Urgency::Awaited, &readiness);
+    follower.take_effect(Urgency::Low, &readiness);
+    assert!(!snapshots.has_changed().unwrap());
+    follower.or_file_changes(tokio::time::sleep(COLLECT_ANSWERS * 2)).await;
+    assert!(snapshots.has_changed().unwrap());
+    snapshots.mark_unchanged();
+    follower.or_file_changes(tokio::time::sleep(COALESCE * 2)).await;
+    assert!(!snapshots.has_changed().unwrap(), "one snapshot");
+    follower.take_effect(Urgency::Immediate, &readiness);
+    assert!(snapshots.has_changed().unwrap());
+}
+
+#[tokio::test(start_paused = true)]
 async fn last_mesh_stays_after_state_is_lost() {
     let (mut follower, mut snapshots) = synced().await;
     follower.publish();
@@ -84,7 +104,8 @@ async fn small_and_large_responses_are_applied() {
     let removed = (0..=MAX_INLINE).map(|name| name.to_string()).collect();
     let large = DeltaResponse { removed_resources: removed, ..empty(ResourceType::Address) };
     assert_eq!(follower.apply(large).await.unwrap().removed, MAX_INLINE + 1);
-    assert!(follower.apply(empty(ResourceType::Authorization)).await.unwrap().is_urgent);
+    let applied = follower.apply(empty(ResourceType::Authorization)).await.unwrap();
+    assert_eq!(applied.urgency, Urgency::Immediate);
     assert!(follower.plane.is_synced());
     let unknown = DeltaResponse { type_url: "unknown".into(), ..DeltaResponse::default() };
     follower.apply(unknown).await.unwrap_err();
