@@ -65,7 +65,7 @@ pub(crate) struct Node {
     pub(crate) has_many_pods: bool,
     pub(crate) pods: ServedPods,
     pub(crate) mesh: watch::Receiver<Arc<Snapshot>>,
-    /// The lookups on demand of addresses and names that the mesh does not have yet.
+    /// The lookups on demand, from which pods derive theirs.
     pub(crate) lookups: Lookups,
     /// The resolver settings of the pods, and of this process.
     pub(crate) resolv_file: Arc<ResolvFile>,

@@ -12,7 +12,14 @@ use super::names::{Name, NamespacedHostname};
 pub struct Lookup(Name);
 
 /// The lookups with an answer that is not outdated.
-pub(crate) type Answered = SharedMap<Lookup, ()>;
+pub(crate) type Answered = SharedMap<Lookup, Answer>;
+
+/// The answer to a lookup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answer {
+    Known,
+    Absent,
+}
 
 impl Lookup {
     /// The workload or service at an address.

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::lookup::Lookup;
+use super::lookup::{Answer, Lookup};
 use super::names::NamespacedHostname;
 use super::service::Service;
 use super::workload::{Gateway, GatewayDestination, Workload};
@@ -17,6 +17,12 @@ impl Mesh {
     /// if the mesh is complete.
     pub fn is_answered(&self, lookup: &Lookup) -> bool {
         self.answered.as_ref().is_none_or(|answered| answered.contains_key(lookup))
+    }
+
+    /// Whether the control plane has answered `lookup` with a resource.
+    pub fn is_known(&self, lookup: &Lookup) -> bool {
+        let answer = self.answered.as_ref().and_then(|answered| answered.get(lookup));
+        answer == Some(&Answer::Known)
     }
 
     /// The lookups for connections to `address`: the address, and the waypoints and gateways that

@@ -15,7 +15,7 @@
 
 use super::message::DeltaRequest;
 use super::resource_type::ResourceType;
-use crate::mesh::lookup::{Answered, Lookup};
+use crate::mesh::lookup::{Answer, Answered, Lookup};
 use crate::mesh::names::Map;
 
 /// A name without a resource, which every request subscribes to that ends subscriptions. istiod
@@ -86,12 +86,15 @@ impl Lookups {
     /// Records a name in a response. Returns whether this changes an answer.
     pub(super) fn mentioned(&mut self, name: &str, is_known: bool) -> bool {
         let Some((lookup, state)) = self.states.get_key_value(name) else { return false };
-        let new = if is_known { State::Known } else { State::Absent };
+        let (new, answer) = match is_known {
+            true => (State::Known, Answer::Known),
+            false => (State::Absent, Answer::Absent),
+        };
         if *state == new {
             return false;
         }
         let lookup = lookup.clone();
-        self.answered.insert(lookup.clone(), ());
+        self.answered.insert(lookup.clone(), answer);
         self.states.insert(lookup, new);
         true
     }

@@ -165,7 +165,7 @@ impl DnsService {
         let (sockets, limits) = (pod.sockets.clone(), pod.limits.clone());
         let upstream = Upstream::new(Arc::new(SocketExchange { sockets, limits }));
         let failures = FailureLog::new(&settings.workload);
-        Self::new(view, node.mesh.clone(), node.lookups.clone(), resolver, upstream, failures)
+        Self::new(view, node.mesh.clone(), pod.lookups.clone(), resolver, upstream, failures)
     }
 
     /// Serves a message of a client.

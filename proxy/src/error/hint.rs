@@ -33,7 +33,9 @@ impl Hint for ProxyError {
             Self::Lookup(LookupError::Unanswered { .. }) => {
                 "check that the control plane answers (underpass_control_plane_connected)"
             }
-            Self::Lookup(LookupError::TooMany) => "check for a client that scans addresses",
+            Self::Lookup(LookupError::TooMany | LookupError::TooManyOfPod) => {
+                "check for a client that scans addresses"
+            }
             Self::TooManyHandshakes(_) => {
                 "check for a storm of connections or for a client that never finishes them, or raise \
                  limits.handshakes_per_source"

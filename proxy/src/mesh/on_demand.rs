@@ -26,6 +26,9 @@ use crate::decide::snapshot::Snapshot;
 
 /// The maximum number of lookups: a client that scans addresses must not exhaust memory.
 const MAX_LOOKUPS: usize = 16_384;
+/// The maximum number of lookups that one pod has asked for first, so that it cannot use up the
+/// room of the other pods.
+const MAX_LOOKUPS_OF_POD: usize = MAX_LOOKUPS / 4;
 
 /// The reason why a lookup has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -34,11 +37,21 @@ pub(crate) enum LookupError {
     Unanswered { lookup: Lookup, after: Duration },
     #[error("{MAX_LOOKUPS} lookups are in use")]
     TooMany,
+    #[error("{MAX_LOOKUPS_OF_POD} lookups of the pod are in use")]
+    TooManyOfPod,
 }
 
-/// The lookups of the process. Without lookups on demand every lookup is answered at once.
+/// The lookups of the process, as one pod uses them. Without lookups on demand every lookup is
+/// answered at once.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Lookups(Option<Arc<Shared>>);
+pub(crate) struct Lookups {
+    shared: Option<Arc<Shared>>,
+    share: Share,
+}
+
+/// Counts the lookups that a pod has asked for first: each of them holds the inner reference.
+#[derive(Debug, Clone, Default)]
+struct Share(Arc<Arc<()>>);
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -51,8 +64,10 @@ struct Shared {
 }
 
 /// The use of a lookup. More than one reference means that it is in use.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Leased {
+    /// The share of the pod that has asked for it first.
+    share: Arc<()>,
     /// Whether a connection has used it since the last check.
     was_used: AtomicBool,
     /// The number of checks since its last use.
@@ -81,11 +96,16 @@ pub(crate) struct LookupLease {
 impl Lookups {
     /// Lookups on demand.
     pub(crate) fn on_demand() -> Self {
-        Self(Some(Arc::default()))
+        Self { shared: Some(Arc::default()), share: Share::default() }
+    }
+
+    /// The same lookups, as another pod uses them.
+    pub(crate) fn of_pod(&self) -> Self {
+        Self { shared: self.shared.clone(), share: Share::default() }
     }
 
     pub(crate) fn are_on_demand(&self) -> bool {
-        self.0.is_some()
+        self.shared.is_some()
     }
 
     /// Waits until the mesh has an answer to every lookup that is `needed`, at most for `wait`.
@@ -101,11 +121,11 @@ impl Lookups {
         needed: impl Fn(&Snapshot) -> Vec<Lookup>,
         wait: Wait,
     ) -> Result<(Arc<Snapshot>, LookupLease), LookupError> {
-        let Some(shared) = &self.0 else { return Ok((current, LookupLease::default())) };
+        let Some(shared) = &self.shared else { return Ok((current, LookupLease::default())) };
         let (mut current, mut mesh) = (current, mesh.clone());
         loop {
             let lookups = needed(&current);
-            let lease = shared.lease(&lookups)?;
+            let lease = shared.lease(&self.share, &current, &lookups)?;
             let unanswered = |snapshot: &Snapshot| {
                 lookups.iter().find(|lookup| !snapshot.mesh.is_answered(lookup)).cloned()
             };
@@ -124,7 +144,7 @@ impl Lookups {
 
     /// Waits for lookups without an answer. Returns all of them.
     pub(crate) async fn asked(&self) -> Vec<Lookup> {
-        let Some(shared) = &self.0 else { return std::future::pending().await };
+        let Some(shared) = &self.shared else { return std::future::pending().await };
         loop {
             let asked = std::mem::take(&mut *lock(&shared.asked));
             if !asked.is_empty() {
@@ -136,14 +156,14 @@ impl Lookups {
 
     /// All lookups that are in use, or were lately.
     pub(super) fn all(&self) -> Vec<Lookup> {
-        let shared = self.0.as_ref();
+        let shared = self.shared.as_ref();
         shared.map(|shared| lock(&shared.leased).keys().cloned().collect()).unwrap_or_default()
     }
 
     /// Removes the lookups that no connection has used during the last `checks` calls. Returns them
     /// and those that were evicted.
-    pub(super) fn take_unused(&self, checks: u32) -> Vec<Lookup> {
-        let Some(shared) = &self.0 else { return Vec::new() };
+    pub(crate) fn take_unused(&self, checks: u32) -> Vec<Lookup> {
+        let Some(shared) = &self.shared else { return Vec::new() };
         let mut leased = lock(&shared.leased);
         let unused = leased.extract_if(|_, lease| lease.is_unused_for(checks));
         let mut gone: Vec<_> = unused.map(|(lookup, _)| lookup).collect();
@@ -153,24 +173,27 @@ impl Lookups {
 
     /// The lookups that were evicted since the last call of this or `take_unused`.
     pub(super) fn take_evicted(&self) -> Vec<Lookup> {
-        let Some(shared) = &self.0 else { return Vec::new() };
+        let Some(shared) = &self.shared else { return Vec::new() };
         shared.take_evicted(&lock(&shared.leased))
     }
 }
 
 impl Shared {
-    fn lease(&self, lookups: &[Lookup]) -> Result<LookupLease, LookupError> {
+    fn lease(
+        &self,
+        share: &Share,
+        current: &Snapshot,
+        lookups: &[Lookup],
+    ) -> Result<LookupLease, LookupError> {
         let mut leased = lock(&self.leased);
         let mut leases = Vec::with_capacity(lookups.len());
         let mut new = Vec::new();
         for lookup in lookups {
             if !leased.contains_key(lookup) {
-                if leased.len() >= MAX_LOOKUPS {
-                    self.evict_unused(&mut leased)?;
-                }
+                self.make_room(&mut leased, share, current)?;
                 new.push(lookup);
             }
-            let lease = leased.entry(lookup.clone()).or_default();
+            let lease = leased.entry(lookup.clone()).or_insert_with(|| Leased::of(share));
             lease.was_used.store(true, Relaxed);
             leases.push(lease.clone());
         }
@@ -180,19 +203,46 @@ impl Shared {
         Ok(LookupLease { _leased: leases.into() })
     }
 
-    /// Makes room: a client that scans addresses must not refuse lookups to other pods.
-    fn evict_unused(&self, leased: &mut HashMap<Lookup, Arc<Leased>>) -> Result<(), LookupError> {
-        let unused = leased.extract_if(|_, lease| Arc::strong_count(lease) == 1);
-        let unused: Vec<_> = unused.map(|(lookup, _)| lookup).collect();
+    /// Makes room for a lookup of a pod. Above its share, only its own lookups make room.
+    fn make_room(
+        &self,
+        leased: &mut HashMap<Lookup, Arc<Leased>>,
+        share: &Share,
+        current: &Snapshot,
+    ) -> Result<(), LookupError> {
+        let is_own = |lease: &Leased| Arc::ptr_eq(&lease.share, &*share.0);
+        let (made, error) = if share.count() >= MAX_LOOKUPS_OF_POD {
+            (self.evict_unused(leased, current, is_own), LookupError::TooManyOfPod)
+        } else {
+            let has_room = leased.len() < MAX_LOOKUPS;
+            (has_room || self.evict_unused(leased, current, |_| true), LookupError::TooMany)
+        };
+        if made { Ok(()) } else { Err(error) }
+    }
+
+    /// Removes unused lookups without a resource; if there are none, all unused ones. Returns
+    /// whether there were any.
+    fn evict_unused(
+        &self,
+        leased: &mut HashMap<Lookup, Arc<Leased>>,
+        current: &Snapshot,
+        may_go: impl Fn(&Leased) -> bool,
+    ) -> bool {
+        let is_unused = |lease: &Arc<Leased>| Arc::strong_count(lease) == 1 && may_go(lease);
+        let unknown = |lookup: &Lookup| !current.mesh.is_known(lookup);
+        let evicted = leased.extract_if(|lookup, lease| is_unused(lease) && unknown(lookup));
+        let mut unused: Vec<_> = evicted.map(|(lookup, _)| lookup).collect();
         if unused.is_empty() {
-            return Err(LookupError::TooMany);
+            let evicted = leased.extract_if(|_, lease| is_unused(lease));
+            unused.extend(evicted.map(|(lookup, _)| lookup));
         }
         let mut asked = lock(&self.asked);
         for lookup in &unused {
             asked.remove(lookup);
         }
+        let has_evicted = !unused.is_empty();
         lock(&self.evicted).extend(unused);
-        Ok(())
+        has_evicted
     }
 
     /// The evicted lookups that are not leased again.
@@ -211,7 +261,19 @@ impl Shared {
     }
 }
 
+impl Share {
+    fn count(&self) -> usize {
+        Arc::strong_count(&*self.0) - 1
+    }
+}
+
 impl Leased {
+    /// A new lookup of a pod.
+    fn of(Share(share): &Share) -> Arc<Self> {
+        let share = Arc::clone(&**share);
+        Arc::new(Self { share, was_used: AtomicBool::new(false), unused_checks: AtomicU32::new(0) })
+    }
+
     /// Counts a check. Returns whether there was no use during the last `checks`.
     fn is_unused_for(self: &Arc<Self>, checks: u32) -> bool {
         if self.was_used.swap(false, Relaxed) || Arc::strong_count(self) > 1 {

@@ -16,6 +16,7 @@ use crate::decide::endpoint_health::EndpointHealth;
 use crate::decide::policy::PolicyContext;
 use crate::decide::subject::Decision;
 use crate::limits::PodLimits;
+use crate::mesh::on_demand::Lookups;
 use crate::node::Node;
 use crate::node::identities::CredentialLease;
 use crate::node::sockets::PodSockets;
@@ -62,6 +63,8 @@ pub(crate) struct Pod {
     pub(crate) seats: TaskTracker,
     /// Counts the DNS queries over UDP that wait, and the connections of DNS over TCP.
     pub(crate) queries: TaskTracker,
+    /// The lookups on demand of addresses and names that the mesh does not have yet.
+    pub(crate) lookups: Lookups,
 }
 
 /// The options of a pod's sockets.
@@ -96,6 +99,7 @@ impl Pod {
             closing: node.drain.closing_of_pod(),
             seats: TaskTracker::new(),
             queries: TaskTracker::new(),
+            lookups: node.lookups.of_pod(),
         })
     }
 

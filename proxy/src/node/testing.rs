@@ -47,7 +47,14 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
         closing: CancellationToken::new(),
         seats: TaskTracker::new(),
         queries: TaskTracker::new(),
+        lookups: Lookups::default(),
     })
+}
+
+/// A pod with the settings `more` that uses the lookups of a node.
+pub(crate) fn pod_of(node: &Node, more: &[&str]) -> Arc<Pod> {
+    let pod = Arc::into_inner(pod(more)).expect("the only reference");
+    Arc::new(Pod { lookups: node.lookups.of_pod(), ..pod })
 }
 
 /// Sockets of the current namespace.

@@ -476,3 +476,6 @@ impl OutboundConnect<'_> {
         Ok((TunnelKey { source, address, peers: peers.clone() }, &endpoints.connector))
     }
 }
+
+#[cfg(test)]
+mod tests;

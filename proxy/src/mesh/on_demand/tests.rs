@@ -158,24 +158,35 @@ async fn lookup_is_refreshed_while_in_use_and_let_go_afterwards() {
     assert!(scene.lookups.all().is_empty());
 }
 
+/// The lookups of a scan of the addresses of these networks.
+fn scan(networks: std::ops::Range<usize>) -> Vec<Lookup> {
+    networks.map(|n| Lookup::address(&n.to_string(), [10, 0, 0, 1].into())).collect()
+}
+
+/// Leases of a pod to these lookups.
+fn lease(pod: &Lookups, scene: &Scene, lookups: &[Lookup]) -> Result<LookupLease, LookupError> {
+    let shared = pod.shared.as_ref().expect("lookups on demand");
+    shared.lease(&pod.share, &scene.mesh.borrow().clone(), lookups)
+}
+
 #[tokio::test(start_paused = true)]
 async fn scan_of_addresses_is_bounded() {
     let scene = Scene::new();
-    let lookups: Vec<_> =
-        (0..MAX_LOOKUPS).map(|n| Lookup::address(&n.to_string(), [10, 0, 0, 1].into())).collect();
-    let shared = scene.lookups.0.as_ref().unwrap();
-    let lease = shared.lease(&lookups).unwrap();
-    shared.lease(&lookups[..1]).unwrap();
+    let lookups = scan(0..MAX_LOOKUPS);
+    let leases: Vec<_> = lookups
+        .chunks(MAX_LOOKUPS_OF_POD)
+        .map(|part| lease(&scene.lookups.of_pod(), &scene, part).unwrap())
+        .collect();
     assert_eq!(scene.connect(1).await.unwrap_err(), LookupError::TooMany);
     // Lookups that no connection uses any longer make room.
-    drop(lease);
-    let used = shared.lease(&lookups[..1]).unwrap();
+    drop(leases);
+    let used = lease(&scene.lookups, &scene, &lookups[..1]).unwrap();
     assert!(matches!(scene.connect(1).await.unwrap_err(), LookupError::Unanswered { .. }));
     assert_eq!(scene.lookups.all().len(), 2);
     let gone = scene.lookups.take_unused(1000);
     assert_eq!(gone.len(), MAX_LOOKUPS - 1);
     assert!(!gone.contains(&lookups[0]));
-    assert_eq!(lock(&shared.asked).len(), 2);
+    assert_eq!(lock(&scene.lookups.shared.as_ref().unwrap().asked).len(), 2);
     drop(used);
 }
 
@@ -183,15 +194,67 @@ async fn scan_of_addresses_is_bounded() {
 #[test]
 fn lookups_of_outage_are_bounded() {
     let mut scene = Scene::new();
-    let shared = scene.lookups.0.clone().unwrap();
     for n in 0..10 {
         let at = |one: usize| Lookup::address(&format!("{n}-{one}"), [10, 0, 0, 1].into());
-        let scan: Vec<_> = (0..MAX_LOOKUPS).map(at).collect();
-        drop(shared.lease(&scan[..1]).unwrap());
-        drop(shared.lease(&scan).unwrap());
+        let scan: Vec<_> = (0..MAX_LOOKUPS_OF_POD).map(at).collect();
+        drop(lease(&scene.lookups, &scene, &scan[..1]).unwrap());
+        drop(lease(&scene.lookups, &scene, &scan).unwrap());
         let (requests, is_changed) = scene.schedule.open(&mut scene.plane, &scene.lookups);
         assert_eq!(is_changed, n > 0, "{n}");
         let names = subscribed(&requests[1..]).len() + requests[0].resource_names_subscribe.len();
-        assert_eq!(names, MAX_LOOKUPS + 1, "{n}");
+        assert_eq!(names, MAX_LOOKUPS_OF_POD + 1, "{n}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn scan_of_one_pod_takes_no_room_of_others() {
+    let scene = Scene::new();
+    let [one, other] = [scene.lookups.of_pod(), scene.lookups.of_pod()];
+    let lookups = scan(0..MAX_LOOKUPS_OF_POD + 2);
+    let (first, rest) = lookups.split_at(1);
+    drop(lease(&other, &scene, first).unwrap());
+    let leases = lease(&one, &scene, &rest[1..]).unwrap();
+    assert_eq!(lease(&one, &scene, &rest[..1]).unwrap_err(), LookupError::TooManyOfPod);
+    assert!(scene.lookups.all().contains(&first[0]), "an unused lookup of the other pod");
+    // Lookups that exist take no room.
+    lease(&one, &scene, first).unwrap();
+    lease(&other, &scene, &rest[..1]).unwrap();
+    // The pod's own unused lookups make room.
+    drop(leases);
+    lease(&one, &scene, &scan(MAX_LOOKUPS..MAX_LOOKUPS + 1)).unwrap();
+    assert_eq!(scene.lookups.all().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn known_lookups_are_evicted_last() {
+    let mut scene = Scene::new();
+    let known = tokio::spawn(scene.connect(1));
+    scene.ask().await;
+    scene.answer(&[1], &[]);
+    drop(known.await.unwrap().unwrap());
+    let absent = tokio::spawn(scene.connect(2));
+    scene.ask().await;
+    scene.answer(&[], &["/10.0.0.2"]);
+    drop(absent.await.unwrap().unwrap());
+    drop(lease(&scene.lookups, &scene, &scan(2..MAX_LOOKUPS_OF_POD)).unwrap());
+    let new = scan(MAX_LOOKUPS..MAX_LOOKUPS + 1);
+    let _used = lease(&scene.lookups, &scene, &new).unwrap();
+    let left = scene.lookups.all();
+    assert_eq!(left.len(), 2);
+    assert!(left.iter().any(|lookup| lookup.as_str() == "/10.0.0.1"), "{left:?}");
+}
+
+/// Another connection has read a snapshot in which the lookup is answered, before it was let go.
+#[tokio::test(start_paused = true)]
+async fn lookup_let_go_between_snapshot_and_lease_is_asked_again() {
+    let mut scene = Scene::new();
+    let first = tokio::spawn(scene.connect(1));
+    scene.ask().await;
+    scene.answer(&[1], &[]);
+    drop(first.await.unwrap().unwrap());
+    // The mesh that connections see is not replaced.
+    scene.checks(Duration::from_mins(6)).await;
+    assert!(scene.lookups.all().is_empty());
+    let _late = scene.connect(1).await.unwrap();
+    assert_eq!(scene.ask().await, ["/10.0.0.1"]);
 }

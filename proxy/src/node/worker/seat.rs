@@ -171,7 +171,7 @@ impl Seat {
     ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
         let check = |snapshot: &Snapshot| self.context().check_inbound(snapshot, here.ip());
         let wait = self.connect_wait();
-        if !self.node().lookups.are_on_demand() {
+        if !self.pod.lookups.are_on_demand() {
             return Ok((self.mesh_with(check, wait).await?, LookupLease::default()));
         }
         let own = &self.context().own;
@@ -201,7 +201,11 @@ impl Seat {
         wait: Wait,
     ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
         let node = self.node();
-        node.lookups.resolve(current, &node.mesh, needed, wait).await.map_err(ProxyError::Lookup)
+        self.pod
+            .lookups
+            .resolve(current, &node.mesh, needed, wait)
+            .await
+            .map_err(ProxyError::Lookup)
     }
 
     async fn mesh_with(

@@ -9,7 +9,7 @@ use underpass_config::{ControlPlane, LocalWorkloads, Node};
 use super::*;
 use crate::decide::snapshot::Snapshot;
 use crate::limits::AdmissionKind;
-use crate::node::testing::{node_on_demand, pod, settings};
+use crate::node::testing::{node_on_demand, pod_of, settings};
 use crate::node::worker::Worker;
 
 const LOOPBACK: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
@@ -19,7 +19,8 @@ fn seat() -> (Arc<Seat>, watch::Sender<Arc<Snapshot>>) {
     let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default(), true);
     let mesh = Snapshot::new(Arc::new(plane.snapshot()), &settings(&[]).workload, 1);
     let (sender, receiver) = watch::channel(Arc::new(mesh));
-    (Worker::new(node_on_demand(receiver), 0, Arc::default()).seat(&pod(&[])), sender)
+    let worker = Worker::new(node_on_demand(receiver), 0, Arc::default());
+    (worker.seat(&pod_of(&worker.node, &[])), sender)
 }
 
 #[tokio::test(start_paused = true)]

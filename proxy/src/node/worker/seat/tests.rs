@@ -11,7 +11,7 @@ use underpass_hbone::{CredentialsEvent, HboneError, IdentitySource, NextIdentity
 use super::*;
 use crate::node::identities::{Identities, Issuer};
 use crate::node::testing::{
-    named_workload_resource, node, node_in, node_on_demand, pod, settings, snapshot,
+    named_workload_resource, node, node_in, node_on_demand, pod, pod_of, settings, snapshot,
 };
 use crate::process::supervise::Supervisor;
 
@@ -136,7 +136,7 @@ async fn inbound_connection_waits_once_for_lookups_and_pod() {
     let mut plane = ControlPlane::new(Default::default(), Default::default(), true);
     let (mesh, receiver) = watch::channel(control_plane_mesh(&mut plane, 1, "workloads: []"));
     let worker = Worker::new(node_on_demand(receiver), 0, Arc::default());
-    let seat = worker.seat(&pod(&["workload.name=server"]));
+    let seat = worker.seat(&pod_of(&worker.node, &["workload.name=server"]));
     let (start, connect) = (Instant::now(), seat.node().timeouts.connect);
     let here = ([10, 0, 0, 2], 80).into();
     let (error, ()) = tokio::join!(seat.inbound_mesh(here, None), async {
