@@ -203,7 +203,7 @@ fn removed_resource_is_unsubscribed_from_unless_it_is_a_lookup() {
 
 #[test]
 fn no_lookup_is_name_without_resource() {
-    assert!(NOTHING.parse::<crate::mesh::NetworkAddress>().is_err());
+    NOTHING.parse::<crate::mesh::NetworkAddress>().unwrap_err();
     for address in ["0.0.0.0", "::", "10.0.0.1"].map(|text| text.parse().unwrap()) {
         for network in ["", "-", "-/-"] {
             assert_ne!(Lookup::address(network, address).as_str(), NOTHING);
