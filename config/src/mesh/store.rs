@@ -104,8 +104,8 @@ impl MeshStore {
         self.policies.contains_key(key)
     }
 
-    /// The addresses of the workload or service with this name, as names of lookups; with those that
-    /// are withheld for a rejected version.
+    /// The addresses of the workload or service with this name, as names of lookups; with those
+    /// that are withheld for a rejected version.
     pub(crate) fn aliases(&self, resource: &str) -> Vec<Lookup> {
         let workload = self.workload(resource).into_iter().flat_map(addresses_of_workload);
         let service = self.service(resource).into_iter().flat_map(vips_of);

@@ -331,8 +331,8 @@ impl ControlPlane {
         }
     }
 
-    /// Keeps the accepted version of a rejected resource. Connections that only the rejected one may
-    /// forbid are refused.
+    /// Keeps the accepted version of a rejected resource. Connections that only the rejected one
+    /// may forbid are refused.
     fn reject(&mut self, kind: ResourceType, Item { name, aliases, .. }: &Item, content: &Bytes) {
         match kind {
             ResourceType::Address => {
