@@ -49,9 +49,13 @@ pub(crate) struct Lookups {
     share: Share,
 }
 
-/// Counts the lookups that a pod has asked for first: each of them holds the inner reference.
+/// The share of a pod.
 #[derive(Debug, Clone, Default)]
-struct Share(Arc<Arc<()>>);
+struct Share(Arc<AskedFirst>);
+
+/// Counts the lookups that a pod has asked for first: each of them holds a reference.
+#[derive(Debug, Default)]
+struct AskedFirst(Arc<()>);
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -210,7 +214,7 @@ impl Shared {
         share: &Share,
         current: &Snapshot,
     ) -> Result<(), LookupError> {
-        let is_own = |lease: &Leased| Arc::ptr_eq(&lease.share, &*share.0);
+        let is_own = |lease: &Leased| Arc::ptr_eq(&lease.share, &share.0.0);
         let (made, error) = if share.count() >= MAX_LOOKUPS_OF_POD {
             (self.evict_unused(leased, current, is_own), LookupError::TooManyOfPod)
         } else {
@@ -263,14 +267,14 @@ impl Shared {
 
 impl Share {
     fn count(&self) -> usize {
-        Arc::strong_count(&*self.0) - 1
+        Arc::strong_count(&self.0.0) - 1
     }
 }
 
 impl Leased {
     /// A new lookup of a pod.
     fn of(Share(share): &Share) -> Arc<Self> {
-        let share = Arc::clone(&**share);
+        let share = Arc::clone(&share.0);
         Arc::new(Self { share, was_used: AtomicBool::new(false), unused_checks: AtomicU32::new(0) })
     }
 
