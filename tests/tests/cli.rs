@@ -398,7 +398,7 @@ fn config_check_warns_of_mistakes_that_do_not_fail_start() {
     assert_eq!(answer.code, Some(0), "{}", answer.err);
     for part in [
         "did you mean UNDERPASS_WORKLOAD_NAME?",
-        "is spiffe://cluster.local/ns/default/sa/b there",
+        "has the identity spiffe://cluster.local/ns/default/sa/b in the file",
         "no `protocol: HBONE`",
     ] {
         assert!(answer.err.contains(part), "{part:?} is not in\n{}", answer.err);

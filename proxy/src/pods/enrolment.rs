@@ -1,11 +1,13 @@
 //! The enrolment of a pod: its trait, its outcome and its errors.
 
 use std::borrow::Cow;
+use std::convert::Infallible;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use thiserror::Error;
+use tokio::sync::oneshot;
 use underpass_config::{Hint, PodUid};
 use underpass_interception::{InterceptionError, Namespace};
 
@@ -65,9 +67,28 @@ pub(crate) trait EnrolledPod: fmt::Debug + Send {
     /// installs them again.
     fn remove_rules(&self) -> Operation<()>;
 
-    /// Drains the connections, and keeps or removes the rules. Afterwards the process has no socket
-    /// in the pod's namespace.
-    fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()>;
+    /// Drains the connections, and keeps or removes the rules once `release` ends. Afterwards the
+    /// process has no socket in the pod's namespace.
+    fn leave(self: Box<Self>, why: LeaveReason, release: Release) -> Operation<()>;
+}
+
+/// Ends when no other process that takes over works in the namespace of a pod. Until then that
+/// process may test the pod's rules.
+#[derive(Debug, Default)]
+pub(crate) struct Release(Option<oneshot::Receiver<Infallible>>);
+
+impl Release {
+    /// A release that ends when the sender is dropped.
+    pub(crate) fn channel() -> (oneshot::Sender<Infallible>, Self) {
+        let (sender, receiver) = oneshot::channel();
+        (sender, Self(Some(receiver)))
+    }
+
+    pub(crate) async fn wait(self) {
+        if let Some(dropped) = self.0 {
+            dropped.await.ok();
+        }
+    }
 }
 
 /// The work of a pod that only one process may do at a time.

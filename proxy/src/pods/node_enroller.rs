@@ -15,7 +15,7 @@ use crate::error::chain;
 use crate::node::data_plane::DataPlane;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
 use crate::pods::enrolment::{
-    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, Pause, PodProblem,
+    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, Pause, PodProblem, Release,
 };
 use crate::pods::facts::PodFacts;
 use crate::pods::namespace::{NamespaceError, addresses, check_addresses, check_owner};
@@ -214,7 +214,7 @@ impl EnrolledPod for NodePod {
         Box::pin(removal.instrument(self.span.clone()))
     }
 
-    fn leave(mut self: Box<Self>, why: LeaveReason) -> Operation<()> {
+    fn leave(mut self: Box<Self>, why: LeaveReason, release: Release) -> Operation<()> {
         let (timeouts, span) = (&self.settings.timeouts, self.span.clone());
         let drain = match why {
             LeaveReason::HandedOver => timeouts.handover_drain,
@@ -230,7 +230,9 @@ impl EnrolledPod for NodePod {
             }
             LeaveReason::DaemonStops => self.settings.interception.on_exit,
         };
-        Box::pin(async move { self.drain_and_leave(drain, on_exit).await }.instrument(span))
+        Box::pin(
+            async move { self.drain_and_leave(drain, release, on_exit).await }.instrument(span),
+        )
     }
 }
 
@@ -251,7 +253,7 @@ impl NodePod {
         }
     }
 
-    async fn drain_and_leave(self, deadline: Duration, on_exit: OnExit) {
+    async fn drain_and_leave(self, deadline: Duration, release: Release, on_exit: OnExit) {
         let Self { mut pod, listeners, rules_gate, .. } = self;
         drop(listeners);
         // Waits for the end of a restoration.
@@ -261,6 +263,7 @@ impl NodePod {
         if terminated > 0 {
             tracing::info!(terminated, "connections of a removed pod were terminated");
         }
+        release.wait().await;
         if let Err(error) = pod.leave_with(on_exit).await {
             // The namespace of a deleted pod may no longer exist, nor its rules.
             tracing::warn!(

@@ -221,8 +221,8 @@ impl RegistryTask {
                 let task = self.tasks.spawn(async move { Ended::Enrolled(enrol.await) });
                 (task, Running::Enrolling { attempt, facts, since: Instant::now() })
             }
-            Action::Leave { namespace, uid, pod, why } => {
-                let leave = pod.leave(why);
+            Action::Leave { namespace, uid, pod, why, release } => {
+                let leave = pod.leave(why, release);
                 let task = self.tasks.spawn(async move {
                     leave.await;
                     Ended::Left

@@ -25,7 +25,7 @@ use underpass_interception::{Namespace, NamespaceId};
 
 use crate::backoff;
 use crate::pods::annotations::ExemptReason;
-use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, LeaveReason};
+use crate::pods::enrolment::{EnrolError, Enrolled, EnrolledPod, LeaveReason, Release};
 use crate::pods::facts::PodFacts;
 use crate::pods::state::moving::Moving;
 use crate::pods::take_over::handed::Handed;
@@ -50,7 +50,13 @@ pub(super) enum Action {
     /// Starts an attempt to enrol a pod, whose end the owner reports with [`Pods::finished`].
     Enrol { attempt: AttemptId, facts: Arc<PodFacts>, namespace: Namespace, handed: Option<Handed> },
     /// Drains a pod, whose end the owner reports with [`Pods::left`].
-    Leave { namespace: NamespaceId, uid: PodUid, pod: Box<dyn EnrolledPod>, why: LeaveReason },
+    Leave {
+        namespace: NamespaceId,
+        uid: PodUid,
+        pod: Box<dyn EnrolledPod>,
+        why: LeaveReason,
+        release: Release,
+    },
 }
 
 /// All pods.
@@ -248,6 +254,7 @@ impl Pods {
 
     fn stop_with(&mut self, why: LeaveReason) -> Vec<oneshot::Receiver<()>> {
         self.is_stopping = true;
+        self.moving = None;
         let all: Vec<_> = self.pods.keys().cloned().collect();
         all.iter().for_each(|uid| self.withdraw(uid, why));
         self.end_receivers(|_| true)
@@ -351,7 +358,8 @@ impl Pods {
                     Err(why) => {
                         let name = entry.facts.full_name();
                         self.queue_again(now, &uid);
-                        self.leave(id, uid, name, pod, why);
+                        let leaving = Leaving { uid, pod: name, why, gone: Vec::new() };
+                        self.leave(id, leaving, pod, Release::default());
                     }
                 }
                 None
@@ -382,7 +390,8 @@ impl Pods {
             Ok(Enrolled::Serving(pod)) => {
                 let leaving = self.leaving.get(&namespace);
                 let why = leaving.map_or(LeaveReason::DaemonStops, |leaving| leaving.why);
-                self.actions.push(Action::Leave { namespace, uid, pod, why });
+                let release = Release::default();
+                self.actions.push(Action::Leave { namespace, uid, pod, why, release });
             }
             Ok(Enrolled::Exempt(_)) | Err(_) => self.left(namespace),
         }
@@ -431,11 +440,10 @@ impl Pods {
     /// Forgets a pod. If it is active in its namespace, it leaves.
     fn withdraw(&mut self, uid: &PodUid, why: LeaveReason) {
         let Some(mut entry) = self.pods.remove(uid) else { return };
-        if why == LeaveReason::Removed
-            && let Some(moving) = &mut self.moving
-        {
-            moving.removed(uid);
-        }
+        let release = match &mut self.moving {
+            Some(moving) if why == LeaveReason::Removed => moving.removed(uid),
+            _ => Release::default(),
+        };
         entry.answer(&Err(match why {
             LeaveReason::Removed | LeaveReason::RemovedByOther | LeaveReason::EnrolledAgain => {
                 EnrolError::Removed
@@ -455,7 +463,8 @@ impl Pods {
                 self.leaving.insert(namespace.id(), leaving);
             }
             Phase::Serving { namespace, pod: served } => {
-                self.leave(namespace.id(), uid.clone(), pod, served, why);
+                let leaving = Leaving { uid: uid.clone(), pod, why, gone: Vec::new() };
+                self.leave(namespace.id(), leaving, served, release);
             }
             Phase::Exempt(_) | Phase::Failed => {}
         }
@@ -464,14 +473,13 @@ impl Pods {
     fn leave(
         &mut self,
         namespace: NamespaceId,
-        uid: PodUid,
-        name: String,
+        leaving: Leaving,
         pod: Box<dyn EnrolledPod>,
-        why: LeaveReason,
+        release: Release,
     ) {
-        let leaving = Leaving { uid: uid.clone(), pod: name, why, gone: Vec::new() };
+        let (uid, why) = (leaving.uid.clone(), leaving.why);
         self.leaving.insert(namespace, leaving);
-        self.actions.push(Action::Leave { namespace, uid, pod, why });
+        self.actions.push(Action::Leave { namespace, uid, pod, why, release });
     }
 
     /// Records that a pod has left its namespace.

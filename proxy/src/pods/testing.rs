@@ -10,7 +10,7 @@ use underpass_interception::{Namespace, NamespaceId};
 
 use crate::pods::annotations::ExemptReason;
 use crate::pods::enrolment::{
-    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, Pause, PodProblem,
+    EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, Pause, PodProblem, Release,
 };
 use crate::pods::facts::PodFacts;
 use crate::pods::registry::PodRegistry;
@@ -216,8 +216,9 @@ impl EnrolledPod for FakePod {
         Box::pin(async move { enroller.fake().without_rules.push(uid) })
     }
 
-    fn leave(self: Box<Self>, why: LeaveReason) -> Operation<()> {
+    fn leave(self: Box<Self>, why: LeaveReason, release: Release) -> Operation<()> {
         Box::pin(async move {
+            release.wait().await;
             let held = self.enroller.fake().hold_leaving.clone();
             if let Some(mut held) = held {
                 held.wait_for(|held| !held).await.ok();

@@ -2,6 +2,7 @@
 //! meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
@@ -9,7 +10,7 @@ use underpass_config::PodUid;
 use underpass_interception::{Namespace, NamespaceId};
 
 use super::{Phase, Pods};
-use crate::pods::enrolment::{EnrolledPod, LeaveReason, Operation};
+use crate::pods::enrolment::{EnrolledPod, LeaveReason, Operation, Release};
 use crate::pods::facts::PodFacts;
 use crate::traffic::listeners::NamedListeners;
 
@@ -18,13 +19,21 @@ use crate::traffic::listeners::NamedListeners;
 pub(super) struct Moving {
     passed: HashMap<PodUid, (NamespaceId, Arc<PodFacts>)>,
     /// Pods that were passed and then removed, which the other process does not know yet.
-    gone: BTreeMap<PodUid, NamespaceId>,
+    gone: BTreeMap<PodUid, Occupied>,
     /// Removed pods that the other process knows of, but whose listeners it may still have.
-    releasing: BTreeMap<PodUid, NamespaceId>,
+    releasing: BTreeMap<PodUid, Occupied>,
     /// The passed pods that the other process leaves alone.
     exempt: BTreeSet<PodUid>,
     /// The source is paused: no attempt starts, so that pods change no longer.
     is_frozen: bool,
+}
+
+/// The namespace of a removed pod, in which the other process may have listeners.
+#[derive(Debug)]
+struct Occupied {
+    namespace: NamespaceId,
+    /// Ends the [`Release`] when it is dropped.
+    _release: oneshot::Sender<Infallible>,
 }
 
 /// The next change that the other process learns.
@@ -52,15 +61,16 @@ impl Moving {
 
     /// Whether the other process may have listeners of a removed pod in the namespace.
     pub(super) fn occupies(&self, namespace: NamespaceId) -> bool {
-        self.gone.values().chain(self.releasing.values()).any(|occupied| *occupied == namespace)
+        self.gone.values().chain(self.releasing.values()).any(|one| one.namespace == namespace)
     }
 
     /// Records that the pod has been removed. Another one of its uid and namespace may follow.
-    pub(super) fn removed(&mut self, uid: &PodUid) {
+    pub(super) fn removed(&mut self, uid: &PodUid) -> Release {
         self.exempt.remove(uid);
-        if let Some((namespace, _)) = self.passed.remove(uid) {
-            self.gone.insert(uid.clone(), namespace);
-        }
+        let Some((namespace, _)) = self.passed.remove(uid) else { return Release::default() };
+        let (_release, release) = Release::channel();
+        self.gone.insert(uid.clone(), Occupied { namespace, _release });
+        release
     }
 }
 
@@ -69,8 +79,8 @@ impl Pods {
     /// once the source is paused: until then this process enrols them.
     pub(in crate::pods) fn next_moved(&mut self) -> Option<Moved> {
         let moving = self.moving.get_or_insert_default();
-        if let Some((uid, namespace)) = moving.gone.pop_first() {
-            moving.releasing.insert(uid.clone(), namespace);
+        if let Some((uid, occupied)) = moving.gone.pop_first() {
+            moving.releasing.insert(uid.clone(), occupied);
             return Some(Moved::Gone(uid));
         }
         let (uid, pod) = self.pods.iter().find_map(|(uid, entry)| {
@@ -144,7 +154,6 @@ impl Pods {
 
     /// Drains every pod, whose rules the other process keeps, and refuses new ones.
     pub(in crate::pods) fn hand_over(&mut self) -> Vec<oneshot::Receiver<()>> {
-        self.moving = None;
         self.stop_with(LeaveReason::HandedOver)
     }
 }

@@ -6,7 +6,7 @@ use fastrand::Rng;
 use underpass_interception::testing::fake_namespace;
 
 use super::*;
-use crate::pods::enrolment::{Operation, Pause, PodProblem};
+use crate::pods::enrolment::{Operation, Pause, PodProblem, Release};
 use crate::pods::facts::tests::facts;
 use crate::pods::status::{PodState, Step};
 use crate::traffic::listeners::NamedListeners;
@@ -60,7 +60,7 @@ impl EnrolledPod for Served {
         Box::pin(async {})
     }
 
-    fn leave(self: Box<Self>, _: LeaveReason) -> Operation<()> {
+    fn leave(self: Box<Self>, _: LeaveReason, _: Release) -> Operation<()> {
         Box::pin(async {})
     }
 }
@@ -121,7 +121,7 @@ impl Node {
                 Action::Enrol { attempt, facts, namespace, .. } => {
                     self.attempts.push((attempt, facts, namespace.id()));
                 }
-                Action::Leave { namespace, uid, pod, why } => {
+                Action::Leave { namespace, uid, pod, why, .. } => {
                     self.leaving.push((namespace, uid, pod));
                     self.departures.push(why);
                 }

@@ -1,11 +1,13 @@
 //! The new process's side: adopts the pods of the running process, and the state of its source.
 
 use std::borrow::Cow;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
 use thiserror::Error;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 use underpass_config::{Hint, PodUid};
 
 use super::handed::{Handed, RunningPod};
@@ -19,6 +21,13 @@ use crate::process::take_over::{ANSWER_TIMEOUT, Answer, TakeOverError, TakeoverC
 
 /// Timeout for the running process to pause its source.
 const SOURCE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The interval of requests for changes while pods are adopted.
+const CHANGES_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The attempts and removals in progress. They are tasks, because they use the connection while this
+/// process asks for changes.
+type Work = JoinSet<Result<(), AdoptionError>>;
 
 /// Why the pods cannot be taken over.
 #[derive(Debug, Error)]
@@ -78,42 +87,75 @@ async fn adopt_all(
 }
 
 /// Adopts the pods that the running process has not passed yet. Returns their number.
+///
+/// Pods that are removed meanwhile are released at once, because the running process keeps their
+/// rules until then.
 async fn adopt_next(
     client: &Arc<TakeoverClient>,
     registry: &PodRegistry,
 ) -> Result<usize, AdoptionError> {
-    let (mut attempts, mut removals) = (Vec::new(), Vec::new());
+    let (mut work, mut adopted) = (Work::new(), 0);
+    loop {
+        adopted += receive_changes(client, registry, &mut work).await?;
+        if let Ok(finished) = timeout(CHANGES_INTERVAL, finish(&mut work)).await {
+            return finished.map(|()| adopted);
+        }
+    }
+}
+
+/// Waits for the end of all work. Cancel-safe.
+async fn finish(work: &mut Work) -> Result<(), AdoptionError> {
+    while let Some(finished) = work.join_next().await {
+        finished.unwrap_or_else(|error| resume_unwind(error.into_panic()))?;
+    }
+    Ok(())
+}
+
+/// Starts the work that the changes require which the running process passes now. Returns the
+/// number of pods to adopt.
+async fn receive_changes(
+    client: &Arc<TakeoverClient>,
+    registry: &PodRegistry,
+    work: &mut Work,
+) -> Result<usize, AdoptionError> {
+    let mut adopted = 0;
     loop {
         let answer = client.ask(NEXT, NEXT, ANSWER_TIMEOUT).await?;
         match answer.word.as_str() {
-            POD => attempts.extend(add(client, registry, answer)?),
+            POD => {
+                if let Some(attempt) = add(client, registry, answer)? {
+                    work.spawn(end_of(attempt));
+                    adopted += 1;
+                }
+            }
             GONE => match answer.rest.parse::<PodUid>() {
-                Ok(uid) => removals.push(release(client, registry.release(&uid), uid)),
+                Ok(uid) => {
+                    work.spawn(release(client.clone(), registry.release(&uid), uid));
+                }
                 Err(_) => return Err(answer.unexpected(NEXT).into()),
             },
-            END => break,
+            END => return Ok(adopted),
             _ => return Err(answer.unexpected(NEXT).into()),
         }
     }
-    try_join_all(removals).await?;
-    let adopted = attempts.len();
-    for attempt in attempts {
-        // The registry reports other failures, which concern one pod.
-        if let Err(error @ EnrolError::TakeOver(_)) = attempt.first_outcome().await {
-            return Err(AdoptionError::Pod(error));
-        }
+}
+
+/// Waits for the end of an attempt. The registry reports failures that concern one pod.
+async fn end_of(attempt: Enrolment) -> Result<(), AdoptionError> {
+    match attempt.first_outcome().await {
+        Err(error @ EnrolError::TakeOver(_)) => Err(AdoptionError::Pod(error)),
+        _ => Ok(()),
     }
-    Ok(adopted)
 }
 
 /// Reports the end of the removal of a pod, which the running process has removed.
 async fn release(
-    client: &TakeoverClient,
+    client: Arc<TakeoverClient>,
     removal: Removal,
     uid: PodUid,
-) -> Result<(), TakeOverError> {
+) -> Result<(), AdoptionError> {
     removal.gone().await;
-    client.request(RELEASED, &format!("{RELEASED} {uid}")).await
+    Ok(client.request(RELEASED, &format!("{RELEASED} {uid}")).await?)
 }
 
 /// Adds a pod. Returns the attempt to adopt it, if the running process serves it.

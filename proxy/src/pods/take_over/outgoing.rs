@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use underpass_config::PodUid;
 
 use super::{
@@ -21,6 +21,9 @@ use crate::process::take_over::{PREPARE_TIMEOUT, Reply, SWITCH_TIMEOUT, Subject}
 /// Timeout for the source to finish its work in progress, and for removed pods to drain, below that
 /// of the new process.
 const SOURCE_TIMEOUT: Duration = Duration::from_secs(6);
+
+/// The interval of checks for removed pods while the source finishes its work.
+const REMOVAL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The pods of a node, while another process takes them over.
 #[derive(Debug)]
@@ -62,7 +65,7 @@ impl OutgoingPods {
                     .with(std::iter::once(namespace).chain(listeners))
             }
             Some(Moved::Gone(uid)) => Reply::new(format!("{GONE} {uid}")),
-            None => Reply::new(END.to_owned()),
+            None => Reply::idle(END.to_owned()),
         }
     }
 
@@ -85,19 +88,33 @@ impl OutgoingPods {
         Some(Reply::done())
     }
 
-    /// Pauses the source, then the registry, so that the requests in progress are finished.
-    async fn pause_source(&mut self) -> Reply {
-        // The source may wait for a pod in whose namespace the other process still has listeners.
-        if self.registry.has_gone() {
-            return Reply::new(AGAIN.to_owned());
+    /// Waits until the other process must learn that a pod has been removed.
+    async fn pod_removed(&self) {
+        while !self.registry.has_gone() {
+            sleep(REMOVAL_INTERVAL).await;
         }
+    }
+
+    /// Pauses the source, then the registry, so that the requests in progress are finished.
+    ///
+    /// The source may wait for a removed pod in whose namespace the other process still has
+    /// listeners. The other process must then learn of the removal first.
+    async fn pause_source(&mut self) -> Reply {
         let deadline = Instant::now() + SOURCE_TIMEOUT;
-        let Ok(paused) = timeout_at(deadline, self.source.pause()).await else {
+        let paused = tokio::select! {
+            biased;
+            () = self.pod_removed() => return Reply::new(AGAIN.to_owned()),
+            paused = timeout_at(deadline, self.source.pause()) => paused,
+        };
+        let Ok(paused) = paused else {
             return Reply::busy("the source of pods has requests in progress");
         };
         let Some((state, paused)) = paused else {
             return Reply::refused("the source of pods has ended");
         };
+        if self.registry.has_gone() {
+            return Reply::new(AGAIN.to_owned());
+        }
         self.paused = Some(paused);
         if timeout_at(deadline, self.registry.freeze().gone()).await.is_err() {
             return Reply::busy("a removed pod still drains");

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use underpass_config::{Settings, TakeOver};
 use underpass_interception::{Handover, Peer, ProxyUser};
 
@@ -66,6 +66,16 @@ enum ConversationError {
     Incomplete,
     #[error("the connection failed")]
     Io(#[from] io::Error),
+}
+
+impl ConversationError {
+    /// Names the whole time for a request that was late.
+    fn within(self, deadline: Duration) -> Self {
+        match self {
+            Self::Late { after, .. } => Self::Late { after, deadline },
+            other => other,
+        }
+    }
 }
 
 impl TakeoverServer {
@@ -197,8 +207,12 @@ async fn prepare<S: Subject>(
     subject: &mut S,
 ) -> Result<(), ConversationError> {
     let mut after = HELLO.to_owned();
+    let mut progress = Instant::now();
     loop {
-        let message = receive(conversation, S::REQUESTS, &after, subject.timeout()).await?;
+        let limit = subject.timeout();
+        let left = limit.saturating_sub(progress.elapsed());
+        let received = receive(conversation, S::REQUESTS, &after, left).await;
+        let message = received.map_err(|error| error.within(limit))?;
         if message == ACCEPT {
             return Ok(());
         }
@@ -207,7 +221,9 @@ async fn prepare<S: Subject>(
         };
         let attached: Vec<_> = reply.attached.iter().map(|one| one.as_fd()).collect();
         conversation.send(&reply.line, &attached).await?;
-        after = message;
+        if reply.is_progress {
+            (after, progress) = (message, Instant::now());
+        }
     }
 }
 

@@ -32,6 +32,8 @@ pub(crate) trait Subject {
 pub(crate) struct Reply {
     pub(super) line: String,
     pub(super) attached: Vec<Attached>,
+    /// Whether the request was progress, after which the new process has its whole time again.
+    pub(super) is_progress: bool,
 }
 
 type Attached = Box<dyn AsFd + Send + Sync>;
@@ -54,7 +56,12 @@ impl Reply {
 
     /// A line, which contains no line break.
     pub(crate) fn new(line: String) -> Self {
-        Self { line, attached: Vec::new() }
+        Self { line, attached: Vec::new(), is_progress: true }
+    }
+
+    /// The answer to a request that the new process repeats while it waits for something else.
+    pub(crate) fn idle(line: String) -> Self {
+        Self { is_progress: false, ..Self::new(line) }
     }
 
     /// Also passes these descriptors.

@@ -102,13 +102,15 @@ async fn removed_pod_that_is_added_again_waits_for_its_release_and_is_passed_aga
     let (registry, uid) = (enroller.registry(), pod("a").uid);
     let namespace = add(&registry, "a").await;
     assert_eq!(moved(&registry), ["a"]);
-    registry.remove(&uid).gone().await;
+    let mut removed = std::pin::pin!(registry.remove(&uid).gone());
     assert!(registry.has_gone());
     let mut added = std::pin::pin!(registry.add(pod("a"), namespace).first_outcome());
     assert_eq!(moved(&registry), ["-a"]);
+    timeout(Duration::from_secs(60), &mut removed).await.expect_err("its rules are kept");
     let waited = timeout(Duration::from_secs(60), &mut added).await;
     assert!(waited.is_err() && registry.has_gone(), "the other process has its listeners");
     registry.released(&uid);
+    removed.await;
     added.await.unwrap();
     assert_eq!(moved(&registry), ["a"]);
     assert!(!registry.has_gone() && enroller.attempts(&uid) == 2);
@@ -156,9 +158,10 @@ async fn changed_or_replaced_pod_is_no_longer_exempt() {
     registry.exempt(&pod("b").uid);
     let labels = [("app".to_owned(), "a".to_owned())].into();
     registry.add(PodFacts { labels, ..pod("a") }, a).first_outcome().await.unwrap();
-    registry.remove(&pod("b").uid).gone().await;
+    let removed = registry.remove(&pod("b").uid);
     assert_eq!(moved(&registry), ["-b", "a"]);
     registry.released(&pod("b").uid);
+    removed.gone().await;
     registry.add(pod("b"), b).first_outcome().await.unwrap();
     registry.finish_rules().await;
     assert!(enroller.without_rules().is_empty(), "{:?}", enroller.without_rules());
