@@ -25,8 +25,8 @@ const SOURCE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The interval of requests for changes while pods are adopted.
 const CHANGES_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The attempts and removals in progress. They are tasks, because they use the connection while this
-/// process asks for changes.
+/// The attempts and removals in progress. They are tasks, because they use the connection while
+/// this process asks for changes.
 type Work = JoinSet<Result<(), AdoptionError>>;
 
 /// Why the pods cannot be taken over.
