@@ -33,7 +33,7 @@ const RELAY_PORT_OFFSET: u16 = 1000;
 /// A large range of ephemeral ports, for tens of thousands of new connections.
 const EPHEMERAL_PORTS: &str = "10000 65000";
 
-/// The number of log lines per process that are printed after a failure.
+/// The number of lines of each log that are printed after a failure.
 const LOG_LINES: usize = 20;
 
 /// Two pods, the processes between them, and a server in the second pod. Dropping it ends the
@@ -147,15 +147,20 @@ impl Drop for Path {
         if !std::thread::panicking() {
             return;
         }
-        let logs: Vec<_> = match &self.between {
+        let logs: Vec<(u32, String)> = match &self.between {
             Intermediaries::Nothing | Intermediaries::Relays(_) => Vec::new(),
-            Intermediaries::Proxies(proxies) => proxies.iter().map(Proxy::log).collect(),
-            Intermediaries::Daemons(daemons) => {
-                daemons.iter().map(|(daemon, _)| daemon.log()).collect()
+            Intermediaries::Proxies(proxies) => {
+                proxies.iter().map(|proxy| (proxy.pid(), proxy.log())).collect()
             }
-            Intermediaries::Ztunnels(ztunnels) => ztunnels.iter().map(Ztunnel::log).collect(),
+            // The proxy process of a daemon writes to the same log.
+            Intermediaries::Daemons(daemons) => {
+                daemons.iter().map(|(daemon, _)| (daemon.pid(), daemon.log())).collect()
+            }
+            Intermediaries::Ztunnels(ztunnels) => {
+                ztunnels.iter().map(|ztunnel| (ztunnel.pid(), ztunnel.log())).collect()
+            }
         };
-        for (process, log) in self.processes().iter().zip(&logs) {
+        for (process, log) in &logs {
             let problems = log.lines().filter(|line| {
                 let line = line.to_lowercase();
                 line.contains("warn") || line.contains("error")
