@@ -112,14 +112,26 @@ impl Path {
 
     /// The ids of the processes between the pods, the client's side first.
     pub(crate) fn processes(&self) -> Vec<u32> {
+        self.sides().concat()
+    }
+
+    /// The ids of the processes of each side, the client's side first. A daemon with a broker has
+    /// two.
+    pub(crate) fn sides(&self) -> Vec<Vec<u32>> {
         match &self.between {
             Intermediaries::Nothing => Vec::new(),
-            Intermediaries::Relays(relays) => relays.iter().map(ChildProcess::pid).collect(),
-            Intermediaries::Proxies(proxies) => proxies.iter().map(Proxy::pid).collect(),
-            Intermediaries::Daemons(daemons) => {
-                daemons.iter().flat_map(|(daemon, _)| with_children(daemon.pid())).collect()
+            Intermediaries::Relays(relays) => {
+                relays.iter().map(|relay| vec![relay.pid()]).collect()
             }
-            Intermediaries::Ztunnels(ztunnels) => ztunnels.iter().map(Ztunnel::pid).collect(),
+            Intermediaries::Proxies(proxies) => {
+                proxies.iter().map(|proxy| vec![proxy.pid()]).collect()
+            }
+            Intermediaries::Daemons(daemons) => {
+                daemons.iter().map(|(daemon, _)| with_children(daemon.pid())).collect()
+            }
+            Intermediaries::Ztunnels(ztunnels) => {
+                ztunnels.iter().map(|ztunnel| vec![ztunnel.pid()]).collect()
+            }
         }
     }
 

@@ -255,17 +255,21 @@ async fn burst(path: &Path, connections: usize) -> Vec<Figure> {
     ]
 }
 
+/// The sum of a figure over the processes of each side, the client's side first.
+fn of_sides(path: &Path, figure: fn(u32) -> f64) -> Vec<f64> {
+    let sum = |side: Vec<u32>| side.into_iter().map(figure).sum::<f64>();
+    path.sides().into_iter().map(sum).collect()
+}
+
 /// The resident memory of both proxies: at rest, per idle connection, and after their end.
 async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
-    let of_all =
-        |of: fn(u32) -> f64| -> Vec<f64> { path.processes().into_iter().map(of).collect() };
-    let resident = || of_all(resident_kib);
+    let resident = || of_sides(path, resident_kib);
     sleep(REST_DELAY).await;
     let at_rest = resident();
     // Exclude the tunnel and other resources of the first connection.
     let first = idle(path.client(), path.target(ANSWER), 1);
     let before = resident();
-    let files = of_all(open_files);
+    let files = of_sides(path, open_files);
     let idle_connections = idle(path.client(), path.target(ANSWER), connections);
     let each = f64::from(u32::try_from(connections).expect("a few thousand"));
     let during = resident();
@@ -273,7 +277,7 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
     // Tunnels may stay open, but they are far fewer than connections.
     let is_open = |(now, before): (&f64, &f64)| now > &(before + each / 10.0);
     let ended = async {
-        while of_all(open_files).iter().zip(&files).any(is_open) {
+        while of_sides(path, open_files).iter().zip(&files).any(is_open) {
             sleep(Duration::from_millis(50)).await;
         }
     };
@@ -296,7 +300,7 @@ async fn memory(path: &Path, connections: usize) -> Vec<Figure> {
 /// The throughput of other streams while readers are stalled, and the memory of the stalled ones in
 /// each proxy.
 async fn stalls(path: &Path, window: Duration, readers: usize) -> Vec<Figure> {
-    let resident = || -> Vec<f64> { path.processes().into_iter().map(resident_kib).collect() };
+    let resident = || of_sides(path, resident_kib);
     let first = idle(path.client(), path.target(ANSWER), 1);
     let before = resident();
     let stalled_connections = stalled(path.client(), path.target(STALL), readers);
