@@ -12,7 +12,7 @@ use crate::settings::Settings;
 use crate::settings::declare::{Declared, Document, Files, Written};
 use crate::settings::load::read_text;
 use crate::settings::resolve::{declared, interception_settings};
-use crate::settings::show::{Sections, write_scalar};
+use crate::settings::show::{Sections, write_flow, write_scalar};
 use crate::yaml::document::{Node, Origin, Value};
 use crate::yaml::read::{Cursor, Problems};
 
@@ -62,25 +62,15 @@ fn write_node(f: &mut fmt::Formatter<'_>, node: &Node) -> fmt::Result {
     match &node.value {
         Value::Null => f.write_str("null"),
         Value::Scalar(text) => write_scalar(f, text),
-        Value::Sequence(items) => {
-            f.write_str("[")?;
-            for (index, item) in items.iter().enumerate() {
-                f.write_str(if index == 0 { "" } else { ", " })?;
-                write_node(f, item)?;
-            }
-            f.write_str("]")
-        }
-        Value::Mapping(entries) => {
-            f.write_str("{")?;
-            for (index, (key, value)) in entries.iter().enumerate() {
-                f.write_str(if index == 0 { "" } else { ", " })?;
-                write_scalar(f, key)?;
-                f.write_str(": ")?;
-                write_node(f, value)?;
-            }
-            f.write_str("}")
-        }
+        Value::Sequence(items) => write_flow(f, ["[", "]"], items, write_node),
+        Value::Mapping(entries) => write_flow(f, ["{", "}"], entries, write_entry),
     }
+}
+
+fn write_entry(f: &mut fmt::Formatter<'_>, (key, value): &(String, Node)) -> fmt::Result {
+    write_scalar(f, key)?;
+    f.write_str(": ")?;
+    write_node(f, value)
 }
 
 impl Settings {

@@ -47,15 +47,25 @@ impl fmt::Display for Yaml<'_> {
         match self.0 {
             Written::Scalar(text) => write_scalar(f, text),
             Written::List(items) => {
-                f.write_str("[")?;
-                for (index, item) in items.iter().enumerate() {
-                    f.write_str(if index == 0 { "" } else { ", " })?;
-                    write_scalar(f, item)?;
-                }
-                f.write_str("]")
+                write_flow(f, ["[", "]"], items, |f, item: &String| write_scalar(f, item))
             }
         }
     }
+}
+
+/// Writes a collection in YAML's flow style, between these brackets.
+pub(crate) fn write_flow<T>(
+    f: &mut fmt::Formatter<'_>,
+    [open, close]: [&str; 2],
+    items: &[T],
+    write: impl Fn(&mut fmt::Formatter<'_>, &T) -> fmt::Result,
+) -> fmt::Result {
+    f.write_str(open)?;
+    for (index, item) in items.iter().enumerate() {
+        f.write_str(if index == 0 { "" } else { ", " })?;
+        write(f, item)?;
+    }
+    f.write_str(close)
 }
 
 /// Writes a plain scalar if it is unambiguous in every context, otherwise one in double quotes
