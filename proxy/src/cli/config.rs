@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::net::TcpStream;
 use underpass_config::{
     ConfigErrors, Hint, IdentitySettings, Mesh, MeshSize, Problem, Protocol, Reference, Settings,
-    reference,
+    SpireApi, reference,
 };
 use underpass_hbone::{
     ControlPlaneClient, Credentials, Dial, FileSource, HboneError, Identity, IstioCa,
@@ -195,9 +195,13 @@ impl Check {
             Some(IdentitySettings::IstioCa(ca)) => IstioCa::new(ca.clone(), NoDialer).map(|_| None),
             Some(IdentitySettings::Spire(spire)) => {
                 if !spire.socket.exists() {
+                    let key = match spire.api {
+                        SpireApi::Workload => "socket",
+                        SpireApi::DelegatedIdentity => "admin_socket",
+                    };
                     let socket = spire.socket.display();
                     self.warnings.push(format!(
-                        "identity.spire.socket: {socket} does not exist yet: at its start the proxy waits for it, unready"
+                        "identity.spire.{key}: {socket} does not exist yet: at its start the proxy waits for it, unready"
                     ));
                 }
                 Ok(None)
