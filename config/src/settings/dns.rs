@@ -1,4 +1,5 @@
-//! Names: the servers that know those that the mesh does not, and the domain of Kubernetes.
+//! The settings of name resolution: the servers for names outside the mesh, their rate limit, and
+//! the domain of Kubernetes services.
 
 use std::path::PathBuf;
 

@@ -5,9 +5,9 @@ use crate::settings::{Broker, NodeSettings, PrivilegesSettings};
 
 settings! {
     /// `underpass node`: `auto`: one process enters namespaces, changes rules and signs
-    /// certificates; another one without privileges serves the connections. It needs SETUID and
-    /// SETGID. There is one process without them, with `mesh.xds` and `node.pods.cni` without
-    /// Kubernetes, and with `off`
+    /// certificates; another one without privileges serves the connections. There is one process
+    /// with `off`, without SETUID and SETGID, and if `node.pods.cni` takes its facts from the mesh
+    /// of `mesh.xds` (without Kubernetes)
     BROKER: Broker = "privileges.broker", word("`auto`, `off`"),
         Fallback::Varies("`auto` with `node.pods`, else `off`"), |s| Some(s.privileges.broker);
     /// user and group of the process without privileges. It reads the mesh file, trust bundles,
