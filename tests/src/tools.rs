@@ -53,14 +53,19 @@ pub async fn tool(pod: &Pod, program: &str, arguments: &[&str]) -> Printed {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    let child = pod.spawn(&mut command).unwrap_or_else(|error| match error.kind() {
+    let child = spawn(pod, &mut command, program);
+    let output = within(&format!("{program} ends"), child.wait_with_output()).await;
+    printed(output.or_fail(format!("run {program}")))
+}
+
+/// Starts a program in a pod. If it is missing, the panic names its package.
+fn spawn(pod: &Pod, command: &mut Command, program: &str) -> Child {
+    pod.spawn(command).unwrap_or_else(|error| match error.kind() {
         ErrorKind::NotFound => {
             panic!("{program} is not installed: apt-get install {}", package_of(program))
         }
         _ => panic!("cannot run {program}: {error}"),
-    });
-    let output = within(&format!("{program} ends"), child.wait_with_output()).await;
-    printed(output.or_fail(format!("run {program}")))
+    })
 }
 
 impl Pod {
@@ -112,8 +117,7 @@ impl Pod {
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = self.spawn(&mut command).or_fail(format!("run {}", program.display()));
-        Background { child }
+        Background { child: spawn(self, &mut command, &program.to_string_lossy()) }
     }
 }
 
