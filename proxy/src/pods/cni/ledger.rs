@@ -73,7 +73,7 @@ struct Entry {
 struct EntryFacts {
     /// Those that the registry has; `None` until they are known after a restart.
     current: Option<PodFacts>,
-    /// Those that an earlier process has stored.
+    /// Those that an earlier process has stored, until `current` is known.
     stored: Option<PodFacts>,
 }
 

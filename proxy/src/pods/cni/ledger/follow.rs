@@ -101,8 +101,9 @@ impl Ledger {
     }
 
     /// Stores the new facts of a pod that an earlier call has stored.
-    fn store(&self, entry: &Entry) {
-        let is_new = entry.facts.current != entry.facts.stored;
+    fn store(&self, entry: &mut Entry) {
+        // The file has `stored` only until the next save, so each later change is new.
+        let is_new = entry.facts.stored.take() != entry.facts.current;
         if is_new
             && entry.progress == Progress::Enrolled
             && let Err(error) = self.store.save(&entry.to_store())

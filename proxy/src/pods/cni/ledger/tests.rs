@@ -17,8 +17,12 @@ use crate::pods::enrolment::LeaveReason;
 use crate::pods::kubernetes::testing::{
     cluster, namespace as kubernetes_namespace, pod, unreachable,
 };
+use crate::pods::kubernetes::view::ClusterView;
 use crate::pods::source::SourceHealth;
 use crate::pods::testing::FakeEnroller;
+
+/// A label whose changes the fake pod applies.
+const LABEL: &str = "istio.io/revision";
 
 /// A daemon that stores pods in a folder.
 struct Daemon {
@@ -288,28 +292,29 @@ async fn restarted_daemon_waits_for_facts_about_a_pod() {
     daemon.serves(&["uid-of-web"]).await;
 }
 
+/// A ledger that stores pods in `folder`, and gets their facts from the returned view.
+fn start_with_cluster(folder: &Folder) -> (Ledger, FakeEnroller, watch::Sender<ClusterView>) {
+    let (enroller, view) = (FakeEnroller::default(), watch::Sender::default());
+    let store = Store::open(folder.path("pods")).unwrap();
+    let facts = FactFinder::new(&settings(&[]), FactOrigin::Kubernetes(view.subscribe()));
+    let open = |path: &Path| Namespace::open(path);
+    (Ledger::new(enroller.registry(), facts, store, open), enroller, view)
+}
+
 #[tokio::test]
 async fn restarted_daemon_uses_stored_facts_while_the_api_server_is_unreachable() {
     let folder = Folder::new();
-    const LABEL: &str = "istio.io/revision";
     let web = attached("web", &["10.0.0.1"]);
-    let start = || {
-        let (enroller, view) = (FakeEnroller::default(), watch::Sender::default());
-        let store = Store::open(folder.path("pods")).unwrap();
-        let facts = FactFinder::new(&settings(&[]), FactOrigin::Kubernetes(view.subscribe()));
-        let open = |path: &Path| Namespace::open(path);
-        (Ledger::new(enroller.registry(), facts, store, open), enroller, view)
-    };
     let mut object = pod("web");
     {
-        let (ledger, _, view) = start();
+        let (ledger, _, view) = start_with_cluster(&folder);
         cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
         ledger.add(web.clone(), namespace("uts")).await.unwrap().keep();
         object["metadata"]["labels"][LABEL] = "new".into();
         cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
         ledger.apply_facts();
     }
-    let (ledger, enroller, view) = start();
+    let (ledger, enroller, view) = start_with_cluster(&folder);
     ledger.resume().unwrap();
     ledger.apply_facts();
     assert!(!ledger.registry.is_known(&web.pod.uid), "the API server may still answer");
@@ -324,6 +329,31 @@ async fn restarted_daemon_uses_stored_facts_while_the_api_server_is_unreachable(
     cluster(&view, &[object], &[kubernetes_namespace("shop", "ambient")]);
     ledger.apply_facts();
     assert_eq!((label().as_deref(), enroller.attempts(&web.pod.uid)), (Some("newer"), 1));
+}
+
+#[tokio::test]
+async fn facts_that_change_back_are_stored_again() {
+    let folder = Folder::new();
+    let of_revision = |revision: &str| {
+        let mut object = pod("web");
+        object["metadata"]["labels"][LABEL] = revision.into();
+        object
+    };
+    let namespaces = [kubernetes_namespace("shop", "ambient")];
+    {
+        let (ledger, _, view) = start_with_cluster(&folder);
+        cluster(&view, &[of_revision("one")], &namespaces);
+        let web = attached("web", &["10.0.0.1"]);
+        ledger.add(web, namespace("uts")).await.unwrap().keep();
+    }
+    let (ledger, _, view) = start_with_cluster(&folder);
+    ledger.resume().unwrap();
+    for revision in ["one", "two", "one"] {
+        cluster(&view, &[of_revision(revision)], &namespaces);
+        ledger.apply_facts();
+        let stored = ledger.store.load().unwrap().pop().unwrap().facts.unwrap();
+        assert_eq!(stored.labels.get(LABEL).map(String::as_str), Some(revision));
+    }
 }
 
 #[tokio::test]
@@ -343,11 +373,7 @@ async fn pod_deleted_while_facts_are_missing_is_not_enrolled() {
 #[tokio::test]
 async fn changed_facts_are_applied_to_running_pod() {
     let folder = Folder::new();
-    let (enroller, view) = (FakeEnroller::default(), watch::Sender::default());
-    let store = Store::open(folder.path("pods")).unwrap();
-    let origin = FactOrigin::Kubernetes(view.subscribe());
-    let facts = FactFinder::new(&settings(&[]), origin);
-    let ledger = Ledger::new(enroller.registry(), facts, store, |path| Namespace::open(path));
+    let (ledger, enroller, view) = start_with_cluster(&folder);
     let (web, mut object) = (attached("web", &["10.0.0.1"]), pod("web"));
     cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
     ledger.add(web.clone(), namespace("uts")).await.unwrap().keep();
