@@ -29,6 +29,9 @@ const DESCRIPTORS_PER_WORKER: usize = 4;
 /// The descriptors of an idle pod of a node: its namespace, listeners, lists of legacy tables and
 /// notifications of changed rules.
 const DESCRIPTORS_PER_POD: usize = 16;
+/// The further descriptors of an idle pod with a DNS proxy: two listeners for TCP, and two for UDP.
+/// Those for UDP have two descriptors: the handle for a take-over cannot share that of the runtime.
+const DESCRIPTORS_PER_DNS_PROXY: usize = 6;
 /// The time without a pause after which a shortage is over. It also limits the log to two lines per
 /// shortage.
 const RECOVERY_TIME: Duration = Duration::from_secs(1);
@@ -119,8 +122,9 @@ impl Descriptors {
     }
 
     /// Takes the descriptors that a pod of a node needs without connections.
-    pub(crate) fn hold_of_idle_pod(&self) -> FdPermit {
-        self.hold(&self.0.budget, DESCRIPTORS_PER_POD)
+    pub(crate) fn hold_of_idle_pod(&self, has_dns_proxy: bool) -> FdPermit {
+        let of_dns = if has_dns_proxy { DESCRIPTORS_PER_DNS_PROXY } else { 0 };
+        self.hold(&self.0.budget, DESCRIPTORS_PER_POD + of_dns)
     }
 
     /// The number of descriptors that connections, pipes and pooled tunnels may use together.
@@ -307,10 +311,10 @@ mod tests {
         let descriptors = descriptors(48);
         let pod = descriptors.of_pod();
         let before = pod.inbound.free();
-        let idle = [descriptors.hold_of_idle_pod(), descriptors.hold_of_idle_pod()];
-        assert!(
-            pod.inbound.free() < before && pod.inbound.take(48 - 2 * DESCRIPTORS_PER_POD).is_err()
-        );
+        let idle = [false, true].map(|has_dns_proxy| descriptors.hold_of_idle_pod(has_dns_proxy));
+        let held = 2 * DESCRIPTORS_PER_POD + DESCRIPTORS_PER_DNS_PROXY;
+        assert_eq!(descriptors.0.budget.used(), held);
+        assert!(pod.inbound.free() < before && pod.inbound.take(48 - held).is_err());
         drop(idle);
         assert_eq!((pod.inbound.free(), descriptors.0.budget.used()), (before, 0));
     }

@@ -59,12 +59,14 @@ impl InProcess {
         }
         let pod = Pod::open(&self.node, &settings, &access, credentials, interception).await?;
         let descriptors = &self.node.limits.descriptors;
-        let descriptors = self.node.has_many_pods.then(|| descriptors.hold_of_idle_pod());
+        let has_dns_proxy = !dns.is_empty();
+        let idle = || descriptors.hold_of_idle_pod(has_dns_proxy);
+        let descriptors = self.node.has_many_pods.then(idle);
         let served =
             LocalPod { pod: Arc::new(pod), workers: self.workers, _descriptors: descriptors };
         let LocalPod { pod, workers, .. } = &served;
         let mut added = workers.add_listeners(pod, listeners.into_kinds()).await;
-        if added.is_ok() && !dns.is_empty() {
+        if added.is_ok() && has_dns_proxy {
             let service = DnsService::of_pod(&self.node, pod, &settings);
             added = workers.add_dns(pod, service, dns).await;
         }
