@@ -1,7 +1,7 @@
 //! One end of the connection between the broker and the proxy process.
 
 use std::collections::HashMap;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::marker::PhantomData;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -113,7 +113,7 @@ impl Receiver {
     pub(crate) async fn next(&self) -> io::Result<Option<Received>> {
         match self.0.receive().await {
             // It has ended without reading all messages.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(None),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(None),
             received => received,
         }
     }
@@ -128,7 +128,10 @@ impl Writer {
             match timeout_at(deadline, self.socket.send(&bytes, &attached)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
-                    tracing::debug!(%error, "cannot send to the other process");
+                    let ended = [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset];
+                    if !ended.contains(&error.kind()) {
+                        tracing::error!(%error, "cannot send to the other process");
+                    }
                     return;
                 }
                 Err(_) => {
