@@ -45,7 +45,6 @@ const MAX_STATUS: usize = 4096;
 /// Performs the requests of the proxy process.
 #[derive(Debug)]
 pub(crate) struct RequestServer {
-    data_plane: RemoteDataPlane,
     context: Arc<Context>,
     /// Set when the proxy process is ready.
     ready: watch::Sender<bool>,
@@ -94,8 +93,8 @@ impl RequestServer {
         access: NamespaceAccess,
     ) -> Self {
         let node = NodeSockets::new(settings, access);
-        let context = Context { data_plane: data_plane.clone(), registry, node };
-        Self { data_plane, context: Arc::new(context), ready: watch::Sender::default() }
+        let context = Arc::new(Context { data_plane, registry, node });
+        Self { context, ready: watch::Sender::default() }
     }
 
     /// Whether the workers of the proxy process run.
@@ -149,11 +148,11 @@ impl RequestServer {
                 self.ready.send_replace(true);
             }
             ToBroker::Done { number, outcome } => {
-                if !self.data_plane.done(number, outcome) {
+                if !self.context.data_plane.done(number, outcome) {
                     return Err(Refusal::UnexpectedAnswer);
                 }
             }
-            ToBroker::Arrived { pod } => self.data_plane.arrived(&pod),
+            ToBroker::Arrived { pod } => self.context.data_plane.arrived(&pod),
             ToBroker::Request { number, request } => return Ok(Some((number, request))),
         }
         Ok(None)
