@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! broker (this binary, as it was started)          proxy process (this binary, executed again)
-//! SYS_ADMIN and NET_ADMIN on one thread            a user of its own, no capability
-//! settings, source of pods, registry, rules,       mesh, workers, tunnels, policies,
-//! listeners, key of the local CA                   endpoints for readiness and metrics
+//! SYS_ADMIN and NET_ADMIN on one thread, KILL      a user of its own, no capability
+//! on another; settings, source of pods,            mesh, workers, tunnels, policies, client of
+//! registry, rules, listeners, key of the local     the control plane and of Istio's CA,
+//! CA, connection to the SPIRE agent                endpoints for readiness and metrics
 //!      │  commands, with listeners attached    ──────▶  serve, stop accepting, drain, close a pod
 //!      │  certificates of the served pods      ──────▶
-//!      ◀──────  requests: sockets of a served pod, the status of all pods
+//!      ◀──────  requests: sockets of a served pod or of the node, the status of all pods
 //! ```
 //!
 //! The proxy process parses what peers send. It names a pod that it serves. It cannot name a
