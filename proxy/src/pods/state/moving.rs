@@ -20,8 +20,9 @@ pub(super) struct Moving {
     passed: HashMap<PodUid, (NamespaceId, Arc<PodFacts>)>,
     /// Pods that were passed and then removed, which the other process does not know yet.
     gone: BTreeMap<PodUid, Occupied>,
-    /// Removed pods that the other process knows of, but whose listeners it may still have.
-    releasing: BTreeMap<PodUid, Occupied>,
+    /// Removed pods that the other process knows of, but whose listeners it may still have, in the
+    /// order of their removal. A pod that is added again in another namespace can be removed again.
+    releasing: Vec<(PodUid, Occupied)>,
     /// The passed pods that the other process leaves alone.
     exempt: BTreeSet<PodUid>,
     /// The source is paused: no attempt starts, so that pods change no longer.
@@ -61,7 +62,8 @@ impl Moving {
 
     /// Whether the other process may have listeners of a removed pod in the namespace.
     pub(super) fn occupies(&self, namespace: NamespaceId) -> bool {
-        self.gone.values().chain(self.releasing.values()).any(|one| one.namespace == namespace)
+        let releasing = self.releasing.iter().map(|(_, occupied)| occupied);
+        self.gone.values().chain(releasing).any(|one| one.namespace == namespace)
     }
 
     /// Records that the pod has been removed. Another one of its uid and namespace may follow.
@@ -80,7 +82,7 @@ impl Pods {
     pub(in crate::pods) fn next_moved(&mut self) -> Option<Moved> {
         let moving = self.moving.get_or_insert_default();
         if let Some((uid, occupied)) = moving.gone.pop_first() {
-            moving.releasing.insert(uid.clone(), occupied);
+            moving.releasing.push((uid.clone(), occupied));
             return Some(Moved::Gone(uid));
         }
         let (uid, pod) = self.pods.iter().find_map(|(uid, entry)| {
@@ -111,10 +113,13 @@ impl Pods {
         self.moving.as_ref().is_some_and(has_gone)
     }
 
-    /// Records that the other process has closed the listeners of a removed pod.
+    /// Records that the other process has closed the listeners of a removed pod. If the pod was
+    /// removed several times, this is the end of the first removal in progress.
     pub(in crate::pods) fn released(&mut self, uid: &PodUid) {
-        if let Some(moving) = &mut self.moving {
-            moving.releasing.remove(uid);
+        if let Some(moving) = &mut self.moving
+            && let Some(first) = moving.releasing.iter().position(|(other, _)| other == uid)
+        {
+            moving.releasing.remove(first);
         }
     }
 

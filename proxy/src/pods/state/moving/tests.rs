@@ -117,6 +117,27 @@ async fn removed_pod_that_is_added_again_waits_for_its_release_and_is_passed_aga
 }
 
 #[tokio::test(start_paused = true)]
+async fn pod_removed_in_two_namespaces_keeps_rules_of_each_until_its_release() {
+    let enroller = FakeEnroller::default();
+    let (registry, uid) = (enroller.registry(), pod("a").uid);
+    let _open = add(&registry, "a").await;
+    assert_eq!(moved(&registry), ["a"]);
+    let mut first = std::pin::pin!(registry.remove(&uid).gone());
+    assert_eq!(moved(&registry), ["-a"]);
+    add(&registry, "a").await;
+    assert_eq!(moved(&registry), ["a"]);
+    let mut both = std::pin::pin!(registry.remove(&uid).gone());
+    assert_eq!(moved(&registry), ["-a"]);
+    timeout(Duration::from_secs(60), &mut first).await.expect_err("its rules are kept");
+    registry.released(&uid);
+    first.await;
+    timeout(Duration::from_secs(60), &mut both).await.expect_err("the second rules are kept");
+    registry.released(&uid);
+    both.await;
+    assert!(!registry.has_gone());
+}
+
+#[tokio::test(start_paused = true)]
 async fn removed_pod_that_drains_delays_freeze_and_completion() {
     let (enroller, wait) = (FakeEnroller::default(), Duration::from_secs(60));
     let registry = enroller.registry();
