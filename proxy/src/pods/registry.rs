@@ -32,6 +32,8 @@ struct Shared {
     pods: Mutex<Pods>,
     /// Wakes the task after a change.
     changed: Notify,
+    /// Wakes a take-over after a change, while it has removed pods that are not released.
+    has_gone: Notify,
     served_addresses: watch::Sender<BTreeSet<IpAddr>>,
 }
 
@@ -68,6 +70,7 @@ impl PodRegistry {
         let shared = Shared {
             pods: Mutex::default(),
             changed: Notify::new(),
+            has_gone: Notify::new(),
             served_addresses: watch::Sender::default(),
         };
         let registry = Self(Arc::new(shared));
@@ -146,8 +149,14 @@ impl PodRegistry {
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Pods) -> T) -> T {
-        let result = change(&mut self.pods());
+        let mut pods = self.pods();
+        let result = change(&mut pods);
+        let has_gone = pods.has_gone();
+        drop(pods);
         self.0.changed.notify_one();
+        if has_gone {
+            self.0.has_gone.notify_one();
+        }
         result
     }
 

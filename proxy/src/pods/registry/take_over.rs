@@ -32,6 +32,13 @@ impl PodRegistry {
         self.pods().has_gone()
     }
 
+    /// Waits until the other process may have the listeners of a removed pod. Cancel-safe.
+    pub(in crate::pods) async fn wait_for_gone(&self) {
+        while !self.has_gone() {
+            self.0.has_gone.notified().await;
+        }
+    }
+
     /// Whether the pod is served and has a certificate, or needs none.
     pub(in crate::pods) async fn has_certificate(&self, uid: &PodUid) -> bool {
         let certificate = self.pods().served(uid).map(EnrolledPod::has_certificate);

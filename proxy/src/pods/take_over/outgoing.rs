@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use underpass_config::PodUid;
 
 use super::{
@@ -21,9 +21,6 @@ use crate::process::take_over::{PREPARE_TIMEOUT, Reply, SWITCH_TIMEOUT, Subject}
 /// Timeout for the source to finish its work in progress, and for removed pods to drain, below that
 /// of the new process.
 const SOURCE_TIMEOUT: Duration = Duration::from_secs(6);
-
-/// The interval of checks for removed pods while the source finishes its work.
-const REMOVAL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The pods of a node, while another process takes them over.
 #[derive(Debug)]
@@ -88,13 +85,6 @@ impl OutgoingPods {
         Some(Reply::done())
     }
 
-    /// Waits until the other process must learn that a pod has been removed.
-    async fn pod_removed(&self) {
-        while !self.registry.has_gone() {
-            sleep(REMOVAL_INTERVAL).await;
-        }
-    }
-
     /// Pauses the source, then the registry, so that the requests in progress are finished.
     ///
     /// The source may wait for a removed pod in whose namespace the other process still has
@@ -103,7 +93,7 @@ impl OutgoingPods {
         let deadline = Instant::now() + SOURCE_TIMEOUT;
         let paused = tokio::select! {
             biased;
-            () = self.pod_removed() => return Reply::new(AGAIN.to_owned()),
+            () = self.registry.wait_for_gone() => return Reply::new(AGAIN.to_owned()),
             paused = timeout_at(deadline, self.source.pause()) => paused,
         };
         let Ok(paused) = paused else {
