@@ -5,7 +5,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 use underpass_config::{Settings, TakeOver};
 use underpass_interception::{Handover, Peer, ProxyUser};
 
@@ -56,8 +56,8 @@ enum ConversationError {
     UntrustedUser(u32),
     #[error("the other process has a different role")]
     Refused,
-    #[error("no request within {} s after \"{after}\"", deadline.as_secs())]
-    Late { after: String, deadline: Duration },
+    #[error("no request within {} s after \"{after}\"", limit.as_secs())]
+    Late { after: String, limit: Duration },
     #[error("the connection was closed before \"{wanted}\"")]
     Closed { wanted: &'static str },
     #[error("received \"{message}\" instead of \"{wanted}\"")]
@@ -66,16 +66,6 @@ enum ConversationError {
     Incomplete,
     #[error("the connection failed")]
     Io(#[from] io::Error),
-}
-
-impl ConversationError {
-    /// Names the whole time for a request that was late.
-    fn within(self, deadline: Duration) -> Self {
-        match self {
-            Self::Late { after, .. } => Self::Late { after, deadline },
-            other => other,
-        }
-    }
 }
 
 impl TakeoverServer {
@@ -165,7 +155,8 @@ impl TakeoverServer {
         peer: Peer,
         subject: &mut impl Subject,
     ) -> Result<(), ConversationError> {
-        let role = receive(conversation, HELLO, "connecting", ANSWER_TIMEOUT).await?;
+        let role =
+            receive(conversation, HELLO, "connecting", Instant::now(), ANSWER_TIMEOUT).await?;
         if !peer.is_trusted() {
             conversation
                 .send(&format!("{REFUSED} only root and the proxy's user may take over"), &[])
@@ -190,7 +181,7 @@ impl TakeoverServer {
         prepare(conversation, subject).await?;
         subject.pause().await;
         conversation.send(OK, &[]).await?;
-        let message = receive(conversation, READY, ACCEPT, SWITCH_TIMEOUT).await?;
+        let message = receive(conversation, READY, ACCEPT, Instant::now(), SWITCH_TIMEOUT).await?;
         if message != READY {
             return Err(ConversationError::UnexpectedMessage { message, wanted: READY });
         }
@@ -210,9 +201,7 @@ async fn prepare<S: Subject>(
     let mut progress = Instant::now();
     loop {
         let limit = subject.timeout();
-        let left = limit.saturating_sub(progress.elapsed());
-        let received = receive(conversation, S::REQUESTS, &after, left).await;
-        let message = received.map_err(|error| error.within(limit))?;
+        let message = receive(conversation, S::REQUESTS, &after, progress, limit).await?;
         if message == ACCEPT {
             return Ok(());
         }
@@ -254,14 +243,16 @@ async fn bind_control_socket(settings: &Settings) -> Result<Option<ControlSocket
     }
 }
 
+/// Receives a message, at most `limit` after the message `after`, whose time is `since`.
 async fn receive(
     conversation: &Handover,
     wanted: &'static str,
     after: &str,
-    deadline: Duration,
+    since: Instant,
+    limit: Duration,
 ) -> Result<String, ConversationError> {
-    match timeout(deadline, conversation.receive()).await {
-        Err(_) => Err(ConversationError::Late { after: after.to_owned(), deadline }),
+    match timeout_at(since + limit, conversation.receive()).await {
+        Err(_) => Err(ConversationError::Late { after: after.to_owned(), limit }),
         Ok(Ok(Some((line, _)))) => Ok(line),
         Ok(Ok(None)) => Err(ConversationError::Closed { wanted }),
         Ok(Err(error)) if error.kind() == ErrorKind::UnexpectedEof => {
