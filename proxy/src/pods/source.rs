@@ -87,6 +87,11 @@ impl PauseRequests {
 }
 
 impl PauseRequest {
+    /// Waits until the pause is no longer requested. Cancel-safe.
+    pub(crate) async fn withdrawn(&mut self) {
+        self.state.closed().await;
+    }
+
     /// Passes the state of the source, and waits until the source may continue.
     pub(crate) async fn pause(self, state: SourceState) {
         // Fails if the other process has failed meanwhile.

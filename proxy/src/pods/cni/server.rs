@@ -77,10 +77,11 @@ pub(super) async fn serve(
                 }
             },
             _ = sweep.tick() => ledger.sweep(),
-            request = pauses.next() => {
-                finish(&mut tasks).await;
-                pause(request, &mut socket).await;
-            }
+            mut request = pauses.next() => tokio::select! {
+                () = finish(&mut tasks) => pause(request, &mut socket).await,
+                // A call can wait for a pod that the other process must release first.
+                () = request.withdrawn() => {}
+            },
             Some(_) = tasks.join_next() => {}
         }
     }

@@ -264,6 +264,24 @@ async fn new_process_continues_with_socket_and_pods() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn call_continues_after_pause_request_is_withdrawn() {
+    let daemon = Daemon::start().await;
+    let uid = attached("web", &[]).pod.uid;
+    let release = daemon.enroller.hold_next(&uid);
+    let adding = daemon.connect().await;
+    adding.send(&add("web").encode(), &[namespace("uts").as_fd()]).await.unwrap();
+    while daemon.enroller.attempts(&uid) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let paused = timeout(Duration::from_secs(1), daemon.handle.pause()).await;
+    paused.expect_err("the call is not finished");
+    sleep(2 * FINISH_TIMEOUT).await;
+    release.send(()).unwrap();
+    let (answer, _) = adding.receive().await.unwrap().unwrap();
+    assert_eq!(Answer::decode(&answer).unwrap(), Answer::Done);
+}
+
+#[tokio::test(start_paused = true)]
 async fn call_that_is_not_finished_in_time_is_undone() {
     let mut daemon = Daemon::start().await;
     let uid = attached("web", &[]).pod.uid;
