@@ -12,6 +12,7 @@
 mod binary;
 mod control_plane;
 mod counters;
+mod load;
 mod mesh;
 mod metrics;
 mod or_fail;
@@ -32,6 +33,7 @@ pub use control_plane::{
     response,
 };
 pub use counters::Counters;
+pub use load::Load;
 pub use mesh::Mesh;
 pub use metrics::{Metrics, http_get};
 pub use peers::{

@@ -1,13 +1,13 @@
 //! Hot restarts while connections are opened, and while a download runs.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinHandle;
 use tokio::time::interval;
-use underpass_tests::{APP, Family, Server, until, within};
+use underpass_tests::{APP, Family, Load, Server, within};
 
 use crate::scene::{Mode, Scene, child, is_running};
 
@@ -68,46 +68,13 @@ impl Download {
     }
 }
 
-/// Opens connections in a loop until it is ended; every one must succeed.
-struct Load {
-    stop: Arc<AtomicBool>,
-    done: Arc<AtomicUsize>,
-    clients: Vec<JoinHandle<()>>,
-}
-
-impl Load {
-    fn start(scene: &Arc<Scene>, clients: usize) -> Self {
-        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let client = |_| {
-            let (scene, stop, done) = (scene.clone(), stop.clone(), done.clone());
-            tokio::spawn(async move {
-                while !stop.load(Relaxed) {
-                    scene.echoed().await;
-                    done.fetch_add(1, Relaxed);
-                }
-            })
-        };
-        let clients = (0..clients).map(client).collect();
-        Self { stop, done, clients }
-    }
-
-    /// Waits until `more` further connections were served.
-    async fn serve_more(&self, more: usize) {
-        let goal = self.done.load(Relaxed) + more;
-        until("connections are served", async || {
-            tokio::task::yield_now().await;
-            self.done.load(Relaxed) >= goal
-                || self.clients.iter().any(|client| client.is_finished())
-        })
-        .await;
-    }
-
-    async fn end(self) {
-        self.stop.store(true, Relaxed);
-        for client in self.clients {
-            client.await.expect("every connection is served");
-        }
-    }
+/// Opens connections from `a` to the echo in `b` in a loop; every one must succeed.
+fn start_load(scene: &Arc<Scene>, clients: usize) -> Load {
+    let scene = scene.clone();
+    Load::start(clients, move || {
+        let scene = scene.clone();
+        async move { scene.echoed().await }
+    })
 }
 
 pub(crate) async fn under_load(mode: Mode) {
@@ -115,7 +82,7 @@ pub(crate) async fn under_load(mode: Mode) {
     let mut daemon = scene.daemon(mode).await;
     let scene = Arc::new(scene);
     let _echo = Server::echo(&scene.b, APP);
-    let load = Load::start(&scene, 4);
+    let load = start_load(&scene, 4);
     let (mut drained, mut downloads) = (Vec::new(), Vec::new());
     for _ in 0..3 {
         if downloads.is_empty() {
@@ -148,7 +115,7 @@ pub(crate) async fn changed_mode() {
     let mut daemon = scene.daemon(Mode::Broker).await;
     let scene = Arc::new(scene);
     let _echo = Server::echo(&scene.b, APP);
-    let load = Load::start(&scene, 2);
+    let load = start_load(&scene, 2);
     for mode in [Mode::OneProcess, Mode::Broker] {
         load.serve_more(10).await;
         let new = scene.start_successor(&mut daemon, mode).await;

@@ -7,13 +7,12 @@ mod failures;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 use nix::sys::signal::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use underpass_tests::{
-    APP, End, Family, Pod, Proxy, Scene, Server, Settings, Suite, exchange, http_get, read_to_end,
-    within,
+    APP, End, Family, Load, Pod, Proxy, Scene, Server, Settings, Suite, exchange, http_get,
+    read_to_end, within,
 };
 
 fn main() -> ExitCode {
@@ -87,58 +86,20 @@ async fn old_process_exits() {
     scene.connected(Family::V4).await;
 }
 
-/// Opens connections in a loop until stopped. Every one must succeed.
-struct Load {
-    stop: Arc<AtomicBool>,
-    done: Arc<AtomicUsize>,
-    clients: Vec<tokio::task::JoinHandle<()>>,
-}
-
-impl Load {
-    fn start(scene: &Arc<Scene>, clients: usize) -> Self {
-        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let client = |_| {
-            let (scene, stop, done) = (scene.clone(), stop.clone(), done.clone());
-            tokio::spawn(async move {
-                while !stop.load(Relaxed) {
-                    scene.echoed().await;
-                    done.fetch_add(1, Relaxed);
-                }
-            })
-        };
-        let clients = (0..clients).map(client).collect();
-        Self { stop, done, clients }
-    }
-
-    /// Waits until `more` further connections were served.
-    async fn await_connections(&self, more: usize) {
-        let goal = self.done.load(Relaxed) + more;
-        underpass_tests::until("connections are served", async || {
-            tokio::task::yield_now().await;
-            self.done.load(Relaxed) >= goal
-                || self.clients.iter().any(|client| client.is_finished())
-        })
-        .await;
-    }
-
-    async fn end(self) {
-        self.stop.store(true, Relaxed);
-        for client in self.clients {
-            client.await.expect("every connection is served");
-        }
-    }
-}
-
 async fn repeated_takeovers() {
     let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
     let _echo = Server::echo(&scene.server, APP);
     let scene = Arc::new(scene);
-    let load = Load::start(&scene, 8);
+    let connecting = scene.clone();
+    let load = Load::start(8, move || {
+        let scene = connecting.clone();
+        async move { scene.echoed().await }
+    });
     for _ in 0..4 {
-        load.await_connections(30).await;
+        load.serve_more(30).await;
         let new = start_successor(&scene.client, &mut client_proxy, &scene.client_settings()).await;
         let mut old = std::mem::replace(&mut client_proxy, new);
-        load.await_connections(30).await;
+        load.serve_more(30).await;
         let new = start_successor(&scene.server, &mut server_proxy, &scene.server_settings()).await;
         let mut old_server = std::mem::replace(&mut server_proxy, new);
         assert!(old.ended().await.success(), "{}", old.log());
@@ -146,7 +107,7 @@ async fn repeated_takeovers() {
         assert_eq!(old.count(&["connection failed"]), 0, "{}", old.log());
         assert_eq!(old_server.count(&["connection failed"]), 0, "{}", old_server.log());
     }
-    load.await_connections(30).await;
+    load.serve_more(30).await;
     load.end().await;
 }
 
