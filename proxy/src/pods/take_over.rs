@@ -9,8 +9,9 @@
 //! (tests the rules)                                                   │
 //! served UID          ──>  (or "resume UID" after a failure, or       │
 //!                          "exempt UID" for a pod to be left alone)   ┘
-//! next …                   pods that changed meanwhile
-//! released UID        ──>  enrols another pod in the namespace of one that is gone
+//! next …                   pods that changed meanwhile; also asked while attempts run
+//! released UID        ──>  removes the rules of a pod that is gone, and may enrol another pod in
+//!                          its namespace
 //! source              ──>  pauses the source; its state and descriptors; "again" if `next` comes
 //!                          first
 //! next …                   pods that changed until then, and pods that are not served

@@ -67,6 +67,7 @@ impl Moving {
     }
 
     /// Records that the pod has been removed. Another one of its uid and namespace may follow.
+    /// Returns the release of its namespace by the other process, before which its rules stay.
     pub(super) fn removed(&mut self, uid: &PodUid) -> Release {
         self.exempt.remove(uid);
         let Some((namespace, _)) = self.passed.remove(uid) else { return Release::default() };
