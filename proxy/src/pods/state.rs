@@ -122,6 +122,12 @@ struct Leaving {
     gone: Vec<oneshot::Sender<()>>,
 }
 
+impl Leaving {
+    fn new(facts: &PodFacts, why: LeaveReason) -> Self {
+        Self { uid: facts.uid.clone(), pod: facts.full_name(), why, gone: Vec::new() }
+    }
+}
+
 impl Entry {
     fn namespace(&self) -> Option<NamespaceId> {
         match &self.phase {
@@ -356,9 +362,8 @@ impl Pods {
                         entry.answer(&Ok(()));
                     }
                     Err(why) => {
-                        let name = entry.facts.full_name();
+                        let leaving = Leaving::new(&entry.facts, why);
                         self.queue_again(now, &uid);
-                        let leaving = Leaving { uid, pod: name, why, gone: Vec::new() };
                         self.leave(id, leaving, pod, Release::default());
                     }
                 }
@@ -453,18 +458,16 @@ impl Pods {
         if let Some(namespace) = entry.namespace() {
             self.pod_by_namespace.remove(&namespace);
         }
-        let pod = entry.facts.full_name();
+        let leaving = Leaving::new(&entry.facts, why);
         match entry.phase {
             Phase::Waiting { turn, .. } => {
                 self.queue.remove(&turn);
             }
             Phase::Enrolling { namespace, .. } => {
-                let leaving = Leaving { uid: uid.clone(), pod, why, gone: Vec::new() };
                 self.leaving.insert(namespace.id(), leaving);
             }
-            Phase::Serving { namespace, pod: served } => {
-                let leaving = Leaving { uid: uid.clone(), pod, why, gone: Vec::new() };
-                self.leave(namespace.id(), leaving, served, release);
+            Phase::Serving { namespace, pod } => {
+                self.leave(namespace.id(), leaving, pod, release);
             }
             Phase::Exempt(_) | Phase::Failed => {}
         }
