@@ -55,7 +55,7 @@ pub(crate) struct DnsService {
     waiting: Arc<Semaphore>,
     pub(super) connections: Arc<Semaphore>,
     /// Limits the queries to the pod's servers, which are those of its neighbours too.
-    pace: Mutex<Pace>,
+    rate: Option<Mutex<Rate>>,
     failures: FailureLog,
 }
 
@@ -69,24 +69,6 @@ struct ResolverSource {
     of_pod: Mutex<Option<(Arc<ResolvConf>, Arc<ResolvConf>)>>,
     /// The maximum number of queries to servers per second; `None`: unlimited.
     per_second: Option<u32>,
-}
-
-/// Refuses queries that exceed a rate.
-#[derive(Debug)]
-struct Pace {
-    rate: Option<Rate>,
-    /// The time before which every query is refused.
-    exhausted: Option<Instant>,
-}
-
-impl Pace {
-    fn admit(&mut self) -> bool {
-        if self.exhausted.is_some_and(|until| Instant::now() < until) {
-            return false;
-        }
-        self.exhausted = self.rate.as_mut().and_then(Rate::take);
-        true
-    }
 }
 
 /// The parts of a query that the response of a server depends on.
@@ -130,8 +112,7 @@ impl DnsService {
         let limits = [MAX_OUTSTANDING, MAX_WAITING, MAX_CONNECTIONS];
         let [outstanding, waiting, connections] =
             limits.map(|limit| Arc::new(Semaphore::new(limit)));
-        let pace = Pace { rate: resolver.per_second.map(Rate::new), exhausted: None };
-        let pace = Mutex::new(pace);
+        let rate = resolver.per_second.map(Rate::new).map(Mutex::new);
         Arc::new(Self {
             view,
             mesh,
@@ -143,7 +124,7 @@ impl DnsService {
             outstanding,
             waiting,
             connections,
-            pace,
+            rate,
             failures,
         })
     }
@@ -317,7 +298,9 @@ impl DnsService {
 
     /// Whether one more query to a server is within the rate.
     fn admit(&self) -> bool {
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner).admit()
+        let take =
+            |rate: &Mutex<Rate>| rate.lock().unwrap_or_else(PoisonError::into_inner).try_take();
+        self.rate.as_ref().is_none_or(take)
     }
 }
 

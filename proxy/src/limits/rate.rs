@@ -1,19 +1,20 @@
-//! Limits the rate of accepted connections by a token bucket.
+//! Limits a rate by a token bucket: of accepted connections, and of queries to DNS servers.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The bucket holds the tokens of one tenth of a second, because connections arrive in bursts.
+/// The bucket holds the tokens of one tenth of a second, because connections and queries arrive in
+/// bursts.
 const BURST: u32 = 10;
 
-/// The token bucket of one listener.
+/// The token bucket of one listener, or of the queries of one pod.
 #[derive(Debug)]
 pub(crate) struct Rate {
     interval: Duration,
-    /// The maximum time by which a connection may precede the even rate.
+    /// The maximum time by which a token may be taken before it is due.
     early: Duration,
-    /// The time of the next connection at an even rate.
+    /// The time of the next token at an even rate.
     due: Instant,
 }
 
@@ -28,6 +29,20 @@ impl Rate {
     pub(crate) fn take(&mut self) -> Option<Instant> {
         let now = Instant::now();
         self.due = self.due.max(now) + self.interval;
+        self.next_after(now)
+    }
+
+    /// Takes a token; `false` if there is none.
+    pub(crate) fn try_take(&mut self) -> bool {
+        let has_token = self.next_after(Instant::now()).is_none();
+        if has_token {
+            self.take();
+        }
+        has_token
+    }
+
+    /// The time of the next token; `None` if there is one at `now`.
+    fn next_after(&self, now: Instant) -> Option<Instant> {
         self.due.checked_sub(self.early).filter(|next| *next > now)
     }
 }
