@@ -82,7 +82,7 @@ impl Failure<'_> {
             Self::Upstream(_) => {
                 "check the servers in dns.resolv_conf, and whether the pod reaches them"
             }
-            Self::Lookup(_) => "check the connection to the control plane",
+            Self::Lookup(error) => error.hint(),
             Self::Rate => {
                 "look for an application that asks too much, or raise dns.queries_per_second"
             }

@@ -7,7 +7,6 @@ use underpass_config::Hint;
 use super::ProxyError;
 use crate::decide::authorization::Denial;
 use crate::limits::Refusal;
-use crate::mesh::on_demand::LookupError;
 
 impl Hint for ProxyError {
     fn hint(&self) -> Option<Cow<'static, str>> {
@@ -30,12 +29,7 @@ impl Hint for ProxyError {
             Self::WorkloadNotSent { .. } => {
                 "add the workload to the control plane's mesh: one of mesh.file is not enough"
             }
-            Self::Lookup(LookupError::Unanswered { .. }) => {
-                "check that the control plane answers (underpass_control_plane_connected)"
-            }
-            Self::Lookup(LookupError::TooMany | LookupError::TooManyOfPod) => {
-                "check for a client that scans addresses"
-            }
+            Self::Lookup(error) => error.hint(),
             Self::TooManyHandshakes(_) => {
                 "check for a storm of connections or for a client that never finishes them, or raise \
                  limits.handshakes_per_source"

@@ -41,6 +41,19 @@ pub(crate) enum LookupError {
     TooManyOfPod,
 }
 
+impl LookupError {
+    pub(crate) fn hint(&self) -> &'static str {
+        match self {
+            Self::Unanswered { .. } => {
+                "check that the control plane answers (underpass_control_plane_connected)"
+            }
+            Self::TooMany | Self::TooManyOfPod => {
+                "check for a client that scans addresses or names"
+            }
+        }
+    }
+}
+
 /// The lookups of the process, as one pod uses them. Without lookups on demand every lookup is
 /// answered at once.
 #[derive(Debug, Clone, Default)]
