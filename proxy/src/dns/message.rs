@@ -334,7 +334,8 @@ impl Layout {
     pub(super) fn read(message: &[u8]) -> Option<Self> {
         let mut reader = Reader { bytes: message, at: 0 };
         let [1, answers, authorities, additionals] = reader.header()?.counts else { return None };
-        reader.name()?;
+        // The first name has no earlier name to point to: it is not compressed.
+        reader.skip_name()?;
         reader.take(4)?;
         let question = reader.at;
         let mut records =
