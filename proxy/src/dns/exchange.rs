@@ -66,14 +66,15 @@ async fn by_udp(
     let (id, mut message) = (random_id(), message.to_vec());
     message::set_id(&mut message, id);
     socket.send(&message).await?;
-    let mut buffer = vec![0; query.udp_limit().max(MIN_BUFFER)];
+    // A client may announce 64 KiB. The memory is not touched before the response arrives.
+    let mut response: Vec<u8> = Vec::with_capacity(query.udp_limit().max(MIN_BUFFER));
     loop {
-        let length = socket.recv(&mut buffer).await?;
-        // A guess of another sender, or an answer that is not whole: the right one may follow.
-        if buffer.get(..length).is_some_and(|response| query.is_answered_by(response, id)) {
-            buffer.truncate(length);
-            return Ok(buffer);
+        socket.recv_buf(&mut response).await?;
+        if query.is_answered_by(&response, id) {
+            return Ok(response);
         }
+        // A guess of another sender, or an answer that is not whole: the right one may follow.
+        response.clear();
     }
 }
 
