@@ -82,6 +82,19 @@ struct Question {
 /// `None`: no server has answered.
 type Running = Shared<BoxFuture<'static, Option<Answered>>>;
 
+/// The entry of a query in `DnsService::running`. Removes it when dropped, also after a panic: a
+/// later equal query must not wait for one that has ended.
+struct RunningEntry {
+    service: Arc<DnsService>,
+    question: Question,
+}
+
+impl Drop for RunningEntry {
+    fn drop(&mut self) {
+        self.service.running().remove(&self.question);
+    }
+}
+
 /// The response of a server.
 #[derive(Debug, Clone)]
 struct Answered {
@@ -394,28 +407,28 @@ impl Forward {
         }
         let (service, query) = (self.service.clone(), self.query.clone());
         let (settings, message) = (self.settings.clone(), message.clone());
-        let asked = question.clone();
+        let entry =
+            question.clone().map(|question| RunningEntry { service: service.clone(), question });
         let transport = if settings.use_tcp { Transport::Tcp } else { client };
         let asking = async move {
             let began = Instant::now();
             let outcome = service.upstream.ask(&settings, transport, &query, &message).await;
             service.failures.exchanged(&query, client, began, &outcome);
+            let key = entry.as_ref().map(|entry| &entry.question.key);
             if report::is_failure(&outcome) {
-                service.failed(asked.as_ref().map(|asked| &asked.key));
+                service.failed(key);
             }
-            let outcome = outcome.ok().map(|message| service.store(asked.as_ref(), message));
-            if let Some(asked) = &asked {
-                service.running().remove(asked);
-            }
-            drop(permit);
+            let outcome = outcome.ok().map(|message| service.store(key, message));
+            drop((entry, permit));
             outcome
         };
         let asking = asking.boxed().shared();
-        // It ends also if no client waits any longer, so that the response is stored.
-        tokio::spawn(log_panic("query to a DNS server", asking.clone()));
         if let Some(question) = question {
             running.insert(question, asking.clone());
         }
+        drop(running);
+        // It ends also if no client waits any longer, so that the response is stored.
+        tokio::spawn(log_panic("query to a DNS server", asking.clone()));
         Ok((asking, true))
     }
 
@@ -461,9 +474,9 @@ impl Forward {
 }
 
 impl DnsService {
-    fn store(&self, asked: Option<&Question>, message: Vec<u8>) -> Answered {
-        let stored = asked.and_then(|_| StoredResponse::new(message.clone())).map(Arc::new);
-        if let (Some(Question { key, .. }), Some(stored)) = (asked, &stored) {
+    fn store(&self, key: Option<&Key>, message: Vec<u8>) -> Answered {
+        let stored = key.and_then(|_| StoredResponse::new(message.clone())).map(Arc::new);
+        if let (Some(key), Some(stored)) = (key, &stored) {
             self.cache().insert(key.clone(), stored.clone(), Instant::now());
         }
         Answered { message: message.into(), stored }

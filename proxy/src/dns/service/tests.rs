@@ -1,6 +1,7 @@
 //! Tests of the service with scripted servers and paused time.
 
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 
 use futures_util::future::join_all;
 use metrics_exporter_prometheus::PrometheusBuilder;
@@ -163,6 +164,14 @@ async fn equal_queries_wait_for_one_answer() {
     let asked = join_all((0..100).map(|_| scene.ask("other.example", A))).await;
     assert!(asked.iter().all(|answer| *answer == ("NOERROR", 1, 60, 1)), "{asked:?}");
     assert!(scene.service.running().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn query_that_panicked_is_asked_again() {
+    let scene = Scene::new(Script::Panics);
+    AssertUnwindSafe(scene.ask("other.example", A)).catch_unwind().await.unwrap_err();
+    scene.script(ANSWERS);
+    assert_eq!(scene.ask("other.example", A).await, ("NOERROR", 1, 60, 2));
 }
 
 #[tokio::test(start_paused = true)]

@@ -16,6 +16,7 @@ pub(crate) enum Script {
     AnswersUnusually(Duration),
     Drops,
     Refuses,
+    Panics,
 }
 
 /// Servers by address, and the queries that they have received.
@@ -62,6 +63,7 @@ impl Exchange for ScriptedExchange {
                 }
                 Script::Drops => std::future::pending().await,
                 Script::Refuses => Err(io::ErrorKind::ConnectionRefused.into()),
+                Script::Panics => panic!("a scripted panic"),
             }
         }
         .boxed()
