@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout};
 use underpass_config::{Hint, IpFamilies, Name};
 
 use crate::decide::route::NextHop;
-use crate::dns::cache::MAX_STALE;
+use crate::dns::cache::{MAX_STALE, STALE_WAIT};
 use crate::dns::lookup::{Addresses, HostLookup, LookupError};
 
 /// The limits of the lifetime of cached addresses, which is their TTL: it spares the servers, and a
@@ -30,9 +30,6 @@ const MAX_LOOKUP_TIME: Duration = Duration::from_secs(30);
 /// The lifetime of a cached failure: it spares an overloaded resolver, and delays recovery only
 /// briefly.
 const FAILURE_CACHE_TIME: Duration = Duration::from_secs(2);
-/// How long a connection waits for a lookup while it has stale addresses (RFC 8767 section 5:
-/// client response timer).
-const ATTEMPT_TIMEOUT: Duration = Duration::from_millis(1800);
 /// The maximum number of cached names.
 const MAX_NAMES: usize = 4096;
 
@@ -132,7 +129,7 @@ impl Resolver {
             }
             CacheLookup::Pending { turn, lookup, stale } => (turn, lookup, stale),
         };
-        let wait = if stale.is_some() { deadline.min(ATTEMPT_TIMEOUT) } else { deadline };
+        let wait = if stale.is_some() { deadline.min(STALE_WAIT) } else { deadline };
         let error = match timeout(wait, pending.clone()).await {
             Ok(found) => {
                 self.store(hostname, &pending, &found);

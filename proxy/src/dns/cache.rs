@@ -19,6 +19,9 @@ const MAX_NEGATIVE: Duration = Duration::from_secs(30);
 /// How long expired responses are used while no server answers: time to repair a server. RFC 8767
 /// section 5 allows days, but addresses of workloads are reassigned sooner.
 pub(crate) const MAX_STALE: Duration = Duration::from_mins(15);
+/// How long a client waits for a server while there is a stale response (RFC 8767 section 5: client
+/// response timer).
+pub(crate) const STALE_WAIT: Duration = Duration::from_millis(1800);
 /// How long after a failed query expired responses are used at once, while the servers are asked
 /// (RFC 8767 section 5: failure recheck timer).
 pub(super) const RECHECK: Duration = Duration::from_secs(30);

@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout};
 use underpass_config::{Ipv6, Settings};
 use underpass_hbone::log_panic;
 
-use super::cache::{Cache, Cached, Key, Stale};
+use super::cache::{Cache, Cached, Key, STALE_WAIT, Stale};
 use super::exchange::SocketExchange;
 use super::mesh::{self, PodView};
 use super::message::{self, CLASS_IN, Malformed, Query, RecordType, ResponseCode};
@@ -26,9 +26,6 @@ use crate::mesh::on_demand::{Lookups, Wait};
 use crate::node::Node;
 use crate::node::pod::Pod;
 
-/// How long a client waits for a server while there is a stale response (RFC 8767 section 5: client
-/// response timer).
-const STALE_WAIT: Duration = Duration::from_millis(1800);
 /// How long a query waits for a lookup on demand: less than the timeout of any resolver.
 const LOOKUP_WAIT: Duration = Duration::from_secs(1);
 /// The maximum number of queries of a pod that wait for its servers.

@@ -155,7 +155,7 @@ async fn uses_stale_addresses_when_lookup_fails_or_is_slow() {
     advance(FAILURE_CACHE_TIME).await;
     let begun = Instant::now();
     assert_eq!(resolve(&resolver).await.unwrap(), "10.0.0.1:80");
-    assert_eq!(begun.elapsed(), ATTEMPT_TIMEOUT);
+    assert_eq!(begun.elapsed(), STALE_WAIT);
     advance(MAX_STALE).await;
     let error = resolve(&resolver).await.unwrap_err();
     assert!(matches!(error, ResolveError::Timeout { .. }), "{error}");
