@@ -19,7 +19,7 @@ use underpass_config::{Hint, IpFamilies, Name};
 
 use crate::decide::route::NextHop;
 use crate::dns::cache::{MAX_STALE, STALE_WAIT};
-use crate::dns::lookup::{Addresses, HostLookup, LookupError};
+use crate::dns::lookup::{Addresses, HostLookup, HostLookupError};
 
 /// The limits of the lifetime of cached addresses, which is their TTL: it spares the servers, and a
 /// changed address is used soon.
@@ -37,7 +37,7 @@ const MAX_NAMES: usize = 4096;
 #[derive(Debug, Error)]
 pub(crate) enum ResolveError {
     #[error("cannot look up {hostname}")]
-    Lookup { hostname: Name, source: Arc<LookupError> },
+    Lookup { hostname: Name, source: Arc<HostLookupError> },
     #[error("no answer from the resolver for {hostname} within {} s", after.as_secs_f32())]
     Timeout { hostname: Name, after: Duration },
     #[error("{hostname} has no address of the families in `ipFamilies` of its service")]
@@ -60,7 +60,7 @@ impl Hint for ResolveError {
 type Lookup = Box<dyn Fn(Name) -> BoxFuture<'static, LookupResult> + Send + Sync>;
 
 /// The result of a lookup, shared by all connections that wait for it.
-type LookupResult = Result<Addresses, Arc<LookupError>>;
+type LookupResult = Result<Addresses, Arc<HostLookupError>>;
 
 /// Resolves hostnames, with at most one lookup per name at a time.
 pub(crate) struct Resolver {
@@ -71,7 +71,7 @@ pub(crate) struct Resolver {
 /// The cached results of one name. Ages count from the start of the lookup.
 struct Entry {
     addresses: Option<(Addresses, Instant)>,
-    failure: Option<(Arc<LookupError>, Instant)>,
+    failure: Option<(Arc<HostLookupError>, Instant)>,
     /// The running lookup. It continues when the connection that started it is closed.
     pending: Option<(Shared<BoxFuture<'static, LookupResult>>, Instant)>,
     /// The time of the last request for this name.

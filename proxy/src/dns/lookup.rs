@@ -21,7 +21,7 @@ const LOCAL_TTL: Duration = Duration::from_secs(5);
 
 /// Why a hostname has no address.
 #[derive(Debug, Clone, Error)]
-pub(crate) enum LookupError {
+pub(crate) enum HostLookupError {
     #[error("it is not a domain name")]
     NotADomainName,
     #[error("it does not exist, or has no address")]
@@ -55,7 +55,7 @@ impl HostLookup {
     /// # Errors
     ///
     /// There is none, or no server has answered.
-    pub(crate) async fn addresses(&self, hostname: &str) -> Result<Addresses, LookupError> {
+    pub(crate) async fn addresses(&self, hostname: &str) -> Result<Addresses, HostLookupError> {
         if let Ok(address) = hostname.parse::<IpAddr>() {
             return Ok(([address.to_canonical()].into(), LOCAL_TTL));
         }
@@ -68,15 +68,19 @@ impl HostLookup {
         let settings = self.file.current();
         for name in candidates(hostname, &settings.search) {
             match self.of_name(&settings, &name).await {
-                Err(LookupError::NotFound) => {}
+                Err(HostLookupError::NotFound) => {}
                 outcome => return outcome,
             }
         }
-        Err(LookupError::NotFound)
+        Err(HostLookupError::NotFound)
     }
 
     /// The addresses of both families. Those of one suffice.
-    async fn of_name(&self, settings: &ResolvConf, name: &str) -> Result<Addresses, LookupError> {
+    async fn of_name(
+        &self,
+        settings: &ResolvConf,
+        name: &str,
+    ) -> Result<Addresses, HostLookupError> {
         let [v4, v6] = [RecordType::A, RecordType::AAAA];
         let found =
             tokio::join!(self.of_type(settings, name, v4), self.of_type(settings, name, v6));
@@ -85,7 +89,7 @@ impl HostLookup {
                 Ok((v4.iter().chain(&*v6).copied().collect(), one.min(other)))
             }
             (Ok(found), Err(_)) | (Err(_), Ok(found)) => Ok(found),
-            (Err(LookupError::NotFound), Err(error)) | (Err(error), Err(_)) => Err(error),
+            (Err(HostLookupError::NotFound), Err(error)) | (Err(error), Err(_)) => Err(error),
         }
     }
 
@@ -94,9 +98,9 @@ impl HostLookup {
         settings: &ResolvConf,
         name: &str,
         kind: RecordType,
-    ) -> Result<Addresses, LookupError> {
-        let message = query(name, kind).ok_or(LookupError::NotADomainName)?;
-        let query = Query::read(&message).map_err(|_| LookupError::NotADomainName)?;
+    ) -> Result<Addresses, HostLookupError> {
+        let message = query(name, kind).ok_or(HostLookupError::NotADomainName)?;
+        let query = Query::read(&message).map_err(|_| HostLookupError::NotADomainName)?;
         let (query, message) = (Arc::new(query), Arc::from(message));
         let is_tcp = settings.use_tcp && self.has_tcp;
         let first = if is_tcp { Transport::Tcp } else { Transport::Udp };
@@ -109,13 +113,13 @@ impl HostLookup {
         let code = message::code(&response);
         match code {
             ResponseCode::NO_ERROR => {}
-            ResponseCode::NAME_ERROR => return Err(LookupError::NotFound),
-            _ => return Err(LookupError::Response(code)),
+            ResponseCode::NAME_ERROR => return Err(HostLookupError::NotFound),
+            _ => return Err(HostLookupError::Response(code)),
         }
-        let stored = StoredResponse::new(response).ok_or(LookupError::Response(code))?;
+        let stored = StoredResponse::new(response).ok_or(HostLookupError::Response(code))?;
         let addresses = stored.addresses();
         if addresses.is_empty() {
-            return Err(LookupError::NotFound);
+            return Err(HostLookupError::NotFound);
         }
         let ttl = stored.ttl(kind).unwrap_or_default();
         Ok((addresses.into(), Duration::from_secs(ttl.into())))

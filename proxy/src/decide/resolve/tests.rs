@@ -52,7 +52,7 @@ impl Dns {
                 let answer = dns.answer.lock().unwrap().clone();
                 let ttl = *dns.ttl.lock().unwrap();
                 let found = answer.map(|answer| (answer.into(), ttl));
-                found.ok_or_else(|| Arc::new(LookupError::NotFound))
+                found.ok_or_else(|| Arc::new(HostLookupError::NotFound))
             }
             .boxed()
         })

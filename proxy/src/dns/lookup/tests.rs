@@ -45,7 +45,7 @@ async fn missing_name_is_looked_up_in_each_search_domain() {
     let missing = Script::Answers(ResponseCode::NAME_ERROR, Duration::from_millis(1));
     let (lookup, servers) = lookup(&folder, missing);
     let error = lookup.addresses("a.example").await.unwrap_err();
-    assert!(matches!(error, LookupError::NotFound), "{error}");
+    assert!(matches!(error, HostLookupError::NotFound), "{error}");
     assert_eq!(servers.asked(), 6);
     lookup.addresses("a.example.").await.unwrap_err();
     assert_eq!(servers.asked(), 8, "a final dot: no search");
