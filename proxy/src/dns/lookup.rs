@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::message::{self, CLASS_IN, Query, RD, RecordType, ResponseCode};
+use super::message::{self, CLASS_IN, Layout, Query, RD, RecordType, ResponseCode, is_truncated};
 use super::resolv_conf::ResolvConf;
 use super::resolv_file::ResolvFile;
-use super::response::{StoredResponse, Transport};
+use super::response::Transport;
 use super::upstream::{Upstream, UpstreamError};
 use super::{hosts, name};
 
@@ -106,8 +106,7 @@ impl HostLookup {
         let first = if is_tcp { Transport::Tcp } else { Transport::Udp };
         let mut response = self.upstream.ask(settings, first, &query, &message).await?;
         // Without TCP, the addresses in the truncated response suffice.
-        let is_truncated = message::flags(&response) & message::TC != 0;
-        if is_truncated && self.has_tcp && first == Transport::Udp {
+        if is_truncated(&response) && self.has_tcp && first == Transport::Udp {
             response = self.upstream.ask(settings, Transport::Tcp, &query, &message).await?;
         }
         let code = message::code(&response);
@@ -116,13 +115,15 @@ impl HostLookup {
             ResponseCode::NAME_ERROR => return Err(HostLookupError::NotFound),
             _ => return Err(HostLookupError::Response(code)),
         }
-        let stored = StoredResponse::new(response).ok_or(HostLookupError::Response(code))?;
-        let addresses = stored.addresses();
+        let layout = Layout::read(&response).ok_or(HostLookupError::Response(code))?;
+        let addresses = layout.addresses(&response);
         if addresses.is_empty() {
             return Err(HostLookupError::NotFound);
         }
-        let ttl = stored.ttl(kind).unwrap_or_default();
-        Ok((addresses.into(), Duration::from_secs(ttl.into())))
+        // A truncated response must not be cached (RFC 2181 section 9).
+        let ttls = layout.answers.iter().map(|answer| answer.ttl);
+        let ttl = if is_truncated(&response) { None } else { ttls.min() };
+        Ok((addresses.into(), Duration::from_secs(ttl.unwrap_or_default().into())))
     }
 }
 

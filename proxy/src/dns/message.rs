@@ -4,6 +4,7 @@
 //! The proxy passes on the messages of others as they are. So this module does not decode record
 //! data: it checks lengths and bounds only.
 
+use std::net::IpAddr;
 use std::ops::Range;
 
 use super::name::{DomainName, MAX_NAME};
@@ -246,6 +247,10 @@ pub(super) fn set_flags(message: &mut [u8], flags: u16) {
     write_u16(message, 2, flags);
 }
 
+pub(super) fn is_truncated(message: &[u8]) -> bool {
+    flags(message) & TC != 0
+}
+
 /// The response code in the header.
 pub(super) fn code(message: &[u8]) -> ResponseCode {
     ResponseCode(flags(message) & RCODE)
@@ -309,7 +314,7 @@ impl Record {
     }
 
     /// The address, if this is a record of an address.
-    pub(super) fn address(&self, message: &[u8]) -> Option<std::net::IpAddr> {
+    pub(super) fn address(&self, message: &[u8]) -> Option<IpAddr> {
         let data = message.get(self.data.clone())?;
         match RecordType(self.kind) {
             RecordType::A => <[u8; 4]>::try_from(data).ok().map(Into::into),
@@ -355,6 +360,11 @@ impl Layout {
     /// The end of the last record.
     pub(super) fn end(&self) -> usize {
         self.records().last().map_or(self.question, Record::end)
+    }
+
+    /// The addresses in the answers.
+    pub(super) fn addresses(&self, message: &[u8]) -> Vec<IpAddr> {
+        self.answers.iter().filter_map(|answer| answer.address(message)).collect()
     }
 
     /// How long a response without answers may be cached (RFC 2308 section 5); `None` without an

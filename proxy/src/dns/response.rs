@@ -220,14 +220,10 @@ impl StoredResponse {
         message::code(&self.message)
     }
 
-    pub(super) fn is_truncated(&self) -> bool {
-        message::flags(&self.message) & TC != 0
-    }
-
     /// How long the response may be used; `None` if it must not be cached.
     pub(super) fn ttl(&self, kind: RecordType) -> Option<u32> {
         let is_cacheable = matches!(self.code(), ResponseCode::NO_ERROR | ResponseCode::NAME_ERROR);
-        if !is_cacheable || self.is_truncated() {
+        if !is_cacheable || message::is_truncated(&self.message) {
             return None;
         }
         let layout = Layout::read(&self.message)?;
@@ -242,13 +238,6 @@ impl StoredResponse {
     /// Whether there is an answer of the requested type, not only an alias.
     pub(super) fn has_answer(&self, kind: RecordType) -> bool {
         Layout::read(&self.message).is_some_and(|layout| has_answer(&layout, kind))
-    }
-
-    /// The addresses in the answers.
-    pub(super) fn addresses(&self) -> Vec<IpAddr> {
-        let layout = Layout::read(&self.message);
-        let answers = layout.iter().flat_map(|layout| &layout.answers);
-        answers.filter_map(|answer| answer.address(&self.message)).collect()
     }
 
     pub(super) fn len(&self) -> usize {

@@ -12,7 +12,7 @@ use crate::dns::message::testing::{edns, query, record, response};
 pub(crate) enum Script {
     /// Answers with this code after this time.
     Answers(ResponseCode, Duration),
-    /// Answers with a record after the OPT record, which cannot be stored.
+    /// Answers with an additional record after the OPT record. The response cannot be stored.
     AnswersUnusually(Duration),
     Drops,
     Refuses,
@@ -58,8 +58,9 @@ impl Exchange for ScriptedExchange {
                 }
                 Script::AnswersUnusually(after) => {
                     sleep(after).await;
-                    let more = [edns(1232, false, &[]), record(1, 60, &server_number(server))];
-                    Ok(response(&message, 0, [&[], &[], &more]))
+                    let records = [record(1, 60, &server_number(server))];
+                    let more = [edns(1232, false, &[]), record(16, 60, &[0])];
+                    Ok(response(&message, 0, [&records, &[], &more]))
                 }
                 Script::Drops => std::future::pending().await,
                 Script::Refuses => Err(io::ErrorKind::ConnectionRefused.into()),
