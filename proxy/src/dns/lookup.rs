@@ -59,9 +59,9 @@ impl HostLookup {
         if let Ok(address) = hostname.parse::<IpAddr>() {
             return Ok(([address.to_canonical()].into(), LOCAL_TTL));
         }
-        // Without the file, there are no such names.
-        let hosts = fs::read_to_string(HOSTS).unwrap_or_default();
-        let local = hosts::addresses(&hosts, hostname);
+        // Without the file, there are no such names. A comment need not be UTF-8.
+        let hosts = fs::read(HOSTS).unwrap_or_default();
+        let local = hosts::addresses(&String::from_utf8_lossy(&hosts), hostname);
         if !local.is_empty() {
             return Ok((local.into(), LOCAL_TTL));
         }

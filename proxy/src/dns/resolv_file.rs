@@ -79,7 +79,7 @@ impl ResolvFile {
     /// The servers behind a resolver on the loopback interface.
     fn beyond_loopback(&self, settings: &ResolvConf) -> Option<ResolvConf> {
         let other = self.beyond_loopback.filter(|_| settings.is_loopback_only())?;
-        let other = ResolvConf::read(&fs::read_to_string(other).ok()?);
+        let other = ResolvConf::read(&String::from_utf8_lossy(&fs::read(other).ok()?));
         let is_usable = !other.servers.is_empty() && !other.is_loopback_only();
         is_usable.then(|| ResolvConf { search: settings.search.clone(), ..other })
     }
