@@ -1,9 +1,9 @@
-//! The settings of name resolution: the servers for names outside the mesh, their rate limit, and
-//! the domain of Kubernetes services.
+//! The settings of name resolution: the servers for names outside of the mesh, the limit of queries
+//! to them, and the domain of Kubernetes services.
 
 use std::path::PathBuf;
 
-/// The resolution of names.
+/// The settings `dns`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DnsSettings {
     /// A file in the format of resolv.conf(5) with the servers.

@@ -1,8 +1,9 @@
 //! DNS messages (RFC 1035, RFC 6891): reads queries, and finds the fields of responses that a
 //! forwarder changes.
 //!
-//! The proxy passes on the messages of others as they are. So this module does not decode record
-//! data: it checks lengths and bounds only.
+//! The proxy forwards the messages of others unchanged. So this module decodes only the record data
+//! that the proxy uses, addresses and the minimum of an SOA record; of other records it checks the
+//! lengths.
 
 use std::net::IpAddr;
 use std::ops::Range;

@@ -20,7 +20,7 @@ pub(super) fn with_buckets(builder: PrometheusBuilder) -> Result<PrometheusBuild
 
 pub(super) fn describe() {
     describe_counter!(REQUESTS, "DNS queries of applications, by type and protocol.");
-    describe_counter!(UPSTREAM, "DNS queries for a server of the pod, by type.");
+    describe_counter!(UPSTREAM, "DNS queries for a server of the pod, by type and protocol.");
     describe_counter!(
         UPSTREAM_FAILURES,
         "DNS queries without an answer of a server, or with SERVFAIL."
