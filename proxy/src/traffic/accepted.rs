@@ -1,7 +1,6 @@
 //! A connection between accept(2) and the worker that serves it.
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
-use std::pin::pin;
 
 use underpass_interception::{OriginalDestination, Ports};
 
@@ -78,13 +77,13 @@ pub(crate) struct Registered {
 }
 
 impl Registered {
-    /// Runs `work` until the connection is terminated or the client resets it.
+    /// Runs `work` until the connection is terminated or the client resets it. The caller pins
+    /// `work`: moving it into this future would double its size.
     pub(crate) async fn unless_interrupted<T>(
         &self,
         registration: &Registration<Decision>,
-        work: impl Future<Output = Result<T, ProxyError>>,
+        work: impl Future<Output = Result<T, ProxyError>> + Unpin,
     ) -> Result<T, ProxyError> {
-        let work = pin!(work);
         tokio::select! {
             outcome = registration.termination().or_terminate(work) => outcome,
             // A FIN does not interrupt: the bytes before it must still be delivered.

@@ -93,7 +93,7 @@ async fn open_plaintext(
     let is_own = registered.is_ok();
     let known = match registered {
         Ok(connection) => {
-            let mesh = seat.inbound_mesh(destination, None);
+            let mesh = pin!(seat.inbound_mesh(destination, None));
             let known = connection.unless_interrupted(&registration, mesh).await;
             known.map(|(_, lookups)| (connection, lookups))
         }
@@ -141,7 +141,7 @@ async fn connect_plaintext(
 ) -> Result<TcpStream, ProxyError> {
     let address = connection.destination.address();
     let target = InboundTarget { address, header: None, service: None };
-    let connecting = connect(seat, registration, connection.client, &target, None);
+    let connecting = pin!(connect(seat, registration, connection.client, &target, None));
     connection.unless_interrupted(registration, connecting).await
 }
 
@@ -320,8 +320,10 @@ async fn open_request(
     let series = &seat.worker.series;
     let (requested, here) =
         (requested(tunnel_request.request.authority()), tunnel_request.origin.here);
-    let mesh = admitted_mesh(&seat, admitted, here, &requested);
-    let known = unless_reset(&mut tunnel_request.request, &registration, mesh).await;
+    let known = {
+        let mesh = pin!(admitted_mesh(&seat, admitted, here, &requested));
+        unless_reset(&mut tunnel_request.request, &registration, mesh).await
+    };
     let target = inbound_target(&seat, &requested, here);
     let headers = tunnel_request.request.headers();
     let facts = request_facts(&seat, &tunnel_request.origin, headers, target.as_ref().ok());
@@ -360,17 +362,17 @@ async fn connect_request(
     target: &InboundTarget,
 ) -> Result<TcpStream, ProxyError> {
     let TunnelRequest { request, origin } = tunnel_request;
-    let connecting = connect(seat, registration, origin.client, target, Some(&origin.peer));
+    let connecting = pin!(connect(seat, registration, origin.client, target, Some(&origin.peer)));
     unless_reset(request, registration, connecting).await
 }
 
-/// Runs `work` until the connection is terminated or the client resets the request.
+/// Runs `work` until the connection is terminated or the client resets the request. The caller pins
+/// `work`: moving it into this future would double its size.
 async fn unless_reset<T>(
     request: &mut Incoming,
     registration: &Registration<Decision>,
-    work: impl Future<Output = Result<T, ProxyError>>,
+    work: impl Future<Output = Result<T, ProxyError>> + Unpin,
 ) -> Result<T, ProxyError> {
-    let work = pin!(work);
     tokio::select! {
         outcome = registration.termination().or_terminate(work) => outcome,
         error = request.closed() => Err(ProxyError::Tunnel(error)),

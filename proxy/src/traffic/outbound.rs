@@ -166,7 +166,7 @@ async fn connect(
     let found = async {
         let source = accepted.check_source(seat).inspect_err(|_| metrics::foreign_source())?;
         let connection = accepted.register()?;
-        let mesh = seat.outbound_mesh(client, destination);
+        let mesh = pin!(seat.outbound_mesh(client, destination));
         let (snapshot, lookups) = connection.unless_interrupted(registration, mesh).await?;
         Ok((source, connection, snapshot, lookups))
     };
@@ -267,7 +267,8 @@ impl OutboundConnect<'_> {
             return Ok(());
         }
         let asked = self.connection.destination.address();
-        self.unless_interrupted(async { self.seat.tunnel_endpoints(asked).await.map(drop) }).await
+        let endpoints = pin!(async { self.seat.tunnel_endpoints(asked).await.map(drop) });
+        self.unless_interrupted(endpoints).await
     }
 
     fn eject(&self, endpoint: &EndpointKey, error: &ProxyError) {
@@ -314,12 +315,11 @@ impl OutboundConnect<'_> {
         route: &Route,
         load: Vec<OpenConnection>,
     ) -> Result<Connected, Box<ConnectFailure>> {
-        let (hop, of_hop) = match self.unless_interrupted(self.resolve(route)).await {
-            Ok(resolved) => resolved,
-            Err(error) => return Err(self.facts(route, None).failed(error)),
-        };
+        let resolved = self.unless_interrupted(pin!(self.resolve(route))).await;
+        let (hop, of_hop) = resolved.map_err(|error| self.facts(route, None).failed(error))?;
         let mut facts = self.facts(route, Some(hop));
-        match self.unless_interrupted(self.permit_and_dial(route, hop, &facts)).await {
+        let dialled = self.unless_interrupted(pin!(self.permit_and_dial(route, hop, &facts))).await;
+        match dialled {
             Ok(upstream) => {
                 facts.destination.identity = upstream.identity().cloned();
                 Ok(Connected { facts, upstream, load, of_hop })
@@ -328,10 +328,10 @@ impl OutboundConnect<'_> {
         }
     }
 
-    /// Runs `work` until the connection is terminated or the client resets it.
+    /// As [`Registered::unless_interrupted`].
     async fn unless_interrupted<T>(
         &self,
-        work: impl Future<Output = Result<T, ProxyError>>,
+        work: impl Future<Output = Result<T, ProxyError>> + Unpin,
     ) -> Result<T, ProxyError> {
         self.connection.unless_interrupted(self.registration, work).await
     }
