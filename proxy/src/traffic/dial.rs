@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::pin;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -16,7 +17,8 @@ use crate::error::ProxyError;
 
 /// Connects to the permitted destination within `deadline`.
 pub(crate) async fn dial(permit: &Permit<'_>, deadline: Duration) -> Result<TcpStream, ProxyError> {
-    within(permit, deadline, permit.pod().sockets.connect(permit.destination())).await
+    let connect = pin!(permit.pod().sockets.connect(permit.destination()));
+    within(permit, deadline, connect).await
 }
 
 /// Connects to the workload, from the address of `client` if the profile supports it.
@@ -25,8 +27,8 @@ pub(crate) async fn dial_workload(
     client: IpAddr,
     deadline: Duration,
 ) -> Result<TcpStream, ProxyError> {
-    let sockets = &permit.pod().sockets;
-    within(permit, deadline, sockets.connect_workload(permit.destination(), client)).await
+    let connect = pin!(permit.pod().sockets.connect_workload(permit.destination(), client));
+    within(permit, deadline, connect).await
 }
 
 /// Connects to the permitted port on loopback. An application that trusts PROXY headers should
@@ -41,13 +43,16 @@ pub(crate) async fn dial_loopback(
         SocketAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
     };
     let here = SocketAddr::new(loopback, destination.port());
-    within(permit, deadline, permit.pod().sockets.connect(here)).await
+    let connect = pin!(permit.pod().sockets.connect(here));
+    within(permit, deadline, connect).await
 }
 
+/// Connects within `deadline`. The caller pins `connect`: moving it into this future would double
+/// its size.
 async fn within(
     permit: &Permit<'_>,
     deadline: Duration,
-    connect: impl Future<Output = io::Result<TcpStream>>,
+    connect: impl Future<Output = io::Result<TcpStream>> + Unpin,
 ) -> Result<TcpStream, ProxyError> {
     let destination = permit.destination();
     match timeout(deadline, connect).await {
