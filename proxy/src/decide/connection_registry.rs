@@ -355,13 +355,14 @@ impl Termination {
 struct TerminationState {
     /// Read at every poll of the connection, so it is outside the mutex of the reason.
     is_terminated: AtomicBool,
-    reason: Mutex<Option<ProxyError>>,
+    /// Boxed, because few connections are terminated.
+    reason: Mutex<Option<Box<ProxyError>>>,
     waker: AtomicWaker,
 }
 
 impl TerminationState {
     fn terminate(&self, reason: ProxyError) {
-        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(reason));
         self.is_terminated.store(true, Ordering::Release);
     }
 
@@ -373,7 +374,8 @@ impl TerminationState {
         if !self.is_terminated() {
             return None;
         }
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
+        let reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner).take();
+        reason.map(|reason| *reason)
     }
 }
 
