@@ -56,3 +56,16 @@ async fn reset_ends_the_wait_of_a_plaintext_connection() {
     assert!(waiting.await.unwrap().is_none());
     assert!(start.elapsed() < seat.node().timeouts.connect, "{:?}", start.elapsed());
 }
+
+/// The allocator keeps the memory of these futures near that of the open connections.
+#[test]
+fn opening_a_connection_needs_at_most_3_kib() {
+    fn plaintext<A, B, F: Future>(_: impl Fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+    fn request<A, B, C, D, F: Future>(_: impl Fn(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+    let sizes = [plaintext(open_plaintext), request(open_request)];
+    assert!(sizes.iter().all(|size| *size <= 3072), "{sizes:?} bytes");
+}
