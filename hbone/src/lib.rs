@@ -51,7 +51,7 @@ pub use limits::{
     Budget, ByKey, ConnectionSlot, ConnectionSlots, Exhausted, KeyedBudget, Queue, QueuePermit,
     RequestInProgress, Share, Sharing, SourceNetwork,
 };
-pub use pool::{Dial, Pool, PoolSettings, PoolStatistics, TunnelKey};
+pub use pool::{Dial, PeerTunnels, Pool, PoolSettings, PoolStatistics, TunnelKey};
 pub use task::{Panic, catch_panic, log_panic};
 pub use tls::PeerIdentity;
 pub use trust::bundle::Bundle;

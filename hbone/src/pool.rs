@@ -101,6 +101,17 @@ pub struct PoolStatistics {
     pub backing_off: usize,
 }
 
+/// The tunnels, streams and dials of a pool to one peer.
+#[derive(Debug, Clone)]
+pub struct PeerTunnels {
+    /// The identity of the client, the address of the peer, and its expected identities.
+    pub key: TunnelKey,
+    /// The counts of this peer alone.
+    pub counts: PoolStatistics,
+    /// The remaining back-off after a failed dial, and the error of that dial.
+    pub back_off: Option<(Duration, Arc<HboneError>)>,
+}
+
 /// A pool of tunnels. When it is dropped, each tunnel closes with its last stream.
 #[derive(Debug)]
 pub struct Pool<D>(Arc<Shared<D>>);
@@ -185,6 +196,11 @@ impl<D: Dial> Pool<D> {
     /// The current number of tunnels, streams and dials.
     pub fn statistics(&self) -> PoolStatistics {
         self.0.state().statistics(Instant::now())
+    }
+
+    /// The current tunnels, streams and dials to each peer, in no order.
+    pub fn peers(&self) -> Vec<PeerTunnels> {
+        self.0.state().peers(Instant::now())
     }
 
     /// Attempts a request once. The flag in the error is true if the tunnel was in the pool before.

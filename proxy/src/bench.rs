@@ -18,9 +18,8 @@ use crate::decide::endpoint_health::EndpointHealth;
 use crate::decide::route::{Caller, EndpointSelector, outbound};
 use crate::error::ProxyError;
 use crate::limits::{Buffers, Descriptors};
-use crate::observe::metrics::KnownSeries;
 use crate::observe::party::{Direction, Party};
-use crate::observe::record::{ConnectionRecord, Facts};
+use crate::observe::record::{ConnectionRecord, Facts, WorkerRecords};
 use crate::traffic::copy::{Deadlines, Flow, Probes};
 
 /// The memory limit of relaying: the default of a process with enough file descriptors.
@@ -42,7 +41,8 @@ pub async fn copy(client: TcpStream, upstream: Upstream) -> bool {
     let buffers = Buffers::new(BUFFER_LIMIT, Descriptors::new(FILE_LIMIT, 0, 1));
     let registration = Arc::new(ConnectionRegistry::default()).register(());
     let facts = Facts::new(Direction::Outbound, Party::default(), Party::default());
-    let record = ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default());
+    let (worker, pod) = (WorkerRecords::default(), Arc::default());
+    let record = ConnectionRecord::opened(Instant::now(), facts, worker.of_pod(&pod));
     let deadlines = &Deadlines { idle: None, half_close: None, probes: Probes::CONNTRACK };
     let flow = Flow::new(&buffers, deadlines, &record, registration.termination());
     let ended: Result<(), ProxyError> = match upstream {

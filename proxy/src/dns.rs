@@ -11,6 +11,7 @@
 
 pub(crate) mod cache;
 pub(crate) mod exchange;
+pub(crate) mod failed_names;
 mod hosts;
 pub(crate) mod lookup;
 mod mesh;

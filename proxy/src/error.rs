@@ -5,6 +5,7 @@
 
 mod hint;
 
+use std::borrow::Cow;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 use thiserror::Error;
-use underpass_config::{SpiffeId, Workload};
+use underpass_config::{Hint, Quoted, SpiffeId, Workload};
 use underpass_hbone::HboneError;
 use underpass_interception::is_out_of_files;
 
@@ -285,6 +286,19 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     text
+}
+
+/// The text and the hint of an error that `underpass status` shows later.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Described {
+    pub(crate) error: String,
+    pub(crate) hint: Option<Cow<'static, str>>,
+}
+
+impl Described {
+    pub(crate) fn new(error: &(impl std::error::Error + Hint + 'static)) -> Self {
+        Self { error: Quoted::chain(error).to_string(), hint: error.hint() }
+    }
 }
 
 fn tunnel_reason(error: &HboneError) -> Reason {

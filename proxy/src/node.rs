@@ -17,6 +17,7 @@ mod commands;
 pub(crate) mod data_plane;
 pub(crate) mod identities;
 pub(crate) mod in_process;
+pub(crate) mod inspection;
 pub(crate) mod phases;
 pub(crate) mod pod;
 pub(crate) mod pod_error;

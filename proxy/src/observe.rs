@@ -2,4 +2,5 @@
 
 pub(crate) mod metrics;
 pub(crate) mod party;
+pub(crate) mod pod_name;
 pub(crate) mod record;

@@ -20,7 +20,7 @@ use foldhash::fast::RandomState;
 use tokio::time::Instant;
 
 use super::tunnel_load::TunnelLoad;
-use super::{PoolSettings, PoolStatistics, TunnelKey};
+use super::{PeerTunnels, PoolSettings, PoolStatistics, TunnelKey};
 use crate::error::HboneError;
 
 /// The back-off after the first failure: at most ten dials a second to a peer that refuses.
@@ -339,20 +339,23 @@ impl<T: Handle, W: Clone> PoolState<T, W> {
     }
 
     pub(super) fn statistics(&self, now: Instant) -> PoolStatistics {
-        let mut counted = PoolStatistics::default();
-        for entry in self.entries.values() {
-            let open = entry.open().count();
-            counted.tunnels += open;
-            counted.retired += entry.tunnels.len() - open;
-            counted.streams += entry
-                .tunnels
-                .iter()
-                .map(|pooled| pooled.tunnel.current_load().streams)
-                .sum::<usize>();
-            counted.dialing += entry.dials.len();
-            counted.backing_off += usize::from(entry.remaining_backoff(now).is_some());
-        }
-        counted
+        let each = self.entries.values().map(|entry| entry.statistics(now));
+        each.fold(PoolStatistics::default(), |sum, one| PoolStatistics {
+            tunnels: sum.tunnels + one.tunnels,
+            retired: sum.retired + one.retired,
+            streams: sum.streams + one.streams,
+            dialing: sum.dialing + one.dialing,
+            backing_off: sum.backing_off + one.backing_off,
+        })
+    }
+
+    pub(super) fn peers(&self, now: Instant) -> Vec<PeerTunnels> {
+        let of_peer = |(key, entry): (&TunnelKey, &PeerEntry<T, W>)| PeerTunnels {
+            key: key.clone(),
+            counts: entry.statistics(now),
+            back_off: entry.remaining_backoff(now),
+        };
+        self.entries.iter().map(of_peer).collect()
     }
 
     #[cfg(test)]
@@ -374,6 +377,18 @@ impl<T: Handle, W: Clone> PeerEntry<T, W> {
 
     fn open_mut(&mut self) -> impl Iterator<Item = &mut PooledTunnel<T>> {
         self.tunnels.iter_mut().filter(|pooled| !pooled.retired)
+    }
+
+    fn statistics(&self, now: Instant) -> PoolStatistics {
+        let tunnels = self.open().count();
+        let loads = self.tunnels.iter().map(|pooled| pooled.tunnel.current_load());
+        PoolStatistics {
+            tunnels,
+            retired: self.tunnels.len() - tunnels,
+            streams: loads.map(|load| load.streams).sum(),
+            dialing: self.dials.len(),
+            backing_off: usize::from(self.remaining_backoff(now).is_some()),
+        }
     }
 
     fn is_empty(&self) -> bool {

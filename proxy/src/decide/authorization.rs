@@ -31,23 +31,31 @@ pub(crate) enum DryRun {
 }
 
 /// Decides as Istio documents it (AuthorizationPolicy): a matching DENY policy denies; otherwise,
-/// if there are ALLOW policies, one must match. Dry-run policies are not enforced.
-pub(crate) fn decide(
-    policies: PolicyLayers<'_>,
+/// if there are ALLOW policies, one must match. Dry-run policies are not enforced. Returns the
+/// ALLOW policy that matches, if there are any.
+pub(crate) fn decide<'a>(
+    policies: PolicyLayers<'a>,
     connection: &Connection<'_>,
-) -> Result<(), Denial> {
-    policies.layers().try_for_each(|layer| decide_layer(layer, connection))
+) -> Result<Option<&'a Arc<Policy>>, Denial> {
+    policies.layers().try_fold(None, |allowing, layer| {
+        let of_layer = decide_layer(layer, connection)?;
+        Ok(of_layer.or(allowing))
+    })
 }
 
-fn decide_layer(policies: PolicySet<'_>, connection: &Connection<'_>) -> Result<(), Denial> {
+fn decide_layer<'a>(
+    policies: PolicySet<'a>,
+    connection: &Connection<'_>,
+) -> Result<Option<&'a Arc<Policy>>, Denial> {
     if let Some(policy) = denying(policies, connection) {
         return Err(Denial::By(policy.clone()));
     }
     let mut allowing = policies.deciding(PolicyAction::Allow).peekable();
-    if allowing.peek().is_none() || allowing.any(|policy| policy.matches(connection)) {
-        return Ok(());
+    if allowing.peek().is_none() {
+        return Ok(None);
     }
-    Err(Denial::NotAllowed)
+    let matching = allowing.find(|policy| policy.matches(connection));
+    matching.map(Some).ok_or(Denial::NotAllowed)
 }
 
 /// The decisions of dry-run policies in ztunnel's order: ALLOW policies are skipped if an enforced

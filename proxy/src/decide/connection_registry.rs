@@ -163,6 +163,25 @@ impl<T> ConnectionRegistry<T> {
         }
     }
 
+    /// Calls `visit` with the subject of each open connection. The worker's other tasks run in
+    /// between, so a connection that is opened or ends meanwhile may be left out.
+    pub(crate) async fn visit(&self, mut visit: impl FnMut(&T)) {
+        let mut next = 0;
+        while let Some(reached) = self.visit_some(next, &mut visit) {
+            next = reached;
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Visits some connections from the key `next` on. Returns the next key; `None` at the end.
+    fn visit_some(&self, next: usize, visit: &mut impl FnMut(&T)) -> Option<usize> {
+        let connections = self.lock();
+        let end = connections.open.capacity().min(next + CHECK_AT_ONCE);
+        let open = (next..end).filter_map(|key| connections.open.get(key));
+        open.for_each(|connection| visit(&connection.subject));
+        (next < end).then_some(end)
+    }
+
     /// Terminates every connection that `check` does not allow: it forwards no more bytes.
     pub(crate) async fn terminate(
         &self,
@@ -290,6 +309,14 @@ impl<T: Indexed> Registration<T> {
             index.remove(subject.indexed_by(), self.key);
             change(subject);
             index.insert(subject.indexed_by(), self.key);
+        }
+    }
+
+    /// Changes a part of the subject that the index does not depend on.
+    pub(crate) fn amend(&self, change: impl FnOnce(&mut T)) {
+        let mut connections = self.registry.lock();
+        if let Some(Connection { subject, .. }) = connections.open.get_mut(self.key) {
+            change(subject);
         }
     }
 

@@ -12,7 +12,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use tokio::sync::watch;
-use underpass_config::{Connection, Mtls, NetworkAddress, Workload, WorkloadSettings};
+use underpass_config::{Connection, Mtls, NetworkAddress, Policy, Workload, WorkloadSettings};
 use underpass_interception::{KUBELET_PROBE_V4, KUBELET_PROBE_V6, Ports};
 
 pub(crate) use self::context::PolicyContext;
@@ -29,6 +29,8 @@ use crate::node::pod::Pod;
 pub(crate) struct Permit<'a> {
     pod: &'a Pod,
     destination: SocketAddr,
+    /// The ALLOW policy that matches; `None` without ALLOW policies.
+    policy: Option<Arc<Policy>>,
     /// Stores the permit's subject, which the next change of the mesh checks.
     _registration: &'a Registration<Decision>,
 }
@@ -37,6 +39,11 @@ impl Permit<'_> {
     /// The pod that may dial, from its own sockets.
     pub(crate) fn pod(&self) -> &Pod {
         self.pod
+    }
+
+    /// The ALLOW policy that matches; `None` without ALLOW policies.
+    pub(crate) fn policy(&self) -> Option<&Arc<Policy>> {
+        self.policy.as_ref()
     }
 
     /// The address that may be dialled.
@@ -56,22 +63,22 @@ pub(crate) fn permit<'a>(
     // includes this connection.
     let current = mesh.borrow();
     pod.context.check_own(&current)?;
-    check(&subject, &current, &pod.context)?;
+    let policy = check(&subject, &current, &pod.context)?;
     log_dry_run(&subject, &current, &pod.context);
     let destination = subject.destination();
     let permitted = Permitted { subject, generation: current.generation };
-    registration.update(|decision| *decision = Decision(Some(permitted)));
-    Ok(Permit { pod, destination, _registration: registration })
+    registration.update(|decision| *decision = Decision::permitted(permitted));
+    Ok(Permit { pod, destination, policy, _registration: registration })
 }
 
-/// Whether a connection is allowed.
+/// Whether a connection is allowed. Returns the ALLOW policy that matches, if there are any.
 fn check(
     subject: &Subject,
     snapshot: &Snapshot,
     context: &PolicyContext,
-) -> Result<(), ProxyError> {
+) -> Result<Option<Arc<Policy>>, ProxyError> {
     match subject {
-        Subject::Outbound(outbound) => check_outbound(outbound, snapshot, context),
+        Subject::Outbound(outbound) => check_outbound(outbound, snapshot, context).map(|()| None),
         Subject::Inbound(inbound) => check_inbound(inbound, snapshot, context),
     }
 }
@@ -117,7 +124,7 @@ fn check_inbound(
     inbound: &Inbound,
     snapshot: &Snapshot,
     context: &PolicyContext,
-) -> Result<(), ProxyError> {
+) -> Result<Option<Arc<Policy>>, ProxyError> {
     let Inbound { source, destination, principal } = inbound;
     if is_own_listener(destination.port(), context.ports) {
         return Err(ProxyError::OwnListener(*destination));
@@ -132,7 +139,8 @@ fn check_inbound(
     }
     let policies = snapshot.mesh.policies(local.namespace, local.workload);
     let denied = if principal.is_some() { ProxyError::Denied } else { ProxyError::DeniedInPlain };
-    authorization::decide(policies, &inbound.connection()).map_err(denied)
+    let policy = authorization::decide(policies, &inbound.connection()).map_err(denied)?;
+    Ok(policy.cloned())
 }
 
 impl Inbound {
@@ -205,7 +213,10 @@ impl<'a> MeshChange<'a> {
 
     /// Checks whether the new mesh still allows a connection. A connection without a permit passes:
     /// this mesh or a newer one will decide on it.
-    pub(crate) fn check(&mut self, Decision(permitted): &Decision) -> Result<(), ProxyError> {
+    pub(crate) fn check(
+        &mut self,
+        Decision { permitted, .. }: &Decision,
+    ) -> Result<(), ProxyError> {
         let Some(Permitted { subject, generation }) = permitted else { return Ok(()) };
         if *generation >= self.new.generation {
             return Ok(());
@@ -217,7 +228,7 @@ impl<'a> MeshChange<'a> {
             Subject::Inbound(inbound) if by_old && !self.affects(inbound.destination.ip()) => {
                 Ok(())
             }
-            subject => check(subject, self.new, self.context),
+            subject => check(subject, self.new, self.context).map(drop),
         }
     }
 

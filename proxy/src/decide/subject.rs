@@ -3,10 +3,12 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use tokio::time::Instant;
 use underpass_config::{SpiffeId, TrustDomain};
 use underpass_hbone::PeerIdentity;
 
 use crate::decide::connection_registry::index::{Indexed, IndexedBy};
+use crate::observe::record::{ConnectionRecord, TrackedConnection};
 
 /// The facts of a connection that decide whether it is allowed.
 #[derive(Debug)]
@@ -51,6 +53,13 @@ impl From<&PeerIdentity> for Principal {
     }
 }
 
+impl Inbound {
+    /// The address of the client.
+    pub(crate) fn source(&self) -> SocketAddr {
+        self.source
+    }
+}
+
 impl Subject {
     /// A connection from `source` to the application at `destination`. The tunnel that carries it
     /// has proven `principal`.
@@ -72,14 +81,58 @@ impl Subject {
     }
 }
 
-/// The permit of a registered connection or stream; empty for tunnels, and before the first permit.
-/// Dialling another endpoint replaces it.
+/// The decision on a registered connection, stream or tunnel, and what lists of connections show.
 #[derive(Debug, Default)]
-pub(crate) struct Decision(pub(super) Option<Permitted>);
+pub(crate) struct Decision {
+    /// The permit; empty for tunnels, and before the first permit. Dialling another endpoint
+    /// replaces it.
+    pub(super) permitted: Option<Permitted>,
+    /// What is open; `None` while it is being opened.
+    pub(crate) open: Option<Open>,
+}
+
+/// An open connection or tunnel.
+#[derive(Debug)]
+pub(crate) enum Open {
+    Connection(Arc<TrackedConnection>),
+    /// A tunnel of a peer.
+    Tunnel(Box<PeerTunnel>),
+}
+
+/// A tunnel that a peer has opened.
+#[derive(Debug, Clone)]
+pub(crate) struct PeerTunnel {
+    pub(crate) client: SocketAddr,
+    pub(crate) identity: SpiffeId,
+    pub(crate) accepted: Instant,
+}
+
+impl Decision {
+    pub(super) fn permitted(permitted: Permitted) -> Self {
+        Self { permitted: Some(permitted), open: None }
+    }
+
+    /// Shows the open connection of `record` in lists.
+    pub(crate) fn list(&mut self, record: &ConnectionRecord) {
+        self.open = Some(Open::Connection(record.connection().clone()));
+    }
+
+    /// Shows an open tunnel of a peer in lists.
+    pub(crate) fn list_tunnel(&mut self, client: SocketAddr, identity: &SpiffeId) {
+        let (identity, accepted) = (identity.clone(), Instant::now());
+        self.open = Some(Open::Tunnel(Box::new(PeerTunnel { client, identity, accepted })));
+    }
+
+    /// The permitted connection that is being opened.
+    pub(crate) fn connecting(&self) -> Option<&Subject> {
+        let permitted = self.permitted.as_ref().filter(|_| self.open.is_none());
+        permitted.map(|permitted| &permitted.subject)
+    }
+}
 
 impl Indexed for Decision {
     fn indexed_by(&self) -> IndexedBy {
-        match self.0.as_ref().map(|permitted| &permitted.subject) {
+        match self.permitted.as_ref().map(|permitted| &permitted.subject) {
             None => IndexedBy::Nothing,
             Some(Subject::Inbound(inbound)) => {
                 IndexedBy::Inbound(inbound.destination.ip().to_canonical())

@@ -1,11 +1,12 @@
 //! Counts queries, and logs those without an answer.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use underpass_config::WorkloadSettings;
 
+use super::failed_names::{FailedName, FailedNames};
 use super::message::{self, Query, ResponseCode};
 use super::response::Transport;
 use super::upstream::UpstreamError;
@@ -48,6 +49,8 @@ impl AnswerSource {
 pub(super) enum Failure<'a> {
     /// No server has answered.
     Upstream(&'a UpstreamError),
+    /// A server has answered with SERVFAIL.
+    Response,
     /// The control plane has not answered a lookup on demand.
     Lookup(&'a LookupError),
     /// Too many queries for the servers per second.
@@ -62,6 +65,7 @@ impl Failure<'_> {
     fn reason(self) -> &'static str {
         match self {
             Self::Upstream(_) => "upstream",
+            Self::Response => "servfail",
             Self::Lookup(_) => "lookup",
             Self::Rate => "rate",
             Self::Outstanding => "outstanding",
@@ -73,7 +77,7 @@ impl Failure<'_> {
         match self {
             Self::Upstream(error) => Some(chain(error)),
             Self::Lookup(error) => Some(chain(error)),
-            Self::Rate | Self::Outstanding | Self::Waiting => None,
+            Self::Response | Self::Rate | Self::Outstanding | Self::Waiting => None,
         }
     }
 
@@ -82,6 +86,7 @@ impl Failure<'_> {
             Self::Upstream(_) => {
                 "check the servers in dns.resolv_conf, and whether the pod reaches them"
             }
+            Self::Response => "check the servers of the pod, which answer SERVFAIL",
             Self::Lookup(error) => error.hint(),
             Self::Rate => {
                 "look for an application that asks too much, or raise dns.queries_per_second"
@@ -93,11 +98,12 @@ impl Failure<'_> {
     }
 }
 
-/// Logs the failed queries of one pod.
+/// Logs and lists the failed queries of one pod.
 #[derive(Debug)]
 pub(super) struct FailureLog {
     /// Its namespace and name.
     pod: String,
+    names: Arc<FailedNames>,
     lines: Mutex<Lines>,
 }
 
@@ -126,11 +132,25 @@ impl Lines {
 }
 
 impl FailureLog {
-    pub(super) fn new(pod: &WorkloadSettings) -> Self {
-        Self { pod: format!("{}/{}", pod.namespace, pod.name), lines: Mutex::default() }
+    pub(super) fn new(pod: &WorkloadSettings, names: Arc<FailedNames>) -> Self {
+        let pod = format!("{}/{}", pod.namespace, pod.name);
+        Self { pod, names, lines: Mutex::default() }
+    }
+
+    fn list(&self, query: &Query, failure: Failure<'_>) {
+        self.names.add(FailedName {
+            name: query.name.to_string(),
+            kind: query.kind.as_str(),
+            reason: failure.reason(),
+            error: failure.error(),
+            hint: failure.hint(),
+            count: 1,
+            last: Instant::now(),
+        });
     }
 
     pub(super) fn log(&self, query: &Query, transport: Transport, failure: Failure<'_>) {
+        self.list(query, failure);
         // No code panics while it holds the lock.
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(suppressed) = lines.admit(Instant::now()) else { return };
@@ -158,8 +178,11 @@ impl FailureLog {
     ) {
         let (kind, protocol) = (query.kind.as_str(), transport.as_str());
         metrics::dns::upstream(kind, protocol, began.elapsed(), is_failure(outcome));
-        if let Err(error) = outcome {
-            self.log(query, transport, Failure::Upstream(error));
+        match outcome {
+            Err(error) => self.log(query, transport, Failure::Upstream(error)),
+            // The application gets this response.
+            Ok(_) if is_failure(outcome) => self.list(query, Failure::Response),
+            Ok(_) => {}
         }
     }
 }

@@ -155,7 +155,7 @@ impl DnsService {
         };
         let (sockets, limits) = (pod.sockets.clone(), pod.limits.clone());
         let upstream = Upstream::new(Arc::new(SocketExchange { sockets, limits }));
-        let failures = FailureLog::new(&settings.workload);
+        let failures = FailureLog::new(&settings.workload, pod.failed_names.clone());
         Self::new(view, node.mesh.clone(), pod.lookups.clone(), resolver, upstream, failures)
     }
 

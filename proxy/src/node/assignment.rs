@@ -10,6 +10,7 @@ use crate::decide::connection_registry::Registration;
 use crate::decide::subject::Decision;
 use crate::dns::service::DnsService;
 use crate::limits::Ticket;
+use crate::node::inspection::Inspection;
 use crate::node::pod::{Pod, PodId};
 use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::{DnsKind, Kind, Listeners};
@@ -54,4 +55,6 @@ pub(crate) enum WorkerCommand {
     },
     /// Closes the tunnels that a pod has opened, each when its last stream ends.
     CloseTunnels(PodId),
+    /// Reports open and recent connections.
+    Inspect(Inspection),
 }

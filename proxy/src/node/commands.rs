@@ -65,6 +65,7 @@ pub(super) async fn execute(
                 tokio::spawn(log_panic("close of listeners", closing));
             }
             WorkerCommand::CloseTunnels(pod) => worker.close_tunnels(pod),
+            WorkerCommand::Inspect(inspection) => worker.inspect(inspection),
         }
     }
 }

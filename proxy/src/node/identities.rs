@@ -15,6 +15,7 @@ use underpass_hbone::{
     Trust, TrustFiles,
 };
 
+use crate::error::Described;
 use crate::process::supervise::{Supervisor, Task};
 
 /// Creates sources of certificates, and receives their events.
@@ -64,6 +65,26 @@ struct Rotation {
     _following_trust: Arc<Task>,
     /// `None` until the first certificate is issued.
     started: watch::Receiver<Option<Started>>,
+    /// Why the last attempt to get a certificate failed; `None` after a success.
+    failure: Arc<Mutex<Option<Described>>>,
+}
+
+/// The certificate of a workload, for `underpass status`.
+#[derive(Debug, Clone)]
+pub(crate) struct RotationState {
+    /// The identity for which a certificate is requested.
+    pub(crate) requested: SpiffeId,
+    /// `None` until the first certificate is issued.
+    pub(crate) current: Option<CurrentCertificate>,
+    /// Why the last attempt to get a certificate failed; `None` after a success.
+    pub(crate) failure: Option<Described>,
+}
+
+/// The certificate in use.
+#[derive(Debug, Clone)]
+pub(crate) struct CurrentCertificate {
+    pub(crate) spiffe_id: SpiffeId,
+    pub(crate) expires: SystemTime,
 }
 
 type Started = Result<watch::Receiver<Credentials>, HboneError>;
@@ -106,6 +127,12 @@ impl Identities {
         self.lease_with(id, FirstIdentity::Awaited)
     }
 
+    /// The state of every leased certificate, in no order.
+    pub(crate) fn states(&self) -> Vec<RotationState> {
+        let rotations = self.rotations.lock().unwrap_or_else(PoisonError::into_inner);
+        rotations.values().filter_map(Weak::upgrade).map(|rotation| rotation.state()).collect()
+    }
+
     fn lease_with(&self, id: &SpiffeId, first: FirstIdentity) -> CredentialLease {
         CredentialLease { rotation: self.rotation(id, first), credentials: OnceLock::new() }
     }
@@ -126,7 +153,20 @@ impl Identities {
         let (source, trust) = (self.issuer.source(id), self.trust.clone());
         let (issuer, id) = (self.issuer.clone(), id.clone());
         let (reporter, subject) = (issuer.clone(), id.clone());
-        let report = move |event: CredentialsEvent<'_>| reporter.report(&subject, &event);
+        let failure = Arc::<Mutex<Option<Described>>>::default();
+        let last_failure = failure.clone();
+        let report = move |event: CredentialsEvent<'_>| {
+            match &event {
+                CredentialsEvent::Identity(_) => set(&last_failure, None),
+                CredentialsEvent::Failed(error) => {
+                    set(&last_failure, Some(Described::new(*error)));
+                }
+                CredentialsEvent::Trust(_)
+                | CredentialsEvent::Expiring { .. }
+                | CredentialsEvent::Expired(_) => {}
+            }
+            reporter.report(&subject, &event);
+        };
         let (sender, started) = watch::channel(None);
         let rotate = async move {
             match CredentialRotator::start(source, trust, first, report).await {
@@ -142,11 +182,30 @@ impl Identities {
         };
         let _task = self.supervisor.essential("rotation of a certificate", rotate);
         let _following_trust = self.following.clone();
-        Rotation { id, issuer, _task, _following_trust, started }
+        Rotation { id, issuer, _task, _following_trust, started, failure }
     }
 }
 
+fn set(failure: &Mutex<Option<Described>>, value: Option<Described>) {
+    *failure.lock().unwrap_or_else(PoisonError::into_inner) = value;
+}
+
 impl Rotation {
+    fn state(&self) -> RotationState {
+        let started = self.started.borrow();
+        let credentials = started.as_ref().and_then(|started| started.as_ref().ok());
+        let current = credentials.map(|credentials| {
+            let credentials = credentials.borrow();
+            let identity = credentials.identity();
+            CurrentCertificate {
+                spiffe_id: identity.spiffe_id().clone(),
+                expires: identity.expires(),
+            }
+        });
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        RotationState { requested: self.id.clone(), current, failure }
+    }
+
     async fn started(&self) -> Started {
         let mut started = self.started.clone();
         let outcome = started.wait_for(Option::is_some).await.ok().and_then(|one| one.clone());

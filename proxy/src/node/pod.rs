@@ -15,11 +15,13 @@ use crate::decide::connection_registry::Registries;
 use crate::decide::endpoint_health::EndpointHealth;
 use crate::decide::policy::PolicyContext;
 use crate::decide::subject::Decision;
+use crate::dns::failed_names::FailedNames;
 use crate::limits::PodLimits;
 use crate::mesh::on_demand::Lookups;
 use crate::node::Node;
 use crate::node::identities::CredentialLease;
 use crate::node::sockets::PodSockets;
+use crate::observe::pod_name::PodName;
 use crate::process::pause_gate::PauseGate;
 use crate::rules::self_test::SelfTest;
 
@@ -38,6 +40,8 @@ impl PodId {
 #[derive(Debug)]
 pub(crate) struct Pod {
     pub(crate) id: PodId,
+    /// Shared with the records of its connections.
+    pub(crate) name: Arc<PodName>,
     /// The inputs of policy decisions: the pod's own workload, and settings.
     pub(crate) context: PolicyContext,
     /// The limits of the pod's connections.
@@ -63,6 +67,8 @@ pub(crate) struct Pod {
     pub(crate) seats: TaskTracker,
     /// Counts the DNS queries over UDP that wait, and the connections of DNS over TCP.
     pub(crate) queries: TaskTracker,
+    /// The DNS names that could not be resolved recently.
+    pub(crate) failed_names: Arc<FailedNames>,
     /// The lookups on demand of addresses and names that the mesh does not have yet.
     pub(crate) lookups: Lookups,
 }
@@ -86,6 +92,7 @@ impl Pod {
         let sockets = pod_sockets(settings);
         Ok(Self {
             id: PodId::next(),
+            name: Arc::new((&settings.workload).into()),
             context: PolicyContext::new(settings),
             limits: node.limits.pod(),
             sockets: PodSockets::new(access.clone(), sockets, node.limits.descriptors.clone()),
@@ -99,6 +106,7 @@ impl Pod {
             closing: node.drain.closing_of_pod(),
             seats: TaskTracker::new(),
             queries: TaskTracker::new(),
+            failed_names: Arc::default(),
             lookups: node.lookups.of_pod(),
         })
     }

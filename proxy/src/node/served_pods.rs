@@ -53,11 +53,15 @@ impl ServedPods {
         })
     }
 
+    /// All served pods, in no order.
+    pub(crate) fn all(&self) -> Vec<Arc<Pod>> {
+        let pods = self.read();
+        pods.values().flat_map(HashMap::values).flatten().filter_map(Weak::upgrade).collect()
+    }
+
     /// The number of open connections of all pods.
     pub(crate) fn connections(&self) -> usize {
-        let pods = self.read();
-        let all = pods.values().flat_map(HashMap::values).flatten().filter_map(Weak::upgrade);
-        all.map(|pod| pod.connections.open()).sum()
+        self.all().iter().map(|pod| pod.connections.open()).sum()
     }
 
     fn read(&self) -> RwLockReadGuard<'_, ByNamespaceAndName> {

@@ -34,6 +34,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
     let here = Entered::current().expect("a namespace");
     Arc::new(Pod {
         id: PodId::next(),
+        name: Arc::new((&settings.workload).into()),
         context: PolicyContext::new(&settings),
         limits: Limits::new(&settings.limits, 2).pod(),
         sockets: sockets(&settings),
@@ -47,6 +48,7 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
         closing: CancellationToken::new(),
         seats: TaskTracker::new(),
         queries: TaskTracker::new(),
+        failed_names: Arc::default(),
         lookups: Lookups::default(),
     })
 }

@@ -24,10 +24,11 @@ use crate::node::assignment::{Assignment, WorkerCommand};
 use crate::node::pod::{Pod, PodId};
 use crate::node::worker::seat::Seat;
 use crate::node::worker::turns::{InTurn, Turns};
-use crate::observe::metrics::KnownSeries;
+use crate::observe::record::WorkerRecords;
 use crate::traffic::listeners::Kind;
 use crate::traffic::{inbound, outbound};
 
+mod inspect;
 pub(crate) mod seat;
 pub(crate) mod turns;
 
@@ -36,7 +37,7 @@ pub(crate) mod turns;
 pub(crate) struct Worker {
     pub(crate) node: Arc<Node>,
     pub(crate) index: usize,
-    pub(crate) series: KnownSeries,
+    pub(crate) records: WorkerRecords,
     /// The turns of the pods; `None` if there is one pod.
     pub(crate) turns: Option<Turns>,
     /// The command channels of all workers, including this one.
@@ -52,9 +53,9 @@ impl Worker {
         index: usize,
         workers: Arc<[mpsc::Sender<WorkerCommand>]>,
     ) -> Arc<Self> {
-        let series = KnownSeries::new(node.series.clone());
+        let records = WorkerRecords::new(node.series.clone(), node.workers);
         let turns = node.has_many_pods.then(Turns::default);
-        Arc::new(Self { node, index, series, turns, workers, seats: Mutex::default() })
+        Arc::new(Self { node, index, records, turns, workers, seats: Mutex::default() })
     }
 
     /// The seat of `pod`, created for the first connection of the pod on this worker.
@@ -94,7 +95,8 @@ impl Worker {
             WorkerCommand::AddListener { .. }
             | WorkerCommand::AddDns { .. }
             | WorkerCommand::RemoveListeners { .. }
-            | WorkerCommand::CloseTunnels(_) => None,
+            | WorkerCommand::CloseTunnels(_)
+            | WorkerCommand::Inspect(_) => None,
         }
     }
 
@@ -154,7 +156,7 @@ impl Worker {
 
     /// Terminates the connections that a change of the mesh forbids.
     async fn apply(&self, old: &Snapshot, new: &Snapshot) -> Terminated {
-        self.series.forget();
+        self.records.forget_series();
         // A permitted connection has a seat. Connections without one yet will be decided by `new`
         // or a newer mesh.
         let seats: Vec<_> = self.seats().values().filter_map(Weak::upgrade).collect();

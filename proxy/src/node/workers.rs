@@ -18,6 +18,7 @@ use crate::mesh::publish::Reports;
 use crate::node::Node;
 use crate::node::assignment::WorkerCommand;
 use crate::node::commands;
+use crate::node::inspection::Inspection;
 use crate::node::pod::{Pod, PodId};
 use crate::node::worker::Worker;
 use crate::process::supervise::Supervisor;
@@ -29,6 +30,9 @@ const COMMAND_QUEUE: usize = 1024;
 
 /// Timeout for closing the tunnels of a removed pod.
 const TUNNEL_CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Timeout for the answer of a worker to an inspection.
+const INSPECTION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Timeout for closing the listeners of a pod: an unresponsive worker must not delay the drain.
 const LISTENER_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -152,6 +156,24 @@ impl Workers {
             }
         };
         timeout(LISTENER_CLOSE_TIMEOUT, remove).await.ok();
+    }
+
+    /// Inspects every worker. `None` for a worker that does not answer within
+    /// [`INSPECTION_TIMEOUT`].
+    pub(crate) async fn inspect<T>(
+        &self,
+        inspection: impl Fn(oneshot::Sender<T>) -> Inspection,
+    ) -> Vec<Option<T>> {
+        let inspect = |worker: &mpsc::Sender<WorkerCommand>| {
+            let (sender, answer) = oneshot::channel();
+            let (worker, command) = (worker.clone(), WorkerCommand::Inspect(inspection(sender)));
+            let asking = async move {
+                worker.send(command).await.ok()?;
+                answer.await.ok()
+            };
+            async { timeout(INSPECTION_TIMEOUT, asking).await.ok().flatten() }
+        };
+        join_all(self.commands.iter().map(inspect)).await
     }
 
     /// Closes the tunnels that a pod has opened, each when its last stream ends. Waits at most for

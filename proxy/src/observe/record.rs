@@ -3,19 +3,29 @@
 //!
 //! Fields of the access log and metrics have ztunnel's names, so that dashboards and parsers keep
 //! working. Claims about a party have separate names (`party.rs`).
+//!
+//! The registry of connections and the list of recent ones (`recent.rs`) share a part of the
+//! record, for `underpass connections`.
+
+mod minutes;
+pub(crate) mod recent;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
 
 use tokio::time::Instant;
-use underpass_config::{Hint, Quoted, Service};
+use underpass_config::{Hint, Policy, Quoted, Service};
 use underpass_hbone::{LogLimit, TraceParent};
 
-use crate::error::{Fault, ProxyError, ResponseFlags};
+pub(crate) use self::minutes::MINUTES;
+use self::recent::RecentConnections;
+use crate::error::{Fault, ProxyError, Reason, ResponseFlags};
 use crate::observe::metrics;
-use crate::observe::metrics::{KnownSeries, Labels, Series};
+use crate::observe::metrics::{KnownSeries, Labels, Series, SeriesRegistry};
 use crate::observe::party::{Direction, Party};
+use crate::observe::pod_name::PodName;
 
 /// The facts of a connection after it was connected or failed.
 #[derive(Debug, Clone)]
@@ -29,11 +39,14 @@ pub(crate) struct Facts {
     pub(crate) hbone: Option<SocketAddr>,
     /// The trace id in the log lines of this proxy and of the peer.
     pub(crate) trace: Option<TraceParent>,
+    /// The ALLOW policy that matched; `None` without ALLOW policies.
+    pub(crate) policy: Option<Arc<Policy>>,
 }
 
 impl Facts {
     pub(crate) fn new(direction: Direction, source: Party, destination: Party) -> Self {
-        Self { direction, source, destination, service: None, hbone: None, trace: None }
+        let (service, hbone, trace, policy) = Default::default();
+        Self { direction, source, destination, service, hbone, trace, policy }
     }
 
     /// The failure of a connection with these facts.
@@ -54,105 +67,208 @@ pub(crate) struct ConnectFailure {
     pub(crate) error: ProxyError,
 }
 
+/// Counts and lists the connections of one worker.
+#[derive(Debug, Default)]
+pub(crate) struct WorkerRecords {
+    series: KnownSeries,
+    pub(crate) recent: Arc<RecentConnections>,
+}
+
+impl WorkerRecords {
+    /// The records of one of `workers` workers.
+    pub(crate) fn new(series: Arc<SeriesRegistry>, workers: usize) -> Self {
+        let recent = Arc::new(RecentConnections::new(workers));
+        Self { series: KnownSeries::new(series), recent }
+    }
+
+    /// Releases the workloads and services of an old mesh.
+    pub(crate) fn forget_series(&self) {
+        self.series.forget();
+    }
+
+    /// Those of `pod`.
+    pub(crate) fn of_pod<'a>(&'a self, pod: &'a Arc<PodName>) -> PodRecords<'a> {
+        PodRecords { pod, worker: self }
+    }
+}
+
+/// Counts and lists the connections of a pod on a worker.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PodRecords<'a> {
+    pod: &'a Arc<PodName>,
+    worker: &'a WorkerRecords,
+}
+
+/// The part of a record that the lists of connections share.
+#[derive(Debug)]
+pub(crate) struct TrackedConnection {
+    pub(crate) pod: Arc<PodName>,
+    pub(crate) facts: Facts,
+    pub(crate) accepted: Instant,
+    sent: AtomicU64,
+    received: AtomicU64,
+    /// The time from the accept to the first byte for the client in microseconds; 0: none yet.
+    first_byte: AtomicU64,
+}
+
+impl TrackedConnection {
+    fn new(pod: &Arc<PodName>, facts: Facts, accepted: Instant) -> Arc<Self> {
+        let (sent, received, first_byte) = Default::default();
+        Arc::new(Self { pod: pod.clone(), facts, accepted, sent, received, first_byte })
+    }
+
+    /// The number of bytes sent to and received from the client.
+    pub(crate) fn bytes(&self) -> [u64; 2] {
+        [self.sent.load(Relaxed), self.received.load(Relaxed)]
+    }
+
+    /// The time from the accept to the first byte for the client.
+    pub(crate) fn first_byte(&self) -> Option<Duration> {
+        let micros = self.first_byte.load(Relaxed);
+        (micros > 0).then(|| Duration::from_micros(micros))
+    }
+}
+
+/// A connection that has ended, or that could not be opened.
+#[derive(Debug)]
+pub(crate) struct EndedConnection {
+    pub(crate) connection: Arc<TrackedConnection>,
+    pub(crate) at: Instant,
+    pub(crate) was_open: bool,
+    pub(crate) outcome: Result<(), ProxyError>,
+}
+
+impl EndedConnection {
+    /// Why it failed or ended early.
+    pub(crate) fn reason(&self) -> Option<Reason> {
+        self.outcome.as_ref().err().map(ProxyError::reason)
+    }
+}
+
 /// The record of an open connection and its byte counts.
 #[derive(Debug)]
 pub(crate) struct ConnectionRecord {
-    facts: Facts,
-    accepted: Instant,
+    connection: Arc<TrackedConnection>,
     series: Arc<Series>,
-    sent: AtomicU64,
-    received: AtomicU64,
-    outcome: Result<(), ProxyError>,
+    recent: Arc<RecentConnections>,
+    is_closed: bool,
 }
 
 impl ConnectionRecord {
     /// Counts a connection as opened. `accepted` is the time of its accept.
-    pub(crate) fn opened(accepted: Instant, facts: Facts, known: &KnownSeries) -> Self {
-        let series = known.get(facts.labels());
+    pub(crate) fn opened(accepted: Instant, facts: Facts, records: PodRecords<'_>) -> Self {
+        let PodRecords { pod, worker: WorkerRecords { series, recent } } = records;
+        let series = series.get(facts.labels());
         series.opened();
-        Self {
-            facts,
-            accepted,
-            series,
-            sent: AtomicU64::new(0),
-            received: AtomicU64::new(0),
-            outcome: Err(ProxyError::Dropped),
-        }
+        let connection = TrackedConnection::new(pod, facts, accepted);
+        recent.opened(&connection);
+        Self { connection, series, recent: recent.clone(), is_closed: false }
     }
 
-    /// Counts and logs a connection that could not be opened. `accepted` is the time of its accept.
-    pub(crate) fn failed(accepted: Instant, failure: &ConnectFailure, known: &KnownSeries) {
-        Self::count_failure(failure, known);
-        Self::log_failure(accepted, failure);
+    /// Counts, lists and logs a connection that could not be opened. `accepted` is the time of its
+    /// accept.
+    pub(crate) fn failed(accepted: Instant, failure: Box<ConnectFailure>, records: PodRecords<'_>) {
+        Self::count_failure(&failure, records);
+        Self::list_failure(accepted, failure, records);
     }
 
-    /// Counts and logs a client whose handshake failed, or which was refused after it.
+    /// Counts, lists and logs a client whose handshake failed, or which was refused after it.
     /// Unauthenticated clients can cause these, so beyond a rate they are only counted.
     pub(crate) fn handshake_failed(
         accepted: Instant,
-        failure: &ConnectFailure,
-        known: &KnownSeries,
+        failure: Box<ConnectFailure>,
+        records: PodRecords<'_>,
     ) {
         static LIMIT: LogLimit = LogLimit::new("failed handshakes");
         let reason = failure.error.reason().code;
         metrics::handshake_failed(reason);
-        Self::count_failure(failure, known);
+        Self::count_failure(&failure, records);
         if LIMIT.admit(reason) {
-            Self::log_failure(accepted, failure);
+            Self::list_failure(accepted, failure, records);
+        } else {
+            records.worker.recent.count_failure(records.pod, reason, Instant::now());
         }
     }
 
-    fn count_failure(ConnectFailure { facts, error }: &ConnectFailure, known: &KnownSeries) {
-        known.get(facts.labels()).failed(error.reason().flags);
+    fn count_failure(ConnectFailure { facts, error }: &ConnectFailure, records: PodRecords<'_>) {
+        records.worker.series.get(facts.labels()).failed(error.reason().flags);
     }
 
-    fn log_failure(accepted: Instant, ConnectFailure { facts, error }: &ConnectFailure) {
-        log(facts, accepted, [0, 0], Some(error));
+    fn list_failure(accepted: Instant, failure: Box<ConnectFailure>, records: PodRecords<'_>) {
+        let ConnectFailure { facts, error } = *failure;
+        let connection = TrackedConnection::new(records.pod, facts, accepted);
+        let (at, outcome) = (Instant::now(), Err(error));
+        end(EndedConnection { connection, at, was_open: false, outcome }, &records.worker.recent);
     }
 
     /// The facts of the connection.
     pub(crate) fn facts(&self) -> &Facts {
-        &self.facts
+        &self.connection.facts
+    }
+
+    /// The part that the list of open connections shares.
+    pub(crate) fn connection(&self) -> &Arc<TrackedConnection> {
+        &self.connection
     }
 
     /// Counts bytes that went to the client.
     pub(crate) fn sent(&self, bytes: usize) {
-        self.sent.fetch_add(bytes as u64, Relaxed);
+        let connection = &*self.connection;
+        if connection.sent.fetch_add(bytes as u64, Relaxed) == 0 {
+            let micros = connection.accepted.elapsed().as_micros();
+            let micros = u64::try_from(micros).unwrap_or(u64::MAX).max(1);
+            connection.first_byte.store(micros, Relaxed);
+        }
         self.series.sent(bytes as u64);
     }
 
     /// Counts bytes that came from the client.
     pub(crate) fn received(&self, bytes: usize) {
-        self.received.fetch_add(bytes as u64, Relaxed);
+        self.connection.received.fetch_add(bytes as u64, Relaxed);
         self.series.received(bytes as u64);
     }
 
     /// The number of bytes in both directions.
     pub(crate) fn moved(&self) -> u64 {
-        self.sent.load(Relaxed).wrapping_add(self.received.load(Relaxed))
+        let [sent, received] = self.connection.bytes();
+        sent.wrapping_add(received)
     }
 
-    /// Closes the record: counts an opened connection as closed, and logs it. No other function
-    /// does.
+    /// Closes the record: counts an opened connection as closed, lists and logs it. No other
+    /// function does.
     pub(crate) fn close(mut self, outcome: Result<(), ProxyError>) {
-        self.outcome = outcome;
+        self.end(outcome);
+    }
+
+    fn end(&mut self, outcome: Result<(), ProxyError>) {
+        self.is_closed = true;
+        let flags = outcome.as_ref().err().map(|error| error.reason().flags);
+        self.series.closed(flags.unwrap_or(ResponseFlags::None));
+        let (connection, at) = (self.connection.clone(), Instant::now());
+        end(EndedConnection { connection, at, was_open: true, outcome }, &self.recent);
     }
 }
 
 impl Drop for ConnectionRecord {
-    /// Counts and logs a record that was not closed, because its task was cancelled, as dropped.
+    /// Ends a record that was not closed, because its task was cancelled, as dropped.
     fn drop(&mut self) {
-        let error = self.outcome.as_ref().err();
-        self.series.closed(error.map_or(ResponseFlags::None, |error| error.reason().flags));
-        let bytes = [self.sent.load(Relaxed), self.received.load(Relaxed)];
-        log(&self.facts, self.accepted, bytes, error);
+        if !self.is_closed {
+            self.end(Err(ProxyError::Dropped));
+        }
     }
+}
+
+/// Logs and lists a connection that has ended or could not be opened.
+fn end(ended: EndedConnection, recent: &RecentConnections) {
+    let TrackedConnection { facts, accepted, .. } = &*ended.connection;
+    log(facts, *accepted, ended.connection.bytes(), ended.outcome.as_ref().err());
+    recent.ended(ended);
 }
 
 /// Writes the access log line of a connection with the bytes `sent` to and `received` from the
 /// client.
 fn log(facts: &Facts, accepted: Instant, [sent, received]: [u64; 2], error: Option<&ProxyError>) {
-    let Facts { direction, source, destination, service, hbone, trace } = facts;
+    let Facts { direction, source, destination, service, hbone, trace, .. } = facts;
     let reason = error.map(ProxyError::reason);
     let hint = error.and_then(Hint::hint);
     let error = error.map(|error| Quoted::chain(error));

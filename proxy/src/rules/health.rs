@@ -26,6 +26,8 @@ pub(crate) struct RulesHealth(Arc<State>);
 #[derive(Debug, Default)]
 struct State {
     totals: RulesTotals,
+    /// Whether they were installed once.
+    installed: AtomicBool,
     lost: AtomicBool,
     self_test_failed: AtomicBool,
     foreign: AtomicUsize,
@@ -34,8 +36,9 @@ struct State {
 impl RulesTotals {
     /// Adds a pod, which counts until its health is dropped.
     pub(crate) fn pod(&self) -> RulesHealth {
-        let (lost, self_test_failed, foreign) = Default::default();
-        RulesHealth(Arc::new(State { totals: self.clone(), lost, self_test_failed, foreign }))
+        let (installed, lost, self_test_failed, foreign) = Default::default();
+        let totals = self.clone();
+        RulesHealth(Arc::new(State { totals, installed, lost, self_test_failed, foreign }))
     }
 
     fn report_intact(&self) {
@@ -54,9 +57,15 @@ impl RulesTotals {
 impl RulesHealth {
     /// Records whether the rules are installed as planned, without the blackhole.
     pub(crate) fn set_intact(&self, intact: bool) {
-        let State { totals, lost, .. } = &*self.0;
+        let State { totals, installed, lost, .. } = &*self.0;
+        installed.store(true, Relaxed);
         set(lost, !intact, &totals.0.lost);
         totals.report_intact();
+    }
+
+    /// Whether this process, or the one that it has taken over from, has installed the rules.
+    pub(crate) fn are_installed(&self) -> bool {
+        self.0.installed.load(Relaxed)
     }
 
     pub(crate) fn are_lost(&self) -> bool {
@@ -75,6 +84,11 @@ impl RulesHealth {
         self.0.self_test_failed.load(Relaxed)
     }
 
+    /// The number of rules of other programs that precede the proxy's.
+    pub(crate) fn foreign_rules(&self) -> usize {
+        self.0.foreign.load(Relaxed)
+    }
+
     /// Records the number of rules of other programs that precede the proxy's.
     pub(crate) fn set_foreign_rules(&self, count: usize) {
         let State { totals, foreign, .. } = &*self.0;
@@ -87,7 +101,7 @@ impl RulesHealth {
 
 impl Drop for State {
     fn drop(&mut self) {
-        let Self { totals, lost, self_test_failed, foreign } = self;
+        let Self { totals, lost, self_test_failed, foreign, .. } = self;
         if set(lost, false, &totals.0.lost) {
             totals.report_intact();
         }

@@ -19,7 +19,7 @@ use crate::node::pod::Pod;
 use crate::node::worker::Worker;
 use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
-use crate::observe::record::{ConnectionRecord, Facts};
+use crate::observe::record::{ConnectionRecord, Facts, PodRecords};
 use crate::traffic::accepted::Accepted;
 use crate::traffic::listeners::{Kind, ListenerKind as _};
 
@@ -139,7 +139,10 @@ fn assign_or_refuse(
     let kind = *kind;
     let accepted = match Accepted::new(kind, stream, client, pod.context.ports) {
         Ok(accepted) => accepted,
-        Err(error) => return record_uncaught(worker, kind, client, error),
+        Err(error) => {
+            let records = worker.records.of_pod(&pod.name);
+            return record_uncaught(records, kind, client, error);
+        }
     };
     if pod.self_test.claims(&accepted) {
         return;
@@ -156,7 +159,7 @@ fn assign_or_refuse(
 }
 
 /// Records a connection that no rule redirected to the listener.
-fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: ProxyError) {
+fn record_uncaught(records: PodRecords<'_>, kind: Kind, client: SocketAddr, error: ProxyError) {
     let direction = match kind {
         Kind::Outbound => Direction::Outbound,
         Kind::Plaintext | Kind::Hbone => Direction::Inbound,
@@ -166,7 +169,7 @@ fn record_uncaught(worker: &Worker, kind: Kind, client: SocketAddr, error: Proxy
         _ => Party::default(),
     };
     let failure = Facts::new(direction, Party::at_address(client), destination).failed(error);
-    ConnectionRecord::failed(Instant::now(), &failure, &worker.series);
+    ConnectionRecord::failed(Instant::now(), failure, records);
 }
 
 fn assign(worker: &Arc<Worker>, assignment: Assignment) {

@@ -14,7 +14,7 @@ use http::HeaderMap;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
-use underpass_config::SpiffeId;
+use underpass_config::{Policy, SpiffeId};
 use underpass_hbone::{
     Acceptor, Authority, HboneError, Incoming, PeerIdentity, ServerTunnel, TraceParent,
     TunnelStream, log_panic,
@@ -102,17 +102,19 @@ async fn open_plaintext(
     let facts = plaintext_facts(&seat, client, destination, is_own);
     let connected = async {
         let (connection, lookups) = known?;
-        let app = connect_plaintext(&seat, &connection, &registration).await?;
-        Ok::<_, ProxyError>((connection.stream, app, lookups))
+        let (app, policy) = connect_plaintext(&seat, &connection, &registration).await?;
+        Ok::<_, ProxyError>((connection.stream, app, policy, lookups))
     };
     match connected.await {
-        Ok((client, app, lookups)) => {
+        Ok((client, app, policy, lookups)) => {
+            let facts = Facts { policy, ..facts };
+            let record = ConnectionRecord::opened(accepted_at, facts, seat.records());
+            registration.amend(|decision| decision.list(&record));
             let held = HeldResources { registration, _lookups: lookups, _ticket: ticket };
-            let record = ConnectionRecord::opened(accepted_at, facts, &seat.worker.series);
             Some(Opened { record, held, client, app })
         }
         Err(error) => {
-            ConnectionRecord::failed(accepted_at, &facts.failed(error), &seat.worker.series);
+            ConnectionRecord::failed(accepted_at, facts.failed(error), seat.records());
             None
         }
     }
@@ -138,7 +140,7 @@ async fn connect_plaintext(
     seat: &Seat,
     connection: &Registered,
     registration: &Registration<Decision>,
-) -> Result<TcpStream, ProxyError> {
+) -> Result<Connected, ProxyError> {
     let address = connection.destination.address();
     let target = InboundTarget { address, header: None, service: None };
     let connecting = pin!(connect(seat, registration, connection.client, &target, None));
@@ -156,7 +158,7 @@ pub(crate) async fn serve_tunnel(
     let outcome = match checked.and_then(Accepted::register) {
         Err(error) => Err(error),
         Ok(connection) => {
-            let serving = pin!(accept_tunnel(&seat, connection, &ticket));
+            let serving = pin!(accept_tunnel(&seat, connection, &registration, &ticket));
             registration.termination().or_terminate(serving).await
         }
     };
@@ -175,19 +177,21 @@ fn record_failed_handshake(
     let source = Party::plaintext_client(client, &seat.node().mesh.borrow());
     let facts = Facts::new(Direction::Inbound, source, Party::default());
     let facts = Facts { hbone: Some(here), ..facts };
-    let series = &seat.worker.series;
     match error {
         // The tunnel may have been established before the drain.
         ProxyError::Drained => {
-            ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
+            ConnectionRecord::failed(accepted_at, facts.failed(error), seat.records());
         }
-        error => ConnectionRecord::handshake_failed(accepted_at, &facts.failed(error), series),
+        error => {
+            ConnectionRecord::handshake_failed(accepted_at, facts.failed(error), seat.records());
+        }
     }
 }
 
 async fn accept_tunnel(
     seat: &Arc<Seat>,
     Registered { stream, client, destination }: Registered,
+    registration: &Registration<Decision>,
     ticket: &Ticket,
 ) -> Result<(), ProxyError> {
     let endpoints = seat.tunnel_endpoints(destination.address()).await?;
@@ -204,6 +208,7 @@ async fn accept_tunnel(
         }
     };
     let _open = metrics::tunnel_open("inbound");
+    registration.amend(|decision| decision.list_tunnel(client, peer.spiffe_id()));
     let resumed = tunnel.resumed();
     tracing::debug!(%client, peer = %peer.spiffe_id(), resumed, "tunnel accepted");
     let mut retirement = Retirement::new(seat.node(), &tunnel);
@@ -317,7 +322,6 @@ async fn open_request(
     admitted: Result<Ticket, ProxyError>,
 ) -> Option<Opened<TunnelStream>> {
     let accepted_at = Instant::now();
-    let series = &seat.worker.series;
     let (requested, here) =
         (requested(tunnel_request.request.authority()), tunnel_request.origin.here);
     let known = {
@@ -329,19 +333,23 @@ async fn open_request(
     let facts = request_facts(&seat, &tunnel_request.origin, headers, target.as_ref().ok());
     let connected = async {
         let (ticket, lookups) = known?;
-        let app = connect_request(&seat, &mut tunnel_request, &registration, &target?).await?;
-        Ok::<_, ProxyError>((app, ticket, lookups))
+        let target = target?;
+        let connecting = connect_request(&seat, &mut tunnel_request, &registration, &target);
+        let (app, policy) = connecting.await?;
+        Ok::<_, ProxyError>((app, policy, ticket, lookups))
     };
-    let (app, ticket, lookups) = match connected.await {
+    let (app, policy, ticket, lookups) = match connected.await {
         Ok(connected) => connected,
         Err(error) => {
             // A disconnected client gets no response.
             tunnel_request.request.refuse(error.reason().status);
-            ConnectionRecord::failed(accepted_at, &facts.failed(error), series);
+            ConnectionRecord::failed(accepted_at, facts.failed(error), seat.records());
             return None;
         }
     };
-    let record = ConnectionRecord::opened(accepted_at, facts, series);
+    let facts = Facts { policy, ..facts };
+    let record = ConnectionRecord::opened(accepted_at, facts, seat.records());
+    registration.amend(|decision| decision.list(&record));
     let answer = headers::response(record.facts(), &seat.context().own);
     match tunnel_request.request.accept(answer) {
         Ok(client) => {
@@ -360,7 +368,7 @@ async fn connect_request(
     tunnel_request: &mut TunnelRequest,
     registration: &Registration<Decision>,
     target: &InboundTarget,
-) -> Result<TcpStream, ProxyError> {
+) -> Result<Connected, ProxyError> {
     let TunnelRequest { request, origin } = tunnel_request;
     let connecting = pin!(connect(seat, registration, origin.client, target, Some(&origin.peer)));
     unless_reset(request, registration, connecting).await
@@ -431,6 +439,9 @@ fn inbound_target(
         .map_err(ProxyError::Route)
 }
 
+/// A connection to the application, and the ALLOW policy that matches, if there are any.
+type Connected = (TcpStream, Option<Arc<Policy>>);
+
 /// Connects to the application, from the client's address if the profile supports it.
 async fn connect(
     seat: &Seat,
@@ -438,11 +449,12 @@ async fn connect(
     client: SocketAddr,
     target: &InboundTarget,
     peer: Option<&PeerIdentity>,
-) -> Result<TcpStream, ProxyError> {
+) -> Result<Connected, ProxyError> {
     let identity = peer.map(|peer| peer.spiffe_id());
     let subject = Subject::inbound(client, target.address, peer.map(Principal::from));
     let permit = seat.permit(subject, registration)?;
-    dial_app(seat, client, target, &permit, identity).await
+    let app = dial_app(seat, client, target, &permit, identity).await?;
+    Ok((app, permit.policy().cloned()))
 }
 
 /// Dials the application, and sends a PROXY header if the route has one.

@@ -127,7 +127,6 @@ async fn open(
     Assignment { accepted, registration, mut ticket, .. }: Assignment,
 ) -> Option<Opened> {
     let accepted_at = Instant::now();
-    let series = &seat.worker.series;
     match connect(&seat, accepted, &registration).await {
         Ok((Registered { stream: client, .. }, connected, lookups)) => {
             let Connected { facts, upstream, load, of_hop } = connected;
@@ -141,11 +140,12 @@ async fn open(
                 _lookups: [lookups, of_hop],
                 _ticket: ticket,
             };
-            let record = ConnectionRecord::opened(accepted_at, facts, series);
+            let record = ConnectionRecord::opened(accepted_at, facts, seat.records());
+            held.registration.amend(|decision| decision.list(&record));
             Some(Opened { record, held, client, upstream })
         }
         Err(failure) => {
-            ConnectionRecord::failed(accepted_at, &failure, series);
+            ConnectionRecord::failed(accepted_at, failure, seat.records());
             None
         }
     }
@@ -371,6 +371,7 @@ impl OutboundConnect<'_> {
             destination,
             service: route.service.clone(),
             hbone,
+            policy: None,
             ..self.known
         }
     }

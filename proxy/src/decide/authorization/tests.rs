@@ -41,7 +41,7 @@ fn evaluate(mesh: &Mesh) -> Outcome {
     };
     let policies = mesh.policies(&workload.namespace, Some(workload));
     let decision = match decide(policies, &connection) {
-        Ok(()) => "allowed".to_owned(),
+        Ok(_) => "allowed".to_owned(),
         Err(denial) => denial.to_string(),
     };
     let dry_run = dry_run(policies, &connection).iter().map(ToString::to_string).collect();

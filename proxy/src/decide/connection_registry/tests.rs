@@ -193,3 +193,23 @@ async fn other_tasks_run_while_many_connections_are_terminated() {
     // One poll can serve several wake-ups of both futures, so the limit has a factor of 4.
     assert!(turns >= (10_000 / CHECK_AT_ONCE + 10_000 / WAKE_AT_ONCE) / 4, "{turns}");
 }
+
+#[tokio::test]
+async fn visit_sees_every_open_connection_and_lets_other_tasks_run() {
+    let registry = Registry::default();
+    let mut open: Vec<_> = (0..1000).map(|number| registry.register(number)).collect();
+    open.truncate(900);
+    open[0].amend(|number| *number = 10_000);
+    let (mut seen, mut turns) = (Vec::new(), 0);
+    {
+        let mut visit = std::pin::pin!(registry.visit(|number| seen.push(*number)));
+        while futures_util::poll!(&mut visit).is_pending() {
+            turns += 1;
+            tokio::task::yield_now().await;
+        }
+    }
+    drop(open);
+    assert!(turns >= 900 / CHECK_AT_ONCE, "{turns}");
+    seen.sort_unstable();
+    assert!(seen.into_iter().eq((1..900).chain([10_000])));
+}

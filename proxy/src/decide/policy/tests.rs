@@ -67,7 +67,8 @@ fn outbound(asked: &str, hop: &str, peers: Option<&[&str]>) -> Subject {
 }
 
 fn decided(subject: &Subject, settings: &[&str]) -> Result<(), &'static str> {
-    check(subject, &snapshot(1, ""), &context(settings)).map_err(|error| error.reason().code)
+    let checked = check(subject, &snapshot(1, ""), &context(settings)).map(drop);
+    checked.map_err(|error| error.reason().code)
 }
 
 #[test]
@@ -131,11 +132,26 @@ fn strict_mtls_refuses_plaintext_except_probes_and_overrides() {
 }
 
 #[test]
+fn matching_allow_policy_is_returned() {
+    let subject = from_peer("spiffe://cluster.local/ns/default/sa/client", &[]);
+    let allowed_by = |mesh: &str| {
+        let policy = check(&subject, &snapshot(1, mesh), &context(&[])).unwrap();
+        policy.map(|policy| policy.to_string())
+    };
+    assert_eq!(allowed_by(""), None);
+    let allow = policy("Allow", "[[[]]]");
+    assert!(
+        allowed_by(&allow).is_some_and(|name| allow.contains(name.rsplit('/').next().unwrap()))
+    );
+}
+
+#[test]
 fn deny_policy_by_principal_applies_to_peer_under_trust_domain_alias() {
     let decided = |context: &PolicyContext, action: &str, principal: &str| {
         let rule = format!("[[[{{principals: [{{exact: {principal}}}]}}]]]");
         let subject = from_peer("spiffe://old/ns/default/sa/client", &["cluster.local", "old"]);
         check(&subject, &snapshot(1, &policy(action, &rule)), context)
+            .map(drop)
             .map_err(|error| error.reason().code)
     };
     let context = context(&[]);
@@ -181,7 +197,7 @@ fn unknown_local_address_gets_policies_of_own_workload() {
 
 fn after(old: &Snapshot, new: &Snapshot, since: u64) -> Result<(), &'static str> {
     let context = context(&[]);
-    let decision = Decision(Some(Permitted { subject: from_client(), generation: since }));
+    let decision = Decision::permitted(Permitted { subject: from_client(), generation: since });
     let checked = MeshChange::new(old, new, &context).check(&decision);
     checked.map_err(|error| error.reason().code)
 }
@@ -267,13 +283,13 @@ fn change_concerns_only_connections_to_its_addresses() {
     let outbound = |asked: &str, hop: &str| {
         let subject = Outbound { asked: at(asked), hop: at(hop), peers: None, by_address: true };
         let permitted = Permitted { subject: Subject::Outbound(subject), generation: 1 };
-        registry.register(Decision(Some(permitted)))
+        registry.register(Decision::permitted(permitted))
     };
     let _open = [
         outbound("10.0.0.1:80", "10.0.0.1:80"),
         outbound("10.96.0.1:80", "10.0.0.2:80"),
         outbound("10.0.0.2:80", "10.0.0.3:80"),
-        registry.register(Decision(Some(Permitted { subject: from_client(), generation: 1 }))),
+        registry.register(Decision::permitted(Permitted { subject: from_client(), generation: 1 })),
     ];
     let context = context(&[]);
     let concerned = |old: &Snapshot, new: &Snapshot| {

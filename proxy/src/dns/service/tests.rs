@@ -47,7 +47,7 @@ impl Scene {
         let view = PodView { namespace, network, domain, ipv6: true };
         let mesh = watch::Sender::new(snapshot(1, MESH));
         let upstream = Upstream::new(Arc::new(ScriptedExchange(servers.clone())));
-        let failures = FailureLog::new(&settings(&[]).workload);
+        let failures = FailureLog::new(&settings(&[]).workload, Arc::default());
         let (mesh_view, lookups) = (mesh.subscribe(), Lookups::default());
         let service = DnsService::new(view, mesh_view, lookups, resolver, upstream, failures);
         let scene = Self { service, servers, _mesh: mesh, _folder: folder };

@@ -32,6 +32,7 @@ use crate::node::Node;
 use crate::node::pod::Pod;
 use crate::node::worker::Worker;
 use crate::observe::party::{Claim, Party};
+use crate::observe::record::PodRecords;
 use crate::traffic::accepted::Source;
 
 /// The maximum time that a pool remembers a failed dial, rounded up: its longest back-off with
@@ -221,6 +222,11 @@ impl Seat {
             Ok(Ok(snapshot)) => Ok(snapshot.clone()),
             Ok(Err(_)) | Err(_) => Err(error),
         }
+    }
+
+    /// Counts and lists the connections of the pod on the worker.
+    pub(crate) fn records(&self) -> PodRecords<'_> {
+        self.worker.records.of_pod(&self.pod.name)
     }
 
     /// Registers a stream of a tunnel of the pod.

@@ -11,6 +11,7 @@ use futures_util::FutureExt as _;
 use http::{HeaderMap, StatusCode};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
+use underpass_config::Policy;
 use underpass_hbone::{HboneError, MutualTrust};
 
 use super::{
@@ -85,12 +86,13 @@ pub(in crate::traffic) async fn deliver(
         let (ticket, lookups) = known?;
         let target = target?;
         let connecting = pin!(connect(&seat, &registration, client, &target, Some(&origin.peer)));
-        let app = registration.termination().or_terminate(connecting).await?;
-        Ok((app, ticket, lookups))
+        let (app, policy) = registration.termination().or_terminate(connecting).await?;
+        Ok((app, policy, ticket, lookups))
     };
     match connected.await {
-        Ok((app, ticket, lookups)) => {
-            let record = unopened.opened();
+        Ok((app, policy, ticket, lookups)) => {
+            let record = unopened.opened(policy);
+            registration.amend(|decision| decision.list(&record));
             let (_lookups, _ticket) = (lookups, ticket);
             Ok(Box::new(Delivery { app, record, registration, _lookups, _ticket, seat, trust }))
         }
@@ -107,8 +109,9 @@ struct Unopened<'a> {
 }
 
 impl Unopened<'_> {
-    fn opened(mut self) -> ConnectionRecord {
-        ConnectionRecord::opened(self.accepted_at, self.take_facts(), &self.seat.worker.series)
+    fn opened(mut self, policy: Option<Arc<Policy>>) -> ConnectionRecord {
+        let facts = Facts { policy, ..self.take_facts() };
+        ConnectionRecord::opened(self.accepted_at, facts, self.seat.records())
     }
 
     fn failed(mut self, error: ProxyError) -> StatusCode {
@@ -119,7 +122,7 @@ impl Unopened<'_> {
 
     fn record_failure(&mut self, error: ProxyError) {
         let failure = self.take_facts().failed(error);
-        ConnectionRecord::failed(self.accepted_at, &failure, &self.seat.worker.series);
+        ConnectionRecord::failed(self.accepted_at, failure, self.seat.records());
     }
 
     fn take_facts(&mut self) -> Facts {

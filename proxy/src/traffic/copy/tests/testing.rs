@@ -25,9 +25,8 @@ use super::super::{Flow, Neighbour};
 use crate::decide::connection_registry::ConnectionRegistry;
 use crate::error::ProxyError;
 use crate::limits::Buffers;
-use crate::observe::metrics::KnownSeries;
 use crate::observe::party::{Direction, Party};
-use crate::observe::record::{ConnectionRecord, Facts};
+use crate::observe::record::{ConnectionRecord, Facts, WorkerRecords};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
@@ -376,7 +375,8 @@ const NO_DEADLINES: Deadlines =
 
 fn opened_record(direction: Direction) -> ConnectionRecord {
     let facts = Facts::new(direction, Party::default(), Party::default());
-    ConnectionRecord::opened(Instant::now(), facts, &KnownSeries::default())
+    let (worker, pod) = (WorkerRecords::default(), Arc::default());
+    ConnectionRecord::opened(Instant::now(), facts, worker.of_pod(&pod))
 }
 
 async fn run(ends: Ends, deadlines: Deadlines, buffers: Buffers) -> (Result<(), ProxyError>, u64) {
