@@ -11,6 +11,7 @@ pub(crate) mod control_plane;
 pub(crate) mod convert;
 pub(crate) mod message;
 pub(crate) mod on_demand;
+pub(crate) mod request;
 pub(crate) mod resource_type;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod script;

@@ -7,7 +7,8 @@ use prost::Message as _;
 
 use super::convert::{Rejection, addresses_of, policy, service, service_key, substitute, workload};
 use super::message::{DeltaRequest, DeltaResponse, Node};
-use super::on_demand::{Lookups, unsubscription};
+use super::on_demand::Lookups;
+use super::request::unsubscriptions;
 use super::resource_type::ResourceType;
 use super::session::{Item, Session, SessionError};
 use super::workload::{Address, AddressType};
@@ -46,14 +47,17 @@ pub struct LocalWorkloads {
 pub struct Applied {
     /// The answer to the control plane.
     pub answer: DeltaRequest,
-    /// The request that ends the subscriptions to removed resources, if there are any.
-    pub unsubscription: Option<DeltaRequest>,
+    /// The requests that end the subscriptions to removed resources.
+    pub unsubscriptions: Vec<DeltaRequest>,
     /// The type of the resources.
     pub kind: ResourceType,
     /// The number of resources that were added or changed.
     pub set: usize,
     /// The number of resources that were removed.
     pub removed: usize,
+    /// The number of addresses that were removed because the whole state, which the response
+    /// completes, lacks them.
+    pub outdated: usize,
     /// The rejected resources.
     pub rejected: Vec<(Name, Rejection)>,
     /// How soon the change must take effect.
@@ -124,10 +128,10 @@ impl ControlPlane {
         self.lookups.as_ref().map(|known| known.refresh(lookups)).unwrap_or_default()
     }
 
-    /// Removes these lookups, and the resources that no other lookup needs. Returns the request
-    /// that ends their subscriptions.
-    pub fn let_go(&mut self, lookups: &[Lookup]) -> Option<DeltaRequest> {
-        let known = self.lookups.as_mut()?;
+    /// Removes these lookups, and the resources that no other lookup needs. Returns the requests
+    /// that end their subscriptions.
+    pub fn let_go(&mut self, lookups: &[Lookup]) -> Vec<DeltaRequest> {
+        let Some(known) = &mut self.lookups else { return Vec::new() };
         let sweeps = lookups.iter().any(|lookup| !known.is_absent(lookup));
         let names = lookups.iter().map(Lookup::as_str).filter(|name| known.contains(name));
         let mut names: BTreeSet<_> = names.map(Name::from).collect();
@@ -145,7 +149,7 @@ impl ControlPlane {
         // Another lookup needs what is left.
         names.retain(|name| !self.session.retains(ResourceType::Address, name));
         names.extend(unneeded);
-        (!names.is_empty()).then(|| unsubscription(names.iter().map(|name| &**name)))
+        unsubscriptions(names.iter().map(|name| name.to_string()))
     }
 
     /// Whether the control plane has not answered this lookup yet.
@@ -179,7 +183,11 @@ impl ControlPlane {
         let (kind, set, removed) = (update.kind, update.resources.len(), update.removed.len());
         let mut urgency = Urgency::Low;
         urgency.raise(Urgency::Immediate, kind == ResourceType::Authorization);
-        let unsubscription = self.unsubscription(kind, &update.removed);
+        let outdated = update.outdated.len();
+        for name in &update.outdated {
+            self.remove(ResourceType::Address, name);
+        }
+        let unsubscriptions = self.unsubscriptions(kind, &update.removed);
         for name in &update.removed {
             let before = self.aliases(kind, name);
             urgency.raise(Urgency::Immediate, self.is_local(kind, name));
@@ -193,7 +201,7 @@ impl ControlPlane {
         }
         let mut rejected = Vec::new();
         for item in &update.resources {
-            let Item { name, content, .. } = item;
+            let name = &item.name;
             let before = self.aliases(kind, name);
             if item.is_unchanged {
                 // Also after a rejected version.
@@ -205,28 +213,21 @@ impl ControlPlane {
                 continue;
             }
             let was_local = self.is_local(kind, name);
-            let applied = match (content, kind) {
-                (Ok(content), ResourceType::Address) => self.address(item, content),
-                (Ok(content), ResourceType::Authorization) => self.policy(item, content),
-                (Err(rejection), _) => {
-                    self.reject(kind, item, &Bytes::new());
-                    Err(rejection.clone())
-                }
-            };
+            let applied = self.apply(kind, item);
             urgency.raise(Urgency::Immediate, self.outdated(kind, name, &before));
             urgency.raise(Urgency::Awaited, self.answered(kind, item));
             match applied {
-                Ok(is_local) => urgency.raise(Urgency::Immediate, was_local || is_local),
+                Ok(is_urgent) => urgency.raise(Urgency::Immediate, was_local || is_urgent),
                 Err(rejection) => rejected.push((name.clone(), rejection)),
             }
         }
-        self.changes += set + removed;
+        self.changes += set + removed + outdated;
         if self.changes > CHANGES_PER_CLEANUP {
             self.changes = 0;
             self.store.drop_unused();
         }
         let answer = self.session.finish(update, &rejected);
-        Ok(Applied { answer, unsubscription, kind, set, removed, rejected, urgency })
+        Ok(Applied { answer, unsubscriptions, kind, set, removed, outdated, rejected, urgency })
     }
 
     /// Does most of the work of the next [`snapshot`](Self::snapshot).
@@ -254,15 +255,13 @@ impl ControlPlane {
         }
     }
 
-    /// The request that ends the subscriptions to removed resources that no lookup names: istiod
+    /// The requests that end the subscriptions to removed resources that no lookup names: istiod
     /// keeps them, and would not answer a later lookup of the name.
-    fn unsubscription(&self, kind: ResourceType, removed: &[String]) -> Option<DeltaRequest> {
-        let lookups = self.lookups.as_ref().filter(|_| kind == ResourceType::Address)?;
-        let names = removed.iter().map(String::as_str);
-        let is_subscribed = |name: &&str| self.session.retains(kind, name);
-        let names = names.filter(|name| !lookups.contains(name)).filter(is_subscribed);
-        let mut names = names.peekable();
-        names.peek().is_some().then(|| unsubscription(names))
+    fn unsubscriptions(&self, kind: ResourceType, removed: &[String]) -> Vec<DeltaRequest> {
+        let lookups = self.lookups.as_ref().filter(|_| kind == ResourceType::Address);
+        let Some(lookups) = lookups else { return Vec::new() };
+        let names = removed.iter().filter(|name| !lookups.contains(name));
+        unsubscriptions(names.filter(|name| self.session.retains(kind, name)).cloned())
     }
 
     /// Records a resource as the answer to the lookups of its names. Returns whether an answer
@@ -286,16 +285,21 @@ impl ControlPlane {
         gone.fold(false, |changed, alias| lookups.outdate(alias.as_str()) | changed)
     }
 
-    /// Applies a workload or a service. Returns whether it is a local workload.
-    fn address(&mut self, item: &Item, content: &Bytes) -> Result<bool, Rejection> {
-        let applied = self.try_address(&item.name, content);
+    /// Applies a resource, or rejects it. Returns whether its change must take effect at once.
+    fn apply(&mut self, kind: ResourceType, item: &Item) -> Result<bool, Rejection> {
+        let applied = match (&item.problem, kind) {
+            (Some(problem), _) => Err(problem.clone()),
+            (None, ResourceType::Address) => self.address(&item.name, &item.content),
+            (None, ResourceType::Authorization) => self.policy(&item.name, &item.content),
+        };
         if applied.is_err() {
-            self.reject(ResourceType::Address, item, content);
+            self.reject(kind, item);
         }
         applied
     }
 
-    fn try_address(&mut self, name: &Name, content: &Bytes) -> Result<bool, Rejection> {
+    /// Applies a workload or a service. Returns whether it is a local workload.
+    fn address(&mut self, name: &Name, content: &Bytes) -> Result<bool, Rejection> {
         let shared = self.store.shared();
         match Address::decode(content.clone())?.kind.ok_or(Rejection::Type)? {
             AddressType::Workload(given) => {
@@ -316,24 +320,17 @@ impl ControlPlane {
         }
     }
 
-    fn policy(&mut self, item: &Item, content: &Bytes) -> Result<bool, Rejection> {
-        let name = &item.name;
-        match policy(name, content, self.store.shared()) {
-            Ok(policy) => {
-                self.substitutes.remove(name);
-                self.store.set_policy(name.clone(), policy);
-                Ok(true)
-            }
-            Err(rejection) => {
-                self.reject(ResourceType::Authorization, item, content);
-                Err(rejection)
-            }
-        }
+    fn policy(&mut self, name: &Name, content: &Bytes) -> Result<bool, Rejection> {
+        let policy = policy(name, content, self.store.shared())?;
+        self.substitutes.remove(name);
+        self.store.set_policy(name.clone(), policy);
+        Ok(true)
     }
 
     /// Keeps the accepted version of a rejected resource. Connections that only the rejected one
     /// may forbid are refused.
-    fn reject(&mut self, kind: ResourceType, Item { name, aliases, .. }: &Item, content: &Bytes) {
+    fn reject(&mut self, kind: ResourceType, item: &Item) {
+        let Item { name, aliases, content, .. } = item;
         match kind {
             ResourceType::Address => {
                 let addresses = addresses_of(content, aliases, self.store.shared());

@@ -37,6 +37,9 @@ pub enum Rejection {
     /// The resource is larger than allowed.
     #[error("has {0} bytes, more than the limit")]
     Size(usize),
+    /// The resource has no name.
+    #[error("has no name")]
+    Nameless,
     /// The resource has no content, or content of another type.
     #[error("has no content of its type")]
     Type,

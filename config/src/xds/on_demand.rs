@@ -14,14 +14,9 @@
 //! each resource that it sent, even after it has removed the resource.
 
 use super::message::DeltaRequest;
-use super::resource_type::ResourceType;
+use super::request::{subscriptions, unsubscriptions};
 use crate::mesh::lookup::{Answer, Answered, Lookup};
 use crate::mesh::names::Map;
-
-/// A name without a resource, which every request subscribes to that ends subscriptions. istiod
-/// answers a request without subscriptions with the removal of all names (`pushDeltaXds`). It is
-/// neither an address nor in a valid namespace, so that no connection looks it up.
-const NOTHING: &str = "-/-";
 
 /// The lookups of a client.
 #[derive(Debug, Default)]
@@ -136,26 +131,9 @@ impl Lookups {
 
 /// Requests that unsubscribe from the first names, and then subscribe to the others.
 fn subscribe_again(unsubscribe: &[Lookup], subscribe: &[Lookup]) -> Vec<DeltaRequest> {
-    let mut requests = Vec::new();
-    if !unsubscribe.is_empty() {
-        requests.push(unsubscription(unsubscribe.iter().map(Lookup::as_str)));
-    }
-    if !subscribe.is_empty() {
-        let resource_names_subscribe = subscribe.iter().map(Lookup::to_string).collect();
-        requests.push(DeltaRequest { resource_names_subscribe, ..addresses() });
-    }
+    let mut requests = unsubscriptions(unsubscribe.iter().map(Lookup::to_string));
+    requests.extend(subscriptions(subscribe.iter().map(Lookup::to_string)));
     requests
-}
-
-/// The request that ends the subscription of these names.
-pub(super) fn unsubscription<'a>(names: impl Iterator<Item = &'a str>) -> DeltaRequest {
-    let resource_names_unsubscribe = names.map(str::to_owned).collect();
-    let resource_names_subscribe = vec![NOTHING.to_owned()];
-    DeltaRequest { resource_names_subscribe, resource_names_unsubscribe, ..addresses() }
-}
-
-fn addresses() -> DeltaRequest {
-    DeltaRequest { type_url: ResourceType::Address.url().to_owned(), ..DeltaRequest::default() }
 }
 
 #[cfg(test)]

@@ -34,10 +34,15 @@ fn run_client(script: &[u8], on_demand: bool) {
             let at = usize::from(applied.kind == ResourceType::Authorization);
             if let Some(names) = names.get_mut(at) {
                 names.retain(|name| !response.removed_resources.contains(name));
-                names.extend(response.resources.into_iter().map(|resource| resource.name));
+                let named = response.resources.into_iter().map(|resource| resource.name);
+                names.extend(named.filter(|name| !name.is_empty()));
             }
         }
-        let retained = ResourceType::ALL.map(|kind| plane.retained(kind));
+        let mut retained = ResourceType::ALL.map(|kind| plane.retained(kind));
+        // A resource without a name is retained under a substitute.
+        for names in retained.iter_mut().chain(&mut names) {
+            names.retain(|name| !name.starts_with("(no name) "));
+        }
         assert!(
             retained.iter().cloned().eq(names.iter().cloned()),
             "other names than in the model"

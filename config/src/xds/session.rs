@@ -8,11 +8,15 @@
 //!
 //! istiod computes removals on a new stream from the retained names. So every name that was not
 //! removed is retained, also that of a rejected resource. A request with too many names is sent
-//! without them: its first response is the whole state, and removes every name that it lacks. So is
-//! that of a control plane without versions (Cilium), which computes no removals.
+//! without them, and a control plane without versions (Cilium) computes no removals. The stream then
+//! begins with the whole state, which removes every name that it lacks. It is complete when the
+//! policies arrive, because they are requested last and requests are answered in order. The first
+//! response of addresses may be another one: Cilium sends changes that it queued before the stream
+//! began.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hasher as _};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -22,6 +26,7 @@ use thiserror::Error;
 use super::convert::Rejection;
 use super::message::{DeltaRequest, DeltaResponse, Node, Resource, Status};
 use super::on_demand::Lookups;
+use super::request::subscriptions;
 use super::resource_type::ResourceType;
 use crate::mesh::Name;
 use crate::mesh::lookup::Lookup;
@@ -35,10 +40,6 @@ const MAX_NAME: usize = 2048;
 const MAX_RESOURCES: usize = 1 << 20;
 /// The maximum size of a request in bytes: the default limit of gRPC servers, also that of istiod.
 const MAX_REQUEST: usize = 4 << 20;
-/// The maximum size in bytes of the names that a request subscribes to.
-const MAX_NAMES: usize = 1 << 20;
-/// The bytes of a name in a request besides its text: a tag and a length.
-const NAME_OVERHEAD: usize = 4;
 /// The maximum number of names in a NACK.
 const MAX_REPORTED: usize = 20;
 /// The name for all resources.
@@ -59,7 +60,7 @@ pub enum SessionError {
     /// The state of the client was lost.
     #[error("no thread to apply a response")]
     Lost,
-    /// An empty or overlong name.
+    /// An overlong name, or a policy without a name.
     #[error("a resource without a usable name")]
     Name,
 }
@@ -70,6 +71,8 @@ pub(super) struct Update {
     pub(super) kind: ResourceType,
     /// The names of removed resources, which are removed before `resources` are applied.
     pub(super) removed: Vec<String>,
+    /// The names of addresses that the whole state lacks, which this response completes.
+    pub(super) outdated: Vec<String>,
     pub(super) resources: Vec<Item>,
     nonce: String,
 }
@@ -80,7 +83,10 @@ pub(super) struct Item {
     pub(super) name: Name,
     pub(super) aliases: Vec<String>,
     version: String,
-    pub(super) content: Result<Bytes, Rejection>,
+    /// Empty if the resource has none of its type.
+    pub(super) content: Bytes,
+    /// Why the content cannot be used.
+    pub(super) problem: Option<Rejection>,
     /// Whether the version is the accepted one.
     pub(super) is_unchanged: bool,
 }
@@ -100,15 +106,15 @@ struct Subscription {
     versions: Map<Name, Box<str>>,
     /// Whether a response was applied, on any stream.
     synced: bool,
-    /// Whether the next response is the whole state, because the stream began without the retained
-    /// names.
-    is_whole: bool,
+    /// The names in the whole state that the stream begins with, as far as it was sent. `None` if
+    /// responses are differences.
+    whole: Option<Set<Name>>,
 }
 
 impl Session {
     pub(super) fn new(node: Node) -> Self {
         let subscription =
-            |kind| Subscription { kind, versions: Map::default(), synced: false, is_whole: false };
+            |kind| Subscription { kind, versions: Map::default(), synced: false, whole: None };
         Self { node, subscriptions: ResourceType::ALL.map(subscription) }
     }
 
@@ -138,24 +144,35 @@ impl Session {
         };
         let DeltaResponse { resources, nonce, removed_resources: removed, .. } = response;
         let kind = subscription.kind;
-        let removed = match subscription.is_whole {
-            true => subscription.names_missing_in(&resources),
-            false => removed,
+        let is_complete = kind == ResourceType::Authorization;
+        let removed = match &subscription.whole {
+            Some(_) if is_complete => subscription.names_missing_in(&resources),
+            _ => removed,
         };
-        let versions = &subscription.versions;
-        let retained = if subscription.is_whole { 0 } else { versions.len() };
-        let is_new = |one: &&Resource| retained == 0 || !versions.contains_key(&*one.name);
-        if retained + resources.iter().filter(is_new).count() > MAX_RESOURCES {
+        let addresses = self.subscription(ResourceType::Address);
+        let outdated = if is_complete { addresses.outdated() } else { Vec::new() };
+        let is_new = |one: &&Resource| !subscription.has_sent(&one.name);
+        if subscription.sent() + resources.iter().filter(is_new).count() > MAX_RESOURCES {
             return Err(SessionError::TooMany(kind));
         }
         let resources = resources.into_iter().map(|resource| self.item(kind, resource));
-        Ok(Update { kind, removed, resources: resources.collect::<Result<_, _>>()?, nonce })
+        Ok(Update {
+            kind,
+            removed,
+            outdated,
+            resources: resources.collect::<Result<_, _>>()?,
+            nonce,
+        })
     }
 
     /// The number of resources that [`receive`](Self::receive) removes at most.
     pub(super) fn max_removals(&self, response: &DeltaResponse) -> usize {
-        let subscription = self.of_response(response).filter(|one| one.is_whole);
-        subscription.map_or(response.removed_resources.len(), |one| one.versions.len())
+        let whole = self.subscriptions.iter().filter(|one| one.whole.is_some());
+        let missing = match self.of_response(response).map(|one| one.kind) {
+            Some(ResourceType::Authorization) => whole.map(|one| one.versions.len()).sum(),
+            _ => 0,
+        };
+        response.removed_resources.len() + missing
     }
 
     fn of_response(&self, response: &DeltaResponse) -> Option<&Subscription> {
@@ -164,19 +181,23 @@ impl Session {
 
     fn item(&self, kind: ResourceType, resource: Resource) -> Result<Item, SessionError> {
         let Resource { version, resource, name, aliases } = resource;
-        if name.is_empty() || name.len() > MAX_NAME || version.len() > MAX_NAME {
+        let is_nameless = name.is_empty();
+        let must_have_name = kind == ResourceType::Authorization;
+        if name.len() > MAX_NAME || version.len() > MAX_NAME || is_nameless && must_have_name {
             return Err(SessionError::Name);
         }
+        let content = resource.filter(|any| any.type_url == kind.url()).map(|any| any.value);
+        let problem = match &content {
+            None => Some(Rejection::Type),
+            Some(content) if content.len() > MAX_RESOURCE => Some(Rejection::Size(content.len())),
+            Some(_) => is_nameless.then_some(Rejection::Nameless),
+        };
+        let content = content.unwrap_or_default();
+        let name = if is_nameless { substitute_for_name(&content) } else { name };
         let retained = self.subscription(kind).versions.get_key_value(&*name);
         let is_unchanged = retained.is_some_and(|(_, it)| !it.is_empty() && **it == *version);
         let name = retained.map_or_else(|| Arc::from(name), |(name, _)| name.clone());
-        let content = match resource {
-            Some(any) if any.type_url != kind.url() => Err(Rejection::Type),
-            Some(any) if any.value.len() > MAX_RESOURCE => Err(Rejection::Size(any.value.len())),
-            Some(any) => Ok(any.value),
-            None => Err(Rejection::Type),
-        };
-        Ok(Item { name, aliases, version, content, is_unchanged })
+        Ok(Item { name, aliases, version, content, problem, is_unchanged })
     }
 
     /// Retains the names of an applied update. Returns the ACK, or the NACK if any resource was
@@ -186,12 +207,15 @@ impl Session {
         update: Update,
         rejected: &[(Name, Rejection)],
     ) -> DeltaRequest {
-        let Update { kind, removed, resources, nonce } = update;
+        let Update { kind, removed, outdated, resources, nonce } = update;
+        if kind == ResourceType::Authorization {
+            self.complete(&outdated);
+        }
         let Some(subscription) = self.subscriptions.iter_mut().find(|one| one.kind == kind) else {
             return DeltaRequest::default();
         };
         subscription.synced = true;
-        subscription.is_whole = false;
+        subscription.note_sent(&removed, &resources);
         let versions = &mut subscription.versions;
         for name in &removed {
             versions.remove(&**name);
@@ -210,6 +234,14 @@ impl Session {
             error_detail: (!rejected.is_empty()).then(|| nack(rejected)),
             ..DeltaRequest::default()
         }
+    }
+
+    /// Ends the whole state, which lacks these addresses. Later responses are differences.
+    fn complete(&mut self, outdated: &[String]) {
+        for subscription in &mut self.subscriptions {
+            subscription.whole = None;
+        }
+        outdated.iter().for_each(|name| self.forget(ResourceType::Address, name));
     }
 
     /// The retained names with their versions.
@@ -260,31 +292,28 @@ impl Subscription {
             request.initial_resource_versions = HashMap::new();
         }
         // istiod sends policies without versions, and computes their removals.
-        self.is_whole = is_too_large || !is_versioned && self.kind == ResourceType::Address;
+        let is_whole = is_too_large || !is_versioned && self.kind == ResourceType::Address;
+        self.whole = is_whole.then(Set::default);
         request
     }
 
     /// The first requests of a new stream, for lookups only.
     fn open_on_demand(&self, node: Option<Node>, lookups: &mut Lookups) -> Vec<DeltaRequest> {
-        let names = split(lookups.reopened().map(Lookup::to_string)).into_iter();
-        let mut requests: Vec<_> = names.map(|names| self.subscribing(names)).collect();
-        let Some(first) = requests.first_mut() else { return requests };
+        let names = lookups.reopened().map(Lookup::to_string);
+        let mut requests = subscriptions(names).into_iter();
+        let mut first = requests.next().unwrap_or_else(|| self.request());
         first.node = node;
         // To subscribe to nothing (istiod, `deltaWatchedResources`).
         first.resource_names_subscribe.insert(0, ALL_NAMES.to_owned());
         first.resource_names_unsubscribe = vec![ALL_NAMES.to_owned()];
         // An unchanged resource is not sent again, so it would answer no lookup.
         first.initial_resource_versions = self.retained(!lookups.awaits_any());
+        let mut retained = HashMap::new();
         if first.encoded_len() > MAX_REQUEST {
-            let retained = std::mem::take(&mut first.initial_resource_versions).into_keys();
-            let names = split(retained.filter(|name| !lookups.contains(name))).into_iter();
-            requests.extend(names.map(|names| self.subscribing(names)));
+            std::mem::swap(&mut first.initial_resource_versions, &mut retained);
         }
-        requests
-    }
-
-    fn subscribing(&self, resource_names_subscribe: Vec<String>) -> DeltaRequest {
-        DeltaRequest { resource_names_subscribe, ..self.request() }
+        let retained = retained.into_keys().filter(|name| !lookups.contains(name));
+        std::iter::once(first).chain(requests).chain(subscriptions(retained)).collect()
     }
 
     fn request(&self) -> DeltaRequest {
@@ -300,6 +329,34 @@ impl Subscription {
         versions.collect()
     }
 
+    /// The number of resources that the control plane has, as far as it has sent them.
+    fn sent(&self) -> usize {
+        self.whole.as_ref().map_or(self.versions.len(), Set::len)
+    }
+
+    fn has_sent(&self, name: &str) -> bool {
+        match &self.whole {
+            Some(sent) => sent.contains(name),
+            None => self.versions.contains_key(name),
+        }
+    }
+
+    /// Records the names of a response that is part of the whole state.
+    fn note_sent(&mut self, removed: &[String], resources: &[Item]) {
+        let Some(sent) = &mut self.whole else { return };
+        for name in removed {
+            sent.remove(&**name);
+        }
+        sent.extend(resources.iter().map(|item| item.name.clone()));
+    }
+
+    /// The retained names that the whole state lacks.
+    fn outdated(&self) -> Vec<String> {
+        let Some(sent) = &self.whole else { return Vec::new() };
+        let names = self.versions.keys().filter(|name| !sent.contains(*name));
+        names.map(|name| name.to_string()).collect()
+    }
+
     /// The retained names without those of `resources`.
     fn names_missing_in(&self, resources: &[Resource]) -> Vec<String> {
         let sent: Set<&str> = resources.iter().map(|resource| &*resource.name).collect();
@@ -308,19 +365,12 @@ impl Subscription {
     }
 }
 
-/// Splits names into parts for one request each, and at least one part.
-fn split(names: impl Iterator<Item = String>) -> Vec<Vec<String>> {
-    let (mut parts, mut part, mut size) = (Vec::new(), Vec::new(), 0);
-    for name in names {
-        if size + name.len() > MAX_NAMES {
-            parts.push(std::mem::take(&mut part));
-            size = 0;
-        }
-        size += name.len() + NAME_OVERHEAD;
-        part.push(name);
-    }
-    parts.push(part);
-    parts
+/// A name for an address without one, so that several of them are distinct. Cilium sends endpoints
+/// without the UID of their pod if an older version has written them.
+fn substitute_for_name(content: &Bytes) -> String {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(content);
+    format!("(no name) {:016x}", hasher.finish())
 }
 
 fn nack(rejected: &[(Name, Rejection)]) -> Status {

@@ -20,7 +20,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, Interval, sleep_until};
 use underpass_config::{
     Applied, ControlPlane, DeltaResponse, Hint as _, LocalWorkloads, Lookup, Mesh, MeshSource,
-    Metadata, MetadataValue, Node, SessionError, Settings, Urgency, XdsSettings,
+    Metadata, MetadataValue, Node, ResourceType, SessionError, Settings, Urgency, XdsSettings,
 };
 use underpass_hbone::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream, Dial};
 use underpass_interception::run_in_background;
@@ -161,7 +161,7 @@ impl ControlPlaneFollower {
                 let applied = self.apply(response).await?;
                 report(&applied);
                 self.take_effect(applied.urgency, readiness);
-                std::iter::once(applied.answer).chain(applied.unsubscription).collect()
+                std::iter::once(applied.answer).chain(applied.unsubscriptions).collect()
             }
             Event::Asked(asked) => self.schedule.ask(&mut self.plane, asked),
             Event::Check => {
@@ -259,9 +259,10 @@ impl ControlPlaneFollower {
 }
 
 /// Logs and counts the changes of a response.
-fn report(Applied { kind, set, removed, rejected, .. }: &Applied) {
+fn report(Applied { kind, set, removed, outdated, rejected, .. }: &Applied) {
     let kind = kind.name();
     metrics::control_plane_resources(kind, set - rejected.len(), *removed, rejected.len());
+    metrics::control_plane_resources(ResourceType::Address.name(), 0, *outdated, 0);
     tracing::debug!(kind, set, removed, rejected = rejected.len(), "response of the control plane");
     for (name, reason) in rejected.iter().take(MAX_LOGGED) {
         tracing::error!(

@@ -116,7 +116,8 @@ async fn rejected() {
     let narrowed = resource(POLICY, "default/p", narrowed.concat());
     plane.send(&response(POLICY, vec![narrowed, deny_port("other", 1)], &[]));
     let answer = plane.request().await;
-    let message = answer.error_detail.clone().unwrap_or_else(|| panic!("no NACK: {answer:?}")).message;
+    let message =
+        answer.error_detail.clone().unwrap_or_else(|| panic!("no NACK: {answer:?}")).message;
     assert_eq!(message, "default/p: unknown field 14");
     server.line(&["cannot use a resource", "default/p", "unknown field 14"]).await;
     // Without an accepted version, the policy denies.

@@ -324,6 +324,27 @@ fn rejected_version_withholds_its_further_addresses() {
     assert!(!client.remove(ADDRESS, "ns/s").speaks_hbone("", at([10, 96, 0, 2])));
 }
 
+/// Cilium names workloads by the UID of the pod, which an older version did not record.
+#[test]
+fn workloads_without_names_are_rejected_and_withhold_their_addresses() {
+    let mut client = Client::new();
+    let sent = |workload| Resource { version: String::new(), ..resource(workload) };
+    let nameless = |host| sent(Workload { uid: String::new(), ..workload("a", [10, 0, 0, host]) });
+    let usable = || sent(workload("b", [10, 0, 0, 3]));
+    let applied = client.apply(ADDRESS, vec![nameless(1), nameless(2), usable()], &[]);
+    let reasons: Vec<_> = applied.rejected.iter().map(|(_, reason)| reason.to_string()).collect();
+    assert_eq!(reasons, ["has no name", "has no name"]);
+    let mesh = client.0.snapshot();
+    assert_eq!(mesh.size().workloads, 1);
+    assert!((1..=3).all(|host| mesh.speaks_hbone("", at([10, 0, 0, host]))));
+    // The whole state of the next stream has their names.
+    client.0.open();
+    client.apply(ADDRESS, vec![sent(workload("a", [10, 0, 0, 1])), usable()], &[]);
+    client.apply(POLICY, Vec::new(), &[]);
+    let mesh = client.0.snapshot();
+    assert!(mesh.has_workload("", at([10, 0, 0, 1])) && !mesh.speaks_hbone("", at([10, 0, 0, 2])));
+}
+
 #[test]
 fn rejected_service_withholds_address() {
     let mut client = Client::new();

@@ -1,10 +1,16 @@
 //! Tests of lookups, with the answers as istiod sends them: names of resources with the requested
 //! names as aliases, or removed names.
 
+use std::collections::BTreeSet;
+
 use super::super::control_plane::{Applied, ControlPlane, LocalWorkloads, Urgency};
 use super::super::message::{DeltaResponse, Resource};
+use super::super::request::NOTHING;
+use super::super::resource_type::ResourceType;
 use super::super::testing::{behind, encoded, node, resource, response, service, workload};
-use super::super::workload::{GatewayAddress, GatewayDestination, NamespacedHostname, Workload};
+use super::super::workload::{
+    GatewayAddress, GatewayDestination, NamespacedHostname, Service, Workload,
+};
 use super::*;
 use crate::mesh::{Destination, Mesh};
 
@@ -153,13 +159,13 @@ fn lookup_that_is_let_go_takes_its_resources_along() {
     let endpoint = behind("s", workload("a", [10, 0, 0, 1]));
     let sent = [resource(endpoint), resource(workload("b", [10, 0, 0, 2])), resource(local)];
     client.apply([vec![resource(service("s", [10, 96, 0, 1]))], sent.to_vec()].concat(), &[]);
-    let request = client.0.let_go(&lookups(&["/10.0.0.2"])).unwrap();
-    assert_eq!(request.resource_names_subscribe, [NOTHING]);
-    assert_eq!(request.resource_names_unsubscribe, ["/10.0.0.2", "cluster//Pod/ns/b"]);
+    let requests = client.0.let_go(&lookups(&["/10.0.0.2"]));
+    let ended = ["/10.0.0.2", "cluster//Pod/ns/b"].map(str::to_owned).to_vec();
+    assert_eq!(all_names(&requests), [vec![NOTHING.to_owned()], ended]);
     let mesh = client.0.snapshot();
     assert!(!answered(&mesh, "/10.0.0.2") && !mesh.has_workload("", at(2)));
     assert!(answered(&mesh, "/10.96.0.1") && mesh.has_workload("", at(1)));
-    let mut names = client.0.let_go(&lookups(&["/10.96.0.1"])).unwrap().resource_names_unsubscribe;
+    let [_, mut names] = changes(&client.0.let_go(&lookups(&["/10.96.0.1"])));
     names.sort();
     assert_eq!(names, ["/10.96.0.1", "cluster//Pod/ns/a", "ns/s"]);
     let mesh = client.0.snapshot();
@@ -177,12 +183,11 @@ fn lookup_of_resource_that_was_sent_is_answered() {
     let name = vec!["ns/s".to_owned()];
     assert_eq!(client.look_up(&["ns/s"]), [name.clone(), name]);
     // The lookup of the address needs the subscription of the service.
-    assert_eq!(client.0.let_go(&lookups(&["ns/s", "ns/never-asked"])), None);
+    assert_eq!(client.0.let_go(&lookups(&["ns/s", "ns/never-asked"])), []);
     assert_eq!(client.0.snapshot().size().services, 1);
     client.look_up(&["ns/s"]);
-    let request = client.0.let_go(&lookups(&["ns/s", "/10.96.0.1"])).unwrap();
-    let ended = ["/10.96.0.1", "cluster//Pod/ns/a", "ns/s"];
-    assert_eq!(request.resource_names_unsubscribe, ended, "each once");
+    let [_, ended] = changes(&client.0.let_go(&lookups(&["ns/s", "/10.96.0.1"])));
+    assert_eq!(ended, ["/10.96.0.1", "cluster//Pod/ns/a", "ns/s"], "each once");
 }
 
 #[test]
@@ -194,11 +199,10 @@ fn removed_resource_is_unsubscribed_from_unless_it_is_a_lookup() {
     let removed = response(ADDRESS, Vec::new(), &["ns/s", "ns/t", "ns/unknown", NOTHING]);
     let applied = client.receive(removed);
     assert_eq!(applied.urgency, Urgency::Immediate, "a known service is removed");
-    let requests: Vec<_> = applied.unsubscription.into_iter().collect();
-    assert_eq!(changes(&requests), [no_names(), vec!["ns/s".to_owned()]]);
+    assert_eq!(changes(&applied.unsubscriptions), [no_names(), vec!["ns/s".to_owned()]]);
     assert_eq!(client.look_up(&["ns/s"]), [vec!["ns/s".to_owned()], no_names()]);
     let absent = response(ADDRESS, Vec::new(), &["ns/s"]);
-    assert_eq!(client.receive(absent).unsubscription, None);
+    assert_eq!(client.receive(absent).unsubscriptions, []);
 }
 
 #[test]
@@ -266,31 +270,85 @@ fn next_stream_asks_for_lookups_without_answer_again() {
     assert_eq!(first.resource_names_subscribe.len(), 3);
 }
 
+/// As many lookups as a process may have, with long names.
+fn long_names() -> Vec<Lookup> {
+    let long = "x".repeat(240);
+    let names: Vec<_> = (0..16_384).map(|n| format!("namespace/{long}{n:05}")).collect();
+    lookups(&names.iter().map(|name| &**name).collect::<Vec<_>>())
+}
+
+/// As many workloads with long names, at the addresses 10.1.0.0/18.
+fn long_workloads() -> Vec<Resource> {
+    let long = "x".repeat(240);
+    let sent = (0..16_384_u32).map(|n| {
+        let [_, _, c, d] = n.to_be_bytes();
+        let uid = format!("cluster//Pod/ns/{long}{n:05}");
+        resource(Workload { uid, ..workload("a", [10, 1, c, d]) })
+    });
+    sent.collect()
+}
+
+/// Fails if a request is above a quarter of the limit of the peer.
+fn assert_are_small(requests: &[DeltaRequest]) {
+    let sizes: Vec<_> = requests.iter().map(prost::Message::encoded_len).collect();
+    assert!(sizes.iter().all(|size| *size <= (1 << 20) + 1000), "{sizes:?}");
+}
+
+fn set(names: impl IntoIterator<Item = String>) -> BTreeSet<String> {
+    names.into_iter().collect()
+}
+
 /// A long outage with many lookups and resources in use.
 #[test]
 fn names_of_next_stream_are_split_into_requests_of_limited_size() {
     let mut client = Client::new();
-    let long = "x".repeat(240);
-    let names: Vec<_> = (0..16_384).map(|n| format!("namespace/{long}{n:05}")).collect();
-    client.look_up(&names.iter().map(|name| &**name).collect::<Vec<_>>());
-    let uid = |n: u32| format!("cluster//Pod/ns/{long}{n:05}");
-    let sent = (0..16_384_u32).map(|n| {
-        let [_, _, c, d] = n.to_be_bytes();
-        resource(Workload { uid: uid(n), ..workload("a", [10, 1, c, d]) })
-    });
-    client.apply(sent.collect(), &[]);
+    let (names, sent) = (long_names(), long_workloads());
+    let uids: Vec<_> = sent.iter().map(|one| one.name.clone()).collect();
+    client.0.look_up(&names);
+    client.apply(sent, &[]);
     let requests = client.0.open();
-    let sizes: Vec<_> = requests.iter().map(prost::Message::encoded_len).collect();
-    assert!(sizes.iter().all(|size| *size <= (1 << 20) + 1000), "{sizes:?}");
+    assert_are_small(&requests);
     let [subscribed, ended] = changes(&requests);
     assert_eq!((&*ended, &*subscribed[0]), (&["*".to_owned()][..], "*"));
-    let asked: std::collections::BTreeSet<_> = subscribed[1..].iter().cloned().collect();
-    assert_eq!((asked.len(), subscribed.len()), (2 * 16_384, 2 * 16_384 + 1), "each once");
-    assert!(names.iter().all(|name| asked.contains(name)) && asked.contains(&uid(0)));
+    assert_eq!(subscribed.len(), 2 * 16_384 + 1, "each once");
+    let asked = names.iter().map(Lookup::to_string).chain(uids.iter().cloned());
+    assert_eq!(set(subscribed[1..].iter().cloned()), set(asked));
     assert_eq!(requests.iter().filter(|request| request.node.is_some()).count(), 1);
     // No response is the whole state: what it lacks stays.
-    client.apply(vec![resource(workload("b", [10, 0, 0, 1]))], &[&uid(0)]);
+    client.apply(vec![resource(workload("b", [10, 0, 0, 1]))], &[&uids[0]]);
     assert_eq!(client.0.snapshot().size().workloads, 16_384);
+}
+
+#[test]
+fn names_of_open_stream_are_split_into_requests_of_limited_size() {
+    let mut client = Client::new();
+    let names = long_names();
+    let all = set(names.iter().map(Lookup::to_string));
+    let asked = client.0.look_up(&names);
+    assert_are_small(&asked);
+    assert_eq!(changes(&asked).map(set), [all.clone(), set([])]);
+    let hostname = |name: &Lookup| name.as_str().split_once('/').unwrap().1.to_owned();
+    let services = names.iter().map(|name| {
+        let service = service(&hostname(name), [10, 96, 0, 1]);
+        resource(Service { namespace: "namespace".into(), ..service })
+    });
+    client.apply(services.collect(), &[]);
+    let refreshed = client.0.refresh(&names);
+    assert_are_small(&refreshed);
+    assert_eq!(changes(&refreshed).map(set), [all.clone(), all.clone()]);
+    let ends = |one: &DeltaRequest| !one.resource_names_unsubscribe.is_empty();
+    assert!(refreshed.is_sorted_by_key(|one| !ends(one)), "unsubscribing comes first");
+    // Resources that were sent along, and are removed.
+    let sent = long_workloads();
+    let uids = sent.iter().map(|one| one.name.clone()).collect::<Vec<_>>();
+    client.apply(sent, &[]);
+    let removed = uids.iter().map(|name| &**name).collect::<Vec<_>>();
+    let removed = client.receive(response(ADDRESS, Vec::new(), &removed)).unsubscriptions;
+    assert_are_small(&removed);
+    assert_eq!(changes(&removed).map(set), [set([]), set(uids)]);
+    let gone = client.0.let_go(&names);
+    assert_are_small(&gone);
+    assert_eq!(changes(&gone).map(set), [set([]), all]);
 }
 
 #[test]

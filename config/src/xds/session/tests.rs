@@ -28,6 +28,12 @@ fn response(nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaRes
     }
 }
 
+/// An empty response of policies.
+fn policies() -> DeltaResponse {
+    let type_url = ResourceType::Authorization.url().to_owned();
+    DeltaResponse { type_url, ..DeltaResponse::default() }
+}
+
 fn retained(session: &Session) -> BTreeMap<String, String> {
     session.retained(KIND)
 }
@@ -100,19 +106,22 @@ fn request_above_size_limit_asks_for_whole_state() {
     let update = session.receive(response("1", resources, &[])).unwrap();
     session.finish(update, &[]);
     assert!(session.open(None)[0].initial_resource_versions.is_empty());
-    let whole = vec![resource(&name(7), "2"), resource("new", "1")];
-    let whole = response("2", whole, &["ignored"]);
-    assert_eq!(session.max_removals(&whole), count);
+    let whole = response("2", vec![resource(&name(7), "2"), resource("new", "1")], &[]);
     let update = session.receive(whole).unwrap();
-    assert_eq!(update.removed.len(), count - 1);
-    assert!(!update.removed.contains(&name(7)));
+    assert_eq!((update.removed.len(), update.outdated.len()), (0, 0));
+    session.finish(update, &[]);
+    assert_eq!(retained(&session).len(), count + 1);
+    // The policies complete the whole state.
+    assert_eq!(session.max_removals(&policies()), count + 1);
+    let update = session.receive(policies()).unwrap();
+    assert_eq!(update.outdated.len(), count - 1);
+    assert!(!update.outdated.contains(&name(7)));
     session.finish(update, &[]);
     let left = [(name(7), "2"), ("new".to_owned(), "1")].map(|(n, v)| (n, v.to_owned()));
     assert_eq!(retained(&session), left.into());
-    // Later responses are deltas again.
-    let delta = response("3", vec![resource("a", "1")], &["new"]);
-    assert_eq!(session.max_removals(&delta), 1);
-    let update = session.receive(delta).unwrap();
+    // Later responses are differences.
+    assert_eq!(session.max_removals(&policies()), 0);
+    let update = session.receive(response("3", vec![resource("a", "1")], &["new"])).unwrap();
     assert_eq!(update.removed, ["new"]);
 }
 
@@ -120,23 +129,35 @@ fn request_above_size_limit_asks_for_whole_state() {
 #[test]
 fn first_state_of_stream_without_versions_replaces_retained_one() {
     let mut session = session();
-    let received = |session: &mut Session, names: &[&str]| {
-        let resources = names.iter().map(|name| resource(name, "")).collect();
-        let update = session.receive(response("1", resources, &[])).unwrap();
-        let removed = update.removed.clone();
+    let received = |session: &mut Session, response| {
+        let update = session.receive(response).unwrap();
+        let removed = [update.removed.clone(), update.outdated.clone()];
         session.finish(update, &[]);
         removed
     };
+    let sent = |names: &[&str], removed: &[&str]| {
+        response("1", names.iter().map(|name| resource(name, "")).collect(), removed)
+    };
+    let none = || [Vec::<String>::new(), Vec::new()];
     session.open(None);
-    assert_eq!(received(&mut session, &["uid-1", "uid-2"]), [""; 0]);
-    assert_eq!(received(&mut session, &["uid-3"]), [""; 0], "an event");
-    assert_eq!(session.open(None)[0].initial_resource_versions.len(), 3);
-    assert_eq!(received(&mut session, &["uid-1", "uid-3"]), ["uid-2"]);
+    assert_eq!(received(&mut session, sent(&["uid-1", "uid-2", "uid-3"], &[])), none());
+    assert_eq!(received(&mut session, policies()), none());
+    assert_eq!(received(&mut session, sent(&["uid-4", "uid-5"], &[])), none(), "an event");
+    assert_eq!(session.open(None)[0].initial_resource_versions.len(), 5);
+    // Events that were queued before the stream began.
+    let removed = ["uid-3".to_owned()];
+    let queued = sent(&["uid-1", "uid-6"], &["uid-3"]);
+    assert_eq!(received(&mut session, queued), [removed.to_vec(), Vec::new()]);
+    assert_eq!(received(&mut session, sent(&["uid-1", "uid-4"], &[])), none());
+    let [removed, mut outdated] = received(&mut session, policies());
+    outdated.sort();
+    assert_eq!((removed, outdated), (Vec::new(), vec!["uid-2".to_owned(), "uid-5".to_owned()]));
+    assert_eq!(retained(&session).into_keys().collect::<Vec<_>>(), ["uid-1", "uid-4", "uid-6"]);
     // A control plane with versions computes the removals itself.
-    let update = session.receive(response("2", vec![resource("uid-1", "7")], &[])).unwrap();
-    session.finish(update, &[]);
+    received(&mut session, response("2", vec![resource("uid-1", "7")], &[]));
     session.open(None);
-    assert_eq!(received(&mut session, &["uid-3"]), [""; 0]);
+    assert_eq!(received(&mut session, sent(&["uid-6"], &[])), none());
+    assert_eq!(received(&mut session, policies()), none());
 }
 
 #[test]
@@ -168,9 +189,10 @@ fn refuses_unknown_type_and_unusable_name() {
     let session = session();
     let unknown = DeltaResponse { type_url: "x".repeat(1000), ..DeltaResponse::default() };
     assert_eq!(session.receive(unknown).unwrap_err(), SessionError::UnknownType("x".repeat(100)));
-    for name in [String::new(), "x".repeat(MAX_NAME + 1)] {
-        let error = session.receive(response("1", vec![resource(&name, "1")], &[])).unwrap_err();
-        assert_eq!(error, SessionError::Name);
+    let overlong = response("1", vec![resource(&"x".repeat(MAX_NAME + 1), "1")], &[]);
+    let nameless_policy = DeltaResponse { resources: vec![resource("", "1")], ..policies() };
+    for response in [overlong, nameless_policy] {
+        assert_eq!(session.receive(response).unwrap_err(), SessionError::Name);
     }
 }
 
@@ -195,9 +217,9 @@ fn rejects_resource_of_other_type_without_content_or_too_large() {
     let mut large = resource("c", "1");
     large.resource.as_mut().unwrap().value = vec![0; MAX_RESOURCE + 1].into();
     let update = session().receive(response("1", vec![other, empty, large], &[])).unwrap();
-    let contents: Vec<_> = update.resources.into_iter().map(|item| item.content).collect();
+    let problems: Vec<_> = update.resources.into_iter().map(|item| item.problem).collect();
     let size = Rejection::Size(MAX_RESOURCE + 1);
-    assert_eq!(contents, [Err(Rejection::Type), Err(Rejection::Type), Err(size)]);
+    assert_eq!(problems, [Rejection::Type, Rejection::Type, size].map(Some));
 }
 
 proptest! {

@@ -1,6 +1,6 @@
 //! Tests of collecting changes, and of the node id of the client.
 
-use underpass_config::{FileWatcher, ResourceType};
+use underpass_config::FileWatcher;
 
 use super::*;
 use crate::node::testing::settings;
