@@ -51,7 +51,7 @@ pub use workload::{
 
 use crate::error::ConfigErrors;
 use lineage::Lineage;
-use list::{List, SharedMap, items};
+use list::{Items, List, SharedMap, items};
 use lookup::Answered;
 use names::NamespacedName;
 use network::{Network, select_service};
@@ -69,9 +69,9 @@ pub enum Destination<'a> {
 #[derive(Debug, Clone, Default)]
 pub struct Mesh {
     networks: SharedMap<Name, Network>,
-    hostnames: SharedMap<Name, List<Service>>,
-    workload_hostnames: SharedMap<Name, List<Workload>>,
-    names: SharedMap<NamespacedName, List<Workload>>,
+    hostnames: SharedMap<Name, Items<Service>>,
+    workload_hostnames: SharedMap<Name, Items<Workload>>,
+    names: SharedMap<NamespacedName, Items<Workload>>,
     policies: Policies,
     size: MeshSize,
     /// The mesh of a file beside a control plane, for addresses and names that the control plane
@@ -271,14 +271,14 @@ impl Mesh {
 
     /// All workloads by uid, without those of the fallback.
     pub fn workloads(&self) -> Vec<&Arc<Workload>> {
-        let mut all: Vec<_> = self.names.values().flat_map(|list| list.iter()).collect();
+        let mut all: Vec<_> = self.names.values().flat_map(Items::as_slice).collect();
         all.sort_by(|one, other| one.uid.cmp(&other.uid));
         all
     }
 
     /// All services by namespace and hostname, without those of the fallback.
     pub fn services(&self) -> Vec<&Arc<Service>> {
-        let mut all: Vec<_> = self.hostnames.values().flat_map(|list| list.iter()).collect();
+        let mut all: Vec<_> = self.hostnames.values().flat_map(Items::as_slice).collect();
         all.sort_by_key(|service| (&service.namespace, &service.hostname));
         all
     }
@@ -291,7 +291,7 @@ impl Mesh {
 
 impl Policies {
     fn of<'a>(&'a self, namespace: &str, workload: Option<&'a [Arc<Policy>]>) -> PolicySet<'a> {
-        let namespace = items(&self.namespaces, namespace);
+        let namespace = self.namespaces.get(namespace).map(|list| &**list).unwrap_or_default();
         PolicySet { global: &self.global, namespace, workload: workload.unwrap_or(&self.unknown) }
     }
 }

@@ -248,7 +248,7 @@ pub fn resource(kind: ResourceType, name: &str, content: Vec<u8>) -> Resource {
 #[must_use]
 pub fn response(kind: ResourceType, resources: Vec<Resource>, removed: &[&str]) -> DeltaResponse {
     DeltaResponse {
-        resources,
+        resources: resources.into_iter().map(Into::into).collect(),
         type_url: kind.url().to_owned(),
         nonce: "nonce".to_owned(),
         removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),

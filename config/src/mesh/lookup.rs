@@ -8,7 +8,7 @@ use super::list::SharedMap;
 use super::names::{Name, NamespacedHostname};
 
 /// A name that a client can look up: `network/address` or `namespace/hostname`, in istiod's form.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Lookup(Name);
 
 /// The lookups with an answer that is not outdated.

@@ -1,5 +1,6 @@
 //! Interned names, and addresses that belong to a network.
 
+use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::hash::Hash;
@@ -7,7 +8,7 @@ use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use equivalent::Equivalent;
+use equivalent::{Comparable, Equivalent};
 use foldhash::fast::RandomState;
 use ipnet::IpNet;
 
@@ -16,14 +17,20 @@ use crate::cidr::canonical;
 /// An interned name: a namespace, a node, a network.
 pub type Name = Arc<str>;
 
-/// The namespace and the name of a workload. It has the hash of a pair of strings, so that a pair
+/// The namespace and the name of a workload. It has the order of a pair of strings, so that a pair
 /// can look it up.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct NamespacedName(pub(super) Name, pub(super) Name);
 
 impl Equivalent<NamespacedName> for (&str, &str) {
     fn equivalent(&self, NamespacedName(namespace, name): &NamespacedName) -> bool {
         *self == (&**namespace, &**name)
+    }
+}
+
+impl Comparable<NamespacedName> for (&str, &str) {
+    fn compare(&self, NamespacedName(namespace, name): &NamespacedName) -> Ordering {
+        self.cmp(&(&**namespace, &**name))
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::list::{List, SharedMap, add, items, remove};
+use super::list::{Items, List, SharedMap, add, items, remove};
 use super::ranges::Ranges;
 use super::service::Service;
 use super::workload::{NetworkMode, Protocol, Workload};
@@ -14,8 +14,8 @@ use super::workload::{NetworkMode, Protocol, Workload};
 /// The addresses of one network.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Network {
-    workloads: SharedMap<IpAddr, List<Workload>>,
-    vips: SharedMap<IpAddr, List<Service>>,
+    workloads: SharedMap<IpAddr, Items<Workload>>,
+    vips: SharedMap<IpAddr, Items<Service>>,
     cidr_vips: Ranges<List<Service>>,
     /// The number of rejected items for each range.
     withheld: Ranges<usize>,

@@ -4,6 +4,9 @@
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
+use prost::Message as _;
+
 /// `DeltaDiscoveryRequest`: a subscription, an ACK or a NACK.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct DeltaRequest {
@@ -71,9 +74,10 @@ pub struct Status {
 /// `DeltaDiscoveryResponse`: new, changed and removed resources of one type.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct DeltaResponse {
-    /// New and changed resources.
-    #[prost(message, repeated, tag = "2")]
-    pub resources: Vec<Resource>,
+    /// New and changed resources, each an encoded [`Resource`]: a first state has so many that
+    /// they are decoded one after another.
+    #[prost(bytes = "bytes", repeated, tag = "2")]
+    pub resources: Vec<Bytes>,
     /// The type of the resources.
     #[prost(string, tag = "4")]
     pub type_url: String,
@@ -102,6 +106,12 @@ pub struct Resource {
     pub aliases: Vec<String>,
 }
 
+impl From<Resource> for Bytes {
+    fn from(resource: Resource) -> Self {
+        resource.encode_to_vec().into()
+    }
+}
+
 /// `google.protobuf.Any`.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Any {
@@ -110,5 +120,5 @@ pub struct Any {
     pub type_url: String,
     /// The encoded message.
     #[prost(bytes = "bytes", tag = "2")]
-    pub value: bytes::Bytes,
+    pub value: Bytes,
 }

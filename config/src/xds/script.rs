@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use prost::Message as _;
 
 use super::control_plane::{ControlPlane, LocalWorkloads};
-use super::message::{DeltaResponse, Node};
+use super::message::{DeltaResponse, Node, Resource};
 use super::resource_type::ResourceType;
 
 /// Runs `script`. Panics if the client differs from the model, which retains exactly the names of
@@ -34,8 +34,8 @@ fn run_client(script: &[u8], on_demand: bool) {
             let at = usize::from(applied.kind == ResourceType::Authorization);
             if let Some(names) = names.get_mut(at) {
                 names.retain(|name| !response.removed_resources.contains(name));
-                let named = response.resources.into_iter().map(|resource| resource.name);
-                names.extend(named.filter(|name| !name.is_empty()));
+                let resources = response.resources.into_iter().flat_map(Resource::decode);
+                names.extend(resources.map(|one| one.name).filter(|name| !name.is_empty()));
             }
         }
         let mut retained = ResourceType::ALL.map(|kind| plane.retained(kind));

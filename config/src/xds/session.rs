@@ -20,7 +20,7 @@ use std::hash::{DefaultHasher, Hasher as _};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use prost::Message as _;
+use prost::{DecodeError, Message as _};
 use thiserror::Error;
 
 use super::convert::Rejection;
@@ -60,6 +60,9 @@ pub enum SessionError {
     /// The state of the client was lost.
     #[error("no thread to apply a response")]
     Lost,
+    /// A resource that is not one.
+    #[error("a resource cannot be decoded: {0}")]
+    Encoding(#[from] DecodeError),
     /// An overlong name, or a policy without a name.
     #[error("a resource without a usable name")]
     Name,
@@ -145,24 +148,19 @@ impl Session {
         let DeltaResponse { resources, nonce, removed_resources: removed, .. } = response;
         let kind = subscription.kind;
         let is_complete = kind == ResourceType::Authorization;
+        let resources = resources.into_iter().map(|resource| self.item(kind, resource));
+        let resources: Vec<_> = resources.collect::<Result<_, _>>()?;
         let removed = match &subscription.whole {
             Some(_) if is_complete => subscription.names_missing_in(&resources),
             _ => removed,
         };
         let addresses = self.subscription(ResourceType::Address);
         let outdated = if is_complete { addresses.outdated() } else { Vec::new() };
-        let is_new = |one: &&Resource| !subscription.has_sent(&one.name);
+        let is_new = |one: &&Item| !subscription.has_sent(&one.name);
         if subscription.sent() + resources.iter().filter(is_new).count() > MAX_RESOURCES {
             return Err(SessionError::TooMany(kind));
         }
-        let resources = resources.into_iter().map(|resource| self.item(kind, resource));
-        Ok(Update {
-            kind,
-            removed,
-            outdated,
-            resources: resources.collect::<Result<_, _>>()?,
-            nonce,
-        })
+        Ok(Update { kind, removed, outdated, resources, nonce })
     }
 
     /// The number of resources that [`receive`](Self::receive) removes at most.
@@ -179,8 +177,8 @@ impl Session {
         self.subscriptions.iter().find(|one| one.kind.url() == response.type_url)
     }
 
-    fn item(&self, kind: ResourceType, resource: Resource) -> Result<Item, SessionError> {
-        let Resource { version, resource, name, aliases } = resource;
+    fn item(&self, kind: ResourceType, encoded: Bytes) -> Result<Item, SessionError> {
+        let Resource { version, resource, name, aliases } = Resource::decode(encoded)?;
         let is_nameless = name.is_empty();
         let must_have_name = kind == ResourceType::Authorization;
         if name.len() > MAX_NAME || version.len() > MAX_NAME || is_nameless && must_have_name {
@@ -358,8 +356,8 @@ impl Subscription {
     }
 
     /// The retained names without those of `resources`.
-    fn names_missing_in(&self, resources: &[Resource]) -> Vec<String> {
-        let sent: Set<&str> = resources.iter().map(|resource| &*resource.name).collect();
+    fn names_missing_in(&self, resources: &[Item]) -> Vec<String> {
+        let sent: Set<&str> = resources.iter().map(|item| &*item.name).collect();
         let names = self.versions.keys().filter(|name| !sent.contains(&***name));
         names.map(|name| name.to_string()).collect()
     }

@@ -121,7 +121,7 @@ pub(super) fn response(
     removed: &[&str],
 ) -> DeltaResponse {
     DeltaResponse {
-        resources,
+        resources: resources.into_iter().map(Bytes::from).collect(),
         type_url: kind.url().into(),
         nonce: "nonce".into(),
         removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),

@@ -23,7 +23,7 @@ fn response(nonce: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaRes
     DeltaResponse {
         type_url: KIND.url().into(),
         nonce: nonce.into(),
-        resources,
+        resources: resources.into_iter().map(Bytes::from).collect(),
         removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),
     }
 }
@@ -190,10 +190,14 @@ fn refuses_unknown_type_and_unusable_name() {
     let unknown = DeltaResponse { type_url: "x".repeat(1000), ..DeltaResponse::default() };
     assert_eq!(session.receive(unknown).unwrap_err(), SessionError::UnknownType("x".repeat(100)));
     let overlong = response("1", vec![resource(&"x".repeat(MAX_NAME + 1), "1")], &[]);
-    let nameless_policy = DeltaResponse { resources: vec![resource("", "1")], ..policies() };
+    let nameless_policy = DeltaResponse { resources: vec![resource("", "1").into()], ..policies() };
     for response in [overlong, nameless_policy] {
         assert_eq!(session.receive(response).unwrap_err(), SessionError::Name);
     }
+    let truncated = Bytes::from_static(&[10, 9, b'a']);
+    let truncated = DeltaResponse { resources: vec![truncated], ..policies() };
+    let error = session.receive(truncated).unwrap_err();
+    assert!(error.to_string().starts_with("a resource cannot be decoded: "), "{error}");
 }
 
 #[test]

@@ -266,7 +266,7 @@ fn control_plane_change(host: u8) -> [Snapshot; 2] {
     let mut next = |generation| {
         let response = DeltaResponse {
             type_url: kind.url().to_owned(),
-            resources: vec![workload_resource(host)],
+            resources: vec![workload_resource(host).into()],
             ..DeltaResponse::default()
         };
         if generation > 1 {

@@ -48,7 +48,7 @@ impl Scene {
     fn answer(&mut self, workloads: &[u8], absent: &[&str]) {
         let response = DeltaResponse {
             type_url: ResourceType::Address.url().to_owned(),
-            resources: workloads.iter().map(|host| workload_resource(*host)).collect(),
+            resources: workloads.iter().map(|host| workload_resource(*host).into()).collect(),
             removed_resources: absent.iter().map(|name| (*name).to_owned()).collect(),
             ..DeltaResponse::default()
         };

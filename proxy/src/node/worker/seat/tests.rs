@@ -120,7 +120,7 @@ async fn inbound_connections_wait_until_control_plane_has_pod() {
     let (waited, ()) = tokio::join!(seat.inbound_mesh(here, None), async {
         let response = DeltaResponse {
             type_url: ResourceType::Address.url().to_owned(),
-            resources: vec![named_workload_resource("default", "server", 2)],
+            resources: vec![named_workload_resource("default", "server", 2).into()],
             ..DeltaResponse::default()
         };
         assert_eq!(plane.receive(response).unwrap().rejected, []);
