@@ -142,16 +142,12 @@ fn port(field: &'static str, number: u32, allows_zero: bool) -> Result<u16, Reje
     port.ok_or_else(|| Rejection::value(field, number))
 }
 
-/// A map from ports of a service to target ports. With `named`, target 0 is a named port. The last
-/// target of a repeated port counts, as in ztunnel: istiod also sends UDP ports.
-fn ports(
-    field: &'static str,
-    given: &[Port],
-    named: bool,
-    shared: &mut Shared,
-) -> Result<PortMap, Rejection> {
+/// A map from ports of a service to target ports. Target 0 is a named port: of a service, or of the
+/// workload that stands for a service in another network. The last target of a repeated port
+/// counts, as in ztunnel: istiod also sends UDP ports.
+fn ports(field: &'static str, given: &[Port], shared: &mut Shared) -> Result<PortMap, Rejection> {
     let pair = |one: &Port| -> Result<_, Rejection> {
-        Ok((port(field, one.service_port, false)?, port(field, one.target_port, named)?))
+        Ok((port(field, one.service_port, false)?, port(field, one.target_port, true)?))
     };
     let pairs: BTreeMap<u16, u16> = given.iter().map(pair).collect::<Result<_, _>>()?;
     Ok(shared.ports(pairs.into_iter().collect()))

@@ -46,7 +46,7 @@ pub(in crate::xds) fn service(
         hostname: key.hostname,
         vips: vips.into(),
         cidr_vips: cidr_vips.into(),
-        ports: ports("ports", &given.ports, true, shared)?,
+        ports: ports("ports", &given.ports, shared)?,
         subject_alt_names: subject_alt_names(&given.subject_alt_names),
         waypoint: gateway("waypoint", given.waypoint.as_ref(), shared)?,
         weighted_waypoints: weighted_waypoints(&given.weighted_waypoints, shared)?,

@@ -76,6 +76,17 @@ fn empty_fields_of_workload_have_ztunnels_defaults() {
     assert!(workload.healthy && workload.application_tunnel.is_none());
 }
 
+/// istiod sends the ports of the service for the workloads behind the gateway of another network.
+#[test]
+fn accepts_named_port_of_workload() {
+    let mut given = testing::behind("s", testing::workload("a", [10, 0, 0, 1]));
+    let ports = vec![Port { service_port: 80, target_port: 0 }];
+    given.services.values_mut().for_each(|list| list.ports = ports.clone());
+    let draft = workload(Name::from(&*given.uid), &given, &mut Shared::default()).unwrap();
+    let [(_, ports)] = &*draft.services else { panic!("one service") };
+    assert_eq!(ports.get(80), Some(0));
+}
+
 #[test]
 fn refuses_workload_with_invalid_value() {
     type Change = fn(&mut message::Workload);

@@ -121,7 +121,7 @@ fn services(
     for (key, list) in &given.services {
         let name = NamespacedHostname::read(key, |text| shared.name(text));
         let name = name.map_err(|_| Rejection::value("services", key))?;
-        services.push((name, ports("services", &list.ports, false, shared)?));
+        services.push((name, ports("services", &list.ports, shared)?));
     }
     Ok(services)
 }

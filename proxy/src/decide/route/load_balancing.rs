@@ -239,7 +239,8 @@ impl<'m> Selection<'m, '_> {
     }
 
     /// The port to dial: the endpoint's, else the service's. A waypoint with an application tunnel
-    /// accepts every port.
+    /// accepts every port. The number of a named port is not known in another network, whose
+    /// gateway needs only the port of the service.
     fn target_port(&self, endpoint: &Endpoint) -> Option<u16> {
         let of_service = self.service.ports.get(self.port);
         let tunnel = endpoint.workload.application_tunnel;
@@ -247,7 +248,10 @@ impl<'m> Selection<'m, '_> {
         let of_tunnel = of_tunnel.map(|_| self.port);
         let exists = of_service.or(of_tunnel).is_some();
         let of_endpoint = endpoint.ports.get(self.port).filter(|_| exists);
-        [of_endpoint, of_service, of_tunnel].into_iter().flatten().find(|port| *port != 0)
+        let is_away = *endpoint.workload.network != *self.caller.network;
+        let of_gateway = of_endpoint.filter(|_| is_away).map(|_| self.port);
+        let ports = [of_endpoint, of_service, of_tunnel, of_gateway];
+        ports.into_iter().flatten().find(|port| *port != 0)
     }
 
     fn is_for_waypoint(&self) -> bool {

@@ -126,6 +126,12 @@ const NETWORKS: &str = "
     service default/front.example vip=/10.1.0.9 sans=team waypoint=default/way.example@15008
     service default/mixed.example vip=/10.1.0.10
     service default/local.example vip=/10.1.0.11 sans=team
+    workload named net=far gateway=far/10.22.1.1@15009 of=default/named.example{80:0}
+    workload unnamed net=far gateway=far/10.22.1.1@15009 of=default/unnamed.example
+    workload near ip=10.0.0.9 of=default/near.example{80:0}
+    service default/named.example vip=/10.1.0.12 ports=80:0 sans=team
+    service default/unnamed.example vip=/10.1.0.13 ports=80:0 sans=team
+    service default/near.example vip=/10.1.0.14 ports=80:0
 ";
 
 #[rustfmt::skip]
@@ -222,6 +228,9 @@ const TABLE: &[(&str, &str, &str, &str)] = &[
     (NETWORKS, "client", "10.1.0.5:80", "no endpoint: NoGateway"),
     (NETWORKS, "client", "10.1.0.6:80", "tunnel 10.0.0.7:15008 > 10.0.0.7:8080 by here+team @here for failover.example one here:8080"),
     (NETWORKS, "client", "10.1.0.7:80", "double 10.22.1.1:15009 by gw > over.example:80 by team @gw for over.example"),
+    (NETWORKS, "client", "10.1.0.12:80", "double 10.22.1.1:15009 by gw > named.example:80 by team @gw for named.example"),
+    (NETWORKS, "client", "10.1.0.13:80", "no endpoint: NoPort"),
+    (NETWORKS, "client", "10.1.0.14:80", "no endpoint: NoPort"),
     (NETWORKS, "client", "10.1.0.9:80", "double 10.22.1.1:15009 by gw > front.example:80 by way-team @gw for front.example"),
     (NETWORKS, "client", "10.1.0.10:80", "tunnel 10.0.0.7:15008 > 10.0.0.7:8080 by here @here for mixed.example one here:8080"),
     (NETWORKS, "client", "10.1.0.11:80", "no endpoint: NoAddress"),
