@@ -37,18 +37,19 @@ pub use pod::file::PodFile;
 pub use pod::folder::{PodDocument, PodFolder};
 pub use pod::overlay::InterceptionOverlay;
 pub use pod::uid::{PodUid, PodUidError};
-pub use settings::declare::Reference;
+pub use settings::declare::{Reference, Written as SettingValue};
 pub use settings::load::Sources;
 pub use settings::resolve::{keys, reference};
 pub use settings::{
-    Backend, Broker, BundleFile, Cipher, CniInstallSettings, Dns, DnsSettings, Egress,
-    EgressSettings, IdentityFiles, IdentitySettings, InboundCapture, InboundMode,
+    AdminSettings, Backend, Broker, BundleFile, Cipher, CniInstallSettings, Dns, DnsSettings,
+    Egress, EgressSettings, IdentityFiles, IdentitySettings, InboundCapture, InboundMode,
     InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes, KubernetesWatch, Limits,
-    LocalCaSettings, LogFilter, LogFilterError, LogFormat, Logging, Mtls, MtlsOverride,
-    MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit, OutboundCapture,
-    PacedConnections, PodSourceSettings, PortRange, PortRangeError, PrivilegesSettings, Profile,
-    ProxySettings, SameNode, SeriesSettings, Settings, SpireApi, SpireSettings, TakeOver, Timeouts,
-    TrustSettings, TunnelSettings, WorkloadSettings, XdsHeader, XdsSettings,
+    LocalCaSettings, LocalSocket, LogFilter, LogFilterError, LogFormat, Logging, Mtls,
+    MtlsOverride, MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit,
+    OutboundCapture, PacedConnections, PodSourceSettings, PortRange, PortRangeError,
+    PrivilegesSettings, Profile, ProxySettings, SameNode, SeriesSettings, Settings, SpireApi,
+    SpireSettings, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings, XdsHeader,
+    XdsSettings,
 };
 pub use ticks::{interval_at_multiples, next_multiple};
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};

@@ -283,6 +283,24 @@ impl Mesh {
         all
     }
 
+    /// All policies by namespace and name, without those of the fallback: those with global or
+    /// namespace scope, and those that workloads reference.
+    pub fn all_policies(&self) -> Vec<&Arc<Policy>> {
+        let namespaces = self.policies.namespaces.values().flat_map(|list| list.iter());
+        let workloads = self.names.values().flat_map(Items::as_slice);
+        let selecting = workloads.flat_map(|workload| &workload.policies);
+        let mut all: Vec<_> =
+            self.policies.global.iter().chain(namespaces).chain(selecting).collect();
+        all.sort_by_key(|policy| (&policy.namespace, &policy.name, Arc::as_ptr(policy)));
+        all.dedup_by(|one, other| Arc::ptr_eq(one, other));
+        all
+    }
+
+    /// The mesh of a file beside a control plane.
+    pub fn fallback(&self) -> Option<&Arc<Self>> {
+        self.fallback.as_ref()
+    }
+
     /// The numbers of items, without those of the fallback.
     pub fn size(&self) -> MeshSize {
         self.size

@@ -3,6 +3,7 @@
 //!
 //! `declare.rs` and `resolve/` declare and parse them. `load.rs` reads their sources.
 
+mod admin;
 pub(crate) mod declare;
 mod dns;
 mod egress;
@@ -22,6 +23,7 @@ mod xds;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+pub use admin::{AdminSettings, LocalSocket};
 pub use dns::DnsSettings;
 pub use egress::{Egress, EgressSettings};
 pub use identity::{
@@ -32,7 +34,7 @@ pub use interception::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
     OutboundCapture, PortRange, PortRangeError, Profile,
 };
-pub use limits::{Limits, SeriesSettings, TakeOver, Timeouts};
+pub use limits::{Limits, SeriesSettings, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 pub use node::{CniInstallSettings, KubernetesWatch, NodeProbes, NodeSettings, PodSourceSettings};
@@ -89,7 +91,9 @@ pub struct Settings {
     /// Timeouts of connections, handshakes, tunnels and drains.
     pub timeouts: Timeouts,
     /// The socket on which another process requests the listeners (hot restart).
-    pub take_over: TakeOver,
+    pub take_over: LocalSocket,
+    /// Where the running proxy is administrated.
+    pub admin: AdminSettings,
     /// The address of `/metrics`.
     pub metrics: SocketAddr,
     /// The number and lifetime of the metric series of connections.

@@ -3,6 +3,7 @@
 //! `trust` adds further trust domains, and `tls` authenticates peers.
 
 pub(crate) mod credentials;
+pub(crate) mod description;
 pub(crate) mod files;
 pub(crate) mod identity_pem;
 pub(crate) mod pem;

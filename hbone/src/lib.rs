@@ -40,6 +40,7 @@ pub use error::{
 pub use https::{HttpsError, HttpsRequest, HttpsResponse, HttpsServer, Pem};
 pub use identity::Identity;
 pub use identity::credentials::Credentials;
+pub use identity::description::CertificateDescription;
 pub use identity::identity_pem::IdentityPem;
 pub use identity::rotation::{CredentialRotator, CredentialsEvent, FirstIdentity};
 pub use identity::source::{

@@ -3,6 +3,8 @@
 //! Results go to standard output, errors to standard error. Exit codes: 0 success, 1 failure, 2
 //! invalid command line or configuration, 3 `rules verify` found a difference or a bypass.
 
+mod admin;
+mod admin_client;
 mod ca;
 mod cni;
 mod config;
@@ -23,9 +25,7 @@ use crate::broker::child;
 use crate::demo;
 use crate::error::chain;
 use crate::process::command_error::CommandError;
-
-/// The version, with the commit that the binary was built from.
-pub(crate) const VERSION: &str = env!("UNDERPASS_VERSION");
+use crate::version::VERSION;
 
 /// Transparent zero-trust networking below the application.
 #[derive(Debug, Parser)]
@@ -57,6 +57,9 @@ enum Command {
     /// Run a small certificate authority: files, revocation lists, and Istio's CA protocol
     #[command(subcommand)]
     Ca(ca::Command),
+    /// Read and change the state of a running proxy
+    #[command(subcommand)]
+    Admin(admin::Command),
     /// Check or show settings without starting a proxy
     #[command(subcommand)]
     Config(config::Command),
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Cni(arguments) => cni::run(arguments),
         Command::Rules(command) => rules::run(command),
         Command::Ca(command) => ca::run(command),
+        Command::Admin(command) => admin::run(command),
         Command::Config(command) => config::run(command),
         Command::Completions { shell } => completions(shell),
         Command::Man(arguments) => man::run(&arguments),

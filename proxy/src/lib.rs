@@ -39,6 +39,7 @@ pub mod spawn;
 #[doc(hidden)]
 pub mod testing;
 mod traffic;
+mod version;
 
 pub use cli::main;
 

@@ -37,7 +37,7 @@ use self::handshakes::Handshakes;
 pub(crate) use self::rate::Rate;
 pub(crate) use self::refusal::Refusal;
 use self::refusal::Refusals;
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
 use crate::observe::metrics;
 
 /// The number of open files that is assumed if the process cannot count them: more than at its

@@ -5,6 +5,7 @@ pub(crate) mod health;
 pub(crate) mod kubelet_probes;
 pub(crate) mod owner;
 pub(crate) mod reconciler;
+pub(crate) mod report;
 pub(crate) mod retest;
 pub(crate) mod self_test;
 pub(crate) mod watch;

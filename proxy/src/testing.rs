@@ -11,7 +11,7 @@ use underpass_interception::{
     Inotify, Namespace, NamespaceAccess, NamespaceThread, run_in_background,
 };
 
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
 use crate::mesh::feed::MeshFeed;
 use crate::mesh::publish::Publisher;
 use crate::node::Node;

@@ -9,8 +9,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 pub(crate) use self::kinds::{
-    ADDRESS, CIDRS, COUNT, COUNT_OR_OFF, DURATION, DURATION_OR_OFF, FLAG, PATH, PORT, PORTS,
-    RATE_OR_OFF, SIZE, TEXT, cidr, given_included, given_list, included, list, port_range, word,
+    ADDRESS, ADDRESS_OR_OFF, CIDRS, COUNT, COUNT_OR_OFF, DURATION, DURATION_OR_OFF, FLAG,
+    LOCAL_SOCKET, PATH, PORT, PORTS, RATE_OR_OFF, SIZE, TEXT, cidr, given_included, given_list,
+    included, list, port_range, word,
 };
 use crate::settings::Settings;
 use crate::yaml::document::Origin;
@@ -55,8 +56,10 @@ pub(crate) enum Fallback<T> {
 
 /// A value in the form of a settings file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Written {
+pub enum Written {
+    /// A text, number or word.
     Scalar(String),
+    /// The items of a list.
     List(Vec<String>),
 }
 

@@ -1,6 +1,5 @@
 //! Limits on resources that peers and clients can use, timeouts, and hot restart.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 /// Limits on resources that peers and clients can use.
@@ -71,15 +70,4 @@ impl Default for SeriesSettings {
         // half hour keeps its counters.
         Self { limit: 1000, idle: Duration::from_secs(3600) }
     }
-}
-
-/// The socket on which another process requests our listeners (hot restart).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TakeOver {
-    /// A socket with a name derived from the network namespace.
-    Auto,
-    /// A Unix socket at this path.
-    At(PathBuf),
-    /// No socket.
-    Off,
 }

@@ -38,9 +38,6 @@ const SETTINGS: &[&[&dyn Declared]] = &[
     services::ALL,
 ];
 
-/// Keys of planned features. They are rejected with that reason instead of as unknown.
-const UNIMPLEMENTED_KEYS: &[&str] = &["admin"];
-
 /// Every setting.
 pub(crate) fn declared() -> impl Iterator<Item = &'static dyn Declared> {
     SETTINGS.iter().copied().flatten().copied()
@@ -81,8 +78,9 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
     let proxy = proxy::proxy(document, interception.profile, mtls);
     let egress = access::egress(document)?;
     let addresses = services::addresses(document)?;
+    let admin = services::admin(document, &node)?;
     if let Some(proxy) = &proxy {
-        services::refuse_shared_ports(document, proxy, addresses);
+        services::refuse_shared_ports(document, proxy, addresses, admin.address);
     }
     let [metrics, readiness] = addresses;
     let series = services::series(document)?;
@@ -102,6 +100,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
         limits,
         timeouts,
         take_over,
+        admin,
         metrics,
         series,
         readiness,
@@ -121,12 +120,11 @@ pub(crate) fn interception_settings(
     Some(node::interception(document, settings, node))
 }
 
-/// Rejects every key below `at` that is neither declared nor planned. `prefix` is the path of `at`:
-/// empty, or ending with a dot.
+/// Rejects every key below `at` that is not declared. `prefix` is the path of `at`: empty, or ending
+/// with a dot.
 fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
     let mut known: Vec<&str> = Vec::new();
-    let all = keys().chain(UNIMPLEMENTED_KEYS.iter().copied());
-    for path in all.filter_map(|path| path.strip_prefix(prefix)) {
+    for path in keys().filter_map(|path| path.strip_prefix(prefix)) {
         let key = path.split('.').next().unwrap_or(path);
         if !known.contains(&key) {
             known.push(key);
@@ -135,9 +133,7 @@ fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
     at.only(&known);
     for key in known {
         let path = format!("{prefix}{key}");
-        if UNIMPLEMENTED_KEYS.contains(&path.as_str()) {
-            at.key(key).refuse_planned();
-        } else if !keys().any(|known| known == path) {
+        if !keys().any(|known| known == path) {
             refuse_unknown_keys(at.key(key), &format!("{path}."));
         }
     }

@@ -9,6 +9,13 @@ use crate::settings::Settings;
 use crate::settings::declare::Written;
 use crate::settings::resolve::declared;
 
+impl Settings {
+    /// Every setting that applies, with its value in the form of a settings file.
+    pub fn values(&self) -> impl Iterator<Item = (&'static str, Written)> + '_ {
+        declared().filter_map(|setting| Some((setting.key(), setting.written(self)?)))
+    }
+}
+
 impl fmt::Display for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Sections { settings: self, prefix: "" }.fmt(f)
@@ -139,6 +146,7 @@ timeouts: {connect: 250ms, handshake: 1s, frame: 7s, reply: 2s, idle: 8h, half_c
 take_over: {socket: /run/x.sock}
 metrics: {address: "127.0.0.1:91", label_sets: 7, idle: 90s}
 readiness: {address: "[::1]:92"}
+admin: {socket: /run/admin.sock, address: "127.0.0.1:93"}
 logging: {filter: 'info,access=off', format: json}
 trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"], ciphers: [aes-256-gcm]}
 tunnels: {max_age: 90s, streams: 7, per_peer: 2}

@@ -152,13 +152,6 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Rejects a planned key, instead of ignoring it.
-    pub(crate) fn refuse_planned(&self) {
-        if self.is_given() {
-            self.problem("not supported yet");
-        }
-    }
-
     /// The entries of the mapping at this place; empty if it is absent.
     pub(crate) fn entries(&self) -> &'a [(String, Node)] {
         match self.node().map(|node| &node.value) {

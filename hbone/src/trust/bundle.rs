@@ -11,7 +11,11 @@ use crate::identity::pem;
 
 /// The roots of one trust domain. Contains at least one. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Bundle(Arc<RootCertStore>);
+pub struct Bundle {
+    store: Arc<RootCertStore>,
+    /// The whole certificates, to show them.
+    certificates: Arc<[CertificateDer<'static>]>,
+}
 
 impl Bundle {
     /// Parses PEM certificates. Errors use `name` as the file.
@@ -31,29 +35,35 @@ impl Bundle {
         roots: impl IntoIterator<Item = CertificateDer<'static>>,
     ) -> Result<Self, HboneError> {
         let mut store = RootCertStore::empty();
-        for root in roots {
-            store.add(root).map_err(|error| {
+        let certificates: Arc<[_]> = roots.into_iter().collect();
+        for root in certificates.iter() {
+            store.add(root.clone()).map_err(|error| {
                 HboneError::credential(name, CredentialProblem::Certificate(error.to_string()))
             })?;
         }
         if store.is_empty() {
             return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));
         }
-        Ok(Self(Arc::new(store)))
+        Ok(Self { store: Arc::new(store), certificates })
     }
 
     pub(crate) fn roots(&self) -> Arc<RootCertStore> {
-        self.0.clone()
+        self.store.clone()
     }
 
     pub(crate) fn anchors(&self) -> &[TrustAnchor<'static>] {
-        &self.0.roots
+        &self.store.roots
+    }
+
+    /// The root certificates.
+    pub(crate) fn certificates(&self) -> &[CertificateDer<'static>] {
+        &self.certificates
     }
 }
 
 impl PartialEq for Bundle {
     fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0) || self.0.roots == other.0.roots
+        Arc::ptr_eq(&self.store, &other.store) || self.store.roots == other.store.roots
     }
 }
 

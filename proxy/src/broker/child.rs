@@ -12,7 +12,7 @@ use underpass_interception::{ProxyUser, SeqPacket, may_signal_other_users};
 
 use crate::broker::identities::IdentityFeeds;
 use crate::broker::link::{self, Receiver, Sender};
-use crate::broker::message::ToProxy;
+use crate::broker::message::{ADMIN_SOCKET, ToProxy};
 use crate::broker::recorder;
 use crate::broker::remote::RemoteDataPlane;
 use crate::broker::requests::RequestServer;
@@ -96,10 +96,15 @@ impl ProxyProcess {
             breaks.send_replace(true);
             std::future::pending::<()>().await;
         });
-        let BoundEndpoints { listeners, paused } = endpoints;
-        let (endpoints, listeners) = listeners.into_descriptors().map_err(CommandError::Start)?;
+        let BoundEndpoints { listeners, admin_socket, paused } = endpoints;
+        let (mut endpoints, mut sockets) =
+            listeners.into_descriptors().map_err(CommandError::Start)?;
+        if let Some(socket) = admin_socket {
+            endpoints.push(ADMIN_SOCKET.to_owned());
+            sockets.push(socket);
+        }
         let start = ToProxy::Start { settings: settings.to_string(), endpoints, paused };
-        let sent = sender.send(&start, listeners).await;
+        let sent = sender.send(&start, sockets).await;
         sent.map_err(|error| CommandError::Start(std::io::Error::other(error)))?;
         tracing::info!(pid = child.id(), user = user.uid, "started the proxy process");
         let installed = recorder::install(sender.clone());

@@ -12,13 +12,16 @@ use underpass_config::SpiffeError;
 use underpass_hbone::{HboneError, Identity, IdentityPem};
 use underpass_interception::{Family, SocketKind, SocketRole};
 
-use crate::admin::endpoints::SourceReport;
+use crate::admin::readiness::SourceReport;
 
 /// The maximum length of a message in bytes. The kernel's default limit, with overhead, is 212,992
 /// (`net.core.wmem_default`).
 pub(crate) const MAX_MESSAGE: usize = 128 << 10;
 /// The maximum number of sockets in one answer: what one message can carry.
 pub(crate) const MAX_SOCKETS: usize = 64;
+
+/// The name of the Unix socket of administration among the endpoints.
+pub(crate) const ADMIN_SOCKET: &str = "admin-socket";
 
 /// A message that can be encoded and decoded.
 pub(crate) trait Message: Serialize + for<'a> Deserialize<'a> + fmt::Debug {
@@ -37,7 +40,7 @@ pub(crate) trait Message: Serialize + for<'a> Deserialize<'a> + fmt::Debug {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) enum ToProxy {
-    /// The first message. Attached: the listeners of the endpoints, in this order. If `paused`, the
+    /// The first message. Attached: the sockets of the endpoints, in this order. If `paused`, the
     /// endpoints accept from [`ToProxy::Serving`] on, because another process accepts until then.
     Start { settings: String, endpoints: Vec<String>, paused: bool },
     /// Answered by [`ToBroker::Done`] with this number.
@@ -171,6 +174,8 @@ pub(crate) enum Request {
     Sockets { of: SocketsOf, kind: WireKind, count: usize },
     /// The status of the pods after the first `skip` ones.
     Pods { skip: usize },
+    /// The rules of the pod with this name, `NAMESPACE/NAME`, with their counters.
+    Rules { pod: String },
 }
 
 /// The network namespace of requested sockets.
@@ -209,6 +214,8 @@ pub(crate) enum Answer {
         pods: Vec<PodLine>,
         more: bool,
     },
+    /// A JSON object.
+    Rules(String),
 }
 
 /// The status of a pod.

@@ -13,8 +13,8 @@ use underpass_interception::{
 
 use crate::broker::link::{self, Receiver};
 use crate::broker::message::{
-    Answer, Certificate, CertificateError, MAX_MESSAGE, Message as _, Request, SocketsOf, ToBroker,
-    ToProxy,
+    ADMIN_SOCKET, Answer, Certificate, CertificateError, MAX_MESSAGE, Message as _, Request,
+    SocketsOf, ToBroker, ToProxy,
 };
 use crate::broker::operations::{BrokerOperations, Requests};
 use crate::broker::reported;
@@ -59,11 +59,16 @@ impl Start {
         };
         let settings = Settings::of_text("the broker's settings", &settings);
         let settings = settings.map_err(io::Error::other)?;
-        let adopt =
-            |(name, listener)| -> io::Result<_> { Ok((name, BoundListener::try_from(listener)?)) };
-        let named = endpoints.into_iter().zip(message.descriptors).map(adopt);
-        let listeners = Listeners::adopt(&mut named.collect::<io::Result<_>>()?);
-        let endpoints = BoundEndpoints { listeners: listeners.ok_or_else(malformed)?, paused };
+        let (mut named, mut admin_socket) = (Vec::new(), None);
+        for (name, socket) in endpoints.into_iter().zip(message.descriptors) {
+            if name == ADMIN_SOCKET {
+                admin_socket = Some(socket);
+            } else {
+                named.push((name, BoundListener::try_from(socket)?));
+            }
+        }
+        let listeners = Listeners::adopt(&settings, &mut named).ok_or_else(malformed)?;
+        let endpoints = BoundEndpoints { listeners, admin_socket, paused };
         Ok(Self { settings, endpoints, socket })
     }
 }
@@ -98,6 +103,7 @@ async fn serve_pods(start: Start, supervisor: Supervisor) -> Result<(), CommandE
         };
         let pods = Arc::<ServedKeys>::default();
         report_pods(&node, &requests, &pods);
+        report_rules(&node, &requests);
         requests.sender().post(&ToBroker::Ready).map_err(|_| CommandError::BrokerEnded)?;
         let data_plane = node.data_plane().clone();
         let server = CommandServer { data_plane, settings, requests, pods };
@@ -201,6 +207,22 @@ fn malformed() -> CommandError {
 fn report_pods(node: &RunningNode, requests: &Requests, pods: &Arc<ServedKeys>) {
     let (requests, pods) = (requests.clone(), pods.clone());
     node.readiness().report_pods(move || Box::pin(report(requests.clone(), pods.clone())));
+}
+
+/// Answers `/rules` with the report of the broker.
+fn report_rules(node: &RunningNode, requests: &Requests) {
+    let requests = requests.clone();
+    node.admin().report_rules(move |pod| {
+        let (requests, pod) = (requests.clone(), pod.to_owned());
+        Box::pin(async move {
+            match requests.request(Request::Rules { pod }).await? {
+                (Answer::Rules(report), _) => {
+                    serde_json::from_str(&report).map_err(|error| error.to_string())
+                }
+                _ => Err("the broker sent another answer".to_owned()),
+            }
+        })
+    });
 }
 
 async fn report(requests: Requests, keys: Arc<ServedKeys>) -> String {

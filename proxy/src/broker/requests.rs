@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
 use underpass_config::{Quoted, Settings};
 use underpass_hbone::{LogLimit, log_panic};
@@ -24,6 +24,7 @@ use crate::broker::remote::RemoteDataPlane;
 use crate::node::node_connects;
 use crate::node::pod::pod_sockets;
 use crate::observe::metrics;
+use crate::pods::enrolment::EnrolError;
 use crate::pods::registry::PodRegistry;
 use crate::pods::status::{PodState, PodStatus};
 
@@ -56,6 +57,8 @@ struct Context {
     data_plane: RemoteDataPlane,
     registry: PodRegistry,
     node: Option<NodeSockets>,
+    /// Locked while the rules of a pod are reported.
+    rules: Mutex<()>,
 }
 
 /// The sockets of the node itself.
@@ -93,7 +96,7 @@ impl RequestServer {
         access: NamespaceAccess,
     ) -> Self {
         let node = NodeSockets::new(settings, access);
-        let context = Arc::new(Context { data_plane, registry, node });
+        let context = Arc::new(Context { data_plane, registry, node, rules: Mutex::default() });
         Self { context, ready: watch::Sender::default() }
     }
 
@@ -242,6 +245,7 @@ impl Context {
                 Ok((Answer::Sockets, sockets))
             }
             Request::Pods { skip } => Ok((self.pods(skip), Vec::new())),
+            Request::Rules { pod } => Ok((self.rules(&pod).await?, Vec::new())),
         }
     }
 
@@ -267,6 +271,14 @@ impl Context {
         };
         let failed = |error: InterceptionError| Refusal::Failed(crate::error::chain(&error));
         Ok(opened.map_err(failed)?.into_iter().map(OwnedFd::from).collect())
+    }
+
+    /// Reports the rules of one pod at a time: the namespaces thread reads them.
+    async fn rules(&self, pod: &str) -> Result<Answer, Refusal> {
+        let _turn = self.rules.lock().await;
+        let failed = |error: EnrolError| Refusal::Failed(crate::error::chain(&error));
+        let rules = self.registry.rules(pod).await.map_err(failed)?;
+        Ok(Answer::Rules(rules.to_string()))
     }
 
     fn pods(&self, skip: usize) -> Answer {

@@ -120,8 +120,8 @@ impl CommandServer {
         let named = listeners.into_iter().zip(attached.by_ref()).map(named);
         let mut named = named.collect::<Result<Vec<_>, _>>()?;
         let missing = || "a descriptor is missing".to_owned();
-        let listeners = Listeners::adopt(&mut named).ok_or_else(missing)?;
-        let dns = Listeners::adopt(&mut named).ok_or_else(missing)?;
+        let listeners = Listeners::adopt(&settings, &mut named).ok_or_else(missing)?;
+        let dns = Listeners::adopt(&settings, &mut named).ok_or_else(missing)?;
         let local = LocalAddresses::from(attached.next().ok_or_else(missing)?);
         let of = SocketsOf::Pod(key.clone());
         let operations = BrokerOperations::new(self.requests.clone(), of, Some(local));

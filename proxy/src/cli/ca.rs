@@ -11,10 +11,11 @@ use underpass_config::{
 use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority, Serial};
 use underpass_interception::{Inotify, confine_process};
 
-use super::{VERSION, print, single_threaded_runtime};
+use super::{print, single_threaded_runtime};
 use crate::process::command_error::CommandError;
 use crate::process::stop_signal::StopSignal;
 use crate::process::{logging, notify};
+use crate::version::VERSION;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {

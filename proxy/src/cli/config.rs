@@ -156,7 +156,7 @@ impl Check {
     }
 
     fn check_settings(&mut self, settings: &Settings) {
-        if let Err(errors) = logging::filter(&settings.logging) {
+        if let Err(errors) = logging::parse(&settings.logging.filter) {
             self.add_errors(errors);
         }
     }

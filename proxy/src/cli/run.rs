@@ -8,10 +8,10 @@ use tokio::runtime::Runtime;
 use underpass_config::{Logging, Problem, Settings, Sources};
 use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_process};
 
-use super::VERSION;
 use crate::process::app::Start;
 use crate::process::command_error::CommandError;
 use crate::process::{app, logging, supervise};
+use crate::version::VERSION;
 
 /// The sources of settings that the command line gives.
 #[derive(Debug, clap::Args)]

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use underpass_hbone::{Budget, Sharing};
 
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
 use crate::observe::metrics;
 
 /// The descriptors of a caught connection: one accepted, one dialled.

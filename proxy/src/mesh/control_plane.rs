@@ -28,7 +28,7 @@ use underpass_interception::run_in_background;
 use super::on_demand::Lookups;
 use super::on_demand::schedule::{CHECK, Schedule, Unanswered};
 use super::report::log_refused;
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
 use crate::backoff::Backoff;
 use crate::observe::metrics;
 

@@ -10,7 +10,7 @@ use underpass_interception::run_in_background;
 
 use super::control_plane::ControlPlaneFollower;
 use super::on_demand::Lookups;
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
 use crate::process::supervise::{Supervisor, Task};
 
 /// The source of the snapshots that the publisher publishes.

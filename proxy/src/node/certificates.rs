@@ -18,7 +18,7 @@ use underpass_hbone::{
 };
 use underpass_interception::{NamespaceAccess, Sockets};
 
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
 use crate::node::identities::{Identities, Issuer};
 use crate::node::pod_error::PodError;
 use crate::node::received_identities::ReceivedIdentities;

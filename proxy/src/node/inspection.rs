@@ -25,6 +25,8 @@ pub(crate) enum Inspection {
         pod: Option<PodName>,
         summary: oneshot::Sender<Summary>,
     },
+    /// Confirms that the worker runs its tasks.
+    Ping(oneshot::Sender<()>),
     Connections {
         connections: oneshot::Sender<Connections>,
         /// Receives each connection that is opened or ends after the list was made.

@@ -32,7 +32,7 @@ const COMMAND_QUEUE: usize = 1024;
 const TUNNEL_CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Timeout for the answer of a worker to an inspection.
-const INSPECTION_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const INSPECTION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Timeout for closing the listeners of a pod: an unresponsive worker must not delay the drain.
 const LISTENER_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -176,6 +176,16 @@ impl Workers {
         join_all(self.commands.iter().map(inspect)).await
     }
 
+    /// Closes the tunnels that a pod has opened, each when its last stream ends. Later connections
+    /// open new ones.
+    pub(crate) async fn renew_tunnels(&self, pod: PodId) {
+        let requests = self.commands.iter().map(|worker| async move {
+            // A worker that has ended has no tunnel.
+            worker.send(WorkerCommand::CloseTunnels(pod)).await.ok();
+        });
+        timeout(TUNNEL_CLOSE_TIMEOUT, join_all(requests)).await.ok();
+    }
+
     /// Closes the tunnels that a pod has opened, each when its last stream ends. Waits at most for
     /// [`TUNNEL_CLOSE_TIMEOUT`].
     pub(crate) async fn close_tunnels(&self, pod: &Pod) {
@@ -297,6 +307,22 @@ mod tests {
         node.drain.end();
         threads.join().await;
         assert_eq!(Arc::strong_count(&second), 1, "workers keep nothing of a removed pod");
+    }
+
+    #[tokio::test]
+    async fn blocked_worker_does_not_answer_and_others_do() {
+        let node = node(2);
+        let (workers, threads, _reports) = Workers::start(&node, 2, &Supervisor::new().0).unwrap();
+        assert_eq!(workers.inspect(Inspection::Ping).await, [Some(()), Some(())]);
+        // Nothing receives from the queue of the second worker.
+        let (stuck, _receiver) = mpsc::channel(1);
+        let one = workers.commands[0].clone();
+        let commands = Arc::new([one, stuck]);
+        let workers = Workers { commands, ..workers };
+        assert_eq!(workers.inspect(Inspection::Ping).await, [Some(()), None]);
+        node.drain.close();
+        node.drain.end();
+        threads.join().await;
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use serde_json::Value;
 use thiserror::Error;
 use tokio::sync::oneshot;
 use underpass_config::{Hint, PodUid};
@@ -47,6 +48,9 @@ pub(crate) trait EnrolledPod: fmt::Debug + Send {
 
     /// Verifies the pod's listeners and rules.
     fn check(&self) -> Operation<Result<(), EnrolError>>;
+
+    /// Reports its rules with their counters (`rules/report.rs`).
+    fn rules(&self) -> Operation<Value>;
 
     /// The current problem of the served pod.
     fn problem(&self) -> Option<PodProblem>;

@@ -6,6 +6,7 @@ mod adoption;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::sync::watch;
 use tracing::Instrument as _;
 use underpass_config::{Hint as _, InterceptionSettings, OnExit, Settings, WorkloadSettings};
@@ -165,6 +166,11 @@ impl EnrolledPod for NodePod {
     fn check(&self) -> Operation<Result<(), EnrolError>> {
         let check = self.pod.check();
         Box::pin(async move { Ok(check.await?) })
+    }
+
+    fn rules(&self) -> Operation<Value> {
+        let capture = self.pod.capture().clone();
+        Box::pin(async move { capture.report().await })
     }
 
     fn problem(&self) -> Option<PodProblem> {

@@ -10,6 +10,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde_json::Value;
 use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
@@ -134,6 +135,14 @@ impl PodRegistry {
     pub(crate) async fn check(&self, uid: &PodUid) -> Result<(), EnrolError> {
         let check = self.pods().served(uid)?.check();
         check.await
+    }
+
+    /// Reports the rules of the pod with this name, `NAMESPACE/NAME`.
+    pub(crate) async fn rules(&self, name: &str) -> Result<Value, EnrolError> {
+        let uid = self.status().into_iter().find(|status| status.pod == name);
+        let uid = uid.ok_or(EnrolError::Unknown)?.uid;
+        let rules = self.pods().served(&uid)?.rules();
+        Ok(rules.await)
     }
 
     /// The status of every pod, sorted by namespace and name.

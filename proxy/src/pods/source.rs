@@ -10,7 +10,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::admin::endpoints::SourceReport;
+use crate::admin::readiness::SourceReport;
 use crate::pods::registry::PodRegistry;
 
 /// A source of pods, which adds and removes pods in the registry.

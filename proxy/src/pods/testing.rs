@@ -188,6 +188,10 @@ impl EnrolledPod for FakePod {
         Box::pin(async { Ok(()) })
     }
 
+    fn rules(&self) -> Operation<serde_json::Value> {
+        Box::pin(async { serde_json::Value::Null })
+    }
+
     fn problem(&self) -> Option<PodProblem> {
         None
     }

@@ -12,6 +12,7 @@ use underpass_config::ConfigErrors;
 use underpass_hbone::HboneError;
 use underpass_interception::InterceptionError;
 
+use crate::admin::client::AdminClientError;
 use crate::demo::DemoError;
 use crate::mesh::feed::MeshFeedError;
 use crate::node::pod_error::PodError;
@@ -21,6 +22,7 @@ use crate::pods::take_over::incoming::AdoptionError;
 use crate::process::instance::{InstanceError, Running};
 use crate::process::supervise::TaskFailure;
 use crate::process::take_over::TakeOverError;
+use crate::process::take_over::control_socket::SocketError;
 
 /// Why a command failed.
 #[derive(Debug, Error)]
@@ -40,6 +42,10 @@ pub(crate) enum CommandError {
     Task(#[source] TaskFailure),
     #[error("cannot take over")]
     TakeOver(#[from] TakeOverError),
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    #[error(transparent)]
+    Admin(#[from] AdminClientError),
     #[error(transparent)]
     Adoption(#[from] AdoptionError),
     #[error(transparent)]

@@ -32,7 +32,7 @@ use tokio::time::timeout;
 use underpass_config::{Hint, InterceptionSettings, Profile, Settings};
 use underpass_interception::Peer;
 
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
 use crate::rules::owner::started;
 
 const SOCKET_NAME: &str = "\0underpass";

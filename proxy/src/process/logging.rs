@@ -4,6 +4,7 @@
 //! An overlong line is cut (`line.rs`). A line that does not fit the queue is lost and counted
 //! (`queue.rs`); the count is logged when the output recovers.
 
+pub(crate) mod levels;
 mod line;
 mod queue;
 
@@ -17,7 +18,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use underpass_config::{ConfigErrors, LogFormat, Logging, Problem};
+use underpass_config::{ConfigErrors, LogFilter, LogFormat, Logging, Problem};
 
 use self::line::Lines;
 use self::queue::{Queue, QueueGuard};
@@ -28,7 +29,7 @@ use crate::process::command_error::CommandError;
 /// # Errors
 /// The filter is not in tracing's syntax, or no thread can be started.
 pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
-    let filter = filter(settings)?;
+    let filter = levels::start(&settings.filter)?;
     // Bypasses std's buffer, which would retain bytes that could not be written.
     let output = io::stdout().as_fd().try_clone_to_owned().map_err(CommandError::start)?;
     let lines = Lines::new(settings.format);
@@ -49,8 +50,8 @@ pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
 ///
 /// # Errors
 /// The filter is not in tracing's syntax.
-pub(crate) fn filter(settings: &Logging) -> Result<Targets, ConfigErrors> {
-    let text = settings.filter.as_str();
+pub(crate) fn parse(filter: &LogFilter) -> Result<Targets, ConfigErrors> {
+    let text = filter.as_str();
     let filter: Targets = text.parse().map_err(|error| ConfigErrors {
         problems: vec![Problem {
             key: "logging.filter".to_owned(),

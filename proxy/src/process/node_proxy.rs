@@ -8,7 +8,8 @@ use tokio::sync::watch;
 use underpass_config::{FileWatcher, Settings};
 use underpass_interception::NamespaceAccess;
 
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
+use crate::admin::state::Admin;
 use crate::decide::snapshot::Snapshot;
 use crate::mesh::feed::MeshFeed;
 use crate::mesh::publish::Publisher;
@@ -24,7 +25,7 @@ use crate::observe::metrics::Exporter;
 use crate::process::command_error::CommandError;
 use crate::process::cpus::available_cpus;
 use crate::process::pause_gate::{Gates, PauseGate};
-use crate::process::phases::endpoints::Endpoints;
+use crate::process::phases::endpoints::{Endpoints, Reports};
 use crate::process::supervise::{Supervisor, Task, restarting};
 use crate::traffic::dial::PlainDialer;
 use crate::traffic::listeners::BoundEndpoints;
@@ -89,16 +90,18 @@ impl LoadedNode {
     ) -> Result<RunningNode, CommandError> {
         let Self { settings, node, readiness, identities, has_ca_key, mut publisher, exporter } =
             self;
-        let BoundEndpoints { listeners, paused } = endpoints;
         let gate = &node.gates.accept;
-        if paused {
+        if endpoints.paused {
             gate.close().await;
         }
-        let endpoints = Endpoints::serve(listeners, readiness.clone(), &exporter, gate);
+        let admin = Arc::new(Admin::new(&settings, &node));
+        let reports = Reports { readiness: readiness.clone(), exporter, admin };
+        let endpoints = Endpoints::serve(endpoints, reports, gate).map_err(CommandError::Start)?;
         certificates::warn_if_unreadable(&settings, has_ca_key);
         publisher.first_state().await;
         let (workers, threads, reports) =
             Workers::start(&node, node.workers, supervisor).map_err(CommandError::start)?;
+        endpoints.admin.liveness.include(&workers);
         let (limits, reported) = (node.limits.clone(), readiness.clone());
         let limits = restarting("report of limits", move || {
             let (limits, readiness) = (limits.clone(), reported.clone());
@@ -129,6 +132,10 @@ pub(crate) struct RunningNode {
 impl RunningNode {
     pub(crate) fn data_plane(&self) -> &InProcess {
         &self.data_plane
+    }
+
+    pub(crate) fn admin(&self) -> &Admin {
+        &self.endpoints.admin
     }
 
     pub(crate) fn readiness(&self) -> &Readiness {

@@ -32,6 +32,8 @@ use thiserror::Error;
 use underpass_config::Hint;
 use underpass_interception::{InterceptionError, Namespace};
 
+use self::control_socket::SocketError;
+
 pub(crate) use client::{Answer, ReceivedSockets, TakeoverClient};
 pub(crate) use server::{TakeoverOutcome, TakeoverServer};
 pub(crate) use subject::{Reply, Subject};
@@ -63,6 +65,8 @@ const BUSY: &str = "busy";
 const CONTROL_SOCKET: &str = "take-over";
 /// The name of the instance socket (`instance.rs`) among the sockets that are handed over.
 const INSTANCE_SOCKET: &str = "instance";
+/// What precedes the path of the admin socket in its name among the sockets that are handed over.
+const ADMIN_SOCKET: &str = "admin:";
 /// The name of the socket whose other end closes with the running process.
 const ALIVE: &str = "alive";
 
@@ -93,8 +97,8 @@ pub(crate) enum TakeOverError {
     Closed { request: &'static str },
     #[error("the running process answered \"{answer}\" to \"{request}\"")]
     UnexpectedAnswer { request: &'static str, answer: String },
-    #[error("cannot listen for a take-over at {} (take_over.socket)", socket.display())]
-    Listen { socket: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Listen(#[from] SocketError),
     #[error("no certificate for the pod {pod} within {} s", timeout.as_secs())]
     NoCertificate { pod: String, timeout: Duration },
 }
@@ -113,7 +117,7 @@ impl Hint for TakeOverError {
             Self::UnexpectedAnswer { .. } => {
                 "stop the running process first if it has another version"
             }
-            Self::Listen { .. } => "correct take_over.socket",
+            Self::Listen(error) => return error.hint(),
             Self::NoCertificate { .. } => {
                 "check the CA (identity.*): the running process continues with its certificates"
             }

@@ -120,7 +120,7 @@ impl Capture {
     }
 
     /// The rules for the current settings; `None` if another program installs them.
-    fn rules(&self) -> Option<Interception> {
+    pub(super) fn rules(&self) -> Option<Interception> {
         let rules = self.interception.as_ref()?;
         let current = self.current.borrow();
         Some(if *current == self.settings.interception {
@@ -130,7 +130,7 @@ impl Capture {
         })
     }
 
-    fn profile(&self) -> Profile {
+    pub(super) fn profile(&self) -> Profile {
         self.settings.interception.profile
     }
 

@@ -31,6 +31,8 @@ pub(crate) enum Kind {
 pub(crate) enum EndpointKind {
     Readiness,
     Metrics,
+    /// Administration that only reads.
+    Admin,
 }
 
 /// A listener of the DNS proxy, on the loopback interface. A socket at `[::]` would answer from
@@ -119,6 +121,14 @@ impl ListenerKind for EndpointKind {
             transport: ListenerTransport::Stream,
             address: |settings| Some(settings.metrics),
         },
+        ListenerSpec {
+            kind: Self::Admin,
+            name: "admin",
+            purpose: "administration",
+            setting: "admin.address",
+            transport: ListenerTransport::Stream,
+            address: |settings| settings.admin.address,
+        },
     ];
 
     fn accepted(self) -> AcceptedOptions {
@@ -183,6 +193,8 @@ pub(crate) struct Listeners<K: 'static>(Vec<(&'static ListenerSpec<K>, BoundList
 #[derive(Debug)]
 pub(crate) struct BoundEndpoints {
     pub(crate) listeners: Listeners<EndpointKind>,
+    /// The Unix socket of administration.
+    pub(crate) admin_socket: Option<OwnedFd>,
     /// Another process accepts on them until this one has taken over.
     pub(crate) paused: bool,
 }
@@ -247,14 +259,21 @@ impl<K: ListenerKind> Listeners<K> {
         Ok(Self(bound))
     }
 
-    /// Takes the listeners of a table that another process has bound; `None` if one is missing.
-    pub(crate) fn adopt(named: &mut Vec<(String, BoundListener)>) -> Option<Self> {
-        let mut take = |spec: &'static ListenerSpec<K>| {
-            let index = named.iter().position(|(name, _)| name == spec.name)?;
-            Some((spec, named.swap_remove(index).1))
-        };
-        let adopted: Vec<_> = K::TABLE.iter().filter_map(&mut take).collect();
-        (K::IS_OPTIONAL || adopted.len() == K::TABLE.len()).then_some(Self(adopted))
+    /// Takes the listeners of these settings that another process has bound; `None` if one is
+    /// missing.
+    pub(crate) fn adopt(
+        settings: &Settings,
+        named: &mut Vec<(String, BoundListener)>,
+    ) -> Option<Self> {
+        let mut adopted = Vec::with_capacity(K::TABLE.len());
+        for spec in K::TABLE {
+            match named.iter().position(|(name, _)| name == spec.name) {
+                Some(index) => adopted.push((spec, named.swap_remove(index).1)),
+                None if K::IS_OPTIONAL || (spec.address)(settings).is_none() => {}
+                None => return None,
+            }
+        }
+        Some(Self(adopted))
     }
 
     /// The names of the listeners and their descriptors, for another process.

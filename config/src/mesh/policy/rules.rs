@@ -61,12 +61,25 @@ impl Rules {
     pub(super) fn matches(&self, connection: &Connection<'_>) -> bool {
         self.0.matches(connection)
     }
+
+    /// The rules, to show them: each is a list of clauses, and each clause a list of matches. Rules
+    /// that never match are omitted.
+    pub fn to_lists(&self) -> Vec<Vec<Vec<Match>>> {
+        self.0.rules()
+    }
 }
 
 impl From<Vec<Vec<Vec<Match>>>> for Rules {
     /// Each rule is a list of clauses, and each clause a list of matches.
     fn from(rules: Vec<Vec<Vec<Match>>>) -> Self {
         Self(Program::compile(rules))
+    }
+}
+
+impl Match {
+    /// The conditions.
+    pub fn conditions(&self) -> &[Condition] {
+        &self.0
     }
 }
 
@@ -78,6 +91,11 @@ impl FromIterator<Condition> for Match {
 }
 
 impl Condition {
+    /// The values, one of which must match, or none of which may match if the second value is true.
+    pub fn values(&self) -> (&Values, bool) {
+        (&self.values, self.negated)
+    }
+
     /// A condition that holds if one of `values` matches.
     pub fn any_of(values: Values) -> Self {
         Self { values, negated: false }

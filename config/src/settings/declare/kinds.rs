@@ -8,7 +8,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use super::{Kind, Written};
-use crate::settings::{PortRange, PortRangeError, Word};
+use crate::settings::{LocalSocket, PortRange, PortRangeError, Word};
 use crate::yaml::read::Cursor;
 
 pub(crate) const TEXT: Kind<String> = Kind {
@@ -105,6 +105,28 @@ pub(crate) const CIDRS: Kind<Vec<IpNet>> =
 
 pub(crate) const PORTS: Kind<Vec<PortRange>> =
     list("list of ports", |cursor, _| given_list(cursor, port_range));
+
+pub(crate) const ADDRESS_OR_OFF: Kind<Option<SocketAddr>> = Kind {
+    name: "address:port, `off`",
+    is_list: false,
+    read: |cursor, files| or_off(cursor, |cursor| (ADDRESS.read)(cursor, files)),
+    write: |address| off_or(*address),
+};
+
+pub(crate) const LOCAL_SOCKET: Kind<LocalSocket> = Kind {
+    name: "path, `auto`, `off`",
+    is_list: false,
+    read: |cursor, files| match cursor.text()? {
+        "auto" => Some(LocalSocket::Auto),
+        "off" => Some(LocalSocket::Off),
+        _ => files.path(cursor).map(LocalSocket::At),
+    },
+    write: |socket| match socket {
+        LocalSocket::Auto => Written::scalar("auto"),
+        LocalSocket::At(socket) => Written::scalar(socket.display()),
+        LocalSocket::Off => Written::scalar("off"),
+    },
+};
 
 /// A kind for one word of a fixed set.
 pub(crate) const fn word<T: Word>(name: &'static str) -> Kind<T> {

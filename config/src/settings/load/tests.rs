@@ -191,13 +191,6 @@ fn load_reports_all_mistakes_at_once() {
 }
 
 #[test]
-fn rejects_planned_keys_by_name() {
-    let found = mistakes(load("admin: {address: x}\n", &[], &[]));
-    let later: Vec<_> = found.iter().filter(|found| found.ends_with("not supported yet")).collect();
-    assert_eq!(later.len(), 1, "{found:?}");
-}
-
-#[test]
 fn rejects_equal_proxy_ports() {
     let found = mistakes(load("proxy: {inbound_port: 15008}\n", &[], &[]));
     assert_eq!(found, ["proxy: outbound_port, inbound_port, hbone_port and dns_port must differ"]);
@@ -215,6 +208,25 @@ fn refuses_a_port_that_two_listeners_share() {
     let apart = ["metrics.address=127.0.0.1:9000", "readiness.address=127.0.0.2:9000"];
     load("", &[], &apart).unwrap();
     load("", &[], &["metrics.address=[::]:0", "readiness.address=[::]:0"]).unwrap();
+    let of_admin = ["metrics.address=[::]:9000", "admin.address=127.0.0.1:9000"];
+    assert_eq!(found(&of_admin), ["admin.address: port 9000 is that of metrics.address"]);
+}
+
+#[test]
+fn admin_address_is_off_by_default_without_pods_and_always_on_loopback() {
+    let address = |text: &str, flags: &[&str]| load(text, &[], flags).unwrap().admin.address;
+    assert_eq!(address("", &[]), None);
+    assert_eq!(address("", &["admin.address=[::1]:1"]), Some(([0, 0, 0, 0, 0, 0, 0, 1], 1).into()));
+    let node = "node: {pods: {directory: /pods}}\n";
+    assert_eq!(address(node, &[]), Some(([127, 0, 0, 1], 15000).into()));
+    assert_eq!(address(node, &["admin.address=off"]), None);
+    for other in ["0.0.0.0:15000", "[::]:15000", "10.0.0.1:15000"] {
+        let found = mistakes(load("", &[], &[&format!("admin.address={other}")]));
+        assert!(
+            found[0].starts_with("admin.address: must be an address of the loopback"),
+            "{found:?}"
+        );
+    }
 }
 
 #[test]

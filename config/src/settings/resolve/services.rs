@@ -1,12 +1,16 @@
-//! The settings `metrics`, `readiness` and `logging`.
+//! The settings `metrics`, `readiness`, `admin` and `logging`.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use crate::settings::declare::{
-    ADDRESS, COUNT, DURATION, Declared, Document, Fallback, Kind, TEXT, Written, settings, word,
+    ADDRESS, ADDRESS_OR_OFF, COUNT, DURATION, Declared, Document, Fallback, Kind, LOCAL_SOCKET,
+    TEXT, Written, settings, word,
 };
-use crate::settings::{LogFilter, LogFormat, Logging, ProxySettings, SeriesSettings};
+use crate::settings::{
+    AdminSettings, LocalSocket, LogFilter, LogFormat, Logging, NodeSettings, ProxySettings,
+    SeriesSettings,
+};
 
 settings! {
     /// the address of `/metrics`, for Prometheus
@@ -23,6 +27,16 @@ settings! {
     /// file descriptors, or while another program keeps changing the rules
     READINESS: SocketAddr = "readiness.address", ADDRESS,
         Fallback::Is(|| on_all_addresses(15021)), |s| Some(s.readiness);
+    /// the Unix socket of `underpass status` and the like, which may change the running proxy; only
+    /// root and the proxy's user may connect; `auto`: `/run/underpass/admin-N.sock`, where N is the
+    /// number of the network namespace; `off`: no socket
+    ADMIN_SOCKET: LocalSocket = "admin.socket", LOCAL_SOCKET,
+        Fallback::Is(|| LocalSocket::Auto), |s| Some(s.admin.socket.clone());
+    /// the address on the loopback interface that reports the state of the running proxy and changes
+    /// nothing; every process of the network namespace can read it
+    ADMIN_ADDRESS: Option<SocketAddr> = "admin.address", ADDRESS_OR_OFF,
+        Fallback::Varies("`127.0.0.1:15000` with `node.pods`, else `off`"),
+        |s| Some(s.admin.address);
     /// levels by target in tracing's syntax: `info,access=off`, `debug`; levels are `off`, `error`,
     /// `warn`, `info`, `debug`, `trace`, and a word without `=` must be one
     FILTER: LogFilter = "logging.filter", LOG_FILTER,
@@ -54,30 +68,53 @@ pub(super) fn addresses(document: Document<'_>) -> Option<[SocketAddr; 2]> {
     Some([METRICS.read(document)?, READINESS.read(document)?])
 }
 
-/// Rejects a metrics or readiness address whose port another listener uses on an overlapping
-/// address.
+/// The settings of administration. The workload of `underpass run` can connect to the loopback
+/// interface, so the address is off there by default.
+pub(super) fn admin(document: Document<'_>, node: &NodeSettings) -> Option<AdminSettings> {
+    let default = node.pods.is_some().then(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)));
+    let address = ADMIN_ADDRESS.read(document).unwrap_or(default);
+    if address.is_some_and(|address| !address.ip().is_loopback()) {
+        let reason = "must be an address of the loopback interface, such as 127.0.0.1:15000: anyone who can connect can read it";
+        ADMIN_ADDRESS.problem(document, reason);
+    }
+    Some(AdminSettings { socket: ADMIN_SOCKET.read(document)?, address })
+}
+
+/// Rejects the address of an endpoint whose port another listener uses on an overlapping address.
 pub(super) fn refuse_shared_ports(
     document: Document<'_>,
     proxy: &ProxySettings,
     [metrics, readiness]: [SocketAddr; 2],
+    admin: Option<SocketAddr>,
 ) {
     let taken = [
         (proxy.outbound_port, "proxy.outbound_port"),
         (proxy.inbound_port, "proxy.inbound_port"),
         (proxy.hbone_port, "proxy.hbone_port"),
     ];
-    for (setting, address) in [(METRICS, metrics), (READINESS, readiness)] {
-        let other = taken.iter().find(|(port, _)| *port == address.port());
-        if let Some((port, key)) = other {
+    let mut endpoints: Vec<(&dyn Declared, SocketAddr)> = Vec::new();
+    let all = [
+        (&METRICS as &dyn Declared, Some(metrics)),
+        (&READINESS, Some(readiness)),
+        (&ADMIN_ADDRESS, admin),
+    ];
+    for (setting, address) in all {
+        let Some(address) = address else { continue };
+        let port = address.port();
+        let of_proxy = taken.iter().find(|(taken, _)| *taken == port).map(|(_, key)| *key);
+        let earlier = endpoints.iter().find(|(_, other)| overlap(address, *other));
+        if let Some(key) = of_proxy.or_else(|| earlier.map(|(other, _)| other.key())) {
             setting.problem(document, &format!("port {port} is that of {key}"));
         }
+        endpoints.push((setting, address));
     }
-    let is_any_wildcard = metrics.ip().is_unspecified() || readiness.ip().is_unspecified();
-    let is_same_address = is_any_wildcard || metrics.ip() == readiness.ip();
-    if metrics.port() != 0 && metrics.port() == readiness.port() && is_same_address {
-        let reason = format!("port {} is that of metrics.address", metrics.port());
-        READINESS.problem(document, &reason);
-    }
+}
+
+/// Whether two listeners at these addresses would conflict. The kernel chooses a port for 0.
+fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let is_any_wildcard = one.ip().is_unspecified() || other.ip().is_unspecified();
+    let is_same_address = is_any_wildcard || one.ip() == other.ip();
+    one.port() != 0 && one.port() == other.port() && is_same_address
 }
 
 pub(super) fn series(document: Document<'_>) -> Option<SeriesSettings> {

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use crate::settings::declare::{
-    DURATION, DURATION_OR_OFF, Document, Fallback, Kind, Written, settings,
+    DURATION, DURATION_OR_OFF, Document, Fallback, LOCAL_SOCKET, settings,
 };
-use crate::settings::{TakeOver, Timeouts};
+use crate::settings::{LocalSocket, Timeouts};
 
 const HOUR: u64 = 3600;
 
@@ -66,24 +66,9 @@ settings! {
     /// the Unix socket on which a new process requests the listeners to take over; `auto`:
     /// `/run/underpass/take-over-N.sock`, where N is the number of the network namespace; `off`: no
     /// take-over
-    SOCKET: TakeOver = "take_over.socket", TAKE_OVER,
-        Fallback::Is(|| TakeOver::Auto), |s| Some(s.take_over.clone());
+    SOCKET: LocalSocket = "take_over.socket", LOCAL_SOCKET,
+        Fallback::Is(|| LocalSocket::Auto), |s| Some(s.take_over.clone());
 }
-
-const TAKE_OVER: Kind<TakeOver> = Kind {
-    name: "path, `auto`, `off`",
-    is_list: false,
-    read: |cursor, files| match cursor.text()? {
-        "auto" => Some(TakeOver::Auto),
-        "off" => Some(TakeOver::Off),
-        _ => files.path(cursor).map(TakeOver::At),
-    },
-    write: |take_over| match take_over {
-        TakeOver::Auto => Written::scalar("auto"),
-        TakeOver::At(socket) => Written::scalar(socket.display()),
-        TakeOver::Off => Written::scalar("off"),
-    },
-};
 
 pub(super) fn timeouts(document: Document<'_>) -> Option<Timeouts> {
     Some(Timeouts {
@@ -102,6 +87,6 @@ pub(super) fn timeouts(document: Document<'_>) -> Option<Timeouts> {
     })
 }
 
-pub(super) fn take_over(document: Document<'_>) -> Option<TakeOver> {
+pub(super) fn take_over(document: Document<'_>) -> Option<LocalSocket> {
     SOCKET.read(document)
 }

@@ -23,6 +23,10 @@ impl Worker {
                 };
                 tokio::spawn(log_panic("summary of connections", answering));
             }
+            Inspection::Ping(answer) => {
+                // Fails if the caller has stopped waiting.
+                answer.send(()).ok();
+            }
             Inspection::Connections { connections, subscriber } => {
                 let answering = async move {
                     let listed = worker.connections().await;

@@ -38,6 +38,10 @@ impl EnrolledPod for Served {
         Box::pin(async { Ok(()) })
     }
 
+    fn rules(&self) -> Operation<serde_json::Value> {
+        unreachable!()
+    }
+
     fn problem(&self) -> Option<PodProblem> {
         None
     }

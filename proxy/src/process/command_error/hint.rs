@@ -18,6 +18,8 @@ impl Hint for CommandError {
             Self::Mesh(MeshFeedError::ControlPlane(error)) => return error.hint(),
             Self::Pod(error) => return error.hint(),
             Self::TakeOver(error) => return error.hint(),
+            Self::Socket(error) => return error.hint(),
+            Self::Admin(error) => return error.hint(),
             Self::Adoption(error) => return error.hint(),
             Self::Instance(error) => return error.hint(),
             Self::Demo(error) => return error.hint(),

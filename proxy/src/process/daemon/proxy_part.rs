@@ -10,6 +10,7 @@ use crate::broker::child::{self, ProxyProcess};
 use crate::broker::message::ToProxy;
 use crate::broker::requests::RequestServer;
 use crate::decide::snapshot::Snapshot;
+use crate::error::chain;
 use crate::mesh::follow::follow;
 use crate::node::data_plane::DataPlane;
 use crate::pods::kubernetes;
@@ -88,6 +89,13 @@ impl ProxyPart {
     ) -> Result<(), CommandError> {
         match self {
             Self::InProcess(node) => {
+                let rules = registry.clone();
+                node.admin().report_rules(move |pod| {
+                    let (registry, pod) = (rules.clone(), pod.to_owned());
+                    Box::pin(
+                        async move { registry.rules(&pod).await.map_err(|error| chain(&error)) },
+                    )
+                });
                 let registry = registry.clone();
                 node.readiness().report_pods(move || {
                     let report = registry.report();

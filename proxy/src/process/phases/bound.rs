@@ -5,10 +5,11 @@ use std::sync::Arc;
 use underpass_config::{FileWatcher, Settings, Sources};
 use underpass_interception::{Inotify, Namespace, NamespaceAccess, NamespaceThread};
 
-use super::endpoints::Endpoints;
+use super::endpoints::{Endpoints, Reports, bind_admin_socket};
 use super::guarded::{Guarded, lease};
 use super::{Core, workers};
-use crate::admin::endpoints::Readiness;
+use crate::admin::readiness::Readiness;
+use crate::admin::state::Admin;
 use crate::mesh::feed::MeshFeed;
 use crate::mesh::publish::Publisher;
 use crate::node::certificates::Certificates;
@@ -25,7 +26,7 @@ use crate::process::supervise::Supervisor;
 use crate::process::take_over::{ReceivedSockets, TakeoverClient, TakeoverServer};
 use crate::rules::health::RulesHealth;
 use crate::traffic::dial::PlainDialer;
-use crate::traffic::listeners::Listeners;
+use crate::traffic::listeners::{BoundEndpoints, Listeners};
 
 /// The process with its sockets bound. Dropping it leaves no trace.
 pub(crate) struct Bound {
@@ -88,15 +89,20 @@ impl Bound {
             interception: reload.subscribe(),
             health,
         };
-        let ReceivedSockets { listeners: handed, control_socket, .. } = &mut handed;
+        let ReceivedSockets { listeners: handed, control_socket, admin_socket, .. } = &mut handed;
         let pod = BoundPod::bind(spec, handed).await?;
         let listeners = Listeners::bind(&access, &sockets, &settings, handed).await?;
         let mut offered = pod.duplicate_listeners();
         offered.extend(listeners.duplicate());
-        let control_socket = control_socket.take();
+        let (control_socket, handed_admin_socket) = (control_socket.take(), admin_socket.take());
         let takeovers = TakeoverServer::listen(&settings, offered, control_socket).await?;
-        let takeovers = takeovers.with_instance(instance.clone());
-        let mut endpoints = Endpoints::serve(listeners, readiness, &exporter, &gates.accept);
+        let (admin_socket, socket) = bind_admin_socket(&settings, handed_admin_socket).await?;
+        let takeovers = takeovers.with_instance(instance.clone()).with_admin_socket(admin_socket);
+        let bound = BoundEndpoints { listeners, admin_socket: socket, paused: client.is_some() };
+        let admin = Arc::new(Admin::new(&settings, &node));
+        let reports = Reports { readiness, exporter, admin };
+        let mut endpoints =
+            Endpoints::serve(bound, reports, &gates.accept).map_err(CommandError::Start)?;
         let mut credentials = None;
         if certificates::is_local(&settings) {
             credentials = lease(identities.as_deref(), &settings).await?;
@@ -125,6 +131,11 @@ impl Bound {
             None => RulesOwner::ThisProcess,
         };
         let pod = pod.guard(owner).await?;
+        let capture = pod.capture().clone();
+        core.endpoints.admin.report_rules(move |_| {
+            let capture = capture.clone();
+            Box::pin(async move { Ok(capture.report().await) })
+        });
         Ok(Guarded { core, pod, credentials, publisher, reload, takeovers, client })
     }
 }

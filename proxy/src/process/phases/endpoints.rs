@@ -1,39 +1,87 @@
-//! The tasks that report on the process: readiness, metrics and the instance socket.
+//! The tasks that report on the process and change it: readiness, metrics, administration, and the
+//! instance socket.
 
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener as StdUnixListener;
+use std::sync::Arc;
+
+use tokio::net::UnixListener;
+use underpass_config::Settings;
 use underpass_interception::BoundListener;
 
-use crate::admin::endpoints::{Endpoint, Readiness};
+use crate::admin::readiness::Readiness;
+use crate::admin::routes::{Access, Routes};
+use crate::admin::server::Server;
+use crate::admin::state::Admin;
 use crate::observe::metrics::Exporter;
+use crate::process::command_error::CommandError;
 use crate::process::instance::{Instance, Status};
 use crate::process::pause_gate::PauseGate;
 use crate::process::supervise::{Task, restarting};
-use crate::traffic::listeners::{EndpointKind, Listeners};
+use crate::process::take_over::control_socket::{ADMIN, ControlSocket};
+use crate::traffic::listeners::{BoundEndpoints, EndpointKind};
 
-/// The readiness of the process, and the tasks that serve it.
+/// The state that the endpoints report, and the tasks that serve it.
 pub(in crate::process) struct Endpoints {
     pub(in crate::process) readiness: Readiness,
+    pub(in crate::process) admin: Arc<Admin>,
     serving: Vec<Task>,
 }
 
+/// The state that the endpoints will report.
+pub(in crate::process) struct Reports {
+    pub(in crate::process) readiness: Readiness,
+    pub(in crate::process) exporter: Exporter,
+    pub(in crate::process) admin: Arc<Admin>,
+}
+
+/// Binds the Unix socket of administration, or takes the one that was `handed` over. Also returns a
+/// descriptor of it, for the process that serves it.
+///
+/// # Errors
+///
+/// The socket cannot be created at the path from the settings.
+pub(in crate::process) async fn bind_admin_socket(
+    settings: &Settings,
+    handed: Option<ControlSocket>,
+) -> Result<(Option<ControlSocket>, Option<OwnedFd>), CommandError> {
+    let setting = &settings.admin.socket;
+    let socket = ControlSocket::bind_configured(settings, setting, ADMIN, handed).await?;
+    let descriptor = socket.as_ref().and_then(ControlSocket::descriptor);
+    Ok((socket, descriptor))
+}
+
 impl Endpoints {
+    /// Serves the endpoints while the gate is open.
+    ///
+    /// # Errors
+    ///
+    /// The Unix socket cannot be registered.
     pub(in crate::process) fn serve(
-        listeners: Listeners<EndpointKind>,
-        readiness: Readiness,
-        exporter: &Exporter,
+        endpoints: BoundEndpoints,
+        Reports { readiness, exporter, admin }: Reports,
         gate: &PauseGate,
-    ) -> Self {
-        let serve = |(kind, listener)| match kind {
-            EndpointKind::Readiness => {
-                let endpoint = Endpoint::Readiness(readiness.clone());
-                serve("readiness endpoint", endpoint, listener, gate.clone())
-            }
-            EndpointKind::Metrics => {
-                let endpoint = Endpoint::Metrics(exporter.clone());
-                serve("metrics endpoint", endpoint, listener, gate.clone())
-            }
+    ) -> io::Result<Self> {
+        let serve = |(kind, listener)| {
+            let (task, routes) = match kind {
+                EndpointKind::Readiness => {
+                    let routes = Routes::Readiness(readiness.clone(), admin.liveness.clone());
+                    ("readiness endpoint", routes)
+                }
+                EndpointKind::Metrics => ("metrics endpoint", Routes::Metrics(exporter.clone())),
+                EndpointKind::Admin => {
+                    ("admin endpoint", Routes::Admin(admin.clone(), Access::Read))
+                }
+            };
+            serve(task, Server::new(routes), listener, gate.clone())
         };
-        let serving = listeners.into_kinds().map(serve).collect();
-        Self { readiness, serving }
+        let mut serving: Vec<_> = endpoints.listeners.into_kinds().map(serve).collect();
+        if let Some(socket) = endpoints.admin_socket {
+            let server = Server::new(Routes::Admin(admin.clone(), Access::Change));
+            serving.push(serve_socket(server, socket, gate.clone())?);
+        }
+        Ok(Self { readiness, admin, serving })
     }
 
     /// Answers queries on the instance socket.
@@ -48,13 +96,21 @@ impl Endpoints {
     }
 }
 
-fn serve(task: &'static str, endpoint: Endpoint, listener: BoundListener, gate: PauseGate) -> Task {
+fn serve(task: &'static str, server: Server, listener: BoundListener, gate: PauseGate) -> Task {
     restarting(task, move || {
-        let (endpoint, gate, listener) = (endpoint.clone(), gate.clone(), listener.clone());
+        let (server, gate, listener) = (server.clone(), gate.clone(), listener.clone());
         async move {
-            if let Err(error) = endpoint.serve(listener, gate).await {
+            if let Err(error) = server.serve(listener, gate).await {
                 tracing::error!(task, %error, "cannot serve an endpoint");
             }
         }
     })
+}
+
+fn serve_socket(server: Server, socket: OwnedFd, gate: PauseGate) -> io::Result<Task> {
+    let listener = StdUnixListener::from(socket);
+    listener.set_nonblocking(true)?;
+    let listener = Arc::new(UnixListener::from_std(listener)?);
+    let serve = move || server.clone().serve_socket(listener.clone(), gate.clone());
+    Ok(restarting("admin socket", serve))
 }

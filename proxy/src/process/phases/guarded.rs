@@ -31,6 +31,9 @@ pub(crate) struct Guarded {
     pub(super) client: Option<TakeoverClient>,
 }
 
+/// The pending step while no certificate is issued.
+const CERTIFICATE: &str = "waiting for the certificate (identity)";
+
 struct Started {
     workers: Workers,
     threads: WorkerThreads,
@@ -65,6 +68,7 @@ impl Guarded {
         self.confine().await?;
         certificates::warn_if_unreadable(settings, true);
         if self.credentials.is_none() {
+            let _pending = self.core.endpoints.readiness.pending(CERTIFICATE);
             self.credentials = tokio::select! {
                 lease = lease(identities.as_deref(), settings) => lease?,
                 why = stop.wait() => {
@@ -86,6 +90,7 @@ impl Guarded {
         }
         let started = Workers::start(node, workers(settings), supervisor);
         let (workers, threads, reports) = started.map_err(CommandError::start)?;
+        self.core.endpoints.admin.liveness.include(&workers);
         Ok(Some(Started { workers, threads, reports }))
     }
 
@@ -115,6 +120,7 @@ impl Guarded {
             core.supervisor.essential("publisher of the mesh", publisher.follow(reports));
         let data_plane =
             InProcess { node: core.node.clone(), workers, identities: core.identities.clone() };
+        let testing = core.endpoints.readiness.pending("testing the rules");
         let mut open = pod.open(&data_plane).await?;
         drop(credentials);
         if let Err(error) = complete(&open, client.as_ref()).await {
@@ -123,6 +129,7 @@ impl Guarded {
             drop(client);
             return Err(open.abandon(core.settings.timeouts.drain, error).await);
         }
+        drop(testing);
         // No step fails from here on, so the other process does not resume.
         open.own_rules();
         takeovers.own();

@@ -13,10 +13,10 @@ use tokio::time::timeout;
 use underpass_config::Settings;
 use underpass_interception::{BoundListener, Handover};
 
-use super::control_socket::{self, ControlSocket};
+use super::control_socket::{self, ControlSocket, TAKE_OVER};
 use super::role::Role;
 use super::{
-    ACCEPT, ALIVE, ANSWER_TIMEOUT, BUSY, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS,
+    ACCEPT, ADMIN_SOCKET, ALIVE, ANSWER_TIMEOUT, BUSY, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS,
     LONGEST_MESSAGE, OK, READY, REFUSED, RULES, TakeOverError,
 };
 
@@ -41,6 +41,8 @@ pub(crate) struct ReceivedSockets {
     pub(crate) listeners: Vec<(String, BoundListener)>,
     /// The socket on which the running process accepts take-overs.
     pub(crate) control_socket: Option<ControlSocket>,
+    /// The socket on which the running process serves administration.
+    pub(crate) admin_socket: Option<ControlSocket>,
     /// The socket that identifies the proxy of the network namespace (`instance.rs`).
     pub(crate) instance: Option<OwnedFd>,
     alive: Option<UnixStream>,
@@ -60,8 +62,8 @@ impl TakeoverClient {
     async fn connect(
         settings: &Settings,
     ) -> Result<Option<(Self, ReceivedSockets)>, TakeOverError> {
-        let Some(socket) =
-            control_socket::path(&settings.take_over).map_err(TakeOverError::Namespace)?
+        let Some(socket) = control_socket::path(&settings.take_over, TAKE_OVER)
+            .map_err(TakeOverError::Namespace)?
         else {
             return Ok(None);
         };
@@ -221,7 +223,12 @@ impl ReceivedSockets {
                 alive.set_nonblocking(true)?;
                 self.alive = Some(UnixStream::from_std(alive)?);
             }
-            name => self.listeners.push((name.to_owned(), BoundListener::try_from(socket)?)),
+            name => match name.strip_prefix(ADMIN_SOCKET) {
+                Some(path) => {
+                    self.admin_socket = Some(ControlSocket::share(Path::new(path), socket)?);
+                }
+                None => self.listeners.push((name.to_owned(), BoundListener::try_from(socket)?)),
+            },
         }
         Ok(())
     }

@@ -1,20 +1,21 @@
 //! The running process's side of a take-over.
 
+use std::borrow::Cow;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout, timeout_at};
-use underpass_config::{Settings, TakeOver};
-use underpass_interception::{Handover, Peer, ProxyUser};
+use underpass_config::Settings;
+use underpass_interception::{Handover, Peer};
 
-use super::control_socket::{self, ControlSocket};
+use super::control_socket::{ControlSocket, TAKE_OVER};
 use super::role::Role;
 use super::subject::Subject;
 use super::{
-    ACCEPT, ALIVE, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS, LONGEST_MESSAGE, OK,
-    READY, REFUSED, SWITCH_TIMEOUT, TakeOverError,
+    ACCEPT, ADMIN_SOCKET, ALIVE, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS,
+    LONGEST_MESSAGE, OK, READY, REFUSED, SWITCH_TIMEOUT, TakeOverError,
 };
 use crate::process::instance::Instance;
 use crate::traffic::listeners::NamedListeners;
@@ -32,6 +33,8 @@ const COMPLETION_TIMEOUT: Duration = Duration::from_secs(4);
 pub(crate) struct TakeoverServer {
     /// `None` if take-over is off or the socket cannot be created.
     control_socket: Option<ControlSocket>,
+    /// The socket of administration, which another task accepts on.
+    admin_socket: Option<ControlSocket>,
     listeners: NamedListeners,
     instance: Option<Instance>,
     role: Role,
@@ -77,13 +80,12 @@ impl TakeoverServer {
         handed: Option<ControlSocket>,
     ) -> Result<Self, TakeOverError> {
         let role = Role::new(settings).map_err(TakeOverError::Namespace)?;
-        let control_socket = match handed {
-            Some(socket) => Some(socket),
-            None => bind_control_socket(settings).await?,
-        };
+        let setting = &settings.take_over;
+        let control_socket =
+            ControlSocket::bind_configured(settings, setting, TAKE_OVER, handed).await?;
         let (_alive, alive) = StdUnixStream::pair().map_err(TakeOverError::Socket)?;
-        let alive = alive.into();
-        Ok(Self { control_socket, listeners, instance: None, role, _alive, alive })
+        let (admin_socket, instance, alive) = (None, None, alive.into());
+        Ok(Self { control_socket, admin_socket, listeners, instance, role, _alive, alive })
     }
 
     /// Adds the instance socket to the sockets that are handed over.
@@ -91,10 +93,19 @@ impl TakeoverServer {
         Self { instance, ..self }
     }
 
-    /// Makes this process the owner of the socket's file, which it then removes at its end.
+    /// Adds the socket of administration to the sockets that are handed over.
+    pub(crate) fn with_admin_socket(self, admin_socket: Option<ControlSocket>) -> Self {
+        Self { admin_socket, ..self }
+    }
+
+    /// Makes this process the owner of the sockets' files, which it then removes at its end.
     pub(crate) fn own(&mut self) {
-        if let Some(socket) = &mut self.control_socket {
-            socket.own(true);
+        self.set_owner(true);
+    }
+
+    fn set_owner(&mut self, is_owner: bool) {
+        for socket in [&mut self.control_socket, &mut self.admin_socket].into_iter().flatten() {
+            socket.own(is_owner);
         }
     }
 
@@ -129,9 +140,7 @@ impl TakeoverServer {
         let pid = peer.ok().and_then(|peer| peer.pid);
         match outcome {
             Ok(()) => {
-                if let Some(socket) = &mut self.control_socket {
-                    socket.own(false);
-                }
+                self.set_owner(false);
                 TakeoverOutcome::Completed { pid }
             }
             // Another process only checked that this one listens.
@@ -147,6 +156,27 @@ impl TakeoverServer {
                 TakeoverOutcome::Abandoned
             }
         }
+    }
+
+    /// The sockets that are handed over, with their names.
+    fn sockets(&self) -> Vec<(Cow<'static, str>, BorrowedFd<'_>)> {
+        let listeners = self.listeners.iter();
+        let mut all: Vec<_> =
+            listeners.map(|(name, listener)| (Cow::Borrowed(*name), listener.as_fd())).collect();
+        if let Some(socket) = &self.control_socket {
+            all.push((CONTROL_SOCKET.into(), socket.listener.as_fd()));
+        }
+        if let Some(socket) = &self.admin_socket
+            && let Some(path) = socket.path().to_str()
+            && !path.contains(char::is_whitespace)
+        {
+            all.push((format!("{ADMIN_SOCKET}{path}").into(), socket.listener.as_fd()));
+        }
+        if let Some(instance) = &self.instance {
+            all.push((INSTANCE_SOCKET.into(), instance.listener().as_fd()));
+        }
+        all.push((ALIVE.into(), self.alive.as_fd()));
+        all
     }
 
     async fn perform(
@@ -168,15 +198,7 @@ impl TakeoverServer {
             return Err(ConversationError::Refused);
         }
         tracing::info!(pid = peer.pid, "another process is taking over");
-        let control =
-            self.control_socket.as_ref().map(|socket| (CONTROL_SOCKET, socket.listener.as_fd()));
-        let listeners = self.listeners.iter();
-        let instance =
-            self.instance.as_ref().map(|instance| (INSTANCE_SOCKET, instance.listener().as_fd()));
-        let sockets = listeners.map(|(name, listener)| (*name, listener.as_fd()));
-        let alive = Some((ALIVE, self.alive.as_fd()));
-        let sockets = sockets.chain(control).chain(instance).chain(alive);
-        let (names, sockets): (Vec<_>, Vec<_>) = sockets.unzip();
+        let (names, sockets): (Vec<_>, Vec<_>) = self.sockets().into_iter().unzip();
         conversation.send(&format!("{LISTENERS} {}", names.join(" ")), &sockets).await?;
         prepare(conversation, subject).await?;
         subject.pause().await;
@@ -213,33 +235,6 @@ async fn prepare<S: Subject>(
         if reply.is_progress {
             (after, progress) = (message, Instant::now());
         }
-    }
-}
-
-async fn bind_control_socket(settings: &Settings) -> Result<Option<ControlSocket>, TakeOverError> {
-    let Some(socket) =
-        control_socket::path(&settings.take_over).map_err(TakeOverError::Namespace)?
-    else {
-        return Ok(None);
-    };
-    if settings.take_over == TakeOver::Auto && control_socket::is_listening(&socket).await {
-        tracing::info!(
-            socket = %socket.display(),
-            "take-over is unavailable: another process listens at its socket (take_over.socket)"
-        );
-        return Ok(None);
-    }
-    let user = ProxyUser::required(&settings.interception).ok().flatten();
-    match ControlSocket::bind(&socket, user) {
-        Ok(bound) => Ok(Some(bound)),
-        Err(error) if settings.take_over == TakeOver::Auto => {
-            tracing::info!(
-                %error, socket = %socket.display(),
-                "take-over is unavailable: cannot create its socket (take_over.socket)"
-            );
-            Ok(None)
-        }
-        Err(source) => Err(TakeOverError::Listen { socket, source }),
     }
 }
 

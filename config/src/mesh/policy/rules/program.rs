@@ -4,6 +4,8 @@
 //! connection and usually not in the CPU cache if there are many policies. Evaluation allocates
 //! nothing.
 
+mod decompile;
+
 use std::net::IpAddr;
 use std::ops::Range;
 
@@ -42,6 +44,15 @@ struct Step {
     then: usize,
     /// The next step if the condition does not hold.
     otherwise: usize,
+    end: End,
+}
+
+/// The largest part of a rule whose last condition a step is. `decompile.rs` reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Condition,
+    Match,
+    Clause,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +112,7 @@ impl Program {
 
     /// Adds a clause, and returns its first step.
     fn clause(&mut self, matches: Vec<Match>, then: usize, mut otherwise: usize) -> usize {
+        let mut end = End::Clause;
         for Match(mut conditions) in matches.into_iter().rev() {
             // A match without conditions fails, so the next match is evaluated.
             if conditions.is_empty() {
@@ -108,10 +120,12 @@ impl Program {
             }
             // Steps are added from last to first, so that cheap conditions are evaluated first.
             conditions.sort_by_key(|condition| std::cmp::Reverse(cost(&condition.values)));
-            let first = conditions
-                .into_iter()
-                .fold(then, |then, condition| self.condition(condition, then, otherwise));
-            otherwise = first;
+            let mut first = then;
+            for condition in conditions {
+                first = self.condition(condition, first, otherwise, end);
+                end = End::Condition;
+            }
+            (otherwise, end) = (first, End::Match);
         }
         otherwise
     }
@@ -122,6 +136,7 @@ impl Program {
         Condition { values, negated }: Condition,
         then: usize,
         otherwise: usize,
+        end: End,
     ) -> usize {
         let (field, values) = match values {
             Values::DestinationPorts(ports) => (Field::DestinationPort, self.add_ports(ports)),
@@ -136,7 +151,7 @@ impl Program {
             }
             Values::Principals(matches) => (Field::Principal, self.add_texts(matches)),
         };
-        self.steps.push(Step { field, negated, values, then, otherwise });
+        self.steps.push(Step { field, negated, values, then, otherwise, end });
         self.steps.len() - 1
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::settings::TakeOver;
+use crate::settings::LocalSocket;
 use crate::settings::load::settings_of;
 
 fn mistakes(text: &str) -> Vec<String> {
@@ -24,7 +24,7 @@ fn defaults_limit_resources_and_keep_open_connections() {
     assert_eq!(timeouts.idle, None);
     assert_eq!(timeouts.half_close, Some(Duration::from_secs(3600)));
     assert_eq!(timeouts.keepalive, Duration::from_secs(180));
-    assert_eq!(settings.take_over, TakeOver::Auto);
+    assert_eq!(settings.take_over, LocalSocket::Auto);
 }
 
 #[test]
@@ -41,7 +41,7 @@ fn optional_limits_accept_off() {
     assert_eq!(settings.limits.buffers, 64 << 10);
     assert_eq!(settings.timeouts.idle, Some(Duration::from_secs(600)));
     assert_eq!(settings.timeouts.half_close, None);
-    assert_eq!(settings.take_over, TakeOver::Off);
+    assert_eq!(settings.take_over, LocalSocket::Off);
 }
 
 #[test]

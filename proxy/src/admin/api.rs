@@ -1,0 +1,9 @@
+//! The answers of administration, a file for each path.
+
+pub(crate) mod certificates;
+pub(crate) mod config_dump;
+pub(crate) mod drain;
+pub(crate) mod logging;
+pub(crate) mod rules;
+pub(crate) mod time;
+pub(crate) mod version;

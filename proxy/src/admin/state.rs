@@ -1,0 +1,71 @@
+//! The state of the proxy that administration reads and changes.
+
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use futures_util::future::BoxFuture;
+use serde_json::Value;
+use underpass_config::Settings;
+
+use crate::admin::liveness::Liveness;
+use crate::node::Node;
+use crate::node::inspection::Inspection;
+use crate::observe::record::TrackedConnection;
+
+/// The running proxy, as administration sees it.
+#[derive(Debug)]
+pub(crate) struct Admin {
+    /// The settings at the start.
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) node: Arc<Node>,
+    pub(crate) started: SystemTime,
+    pub(crate) liveness: Liveness,
+    rules: OnceLock<RulesReport>,
+}
+
+/// Reports the rules of the pod with this name, `NAMESPACE/NAME`, or the reason why it cannot.
+struct RulesReport(Box<dyn Fn(&str) -> RulesFuture + Send + Sync>);
+
+type RulesFuture = BoxFuture<'static, Result<Value, String>>;
+
+impl fmt::Debug for RulesReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RulesReport")
+    }
+}
+
+impl Admin {
+    pub(crate) fn new(settings: &Arc<Settings>, node: &Arc<Node>) -> Self {
+        let (settings, node, started) = (settings.clone(), node.clone(), SystemTime::now());
+        Self { settings, node, started, liveness: Liveness::default(), rules: OnceLock::new() }
+    }
+
+    /// Sets the function that reports the rules of a pod. Must be called once.
+    pub(crate) fn report_rules(
+        &self,
+        report: impl Fn(&str) -> RulesFuture + Send + Sync + 'static,
+    ) {
+        self.rules.set(RulesReport(Box::new(report))).ok();
+    }
+
+    /// The open connections of all pods. Those of a worker that does not answer are missing.
+    pub(super) async fn open_connections(&self) -> Vec<Arc<TrackedConnection>> {
+        let Some(workers) = self.liveness.workers() else { return Vec::new() };
+        let list = |connections| Inspection::Connections { connections, subscriber: None };
+        let lists = workers.inspect(list);
+        lists.await.into_iter().flatten().flat_map(|list| list.open).collect()
+    }
+
+    /// The rules of the pod with this name.
+    ///
+    /// # Errors
+    ///
+    /// There is no such pod, or its rules cannot be read.
+    pub(super) async fn rules(&self, pod: &str) -> Result<Value, String> {
+        match self.rules.get() {
+            Some(report) => (report.0)(pod).await,
+            None => Err("the rules are not installed yet".to_owned()),
+        }
+    }
+}
