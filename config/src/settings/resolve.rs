@@ -120,8 +120,8 @@ pub(crate) fn interception_settings(
     Some(node::interception(document, settings, node))
 }
 
-/// Rejects every key below `at` that is not declared. `prefix` is the path of `at`: empty, or ending
-/// with a dot.
+/// Rejects every key below `at` that is not declared. `prefix` is the path of `at`: empty, or
+/// ending with a dot.
 fn refuse_unknown_keys(at: Cursor<'_>, prefix: &str) {
     let mut known: Vec<&str> = Vec::new();
     for path in keys().filter_map(|path| path.strip_prefix(prefix)) {

@@ -1,7 +1,7 @@
 //! Checks the host that a request names, against DNS rebinding.
 //!
-//! A web page can make its own name resolve to 127.0.0.1, and then read answers through a browser on
-//! this host. Such a request names the page's host.
+//! A web page can make its own name resolve to 127.0.0.1, and then read answers through a browser
+//! on this host. Such a request names the page's host.
 
 use std::net::IpAddr;
 

@@ -22,8 +22,8 @@ pub(super) enum Command {
         #[command(flatten)]
         proxy: ProxyArguments,
     },
-    /// Replace the tunnels that a pod has opened: each closes with its last stream, and new connections
-    /// open new ones
+    /// Replace the tunnels that a pod has opened: each closes with its last stream, and new
+    /// connections open new ones
     #[command(after_help = "Example:\n  underpass admin drain shop/web-1")]
     Drain {
         /// The pod

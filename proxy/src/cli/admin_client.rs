@@ -12,7 +12,8 @@ use crate::process::take_over::control_socket::{self, ADMIN};
 pub(super) struct ProxyArguments {
     #[command(flatten)]
     settings: SettingsArguments,
-    /// The Unix socket of the proxy (admin.socket); by default that of the current network namespace
+    /// The Unix socket of the proxy (admin.socket); by default that of the current network
+    /// namespace
     #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "set"])]
     socket: Option<PathBuf>,
 }

@@ -27,13 +27,13 @@ settings! {
     /// file descriptors, or while another program keeps changing the rules
     READINESS: SocketAddr = "readiness.address", ADDRESS,
         Fallback::Is(|| on_all_addresses(15021)), |s| Some(s.readiness);
-    /// the Unix socket of `underpass status` and the like, which may change the running proxy; only
-    /// root and the proxy's user may connect; `auto`: `/run/underpass/admin-N.sock`, where N is the
-    /// number of the network namespace; `off`: no socket
+    /// the Unix socket that reads and changes the running proxy, for root and the proxy's user;
+    /// `auto`: `/run/underpass/admin-N.sock`, where N is the number of the network namespace; `off`:
+    /// no socket
     ADMIN_SOCKET: LocalSocket = "admin.socket", LOCAL_SOCKET,
         Fallback::Is(|| LocalSocket::Auto), |s| Some(s.admin.socket.clone());
-    /// the address on the loopback interface that reports the state of the running proxy and changes
-    /// nothing; every process of the network namespace can read it
+    /// the address on the loopback interface that reports the state of the running proxy and
+    /// changes nothing; every process of the network namespace can read it
     ADMIN_ADDRESS: Option<SocketAddr> = "admin.address", ADDRESS_OR_OFF,
         Fallback::Varies("`127.0.0.1:15000` with `node.pods`, else `off`"),
         |s| Some(s.admin.address);

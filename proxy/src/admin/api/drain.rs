@@ -14,8 +14,8 @@ pub(crate) struct Drained {
     pub(crate) pod: String,
 }
 
-/// Closes the tunnels that the pod `?pod=NAMESPACE/NAME` has opened, each when its last stream ends.
-/// Later connections open new tunnels.
+/// Closes the tunnels that the pod `?pod=NAMESPACE/NAME` has opened, each when its last stream
+/// ends. Later connections open new tunnels.
 pub(crate) async fn drain(admin: &Admin, mut query: Query) -> Result<Drained, Refusal> {
     let given = query.take("pod")?;
     query.end("the parameter pod")?;

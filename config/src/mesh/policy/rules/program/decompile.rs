@@ -1,5 +1,5 @@
-//! Restores the rules of a program, to show them. Order and duplicates of values are lost, and ranges
-//! are merged.
+//! Restores the rules of a program, to show them. Order and duplicates of values are lost, and
+//! ranges are merged.
 
 use std::net::IpAddr;
 
