@@ -65,7 +65,7 @@ const BUSY: &str = "busy";
 const CONTROL_SOCKET: &str = "take-over";
 /// The name of the instance socket (`instance.rs`) among the sockets that are handed over.
 const INSTANCE_SOCKET: &str = "instance";
-/// What precedes the path of the admin socket in its name among the sockets that are handed over.
+/// The text before the path of the admin socket, in the name of that socket.
 const ADMIN_SOCKET: &str = "admin:";
 /// The name of the socket whose other end closes with the running process.
 const ALIVE: &str = "alive";

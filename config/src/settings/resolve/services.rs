@@ -28,8 +28,8 @@ settings! {
     READINESS: SocketAddr = "readiness.address", ADDRESS,
         Fallback::Is(|| on_all_addresses(15021)), |s| Some(s.readiness);
     /// the Unix socket that reads and changes the running proxy, for root and the proxy's user;
-    /// `auto`: `/run/underpass/admin-N.sock`, where N is the number of the network namespace; `off`:
-    /// no socket
+    /// `auto`: `/run/underpass/admin-N.sock`, where N is the number of the network namespace;
+    /// `off`: no socket
     ADMIN_SOCKET: LocalSocket = "admin.socket", LOCAL_SOCKET,
         Fallback::Is(|| LocalSocket::Auto), |s| Some(s.admin.socket.clone());
     /// the address on the loopback interface that reports the state of the running proxy and

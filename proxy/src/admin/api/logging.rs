@@ -7,6 +7,7 @@ use crate::admin::answer::Refusal;
 use crate::admin::query::Query;
 use crate::process::logging::levels;
 
+/// The answer of `/logging`.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Logging {
     /// The current filter, in the syntax of `logging.filter`.

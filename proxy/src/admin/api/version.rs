@@ -6,6 +6,7 @@ use crate::admin::api::time::rfc3339;
 use crate::admin::state::Admin;
 use crate::version::VERSION;
 
+/// The answer of `/version`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Version<'a> {
     version: &'static str,

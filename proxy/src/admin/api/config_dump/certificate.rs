@@ -7,6 +7,7 @@ use crate::admin::api::certificates::identities;
 use crate::admin::api::time::rfc3339;
 use crate::admin::state::Admin;
 
+/// The certificate of one identity.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct IdentityDump {

@@ -29,10 +29,11 @@ mod tests {
 
     #[test]
     fn values_of_headers_are_redacted() {
-        let headers = "mesh.xds.headers=authorization=secret,x-revision=canary";
-        let settings = settings(&["mesh.xds.address=https://istiod:15012", headers]);
+        let headers = "mesh.xds.headers=x-token=secret,x-revision=canary";
+        let settings =
+            settings(&["mesh.xds.address=https://istiod:15012", "mesh.xds.roots=r.pem", headers]);
         let dump = dump(&settings);
-        let expected = ["authorization=(redacted)", "x-revision=(redacted)"];
+        let expected = ["x-token=(redacted)", "x-revision=(redacted)"];
         assert_eq!(dump.get(HEADERS), Some(&expected.into_iter().map(Value::from).collect()));
         assert_eq!(dump.get("proxy.hbone_port"), Some(&Value::from("15008")));
         assert!(!Value::from(dump).to_string().contains("secret"));

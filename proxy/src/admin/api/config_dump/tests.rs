@@ -41,7 +41,7 @@ policies:
   namespace: shop
   scope: WorkloadSelector
   action: Allow
-  rules: [[[{principals: [{Exact: td/ns/shop/sa/client}], notSourceIps: [10.0.0.0/8]}]]]
+  rules: [[[{principals: [{exact: td/ns/shop/sa/client}], notSourceIps: [10.0.0.0/8]}]]]
 - {name: nothing, namespace: shop, scope: Namespace, action: Deny, rules: []}
 ";
 
