@@ -24,3 +24,4 @@ pub(crate) mod routes;
 pub(crate) mod server;
 mod stall;
 pub(crate) mod state;
+pub(crate) mod status;

@@ -1,18 +1,23 @@
 //! Defines and runs the commands of the command line.
 //!
 //! Results go to standard output, errors to standard error. Exit codes: 0 success, 1 failure, 2
-//! invalid command line or configuration, 3 `rules verify` found a difference or a bypass.
+//! invalid command line or configuration, 3 `rules verify` found a difference or a bypass, or
+//! `status` a problem.
 
 mod admin;
 mod admin_client;
 mod ca;
 mod cni;
 mod config;
+mod connections;
+mod layout;
 mod man;
 mod node;
 mod proxy_process;
 mod rules;
 mod run;
+mod status;
+mod style;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -31,7 +36,7 @@ use crate::version::VERSION;
 #[derive(Debug, Parser)]
 #[command(name = "underpass", version = VERSION, arg_required_else_help = true)]
 #[command(
-    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 success, 1 failure, 2 invalid command line or configuration, 3 `rules verify` found a difference or a bypass."
+    after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 success, 1 failure, 2 invalid command line or configuration, 3 `rules verify` found a difference or a bypass, or `status` a problem."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -57,6 +62,16 @@ enum Command {
     /// Run a small certificate authority: files, revocation lists, and Istio's CA protocol
     #[command(subcommand)]
     Ca(ca::Command),
+    /// Show what a running proxy does, and its problems: exit code 0 if it is healthy, otherwise 3
+    #[command(
+        after_help = "Example:\n  underpass status\n  underpass status --pod shop/web-1 --watch\n\nExit codes: 0 healthy, 3 problems, which are printed, 1 no proxy answers."
+    )]
+    Status(status::Arguments),
+    /// List open and recent connections of a running proxy
+    #[command(
+        after_help = "Example:\n  underpass connections --verdict denied --since 5m\n  underpass connections --to shop/api --follow"
+    )]
+    Connections(connections::Arguments),
     /// Read and change the state of a running proxy
     #[command(subcommand)]
     Admin(admin::Command),
@@ -85,6 +100,8 @@ pub fn main() -> ExitCode {
         Command::Cni(arguments) => cni::run(arguments),
         Command::Rules(command) => rules::run(command),
         Command::Ca(command) => ca::run(command),
+        Command::Status(arguments) => status::run(&arguments),
+        Command::Connections(arguments) => connections::run(arguments),
         Command::Admin(command) => admin::run(command),
         Command::Config(command) => config::run(command),
         Command::Completions { shell } => completions(shell),

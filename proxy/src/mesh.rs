@@ -3,6 +3,7 @@
 pub(crate) mod control_plane;
 pub(crate) mod feed;
 pub(crate) mod follow;
+pub(crate) mod health;
 pub(crate) mod on_demand;
 pub(crate) mod publish;
 mod report;

@@ -13,6 +13,7 @@ use underpass_interception::{
 
 use crate::admin::readiness::Readiness;
 use crate::mesh::feed::MeshFeed;
+use crate::mesh::health::MeshHealth;
 use crate::mesh::publish::Publisher;
 use crate::node::Node;
 use crate::node::certificates::Certificates;
@@ -73,7 +74,11 @@ impl TestNode {
         let watcher = FileWatcher::new(Inotify::open);
         let (source, mesh) =
             MeshSource::open(settings.mesh_file.as_deref(), &watcher, run_in_background)?;
-        let publisher = Publisher::new(MeshFeed::File(Box::new(source)), mesh, &settings.workload);
+        let publisher = Publisher::new(
+            MeshFeed::File(Box::new(source), MeshHealth::default()),
+            mesh,
+            &settings.workload,
+        );
         let lookups = publisher.lookups();
         let (mesh, series) = (publisher.subscribe(), exporter(settings)?.series);
         let (thread, rules) = (NamespaceThread::start()?, RulesTotals::default());

@@ -47,4 +47,4 @@ pub use settings::Settings;
 pub use soak::{Fault, SoakOptions, SoakSummary, soak};
 pub use suite::{Suite, skipped};
 pub use tls::{TlsClient, TlsServer};
-pub use tools::{Background, Printed, tool};
+pub use tools::{Background, OutputLines, Printed, tool};

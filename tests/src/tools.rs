@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
 
 use crate::binary::binary;
 use crate::or_fail::OrFail;
@@ -143,10 +144,32 @@ impl Background {
         }
     }
 
+    /// The lines of standard output.
+    #[must_use]
+    pub fn lines(mut self) -> OutputLines {
+        let output = self.child.stdout.take().expect("standard output is a pipe");
+        OutputLines { lines: BufReader::new(output).lines(), _program: self }
+    }
+
     /// Waits for the exit. Returns status and output.
     pub async fn ended(self) -> Printed {
         let output = within("a program ends", self.child.wait_with_output()).await;
         printed(output.or_fail("wait for a program"))
+    }
+}
+
+/// The lines that a program in the background prints. Dropping it kills the program.
+#[derive(Debug)]
+pub struct OutputLines {
+    lines: Lines<BufReader<ChildStdout>>,
+    _program: Background,
+}
+
+impl OutputLines {
+    /// Waits for the next line. Cancel-safe.
+    pub async fn next(&mut self) -> String {
+        let line = within("a program prints a line", self.lines.next_line()).await;
+        line.or_fail("read the output of a program").expect("the program has not ended")
     }
 }
 

@@ -11,6 +11,8 @@ use http::StatusCode;
 use serde::{Deserialize, Serialize};
 
 use crate::admin::answer::{Answer, text};
+use crate::admin::api::status::Pod;
+use crate::mesh::health::MeshHealth;
 use crate::rules::health::RulesHealth;
 
 /// The conditions of readiness.
@@ -23,6 +25,7 @@ pub(crate) struct Readiness {
     out_of_descriptors: Arc<AtomicBool>,
     /// Reports the status of a node's pods.
     pods: Arc<OnceLock<PodReport>>,
+    mesh: MeshHealth,
     source: Arc<Mutex<SourceStatus>>,
     /// Whether the proxy's certificate has expired, so that every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
@@ -74,8 +77,8 @@ struct SourceStatus {
     notice: Option<String>,
 }
 
-/// Writes the status of each pod of a node on one line.
-struct PodReport(Box<dyn Fn() -> BoxFuture<'static, String> + Send + Sync>);
+/// Reports the status of each pod of a node.
+struct PodReport(Box<dyn Fn() -> BoxFuture<'static, Vec<Pod>> + Send + Sync>);
 
 impl fmt::Debug for PodReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -106,7 +109,7 @@ impl Readiness {
     /// Sets the function that reports the status of a node's pods. Must be called once.
     pub(crate) fn report_pods(
         &self,
-        report: impl Fn() -> BoxFuture<'static, String> + Send + Sync + 'static,
+        report: impl Fn() -> BoxFuture<'static, Vec<Pod>> + Send + Sync + 'static,
     ) {
         self.pods.set(PodReport(Box::new(report))).ok();
     }
@@ -125,6 +128,24 @@ impl Readiness {
 
     fn source(&self) -> MutexGuard<'_, SourceStatus> {
         lock(&self.source)
+    }
+
+    /// The health of the mesh's sources.
+    pub(crate) fn mesh(&self) -> &MeshHealth {
+        &self.mesh
+    }
+
+    /// The status of the pods of a node.
+    pub(crate) async fn pods(&self) -> Vec<Pod> {
+        match self.pods.get() {
+            Some(report) => (report.0)().await,
+            None => Vec::new(),
+        }
+    }
+
+    /// Whether the process has become ready, and does not drain.
+    pub(crate) fn has_started(&self) -> bool {
+        self.phase.load(Relaxed) == READY
     }
 
     /// The rules of the only pod of `underpass run`.
@@ -178,7 +199,7 @@ impl Readiness {
     }
 
     /// Every reason why the process is not ready.
-    fn reasons(&self) -> Vec<Cow<'static, str>> {
+    pub(super) fn reasons(&self) -> Vec<Cow<'static, str>> {
         let source = self.source().problem.clone();
         let conditions: Vec<(bool, &'static str)> = match self.phase.load(Relaxed) {
             READY => vec![
@@ -205,8 +226,9 @@ impl Readiness {
 
     /// The status of a node's pods; `None` without a node.
     pub(super) async fn answer_pods(&self) -> Option<Answer> {
-        let report = (self.pods.get()?.0)().await;
-        Some(text(StatusCode::OK, report))
+        self.pods.get()?;
+        let lines: String = self.pods().await.iter().map(|pod| format!("{pod}\n")).collect();
+        Some(text(StatusCode::OK, lines))
     }
 
     pub(super) fn answer(&self) -> Answer {

@@ -8,12 +8,13 @@ use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode};
 
 use crate::admin::answer::{Answer, JSON, Refusal, json, of_type, stream, text};
-use crate::admin::api::{certificates, config_dump, drain, logging, rules, version};
+use crate::admin::api::{certificates, config_dump, connections, drain, logging, rules, version};
 use crate::admin::authority;
 use crate::admin::liveness::Liveness;
 use crate::admin::query::Query;
 use crate::admin::readiness::Readiness;
 use crate::admin::state::Admin;
+use crate::admin::status;
 use crate::observe::metrics::Exporter;
 use crate::version::VERSION;
 
@@ -23,6 +24,8 @@ const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; versi
 const ADMIN_PATHS: &[(&str, &[Method], &str)] = &[
     ("/", &[Method::GET], "this list"),
     ("/version", &[Method::GET], "the program that runs"),
+    ("/status", &[Method::GET], "what the proxy does, and its problems: ?pod=NAMESPACE/NAME"),
+    ("/connections", &[Method::GET], "open and recent connections: ?pod, ?from, ?to, ?follow, ..."),
     (
         "/config_dump",
         &[Method::GET],
@@ -142,6 +145,8 @@ async fn admin_answer(admin: &Admin, access: Access, request: &Parts) -> Result<
     let query = Query::of(&request.uri);
     match (path, &request.method) {
         ("/", _) => Ok(text(StatusCode::OK, index())),
+        ("/status", _) => status::status(admin, query).await,
+        ("/connections", _) => connections::connections(admin, query).await,
         ("/version", _) => {
             query.end("no parameters")?;
             Ok(json(&version::version(admin)))

@@ -9,7 +9,9 @@ use serde_json::Value;
 use underpass_config::Settings;
 
 use crate::admin::liveness::Liveness;
+use crate::admin::readiness::Readiness;
 use crate::node::Node;
+use crate::node::identities::Identities;
 use crate::node::inspection::Inspection;
 use crate::observe::record::TrackedConnection;
 
@@ -20,6 +22,9 @@ pub(crate) struct Admin {
     pub(crate) settings: Arc<Settings>,
     pub(crate) node: Arc<Node>,
     pub(crate) started: SystemTime,
+    pub(crate) readiness: Readiness,
+    /// `None` without certificates: HBONE is off.
+    pub(crate) identities: Option<Arc<Identities>>,
     pub(crate) liveness: Liveness,
     rules: OnceLock<RulesReport>,
 }
@@ -38,7 +43,13 @@ impl fmt::Debug for RulesReport {
 impl Admin {
     pub(crate) fn new(settings: &Arc<Settings>, node: &Arc<Node>) -> Self {
         let (settings, node, started) = (settings.clone(), node.clone(), SystemTime::now());
-        Self { settings, node, started, liveness: Liveness::default(), rules: OnceLock::new() }
+        let (readiness, liveness, rules) = Default::default();
+        Self { settings, node, started, readiness, identities: None, liveness, rules }
+    }
+
+    /// Shows the readiness and the certificates too.
+    pub(crate) fn with(self, readiness: &Readiness, identities: Option<&Arc<Identities>>) -> Self {
+        Self { readiness: readiness.clone(), identities: identities.cloned(), ..self }
     }
 
     /// Sets the function that reports the rules of a pod. Must be called once.

@@ -12,6 +12,7 @@ use underpass_config::SpiffeError;
 use underpass_hbone::{HboneError, Identity, IdentityPem};
 use underpass_interception::{Family, SocketKind, SocketRole};
 
+use crate::admin::api::status::Pod;
 use crate::admin::readiness::SourceReport;
 
 /// The maximum length of a message in bytes. The kernel's default limit, with overhead, is 212,992
@@ -211,22 +212,12 @@ pub(crate) enum Answer {
     /// The sockets are attached.
     Sockets,
     Pods {
-        pods: Vec<PodLine>,
+        /// Without the states of their certificates.
+        pods: Vec<Pod>,
         more: bool,
     },
     /// A JSON object.
     Rules(String),
-}
-
-/// The status of a pod.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct PodLine {
-    pub(crate) uid: String,
-    /// The status without the state of its certificate.
-    pub(crate) text: String,
-    /// Whether the pod is served without a problem that the broker knows of.
-    pub(crate) serving: bool,
 }
 
 /// Why the broker does not do what is requested.

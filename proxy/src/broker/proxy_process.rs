@@ -11,6 +11,7 @@ use underpass_interception::{
     raise_open_files,
 };
 
+use crate::admin::api::status::Pod;
 use crate::broker::link::{self, Receiver};
 use crate::broker::message::{
     ADMIN_SOCKET, Answer, Certificate, CertificateError, MAX_MESSAGE, Message as _, Request,
@@ -225,22 +226,22 @@ fn report_rules(node: &RunningNode, requests: &Requests) {
     });
 }
 
-async fn report(requests: Requests, keys: Arc<ServedKeys>) -> String {
-    let (mut text, mut skip) = (String::new(), 0);
+async fn report(requests: Requests, keys: Arc<ServedKeys>) -> Vec<Pod> {
+    let (mut known, mut skip) = (Vec::new(), 0);
     loop {
         match requests.request(Request::Pods { skip }).await {
             Ok((Answer::Pods { pods, more }, _)) => {
                 skip += pods.len();
                 let has_more = more && !pods.is_empty();
-                text.extend(pods.into_iter().map(|line| keys.complete(line)));
+                known.extend(pods.into_iter().map(|pod| keys.complete(pod)));
                 if !has_more {
-                    return text;
+                    return known;
                 }
             }
-            Ok(_) => return text,
+            Ok(_) => return known,
             Err(error) => {
                 tracing::warn!(error, "cannot get the status of the pods");
-                return text;
+                return known;
             }
         }
     }

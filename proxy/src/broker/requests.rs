@@ -15,10 +15,11 @@ use underpass_interception::{
     InterceptionError, Message as Received, NamespaceAccess, SocketKind, Sockets,
 };
 
+use crate::admin::api::status::Pod;
 use crate::broker::link::{LinkError, Receiver};
 use crate::broker::message::{
-    Answer, MAX_SOCKETS, Message as _, PodLine, Refusal, Request, SocketsOf, ToBroker, ToProxy,
-    WireKind, WireRole,
+    Answer, MAX_SOCKETS, Message as _, Refusal, Request, SocketsOf, ToBroker, ToProxy, WireKind,
+    WireRole,
 };
 use crate::broker::remote::RemoteDataPlane;
 use crate::node::node_connects;
@@ -26,7 +27,7 @@ use crate::node::pod::pod_sockets;
 use crate::observe::metrics;
 use crate::pods::enrolment::EnrolError;
 use crate::pods::registry::PodRegistry;
-use crate::pods::status::{PodState, PodStatus};
+use crate::pods::status::PodStatus;
 
 /// The maximum number of requests that are performed at a time. Further messages wait in the
 /// socket, and then the proxy process waits.
@@ -286,21 +287,22 @@ impl Context {
         let mut pods = Vec::new();
         let mut length = 0;
         for status in status.iter().skip(skip) {
-            let line = line(status);
-            length += line.uid.len() + line.text.len();
+            let pod = bounded(status);
+            length +=
+                64 + pod.uid.len() + pod.pod.len() + pod.detail.as_ref().map_or(0, String::len);
             if length > MAX_STATUS_BYTES {
                 return Answer::Pods { pods, more: true };
             }
-            pods.push(line);
+            pods.push(pod);
         }
         Answer::Pods { pods, more: false }
     }
 }
 
-fn line(status: &PodStatus) -> PodLine {
-    let serving = matches!(status.state, PodState::Serving(None));
-    let text = Quoted::bounded(status, MAX_STATUS).to_string();
-    PodLine { uid: status.uid.as_str().to_owned(), text, serving }
+fn bounded(status: &PodStatus) -> Pod {
+    let pod = Pod::from(status);
+    let bounded = |text: String| Quoted::bounded(&text, MAX_STATUS).to_string();
+    Pod { pod: bounded(pod.pod), detail: pod.detail.map(bounded), ..pod }
 }
 
 #[cfg(test)]

@@ -11,7 +11,8 @@ use underpass_config::{Hint as _, InterceptionSettings, Settings, WorkloadSettin
 use underpass_hbone::log_panic;
 use underpass_interception::{BoundListener, LocalAddresses, NamespaceAccess};
 
-use crate::broker::message::{Command, Outcome, PodKey, PodLine, PodToStart, SocketsOf, ToBroker};
+use crate::admin::api::status::Pod;
+use crate::broker::message::{Command, Outcome, PodKey, PodToStart, SocketsOf, ToBroker};
 use crate::broker::operations::{BrokerOperations, Requests};
 use crate::error::chain;
 use crate::node::data_plane::{DataPlane, PodToServe, ServedPod};
@@ -43,15 +44,15 @@ struct Served {
 
 impl ServedKeys {
     /// The status of a pod, completed by the state of its certificate.
-    pub(super) fn complete(&self, PodLine { uid, text, serving }: PodLine) -> String {
+    pub(super) fn complete(&self, pod: Pod) -> Pod {
         let entries = self.entries();
-        let of_pod = entries.values().filter(|entry| serving && entry.key.uid == uid);
+        let is_serving = pod.is_serving();
+        let of_pod = entries.values().filter(|entry| is_serving && entry.key.uid == pod.uid);
         let newest = of_pod.max_by_key(|entry| entry.key.enrolment);
         let served = newest.and_then(|entry| entry.served.as_ref());
-        match served.and_then(|served| PodProblem::of_certificate(served.pod.certificate())) {
-            Some(problem) => format!("{text}: {problem}\n"),
-            None => format!("{text}\n"),
-        }
+        let certificate = served.map(|served| served.pod.certificate());
+        let problem = certificate.and_then(PodProblem::of_certificate);
+        Pod { detail: problem.map(|problem| problem.to_string()).or(pod.detail), ..pod }
     }
 
     fn served(&self, key: &PodKey) -> Result<Served, String> {

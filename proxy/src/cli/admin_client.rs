@@ -8,7 +8,7 @@ use crate::process::command_error::CommandError;
 use crate::process::take_over::control_socket::{self, ADMIN};
 
 /// The options that select the running proxy.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub(super) struct ProxyArguments {
     #[command(flatten)]
     settings: SettingsArguments,

@@ -14,7 +14,7 @@ use crate::process::{app, logging, supervise};
 use crate::version::VERSION;
 
 /// The sources of settings that the command line gives.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub(super) struct SettingsArguments {
     /// The settings file (YAML); by default the one in UNDERPASS_CONFIG
     #[arg(long, value_name = "FILE")]

@@ -81,13 +81,13 @@ impl Subject {
     }
 }
 
-/// The decision on a registered connection, stream or tunnel, and what lists of connections show.
+/// The decision on a registered connection, stream or tunnel, and its content in lists.
 #[derive(Debug, Default)]
 pub(crate) struct Decision {
     /// The permit; empty for tunnels, and before the first permit. Dialling another endpoint
     /// replaces it.
     pub(super) permitted: Option<Permitted>,
-    /// What is open; `None` while it is being opened.
+    /// The open connection or tunnel; `None` while it is being opened.
     pub(crate) open: Option<Open>,
 }
 

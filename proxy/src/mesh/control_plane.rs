@@ -13,23 +13,26 @@
 //! endpoints cost only a few snapshots a second. No mesh is passed on before the first state is
 //! complete.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, Interval, sleep_until};
 use underpass_config::{
-    Applied, ControlPlane, DeltaResponse, Hint as _, LocalWorkloads, Lookup, Mesh, MeshSource,
-    Metadata, MetadataValue, Node, ResourceType, SessionError, Settings, Urgency, XdsSettings,
+    Applied, ControlPlane, DeltaResponse, Hint, LocalWorkloads, Lookup, Mesh, MeshSource, Metadata,
+    MetadataValue, Node, ResourceType, SessionError, Settings, Urgency, XdsSettings,
 };
 use underpass_hbone::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream, Dial};
 use underpass_interception::run_in_background;
 
+use super::health::MeshHealth;
 use super::on_demand::Lookups;
 use super::on_demand::schedule::{CHECK, Schedule, Unanswered};
 use super::report::log_refused;
 use crate::admin::readiness::Readiness;
 use crate::backoff::Backoff;
+use crate::error::Described;
 use crate::observe::metrics;
 
 /// The bounds of the back-off before a new connection, as in ztunnel but with jitter.
@@ -61,6 +64,7 @@ pub(crate) struct ControlPlaneFollower {
     schedule: Schedule,
     /// The time at which collected changes are passed on.
     due: Option<Instant>,
+    health: MeshHealth,
 }
 
 /// The reason why a stream ended.
@@ -72,6 +76,15 @@ enum StreamEnd {
     Session(#[from] SessionError),
     #[error(transparent)]
     Unanswered(#[from] Unanswered),
+}
+
+impl Hint for StreamEnd {
+    fn hint(&self) -> Option<Cow<'static, str>> {
+        match self {
+            Self::Stream(error) => error.hint(),
+            Self::Session(_) | Self::Unanswered(_) => None,
+        }
+    }
 }
 
 /// An event on an open stream.
@@ -94,9 +107,19 @@ impl ControlPlaneFollower {
     ) -> (Self, watch::Receiver<Option<Arc<Mesh>>>) {
         let plane = ControlPlane::new(node(settings, xds), local(settings), xds.on_demand);
         let (snapshots, receiver) = watch::channel(None);
-        let (address, schedule) = (xds.address.clone(), Schedule::default());
-        let follower =
-            Self { address, plane, file, fallback, snapshots, lookups, schedule, due: None };
+        let address = xds.address.clone();
+        let (schedule, health) = (Schedule::default(), MeshHealth::default());
+        let follower = Self {
+            address,
+            plane,
+            file,
+            fallback,
+            snapshots,
+            lookups,
+            schedule,
+            due: None,
+            health,
+        };
         (follower, receiver)
     }
 
@@ -107,6 +130,7 @@ impl ControlPlaneFollower {
         readiness: Readiness,
     ) {
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        self.health = readiness.mesh().clone();
         readiness.mesh_known(false);
         metrics::control_plane_connected(false);
         loop {
@@ -125,6 +149,7 @@ impl ControlPlaneFollower {
             // A control plane that closes every stream early is not asked again at once: each time
             // it would send its whole state.
             let (wait, address) = (backoff.next_after(since.elapsed()), &self.address);
+            self.health.lost(Described::new(&end));
             log_end(address, &end, wait);
             self.or_file_changes(tokio::time::sleep(wait)).await;
         }
@@ -133,6 +158,7 @@ impl ControlPlaneFollower {
     /// Applies the responses of one stream until it ends.
     async fn follow(&mut self, mut stream: ControlPlaneStream, readiness: &Readiness) -> StreamEnd {
         metrics::control_plane_connected(true);
+        self.health.connected();
         tracing::info!(address = self.address, "connected to the control plane");
         let mut checks = tokio::time::interval(CHECK);
         loop {
@@ -246,13 +272,16 @@ impl ControlPlaneFollower {
                 biased;
                 () = is_due => self.publish(),
                 done = &mut other => return done,
-                changed = self.file.changed() => match changed {
-                    Ok(mesh) => {
-                        self.fallback = Some(mesh);
-                        self.publish();
+                changed = self.file.changed() => {
+                    self.health.file_read(changed.as_ref().err());
+                    match changed {
+                        Ok(mesh) => {
+                            self.fallback = Some(mesh);
+                            self.publish();
+                        }
+                        Err(errors) => log_refused(&errors),
                     }
-                    Err(errors) => log_refused(&errors),
-                },
+                }
             }
         }
     }
@@ -279,11 +308,7 @@ fn report(Applied { kind, set, removed, outdated, rejected, .. }: &Applied) {
 
 /// Logs the end of a stream: as a warning, unless the next attempt follows at once.
 fn log_end(address: &str, end: &StreamEnd, retry_in: Duration) {
-    let hint = match end {
-        StreamEnd::Stream(error) => error.hint(),
-        StreamEnd::Session(_) | StreamEnd::Unanswered(_) => None,
-    };
-    let error = error_chain(end);
+    let (error, hint) = (error_chain(end), end.hint());
     if retry_in > Duration::from_secs(1) {
         tracing::warn!(
             address,

@@ -9,6 +9,7 @@ use underpass_hbone::{ControlPlaneClient, ControlPlaneError, Dial};
 use underpass_interception::run_in_background;
 
 use super::control_plane::ControlPlaneFollower;
+use super::health::MeshHealth;
 use super::on_demand::Lookups;
 use crate::admin::readiness::Readiness;
 use crate::process::supervise::{Supervisor, Task};
@@ -17,7 +18,7 @@ use crate::process::supervise::{Supervisor, Task};
 #[derive(Debug)]
 pub(crate) enum MeshFeed {
     /// A file or a folder, or an empty mesh.
-    File(Box<MeshSource>),
+    File(Box<MeshSource>, MeshHealth),
     /// The snapshots of a control plane; `None` until its first state is complete.
     ControlPlane {
         snapshots: watch::Receiver<Option<Arc<Mesh>>>,
@@ -47,7 +48,9 @@ impl MeshFeed {
     ) -> Result<(Self, Arc<Mesh>), MeshFeedError> {
         let file = settings.mesh_file.as_deref();
         let (source, mesh) = MeshSource::open(file, watcher, run_in_background)?;
-        let Some(xds) = &settings.xds else { return Ok((Self::File(Box::new(source)), mesh)) };
+        let Some(xds) = &settings.xds else {
+            return Ok((Self::File(Box::new(source), readiness.mesh().clone()), mesh));
+        };
         let client = ControlPlaneClient::new(xds.clone(), dialer)?;
         let file = file.map(|_| mesh);
         let lookups = if xds.on_demand { Lookups::on_demand() } else { Lookups::default() };
@@ -61,7 +64,7 @@ impl MeshFeed {
     /// The lookups on demand of this source.
     pub(crate) fn lookups(&self) -> Lookups {
         match self {
-            Self::File(_) => Lookups::default(),
+            Self::File(..) => Lookups::default(),
             Self::ControlPlane { lookups, .. } => lookups.clone(),
         }
     }
@@ -69,7 +72,7 @@ impl MeshFeed {
     /// The first complete state of a control plane; `None` for a file. Has no timeout.
     pub(crate) async fn first(&mut self) -> Option<Arc<Mesh>> {
         match self {
-            Self::File(_) => None,
+            Self::File(..) => None,
             Self::ControlPlane { snapshots, .. } => {
                 let first = snapshots.wait_for(Option::is_some).await;
                 // The follower ends only with the process.
@@ -84,7 +87,11 @@ impl MeshFeed {
     /// All mistakes in a file.
     pub(crate) async fn changed(&mut self) -> Result<Arc<Mesh>, ConfigErrors> {
         match self {
-            Self::File(source) => source.changed().await,
+            Self::File(source, health) => {
+                let changed = source.changed().await;
+                health.file_read(changed.as_ref().err());
+                changed
+            }
             Self::ControlPlane { snapshots, .. } => loop {
                 if snapshots.changed().await.is_err() {
                     std::future::pending::<()>().await;

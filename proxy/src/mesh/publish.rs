@@ -79,7 +79,7 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     pub(crate) fn new(feed: MeshFeed, first: Arc<Mesh>, own: &WorkloadSettings) -> Self {
-        if matches!(feed, MeshFeed::File(_)) {
+        if matches!(feed, MeshFeed::File(..)) {
             log_size(first.size(), "mesh loaded");
         }
         let current = watch::Sender::new(Arc::new(Snapshot::new(first, own, 1)));

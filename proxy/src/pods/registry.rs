@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep_until};
 use underpass_config::{Hint as _, PodUid, Quoted};
 use underpass_interception::{Namespace, NamespaceId};
 
+use crate::admin::api::status::Pod;
 use crate::observe::metrics;
 use crate::pods::enrolment::{EnrolError, Enrolled, Enroller};
 use crate::pods::facts::PodFacts;
@@ -152,9 +153,9 @@ impl PodRegistry {
         status
     }
 
-    /// The status of every pod, one on each line.
-    pub(crate) fn report(&self) -> String {
-        self.status().iter().map(|status| format!("{status}\n")).collect()
+    /// The status of every pod, for operators.
+    pub(crate) fn report(&self) -> Vec<Pod> {
+        self.status().iter().map(Pod::from).collect()
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Pods) -> T) -> T {

@@ -1,10 +1,9 @@
 //! The status of a pod for operators: its state, its current step, and its error.
 
-use std::fmt;
-
 use tokio::time::Instant;
-use underpass_config::{PodUid, Quoted};
+use underpass_config::{Hint, PodUid, Quoted};
 
+use crate::admin::api::status::Pod;
 use crate::pods::annotations::ExemptReason;
 use crate::pods::enrolment::{EnrolError, PodProblem};
 
@@ -66,23 +65,28 @@ pub(crate) enum Step {
     BackOff,
 }
 
-impl fmt::Display for PodStatus {
-    /// For example `shop/web-1 6f1b8a42 pending for 12 s: waiting for the next attempt: ...`.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { uid, pod, state } = self;
-        write!(f, "{pod} {uid} {}", state.name())?;
+impl From<&PodStatus> for Pod {
+    fn from(PodStatus { uid, pod, state }: &PodStatus) -> Self {
+        let (uid, pod) = (uid.as_str().to_owned(), pod.clone());
+        let known = Self { uid, pod, state: state.name().to_owned(), ..Self::default() };
         match state {
             PodState::Pending { since, step, error } => {
-                write!(f, " for {} s: {}", since.elapsed().as_secs(), step.text())?;
-                match error {
-                    Some(error) => write!(f, ": {}", Quoted::chain(error)),
-                    None => Ok(()),
-                }
+                let cause = error.as_ref().map(|error| format!(": {}", Quoted::chain(error)));
+                let detail = format!("{}{}", step.text(), cause.unwrap_or_default());
+                let for_seconds = Some(since.elapsed().as_secs());
+                let has_failed = error.is_some();
+                let hint = error.as_ref().and_then(Hint::hint).map(Into::into);
+                Self { for_seconds, detail: Some(detail), hint, has_failed, ..known }
             }
-            PodState::Serving(Some(problem)) => write!(f, ": {problem}"),
-            PodState::Exempt(reason) => write!(f, ": {reason}"),
-            PodState::Failed(error) => write!(f, ": {}", Quoted::chain(error)),
-            PodState::Serving(None) | PodState::Leaving => Ok(()),
+            PodState::Serving(problem) => {
+                Self { detail: problem.map(|problem| problem.to_string()), ..known }
+            }
+            PodState::Exempt(reason) => Self { detail: Some(reason.to_string()), ..known },
+            PodState::Failed(error) => {
+                let detail = Some(Quoted::chain(error).to_string());
+                Self { detail, hint: error.hint().map(Into::into), has_failed: true, ..known }
+            }
+            PodState::Leaving => known,
         }
     }
 }

@@ -68,6 +68,9 @@ pub(crate) enum CommandError {
     /// Exit code 3: other rules bypass the installed ones.
     #[error("the rules are installed, but other rules bypass them: {0}")]
     Bypassed(String),
+    /// Exit code 3: the problems are already printed.
+    #[error("the proxy is not healthy: {problems} {}", if *problems == 1 { "problem" } else { "problems" })]
+    Unhealthy { problems: usize },
     #[error(transparent)]
     Hbone(#[from] HboneError),
     #[error(transparent)]
@@ -129,7 +132,7 @@ impl CommandError {
                 let code = status.and_then(|status| status.code()).unwrap_or(1);
                 if code == 2 { ExitCode::from(2) } else { ExitCode::FAILURE }
             }
-            Self::Difference | Self::Bypassed(_) => ExitCode::from(3),
+            Self::Difference | Self::Bypassed(_) | Self::Unhealthy { .. } => ExitCode::from(3),
             _ => ExitCode::FAILURE,
         }
     }

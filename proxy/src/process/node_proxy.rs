@@ -94,7 +94,7 @@ impl LoadedNode {
         if endpoints.paused {
             gate.close().await;
         }
-        let admin = Arc::new(Admin::new(&settings, &node));
+        let admin = Arc::new(Admin::new(&settings, &node).with(&readiness, identities.as_ref()));
         let reports = Reports { readiness: readiness.clone(), exporter, admin };
         let endpoints = Endpoints::serve(endpoints, reports, gate).map_err(CommandError::Start)?;
         certificates::warn_if_unreadable(&settings, has_ca_key);

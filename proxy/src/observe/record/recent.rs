@@ -51,7 +51,7 @@ pub(crate) enum ConnectionEvent {
     Ended(Arc<EndedConnection>),
 }
 
-/// Receives each connection of a worker. What it is too slow to receive is only counted.
+/// Receives each connection of a worker. Events for which it is too slow are only counted.
 #[derive(Debug, Clone)]
 pub(crate) struct Subscriber {
     pub(crate) events: mpsc::Sender<ConnectionEvent>,

@@ -104,7 +104,8 @@ async fn status_names_pod_and_cause() {
     assert!(is_tried, "{status:?}");
     let lines = "shop/one a pending for 0 s: enrolling\n\
         shop/two b pending for 0 s: waiting for the next attempt: the attempt to enrol the pod panicked\n";
-    assert_eq!(registry.report(), lines);
+    let report: String = registry.report().iter().map(|pod| format!("{pod}\n")).collect();
+    assert_eq!(report, lines);
     drop(held);
 }
 

@@ -248,7 +248,7 @@ async fn pod_that_cannot_be_adopted_is_enrolled_again_and_others_are_unaffected(
     while new.enroller.serving().len() < NAMESPACES.len() {
         tokio::task::yield_now().await;
         if let Some(pod) = registry.status().iter().find(|pod| pod.uid == uid(1)) {
-            let text = pod.to_string();
+            let text = crate::admin::api::status::Pod::from(pod).to_string();
             let is_named = text.contains("it was not adopted from the previous process");
             assert!(is_named || new.enroller.attempts(&uid(1)) > 1, "{text}");
         }

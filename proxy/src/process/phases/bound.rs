@@ -99,7 +99,8 @@ impl Bound {
         let (admin_socket, socket) = bind_admin_socket(&settings, handed_admin_socket).await?;
         let takeovers = takeovers.with_instance(instance.clone()).with_admin_socket(admin_socket);
         let bound = BoundEndpoints { listeners, admin_socket: socket, paused: client.is_some() };
-        let admin = Arc::new(Admin::new(&settings, &node));
+        let admin = Admin::new(&settings, &node).with(&readiness, identities.as_ref());
+        let admin = Arc::new(admin);
         let reports = Reports { readiness, exporter, admin };
         let mut endpoints =
             Endpoints::serve(bound, reports, &gates.accept).map_err(CommandError::Start)?;

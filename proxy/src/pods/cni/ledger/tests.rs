@@ -415,12 +415,12 @@ async fn sandbox_without_addition_is_failed_until_it_is_added() {
     let _following = daemon.follow();
     let reported = async |expected: &str| {
         for _ in 0..60 {
-            if daemon.ledger.registry.report() == expected {
+            if report(&daemon.ledger.registry) == expected {
                 return;
             }
             tokio::time::advance(std::time::Duration::from_secs(1)).await;
         }
-        panic!("{} instead of {expected}", daemon.ledger.registry.report());
+        panic!("{} instead of {expected}", report(&daemon.ledger.registry));
     };
     let failed = format!("shop/web web-1 failed: {}\n", EnrolError::NotAdded);
     reported(&failed).await;
@@ -442,4 +442,9 @@ async fn check_compares_attachment_and_namespace() {
     let refusal = check("ipc").await.unwrap_err();
     assert_eq!(refusal.code, 101);
     assert!(refusal.message.ends_with("which is not CNI_NETNS"), "{}", refusal.message);
+}
+
+/// The status of every pod, one on each line.
+fn report(registry: &PodRegistry) -> String {
+    registry.report().iter().map(|pod| format!("{pod}\n")).collect()
 }

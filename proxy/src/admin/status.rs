@@ -1,0 +1,202 @@
+//! `/status`: collects the status of the proxy from its parts.
+
+mod problems;
+mod summary;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http::StatusCode;
+use tokio::time::Instant;
+use underpass_config::{MeshSize, Profile};
+
+use crate::admin::answer::{Answer, Refusal, json};
+use crate::admin::api::status::{
+    ControlPlane, DnsFailure, Failures, Identity, Mesh, Rules, Status,
+};
+use crate::admin::api::time::rfc3339;
+use crate::admin::query::Query;
+use crate::admin::state::Admin;
+use crate::node::identities::RotationState;
+use crate::node::inspection::Inspection;
+use crate::node::pod::Pod;
+use crate::observe::pod_name::PodName;
+use crate::observe::record::MINUTES;
+use crate::version::VERSION;
+
+/// The time that `/status` covers with counts of failures.
+const WINDOW: Duration = Duration::from_secs(60 * MINUTES as u64);
+
+/// Answers a request for the status.
+///
+/// # Errors
+///
+/// A parameter is unknown or malformed, or there is no such pod.
+pub(crate) async fn status(admin: &Admin, mut query: Query) -> Result<Answer, Refusal> {
+    let pod = query.take("pod")?.map(|pod| pod_name(&pod)).transpose()?;
+    query.end("the parameter pod")?;
+    Ok(json(&collect(admin, pod).await?))
+}
+
+fn pod_name(text: &str) -> Result<PodName, Refusal> {
+    let malformed = || Refusal::bad_request("pod must be like NAMESPACE/NAME");
+    let (namespace, name) = text.split_once('/').ok_or_else(malformed)?;
+    Ok(PodName { namespace: namespace.to_owned(), name: name.to_owned() })
+}
+
+async fn collect(admin: &Admin, pod: Option<PodName>) -> Result<Status, Refusal> {
+    let mut pods = admin.readiness.pods().await;
+    if let Some(wanted) = &pod {
+        pods.retain(|entry| entry.pod == wanted.to_string());
+        let own = PodName::from(&admin.settings.workload);
+        let is_known = if admin.node.has_many_pods { !pods.is_empty() } else { own == *wanted };
+        if !is_known {
+            let reason = format!("no pod {wanted} is known to this proxy");
+            return Err(Refusal::new(StatusCode::NOT_FOUND, reason));
+        }
+    }
+    let mut served = admin.node.pods.all();
+    served.retain(|one| pod.as_ref().is_none_or(|pod| *pod == *one.name));
+    let summaries = match admin.liveness.workers() {
+        Some(workers) => {
+            workers.inspect(|summary| Inspection::Summary { pod: pod.clone(), summary }).await
+        }
+        None => Vec::new(),
+    };
+    let silent_workers = summaries.iter().filter(|summary| summary.is_none()).count();
+    let summed = summary::sum(summaries.into_iter().flatten(), pod.as_ref());
+    let mut status = Status {
+        version: VERSION.to_owned(),
+        pid: std::process::id(),
+        started: rfc3339(admin.started),
+        uptime_seconds: admin.started.elapsed().unwrap_or_default().as_secs(),
+        name: name(admin),
+        command: if admin.node.has_many_pods { "node" } else { "run" }.to_owned(),
+        readiness: admin.readiness.text().trim_end().to_owned(),
+        identities: identities(admin, &served, pod.is_some()),
+        rules: (!admin.node.has_many_pods).then(|| rules(admin)),
+        mesh: mesh(admin),
+        pods,
+        tunnels: summed.tunnels,
+        connections: summed.connections,
+        failures: Failures {
+            minutes: MINUTES,
+            connections: summed.failures,
+            dns: dns_failures(&served),
+        },
+        ..Status::default()
+    };
+    status.problems = problems::of(admin, &status, silent_workers);
+    status.healthy = status.problems.is_empty();
+    Ok(status)
+}
+
+fn name(admin: &Admin) -> String {
+    match &admin.settings.node.name {
+        Some(node) if admin.node.has_many_pods => node.clone(),
+        _ if admin.node.has_many_pods => String::new(),
+        _ => PodName::from(&admin.settings.workload).to_string(),
+    }
+}
+
+/// The certificates of all workloads, or `only` those of the served pods.
+fn identities(admin: &Admin, served: &[Arc<Pod>], only: bool) -> Vec<Identity> {
+    let Some(identities) = &admin.identities else { return Vec::new() };
+    let mut users = BTreeMap::<_, Vec<String>>::new();
+    for pod in served {
+        let requested = pod.context.own.spiffe_id.to_string();
+        users.entry(requested).or_default().push(pod.name.to_string());
+    }
+    let mut all = Vec::new();
+    for RotationState { requested, current, .. } in identities.states() {
+        let pods = users.remove(&requested.to_string()).unwrap_or_default();
+        if only && pods.is_empty() {
+            continue;
+        }
+        let left = current.as_ref().map(|current| seconds_until(current.expires));
+        let state = match left {
+            Some(1..) => "valid",
+            Some(_) => "expired",
+            None => "awaited",
+        };
+        let spiffe_id = current.as_ref().map_or(&requested, |current| &current.spiffe_id);
+        all.push(Identity {
+            pods,
+            spiffe_id: spiffe_id.to_string(),
+            state: state.to_owned(),
+            expires: current.as_ref().map(|current| rfc3339(current.expires)),
+            expires_in_seconds: left,
+        });
+    }
+    all.sort_by(|one, other| one.spiffe_id.cmp(&other.spiffe_id));
+    all
+}
+
+/// Negative for a time in the past.
+fn seconds_until(time: SystemTime) -> i64 {
+    let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
+    match time.duration_since(SystemTime::now()) {
+        Ok(left) => seconds(left),
+        Err(passed) => -seconds(passed.duration()),
+    }
+}
+
+/// The rules of the only pod.
+fn rules(admin: &Admin) -> Rules {
+    let (health, interception) = (admin.readiness.rules(), &admin.settings.interception);
+    let state = match interception.profile {
+        Profile::None => "managed by another program",
+        _ if !health.are_installed() => "not installed",
+        _ if health.are_lost() => "changed",
+        _ if interception.repair && admin.readiness.has_started() => "verified",
+        _ => "installed",
+    };
+    let self_test = match (health.has_self_test_failed(), admin.readiness.has_started()) {
+        (true, _) => "failed",
+        (false, true) if interception.profile != Profile::None => "passed",
+        (false, _) => "not run",
+    };
+    Rules {
+        profile: interception.profile.to_string(),
+        state: state.to_owned(),
+        self_test: self_test.to_owned(),
+        foreign: health.foreign_rules(),
+    }
+}
+
+fn mesh(admin: &Admin) -> Mesh {
+    let snapshot = admin.node.mesh.borrow().clone();
+    let MeshSize { workloads, services, policies } = snapshot.mesh.size();
+    let health = admin.readiness.mesh().control_plane();
+    let control_plane = admin.settings.xds.as_ref().map(|xds| ControlPlane {
+        address: xds.address.clone(),
+        connected: health.as_ref().is_some_and(|health| health.is_connected),
+        for_seconds: health.as_ref().map_or(0, |health| health.since.elapsed().as_secs()),
+        error: health.as_ref().and_then(|health| Some(health.error.as_ref()?.error.clone())),
+    });
+    let file = admin.settings.mesh_file.as_ref().map(|file| file.display().to_string());
+    let generation = snapshot.generation;
+    Mesh { generation, workloads, services, policies, file, control_plane }
+}
+
+/// The names that failed within [`WINDOW`], the most recent first.
+fn dns_failures(served: &[Arc<Pod>]) -> Vec<DnsFailure> {
+    let now = Instant::now();
+    let mut failures = Vec::new();
+    for pod in served {
+        let recent = pod.failed_names.since(now, WINDOW).into_iter();
+        failures.extend(recent.map(|failed| DnsFailure {
+            pod: pod.name.to_string(),
+            name: failed.name,
+            kind: failed.kind.to_owned(),
+            reason: failed.reason.to_owned(),
+            count: failed.count,
+            last_seconds_ago: now.saturating_duration_since(failed.last).as_secs(),
+            error: failed.error,
+            hint: Some(failed.hint.to_owned()),
+        }));
+    }
+    failures.sort_by_key(|failure| failure.last_seconds_ago);
+    failures
+}

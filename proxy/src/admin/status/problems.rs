@@ -1,0 +1,114 @@
+//! The problems of the proxy: everything that is pending or wrong, with hints.
+
+use std::borrow::Cow;
+
+use crate::admin::api::status::{Problem, Status};
+use crate::admin::state::Admin;
+use crate::error::Described;
+use crate::node::identities::RotationState;
+
+/// An outage of the control plane for less time is no problem: control planes end their streams
+/// from time to time.
+const MIN_OUTAGE_SECONDS: u64 = 5;
+/// A pod that is pending without an error for less time is no problem.
+const MIN_PENDING_SECONDS: u64 = 10;
+
+/// The problems of the proxy with this status. `silent_workers` did not answer.
+pub(super) fn of(admin: &Admin, status: &Status, silent_workers: usize) -> Vec<Problem> {
+    let mut problems = certificates(admin, status);
+    problems.extend(rules(status));
+    problems.extend(control_plane(admin, status));
+    problems.extend(mesh_file(admin));
+    problems.extend(pods(status));
+    problems.extend(readiness(admin, &problems));
+    if silent_workers > 0 {
+        let problem = format!("{silent_workers} of {} workers do not answer", admin.node.workers);
+        let hint = "look for a saturated CPU, then restart the proxy and report this defect";
+        problems.push(problem_of("workers", problem, Some(hint.into())));
+    }
+    problems
+}
+
+fn problem_of(part: &str, problem: impl Into<String>, hint: Option<Cow<'_, str>>) -> Problem {
+    let (part, hint) = (part.to_owned(), hint.map(Cow::into_owned));
+    Problem { part, pod: None, problem: problem.into(), hint }
+}
+
+fn described(part: &str, before: &str, cause: Option<&Described>) -> Problem {
+    match cause {
+        Some(Described { error, hint }) => {
+            problem_of(part, format!("{before}: {error}"), hint.clone())
+        }
+        None => problem_of(part, before, None),
+    }
+}
+
+/// The reasons why the process is not ready, without those that a known problem describes better.
+fn readiness(admin: &Admin, known: &[Problem]) -> Vec<Problem> {
+    let mut reasons = admin.readiness.reasons();
+    let parts = ["rules", "certificate", "control_plane"];
+    for part in parts.into_iter().filter(|part| known.iter().any(|one| one.part == *part)) {
+        let words = part.replace('_', " ");
+        reasons.retain(|reason| !reason.contains(&words));
+    }
+    let problem = |reason| problem_of("readiness", format!("not ready: {reason}"), None);
+    reasons.iter().map(problem).collect()
+}
+
+/// The certificates that are listed and awaited, expired, or not renewed.
+fn certificates(admin: &Admin, status: &Status) -> Vec<Problem> {
+    let states = admin.identities.as_ref().map(|identities| identities.states());
+    let problem = |RotationState { requested, current, failure }| {
+        let spiffe_id = current.as_ref().map_or(&requested, |current| &current.spiffe_id);
+        let spiffe_id = spiffe_id.to_string();
+        let listed = status.identities.iter().find(|one| one.spiffe_id == spiffe_id)?;
+        let what = match (listed.state.as_str(), &failure) {
+            ("awaited", _) => format!("no certificate is issued yet for {spiffe_id}"),
+            ("expired", _) => format!("the certificate of {spiffe_id} has expired"),
+            (_, Some(_)) => format!("the certificate of {spiffe_id} cannot be renewed"),
+            (_, None) => return None,
+        };
+        Some(described("certificate", &what, failure.as_ref()))
+    };
+    states.into_iter().flatten().filter_map(problem).collect()
+}
+
+fn rules(status: &Status) -> Option<Problem> {
+    let rules = status.rules.as_ref()?;
+    if rules.state == "changed" {
+        let hint = "`underpass rules verify` shows the difference; stop the program that makes it";
+        let problem = "another program has changed the rules, and traffic is blocked";
+        return Some(problem_of("rules", problem, Some(hint.into())));
+    }
+    let problem = "the self-test of the rules failed: traffic may bypass the proxy";
+    let hint = "`underpass rules verify` lists rules of other programs that precede these";
+    (rules.self_test == "failed").then(|| problem_of("rules", problem, Some(hint.into())))
+}
+
+fn control_plane(admin: &Admin, status: &Status) -> Option<Problem> {
+    let plane = status.mesh.control_plane.as_ref().filter(|plane| !plane.connected)?;
+    let health = admin.readiness.mesh().control_plane();
+    let error = health.and_then(|health| health.error);
+    let is_short = plane.for_seconds < MIN_OUTAGE_SECONDS && admin.readiness.has_started();
+    let what = format!("no stream to the control plane {}", plane.address);
+    (!is_short).then(|| described("control_plane", &what, error.as_ref()))
+}
+
+fn mesh_file(admin: &Admin) -> Option<Problem> {
+    let error = admin.readiness.mesh().file_error()?;
+    Some(described("mesh", "the last change of the mesh file is not in use", Some(&error)))
+}
+
+fn pods(status: &Status) -> impl Iterator<Item = Problem> {
+    let problematic = status.pods.iter().filter(|pod| match pod.state.as_str() {
+        "pending" => pod.has_failed || pod.for_seconds >= Some(MIN_PENDING_SECONDS),
+        "failed" => true,
+        _ => pod.detail.is_some() && pod.state == "serving",
+    });
+    problematic.map(|pod| {
+        let detail = pod.detail.as_deref().map(|detail| format!(": {detail}")).unwrap_or_default();
+        let problem = format!("{}{detail}", pod.state);
+        let hint = pod.hint.clone().map(Cow::Owned);
+        Problem { pod: Some(pod.pod.clone()), ..problem_of("pod", problem, hint) }
+    })
+}

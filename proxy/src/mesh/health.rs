@@ -1,0 +1,97 @@
+//! The health of the mesh's sources: the stream of the control plane, and the mesh file.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::time::Instant;
+use underpass_config::{ConfigErrors, Hint as _};
+
+use crate::error::Described;
+
+/// The health of the mesh's sources. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct MeshHealth(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    control_plane: Option<ControlPlaneHealth>,
+    file: Option<Described>,
+}
+
+/// The stream of the control plane.
+#[derive(Debug, Clone)]
+pub(crate) struct ControlPlaneHealth {
+    pub(crate) is_connected: bool,
+    /// Since when it is connected, or not.
+    pub(crate) since: Instant,
+    /// Why the last stream ended or could not be opened; `None` while it is connected.
+    pub(crate) error: Option<Described>,
+}
+
+impl MeshHealth {
+    /// Records that the stream of the control plane is open.
+    pub(crate) fn connected(&self) {
+        let (is_connected, since) = (true, Instant::now());
+        let state = ControlPlaneHealth { is_connected, since, error: None };
+        self.lock().control_plane = Some(state);
+    }
+
+    /// Records that the stream of the control plane has ended, or could not be opened.
+    pub(crate) fn lost(&self, error: Described) {
+        let mut state = self.lock();
+        let before = state.control_plane.as_ref().filter(|before| !before.is_connected);
+        let since = before.map_or_else(Instant::now, |before| before.since);
+        let error = Some(error);
+        state.control_plane = Some(ControlPlaneHealth { is_connected: false, since, error });
+    }
+
+    /// Records whether the last content of the mesh file is in use, or why not.
+    pub(crate) fn file_read(&self, errors: Option<&ConfigErrors>) {
+        self.lock().file = errors.map(|errors| {
+            // One line: the text has a line for each mistake.
+            let error = errors.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+            Described { error, hint: errors.hint() }
+        });
+    }
+
+    /// `None` before the first stream.
+    pub(crate) fn control_plane(&self) -> Option<ControlPlaneHealth> {
+        self.lock().control_plane.clone()
+    }
+
+    /// Why the last content of the mesh file is not in use.
+    pub(crate) fn file_error(&self) -> Option<Described> {
+        self.lock().file.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code panics while it holds the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn error(text: &str) -> Described {
+        Described { error: text.to_owned(), hint: None }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn outage_lasts_from_first_failure_to_next_stream() {
+        let health = MeshHealth::default();
+        assert!(health.control_plane().is_none());
+        let began = Instant::now();
+        health.lost(error("refused"));
+        tokio::time::advance(Duration::from_secs(5)).await;
+        health.lost(error("unreachable"));
+        let outage = health.control_plane().unwrap();
+        assert_eq!((outage.is_connected, outage.since), (false, began));
+        assert_eq!(outage.error, Some(error("unreachable")));
+        health.connected();
+        let open = health.control_plane().unwrap();
+        assert_eq!((open.is_connected, open.since, open.error), (true, Instant::now(), None));
+    }
+}
