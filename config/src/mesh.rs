@@ -53,7 +53,7 @@ use crate::error::ConfigErrors;
 use lineage::Lineage;
 use list::{Items, List, SharedMap, items};
 use lookup::Answered;
-use names::NamespacedName;
+use names::{NamespacedName, Set};
 use network::{Network, select_service};
 
 /// A destination with a name or address in the mesh.
@@ -289,10 +289,11 @@ impl Mesh {
         let namespaces = self.policies.namespaces.values().flat_map(|list| list.iter());
         let workloads = self.names.values().flat_map(Items::as_slice);
         let selecting = workloads.flat_map(|workload| &workload.policies);
+        let mut seen = Set::default();
+        let referenced = self.policies.global.iter().chain(namespaces).chain(selecting);
         let mut all: Vec<_> =
-            self.policies.global.iter().chain(namespaces).chain(selecting).collect();
-        all.sort_by_key(|policy| (&policy.namespace, &policy.name, Arc::as_ptr(policy)));
-        all.dedup_by(|one, other| Arc::ptr_eq(one, other));
+            referenced.filter(|policy| seen.insert(Arc::as_ptr(policy))).collect();
+        all.sort_by_key(|policy| (&policy.namespace, &policy.name));
         all
     }
 

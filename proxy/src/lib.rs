@@ -15,7 +15,7 @@
 //! * `limits`: bounds of memory, connections and file descriptors;
 //! * `observe`: access log, metrics and traces of connections;
 //! * `rules`: installation, tests and repair of the interception rules;
-//! * `admin`: readiness and metrics over HTTP;
+//! * `admin`: readiness, metrics and administration over HTTP;
 //! * `demo`: the demonstration.
 
 mod admin;
