@@ -32,7 +32,8 @@ async fn send(server: Server, method: &str, path: &str, host: &str) -> (u16, Str
     let mut answer = String::new();
     client.read_to_string(&mut answer).await.unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head[9..12].parse().unwrap(), body.to_owned())
+    let status = head.split(' ').nth(1).unwrap();
+    (status.parse().unwrap(), body.to_owned())
 }
 
 #[tokio::test]
