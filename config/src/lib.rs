@@ -43,8 +43,8 @@ pub use settings::resolve::{keys, reference};
 pub use settings::{
     AdminSettings, Backend, Broker, BundleFile, Cipher, CniInstallSettings, Dns, DnsSettings,
     Egress, EgressSettings, IdentityFiles, IdentitySettings, InboundCapture, InboundMode,
-    InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes, KubernetesWatch, Limits,
-    LocalCaSettings, LocalSocket, LogFilter, LogFilterError, LogFormat, Logging, Mtls,
+    InputSettings, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes, KubernetesWatch,
+    Limits, LocalCaSettings, LocalSocket, LogFilter, LogFilterError, LogFormat, Logging, Mtls,
     MtlsOverride, MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit,
     OutboundCapture, PacedConnections, PodSourceSettings, PortRange, PortRangeError,
     PrivilegesSettings, Profile, ProxySettings, SameNode, SeriesSettings, Settings, SpireApi,

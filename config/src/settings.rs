@@ -104,6 +104,31 @@ pub struct Settings {
     pub logging: Logging,
 }
 
+/// The settings that name files, as far as they are valid.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InputSettings {
+    /// As [`Settings::workload`].
+    pub workload: Option<WorkloadSettings>,
+    /// As [`Settings::mesh_file`].
+    pub mesh_file: Option<PathBuf>,
+    /// As [`Settings::xds`].
+    pub xds: Option<XdsSettings>,
+    /// As [`Settings::identity`].
+    pub identity: Option<IdentitySettings>,
+    /// As [`Settings::trust`].
+    pub trust: TrustSettings,
+    /// Whether the settings are those of a node daemon, whose pods have their own workloads.
+    pub serves_pods: bool,
+}
+
+impl From<&Settings> for InputSettings {
+    fn from(settings: &Settings) -> Self {
+        let Settings { workload, mesh_file, xds, identity, trust, node, .. } = settings.clone();
+        let (workload, serves_pods) = (Some(workload), node.pods.is_some());
+        Self { workload, mesh_file, xds, identity, trust, serves_pods }
+    }
+}
+
 /// The workload that this proxy serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkloadSettings {

@@ -23,7 +23,7 @@ use tonic::{Code, Request, Status, Streaming};
 use tonic_prost::ProstCodec;
 use underpass_config::{DeltaRequest, DeltaResponse, Hint, Quoted, XdsSettings};
 
-use self::endpoint::Endpoint;
+use self::endpoint::{Endpoint, check_client, read_roots};
 use crate::ca::read_token;
 use crate::error::{HboneError, IssuerProblem};
 use crate::pool::Dial;
@@ -105,8 +105,8 @@ impl<D: Dial> ControlPlaneClient<D> {
         })?;
         let headers = headers(&settings)?;
         let client = Self { settings, endpoint, headers, dial };
-        client.token().map_err(ControlPlaneError::Connect)?;
-        client.endpoint.roots(&client.settings.roots).map_err(ControlPlaneError::Connect)?;
+        token(&client.settings).map_err(ControlPlaneError::Connect)?;
+        read_roots(&client.settings.roots).map_err(ControlPlaneError::Connect)?;
         Ok(client)
     }
 
@@ -118,7 +118,7 @@ impl<D: Dial> ControlPlaneClient<D> {
         &self,
         first: Vec<DeltaRequest>,
     ) -> Result<ControlPlaneStream, ControlPlaneError> {
-        let token = self.token().map_err(ControlPlaneError::Connect)?;
+        let token = token(&self.settings).map_err(ControlPlaneError::Connect)?;
         let mut grpc = self.connect().await.map_err(ControlPlaneError::Connect)?;
         let (requests, queued) = mpsc::channel(MAX_QUEUED.max(first.len()));
         for request in first {
@@ -140,7 +140,7 @@ impl<D: Dial> ControlPlaneClient<D> {
     }
 
     async fn connect(&self) -> Result<Grpc<endpoint::Connection>, HboneError> {
-        let roots = self.endpoint.roots(&self.settings.roots)?;
+        let roots = read_roots(&self.settings.roots)?;
         let client = self.settings.client.as_ref();
         let client = client.map(|(certificate, key)| (certificate.as_path(), key.as_path()));
         let connection = timeout(CONNECT_TIMEOUT, self.endpoint.connect(&self.dial, roots, client));
@@ -151,17 +151,6 @@ impl<D: Dial> ControlPlaneClient<D> {
         })?;
         let grpc = Grpc::with_origin(connection, self.endpoint.origin().clone());
         Ok(grpc.max_decoding_message_size(MAX_RESPONSE))
-    }
-
-    /// The `authorization` header, from the current token file.
-    fn token(&self) -> Result<Option<MetadataValue<Ascii>>, HboneError> {
-        let Some(file) = &self.settings.token else { return Ok(None) };
-        // A token that was read is visible ASCII, which a header may contain.
-        let header = format!("Bearer {}", read_token(file)?).parse::<MetadataValue<Ascii>>().ok();
-        Ok(header.map(|mut header| {
-            header.set_sensitive(true);
-            header
-        }))
     }
 }
 
@@ -188,6 +177,33 @@ impl ControlPlaneStream {
         // If the stream has ended, `next` reports it.
         sent.map(drop).map_err(|_| ControlPlaneError::Stalled(READ_TIMEOUT))
     }
+}
+
+/// All problems of the settings and of the files that they name. Connects to nothing.
+#[must_use]
+pub fn control_plane_problems(settings: &XdsSettings) -> Vec<ControlPlaneError> {
+    let issuer = settings.address.clone();
+    let endpoint = Endpoint::new(&settings.address, settings.server_name.as_deref());
+    let client = settings.client.as_ref();
+    let found = [
+        endpoint.map(drop).map_err(|what| HboneError::Issuer { issuer, what, source: None }),
+        read_roots(&settings.roots).map(drop),
+        token(settings).map(drop),
+        client.map_or(Ok(()), |(chain, key)| check_client((chain.as_path(), key.as_path()))),
+    ];
+    let found = found.into_iter().filter_map(Result::err).map(ControlPlaneError::Connect);
+    headers(settings).err().into_iter().chain(found).collect()
+}
+
+/// The `authorization` header, from the current token file.
+fn token(settings: &XdsSettings) -> Result<Option<MetadataValue<Ascii>>, HboneError> {
+    let Some(file) = &settings.token else { return Ok(None) };
+    // A token that was read is visible ASCII, which a header may contain.
+    let header = format!("Bearer {}", read_token(file)?).parse::<MetadataValue<Ascii>>().ok();
+    Ok(header.map(|mut header| {
+        header.set_sensitive(true);
+        header
+    }))
 }
 
 fn headers(settings: &XdsSettings) -> Result<MetadataMap, ControlPlaneError> {

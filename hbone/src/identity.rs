@@ -6,6 +6,7 @@ pub(crate) mod credentials;
 pub(crate) mod description;
 pub(crate) mod files;
 pub(crate) mod identity_pem;
+pub(crate) mod inspection;
 pub(crate) mod pem;
 pub(crate) mod renewal;
 pub(crate) mod rotation;
@@ -19,7 +20,7 @@ use std::time::{Duration, SystemTime};
 
 use rustls::InconsistentKeys;
 use rustls::sign::CertifiedKey;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, TrustAnchor};
 use underpass_config::{Cipher, IdentityFiles, SpiffeId, TrustDomain};
 use webpki::{EndEntityCert, KeyUsage};
 use x509_parser::time::ASN1Time;
@@ -86,10 +87,16 @@ impl Identity {
     /// # Errors
     /// [`HboneError::Credential`] with the file and the reason.
     pub fn from_files(files: &IdentityFiles) -> Result<Self, HboneError> {
+        let identity = Self::from_files_silently(files)?;
+        warn_if_exposed(&files.key, "the private key")?;
+        Ok(identity)
+    }
+
+    /// Like [`from_files`](Self::from_files), without a warning.
+    pub(crate) fn from_files_silently(files: &IdentityFiles) -> Result<Self, HboneError> {
         let certificate = pem::read(&files.certificate)?;
         let key = pem::read(&files.key)?;
         let roots = pem::read(&files.roots)?;
-        warn_if_exposed(&files.key, "the private key")?;
         Self::check(
             (&files.certificate, &certificate),
             (&files.key, &key),
@@ -150,21 +157,9 @@ impl Identity {
     /// Verifies the certificate with its own roots at the time `now`, as peers with the same roots
     /// do. Does not check revocation.
     fn verify(&self, name: &Path, now: SystemTime) -> Result<(), HboneError> {
-        let [leaf, intermediates @ ..] = self.0.certified_key.cert.as_slice() else {
-            return Err(HboneError::credential(name, CredentialProblem::Empty("certificate")));
-        };
         let own = self.spiffe_id().trust_domain();
         let anchors = self.bundles().get(own).map(Bundle::anchors).unwrap_or_default();
-        let algorithms = provider(&Cipher::ALL).signature_verification_algorithms;
-        let verified = [KeyUsage::server_auth(), KeyUsage::client_auth()].map(|usage| {
-            let now = clock::unix(now);
-            let leaf = EndEntityCert::try_from(leaf)?;
-            leaf.verify_for_usage(algorithms.all, anchors, intermediates, now, usage, None, None)?;
-            Ok(())
-        });
-        verified.into_iter().collect::<Result<(), webpki::Error>>().map_err(|error| {
-            HboneError::credential(name, CredentialProblem::UnknownIssuer(error.to_string()))
-        })
+        verify_chain(self.chain(), anchors, now).map_err(|what| HboneError::credential(name, what))
     }
 
     /// The certificate chain: the leaf, then intermediates.
@@ -183,7 +178,7 @@ impl Identity {
 
     /// The roots of the certificate's own trust domain.
     #[cfg(test)]
-    pub(crate) fn roots(&self) -> &[rustls_pki_types::TrustAnchor<'static>] {
+    pub(crate) fn roots(&self) -> &[TrustAnchor<'static>] {
         self.bundles()[self.spiffe_id().trust_domain()].anchors()
     }
 
@@ -222,21 +217,44 @@ impl ChainAndKey<'_> {
         leaf: Leaf,
         bundles: BTreeMap<TrustDomain, Bundle>,
     ) -> Result<Identity, HboneError> {
-        let certified_key =
-            CertifiedKey::from_der(self.chain, self.key_der, &provider(&Cipher::ALL)).map_err(
-                |error| {
-                    let what = match error {
-                        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-                            CredentialProblem::KeyMismatch
-                        }
-                        other => CredentialProblem::Key(other.to_string()),
-                    };
-                    HboneError::credential(self.key, what)
-                },
-            )?;
+        let certified_key = certified_key(self.chain, self.key_der)
+            .map_err(|what| HboneError::credential(self.key, what))?;
         let certified_key = Arc::new(certified_key);
         Ok(Identity(Arc::new(IdentityParts { leaf, certified_key, bundles })))
     }
+}
+
+/// Combines a chain with its key, if the key belongs to the first certificate.
+pub(crate) fn certified_key(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<CertifiedKey, CredentialProblem> {
+    CertifiedKey::from_der(chain, key, &provider(&Cipher::ALL)).map_err(|error| match error {
+        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+            CredentialProblem::KeyMismatch
+        }
+        other => CredentialProblem::Key(other.to_string()),
+    })
+}
+
+/// Verifies a chain with these roots, as a server's and as a client's.
+fn verify_chain(
+    chain: &[CertificateDer<'_>],
+    anchors: &[TrustAnchor<'_>],
+    now: SystemTime,
+) -> Result<(), CredentialProblem> {
+    let [leaf, intermediates @ ..] = chain else {
+        return Err(CredentialProblem::Empty("certificate"));
+    };
+    let algorithms = provider(&Cipher::ALL).signature_verification_algorithms;
+    let verified = [KeyUsage::server_auth(), KeyUsage::client_auth()].map(|usage| {
+        let now = clock::unix(now);
+        let leaf = EndEntityCert::try_from(leaf)?;
+        leaf.verify_for_usage(algorithms.all, anchors, intermediates, now, usage, None, None)?;
+        Ok(())
+    });
+    let verified = verified.into_iter().collect::<Result<(), webpki::Error>>();
+    verified.map_err(|error| CredentialProblem::UnknownIssuer(error.to_string()))
 }
 
 fn read_leaf(der: &[u8]) -> Result<Leaf, CredentialProblem> {

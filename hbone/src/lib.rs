@@ -33,7 +33,9 @@ mod tunnel;
 pub use ca::{
     CaServer, CaServerSettings, CertificateAuthority, CertificateRequest, IssuedCertificate, Serial,
 };
-pub use control_plane::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream};
+pub use control_plane::{
+    ControlPlaneClient, ControlPlaneError, ControlPlaneStream, control_plane_problems,
+};
 pub use error::{
     CredentialProblem, ExpectedPeer, Fault, HboneError, IssuerProblem, RequestProblem, SvidProblem,
 };
@@ -42,10 +44,12 @@ pub use identity::Identity;
 pub use identity::credentials::Credentials;
 pub use identity::description::CertificateDescription;
 pub use identity::identity_pem::IdentityPem;
+pub use identity::inspection::Inspection;
 pub use identity::rotation::{CredentialRotator, CredentialsEvent, FirstIdentity};
 pub use identity::source::{
     DelegatedIdentitySource, FileSource, IdentitySource, IstioCa, IstioCaSource, LocalAuthority,
     LocalCaSource, NextIdentity, NextPem, PemSource, Priority, WorkloadApiSource,
+    istio_ca_problems,
 };
 pub use limits::log_limit::LogLimit;
 pub use limits::{

@@ -113,6 +113,18 @@ impl Trust {
         })))
     }
 
+    /// All problems of the files, each of which [`read`](Self::read) would refuse.
+    #[must_use]
+    pub fn problems(settings: &TrustSettings) -> Vec<HboneError> {
+        let bundle = |file: &Path| Bundle::from_pem(file, &pem::read(file)?).map(drop);
+        let bundles = settings.bundles.iter().map(|one| bundle(&one.file));
+        let lists = settings
+            .crls
+            .iter()
+            .map(|file| Revocations::read(std::slice::from_ref(file)).map(drop));
+        bundles.chain(lists).filter_map(Result::err).collect()
+    }
+
     /// Wraps a trust that never changes, for tests and the demonstration.
     pub fn fixed(self) -> watch::Receiver<Self> {
         watch::channel(self).1

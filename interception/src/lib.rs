@@ -12,6 +12,7 @@ mod backend;
 mod error;
 mod explain;
 mod folder_events;
+mod host_facts;
 mod host_rules;
 mod interception;
 mod namespace;
@@ -25,6 +26,7 @@ mod sockets;
 mod subscription;
 #[doc(hidden)]
 pub mod testing;
+mod trial;
 
 pub use ipnet::IpNet;
 
@@ -38,6 +40,9 @@ pub use backend::verify::{Difference, Line, LineStatus, SectionDifference};
 pub use error::{InterceptionError, SandboxRemedy};
 pub use explain::{Explanation, Flow, Hop, PacketExplanation, Party, Sender};
 pub use folder_events::Inotify;
+pub use host_facts::disk::disk_usage;
+pub use host_facts::running_process::RunningProcess;
+pub use host_facts::{HostFacts, Ipv6Support, Usage};
 pub use host_rules::HostRules;
 pub use interception::{Interception, counters, remove_everything};
 pub use namespace::host::HostNamespaces;
@@ -82,3 +87,4 @@ pub use sockets::socket::{
 };
 pub use sockets::splice::SplicePipe;
 pub use subscription::{RuleSubscription, WatchScope};
+pub use trial::{RuleTrial, try_rules};

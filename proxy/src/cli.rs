@@ -10,6 +10,7 @@ mod ca;
 mod cni;
 mod config;
 mod connections;
+mod doctor;
 mod layout;
 mod man;
 mod node;
@@ -18,6 +19,7 @@ mod rules;
 mod run;
 mod status;
 mod style;
+mod verbosity;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -26,6 +28,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use underpass_config::Hint as _;
 
+use self::style::{Colour, Style};
 use crate::broker::child;
 use crate::demo;
 use crate::error::chain;
@@ -78,6 +81,9 @@ enum Command {
     /// Check or show settings without starting a proxy
     #[command(subcommand)]
     Config(config::Command),
+    /// Check the host, the settings, certificates and reachability; print each finding with its
+    /// remedy
+    Doctor(doctor::Arguments),
     /// Print a completion script for a shell
     #[command(
         after_help = "Example:\n  underpass completions bash > /etc/bash_completion.d/underpass"
@@ -104,16 +110,20 @@ pub fn main() -> ExitCode {
         Command::Connections(arguments) => connections::run(arguments),
         Command::Admin(command) => admin::run(command),
         Command::Config(command) => config::run(command),
+        Command::Doctor(arguments) => doctor::run(arguments),
         Command::Completions { shell } => completions(shell),
         Command::Man(arguments) => man::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            let style = Style::of_stderr();
+            let [word, advice] = [(Colour::Red, "error:"), (Colour::Bold, "hint:")]
+                .map(|(colour, text)| style.paint(colour, text));
             // Ignored if standard error is closed; the exit code still reports the failure.
-            writeln!(io::stderr(), "error: {}", chain(&error)).ok();
+            writeln!(io::stderr(), "{word} {}", chain(&error)).ok();
             if let Some(hint) = error.hint() {
-                writeln!(io::stderr(), "hint: {hint}").ok();
+                writeln!(io::stderr(), "{advice} {hint}").ok();
             }
             error.exit_code()
         }

@@ -17,6 +17,7 @@ pub(crate) mod lookup;
 mod mesh;
 pub(crate) mod message;
 mod name;
+pub(crate) mod probe;
 pub(crate) mod receive;
 mod report;
 mod resolv_conf;

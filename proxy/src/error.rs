@@ -296,7 +296,7 @@ pub(crate) struct Described {
 }
 
 impl Described {
-    pub(crate) fn new(error: &(impl std::error::Error + Hint + 'static)) -> Self {
+    pub(crate) fn new(error: &(impl Hint + 'static)) -> Self {
         Self { error: Quoted::chain(error).to_string(), hint: error.hint() }
     }
 }

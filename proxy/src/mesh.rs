@@ -2,6 +2,7 @@
 
 pub(crate) mod control_plane;
 pub(crate) mod feed;
+pub(crate) mod first_state;
 pub(crate) mod follow;
 pub(crate) mod health;
 pub(crate) mod on_demand;

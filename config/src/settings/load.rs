@@ -11,8 +11,8 @@ use std::sync::Arc;
 use self::environment::{CONFIG_FILE, Meaning};
 
 use crate::error::{ConfigErrors, Problem};
-use crate::settings::Settings;
-use crate::settings::resolve::{declared, settings};
+use crate::settings::resolve::{declared, inputs, settings};
+use crate::settings::{InputSettings, Settings};
 use crate::yaml::document::{Node, Origin, SyntaxError, Value};
 use crate::yaml::read::{Cursor, Problems};
 
@@ -51,16 +51,35 @@ impl Sources {
     /// # Errors
     /// All mistakes in the three sources, or the reason why the file could not be read.
     pub fn load(&self) -> Result<Settings, ConfigErrors> {
+        let problems = Problems::default();
+        let root = self.document(&problems)?;
+        let settings = settings(Cursor::root(&root, &problems), self.folder());
+        problems.or_else(settings)
+    }
+
+    /// The settings that name files, as far as they are valid, whatever the others are. Reports no
+    /// mistake: [`load`](Self::load) does.
+    #[must_use]
+    pub fn inputs(&self) -> InputSettings {
+        let problems = Problems::default();
+        let Ok(root) = self.document(&problems) else { return InputSettings::default() };
+        inputs(Cursor::root(&root, &problems), self.folder())
+    }
+
+    /// The file, overlaid with the environment and the flags.
+    fn document(&self, problems: &Problems) -> Result<Node, ConfigErrors> {
         let mut root = match &self.file {
             Some(path) => read_file(path)?,
             None => Node::empty(Origin::Flag),
         };
-        let problems = Problems::default();
-        self.overlay_environment(&mut root, &problems);
-        self.overlay_flags(&mut root, &problems);
-        let folder = self.file.as_deref().and_then(Path::parent).unwrap_or_else(|| Path::new(""));
-        let settings = settings(Cursor::root(&root, &problems), folder);
-        problems.or_else(settings)
+        self.overlay_environment(&mut root, problems);
+        self.overlay_flags(&mut root, problems);
+        Ok(root)
+    }
+
+    /// The folder of relative paths.
+    fn folder(&self) -> &Path {
+        self.file.as_deref().and_then(Path::parent).unwrap_or_else(|| Path::new(""))
     }
 
     fn overlay_environment(&self, root: &mut Node, problems: &Problems) {

@@ -18,7 +18,7 @@ mod xds;
 use std::path::Path;
 
 use crate::settings::declare::{Declared, Document, Files, Reference};
-use crate::settings::{InterceptionSettings, NodeSettings, Settings};
+use crate::settings::{InputSettings, InterceptionSettings, NodeSettings, Settings};
 use crate::yaml::read::Cursor;
 
 /// Every setting, in the order of `config show` and of docs/settings.md.
@@ -108,6 +108,21 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
         workload: workload?,
         proxy: proxy?,
     })
+}
+
+/// Parses the settings that name files, as far as they are valid.
+pub(crate) fn inputs(root: Cursor<'_>, folder: &Path) -> InputSettings {
+    let document = Document { root, files: Files { folder } };
+    let workload = workload::workload(document);
+    let own = workload.as_ref().map(|workload| &workload.trust_domain);
+    InputSettings {
+        mesh_file: workload::mesh_file(document),
+        xds: workload.as_ref().and_then(|workload| xds::xds(document, workload)),
+        identity: identity::identity(document),
+        trust: identity::trust(document, own).unwrap_or_default(),
+        serves_pods: node::node(document).is_some_and(|node| node.pods.is_some()),
+        workload,
+    }
 }
 
 /// Parses a document with only the section `interception`: that of a pod of `node`.

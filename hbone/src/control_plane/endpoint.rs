@@ -24,6 +24,7 @@ use underpass_config::Cipher;
 
 use crate::crypto::provider;
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
+use crate::identity::certified_key;
 use crate::pool::{Dial, dial_host};
 use crate::task::log_panic;
 use crate::tls;
@@ -65,12 +66,6 @@ impl Endpoint {
 
     pub(crate) fn origin(&self) -> &Uri {
         &self.origin
-    }
-
-    /// Reads the roots that verify the server's certificate.
-    pub(crate) fn roots(&self, file: &Path) -> Result<Arc<RootCertStore>, HboneError> {
-        let pem = std::fs::read(file).map_err(|error| HboneError::file(file, error))?;
-        Ok(Bundle::from_pem(file, &pem)?.roots())
     }
 
     /// Connects to the first of the host's addresses that accepts.
@@ -162,6 +157,20 @@ pub(super) fn read_client(
         .map_err(|error| problem(certificate, error.to_string()))?;
     let private = PrivateKeyDer::from_pem_slice(&pem(key)?);
     Ok((chain, private.map_err(|error| problem(key, error.to_string()))?))
+}
+
+/// Reads the roots that verify the server's certificate.
+pub(crate) fn read_roots(file: &Path) -> Result<Arc<RootCertStore>, HboneError> {
+    let pem = std::fs::read(file).map_err(|error| HboneError::file(file, error))?;
+    Ok(Bundle::from_pem(file, &pem)?.roots())
+}
+
+/// Checks that both files are usable, and that the key belongs to the certificate.
+pub(crate) fn check_client(files: ClientCertificate<'_>) -> Result<(), HboneError> {
+    let (chain, key) = read_client(files)?;
+    let (_, key_file) = files;
+    let matched = certified_key(chain, key);
+    matched.map(drop).map_err(|what| HboneError::credential(key_file, what))
 }
 
 /// Explains a failed handshake. A proxy in front of the control plane may accept a connection

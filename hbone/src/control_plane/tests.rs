@@ -230,3 +230,28 @@ async fn unusable_settings_are_reported_before_connecting() {
     let error = ControlPlaneClient::new(missing, dial).map(drop).unwrap_err();
     assert!(matches!(error, ControlPlaneError::Connect(HboneError::Credential { .. })), "{error}");
 }
+
+#[tokio::test]
+async fn reports_all_problems_of_settings_and_files() {
+    let plane = Plane::new("control-plane-problems").await;
+    let settings = plane.client(|_| {}).settings;
+    assert_eq!(control_plane_problems(&settings).len(), 0);
+    let file = |name: &str| plane.dir.0.join(name);
+    let settings = XdsSettings {
+        roots: file("token"),
+        token: Some(file("nowhere")),
+        client: Some((file("client.pem"), file("server.key"))),
+        headers: vec![XdsHeader { name: "x a".to_owned(), value: String::new() }],
+        ..settings
+    };
+    let texts: Vec<_> = control_plane_problems(&settings).iter().map(ToString::to_string).collect();
+    for (text, part) in texts.iter().zip([
+        "the header \"x a\" cannot be sent",
+        "token: the file has no PEM section",
+        "nowhere: No such file",
+        "server.key: the key does not belong to the certificate",
+    ]) {
+        assert!(text.contains(part), "{texts:?}");
+    }
+    assert_eq!(texts.len(), 4, "{texts:?}");
+}

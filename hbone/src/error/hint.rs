@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::io;
 
+use http::StatusCode;
 use rustls::{CertificateError, Error};
 use underpass_config::Hint;
 
@@ -47,7 +48,7 @@ impl Hint for HboneError {
                 "check that the peer's issuer signed the list in trust.crls, and that it may sign lists"
             }
             Self::NoPeerCertificate => "check that the peer is an HBONE client",
-            Self::Refused { .. } => "read the peer's log, which contains the reason",
+            Self::Refused { status } => refused_request(*status),
             Self::ReplyTimeout { .. } => {
                 "check whether the peer can reach its workload, or raise timeouts.reply"
             }
@@ -177,6 +178,22 @@ fn dial(error: &io::Error) -> &'static str {
     }
 }
 
+/// The hint for a CONNECT request that the peer answered with `status`.
+fn refused_request(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+            "check the policies of the destination: the peer's log names the one that denies, or says that none allows"
+        }
+        StatusCode::BAD_REQUEST => {
+            "check that the mesh gives the destination's address to the workload of that peer: its log contains the reason"
+        }
+        StatusCode::SERVICE_UNAVAILABLE => {
+            "check that the destination listens on this port: the peer's log contains the reason"
+        }
+        _ => "read the peer's log, which contains the reason",
+    }
+}
+
 /// The hint for a TLS handshake that failed on our side.
 fn tls(error: &io::Error) -> &'static str {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
@@ -243,6 +260,14 @@ mod tests {
         assert!(dial(&refused).contains("an HBONE proxy is expected"));
         let garbage = rustls(Error::InvalidMessage(InvalidMessage::InvalidContentType));
         assert!(tls(&garbage).contains("HBONE (TLS 1.3 with h2) is expected at this port"));
+    }
+
+    #[test]
+    fn hint_of_refused_request_follows_from_status() {
+        let hint = |status| HboneError::Refused { status }.hint().unwrap_or_default();
+        assert!(hint(StatusCode::UNAUTHORIZED).contains("policies"));
+        assert!(hint(StatusCode::SERVICE_UNAVAILABLE).contains("listens on this port"));
+        assert!(hint(StatusCode::IM_A_TEAPOT).contains("the peer's log"));
     }
 
     #[test]

@@ -67,12 +67,17 @@ impl WatchedFiles {
 
 /// Logs a warning if users other than the owner can read a file that contains `secret`.
 pub(crate) fn warn_if_exposed(file: &Path, secret: &str) -> Result<(), HboneError> {
-    let metadata = fs::metadata(file).map_err(|error| HboneError::file(file, error))?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 != 0 {
+    if let Some(mode) = exposed_mode(file)? {
         let file = file.display();
         let mode = format_args!("{mode:04o}");
         tracing::warn!(%file, %mode, hint = "run chmod 0600", "other users can read {secret}");
     }
     Ok(())
+}
+
+/// The mode of the file, if users other than the owner can access it.
+pub(crate) fn exposed_mode(file: &Path) -> Result<Option<u32>, HboneError> {
+    let metadata = fs::metadata(file).map_err(|error| HboneError::file(file, error))?;
+    let mode = metadata.permissions().mode() & 0o777;
+    Ok((mode & 0o077 != 0).then_some(mode))
 }

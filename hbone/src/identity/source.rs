@@ -17,7 +17,7 @@ use crate::identity::Identity;
 use crate::identity::identity_pem::IdentityPem;
 
 pub use self::files::FileSource;
-pub use self::istio_ca::{IstioCa, IstioCaSource};
+pub use self::istio_ca::{IstioCa, IstioCaSource, istio_ca_problems};
 pub use self::local_ca::{LocalAuthority, LocalCaSource};
 pub use self::spire::{DelegatedIdentitySource, WorkloadApiSource};
 

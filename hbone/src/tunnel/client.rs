@@ -1,6 +1,8 @@
 //! The client of a tunnel: one TLS and HTTP/2 connection, and CONNECT requests on it.
 //!
-//! `pool` dials and selects tunnels.
+//! `pool` dials and selects tunnels; `probe` checks a peer without a stream.
+
+mod probe;
 
 use std::future::poll_fn;
 use std::net::SocketAddr;

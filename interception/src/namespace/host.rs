@@ -32,11 +32,15 @@ const NODE_VETHS: usize = 3;
 
 /// Rejects the host's network namespace, and a namespace that cannot be classified.
 pub(crate) fn reject_host(entered: &Entered) -> Result<(), InterceptionError> {
-    let why = match NamespaceFacts::read_from_system(entered) {
+    evidence(entered).map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
+}
+
+/// The reason why this is, or may be, the host's network namespace. `None` if it is not.
+pub(crate) fn evidence(entered: &Entered) -> Option<String> {
+    match NamespaceFacts::read_from_system(entered) {
         Ok(facts) => facts.host_evidence(),
         Err(error) => Some(format!("/proc does not identify the network namespace: {error}")),
-    };
-    why.map_or(Ok(()), |why| Err(InterceptionError::HostNamespace { why }))
+    }
 }
 
 /// The network namespaces that do not belong to a pod: those of this process and of process 1, and
@@ -143,7 +147,7 @@ impl NamespaceFacts {
 }
 
 /// Parses the version at the start of a release such as `6.18.44-generic`.
-fn version(release: &str) -> Option<(u32, u32)> {
+pub(crate) fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }

@@ -23,18 +23,23 @@ const INTERFACES: &str = "/proc/sys/net/ipv4/conf";
 ///
 /// [`InterceptionError::InboundDropped`].
 pub(crate) fn check_reverse_path(
-    _: &Entered,
+    entered: &Entered,
     settings: &InterceptionSettings,
 ) -> Result<(), InterceptionError> {
     let tproxy =
         settings.profile == Profile::Sidecar && settings.inbound.mode == InboundMode::Tproxy;
-    let interfaces = fs::read_dir(INTERFACES).into_iter().flatten().flatten();
-    let names = interfaces.filter_map(|interface| interface.file_name().into_string().ok());
-    let mut outer = names.filter(|name| !matches!(&**name, "all" | "default" | "lo"));
-    match outer.find(|interface| tproxy && drops_inbound(interface)) {
+    match dropping_interface(entered).filter(|_| tproxy) {
         Some(interface) => Err(InterceptionError::InboundDropped { interface }),
         None => Ok(()),
     }
+}
+
+/// An interface that would drop inbound connections that TPROXY marks.
+pub(crate) fn dropping_interface(_: &Entered) -> Option<String> {
+    let interfaces = fs::read_dir(INTERFACES).into_iter().flatten().flatten();
+    let names = interfaces.filter_map(|interface| interface.file_name().into_string().ok());
+    let mut outer = names.filter(|name| !matches!(&**name, "all" | "default" | "lo"));
+    outer.find(|interface| drops_inbound(interface))
 }
 
 fn drops_inbound(interface: &str) -> bool {

@@ -3,8 +3,10 @@
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
+use std::path::Path;
 
 use ipnet::IpNet;
+use nix::sched::{CloneFlags, unshare};
 use nlink::netlink::addr::{Ipv4Address, Ipv6Address};
 use nlink::netlink::link::{BridgeLink, VethLink};
 use nlink::netlink::namespace;
@@ -31,6 +33,23 @@ impl Namespace {
         let path = sandbox_folder().join(NAMED_FOLDER).join(name);
         namespace::create_path(&path).map_err(|error| failed("create", &path)(into_io(error)))?;
         Self::open(path)
+    }
+
+    /// Creates a namespace without a name, which ends with its last handle.
+    ///
+    /// # Errors
+    ///
+    /// [`InterceptionError::Namespace`], for example without SYS_ADMIN.
+    pub(crate) fn create_temporary() -> Result<Self, InterceptionError> {
+        let name = Path::new("(temporary)");
+        let create = || {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(failed("create", name))?;
+            Self::current()
+        };
+        let panicked = |_| Err(failed("create", name)(io::Error::other("it panicked")));
+        // The thread ends in the new namespace; the caller's thread stays in its own.
+        let thread = std::thread::Builder::new().name("new namespace".to_owned()).spawn(create);
+        thread.map_err(failed("create", name))?.join().unwrap_or_else(panicked)
     }
 
     /// Removes the namespace's name. The namespace ends when no process is in it and no handle is

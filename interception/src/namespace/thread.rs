@@ -21,7 +21,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{Namespace, NamespaceId, failed};
 use crate::error::InterceptionError;
-use crate::process::privileges::{KeptCapabilities, confine_thread, prepare_change_of_user};
+use crate::process::privileges::{
+    KeptCapabilities, ProxyUser, confine_thread, prepare_change_of_user,
+};
+use crate::process::user::own_files_as;
 
 /// An operation. It receives an error if its namespace cannot be entered.
 type AsyncOperation = Box<
@@ -191,6 +194,21 @@ impl NamespaceThread {
         kept: KeptCapabilities,
     ) -> Result<(), InterceptionError> {
         self.change_privileges(move || prepare_change_of_user(kept)).await
+    }
+
+    /// Lets `user` own the sockets that the thread opens from now on, so that rules which match the
+    /// proxy's user do not capture their connections. The thread keeps its capabilities for the
+    /// network.
+    ///
+    /// # Errors
+    ///
+    /// The thread has ended.
+    pub async fn open_files_as(&self, user: ProxyUser) -> Result<(), InterceptionError> {
+        self.change_privileges(move || {
+            own_files_as(user);
+            Ok(())
+        })
+        .await
     }
 
     /// Changes the thread's capabilities. They do not belong to a namespace.

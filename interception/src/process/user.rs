@@ -82,6 +82,12 @@ impl ProxyUser {
     }
 }
 
+/// Lets `user` own the files and sockets that the calling thread opens from now on.
+pub(crate) fn own_files_as(user: ProxyUser) {
+    setfsgid(Gid::from_raw(user.gid));
+    setfsuid(Uid::from_raw(user.uid));
+}
+
 /// Opens a socket or file that `user` owns, for rules that match the owner of a packet's socket
 /// (`xt_owner`: `f_cred->fsuid`). Affects only the calling thread.
 pub(crate) fn as_user<T>(user: Option<ProxyUser>, open: impl FnOnce() -> T) -> T {

@@ -18,6 +18,7 @@ pub(super) enum Colour {
     Green,
     Yellow,
     Red,
+    Bold,
 }
 
 impl Colour {
@@ -27,6 +28,7 @@ impl Colour {
             Self::Green => 32,
             Self::Yellow => 33,
             Self::Red => 31,
+            Self::Bold => 1,
         }
     }
 }
@@ -34,6 +36,10 @@ impl Colour {
 impl Style {
     pub(super) fn of_stdout() -> Self {
         Self::of(&io::stdout())
+    }
+
+    pub(super) fn of_stderr() -> Self {
+        Self::of(&io::stderr())
     }
 
     fn of(stream: &impl RawStream) -> Self {

@@ -139,7 +139,7 @@ fn candidates(hostname: &str, search: &[String]) -> Vec<String> {
 }
 
 /// A query with an EDNS record, so that most responses need no TCP.
-fn query(hostname: &str, kind: RecordType) -> Option<Vec<u8>> {
+pub(super) fn query(hostname: &str, kind: RecordType) -> Option<Vec<u8>> {
     let mut message = vec![0, 0];
     message.extend(RD.to_be_bytes());
     message.extend([0, 1, 0, 0, 0, 0, 0, 1]);

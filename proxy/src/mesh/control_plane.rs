@@ -150,7 +150,8 @@ impl ControlPlaneFollower {
             // it would send its whole state.
             let (wait, address) = (backoff.next_after(since.elapsed()), &self.address);
             self.health.lost(Described::new(&end));
-            log_end(address, &end, wait);
+            let has_mesh = self.snapshots.borrow().is_some();
+            log_end(address, &end, wait, has_mesh);
             self.or_file_changes(tokio::time::sleep(wait)).await;
         }
     }
@@ -307,14 +308,16 @@ fn report(Applied { kind, set, removed, outdated, rejected, .. }: &Applied) {
 }
 
 /// Logs the end of a stream: as a warning, unless the next attempt follows at once.
-fn log_end(address: &str, end: &StreamEnd, retry_in: Duration) {
+/// `has_mesh`: whether a first state was complete.
+fn log_end(address: &str, end: &StreamEnd, retry_in: Duration, has_mesh: bool) {
     let (error, hint) = (error_chain(end), end.hint());
     if retry_in > Duration::from_secs(1) {
         tracing::warn!(
             address,
             ?retry_in,
             hint = hint.as_deref(),
-            "no control plane, keeping the last mesh: {error}"
+            "no control plane, {}: {error}",
+            if has_mesh { "keeping the last mesh" } else { "unready until its first state" }
         );
     } else {
         tracing::info!(address, ?retry_in, "the control plane's stream ended: {error}");
@@ -327,7 +330,7 @@ fn error_chain(error: &dyn std::error::Error) -> String {
 }
 
 /// The node of this client, in ztunnel's form.
-fn node(settings: &Settings, xds: &XdsSettings) -> Node {
+pub(super) fn node(settings: &Settings, xds: &XdsSettings) -> Node {
     let XdsSettings { name, namespace, cluster_id, .. } = xds;
     let mut facts = vec![
         ("NAME", name.as_str()),
@@ -345,7 +348,7 @@ fn node(settings: &Settings, xds: &XdsSettings) -> Node {
     }
 }
 
-fn local(settings: &Settings) -> LocalWorkloads {
+pub(super) fn local(settings: &Settings) -> LocalWorkloads {
     let own = &settings.workload;
     let is_node = settings.node.pods.is_some();
     let named = (!is_node).then(|| (own.namespace.clone(), own.name.clone()));

@@ -66,7 +66,11 @@ impl Certificates {
             return Ok(None);
         };
         let certificates = Self {
-            issuer: issuer(identity, access, sockets, received).map_err(PodError::Identity)?,
+            issuer: issuer(identity, received, || PlainDialer {
+                access: access.clone(),
+                sockets: sockets.clone(),
+            })
+            .map_err(PodError::Identity)?,
             origin: origin(identity),
             watcher: watcher.clone(),
             readiness: readiness.cloned(),
@@ -83,11 +87,23 @@ pub(crate) fn is_local(settings: &Settings) -> bool {
     matches!(&settings.identity, Some(IdentitySettings::Files(_) | IdentitySettings::LocalCa(_)))
 }
 
+/// Gets one certificate for `id` from the source, as a start does.
+///
+/// # Errors
+/// The source has issued no usable certificate.
+pub(crate) async fn first_identity(
+    source: &IdentitySettings,
+    id: &SpiffeId,
+    dialer: PlainDialer,
+    watcher: &FileWatcher,
+) -> Result<Identity, HboneError> {
+    issuer(source, None, || dialer)?.source(id, watcher).next().await
+}
+
 fn issuer(
     identity: &IdentitySettings,
-    access: &NamespaceAccess,
-    sockets: &Sockets,
     received: Option<Arc<ReceivedIdentities>>,
+    dialer: impl FnOnce() -> PlainDialer,
 ) -> Result<Origin, HboneError> {
     Ok(match (identity, received) {
         (IdentitySettings::Files(files), _) => Origin::Files(files.clone()),
@@ -98,8 +114,7 @@ fn issuer(
             Origin::LocalCa(Arc::new(LocalAuthority::new(ca.clone())))
         }
         (IdentitySettings::IstioCa(ca), _) => {
-            let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
-            Origin::IstioCa(Arc::new(IstioCa::new(ca.clone(), dialer)?))
+            Origin::IstioCa(Arc::new(IstioCa::new(ca.clone(), dialer())?))
         }
         (IdentitySettings::Spire(spire), None) => Origin::Spire(spire.clone()),
     })
@@ -115,22 +130,28 @@ fn origin(identity: &IdentitySettings) -> String {
     }
 }
 
-impl Issuer for Certificates {
-    fn source(&self, id: &SpiffeId) -> Box<dyn IdentitySource> {
-        match &self.issuer {
-            Origin::Files(files) => Box::new(FileSource::new(files.clone(), &self.watcher)),
-            Origin::LocalCa(ca) => Box::new(LocalCaSource::new(ca.clone(), id.clone())),
-            Origin::Received(received) => received.source(id),
-            Origin::IstioCa(ca) => {
+impl Origin {
+    fn source(&self, id: &SpiffeId, watcher: &FileWatcher) -> Box<dyn IdentitySource> {
+        match self {
+            Self::Files(files) => Box::new(FileSource::new(files.clone(), watcher)),
+            Self::LocalCa(ca) => Box::new(LocalCaSource::new(ca.clone(), id.clone())),
+            Self::Received(received) => received.source(id),
+            Self::IstioCa(ca) => {
                 Box::new(IstioCaSource::new(ca.clone(), id.clone(), Priority::RealTime))
             }
-            Origin::Spire(spire) => match spire.api {
+            Self::Spire(spire) => match spire.api {
                 SpireApi::Workload => Box::new(WorkloadApiSource::new(spire.clone(), id.clone())),
                 SpireApi::DelegatedIdentity => {
                     Box::new(DelegatedIdentitySource::new(spire.clone(), id.clone()))
                 }
             },
         }
+    }
+}
+
+impl Issuer for Certificates {
+    fn source(&self, id: &SpiffeId) -> Box<dyn IdentitySource> {
+        self.issuer.source(id, &self.watcher)
     }
 
     fn report(&self, id: &SpiffeId, event: &CredentialsEvent<'_>) {

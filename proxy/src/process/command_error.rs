@@ -101,6 +101,9 @@ pub(crate) enum CommandError {
     Plugin(String),
     #[error(transparent)]
     Install(#[from] InstallError),
+    /// The findings are already printed.
+    #[error("failed checks: {0}")]
+    ChecksFailed(usize),
     #[error("cannot write the result")]
     Output(#[source] io::Error),
 }

@@ -292,3 +292,17 @@ fn warns_of_unknown_variables() {
     ];
     assert_eq!(warnings(&environment), expected);
 }
+
+#[test]
+fn files_are_known_whatever_other_settings_are() {
+    let flags = ["proxy.workers=none", "mesh.file=/m.yaml", "identity.certificate=/a.pem"];
+    let flags = flags.into_iter().chain(["identity.key=/a.key", "identity.roots=/r.pem"]);
+    let flags = flags.map(str::to_owned).collect();
+    let sources = Sources { flags, ..Sources::default() };
+    sources.load().unwrap_err();
+    let inputs = sources.inputs();
+    assert_eq!(inputs.mesh_file.as_deref(), Some(Path::new("/m.yaml")));
+    assert!(inputs.identity.is_some() && inputs.workload.is_some() && !inputs.serves_pods);
+    let missing = Sources { file: Some("/does/not/exist.yaml".into()), ..Sources::default() };
+    assert_eq!(missing.inputs(), InputSettings::default());
+}

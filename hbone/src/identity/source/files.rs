@@ -41,14 +41,6 @@ impl FileSource {
         }
     }
 
-    /// Reads and checks the files once, without watching them.
-    ///
-    /// # Errors
-    /// [`HboneError::Credential`] with the file and its problem.
-    pub fn check(files: &IdentityFiles) -> Result<Identity, HboneError> {
-        Identity::from_files(files)?.valid_now(&files.certificate)
-    }
-
     async fn next_identity(&mut self) -> Result<Identity, HboneError> {
         loop {
             select! {
@@ -80,7 +72,7 @@ impl FileSource {
         let is_used = before.is_some() && before == self.used;
         let identity = match is_used {
             true => None,
-            false => Some(Self::check(&self.files)?),
+            false => Some(Identity::from_files(&self.files)?.valid_now(&self.files.certificate)?),
         };
         // A change during the read causes another file event.
         self.used = before;

@@ -29,7 +29,7 @@ use crate::ca::{
     CREATE_CERTIFICATE, IMPERSONATED, IstioCertificateRequest, IstioCertificateResponse, read_token,
 };
 use crate::clock;
-use crate::control_plane::endpoint::{Connection, Endpoint};
+use crate::control_plane::endpoint::{Connection, Endpoint, read_roots};
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
 use crate::identity::Identity;
 use crate::identity::renewal::Schedule;
@@ -73,15 +73,15 @@ impl<D: Dial> IstioCa<D> {
         let (requests, queue) = (Arc::new(Budget::new(MAX_CONCURRENT_REQUESTS)), Queue::default());
         let ca = Self { settings, endpoint, cluster_id, dial, requests, queue };
         // Report an unreadable token or unreadable roots now, not at the first request.
-        ca.token()?;
-        ca.endpoint.roots(&ca.settings.roots)?;
+        token(&ca.settings)?;
+        read_roots(&ca.settings.roots)?;
         Ok(ca)
     }
 
     /// Requests a certificate for `id` and a new key.
     async fn issue(&self, id: &SpiffeId, priority: Priority) -> Result<Identity, HboneError> {
         let _permit = self.queue.turn(&self.requests, priority, || ()).await;
-        let token = self.token()?;
+        let token = token(&self.settings)?;
         let (key, csr) = signing_request(id)
             .map_err(|error| HboneError::credential(id.to_string(), issue_problem(&error)))?;
         let mut request = Request::new(IstioCertificateRequest {
@@ -91,7 +91,7 @@ impl<D: Dial> IstioCa<D> {
         });
         request.metadata_mut().insert("authorization", token);
         request.metadata_mut().insert("clusterid", self.cluster_id.clone());
-        let roots = self.endpoint.roots(&self.settings.roots)?;
+        let roots = read_roots(&self.settings.roots)?;
         let connection = timeout(CONNECT_TIMEOUT, self.endpoint.connect(&self.dial, roots, None))
             .await
             .map_err(|_| self.problem(IssuerProblem::ConnectTimeout(CONNECT_TIMEOUT)))??;
@@ -114,16 +114,6 @@ impl<D: Dial> IstioCa<D> {
         Ok(grpc.unary(request, path, ProstCodec::default()).await?.into_inner())
     }
 
-    /// The `authorization` header, with the token in the file.
-    fn token(&self) -> Result<MetadataValue<Ascii>, HboneError> {
-        let file = &self.settings.token;
-        let header = format!("Bearer {}", read_token(file)?).parse::<MetadataValue<Ascii>>();
-        let mut header =
-            header.map_err(|_| HboneError::credential(file, CredentialProblem::Token))?;
-        header.set_sensitive(true);
-        Ok(header)
-    }
-
     fn refusal(&self, id: &SpiffeId, status: &Status) -> HboneError {
         let message = Quoted::new(status.message());
         let broken = status.source();
@@ -142,6 +132,31 @@ impl<D: Dial> IstioCa<D> {
     fn problem(&self, what: IssuerProblem) -> HboneError {
         HboneError::Issuer { issuer: self.settings.address.clone(), what, source: None }
     }
+}
+
+/// All problems of the settings and of the files that they name. Connects to nothing.
+#[must_use]
+pub fn istio_ca_problems(settings: &IstioCaSettings) -> Vec<HboneError> {
+    let problem =
+        |what| HboneError::Issuer { issuer: settings.address.clone(), what, source: None };
+    let endpoint = Endpoint::new(&settings.address, settings.server_name.as_deref());
+    let cluster_id = settings.cluster_id.parse::<MetadataValue<Ascii>>();
+    let found = [
+        endpoint.map(drop).map_err(problem),
+        cluster_id.map(drop).map_err(|_| problem(IssuerProblem::ClusterId)),
+        read_roots(&settings.roots).map(drop),
+        token(settings).map(drop),
+    ];
+    found.into_iter().filter_map(Result::err).collect()
+}
+
+/// The `authorization` header, with the token in the file.
+fn token(settings: &IstioCaSettings) -> Result<MetadataValue<Ascii>, HboneError> {
+    let file = &settings.token;
+    let header = format!("Bearer {}", read_token(file)?).parse::<MetadataValue<Ascii>>();
+    let mut header = header.map_err(|_| HboneError::credential(file, CredentialProblem::Token))?;
+    header.set_sensitive(true);
+    Ok(header)
 }
 
 impl<D> fmt::Debug for IstioCa<D> {

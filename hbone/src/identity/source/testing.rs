@@ -16,7 +16,7 @@ use underpass_config::IstioCaSettings;
 use crate::ca::server::tests::{NAME, TestCa};
 use crate::ca::{CREATE_CERTIFICATE, IstioCertificateRequest, IstioCertificateResponse};
 pub(crate) use crate::control_plane::endpoint::Connection;
-use crate::control_plane::endpoint::Endpoint;
+use crate::control_plane::endpoint::{Endpoint, read_roots};
 use crate::error::HboneError;
 use crate::pool::Dial;
 
@@ -75,7 +75,7 @@ pub(crate) async fn connect_with(
 ) -> Result<Connection, HboneError> {
     let settings = settings(served, server_name);
     let endpoint = Endpoint::new(&settings.address, settings.server_name.as_deref()).unwrap();
-    let roots = endpoint.roots(&settings.roots).unwrap();
+    let roots = read_roots(&settings.roots).unwrap();
     endpoint.connect(dial, roots, None).await
 }
 

@@ -151,3 +151,51 @@ async fn opens_no_stream_once_a_certificate_has_expired() {
     let answer = tunnel.connect(request(), SECOND).await;
     assert!(matches!(answer, Err(HboneError::TunnelExpired { .. })), "{answer:?}");
 }
+
+/// Probes a server with `served` credentials as a client with `ours`.
+async fn probe(ours: &Credentials, served: &Credentials) -> Result<String, HboneError> {
+    let mesh = Mesh::of(
+        ours.clone().fixed(),
+        ClientSettings::default(),
+        served.clone().fixed(),
+        crate::tunnel::settings::ServerSettings::default(),
+    );
+    let (near, far) = duplex(64 << 10);
+    let expected = [id(SERVER)];
+    let (probed, _) = tokio::join!(mesh.connector.probe(near, ADDRESS, &expected, SECOND), async {
+        let mut server = mesh.acceptor.accept(far, SECOND).await?;
+        assert!(server.next().await.is_none(), "a probe opens no stream");
+        Ok::<_, HboneError>(())
+    });
+    probed.map(|peer| peer.spiffe_id().to_string())
+}
+
+#[tokio::test]
+async fn probe_returns_identity_of_peer_that_accepts_certificate() {
+    let authority = authority("td");
+    let [ours, theirs] = [CLIENT, SERVER].map(|who| credentials(&identity(&authority, who)));
+    assert_eq!(probe(&ours, &theirs).await.unwrap(), SERVER);
+}
+
+#[tokio::test]
+async fn probe_reports_that_peer_refuses_our_certificate() {
+    let (one, other) = (authority("td"), authority("td"));
+    // Only the client trusts both authorities.
+    let issued = one.issue(&id(CLIENT), HOUR).unwrap();
+    let roots = format!("{}{}", one.roots_pem(), other.roots_pem());
+    let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
+    let ours = crate::identity::Identity::from_pem(chain, key, roots.as_bytes()).unwrap();
+    let error = probe(&credentials(&ours), &credentials(&identity(&other, SERVER))).await;
+    let error = error.unwrap_err();
+    assert!(matches!(error, HboneError::CertificateRefused { .. }), "{error:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn probe_of_silent_peer_times_out() {
+    let authority = authority("td");
+    let ours = credentials(&identity(&authority, CLIENT)).fixed();
+    let (near, _far) = duplex(64 << 10);
+    let connector = Connector::new(ours, ClientSettings::default());
+    let error = connector.probe(near, ADDRESS, &[id(SERVER)], SECOND).await.unwrap_err();
+    assert!(matches!(error, HboneError::HandshakeTimeout { after: SECOND }), "{error:?}");
+}

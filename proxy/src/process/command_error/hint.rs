@@ -52,6 +52,7 @@ impl Hint for CommandError {
             Self::NoSuchCommand(_) => "`underpass --help` lists the commands",
             Self::Mistakes(_)
             | Self::Unhealthy { .. }
+            | Self::ChecksFailed(_)
             | Self::PodSource(_)
             | Self::Plugin(_)
             | Self::Start(_)

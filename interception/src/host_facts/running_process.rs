@@ -1,0 +1,115 @@
+//! Facts about another process, as far as /proc shows them: its limit of open files, and whether it
+//! runs the same program file as this process.
+//!
+//! A proxy is not dumpable, so the kernel shows them only to root or with SYS_PTRACE.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use super::Usage;
+use crate::namespace::Entered;
+
+/// Facts about a process in the entered network namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunningProcess {
+    /// The open files and their soft limit; `None` if they are not readable.
+    pub open_files: Option<Usage>,
+    /// Whether the process runs a program with the same content as this process; `None` if it is
+    /// not readable.
+    pub runs_same_program: Option<bool>,
+}
+
+impl RunningProcess {
+    /// Reads the facts about the process `pid`. `None` if there is no such process in this network
+    /// namespace: it has ended, or `pid` belongs to another PID namespace.
+    #[must_use]
+    pub fn read(entered: &Entered, pid: u32) -> Option<Self> {
+        let folder = PathBuf::from(format!("/proc/{pid}"));
+        let namespace = fs::metadata(folder.join("ns/net")).ok()?;
+        if namespace.ino() != entered.namespace().id().inode() {
+            return None;
+        }
+        let same = is_same(&folder.join("exe"), Path::new("/proc/self/exe"));
+        Some(Self { open_files: open_files(&folder), runs_same_program: same.ok() })
+    }
+}
+
+fn open_files(folder: &Path) -> Option<Usage> {
+    let limits = fs::read_to_string(folder.join("limits")).ok()?;
+    let used = fs::read_dir(folder.join("fd")).ok()?.count();
+    Some(Usage { used: u64::try_from(used).ok()?, limit: soft_limit(&limits)? })
+}
+
+/// The soft limit of open files in `/proc/PID/limits`.
+fn soft_limit(text: &str) -> Option<u64> {
+    let row = text.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    match row.split_whitespace().next()? {
+        "unlimited" => Some(u64::MAX),
+        number => number.parse().ok(),
+    }
+}
+
+/// Compares two files: by inode, and otherwise by content.
+fn is_same(one: &Path, other: &Path) -> io::Result<bool> {
+    let (mut one, mut other) = (File::open(one)?, File::open(other)?);
+    let [first, second] = [one.metadata()?, other.metadata()?];
+    if (first.dev(), first.ino()) == (second.dev(), second.ino()) {
+        return Ok(true);
+    }
+    if first.len() != second.len() {
+        return Ok(false);
+    }
+    const PIECE: usize = 64 << 10;
+    let (mut left, mut right) = (vec![0; PIECE], vec![0; PIECE]);
+    loop {
+        let read = one.read(&mut left)?;
+        let (Some(left), Some(right)) = (left.get(..read), right.get_mut(..read)) else {
+            return Ok(false);
+        };
+        if read == 0 {
+            return Ok(true);
+        }
+        other.read_exact(right)?;
+        if left != &*right {
+            return Ok(false);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_soft_limit_of_open_files() {
+        let text = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                    Max processes             100                  200                  processes \n\
+                    Max open files            1024                 4096                 files     \n";
+        assert_eq!(soft_limit(text), Some(1024));
+        assert_eq!(soft_limit("Max open files  unlimited unlimited files"), Some(u64::MAX));
+        assert_eq!(soft_limit("Max open files  x"), None);
+    }
+
+    #[test]
+    fn files_are_same_if_their_content_is() {
+        let folder = std::env::temp_dir().join(format!("underpass-same-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let write = |name: &str, text: Vec<u8>| {
+            let path = folder.join(name);
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let long = vec![7; 100_000];
+        let mut changed = long.clone();
+        changed[99_999] = 8;
+        let (one, copy, other) =
+            (write("one", long.clone()), write("copy", long), write("other", changed));
+        assert!(is_same(&one, &one).unwrap() && is_same(&one, &copy).unwrap());
+        assert!(!is_same(&one, &other).unwrap());
+        assert!(!is_same(&one, &write("short", vec![7])).unwrap());
+        is_same(&one, &folder.join("absent")).unwrap_err();
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -1,0 +1,196 @@
+//! The running proxy: its program, readiness, descriptors, and failed connections.
+
+use futures_util::future::FutureExt as _;
+use underpass_interception::Usage;
+
+use crate::admin::api::status::{Failure, Failures};
+use crate::cli::doctor::check::{Category, Check, Finding, Info, Level, Outcome, at_once};
+use crate::cli::doctor::subject::Subject;
+use crate::version::VERSION;
+
+/// The program of the running proxy.
+pub(super) struct Version;
+
+impl Check for Version {
+    fn info(&self) -> Info {
+        Info::proxy("version-running", Category::Proxy)
+    }
+
+    fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
+        async move {
+            let reported = subject.status().await.map(|status| status.version.as_str());
+            let is_running = subject.running().is_some() || reported.is_some();
+            let same = subject.process.and_then(|process| process.runs_same_program);
+            is_running.then(|| version(same, reported))
+        }
+        .boxed_local()
+    }
+}
+
+/// `same`: whether the running proxy has the program file of this process, if that is readable.
+fn version(same: Option<bool>, reported: Option<&str>) -> Finding {
+    let stale = |what: String| {
+        Finding::warning(format!("{what}: it was not restarted after an update"))
+            .hint("restart it, or let a new process take over; if that failed, the log of the new process has the reason")
+            .command("underpass run --config FILE --take-over")
+    };
+    match (same, reported) {
+        (Some(true), _) => Finding::ok("the running proxy runs this program"),
+        (_, Some(other)) if other != VERSION => {
+            stale(format!("the running proxy has the version {other}, and this program {VERSION}"))
+        }
+        (Some(false), _) => {
+            stale("the running proxy runs another program than this one".to_owned())
+        }
+        (None, Some(_)) => Finding::ok(format!("the running proxy has the version {VERSION}")),
+        (None, None) => Finding::warning("the program of the running proxy is not readable")
+            .hint("run the doctor as root, in the PID namespace of the proxy"),
+    }
+}
+
+/// The readiness of the running proxy.
+pub(super) struct Ready;
+
+impl Check for Ready {
+    fn info(&self) -> Info {
+        Info::proxy("proxy-ready", Category::Proxy)
+    }
+
+    fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
+        async move {
+            // The daemon of a node answers only on its socket of administration.
+            if subject.is_node() {
+                let status = subject.status().await?;
+                return Some(ready(status.pid, &status.readiness));
+            }
+            Some(match &subject.running {
+                Ok(Some(running)) => ready(running.pid, &running.readiness),
+                Ok(None) => Finding::ok("no proxy runs in this network namespace"),
+                Err(error) => Finding::of_error(error),
+            })
+        }
+        .boxed_local()
+    }
+}
+
+fn ready(pid: u32, readiness: &str) -> Finding {
+    match readiness.strip_prefix("not ready: ") {
+        None if readiness == "ready" => {
+            Finding::ok(format!("the running proxy (pid {pid}) is ready"))
+        }
+        reason => {
+            let reason = reason.unwrap_or(readiness);
+            Finding::failure(format!("the running proxy (pid {pid}) is not ready: {reason}"))
+                .hint("read its log, which has the reason and a hint")
+        }
+    }
+}
+
+/// The open files of the running proxy.
+pub(super) struct DescriptorsInUse;
+
+impl Check for DescriptorsInUse {
+    fn info(&self) -> Info {
+        Info::proxy("limits-in-use", Category::Proxy)
+    }
+
+    fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
+        at_once(subject.process.and_then(|process| process.open_files).map(descriptors))
+    }
+}
+
+fn descriptors(usage: Usage) -> Finding {
+    /// The proxy leaves some descriptors free, so that it never uses all.
+    const FULL: u64 = 90;
+    const NEARLY_FULL: u64 = 75;
+    let Usage { used, limit } = usage;
+    let message = format!("open files of the running proxy: {used} of {limit}");
+    let level = match usage.percent() {
+        FULL.. => Level::Failure,
+        NEARLY_FULL.. => Level::Warning,
+        _ => return Finding::ok(message),
+    };
+    Finding::warning(message)
+        .at(level)
+        .hint("raise the limit of open files of the proxy (LimitNOFILE, `--ulimit nofile`), and restart it")
+        .command("ss -tn state established | head")
+}
+
+/// The failed connections of the running proxy.
+pub(super) struct FailedConnections;
+
+impl Check for FailedConnections {
+    fn info(&self) -> Info {
+        Info::proxy("proxy-failures", Category::Proxy)
+    }
+
+    fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
+        async move { Some(failures(&subject.status().await?.failures)) }.boxed_local()
+    }
+}
+
+fn failures(Failures { minutes, connections, .. }: &Failures) -> Finding {
+    let Some(first) = connections.first() else {
+        return Finding::ok(format!("no connection has failed in the last {minutes} minutes"));
+    };
+    let total: u64 = connections.iter().map(|failure| failure.count).sum();
+    let reasons = connections.iter().map(|failure| {
+        let Failure { reason, count, last } = failure;
+        let error = last.as_ref().and_then(|last| last.error.as_deref()).unwrap_or_default();
+        format!("{reason}: {count}; the last one: {error}")
+    });
+    let hint = first.last.as_ref().and_then(|last| last.hint.clone());
+    let finding = Finding::warning(format!(
+        "connections that failed in the last {minutes} minutes: {total}, most of them by {}",
+        first.reason
+    ));
+    Finding { hint, ..finding }
+        .details(reasons)
+        .command(format!("underpass connections --reason {}", first.reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_program_or_version_is_a_warning() {
+        let level = |same, reported| version(same, reported).level;
+        assert_eq!(level(Some(true), None), Level::Ok);
+        assert_eq!(level(None, Some(VERSION)), Level::Ok);
+        for (same, reported) in [(Some(false), None), (Some(false), Some(VERSION)), (None, None)] {
+            assert_eq!(level(same, reported), Level::Warning);
+        }
+        let other = version(Some(false), Some("9.9.9 (abc)"));
+        assert!(other.level == Level::Warning && other.message.contains("9.9.9"), "{other:?}");
+    }
+
+    #[test]
+    fn unready_proxy_is_a_failure_with_its_reason() {
+        assert_eq!(ready(7, "ready").level, Level::Ok);
+        let finding = ready(7, "not ready: out of file descriptors");
+        assert_eq!(finding.level, Level::Failure);
+        assert!(finding.message.ends_with("is not ready: out of file descriptors"));
+    }
+
+    #[test]
+    fn used_descriptors_are_compared_with_limit() {
+        let level = |used| descriptors(Usage { used, limit: 100 }).level;
+        assert_eq!([level(10), level(80), level(95)], [Level::Ok, Level::Warning, Level::Failure]);
+    }
+
+    #[test]
+    fn failures_are_named_by_reason() {
+        let none = failures(&Failures { minutes: 5, ..Failures::default() });
+        assert_eq!(none.level, Level::Ok);
+        let failure =
+            |reason: &str, count| Failure { reason: reason.to_owned(), count, last: None };
+        let connections = vec![failure("policy_denied", 3), failure("connect", 1)];
+        let some = failures(&Failures { minutes: 5, connections, ..Failures::default() });
+        assert!(
+            some.level == Level::Warning
+                && some.message.contains(": 4, most of them by policy_denied")
+        );
+        assert_eq!(some.details.len(), 2, "{some:?}");
+    }
+}
