@@ -1,9 +1,9 @@
 //! The DNS proxy of a pod, and the client that it shares with `decide::resolve`.
 //!
 //! ```text
-//! application ─ redirect → serve → service ┬ mesh      names of the mesh → addresses
-//!                                          ├ cache     stored responses, also stale ones
-//!                                          └ upstream  the pod's servers → exchange: sockets
+//! application ─ redirect → serve → service ┬ mesh  names of the mesh → addresses
+//!                                          └ forward ┬ cache     stored responses, also stale
+//!                                                    └ upstream  the pod's servers → exchange
 //! ```
 //!
 //! The proxy forwards other queries and their responses unchanged, except for the id, the TTLs of
@@ -12,6 +12,7 @@
 pub(crate) mod cache;
 pub(crate) mod exchange;
 pub(crate) mod failed_names;
+mod forward;
 mod hosts;
 pub(crate) mod lookup;
 mod mesh;
@@ -22,6 +23,7 @@ pub(crate) mod receive;
 mod report;
 mod resolv_conf;
 pub(crate) mod resolv_file;
+mod resolver_settings;
 mod response;
 mod serve;
 pub(crate) mod service;

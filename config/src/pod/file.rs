@@ -5,13 +5,17 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::error::ConfigErrors;
+use crate::pod::dns::{DnsPolicy, MAX_NAME_SERVERS, PodDns};
 use crate::pod::overlay::InterceptionOverlay;
 use crate::pod::uid::PodUid;
+use crate::settings::declare::name_server;
 use crate::settings::load::read_text;
 use crate::yaml::read::{Cursor, Problems};
 
-const KEYS: &[&str] = &["uid", "netns", "workload", "ips", "labels", "annotations", "interception"];
+const KEYS: &[&str] =
+    &["uid", "netns", "workload", "ips", "labels", "annotations", "interception", "dns"];
 const WORKLOAD_KEYS: &[&str] = &["name", "namespace", "serviceAccount"];
+const DNS_KEYS: &[&str] = &["nameservers", "search", "options"];
 
 /// One pod, described by a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +38,8 @@ pub struct PodFile {
     pub annotations: BTreeMap<String, String>,
     /// The pod's own interception settings.
     pub interception: Option<InterceptionOverlay>,
+    /// The pod's own resolver settings.
+    pub dns: PodDns,
 }
 
 impl PodFile {
@@ -66,6 +72,7 @@ fn read(root: Cursor<'_>) -> Option<PodFile> {
     let labels = texts(root.key("labels"));
     let annotations = texts(root.key("annotations"));
     let interception = root.key("interception").node().cloned().map(InterceptionOverlay::new);
+    let dns = dns(root.key("dns"));
     Some(PodFile {
         uid: uid?,
         netns: netns?,
@@ -76,6 +83,7 @@ fn read(root: Cursor<'_>) -> Option<PodFile> {
         labels,
         annotations,
         interception,
+        dns,
     })
 }
 
@@ -114,6 +122,34 @@ fn ips(cursor: Cursor<'_>) -> Option<Vec<IpAddr>> {
         return None;
     }
     Some(ips)
+}
+
+/// Reads the settings that the pod has instead of those of the node.
+fn dns(cursor: Cursor<'_>) -> PodDns {
+    if !cursor.is_given() {
+        return PodDns::default();
+    }
+    cursor.only(DNS_KEYS);
+    let servers = cursor.key("nameservers");
+    let nameservers = needed(servers).map(|servers| servers.list(name_server)).unwrap_or_default();
+    if servers.is_empty_list() || nameservers.len() > MAX_NAME_SERVERS {
+        servers.problem("must be 1 to 3 servers");
+    }
+    if nameservers.iter().any(IpAddr::is_loopback) {
+        servers.problem(
+            "must not be loopback addresses: the queries of a local resolver are captured",
+        );
+    }
+    let words = |key: &str| cursor.key(key).list(word);
+    let (search, options) = (words("search"), words("options"));
+    PodDns { policy: DnsPolicy::None, nameservers, search, options }
+}
+
+fn word(text: &str) -> Result<String, String> {
+    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err("must be a word of resolv.conf".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 fn texts(cursor: Cursor<'_>) -> BTreeMap<String, String> {

@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use crate::pod::dns::PodDns;
+
 /// The settings `dns`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DnsSettings {
@@ -12,4 +14,6 @@ pub struct DnsSettings {
     pub domain: String,
     /// The maximum number of queries of a pod to its servers per second; `None`: unlimited.
     pub queries_per_second: Option<u32>,
+    /// The pod's own resolver settings, if it is a pod of a node.
+    pub pod: PodDns,
 }

@@ -1,6 +1,7 @@
 //! The settings of a node daemon (`underpass node`).
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use super::Word;
@@ -21,6 +22,8 @@ pub struct NodeSettings {
     pub kubernetes: KubernetesWatch,
     /// The kubeconfig file with the address and the credential of the API server.
     pub kubeconfig: Option<PathBuf>,
+    /// The DNS servers of the cluster; empty means those of the node's file.
+    pub cluster_dns: Vec<IpAddr>,
     /// The folder in which container runtimes keep the results of CNI plugins.
     pub cni_results: PathBuf,
     /// The folders in which the daemon installs the CNI plugin and keeps it installed.

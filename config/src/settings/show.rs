@@ -201,7 +201,7 @@ mesh:
     name: underpass-x
     namespace: istio-system
 ";
-    const DIRECTORY: &str = "node: {probes: translate, pods: {directory: /run/pods}}\nworkload: {network: east}\nprivileges: {broker: off, user: 7}";
+    const DIRECTORY: &str = "node: {probes: translate, pods: {directory: /run/pods}, cluster_dns: [10.96.0.10]}\nworkload: {network: east}\nprivileges: {broker: off, user: 7}";
     const ALL: [&str; 7] = [SIDECAR, AMBIENT, OSM, SPIRE, ZDS, CNI, DIRECTORY];
 
     #[test]

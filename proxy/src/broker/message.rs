@@ -14,6 +14,7 @@ use underpass_interception::{Family, SocketKind, SocketRole};
 
 use crate::admin::api::status::Pod;
 use crate::admin::readiness::SourceReport;
+use crate::pods::facts::wire::WireDns;
 
 /// The maximum length of a message in bytes. The kernel's default limit, with overhead, is 212,992
 /// (`net.core.wmem_default`).
@@ -123,6 +124,8 @@ pub(crate) struct PodToStart {
     pub(crate) service_account: String,
     /// The interception settings as a settings file.
     pub(crate) interception: String,
+    /// The pod's resolver settings.
+    pub(crate) dns: WireDns,
     pub(crate) listeners: Vec<String>,
     /// Accept once the certificate is issued. Without one after this time the outcome is
     /// [`Outcome::CertificateLate`].

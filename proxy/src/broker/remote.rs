@@ -123,6 +123,7 @@ impl RemoteDataPlane {
             namespace: settings.workload.namespace.clone(),
             service_account: settings.workload.service_account.clone(),
             interception: settings.interception_text(),
+            dns: settings.dns.pod.clone().into(),
             listeners: names,
             certificate_within,
         });

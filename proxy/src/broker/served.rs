@@ -19,6 +19,7 @@ use crate::node::data_plane::{DataPlane, PodToServe, ServedPod};
 use crate::node::in_process::InProcess;
 use crate::node::pod_error::PodError;
 use crate::pods::enrolment::PodProblem;
+use crate::pods::facts::wire::InvalidFact;
 use crate::rules::self_test::Arrivals;
 use crate::traffic::listeners::Listeners;
 
@@ -108,12 +109,14 @@ impl CommandServer {
             namespace,
             service_account,
             interception,
+            dns: resolver,
             listeners,
             certificate_within,
         } = pod;
         let node = &self.settings;
         let settings = node.with_interception_text(&interception);
-        let settings = settings.map_err(|errors| errors.to_string())?;
+        let mut settings = settings.map_err(|errors| errors.to_string())?;
+        settings.dns.pod = resolver.try_into().map_err(|error: InvalidFact| error.to_string())?;
         let workload = node.workload.of_pod(&name, &namespace, &service_account);
         let workload = workload.map_err(|error| error.to_string())?;
         let settings = Arc::new(Settings { workload, ..settings });

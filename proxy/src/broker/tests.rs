@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tokio::sync::watch;
-use underpass_config::{PodUid, Settings, Sources};
+use underpass_config::{PodDns, PodUid, Settings, Sources};
 use underpass_hbone::{CertificateAuthority, Identity};
 use underpass_interception::{NamespaceAccess, SeqPacket};
 
@@ -157,6 +157,7 @@ fn facts(uid: PodUid) -> PodFacts {
         namespace_mode: None,
         probe_ports: None,
         interception: None,
+        dns: PodDns::default(),
     }
 }
 

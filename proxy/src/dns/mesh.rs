@@ -77,8 +77,8 @@ fn of_candidate(
     Some(Found { addresses: of_kind(addresses, pod, kind), alias })
 }
 
-/// The lookups on demand of a name, with those of a headless service for the name of its pod. None
-/// without lookups on demand.
+/// The lookups on demand of a name, of the wildcards for it, and of the headless service for the
+/// name of its pod. None without lookups on demand.
 pub(super) fn lookups(
     mesh: &Mesh,
     pod: &PodView,
@@ -90,12 +90,14 @@ pub(super) fn lookups(
         return Vec::new();
     }
     let mut lookups = Vec::new();
+    let mut add = |name: &str| lookups.extend(hostname(mesh, network, namespace, name));
     for Candidate { name, .. } in candidates(name, pod, search) {
-        lookups.extend(hostname(mesh, network, namespace, &name));
+        add(&name);
         let service = name.split_once('.').map(|(_, service)| service);
         if let Some(service) = service.filter(|name| kubernetes_namespace(name).is_some()) {
-            lookups.extend(hostname(mesh, network, namespace, service));
+            add(service);
         }
+        wildcards(&name).for_each(|wildcard| add(&wildcard));
     }
     lookups
 }
@@ -115,14 +117,16 @@ fn exact_or_wildcard<'a>(
     if let Some(service) = named(hostname) {
         return Some((service, false));
     }
+    wildcards(hostname).find_map(|wildcard| named(&wildcard)).map(|service| (&**service, true))
+}
+
+/// The wildcards that match a hostname, most specific first.
+fn wildcards(hostname: &str) -> impl Iterator<Item = String> {
     let mut rest = hostname;
-    while let Some((_, parent)) = rest.split_once('.') {
-        if let Some(service) = named(&format!("*.{parent}")) {
-            return Some((service, true));
-        }
-        rest = parent;
-    }
-    None
+    std::iter::from_fn(move || {
+        (_, rest) = rest.split_once('.')?;
+        Some(format!("*.{rest}"))
+    })
 }
 
 /// Whether the mesh has the addresses of a service. Of a service outside of Kubernetes without a

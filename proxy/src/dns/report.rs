@@ -84,7 +84,7 @@ impl Failure<'_> {
     fn hint(self) -> &'static str {
         match self {
             Self::Upstream(_) => {
-                "check the servers in dns.resolv_conf, and whether the pod reaches them"
+                "check the pod's DNS servers (resolv.conf), and whether the pod reaches them"
             }
             Self::Response => "check the servers of the pod, which answer SERVFAIL",
             Self::Lookup(error) => error.hint(),
@@ -92,7 +92,7 @@ impl Failure<'_> {
                 "look for an application that asks too much, or raise dns.queries_per_second"
             }
             Self::Outstanding | Self::Waiting => {
-                "look for slow servers in dns.resolv_conf, and for an application that asks too much"
+                "look for a slow DNS server, and for an application that asks too much"
             }
         }
     }

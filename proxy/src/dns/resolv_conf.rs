@@ -3,11 +3,12 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::Duration;
 
+use underpass_config::MAX_NAME_SERVERS;
+
 /// The port of DNS servers.
-const PORT: u16 = 53;
-/// The limits of glibc (resolv.h: `MAXNS`, `RES_MAXRETRANS`, `RES_MAXRETRY`), so that an
+pub(super) const PORT: u16 = 53;
+/// The limits of glibc (resolv.h: `RES_MAXRETRANS`, `RES_MAXRETRY`), so that an
 /// application waits no longer than without the proxy.
-const MAX_SERVERS: usize = 3;
 const MAX_TIMEOUT: u64 = 30;
 const MAX_ATTEMPTS: usize = 5;
 /// More than Kubernetes allows (32), so that none is ignored there.
@@ -52,11 +53,15 @@ impl ResolvConf {
         for line in text.lines() {
             let mut words = line.split_whitespace();
             match words.next() {
-                Some("nameserver") => settings.add_server(words.next().unwrap_or_default()),
+                Some("nameserver") => {
+                    if let Some(server) = words.next().and_then(server) {
+                        settings.add_server(server);
+                    }
+                }
                 // The last of several lines counts.
                 Some("search" | "domain") => {
-                    settings.search = words.map(search_domain).take(MAX_SEARCH).collect();
-                    settings.search.retain(|domain| !domain.is_empty());
+                    settings.search.clear();
+                    words.for_each(|domain| settings.add_search(domain));
                 }
                 Some("options") => words.for_each(|option| settings.set(option)),
                 _ => {}
@@ -65,31 +70,29 @@ impl ResolvConf {
         settings
     }
 
-    /// These settings for a pod of `namespace` in Kubernetes, which has a search path of its own.
-    pub(super) fn of_pod(&self, namespace: &str, domain: &str) -> Self {
-        let of_pod = [format!("{namespace}.svc.{domain}"), format!("svc.{domain}"), domain.into()];
-        // Those of the node follow, without those of the daemon's own namespace.
-        let svc = format!(".svc.{domain}");
-        let of_node =
-            self.search.iter().filter(|one| !one.ends_with(&svc) && !of_pod.contains(one));
-        let search = of_pod.iter().chain(of_node).cloned().collect();
-        Self { search, ..self.clone() }
-    }
-
     /// Whether every server is on the loopback interface.
     pub(super) fn is_loopback_only(&self) -> bool {
         !self.servers.is_empty() && self.servers.iter().all(|server| server.ip().is_loopback())
     }
 
-    fn add_server(&mut self, text: &str) {
-        if self.servers.len() < MAX_SERVERS
-            && let Some(server) = server(text)
-        {
+    /// Adds a server after the others, unless there are enough.
+    pub(super) fn add_server(&mut self, server: SocketAddr) {
+        if self.servers.len() < MAX_NAME_SERVERS && !self.servers.contains(&server) {
             self.servers.push(server);
         }
     }
 
-    fn set(&mut self, option: &str) {
+    /// Adds a domain to the end of the search path.
+    pub(super) fn add_search(&mut self, domain: &str) {
+        let domain = domain.trim_end_matches('.').to_ascii_lowercase();
+        let is_new = !domain.is_empty() && !self.search.contains(&domain);
+        if is_new && self.search.len() < MAX_SEARCH {
+            self.search.push(domain);
+        }
+    }
+
+    /// Sets an option, such as `timeout:1`. Ignores those of other programs.
+    pub(super) fn set(&mut self, option: &str) {
         let (name, value) = option.split_once(':').unwrap_or((option, ""));
         match (name, value.parse::<usize>()) {
             ("timeout", Ok(seconds)) => {
@@ -102,10 +105,6 @@ impl ResolvConf {
             _ => {}
         }
     }
-}
-
-fn search_domain(text: &str) -> String {
-    text.trim_end_matches('.').to_ascii_lowercase()
 }
 
 /// The address of a server. A link-local address may have the index of an interface as its scope.
@@ -147,15 +146,5 @@ mod tests {
         assert_eq!(read, expected);
         let long = ResolvConf::read("options timeout:4000000000");
         assert_eq!(long.timeout, Duration::from_secs(30));
-    }
-
-    #[test]
-    fn pod_of_a_node_has_search_path_of_its_namespace() {
-        let node = ResolvConf::read(
-            "search istio-system.svc.cluster.local svc.cluster.local cluster.local example.com",
-        );
-        let expected =
-            ["ns1.svc.cluster.local", "svc.cluster.local", "cluster.local", "example.com"];
-        assert_eq!(node.of_pod("ns1", "cluster.local").search, expected);
     }
 }

@@ -13,8 +13,9 @@ use tokio_util::sync::CancellationToken;
 use underpass_hbone::log_panic;
 use underpass_interception::Listener;
 
+use super::forward::Reply;
 use super::response::Transport;
-use super::service::{DnsService, Reply};
+use super::service::DnsService;
 use crate::node::pod::Pod;
 
 /// The maximum length of a query. Names have at most 255 bytes; the rest is for options and

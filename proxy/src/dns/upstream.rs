@@ -46,7 +46,7 @@ pub(crate) trait Exchange: fmt::Debug + Send + Sync {
 /// Why no server has answered.
 #[derive(Debug, Clone, Error)]
 pub(crate) enum UpstreamError {
-    #[error("no server: resolv.conf names none")]
+    #[error("the pod has no DNS server")]
     NoServer,
     #[error("no answer within {} s from {}", after.as_secs_f32(), list(servers))]
     Timeout { servers: Vec<SocketAddr>, after: Duration },

@@ -267,6 +267,7 @@ impl From<PodFile> for KnownPod {
             namespace_mode: None,
             probe_ports: None,
             interception: file.interception,
+            dns: file.dns,
         };
         Self { uid, netns, facts, added: None, error: None }
     }

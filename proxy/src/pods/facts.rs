@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use thiserror::Error;
-use underpass_config::{ConfigErrors, InterceptionOverlay, PodUid, SpiffeError};
+use underpass_config::{ConfigErrors, InterceptionOverlay, PodDns, PodUid, SpiffeError};
 
 /// In bytes, as for a Kubernetes object name.
 const MAX_NAME_BYTES: usize = 253;
@@ -28,6 +28,8 @@ pub(crate) struct PodFacts {
     pub(crate) probe_ports: Option<BTreeSet<u16>>,
     /// The pod's own interception settings, which only a file of the pod directory has.
     pub(crate) interception: Option<InterceptionOverlay>,
+    /// The pod's resolver settings.
+    pub(crate) dns: PodDns,
 }
 
 /// The reason why facts are invalid. Missing facts are never guessed.
@@ -118,6 +120,7 @@ pub(crate) mod tests {
             namespace_mode: None,
             probe_ports: None,
             interception: None,
+            dns: PodDns::default(),
         }
     }
 

@@ -24,6 +24,7 @@ pub(crate) fn pod_settings(node: &Settings, facts: &PodFacts) -> Result<PodSetti
     let settings = node.with_interception(&overlays).map_err(FactsError::Interception)?;
     let (mut settings, workload) = (settings, workload(&node.workload, facts)?);
     narrow_probes(&mut settings, facts);
+    settings.dns.pod = facts.dns.clone();
     Ok(PodSettings::Enrolled(Box::new(Settings { workload, ..settings })))
 }
 

@@ -16,6 +16,7 @@ annotations:
     lines
 interception:
   outbound: {exclude_ports: [443]}
+dns: {nameservers: [10.0.0.53, "fd00::53"], search: [shop.example], options: [timeout:1]}
 "#;
 
 fn mistakes(text: &str) -> Vec<String> {
@@ -33,6 +34,8 @@ fn parses_every_key() {
     assert_eq!(file.labels["empty"], "");
     assert_eq!(file.annotations["note"], "two\nlines\n");
     assert!(file.interception.is_some());
+    assert_eq!((file.dns.policy, file.dns.nameservers.len()), (DnsPolicy::None, 2));
+    assert_eq!((&*file.dns.search[0], &*file.dns.options[0]), ("shop.example", "timeout:1"));
 }
 
 #[test]
@@ -41,6 +44,7 @@ fn optional_keys_may_be_absent() {
         workload: {name: a, namespace: b, serviceAccount: c}";
     let file = PodFile::parse("a.yaml", file).unwrap();
     assert!(file.labels.is_empty() && file.annotations.is_empty() && file.interception.is_none());
+    assert_eq!(file.dns, PodDns::default());
 }
 
 #[test]
@@ -58,7 +62,8 @@ fn reports_every_missing_key_at_once() {
 fn reports_every_mistake_with_its_place() {
     let found = mistakes(
         "uid: a/b\nnetns: run/a\nips: [10.0.0.1, x]\nlabel: {}\nlabels: {a: [1]}\n\
-         workload: {name: '', namespace: b, serviceaccount: c}",
+         workload: {name: '', namespace: b, serviceaccount: c}\n\
+         dns: {nameservers: [x, 127.0.0.1], search: ['a b'], domain: a}",
     );
     for part in [
         "a.yaml:1:6: uid: \"a/b\"",
@@ -69,6 +74,10 @@ fn reports_every_mistake_with_its_place() {
         "workload.name: \"\": must not be empty",
         "workload.serviceaccount: \"c\": no such key",
         "workload.serviceAccount: is missing",
+        "dns.nameservers[0]: \"x\"",
+        "dns.nameservers: must not be loopback addresses",
+        "dns.search[0]: \"a b\"",
+        "dns.domain: \"a\": no such key",
     ] {
         assert!(found.iter().any(|one| one.contains(part)), "{part}: {found:#?}");
     }

@@ -1,7 +1,7 @@
 //! The types that several settings share.
 
 use std::hash::Hash;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -102,6 +102,9 @@ pub(crate) const DURATION_OR_OFF: Kind<Option<Duration>> = Kind {
 
 pub(crate) const CIDRS: Kind<Vec<IpNet>> =
     list("list of CIDRs", |cursor, _| given_list(cursor, cidr));
+
+pub(crate) const NAME_SERVERS: Kind<Vec<IpAddr>> =
+    list("list of addresses", |cursor, _| given_list(cursor, name_server));
 
 pub(crate) const PORTS: Kind<Vec<PortRange>> =
     list("list of ports", |cursor, _| given_list(cursor, port_range));
@@ -207,6 +210,11 @@ pub(crate) fn cidr(text: &str) -> Result<IpNet, String> {
     crate::cidr::parse(text).ok_or_else(|| {
         "must be an address or a CIDR, such as 10.0.0.0/8, 10.1.2.3 or fd00::/8".to_owned()
     })
+}
+
+pub(crate) fn name_server(text: &str) -> Result<IpAddr, String> {
+    let address = text.parse::<IpAddr>().map(|address| address.to_canonical());
+    address.map_err(|_| "must be the address of a DNS server, such as 10.96.0.10".to_owned())
 }
 
 pub(crate) fn port_range(text: &str) -> Result<PortRange, String> {

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use crate::pod::dns::PodDns;
 use crate::settings::DnsSettings;
 use crate::settings::declare::{Document, Fallback, Kind, PATH, RATE_OR_OFF, Written, settings};
 
 settings! {
     /// the file with the DNS servers, in the format of resolv.conf(5), for names that the mesh does
-    /// not know and for workloads with a `hostname`; `underpass node`: for all pods, with the
-    /// search path of each pod's namespace
+    /// not know and for workloads with a `hostname`; `underpass node`: the file of the node, from
+    /// which those of its pods follow
     RESOLV_CONF: PathBuf = "dns.resolv_conf", PATH,
         Fallback::Is(|| PathBuf::from("/etc/resolv.conf")), |s| Some(s.dns.resolv_conf.clone());
     /// the domain of Kubernetes services
@@ -45,6 +46,7 @@ pub(super) fn dns(document: Document<'_>) -> Option<DnsSettings> {
         resolv_conf: RESOLV_CONF.read(document)?,
         domain: DOMAIN.read(document)?,
         queries_per_second: QUERIES_PER_SECOND.read(document)?,
+        pod: PodDns::default(),
     })
 }
 

@@ -6,8 +6,8 @@ use std::str::FromStr;
 use ipnet::{IpNet, Ipv4Net};
 
 use crate::settings::declare::{
-    CIDRS, Declared, Document, FLAG, Fallback, Files, Kind, PORTS, Written, cidr, given_included,
-    given_list, included, list, port_range, settings, word,
+    CIDRS, Declared, Document, FLAG, Fallback, Files, Kind, NAME_SERVERS, PORTS, Written, cidr,
+    given_included, given_list, included, list, port_range, settings, word,
 };
 use crate::settings::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
@@ -115,7 +115,7 @@ settings! {
         Fallback::Is(|| Dns::Off), |s| Some(s.interception.dns);
     /// with `dns: capture`: only queries to these servers are captured
     DNS_SERVERS: Vec<IpAddr> = "interception.dns_servers",
-        list("list of addresses", |cursor, _| given_list(cursor, server)),
+        NAME_SERVERS,
         Fallback::Called(Vec::new, "all"), |s| Some(s.interception.dns_servers.clone());
     /// drop packets that belong to no connection (conntrack's `INVALID`), which could otherwise
     /// reset one
@@ -351,11 +351,6 @@ fn gid(text: &str) -> Result<u32, String> {
 
 fn id(text: &str) -> Option<u32> {
     number(text).filter(|id| *id != NO_ID)
-}
-
-fn server(text: &str) -> Result<IpAddr, String> {
-    let address = text.parse::<IpAddr>().map(|address| address.to_canonical());
-    address.map_err(|_| "must be the address of a DNS server, such as 10.96.0.10".to_owned())
 }
 
 fn loopback(cursor: Cursor<'_>, _: Files<'_>) -> Option<Ipv4Net> {

@@ -1,10 +1,12 @@
 //! The settings `node`, and the settings that a node daemon refuses.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::error::Reason;
+use crate::pod::dns::MAX_NAME_SERVERS;
 use crate::settings::declare::{
-    Declared, Document, Fallback, Kind, PATH, TEXT, given_list, list, settings, word,
+    Declared, Document, Fallback, Kind, NAME_SERVERS, PATH, TEXT, given_list, list, settings, word,
 };
 use crate::settings::{
     CniInstallSettings, IdentitySettings, InterceptionSettings, KubeletProbes, KubernetesWatch,
@@ -58,6 +60,11 @@ settings! {
     KUBECONFIG: PathBuf = "node.kubeconfig", PATH,
         Fallback::Varies("none: the service account of the daemon's pod"),
         |s| s.node.kubeconfig.clone();
+    /// the DNS servers of the cluster (`clusterDNS` of the kubelet), for pods with the policy
+    /// `ClusterFirst`; their domain is `dns.domain`
+    CLUSTER_DNS: Vec<IpAddr> = "node.cluster_dns", NAME_SERVERS,
+        Fallback::Called(Vec::new, "those of `dns.resolv_conf`"),
+        |s| Some(s.node.cluster_dns.clone());
 }
 
 const NAME_OF_NODE: Kind<String> = Kind {
@@ -125,6 +132,13 @@ pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
     if kubeconfig.is_some() && name.is_none() {
         NAME.problem(document, "is missing: node.kubeconfig needs the name of this node");
     }
+    let cluster_dns = CLUSTER_DNS.read(document)?;
+    if !cluster_dns.is_empty() && pods.is_none() {
+        CLUSTER_DNS.problem(document, "has an effect only with node.pods");
+    }
+    if cluster_dns.len() > MAX_NAME_SERVERS {
+        CLUSTER_DNS.problem(document, "has more servers than resolvers ask, which is 3");
+    }
     Some(NodeSettings {
         name,
         pods,
@@ -132,6 +146,7 @@ pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
         probes,
         kubernetes,
         kubeconfig,
+        cluster_dns,
         cni_results,
         cni_install,
     })

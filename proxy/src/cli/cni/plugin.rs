@@ -158,6 +158,7 @@ fn pod(environment: &Environment, config: &Config<'_>) -> Result<AttachedPod, Pl
         network: config.network()?,
         pod: pod_reference(environment, config, &attachment)?,
         addresses: previous_result::addresses(previous)?,
+        dns: previous_result::dns(previous),
         namespace_path: environment.namespace()?.to_string_lossy().into_owned(),
         attachment,
     })

@@ -1,13 +1,15 @@
-//! The pod's addresses according to the result of the previous plugin.
+//! The pod's addresses and resolver settings according to the result of the previous plugin.
 //!
-//! The plugin passes the result on unchanged, and reads only the addresses of interfaces inside the
-//! pod. A result also lists interfaces of the host, such as the bridge.
+//! The plugin passes the result on unchanged. A result also lists interfaces of the host, such as
+//! the bridge; the addresses are those of interfaces inside the pod.
 
 use std::net::IpAddr;
 
 use serde_json::Value;
+use underpass_config::{DnsPolicy, MAX_NAME_SERVERS, PodDns};
 
 use super::plugin_error::PluginError;
+use crate::pods::cni::protocol::dns_fits_line;
 
 /// The hint for an unusable result.
 const NO_ADDRESS_HINT: &str = "the plugin before underpass-cni must report an address of an interface inside the pod; the runtime tries again";
@@ -35,6 +37,35 @@ pub(super) fn addresses(result: &str) -> Result<Vec<IpAddr>, PluginError> {
         return Err(PluginError::Fact { message, hint: NO_ADDRESS_HINT });
     }
     Ok(addresses)
+}
+
+/// The resolver settings, if the result names servers. A search path and options that do not fit a
+/// message are left out.
+pub(super) fn dns(result: &str) -> Option<PodDns> {
+    let result: Value = serde_json::from_str(result).ok()?;
+    let dns = result.get("dns")?;
+    let list = |key: &str| dns.get(key).and_then(Value::as_array).into_iter().flatten();
+    let words = |key: &str| -> Vec<_> { list(key).filter_map(word).collect() };
+    let servers = list("nameservers").filter_map(|server| server.as_str()?.parse().ok());
+    let nameservers: Vec<_> = servers.take(MAX_NAME_SERVERS).collect();
+    let (mut search, options) = (words("search"), words("options"));
+    if search.is_empty() {
+        // As in resolv.conf(5), one of the two counts.
+        search.extend(dns.get("domain").and_then(word));
+    }
+    let dns = PodDns { policy: DnsPolicy::None, nameservers, search, options };
+    match () {
+        () if dns.nameservers.is_empty() => None,
+        () if dns_fits_line(&dns) => Some(dns),
+        () => Some(PodDns { search: Vec::new(), options: Vec::new(), ..dns }),
+    }
+}
+
+/// A domain or an option of resolv.conf(5), whose characters JSON does not escape.
+fn word(value: &Value) -> Option<String> {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || b"._-:".contains(&c);
+    let text = value.as_str()?;
+    (!text.is_empty() && text.bytes().all(allowed)).then(|| text.to_owned())
 }
 
 fn list<'a>(result: &'a Value, key: &str) -> Result<&'a [Value], PluginError> {
@@ -110,6 +141,33 @@ mod tests {
         assert_eq!(read(&old).unwrap(), ["fd00::5"]);
         let bare = json!({"ips": [{"address": "10.0.0.1/32"}, {"address": "10.0.0.1/24"}]});
         assert_eq!(read(&bare).unwrap(), ["10.0.0.1"]);
+    }
+
+    #[test]
+    fn resolver_settings_are_those_of_a_result_that_names_servers() {
+        use serde_json::json;
+        let read = |dns: &Value| dns_of(&json!({"dns": dns}));
+        let full = json!({
+            "nameservers": ["10.0.0.53", "x", "fd00::53", "10.0.0.54", "10.0.0.55"],
+            "domain": "ignored.example", "search": ["a.example", "b c"], "options": ["timeout:1"],
+        });
+        let dns = read(&full).unwrap();
+        assert_eq!((dns.policy, dns.nameservers.len()), (DnsPolicy::None, MAX_NAME_SERVERS));
+        assert_eq!((&*dns.search.join(" "), &*dns.options.join(" ")), ("a.example", "timeout:1"));
+        let dns = read(&json!({"nameservers": ["10.0.0.53"], "domain": "a.example"})).unwrap();
+        assert_eq!(dns.search, ["a.example"]);
+        let long = json!({"nameservers": ["10.0.0.53"], "search": ["a".repeat(600)]});
+        let dns = read(&long).unwrap();
+        assert_eq!((dns.nameservers.len(), dns.search.len()), (1, 0));
+        for without_servers in [json!({}), json!({"search": ["a.example"]}), json!([]), json!(null)]
+        {
+            assert_eq!(read(&without_servers), None, "{without_servers}");
+        }
+        assert_eq!(dns_of(&json!({})), None);
+    }
+
+    fn dns_of(result: &Value) -> Option<PodDns> {
+        dns(&result.to_string())
     }
 
     #[test]

@@ -112,6 +112,8 @@ fn names_of_ztunnels_tests_have_the_same_answers() {
         ("example.ns2", "[10.10.10.10]"),
         ("example.ns2.svc", "[10.10.10.10]"),
         ("example.ns2.svc.cluster.local", "[10.10.10.10]"),
+        ("example.ns2.svc.cluster", "forwarded"),
+        ("example.ns2.not-svc", "forwarded"),
         ("example", "forwarded"),
         ("details.ns2.svc.cluster.remote", "[11.11.11.11, 12.12.12.12]"),
         ("details.ns2", "forwarded"),

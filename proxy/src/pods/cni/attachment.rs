@@ -6,7 +6,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use thiserror::Error;
-use underpass_config::PodUid;
+use underpass_config::{PodDns, PodUid};
 
 /// In bytes. Runtimes use 64.
 pub(crate) const MAX_CONTAINER_ID_BYTES: usize = 200;
@@ -123,6 +123,8 @@ pub(crate) struct AttachedPod {
     pub(crate) addresses: Vec<IpAddr>,
     /// The file of the pod's network namespace, through which a restarted daemon opens it again.
     pub(crate) namespace_path: String,
+    /// The resolver settings in the result of the previous plugin, if it names servers.
+    pub(crate) dns: Option<PodDns>,
 }
 
 /// Whether CNI allows the text as a container id or a network name.

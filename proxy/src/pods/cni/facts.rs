@@ -211,6 +211,7 @@ impl FactFinder {
             namespace_mode: None,
             probe_ports: None,
             interception: None,
+            dns: attached.dns.clone().unwrap_or_default(),
         })
     }
 }
@@ -257,6 +258,7 @@ pub(in crate::pods::cni) fn facts_of(
         namespace_mode: mode.map(str::to_owned),
         probe_ports: Some(pod.probe_ports.clone()),
         interception: None,
+        dns: pod.dns.clone(),
     })
 }
 

@@ -16,10 +16,11 @@ use std::net::IpAddr;
 use serde::Deserialize as _;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
+use underpass_config::{MAX_NAME_SERVERS, PodDns};
 
 use super::attachment::{AttachedPod, Attachment, InvalidName, NetworkName, PodReference};
 use crate::pods::facts::PodFacts;
-use crate::pods::facts::wire::{InvalidFact, WireFacts};
+use crate::pods::facts::wire::{InvalidFact, WireDns, WireFacts};
 
 const VERSION: u64 = 1;
 /// The maximum number of addresses of a pod.
@@ -28,6 +29,8 @@ const MAX_ADDRESSES: usize = 16;
 const MAX_PATH_BYTES: usize = 1024;
 /// In bytes, for the texts of a refusal, so that a message fits its line.
 const MAX_TEXT_BYTES: usize = 900;
+/// In bytes, for the search path and the options of a resolver, so that a message fits its line.
+const MAX_DNS_BYTES: usize = 512;
 /// The number of attachments that fit one line, whatever their length.
 pub(crate) const ATTACHMENTS_PER_LINE: usize = 12;
 
@@ -211,7 +214,7 @@ fn add_version(message: &mut Value) {
 }
 
 fn encode_pod(command: &str, pod: &AttachedPod) -> Value {
-    let AttachedPod { attachment, network, pod, addresses, namespace_path } = pod;
+    let AttachedPod { attachment, network, pod, addresses, namespace_path, dns } = pod;
     json!({
         "command": command,
         "container": attachment.container(),
@@ -220,6 +223,7 @@ fn encode_pod(command: &str, pod: &AttachedPod) -> Value {
         "pod": { "namespace": pod.namespace, "name": pod.name, "uid": pod.uid.as_str() },
         "addresses": addresses,
         "namespace_path": namespace_path,
+        "dns": dns.clone().map(WireDns::from),
     })
 }
 
@@ -249,7 +253,25 @@ fn decode_pod(message: &Map<String, Value>) -> Result<AttachedPod, ProtocolError
         pod: PodReference::new(text(pod, "namespace")?, text(pod, "name")?, text(pod, "uid")?)?,
         addresses: decode_addresses(message)?,
         namespace_path: path.to_owned(),
+        dns: decode_dns(message)?,
     })
+}
+
+fn decode_dns(message: &Map<String, Value>) -> Result<Option<PodDns>, ProtocolError> {
+    let dns = message.get("dns").cloned().unwrap_or_default();
+    let dns = Option::<WireDns>::deserialize(dns)?.map(PodDns::try_from).transpose()?;
+    match dns {
+        Some(dns) if !dns_fits_line(&dns) => Err(ProtocolError::Field("dns")),
+        dns => Ok(dns),
+    }
+}
+
+/// Whether resolver settings fit a message.
+pub(crate) fn dns_fits_line(dns: &PodDns) -> bool {
+    let words = dns.search.iter().chain(&dns.options);
+    // With quotes and a comma.
+    let bytes: usize = words.map(|word| word.len() + 3).sum();
+    dns.nameservers.len() <= MAX_NAME_SERVERS && bytes <= MAX_DNS_BYTES
 }
 
 fn decode_addresses(message: &Map<String, Value>) -> Result<Vec<IpAddr>, ProtocolError> {

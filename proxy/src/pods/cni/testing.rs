@@ -47,6 +47,7 @@ pub(super) fn attached(name: &str, addresses: &[&str]) -> AttachedPod {
         pod: PodReference::new("shop", name, &format!("uid-of-{name}")).unwrap(),
         addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
         namespace_path: namespace_path("uts"),
+        dns: None,
     }
 }
 

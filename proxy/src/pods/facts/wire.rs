@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use underpass_config::InterceptionOverlay;
+use underpass_config::{DnsPolicy, InterceptionOverlay, PodDns};
 
 use super::PodFacts;
 
@@ -24,9 +24,21 @@ pub(crate) struct WireFacts {
     probe_ports: Option<BTreeSet<u16>>,
     /// A YAML document on one line.
     interception: Option<String>,
+    /// `None` for the default.
+    dns: Option<WireDns>,
 }
 
-/// Facts whose `uid` or `interception` is invalid.
+/// Resolver settings that are written, or that were read and not checked yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireDns {
+    policy: String,
+    nameservers: Vec<IpAddr>,
+    search: Vec<String>,
+    options: Vec<String>,
+}
+
+/// Facts of which one is invalid.
 #[derive(Debug, Error)]
 #[error("the facts have no valid `{0}`")]
 pub(crate) struct InvalidFact(&'static str);
@@ -45,6 +57,7 @@ impl From<&PodFacts> for WireFacts {
             namespace_mode: facts.namespace_mode,
             probe_ports: facts.probe_ports,
             interception: facts.interception.map(|overlay| overlay.to_string()),
+            dns: (facts.dns != PodDns::default()).then(|| facts.dns.into()),
         }
     }
 }
@@ -66,6 +79,23 @@ impl TryFrom<WireFacts> for PodFacts {
             namespace_mode: wire.namespace_mode,
             probe_ports: wire.probe_ports,
             interception: interception.map_err(|_| InvalidFact("interception"))?,
+            dns: wire.dns.map(PodDns::try_from).transpose()?.unwrap_or_default(),
         })
+    }
+}
+
+impl From<PodDns> for WireDns {
+    fn from(PodDns { policy, nameservers, search, options }: PodDns) -> Self {
+        Self { policy: policy.as_str().to_owned(), nameservers, search, options }
+    }
+}
+
+impl TryFrom<WireDns> for PodDns {
+    type Error = InvalidFact;
+
+    fn try_from(wire: WireDns) -> Result<Self, InvalidFact> {
+        let WireDns { policy, nameservers, search, options } = wire;
+        let policy = DnsPolicy::of_name(&policy).ok_or(InvalidFact("dns"))?;
+        Ok(Self { policy, nameservers, search, options })
     }
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde_json::{Map, Value};
 use thiserror::Error;
-use underpass_config::PodUid;
+use underpass_config::{DnsPolicy, PodDns, PodUid};
 
 use crate::pods::annotations::DATAPLANE_MODE;
 
@@ -31,6 +31,7 @@ pub(crate) struct ClusterPod {
     pub(crate) annotations: BTreeMap<String, String>,
     /// The ports to which the kubelet connects.
     pub(crate) probe_ports: BTreeSet<u16>,
+    pub(crate) dns: PodDns,
     pub(crate) host_network: bool,
     /// The addresses of the pod's last sandbox; empty before the first one.
     pub(crate) addresses: Vec<IpAddr>,
@@ -72,6 +73,7 @@ impl ClusterPod {
             labels: of_istio(object.pointer("/metadata/labels")),
             annotations: of_istio(annotations),
             probe_ports: containers(object, "/spec").flat_map(probe_ports).collect(),
+            dns: dns(object),
             host_network: object.pointer("/spec/hostNetwork") == Some(&Value::Bool(true)),
             addresses: addresses(object),
             is_running: is_running(object),
@@ -168,6 +170,33 @@ fn named_port(container: &Map<String, Value>, name: &str) -> Option<u64> {
     named.get("containerPort")?.as_u64()
 }
 
+/// The resolver settings. The API server has checked them.
+fn dns(object: &Value) -> PodDns {
+    let config = object.pointer("/spec/dnsConfig");
+    let list = |key: &str| {
+        let list = config.and_then(|config| config.get(key)?.as_array());
+        list.into_iter().flatten()
+    };
+    let option = |option: &Value| {
+        let name = option.get("name")?.as_str()?;
+        match option.get("value").and_then(Value::as_str) {
+            Some(value) => Some(format!("{name}:{value}")),
+            None => Some(name.to_owned()),
+        }
+    };
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let policy = object.pointer("/spec/dnsPolicy").and_then(Value::as_str);
+    PodDns {
+        // `ClusterFirstWithHostNet` means the same as the default.
+        policy: policy.and_then(DnsPolicy::of_name).unwrap_or_default(),
+        nameservers: list("nameservers")
+            .filter_map(|server| server.as_str()?.parse().ok())
+            .collect(),
+        search: list("searches").filter_map(text).collect(),
+        options: list("options").filter_map(option).collect(),
+    }
+}
+
 fn addresses(object: &Value) -> Vec<IpAddr> {
     let list = object.pointer("/status/podIPs").and_then(Value::as_array);
     let several = list.into_iter().flatten().filter_map(|entry| text(entry, "/ip"));
@@ -231,6 +260,26 @@ mod tests {
         });
         let ports = ClusterPod::parse(&object).unwrap().probe_ports;
         assert_eq!(ports, BTreeSet::from([8080, 8081, 9000, 9001]));
+    }
+
+    #[test]
+    fn pod_has_the_resolver_settings_of_its_specification() {
+        assert_eq!(ClusterPod::parse(&pod("web")).unwrap().dns, PodDns::default());
+        let mut object = pod("web");
+        object["spec"]["dnsPolicy"] = json!("None");
+        object["spec"]["dnsConfig"] = json!({
+            "nameservers": ["198.51.100.1", "fd00::1", "x"],
+            "searches": ["a.example"],
+            "options": [{"name": "timeout", "value": "1"}, {"name": "rotate"}, {}],
+        });
+        let dns = ClusterPod::parse(&object).unwrap().dns;
+        assert_eq!((dns.policy, dns.nameservers.len()), (DnsPolicy::None, 2));
+        assert_eq!(
+            (dns.search, dns.options),
+            (vec!["a.example".to_owned()], vec!["timeout:1".to_owned(), "rotate".to_owned()])
+        );
+        object["spec"]["dnsPolicy"] = json!("ClusterFirstWithHostNet");
+        assert_eq!(ClusterPod::parse(&object).unwrap().dns.policy, DnsPolicy::ClusterFirst);
     }
 
     #[test]

@@ -6,6 +6,8 @@
 //!        └─────────────────────────────┘
 //! ```
 
+use std::sync::Arc;
+
 use serde_json::Value;
 use thiserror::Error;
 
@@ -145,7 +147,7 @@ fn listing() -> Position {
 
 fn parse(kind: Kind, object: &Value) -> Result<Object, MalformedObject> {
     match kind {
-        Kind::Pods => ClusterPod::parse(object).map(Object::Pod),
+        Kind::Pods => ClusterPod::parse(object).map(Arc::new).map(Object::Pod),
         Kind::Namespaces => ClusterNamespace::parse(object).map(Object::Namespace),
     }
 }

@@ -1,5 +1,7 @@
 //! Objects of Kubernetes for tests.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
@@ -8,7 +10,7 @@ use super::view::{ClusterView, Kind, Object};
 
 /// Replaces the pods and the namespaces of a cluster.
 pub(crate) fn cluster(view: &watch::Sender<ClusterView>, pods: &[Value], namespaces: &[Value]) {
-    let pod = |object| Object::Pod(ClusterPod::parse(object).unwrap());
+    let pod = |object| Object::Pod(Arc::new(ClusterPod::parse(object).unwrap()));
     let namespace = |object| Object::Namespace(ClusterNamespace::parse(object).unwrap());
     view.send_modify(|view| {
         view.replace(Kind::Pods, pods.iter().map(pod).collect());

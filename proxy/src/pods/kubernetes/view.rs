@@ -27,7 +27,7 @@ pub(crate) enum Kind {
 /// An object of one of the kinds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Object {
-    Pod(ClusterPod),
+    Pod(Arc<ClusterPod>),
     Namespace(ClusterNamespace),
 }
 
@@ -94,9 +94,9 @@ impl ClusterView {
                     // An annotation with the uid of another pod must not replace that pod.
                     return false;
                 }
-                let is_new = known.is_none_or(|known| **known != pod);
+                let is_new = known.is_none_or(|known| *known != pod);
                 if is_new {
-                    pods.insert(pod.uid.clone(), Arc::new(pod));
+                    pods.insert(pod.uid.clone(), pod);
                 }
                 is_new
             }

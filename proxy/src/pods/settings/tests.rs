@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use underpass_config::{Dns, PortRange};
+use underpass_config::{Dns, PodDns, PortRange};
 
 use super::*;
 use crate::pods::facts::tests::facts;
@@ -37,6 +37,13 @@ fn error_of(pod: &PodFacts) -> String {
 
 fn ports<const N: usize>(ports: [u16; N]) -> Vec<PortRange> {
     ports.map(PortRange::from).into()
+}
+
+#[test]
+fn resolver_settings_are_those_of_the_pod() {
+    let dns = PodDns { search: vec!["a.example".to_owned()], ..PodDns::default() };
+    let pod = PodFacts { dns: dns.clone(), ..facts() };
+    assert_eq!(enrolled("dns: {domain: cluster.example}", &pod).dns.pod, dns);
 }
 
 #[test]

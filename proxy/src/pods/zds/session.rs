@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use prost::{DecodeError, Message as _};
 use serde_json::json;
 use thiserror::Error;
-use underpass_config::{PodUid, PodUidError};
+use underpass_config::{PodDns, PodUid, PodUidError};
 
 use crate::pods::facts::{FactsError, PodFacts};
 #[cfg(any(test, feature = "fuzz"))]
@@ -190,6 +190,7 @@ fn facts(uid: PodUid, info: WorkloadInfo) -> PodFacts {
         namespace_mode: None,
         probe_ports: None,
         interception: None,
+        dns: PodDns::default(),
     }
 }
 

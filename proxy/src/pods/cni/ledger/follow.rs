@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
-use underpass_config::{Hint as _, PodUid, next_multiple};
+use underpass_config::{Hint as _, PodDns, PodUid, next_multiple};
 
 use super::{Entry, Ledger, Progress};
 use crate::error::chain;
@@ -222,5 +222,6 @@ fn names(pod: PodReference) -> PodFacts {
         namespace_mode: None,
         probe_ports: None,
         interception: None,
+        dns: PodDns::default(),
     }
 }

@@ -1,7 +1,9 @@
 //! Tests of the messages between plugin and daemon.
 
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::*;
+use underpass_config::DnsPolicy;
 
 use super::*;
 
@@ -21,9 +23,20 @@ fn pod() -> impl Strategy<Value = Box<AttachedPod>> {
     let reference = ("[!-.0-~]{1,253}", "[!-.0-~]{1,253}", "[!-.0-~]{1,253}")
         .prop_map(|(namespace, name, uid)| PodReference::new(&namespace, &name, &uid).unwrap());
     let path = "/[ -~]{0,200}";
-    (attachment(), network(), reference, vec(any::<IpAddr>(), 0..=MAX_ADDRESSES), path).prop_map(
-        |(attachment, network, pod, addresses, namespace_path)| {
-            Box::new(AttachedPod { attachment, network, pod, addresses, namespace_path })
+    let addresses = vec(any::<IpAddr>(), 0..=MAX_ADDRESSES);
+    (attachment(), network(), reference, addresses, path, option::of(dns())).prop_map(
+        |(attachment, network, pod, addresses, namespace_path, dns)| {
+            Box::new(AttachedPod { attachment, network, pod, addresses, namespace_path, dns })
+        },
+    )
+}
+
+fn dns() -> impl Strategy<Value = PodDns> {
+    let words = || vec("[a-z0-9._:-]{1,61}", 0..=4);
+    (vec(any::<IpAddr>(), 1..=MAX_NAME_SERVERS), words(), words()).prop_map(
+        |(nameservers, search, options)| {
+            let policy = DnsPolicy::None;
+            PodDns { policy, nameservers, search, options }
         },
     )
 }
@@ -99,16 +112,23 @@ fn malformed_request_field_is_named_in_the_error() {
 }
 
 #[test]
-fn message_with_too_many_addresses_is_refused() {
+fn message_with_too_many_addresses_or_a_long_search_path_is_refused() {
     let pod = AttachedPod {
         attachment: Attachment::new("c", "eth0").unwrap(),
         network: NetworkName::new("n").unwrap(),
         pod: PodReference::new("default", "web", "u").unwrap(),
         addresses: vec![IpAddr::from([10, 0, 0, 1]); MAX_ADDRESSES + 1],
         namespace_path: "/run/netns/a".to_owned(),
+        dns: None,
     };
-    let error = Request::decode(&Request::Add(Box::new(pod)).encode()).unwrap_err();
-    assert_eq!(error.to_string(), "the message has no valid `addresses`");
+    let error = |pod: &AttachedPod| {
+        let request = Request::Add(Box::new(pod.clone()));
+        Request::decode(&request.encode()).unwrap_err().to_string()
+    };
+    assert_eq!(error(&pod), "the message has no valid `addresses`");
+    let dns = PodDns { search: vec!["a".repeat(MAX_DNS_BYTES)], ..PodDns::default() };
+    let pod = AttachedPod { addresses: Vec::new(), dns: Some(dns), ..pod };
+    assert_eq!(error(&pod), "the message has no valid `dns`");
 }
 
 #[test]
