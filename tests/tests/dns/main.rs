@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod node;
+mod on_demand;
 mod restart;
 mod scene;
 
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     suite.test("a local resolver is not captured", local_resolver);
     restart::add_tests(&mut suite);
     node::add_tests(&mut suite);
+    on_demand::add_tests(&mut suite);
     suite.run()
 }
 

@@ -1,6 +1,7 @@
 //! Tests of the DNS proxies of a node daemon, with the broker and without.
 
 use std::fs;
+use std::path::Path;
 
 use underpass_tests::{Mesh, Pki, Pod, Settings, Suite, World, tool};
 
@@ -26,12 +27,14 @@ async fn pods_of_node(broker: &str) {
     let record = "--host-record=other.example,192.0.2.7".to_owned();
     let _server = dnsmasq(&server, &[record]).await;
     let resolv_conf = world.folder().join("resolv.conf");
-    // The address on the link with the first pod; the other pod has no route to it, but its own.
+    fs::write(&resolv_conf, "nameserver 192.0.2.1\noptions timeout:1 attempts:1\n")
+        .expect("a file");
+    // Each pod has a route to one address of the server only. The first pod has the server of the
+    // cluster, and the other one its own.
     let servers = server.ips();
-    let lines: Vec<_> = [servers[0], servers[2]].map(|ip| format!("nameserver {ip}\n")).into();
-    fs::write(&resolv_conf, lines.concat() + "options timeout:1\n").expect("a file");
-    for (pod, namespace) in pods.iter().zip(["default", "shop"]) {
-        write(pod, namespace, &folder);
+    let dns = format!("dns: {{nameservers: [{}]}}", servers[2]);
+    for (pod, namespace, dns) in [(&pods[0], "default", ""), (&pods[1], "shop", &*dns)] {
+        write(pod, namespace, dns, &folder);
     }
     let service = |hostname: &str, vip: &str| format!("hostname: {hostname}, vips: [/{vip}]");
     let mesh = Mesh::default().hbone(&pods[0]).hbone(&pods[1]);
@@ -45,6 +48,7 @@ async fn pods_of_node(broker: &str) {
     let settings = settings
         .set("interception.dns=capture")
         .set(&format!("privileges.broker={broker}"))
+        .set(&format!("node.cluster_dns={}", servers[0]))
         .set(&format!("dns.resolv_conf={}", resolv_conf.display()));
     let mut daemon = node.proxy(&settings).await;
     daemon.line(&["pod enrolled", "default/a"]).await;
@@ -63,13 +67,13 @@ async fn pods_of_node(broker: &str) {
     assert!(daemon.stop().await.success(), "{}", daemon.log());
 }
 
-/// Writes the file of a pod in this namespace of the mesh.
-fn write(pod: &Pod, namespace: &str, folder: &std::path::Path) {
+/// Writes the file of a pod in this namespace of the mesh, with its resolver settings.
+fn write(pod: &Pod, namespace: &str, dns: &str, folder: &Path) {
     let (name, netns) = (pod.name(), pod.namespace().path());
     let workload = format!("{{name: {name}, namespace: {namespace}, serviceAccount: {name}}}");
     let ips: Vec<_> = pod.ips().iter().map(|ip| format!("'{ip}'")).collect();
     let text = format!(
-        "{{uid: {name}-uid, netns: {netns:?}, workload: {workload}, ips: [{}]}}\n",
+        "uid: {name}-uid\nnetns: {netns:?}\nworkload: {workload}\nips: [{}]\n{dns}\n",
         ips.join(", ")
     );
     fs::write(folder.join(format!("{name}.yaml")), text).expect("a file");

@@ -19,18 +19,22 @@ pub(crate) struct DnsScene {
 }
 
 impl DnsScene {
-    /// Starts the server and the client's proxy.
+    /// Starts the server and the client's proxy, whose mesh is a file.
     pub(crate) async fn start(profile: &str) -> (Self, Proxy) {
         let scene = Scene::new().await;
         let vips = format!("vips: [/{VIP}, '/fd99::1']");
         let mesh = Mesh::default().hbone(&scene.client);
         let mesh = mesh.service(&format!("name: web, hostname: {SERVICE}, {vips}"));
         scene.set_mesh(&mesh);
-        let Scene { client, server, mesh, client_files, .. } = scene;
-        let settings = Settings::new("client").identity(&client_files).mesh(&mesh);
+        let settings = scene.client_settings();
+        Self::with(scene, settings.set(profile)).await
+    }
+
+    /// Starts the server and the client's proxy with these settings of its mesh.
+    pub(crate) async fn with(scene: Scene, settings: Settings) -> (Self, Proxy) {
+        let Scene { client, server, .. } = scene;
         let resolv_conf = resolv_conf(&client);
         let settings = settings
-            .set(profile)
             .set("interception.dns=capture")
             .set(&format!("dns.resolv_conf={}", resolv_conf.display()));
         let _server = dnsmasq(&server, &hosts(&server)).await;
