@@ -16,8 +16,20 @@ pub(super) const MAX_DESCRIPTORS: usize = 64;
 pub(super) struct Received {
     /// The number of bytes in the buffer. 0 at the end of the connection.
     pub(super) bytes: usize,
-    /// The received descriptors. They are close-on-exec.
+    /// The received descriptors. They are close-on-exec. Empty if not all could be received.
     pub(super) descriptors: Vec<OwnedFd>,
+    /// Whether descriptors were attached that could not all be received.
+    pub(super) has_lost_descriptors: bool,
+}
+
+impl Received {
+    /// Fails with `InvalidData` if descriptors were lost.
+    pub(super) fn complete(self) -> io::Result<Self> {
+        match self.has_lost_descriptors {
+            false => Ok(self),
+            true => Err(invalid("not all attached descriptors could be received".to_owned())),
+        }
+    }
 }
 
 /// Sends `bytes` with `descriptors` attached. Returns the number of sent bytes.
@@ -37,8 +49,8 @@ pub(super) fn send(
     Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut attached, SendFlags::NOSIGNAL)?)
 }
 
-/// Receives into `buffer`. If the kernel dropped bytes (`MSG_TRUNC`) or descriptors (`MSG_CTRUNC`),
-/// closes all received descriptors and fails with `InvalidData`.
+/// Receives into `buffer`. If the kernel dropped descriptors (`MSG_CTRUNC`), closes the received
+/// ones. If it dropped bytes (`MSG_TRUNC`), fails with `InvalidData`.
 pub(super) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut attached = RecvAncillaryBuffer::new(&mut space);
@@ -56,10 +68,12 @@ pub(super) fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Receiv
     }
     // The kernel rounds the space up, so that it may contain one descriptor more. The flag is also
     // set if this process has no free descriptor.
-    if descriptors.len() > MAX_DESCRIPTORS || received.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(invalid("not all attached descriptors could be received".to_owned()));
+    let has_lost_descriptors =
+        descriptors.len() > MAX_DESCRIPTORS || received.flags.contains(ReturnFlags::CTRUNC);
+    if has_lost_descriptors {
+        descriptors.clear();
     }
-    Ok(Received { bytes: received.bytes, descriptors })
+    Ok(Received { bytes: received.bytes, descriptors, has_lost_descriptors })
 }
 
 fn invalid(reason: String) -> io::Error {

@@ -93,7 +93,7 @@ impl Handover {
 
     fn receive_part(&self, line: &mut Vec<u8>, sockets: &mut Vec<OwnedFd>) -> io::Result<usize> {
         let mut text = [0; 4096];
-        let received = descriptors::receive(&self.stream, &mut text)?;
+        let received = descriptors::receive(&self.stream, &mut text)?.complete()?;
         line.extend_from_slice(text.get(..received.bytes).unwrap_or_default());
         sockets.extend(received.descriptors);
         Ok(received.bytes)

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::ioctl_fionbio;
 use rustix::net::{
@@ -13,7 +14,7 @@ use rustix::net::{
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use crate::sockets::descriptors;
+use crate::sockets::descriptors::{self, Received};
 use crate::sockets::peer::Peer;
 
 /// The default maximum length of a received message in bytes. istio-cni's longest message has about
@@ -26,8 +27,9 @@ pub struct SeqPacket {
     /// tokio has no type for `SOCK_SEQPACKET`. Its `UnixStream` only registers the socket and waits
     /// for it.
     socket: UnixStream,
-    /// The maximum length of a received message in bytes.
-    max_message: usize,
+    /// Receives messages of up to its length. Kept, because a message is much shorter, and clearing
+    /// a new buffer would take longer than receiving.
+    buffer: Mutex<Box<[u8]>>,
 }
 
 /// A received message.
@@ -61,7 +63,7 @@ impl SeqPacket {
     /// The error of the kernel.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         let socket = UnixStream::from_std(StdUnixStream::from(socket))?;
-        Ok(Self { socket, max_message: MAX_MESSAGE })
+        Ok(Self { socket, buffer: buffer(MAX_MESSAGE) })
     }
 
     /// Creates two connected sockets, which belong to no runtime. The first one is non-blocking,
@@ -80,7 +82,7 @@ impl SeqPacket {
     /// Sets the maximum length of received messages in bytes.
     #[must_use]
     pub fn with_limit(self, max_message: usize) -> Self {
-        Self { max_message, ..self }
+        Self { buffer: buffer(max_message), ..self }
     }
 
     /// Receives the first message from `socket`, which must be blocking, and then makes the socket
@@ -91,7 +93,7 @@ impl SeqPacket {
     /// As [`receive`](Self::receive); `UnexpectedEof` if there is no message.
     pub fn receive_first(socket: OwnedFd, max_message: usize) -> io::Result<(OwnedFd, Message)> {
         let mut bytes = vec![0; max_message];
-        let received = descriptors::receive(&socket, &mut bytes)?;
+        let received = descriptors::receive(&socket, &mut bytes)?.complete()?;
         bytes.truncate(received.bytes);
         if bytes.is_empty() {
             return Err(ErrorKind::UnexpectedEof.into());
@@ -132,12 +134,37 @@ impl SeqPacket {
     /// The error of the kernel. `InvalidData` if the message is too long or has too many
     /// descriptors; all received descriptors are closed then.
     pub async fn receive(&self) -> io::Result<Option<Message>> {
-        let mut bytes = vec![0; self.max_message];
-        let receive = || descriptors::receive(&self.socket, &mut bytes);
-        let received = self.socket.async_io(Interest::READABLE, receive).await?;
-        bytes.truncate(received.bytes);
-        Ok((received.bytes > 0).then_some(Message { bytes, descriptors: received.descriptors }))
+        self.receive_if(Received::complete).await
     }
+
+    /// Like [`receive`](Self::receive), but a message whose descriptors could not all be received
+    /// has none. The reason may be that this process has no free descriptor.
+    ///
+    /// # Errors
+    ///
+    /// The error of the kernel. `InvalidData` if the message is too long.
+    pub async fn receive_despite_lost_descriptors(&self) -> io::Result<Option<Message>> {
+        self.receive_if(Ok).await
+    }
+
+    async fn receive_if(
+        &self,
+        check: impl Fn(Received) -> io::Result<Received>,
+    ) -> io::Result<Option<Message>> {
+        let receive = || {
+            // No code panics while it holds the lock.
+            let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+            let received = check(descriptors::receive(&self.socket, &mut buffer)?)?;
+            let bytes = buffer.get(..received.bytes).unwrap_or_default().to_vec();
+            Ok(Message { bytes, descriptors: received.descriptors })
+        };
+        let message = self.socket.async_io(Interest::READABLE, receive).await?;
+        Ok((!message.bytes.is_empty()).then_some(message))
+    }
+}
+
+fn buffer(length: usize) -> Mutex<Box<[u8]>> {
+    Mutex::new(vec![0; length].into())
 }
 
 impl AsFd for SeqPacket {
@@ -165,6 +192,15 @@ mod tests {
     fn open(path: &Path) -> usize {
         let entries = fs::read_dir("/proc/self/fd").expect("a folder").flatten();
         entries.filter(|entry| fs::read_link(entry.path()).is_ok_and(|to| to == path)).count()
+    }
+
+    /// Sends a message with any number of descriptors.
+    fn send_unchecked(socket: &SeqPacket, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); 512];
+        let mut attached = SendAncillaryBuffer::new(&mut space);
+        assert!(attached.push(SendAncillaryMessage::ScmRights(descriptors)));
+        let bytes = [IoSlice::new(bytes)];
+        sendmsg(&socket.socket, &bytes, &mut attached, SendFlags::empty()).expect("sent");
     }
 
     #[tokio::test]
@@ -203,13 +239,29 @@ mod tests {
         let many: Vec<_> = (0..=descriptors::MAX_DESCRIPTORS).map(|_| file.as_fd()).collect();
         let error = one.send(b"many", &many).await.expect_err("too many");
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
-        let mut space = [MaybeUninit::uninit(); 512];
-        let mut attached = SendAncillaryBuffer::new(&mut space);
-        assert!(attached.push(SendAncillaryMessage::ScmRights(&many)));
-        let bytes = [IoSlice::new(b"many")];
-        sendmsg(&one.socket, &bytes, &mut attached, SendFlags::empty()).expect("sent");
+        send_unchecked(&one, b"many", &many);
         let error = other.receive().await.expect_err("too many");
         assert_eq!(error.kind(), ErrorKind::InvalidData, "{error}");
+    }
+
+    #[tokio::test]
+    async fn message_with_lost_descriptors_has_none() {
+        let (one, other) = pair();
+        let path = std::env::temp_dir().join(format!("seqpacket-lost-{}", std::process::id()));
+        let file = File::create(&path).expect("a file");
+        let many: Vec<_> = (0..=descriptors::MAX_DESCRIPTORS).map(|_| file.as_fd()).collect();
+        send_unchecked(&one, b"many", &many);
+        one.send(b"next", &[file.as_fd()]).await.expect("sent");
+        for (expected, count) in [(b"many", 0), (b"next", 1)] {
+            let received = other.receive_despite_lost_descriptors().await;
+            let received = received.expect("received").expect("a message");
+            assert_eq!(
+                (received.bytes.as_slice(), received.descriptors.len()),
+                (&expected[..], count)
+            );
+        }
+        assert_eq!(open(&path), 1, "the others are closed");
+        fs::remove_file(&path).expect("removed");
     }
 
     #[tokio::test]

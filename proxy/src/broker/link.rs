@@ -109,9 +109,10 @@ impl<M: Message> Sender<M> {
 }
 
 impl Receiver {
-    /// The next message; `None` after the other process has ended.
+    /// The next message; `None` after the other process has ended. Descriptors are missing if this
+    /// process has too few free ones.
     pub(crate) async fn next(&self) -> io::Result<Option<Received>> {
-        match self.0.receive().await {
+        match self.0.receive_despite_lost_descriptors().await {
             // It has ended without reading all messages.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(None),
             received => received,

@@ -94,6 +94,10 @@ async fn open(
     let request = Request::Sockets { of, kind: kind.into(), count };
     let answer = requests.request(request).await;
     let (_, opened) = answer.map_err(|error| failed("open a socket", &error))?;
+    if opened.len() < count {
+        let cause = "the limit of open files is reached (`ulimit -n`, LimitNOFILE)";
+        return Err(failed("open a socket", cause));
+    }
     let opened = opened.into_iter().map(|socket| sockets.adopt(socket, kind));
     Ok(Reply::Sockets(opened.collect()))
 }
