@@ -19,6 +19,7 @@ mod balance;
 mod buffers;
 mod descriptors;
 mod handshakes;
+mod pod_descriptors;
 mod rate;
 mod refusal;
 
@@ -34,6 +35,7 @@ pub(crate) use self::balance::{Balance, WorkerTunnel};
 pub(crate) use self::buffers::{BufferShare, Buffers};
 pub(crate) use self::descriptors::{Descriptors, FdPermit, Shortage};
 use self::handshakes::Handshakes;
+pub(crate) use self::pod_descriptors::{PodDescriptors, PodDescriptorsPermit, TooManyPods};
 pub(crate) use self::rate::Rate;
 pub(crate) use self::refusal::Refusal;
 use self::refusal::Refusals;
@@ -63,11 +65,7 @@ pub(crate) struct Limits {
 impl Limits {
     /// The budgets of a process with this number of workers.
     pub(crate) fn new(settings: &underpass_config::Limits, workers: usize) -> Self {
-        // The start has already tried to raise the limit; this call returns it.
-        let limit = raise_open_files().unwrap_or(u64::MAX);
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let open = fs::read_dir("/proc/self/fd").map_or(ASSUMED_OPEN, Iterator::count);
-        let descriptors = Descriptors::new(limit, open, workers);
+        let descriptors = Descriptors::new(open_files_limit(), open_files(), workers);
         let balance = Balance::new(workers, settings.connections_per_worker);
         let per_identity = settings.tunnels_per_identity.unwrap_or(usize::MAX);
         let unlimited = Budget::new(usize::MAX);
@@ -101,4 +99,16 @@ impl Limits {
     pub(crate) async fn report(&self, readiness: Readiness) {
         tokio::join!(self.refusals.report(), self.descriptors.report(&readiness));
     }
+}
+
+/// The limit of open files.
+fn open_files_limit() -> usize {
+    // The start has already tried to raise the limit; this call returns it.
+    let limit = raise_open_files().unwrap_or(u64::MAX);
+    usize::try_from(limit).unwrap_or(usize::MAX)
+}
+
+/// The number of open files.
+fn open_files() -> usize {
+    fs::read_dir("/proc/self/fd").map_or(ASSUMED_OPEN, Iterator::count)
 }

@@ -28,10 +28,10 @@ const RESERVED_PART: usize = 50;
 const DESCRIPTORS_PER_WORKER: usize = 4;
 /// The descriptors of an idle pod of a node: its namespace, listeners, lists of legacy tables and
 /// notifications of changed rules.
-const DESCRIPTORS_PER_POD: usize = 16;
+pub(super) const DESCRIPTORS_PER_POD: usize = 16;
 /// The further descriptors of an idle pod with a DNS proxy: two listeners for TCP, and two for UDP.
 /// Those for UDP have two descriptors: the handle for a take-over cannot share that of the runtime.
-const DESCRIPTORS_PER_DNS_PROXY: usize = 6;
+pub(super) const DESCRIPTORS_PER_DNS_PROXY: usize = 6;
 /// The time without a pause after which a shortage is over. It also limits the log to two lines per
 /// shortage.
 const RECOVERY_TIME: Duration = Duration::from_secs(1);

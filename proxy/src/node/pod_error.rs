@@ -9,6 +9,7 @@ use underpass_config::Hint;
 use underpass_hbone::HboneError;
 use underpass_interception::{Difference, InterceptionError};
 
+use crate::limits::TooManyPods;
 use crate::rules::self_test::SelfTestError;
 
 /// The error of serving a pod. It concerns only this pod.
@@ -33,6 +34,8 @@ pub(crate) enum PodError {
     ListenerClosed { purpose: &'static str, setting: &'static str },
     #[error("the proxy process cannot serve the pod: {0}")]
     ProxyProcess(String),
+    #[error(transparent)]
+    TooManyPods(#[from] TooManyPods),
     #[error("the installed rules differ from those of the settings: {0}")]
     Changed(Difference),
 }
@@ -59,6 +62,7 @@ impl Hint for PodError {
                 "another program has closed it, for example with `ss -K`: create the pod again"
             }
             Self::ProxyProcess(_) => "see the log of the proxy process",
+            Self::TooManyPods(_) => "raise the limit of open files (`ulimit -n`, LimitNOFILE)",
             Self::CertificateLate(_) => "check the CA (identity.*)",
             Self::Changed(_) => "install the rules with `underpass rules install`",
         };

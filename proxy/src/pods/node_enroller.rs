@@ -9,12 +9,14 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::watch;
 use tracing::Instrument as _;
-use underpass_config::{Hint as _, InterceptionSettings, OnExit, Settings, WorkloadSettings};
+use underpass_config::{Dns, Hint as _, InterceptionSettings, OnExit, Settings, WorkloadSettings};
 use underpass_interception::{HostNamespaces, Namespace, NamespaceAccess, NamespaceThread};
 
 use crate::error::chain;
+use crate::limits::{PodDescriptors, PodDescriptorsPermit};
 use crate::node::data_plane::DataPlane;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
+use crate::node::pod_error::PodError;
 use crate::pods::enrolment::{
     EnrolError, Enrolled, EnrolledPod, Enroller, LeaveReason, Operation, Pause, PodProblem, Release,
 };
@@ -39,6 +41,8 @@ pub(crate) struct NodeEnroller {
     pub(crate) thread: NamespaceThread,
     /// The states of the rules of all pods.
     pub(crate) rules: RulesTotals,
+    /// The descriptors of all pods.
+    pub(crate) descriptors: PodDescriptors,
     /// The host's namespaces, which no pod may have.
     pub(crate) hosts: HostNamespaces,
 }
@@ -76,6 +80,8 @@ impl NodeEnroller {
                 return Ok(Enrolled::Exempt(reason));
             }
         };
+        let has_dns_proxy = settings.interception.dns == Dns::Capture;
+        let descriptors = self.descriptors.take(has_dns_proxy).map_err(PodError::from)?;
         let access = self.open_namespace(facts, &settings.workload, namespace).await?;
         let (interception, changes) = watch::channel(settings.interception.clone());
         let health = self.rules.pod();
@@ -98,8 +104,17 @@ impl NodeEnroller {
             }
         };
         let (node, span) = (self.settings.clone(), span(facts));
-        let served =
-            NodePod { pod, listeners, rules_gate, node, settings, interception, health, span };
+        let served = NodePod {
+            pod,
+            listeners,
+            rules_gate,
+            node,
+            settings,
+            interception,
+            health,
+            span,
+            _descriptors: descriptors,
+        };
         Ok(Enrolled::Serving(Box::new(served)))
     }
 }
@@ -143,6 +158,8 @@ struct NodePod {
     interception: watch::Sender<InterceptionSettings>,
     health: RulesHealth,
     span: tracing::Span,
+    /// Given back when the pod has left.
+    _descriptors: PodDescriptorsPermit,
 }
 
 impl EnrolledPod for NodePod {

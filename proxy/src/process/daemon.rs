@@ -25,6 +25,7 @@ use underpass_interception::{
 };
 
 use self::proxy_part::{PreparedProxy, ProxyPart};
+use crate::limits::PodDescriptors;
 use crate::node::pod::pod_sockets;
 use crate::pods::node_enroller::NodeEnroller;
 use crate::pods::probes::{self, ProbeTranslation};
@@ -157,6 +158,7 @@ impl Daemon {
             settings: settings.clone(),
             thread: thread.clone(),
             rules: RulesTotals::default(),
+            descriptors: PodDescriptors::new(workers(&settings)),
             hosts,
         };
         let (registry, pods) = PodRegistry::new(Arc::new(enroller));

@@ -1,9 +1,10 @@
 //! End-to-end tests of limits: refused or delayed connections, their metrics, and recovery.
-#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
 
 mod descriptors;
 mod endpoints;
 mod handshakes;
+mod pods;
 mod sources;
 mod stalled;
 mod tunnels;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     handshakes::add_tests(&mut suite);
     sources::add_tests(&mut suite);
     descriptors::add_tests(&mut suite);
+    pods::add_tests(&mut suite);
     tunnels::add_tests(&mut suite);
     stalled::add_tests(&mut suite);
     suite.run()
