@@ -16,16 +16,17 @@
 //! The broker refuses, counts and logs everything else (`requests.rs`), and limits the rate.
 //!
 //! The broker is the parent: it has the privileges from the start, so that no process gains any.
-//! If one of the two ends, the other one ends too. The rules stay, so that the connections of the
-//! pods fail instead of bypassing the proxy.
+//! If one of the two ends or the proxy process hangs, the other one ends too. The rules stay, so
+//! that the connections of the pods fail instead of bypassing the proxy.
 //!
 //! * `message`: the messages, and `link`: the connection;
 //! * of the broker: `child`, `remote` (the other process' data plane), `requests`, `recorder`,
-//!   `identities` (the certificates of pods);
+//!   `identities` (the certificates of pods), `heartbeat`;
 //! * of the proxy process: `proxy_process`, `served` (its pods), `operations` (their sockets),
 //!   `reported` (the broker's metrics).
 
 pub(crate) mod child;
+mod heartbeat;
 mod identities;
 mod link;
 pub(crate) mod message;

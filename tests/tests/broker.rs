@@ -11,9 +11,11 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::time::timeout;
 use underpass::spawn::SpawnError;
 use underpass_config::ResourceType;
 use underpass_interception::TABLE;
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         killed(Process::Proxy, Process::Broker, true)
     });
     suite.test("broker that ends kills a stopped proxy process", stopped_proxy_process);
+    suite.test("proxy process that hangs is killed within 45 s", hung_proxy_process);
     suite.test("proxy process follows a control plane over sockets of the broker", control_plane);
     suite.test("proxy process that cannot start ends the broker", unreadable_mesh);
     suite.test("privileges.broker off makes one process", one_process);
@@ -288,6 +291,21 @@ async fn stopped_proxy_process() {
     assert_eq!(daemon.count(&["the proxy process does not end: killing it"]), 1);
     assert!(!is_running(proxy), "the broker has killed the proxy process");
     assert!(scene.has_rules().await, "the pods stay closed");
+}
+
+/// The broker checks every 10 s, waits 10 s for each of three answers, and then 3 s for the end.
+async fn hung_proxy_process() {
+    let scene = Scene::new().await;
+    let mut daemon = scene.daemon(&[]).await;
+    let proxy = child(&daemon).expect("a proxy process");
+    send(proxy, Signal::SIGSTOP);
+    let ended = timeout(Duration::from_secs(45), daemon.ended_by_itself()).await;
+    assert_eq!(ended.expect("the daemon ends").code(), Some(1), "{}", daemon.log());
+    assert_eq!(daemon.count(&["the proxy process does not answer", "failures="]), 3);
+    assert_eq!(daemon.count(&["the proxy process hangs: ending it"]), 1);
+    assert!(!is_running(proxy), "the broker has killed the proxy process");
+    assert!(scene.has_rules().await, "the pods stay closed");
+    scene.a.dial_and_be_refused(scene.to_b()).await;
 }
 
 fn send(pid: u32, signal: Signal) {

@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use underpass_config::{Broker, Settings};
 use underpass_interception::{ProxyUser, SeqPacket, may_signal_other_users};
 
+use crate::broker::heartbeat;
 use crate::broker::identities::IdentityFeeds;
 use crate::broker::link::{self, Receiver, Sender};
 use crate::broker::message::{ADMIN_SOCKET, ToProxy};
@@ -33,7 +34,7 @@ pub(crate) struct ProxyProcess {
     child: Child,
     pub(crate) data_plane: RemoteDataPlane,
     receiver: Option<Receiver>,
-    /// Set when the connection fails.
+    /// Set when the connection fails, or the process hangs.
     broken: watch::Sender<bool>,
     tasks: Vec<Task>,
 }
@@ -115,6 +116,7 @@ impl ProxyProcess {
     }
 
     /// Performs the requests of the proxy process from now on, and waits until its workers run.
+    /// Afterwards it ends the process if that hangs.
     ///
     /// # Errors
     ///
@@ -135,9 +137,17 @@ impl ProxyProcess {
             self.tasks.push(serving);
         }
         tokio::select! {
-            () = is_set(ready) => Ok(()),
-            error = self.ended() => Err(error),
+            () = is_set(ready) => {}
+            error = self.ended() => return Err(error),
         }
+        let (breaks, data_plane) = (self.broken.clone(), self.data_plane.clone());
+        let checking = supervisor.essential("heartbeat of the proxy process", async move {
+            heartbeat::hangs(|| data_plane.check()).await;
+            breaks.send_replace(true);
+            std::future::pending::<()>().await;
+        });
+        self.tasks.push(checking);
+        Ok(())
     }
 
     /// Sends a message that has no answer.

@@ -75,6 +75,8 @@ pub(crate) enum ToProxy {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) enum Command {
+    /// Answered once every worker has answered.
+    Ping,
     /// Serve a pod. Attached: its listeners, in this order, and a socket to look up its addresses.
     Serve(PodToStart),
     /// Answered by [`Outcome::OtherWorkload`] for the pod with this namespace and name.

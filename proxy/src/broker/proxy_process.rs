@@ -227,23 +227,20 @@ fn report_rules(node: &RunningNode, requests: &Requests) {
 }
 
 async fn report(requests: Requests, keys: Arc<ServedKeys>) -> Vec<Pod> {
-    let (mut known, mut skip) = (Vec::new(), 0);
+    let mut known = Vec::new();
     loop {
-        match requests.request(Request::Pods { skip }).await {
+        match requests.request(Request::Pods { skip: known.len() }).await {
             Ok((Answer::Pods { pods, more }, _)) => {
-                skip += pods.len();
                 let has_more = more && !pods.is_empty();
-                known.extend(pods.into_iter().map(|pod| keys.complete(pod)));
-                if !has_more {
-                    return known;
+                known.extend(pods);
+                if has_more {
+                    continue;
                 }
             }
-            Ok(_) => return known,
-            Err(error) => {
-                tracing::warn!(error, "cannot get the status of the pods");
-                return known;
-            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(error, "cannot get the status of the pods"),
         }
+        return keys.complete(known);
     }
 }
 

@@ -14,6 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use underpass_config::{InterceptionSettings, PodUid, Quoted, Settings, WorkloadSettings};
 use underpass_interception::{NamespaceAccess, Sockets};
 
+use crate::broker::heartbeat;
 use crate::broker::identities::{IdentityFeed, IdentityFeeds};
 use crate::broker::link::{LinkError, Pending, Sender};
 use crate::broker::message::{Command, Outcome, PodKey, PodToStart, ToProxy};
@@ -105,6 +106,11 @@ impl RemoteDataPlane {
         if let Some(arrived) = self.0.arrivals().get(&key.enrolment) {
             arrived.send(()).ok();
         }
+    }
+
+    /// Checks that the control thread and the workers of the proxy process answer.
+    pub(super) async fn check(&self) -> Result<(), PodError> {
+        self.0.command(Command::Ping, Vec::new(), heartbeat::INTERVAL).await.map(drop)
     }
 
     async fn open(self, pod: PodToServe) -> Result<Box<dyn ServedPod>, PodError> {

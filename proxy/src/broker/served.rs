@@ -44,16 +44,24 @@ struct Served {
 }
 
 impl ServedKeys {
-    /// The status of a pod, completed by the state of its certificate.
-    pub(super) fn complete(&self, pod: Pod) -> Pod {
+    /// The status of pods, completed by the states of their certificates.
+    pub(super) fn complete(&self, pods: Vec<Pod>) -> Vec<Pod> {
         let entries = self.entries();
-        let is_serving = pod.is_serving();
-        let of_pod = entries.values().filter(|entry| is_serving && entry.key.uid == pod.uid);
-        let newest = of_pod.max_by_key(|entry| entry.key.enrolment);
-        let served = newest.and_then(|entry| entry.served.as_ref());
-        let certificate = served.map(|served| served.pod.certificate());
-        let problem = certificate.and_then(PodProblem::of_certificate);
-        Pod { detail: problem.map(|problem| problem.to_string()).or(pod.detail), ..pod }
+        let mut newest: HashMap<&str, &Entry> = HashMap::with_capacity(entries.len());
+        for entry in entries.values() {
+            let known = newest.entry(&entry.key.uid).or_insert(entry);
+            if known.key.enrolment < entry.key.enrolment {
+                *known = entry;
+            }
+        }
+        let complete = |pod: Pod| {
+            let entry = newest.get(pod.uid.as_str()).filter(|_| pod.is_serving());
+            let served = entry.and_then(|entry| entry.served.as_ref());
+            let certificate = served.map(|served| served.pod.certificate());
+            let problem = certificate.and_then(PodProblem::of_certificate);
+            Pod { detail: problem.map(|problem| problem.to_string()).or(pod.detail), ..pod }
+        };
+        pods.into_iter().map(complete).collect()
     }
 
     fn served(&self, key: &PodKey) -> Result<Served, String> {
@@ -82,6 +90,7 @@ impl CommandServer {
     /// Performs a command, and sends its outcome.
     pub(super) async fn perform(self, number: u64, command: Command, attached: Vec<OwnedFd>) {
         let outcome = match command {
+            Command::Ping => self.ping().await,
             Command::Serve(pod) => self.serve(pod, attached).await,
             Command::FindOtherWorkload { namespace, name, addresses } => {
                 self.find_other_workload(namespace, name, addresses).await
@@ -99,6 +108,13 @@ impl CommandServer {
         let done = ToBroker::Done { number, outcome };
         if let Err(error) = self.requests.sender().send(&done, Vec::new()).await {
             tracing::debug!(%error, "cannot send the outcome of a command");
+        }
+    }
+
+    async fn ping(&self) -> Result<Outcome, String> {
+        match self.data_plane.workers.ping().await {
+            Ok(()) => Ok(Outcome::Done),
+            Err(error) => Err(error.to_string()),
         }
     }
 

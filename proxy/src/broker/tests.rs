@@ -374,6 +374,19 @@ async fn pod_without_certificate_in_time_is_not_served() {
 }
 
 #[tokio::test]
+async fn check_fails_with_the_answer_of_a_worker_that_hangs() {
+    let scene = Scene::new(&settings(&[]));
+    let answered = scene.perform(Ok(Outcome::Done));
+    let (checked, command) = tokio::join!(scene.data_plane.check(), answered);
+    checked.unwrap();
+    assert_eq!(command, Command::Ping);
+    let answered = scene.perform(Err("worker-1 does not answer within 8 s".to_owned()));
+    let (checked, _) = tokio::join!(scene.data_plane.check(), answered);
+    let error = checked.unwrap_err();
+    assert!(error.to_string().contains("worker-1"), "{error}");
+}
+
+#[tokio::test]
 async fn status_of_many_pods_arrives_in_parts() {
     let scene = Scene::new(&settings(&[]));
     for number in 0..150 {

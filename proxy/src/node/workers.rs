@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use underpass_interception::{BoundListener, KeptCapabilities, confine_thread};
@@ -36,6 +37,16 @@ pub(crate) const INSPECTION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Timeout for closing the listeners of a pod: an unresponsive worker must not delay the drain.
 const LISTENER_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Timeout for the answer of a worker that does not hang. A busy one answers within milliseconds.
+const PING_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// A worker does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("worker-{worker} does not answer within {} s", PING_TIMEOUT.as_secs())]
+pub(crate) struct WorkerHangs {
+    worker: usize,
+}
 
 /// The running workers. Clones share them.
 #[derive(Debug, Clone)]
@@ -164,6 +175,27 @@ impl Workers {
         &self,
         inspection: impl Fn(oneshot::Sender<T>) -> Inspection,
     ) -> Vec<Option<T>> {
+        self.inspect_within(INSPECTION_TIMEOUT, inspection).await
+    }
+
+    /// Waits until every worker has answered, at most for [`PING_TIMEOUT`].
+    ///
+    /// # Errors
+    ///
+    /// A worker hangs or has ended.
+    pub(crate) async fn ping(&self) -> Result<(), WorkerHangs> {
+        let answers = self.inspect_within(PING_TIMEOUT, Inspection::Ping).await;
+        match answers.iter().position(Option::is_none) {
+            Some(worker) => Err(WorkerHangs { worker }),
+            None => Ok(()),
+        }
+    }
+
+    async fn inspect_within<T>(
+        &self,
+        limit: Duration,
+        inspection: impl Fn(oneshot::Sender<T>) -> Inspection,
+    ) -> Vec<Option<T>> {
         let inspect = |worker: &mpsc::Sender<WorkerCommand>| {
             let (sender, answer) = oneshot::channel();
             let (worker, command) = (worker.clone(), WorkerCommand::Inspect(inspection(sender)));
@@ -171,7 +203,7 @@ impl Workers {
                 worker.send(command).await.ok()?;
                 answer.await.ok()
             };
-            async { timeout(INSPECTION_TIMEOUT, asking).await.ok().flatten() }
+            async move { timeout(limit, asking).await.ok().flatten() }
         };
         join_all(self.commands.iter().map(inspect)).await
     }
@@ -323,6 +355,25 @@ mod tests {
         node.drain.close();
         node.drain.end();
         threads.join().await;
+    }
+
+    #[tokio::test]
+    async fn running_workers_answer() {
+        let node = node(2);
+        let (workers, threads, _reports) = Workers::start(&node, 2, &Supervisor::new().0).unwrap();
+        workers.ping().await.unwrap();
+        node.drain.close();
+        node.drain.end();
+        threads.join().await;
+        assert_eq!(workers.ping().await, Err(WorkerHangs { worker: 0 }), "they have ended");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn worker_that_does_not_answer_is_named() {
+        let (hanging, _queue) = mpsc::channel(1);
+        let workers = Workers { node: node(1), commands: [hanging].into(), turn: Arc::default() };
+        let error = workers.ping().await.unwrap_err();
+        assert_eq!(error.to_string(), "worker-0 does not answer within 8 s");
     }
 
     #[tokio::test]
