@@ -43,6 +43,7 @@ use self::results::CniResults;
 use self::store::{Store, StoreError};
 use self::upkeep::Upkeep;
 use crate::pods::source::{PodSource, SourceContext, SourceEnd, SourceRun, SourceState};
+use crate::process::pause_gate::PauseGate;
 use crate::process::take_over::control_socket::ControlSocket;
 
 /// Receives pods from the CNI plugin.
@@ -106,14 +107,15 @@ impl CniSource {
         let not_ready = report.subscribe();
         // Dropping this future ends the tasks, including the watches.
         let mut tasks = self.watches;
-        tasks.spawn(ledger.clone().follow_facts(self.results, report.clone()));
+        let facts = PauseGate::default();
+        tasks.spawn(ledger.clone().follow_facts(self.results, report.clone(), facts.clone()));
         match self.upkeep {
             Some(upkeep) => drop(tasks.spawn(upkeep.run(report))),
             None => report.set(Condition::Installed, None),
         }
         // The tasks never return: only a panic ends one.
         tokio::select! {
-            never = server::serve(socket, ledger, not_ready, pauses) => Ok(never),
+            never = server::serve(socket, ledger, not_ready, pauses, &facts) => Ok(never),
             Some(Err(panic)) = tasks.join_next() => Err(CniError::Task(panic)),
         }
     }

@@ -103,19 +103,36 @@ impl Entry {
 /// The hint for a namespace whose file this process cannot open.
 const MOUNT_HINT: &str = "mount the runtime's folder of namespaces, such as /run/netns, with HostToContainer propagation";
 
-/// A successful `ADD`. Dropping it undoes the addition, unless the plugin has received the answer.
+/// A successful `ADD`. Dropping it undoes the addition, unless the plugin was answered.
 #[derive(Debug)]
 #[must_use]
 pub(super) struct Addition<'a> {
     ledger: &'a Ledger,
-    /// The attachment and its call; `None` for an exempt pod, and after [`keep`](Self::keep).
+    /// The attachment and its call; `None` for an exempt pod, and after the answer.
     undo: Option<(Attachment, u64)>,
 }
 
-impl Addition<'_> {
-    /// Keeps the pod enrolled after the drop.
-    pub(super) fn keep(mut self) {
-        self.undo = None;
+/// An addition whose answer was sent to the plugin. Dropping it keeps the pod enrolled.
+#[derive(Debug)]
+pub(super) struct AnsweredAddition<'a> {
+    ledger: &'a Ledger,
+    undo: Option<(Attachment, u64)>,
+}
+
+impl<'a> Addition<'a> {
+    /// Keeps the pod enrolled after the drop, because the plugin may have the answer.
+    pub(super) fn answered(mut self) -> AnsweredAddition<'a> {
+        let undo = self.undo.take();
+        AnsweredAddition { ledger: self.ledger, undo }
+    }
+}
+
+impl AnsweredAddition<'_> {
+    /// Undoes the addition: the plugin has ended without reading the answer.
+    pub(super) fn undo(self) {
+        if let Some((attachment, call)) = self.undo {
+            self.ledger.undo(&attachment, call);
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Answers the calls of the CNI plugin.
 //!
-//! Each request of a call has a deadline. If the plugin exits before its answer, for example
-//! because the runtime killed it, its addition is undone.
+//! Each request of a call has a deadline. If the plugin exits before it has read its answer, for
+//! example because the runtime killed it, its addition is undone.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -17,11 +17,12 @@ use underpass_config::interval_at_multiples;
 use underpass_interception::{Handover, Namespace};
 
 use super::attachment::{AttachedPod, Attachment, NetworkName};
-use super::ledger::{Addition, Ledger};
+use super::ledger::{Addition, AnsweredAddition, Ledger};
 use super::protocol::{Answer, ProtocolError, Refusal, Request, code};
 use crate::error::chain;
 use crate::pods::registry::Removal;
 use crate::pods::source::{PauseRequest, PauseRequests, SourceState};
+use crate::process::pause_gate::PauseGate;
 use crate::process::take_over::control_socket::ControlSocket;
 
 /// The maximum number of concurrent calls. Further ones wait in the accept queue.
@@ -46,12 +47,13 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 /// The reason why pods cannot be added at present; `None` if they can.
 pub(super) type NotReady = watch::Receiver<Option<String>>;
 
-/// Answers calls on `socket`. Never returns.
+/// Answers calls on `socket`. Closes the gate of the `facts` during a pause. Never returns.
 pub(super) async fn serve(
     mut socket: ControlSocket,
     ledger: Arc<Ledger>,
     not_ready: NotReady,
     mut pauses: PauseRequests,
+    facts: &PauseGate,
 ) -> Infallible {
     let calls = Arc::new(Semaphore::new(MAX_CONCURRENT_CALLS));
     let mut tasks = JoinSet::new();
@@ -78,7 +80,7 @@ pub(super) async fn serve(
             },
             _ = sweep.tick() => ledger.sweep(),
             mut request = pauses.next() => tokio::select! {
-                () = finish(&mut tasks) => pause(request, &mut socket).await,
+                () = finish(&mut tasks) => pause(request, &mut socket, facts).await,
                 // A call can wait for a pod that the other process must release first.
                 () = request.withdrawn() => {}
             },
@@ -97,13 +99,16 @@ async fn finish(calls: &mut JoinSet<()>) {
     }
 }
 
-/// Accepts no calls until the request ends: they wait in the queue of the socket.
-async fn pause(request: PauseRequest, socket: &mut ControlSocket) {
+/// Accepts no calls and follows no facts until the request ends. Calls wait in the queue of the
+/// socket.
+async fn pause(request: PauseRequest, socket: &mut ControlSocket, facts: &PauseGate) {
+    facts.close().await;
     let descriptors = socket.descriptor().into_iter().collect();
     // The process that takes over owns the file if this one ends now.
     socket.own(false);
     request.pause(SourceState { text: String::new(), descriptors }).await;
     socket.own(true);
+    facts.open();
 }
 
 /// Answers the requests of one call.
@@ -129,8 +134,17 @@ async fn serve_requests(
         );
         return connection.send(&Answer::Refused(refusal).encode(), &[]).await;
     }
-    let mut valid = BTreeSet::new();
-    while let Some((line, descriptors)) = timeout(REQUEST_TIMEOUT, connection.receive()).await?? {
+    let (mut valid, mut answered) = (BTreeSet::new(), None::<AnsweredAddition<'_>>);
+    loop {
+        let received = timeout(REQUEST_TIMEOUT, connection.receive()).await?;
+        if let Err(error) = &received
+            // The plugin has ended without reading the answer (unix_release_sock, net/unix).
+            && error.kind() == io::ErrorKind::ConnectionReset
+            && let Some(answered) = answered.take()
+        {
+            answered.undo();
+        }
+        let Some((line, descriptors)) = received? else { return Ok(()) };
         let outcome = tokio::select! {
             // Poll this first, so that a request is started even if its plugin has already exited.
             biased;
@@ -141,12 +155,14 @@ async fn serve_requests(
         match outcome {
             Ok(addition) => {
                 connection.send(&Answer::Done.encode(), &[]).await?;
-                addition.into_iter().for_each(Addition::keep);
+                answered = addition.map(Addition::answered);
             }
-            Err(refusal) => refuse(connection, refusal).await?,
+            Err(refusal) => {
+                refuse(connection, refusal).await?;
+                answered = None;
+            }
         }
     }
-    Ok(())
 }
 
 async fn refuse(connection: &Handover, refusal: Refusal) -> io::Result<()> {
@@ -166,7 +182,7 @@ async fn add<'a>(
         .unwrap_or_else(|_| Err(timeout_refusal("enrolled", ADD_TIMEOUT)))
 }
 
-/// Performs a request. Returns the addition, which is undone unless the plugin gets the answer.
+/// Performs a request. Returns the addition, which is undone unless the plugin is answered.
 async fn perform<'a>(
     line: &str,
     descriptors: Vec<OwnedFd>,

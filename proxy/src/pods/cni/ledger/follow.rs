@@ -22,6 +22,7 @@ use crate::pods::cni::unadded::{UnaddedChange, UnaddedPods};
 use crate::pods::enrolment::EnrolError;
 use crate::pods::facts::PodFacts;
 use crate::pods::kubernetes::objects::ClusterPod;
+use crate::process::pause_gate::PauseGate;
 
 /// The interval at which the runtime's results are read: no call reports a pod that was added
 /// without the plugin.
@@ -30,22 +31,28 @@ const RESULTS_INTERVAL: Duration = Duration::from_secs(10);
 const MAX_NAMED: usize = 3;
 
 impl Ledger {
-    /// Follows the facts. Never returns.
+    /// Follows the facts while `gate` is open. Never returns.
     pub(in crate::pods::cni) async fn follow_facts(
         self: Arc<Self>,
         results: CniResults,
         report: Arc<Report>,
+        gate: PauseGate,
     ) {
         let mut origin = self.facts.origin();
         let mut unadded = UnaddedPods::default();
         loop {
-            self.apply_facts();
-            let running = match &origin {
-                FactOrigin::Kubernetes(_) => self.running_in_cluster(&origin),
-                FactOrigin::Mesh(_) => Some(self.running_by_results(&results)),
+            let apply = async {
+                self.apply_facts();
+                let running = match &origin {
+                    FactOrigin::Kubernetes(_) => self.running_in_cluster(&origin),
+                    FactOrigin::Mesh(_) => Some(self.running_by_results(&results)),
+                };
+                let next = running.and_then(|running| self.report_unadded(running, &mut unadded));
+                report_conditions(&origin, &unadded, &report);
+                next
             };
-            let next = running.and_then(|running| self.report_unadded(running, &mut unadded));
-            report_conditions(&origin, &unadded, &report);
+            // It waits while another process takes over: then the pods must not change.
+            let Some(next) = gate.pass(apply).await else { continue };
             let grace_ends = async {
                 match next {
                     Some(next) => sleep_until(next).await,

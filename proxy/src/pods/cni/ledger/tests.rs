@@ -20,6 +20,7 @@ use crate::pods::kubernetes::testing::{
 use crate::pods::kubernetes::view::ClusterView;
 use crate::pods::source::SourceHealth;
 use crate::pods::testing::FakeEnroller;
+use crate::process::pause_gate::PauseGate;
 
 /// A label whose changes the fake pod applies.
 const LABEL: &str = "istio.io/revision";
@@ -44,7 +45,8 @@ impl Daemon {
     }
 
     async fn add(&self, pod: &AttachedPod, kind: &str) -> Result<(), Refusal> {
-        self.ledger.add(pod.clone(), namespace(kind)).await.map(Addition::keep)
+        let added = self.ledger.add(pod.clone(), namespace(kind)).await;
+        added.map(|added| drop(added.answered()))
     }
 
     async fn delete(&self, pod: &AttachedPod) {
@@ -57,7 +59,11 @@ impl Daemon {
     fn follow(&self) -> JoinSet<()> {
         let mut following = JoinSet::new();
         let report = Arc::new(Report::new(SourceHealth::default()));
-        following.spawn(self.ledger.clone().follow_facts(self.results.clone(), report));
+        following.spawn(self.ledger.clone().follow_facts(
+            self.results.clone(),
+            report,
+            PauseGate::default(),
+        ));
         following
     }
 
@@ -175,7 +181,7 @@ async fn deletion_ends_addition_in_progress() {
     let ledger = daemon.ledger.clone();
     let addition = {
         let web = web.clone();
-        tokio::spawn(async move { ledger.add(web, namespace("uts")).await.map(Addition::keep) })
+        tokio::spawn(async move { ledger.add(web, namespace("uts")).await.map(drop) })
     };
     while daemon.enroller.attempts(&web.pod.uid) == 0 {
         tokio::task::yield_now().await;
@@ -309,7 +315,7 @@ async fn restarted_daemon_uses_stored_facts_while_the_api_server_is_unreachable(
     {
         let (ledger, _, view) = start_with_cluster(&folder);
         cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
-        ledger.add(web.clone(), namespace("uts")).await.unwrap().keep();
+        drop(ledger.add(web.clone(), namespace("uts")).await.unwrap().answered());
         object["metadata"]["labels"][LABEL] = "new".into();
         cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
         ledger.apply_facts();
@@ -332,6 +338,34 @@ async fn restarted_daemon_uses_stored_facts_while_the_api_server_is_unreachable(
 }
 
 #[tokio::test]
+async fn closed_gate_delays_changed_facts() {
+    let folder = Folder::new();
+    let (ledger, _, view) = start_with_cluster(&folder);
+    let (ledger, gate) = (Arc::new(ledger), PauseGate::default());
+    let (mut object, namespaces) = (pod("web"), [kubernetes_namespace("shop", "ambient")]);
+    cluster(&view, &[object.clone()], &namespaces);
+    let web = attached("web", &["10.0.0.1"]);
+    drop(ledger.add(web.clone(), namespace("uts")).await.unwrap().answered());
+    let results = CniResults::new(folder.path("results"));
+    let report = Arc::new(Report::new(SourceHealth::default()));
+    let mut following = JoinSet::new();
+    following.spawn(ledger.clone().follow_facts(results, report, gate.clone()));
+    tokio::task::yield_now().await;
+    gate.close().await;
+    object["metadata"]["labels"][LABEL] = "new".into();
+    cluster(&view, &[object], &namespaces);
+    let has_label = || ledger.registry.known(&web.pod.uid).unwrap().0.labels.contains_key(LABEL);
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+        assert!(!has_label());
+    }
+    gate.open();
+    while !has_label() {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn facts_that_change_back_are_stored_again() {
     let folder = Folder::new();
     let of_revision = |revision: &str| {
@@ -344,7 +378,7 @@ async fn facts_that_change_back_are_stored_again() {
         let (ledger, _, view) = start_with_cluster(&folder);
         cluster(&view, &[of_revision("one")], &namespaces);
         let web = attached("web", &["10.0.0.1"]);
-        ledger.add(web, namespace("uts")).await.unwrap().keep();
+        drop(ledger.add(web, namespace("uts")).await.unwrap().answered());
     }
     let (ledger, _, view) = start_with_cluster(&folder);
     ledger.resume().unwrap();
@@ -376,7 +410,7 @@ async fn changed_facts_are_applied_to_running_pod() {
     let (ledger, enroller, view) = start_with_cluster(&folder);
     let (web, mut object) = (attached("web", &["10.0.0.1"]), pod("web"));
     cluster(&view, &[object.clone()], &[kubernetes_namespace("shop", "ambient")]);
-    ledger.add(web.clone(), namespace("uts")).await.unwrap().keep();
+    drop(ledger.add(web.clone(), namespace("uts")).await.unwrap().answered());
     ledger.apply_facts();
     assert_eq!(enroller.attempts(&web.pod.uid), 1, "nothing has changed");
     // The fake pod applies changes of labels only, so a new service account enrols it again.

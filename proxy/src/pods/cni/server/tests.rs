@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
 
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
@@ -138,6 +139,21 @@ async fn killing_the_plugin_undoes_its_addition() {
     while code(daemon.ask(&check, &[namespace.as_fd()]).await) != 3 {}
     drop(held);
     daemon.serves(0).await;
+}
+
+#[tokio::test]
+async fn addition_whose_answer_is_not_read_is_undone() {
+    let daemon = Daemon::start().await;
+    let stream = StdUnixStream::connect(daemon.folder.path("cni.sock")).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    let answered = UnixStream::from_std(stream.try_clone().unwrap()).unwrap();
+    let connection = Handover::new(UnixStream::from_std(stream).unwrap());
+    connection.send(&add("web").encode(), &[namespace("uts").as_fd()]).await.unwrap();
+    answered.readable().await.unwrap();
+    assert_eq!(daemon.enroller.serving().len(), 1);
+    drop((connection, answered));
+    daemon.serves(0).await;
+    assert!(!daemon.registry.is_known(&attached("web", &[]).pod.uid));
 }
 
 #[tokio::test]
