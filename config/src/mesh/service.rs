@@ -115,13 +115,15 @@ pub enum IpFamilies {
     V4,
     /// IPv6 only.
     V6,
+    /// Both.
+    Dual,
 }
 
 impl IpFamilies {
     /// Whether the service uses the family of an endpoint's address.
     pub fn accept(self, address: IpAddr) -> bool {
         match self {
-            Self::Any => true,
+            Self::Any | Self::Dual => true,
             Self::V4 => address.is_ipv4(),
             Self::V6 => address.is_ipv6(),
         }

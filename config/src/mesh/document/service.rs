@@ -147,7 +147,7 @@ fn load_balancing(section: Cursor<'_>) -> LoadBalancing {
 }
 
 fn ip_families(given: Cursor<'_>) -> IpFamilies {
-    let words = [("Dual", IpFamilies::Any), ("IPv4", IpFamilies::V4), ("IPv6", IpFamilies::V6)];
+    let words = [("Dual", IpFamilies::Dual), ("IPv4", IpFamilies::V4), ("IPv6", IpFamilies::V6)];
     given.one_of(&words).unwrap_or_default()
 }
 

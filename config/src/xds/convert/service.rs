@@ -26,7 +26,7 @@ const SCOPES: &[(i32, Scope)] = &[
 ];
 const HEALTH: &[(i32, bool)] = &[(0, false), (1, true)];
 const FAMILIES: &[(i32, IpFamilies)] =
-    &[(0, IpFamilies::Any), (1, IpFamilies::V4), (2, IpFamilies::V6), (3, IpFamilies::Any)];
+    &[(0, IpFamilies::Any), (1, IpFamilies::V4), (2, IpFamilies::V6), (3, IpFamilies::Dual)];
 const VISIBILITIES: &[(i32, Visibility)] = &[(0, Visibility::Public), (1, Visibility::Namespace)];
 
 /// Converts a service of the resource `name`.

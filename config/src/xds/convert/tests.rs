@@ -73,6 +73,7 @@ fn empty_fields_of_workload_have_ztunnels_defaults() {
     assert_eq!(workload.identity.to_string(), "spiffe://cluster.local/ns/ns/sa/default");
     assert_eq!((&*workload.cluster_id, workload.capacity), ("Kubernetes", 1));
     assert_eq!(workload.workload_type, WorkloadType::Deployment);
+    assert_eq!([&*workload.workload_name, &*workload.canonical_revision], ["", ""]);
     assert!(workload.healthy && workload.application_tunnel.is_none());
 }
 

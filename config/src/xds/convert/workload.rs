@@ -53,12 +53,12 @@ pub(in crate::xds) fn workload(
         capacity: given.capacity.map_or(1, |capacity| capacity.value),
         policies: Box::default(),
         services: Box::default(),
-        workload_name: shared.name(or(&given.workload_name, &given.name)),
+        workload_name: shared.name(&given.workload_name),
         // A new type is only information, so it rejects nothing.
         workload_type: one_of("workload_type", given.workload_type, TYPES)
             .unwrap_or(WorkloadType::Pod),
         canonical_name: shared.name(&given.canonical_name),
-        canonical_revision: shared.name(or(&given.canonical_revision, "latest")),
+        canonical_revision: shared.name(&given.canonical_revision),
         cluster_id: shared.name(or(&given.cluster_id, "Kubernetes")),
         node: shared.name(&given.node),
         locality: locality(given.locality.as_ref(), shared),

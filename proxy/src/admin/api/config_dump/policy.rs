@@ -70,6 +70,6 @@ fn text(text: &StringMatch) -> Value {
         StringMatch::Exact(text) => json!({ "Exact": text }),
         StringMatch::Prefix(text) => json!({ "Prefix": text }),
         StringMatch::Suffix(text) => json!({ "Suffix": text }),
-        StringMatch::Presence => json!({ "Presence": {} }),
+        StringMatch::Presence => json!({ "Presence": [] }),
     }
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 use underpass_config::{
-    Endpoint, IpFamilies, LoadBalancing, LoadBalancingMode, PortMap, Scope, Service, Visibility,
-    WeightedWaypoint,
+    Endpoint, IpFamilies, LoadBalancing, LoadBalancingMode, NetworkCidr, PortMap, Scope, Service,
+    Visibility, WeightedWaypoint,
 };
 
 use super::append;
@@ -19,7 +19,7 @@ struct ServiceDump<'a> {
     hostname: &'a str,
     vips: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    cidr_vips: Vec<String>,
+    cidr_vips: Vec<CidrDump<'a>>,
     ports: BTreeMap<u16, u16>,
     endpoints: BTreeMap<&'a str, EndpointDump<'a>>,
     subject_alt_names: Vec<String>,
@@ -41,6 +41,18 @@ struct EndpointDump<'a> {
     service: String,
     port: BTreeMap<u16, u16>,
     status: &'static str,
+}
+
+#[derive(Serialize)]
+struct CidrDump<'a> {
+    network: &'a str,
+    cidr: String,
+}
+
+impl<'a> From<&'a NetworkCidr> for CidrDump<'a> {
+    fn from(vip: &'a NetworkCidr) -> Self {
+        Self { network: &vip.network, cidr: vip.cidr.to_string() }
+    }
 }
 
 #[derive(Serialize)]
@@ -107,7 +119,7 @@ pub(super) fn write(service: &Service, chunk: &mut Vec<u8>) {
         namespace: &service.namespace,
         hostname: &service.hostname,
         vips: service.vips.iter().map(ToString::to_string).collect(),
-        cidr_vips: service.cidr_vips.iter().map(ToString::to_string).collect(),
+        cidr_vips: service.cidr_vips.iter().map(CidrDump::from).collect(),
         ports: ports(&service.ports),
         endpoints: service.endpoints.iter().map(|one| entry(service, one)).collect(),
         subject_alt_names: service.subject_alt_names.iter().map(ToString::to_string).collect(),
@@ -118,6 +130,7 @@ pub(super) fn write(service: &Service, chunk: &mut Vec<u8>) {
             IpFamilies::Any => None,
             IpFamilies::V4 => Some("IPv4"),
             IpFamilies::V6 => Some("IPv6"),
+            IpFamilies::Dual => Some("Dual"),
         },
         canonical: service.canonical,
         visibility: match service.visibility {

@@ -34,14 +34,14 @@ workloads:
   authorizationPolicies: [shop/only-clients]
 - {name: plain, namespace: shop, workloadIps: [10.0.0.2]}
 services:
-- {name: web, namespace: shop, hostname: web.shop, vips: [east/10.1.0.1], ports: {80: 0}}
+- {name: web, namespace: shop, hostname: web.shop, vips: [east/10.1.0.1], cidrVips: [east/10.2.0.0/16], ipFamilies: Dual, ports: {80: 0}, loadBalancer: {healthPolicy: AllowAll}}
 - {name: waypoint, namespace: shop, hostname: waypoint, vips: [/10.1.0.2], ports: {}}
 policies:
 - name: only-clients
   namespace: shop
   scope: WorkloadSelector
   action: Allow
-  rules: [[[{principals: [{exact: td/ns/shop/sa/client}], notSourceIps: [10.0.0.0/8]}]]]
+  rules: [[[{principals: [{exact: td/ns/shop/sa/client}, {presence: true}], notSourceIps: [10.0.0.0/8]}]]]
 - {name: nothing, namespace: shop, scope: Namespace, action: Deny, rules: []}
 ";
 
@@ -64,12 +64,14 @@ async fn dump_has_the_keys_and_values_that_istioctl_reads() {
     assert_eq!(service["vips"], json!(["east/10.1.0.1"]), "{service}");
     assert_eq!(service["endpoints"]["cluster//Pod/shop/web"]["port"], json!({"80": 8080}));
     assert_eq!(service["loadBalancer"]["mode"], "Standard");
+    assert_eq!(service["cidrVips"], json!([{"network": "east", "cidr": "10.2.0.0/16"}]));
+    assert_eq!(service["ipFamilies"], "Dual");
     let [nothing, only_clients] = &dump["policies"].as_array().unwrap()[..] else {
         panic!("{dump}")
     };
     assert_eq!((&nothing["action"], &nothing["rules"]), (&json!("Deny"), &json!([])));
     let rule = json!([[[
-        {"principals": [{"Exact": "td/ns/shop/sa/client"}], "notSourceIps": ["10.0.0.0/8"]}
+        {"principals": [{"Exact": "td/ns/shop/sa/client"}, {"Presence": []}], "notSourceIps": ["10.0.0.0/8"]}
     ]]]);
     assert_eq!(only_clients["rules"], rule);
     for key in
