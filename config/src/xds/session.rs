@@ -8,11 +8,11 @@
 //!
 //! istiod computes removals on a new stream from the retained names. So every name that was not
 //! removed is retained, also that of a rejected resource. A request with too many names is sent
-//! without them, and a control plane without versions (Cilium) computes no removals. The stream then
-//! begins with the whole state, which removes every name that it lacks. It is complete when the
-//! policies arrive, because they are requested last and requests are answered in order. The first
-//! response of addresses may be another one: Cilium sends changes that it queued before the stream
-//! began.
+//! without them, and a control plane without versions (Cilium) computes no removals. The stream
+//! then begins with the whole state, which removes every name that it lacks. It is complete when
+//! the policies arrive, because they are requested last and requests are answered in order. The
+//! first response of addresses may be another one: Cilium sends changes that it queued before the
+//! stream began.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
