@@ -130,7 +130,7 @@ async fn rules() {
     assert!(caught, "{rules}");
     tool(&scene.client, "nft", &["flush", "ruleset"]).await.ok();
     until("the rules are repaired", async || {
-        get(&scene.client, "/rules").await["is_intact"] == Value::from(true)
+        get(&scene.client, "/rules").await["is_intact"] == true
     })
     .await;
     let (_, error) = scene.client.underpass(&["admin", "get", "/rules?pod=a/b"]).await.exited(1);
@@ -196,7 +196,7 @@ async fn node(broker: &str, has_proxy_process: bool) {
     daemon.line(&["pod enrolled", "default/a"]).await;
     let version = get(&node, "/version").await;
     assert_eq!(text(&version, "command"), "node", "{version}");
-    let is_other = version["pid"] != Value::from(daemon.pid());
+    let is_other = version["pid"] != daemon.pid();
     assert_eq!(is_other, has_proxy_process, "{version}");
     let rules = get(&node, "/rules?pod=default/a").await;
     assert_eq!(rules["is_intact"], Value::from(true), "{rules}");

@@ -100,7 +100,7 @@ async fn select(listed: Vec<Listed>, filter: &Filter, last: usize) -> Vec<Listed
         if one.matches(filter) {
             selected.push(one);
         }
-        if index % CHUNK == 0 {
+        if index.is_multiple_of(CHUNK) {
             // Other tasks of the thread run in between.
             tokio::task::yield_now().await;
         }

@@ -12,6 +12,11 @@ use crate::node::identities::RotationState;
 const MIN_OUTAGE_SECONDS: u64 = 5;
 /// A pod that is pending without an error for less time is no problem.
 const MIN_PENDING_SECONDS: u64 = 10;
+/// Words in the reasons why the process is not ready, with hints.
+const READINESS_HINTS: [(&str, &str); 2] = [
+    ("out of file descriptors", "raise the limit of open files (ulimit -n, LimitNOFILE)"),
+    ("the source of pods", "check that the source of pods (node.pods) runs"),
+];
 
 /// The problems of the proxy with this status. `silent_workers` did not answer.
 pub(super) fn of(admin: &Admin, status: &Status, silent_workers: usize) -> Vec<Problem> {
@@ -51,7 +56,11 @@ fn readiness(admin: &Admin, known: &[Problem]) -> Vec<Problem> {
         let words = part.replace('_', " ");
         reasons.retain(|reason| !reason.contains(&words));
     }
-    let problem = |reason| problem_of("readiness", format!("not ready: {reason}"), None);
+    let problem = |reason: &Cow<'_, str>| {
+        let known = READINESS_HINTS.iter().find(|(words, _)| reason.contains(words));
+        let hint = known.map(|(_, hint)| Cow::Borrowed(*hint));
+        problem_of("readiness", format!("not ready: {reason}"), hint)
+    };
     reasons.iter().map(problem).collect()
 }
 
