@@ -42,15 +42,15 @@ pub use settings::declare::{Reference, Written as SettingValue};
 pub use settings::load::Sources;
 pub use settings::resolve::{keys, reference};
 pub use settings::{
-    AdminSettings, Backend, Broker, BundleFile, Cipher, CniInstallSettings, Dns, DnsSettings,
-    Egress, EgressSettings, IdentityFiles, IdentitySettings, InboundCapture, InboundMode,
-    InputSettings, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes, KubernetesWatch,
-    Limits, LocalCaSettings, LocalSocket, LogFilter, LogFilterError, LogFormat, Logging, Mtls,
-    MtlsOverride, MtlsOverrideError, MtlsSettings, NodeProbes, NodeSettings, OnExit,
-    OutboundCapture, PacedConnections, PodSourceSettings, PortRange, PortRangeError,
-    PrivilegesSettings, Profile, ProxySettings, SameNode, SeriesSettings, Settings, SpireApi,
-    SpireSettings, Timeouts, TrustSettings, TunnelSettings, WorkloadSettings, XdsHeader,
-    XdsSettings,
+    AccessLogSettings, AdminSettings, Backend, Broker, BundleFile, Cipher, CniInstallSettings, Dns,
+    DnsSettings, Egress, EgressSettings, IdentityFiles, IdentitySettings, InboundCapture,
+    InboundMode, InputSettings, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
+    KubernetesWatch, Limits, LocalCaSettings, LocalSocket, LogFilter, LogFilterError, LogFormat,
+    LoggedConnections, Logging, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings, NamespaceLog,
+    NamespaceLogError, NodeProbes, NodeSettings, OnExit, OtlpSettings, OutboundCapture,
+    PacedConnections, PodSourceSettings, PortRange, PortRangeError, PrivilegesSettings, Profile,
+    ProxySettings, Ratio, RatioError, SameNode, SeriesSettings, Settings, SpireApi, SpireSettings,
+    Timeouts, TrustSettings, TunnelSettings, WorkloadSettings, XdsHeader, XdsSettings,
 };
 pub use ticks::{interval_at_multiples, next_multiple};
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};

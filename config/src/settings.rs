@@ -3,6 +3,7 @@
 //!
 //! `declare.rs` and `resolve/` declare and parse them. `load.rs` reads their sources.
 
+mod access_log;
 mod admin;
 pub(crate) mod declare;
 mod dns;
@@ -14,7 +15,9 @@ pub(crate) mod load;
 mod logging;
 mod mtls;
 mod node;
+mod otlp;
 mod privileges;
+mod ratio;
 pub(crate) mod resolve;
 mod same_node;
 pub(crate) mod show;
@@ -23,6 +26,7 @@ mod xds;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+pub use access_log::{AccessLogSettings, LoggedConnections, NamespaceLog, NamespaceLogError};
 pub use admin::{AdminSettings, LocalSocket};
 pub use dns::DnsSettings;
 pub use egress::{Egress, EgressSettings};
@@ -38,7 +42,9 @@ pub use limits::{Limits, SeriesSettings, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 pub use node::{CniInstallSettings, KubernetesWatch, NodeProbes, NodeSettings, PodSourceSettings};
+pub use otlp::OtlpSettings;
 pub use privileges::{Broker, PrivilegesSettings};
+pub use ratio::{Ratio, RatioError};
 pub use same_node::SameNode;
 pub use xds::{XdsHeader, XdsSettings};
 
@@ -102,6 +108,8 @@ pub struct Settings {
     pub readiness: SocketAddr,
     /// Log levels and log format.
     pub logging: Logging,
+    /// The collector of traces and log events.
+    pub otlp: Option<OtlpSettings>,
 }
 
 /// The settings that name files, as far as they are valid.

@@ -21,6 +21,7 @@ use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use thiserror::Error;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use underpass_config::Cipher;
 
 use crate::crypto::provider;
@@ -31,7 +32,7 @@ use crate::task::log_panic;
 use crate::trust::bundle::Bundle;
 
 const HTTPS_PORT: u16 = 443;
-const AGENT: HeaderValue = HeaderValue::from_static("underpass");
+pub(crate) const AGENT: HeaderValue = HeaderValue::from_static("underpass");
 
 /// A server, and how both sides prove their identity.
 #[derive(Debug, Clone)]
@@ -119,8 +120,18 @@ impl HttpsServer {
         dial: &impl Dial,
         request: HttpsRequest<'_>,
     ) -> Result<HttpsResponse, HttpsError> {
+        let request = build(&self.authority()?, request)?;
+        let stream = self.connect(dial).await?;
+        let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        // The task ends with the response, whose body returns the connection's error.
+        tokio::spawn(log_panic("connection to an HTTPS server", connection));
+        let (head, body) = requests.send_request(request).await?.into_parts();
+        Ok(HttpsResponse { status: head.status, body })
+    }
+
+    /// Opens a connection.
+    pub(crate) async fn connect<D: Dial>(&self, dial: &D) -> Result<TlsStream<D::Io>, HttpsError> {
         let authority = self.authority()?;
-        let request = build(&authority, request)?;
         let config = self.tls()?;
         let host = authority.host().trim_start_matches('[').trim_end_matches(']');
         let name = self.server_name.as_deref().unwrap_or(host);
@@ -129,12 +140,7 @@ impl HttpsServer {
         let port = authority.port_u16().unwrap_or(HTTPS_PORT);
         let io = dial_host(dial, host, port).await.map_err(HttpsError::Connect)?;
         let connector = TlsConnector::from(Arc::new(config));
-        let stream = connector.connect(server_name, io).await.map_err(HttpsError::Tls)?;
-        let (mut requests, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        // The task ends with the response, whose body returns the connection's error.
-        tokio::spawn(log_panic("connection to an HTTPS server", connection));
-        let (head, body) = requests.send_request(request).await?.into_parts();
-        Ok(HttpsResponse { status: head.status, body })
+        connector.connect(server_name, io).await.map_err(HttpsError::Tls)
     }
 
     fn authority(&self) -> Result<Authority, HttpsError> {

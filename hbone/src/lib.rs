@@ -22,6 +22,7 @@ mod error;
 mod https;
 mod identity;
 mod limits;
+mod otlp;
 mod pool;
 mod task;
 #[cfg(test)]
@@ -56,6 +57,7 @@ pub use limits::{
     Budget, ByKey, ConnectionSlot, ConnectionSlots, Exhausted, KeyedBudget, Queue, QueuePermit,
     RequestInProgress, Share, Sharing, SourceNetwork,
 };
+pub use otlp::{CollectorError, OtlpCollector};
 pub use pool::{Dial, PeerTunnels, Pool, PoolSettings, PoolStatistics, TunnelKey};
 pub use task::{Panic, catch_panic, log_panic};
 pub use tls::PeerIdentity;

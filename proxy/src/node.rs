@@ -47,6 +47,7 @@ use crate::node::pod::pod_sockets;
 use crate::node::served_pods::ServedPods;
 use crate::node::sockets::PodSockets;
 use crate::observe::metrics::SeriesRegistry;
+use crate::observe::trace::Tracer;
 use crate::process::pause_gate::{Gates, PauseGate};
 use crate::traffic::copy::Deadlines;
 use crate::traffic::drain::Drain;
@@ -78,12 +79,15 @@ pub(crate) struct Node {
     /// pods, `accept` concerns only the endpoints: each pod has its own gate.
     pub(crate) gates: Gates,
     pub(crate) series: Arc<SeriesRegistry>,
+    /// Records the spans of connections if there is a collector.
+    pub(crate) tracer: Tracer,
 }
 
-/// Whether the node itself connects to a CA or to a control plane. Otherwise the broker grants it
-/// no sockets for TCP.
+/// Whether the node itself connects to a CA, a control plane or a collector. Otherwise the broker
+/// grants it no sockets for TCP.
 pub(crate) fn node_connects(settings: &Settings) -> bool {
-    settings.xds.is_some() || matches!(settings.identity, Some(IdentitySettings::IstioCa(_)))
+    let has_ca = matches!(settings.identity, Some(IdentitySettings::IstioCa(_)));
+    settings.xds.is_some() || settings.otlp.is_some() || has_ca
 }
 
 impl Node {
@@ -121,6 +125,7 @@ impl Node {
             drain: Drain::default(),
             gates,
             series,
+            tracer: Tracer::default(),
         }
     }
 

@@ -16,6 +16,7 @@ mod load;
 mod mesh;
 mod metrics;
 mod or_fail;
+mod otlp;
 mod peers;
 mod pki;
 mod pods;
@@ -36,6 +37,7 @@ pub use counters::Counters;
 pub use load::Load;
 pub use mesh::Mesh;
 pub use metrics::{Metrics, http_get};
+pub use otlp::{CollectedItem, ScriptedCollector};
 pub use peers::{
     DEADLINE, Dial, End, Listener, Server, abort, carry, exchange, read_to_end, until, within,
 };

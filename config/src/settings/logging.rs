@@ -6,6 +6,7 @@ use std::str::FromStr;
 use thiserror::Error;
 
 use super::Word;
+use super::access_log::AccessLogSettings;
 
 /// Log levels and log format.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +15,8 @@ pub struct Logging {
     pub filter: LogFilter,
     /// The format of a line.
     pub format: LogFormat,
+    /// The connections that have a line in the access log.
+    pub access: AccessLogSettings,
 }
 
 /// The format of a log line.

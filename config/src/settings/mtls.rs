@@ -124,7 +124,7 @@ fn port(digits: &str) -> Result<u16, MtlsOverrideError> {
 }
 
 /// Whether the text is a name: it contains no separator of overrides or lists.
-fn is_name(text: &str) -> bool {
+pub(super) fn is_name(text: &str) -> bool {
     let refused = |c: char| {
         c.is_whitespace()
             || c.is_control()

@@ -10,6 +10,7 @@ mod node;
 mod privileges;
 mod proxy;
 mod services;
+mod telemetry;
 mod timeouts;
 mod tunnels;
 mod workload;
@@ -36,6 +37,7 @@ const SETTINGS: &[&[&dyn Declared]] = &[
     limits::ALL,
     timeouts::ALL,
     services::ALL,
+    telemetry::ALL,
 ];
 
 /// Every setting.
@@ -105,6 +107,7 @@ pub(crate) fn settings(root: Cursor<'_>, folder: &Path) -> Option<Settings> {
         series,
         readiness,
         logging: services::logging(document)?,
+        otlp: telemetry::otlp(document),
         workload: workload?,
         proxy: proxy?,
     })

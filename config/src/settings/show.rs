@@ -147,7 +147,8 @@ take_over: {socket: /run/x.sock}
 metrics: {address: "127.0.0.1:91", label_sets: 7, idle: 90s}
 readiness: {address: "[::1]:92"}
 admin: {socket: /run/admin.sock, address: "127.0.0.1:93"}
-logging: {filter: 'info,access=off', format: json}
+logging: {filter: 'info,access=off', format: json, access: {connections: failures, sample_ratio: 0.25, namespaces: ["shop=all", kube-system=none]}}
+tracing: {otlp: {endpoint: "https://otel:4318/x", headers: /otlp/headers, roots: /otlp/roots.pem, sample_ratio: 0.5, logs: true}}
 trust: {aliases: [old.example.org, cluster.local], bundles: ["partner.org=/p, q.pem"], crls: ["/a.crl", "/b\"\\.crl"], ciphers: [aes-256-gcm]}
 tunnels: {max_age: 90s, streams: 7, per_peer: 2}
 limits: {connections_per_worker: 1, connections_per_source: 2, accepts_per_second: 3, handshakes: 4, handshakes_per_source: 9, tunnels_per_source: 5, tunnels_per_identity: 6, buffers: 2MiB}

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use underpass_config::SpiffeId;
 
 use crate::error::{ExpectedPeer, HboneError};
@@ -64,7 +65,8 @@ impl MutualTrust {
             Box::new(MutualTrustError { client, server })
         })?;
         let usable_until = server_peer.expires.min(client_peer.expires);
-        let state = |peer: &Peer| TunnelState::new(peer.identity.clone(), usable_until);
+        let now = Instant::now();
+        let state = |peer: &Peer| TunnelState::new(peer.identity.clone(), now, usable_until);
         let (server_state, client_state) = (state(&server_peer), state(&client_peer));
         let monitor = |follows, credentials: &Credentials, peer| {
             RevocationMonitor::new(follows, credentials.authorities().clone(), peer, None)

@@ -18,7 +18,7 @@ use http::uri::{self, Uri};
 use http::{HeaderMap, Method, Request, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use underpass_config::{Cipher, Quoted, SpiffeId};
 
 use crate::crypto::provider;
@@ -131,9 +131,10 @@ impl Connector {
         // Subscribe before the handshake, so that the monitor observes all later changes.
         let mut credentials = self.credentials.clone();
         let current = credentials.borrow_and_update().clone();
+        let began = Instant::now();
         let (stream, peer) = self.tls(&current, io, address, expected).await?;
         let usable_until = peer.expires.min(current.identity().expires());
-        let tunnel_state = TunnelState::new(peer.identity.clone(), usable_until);
+        let tunnel_state = TunnelState::new(peer.identity.clone(), began, usable_until);
         let resumed = peer.resumed;
         let revocation_monitor =
             RevocationMonitor::new(credentials, current.authorities().clone(), peer, carrier);

@@ -16,7 +16,7 @@ use h2::{Reason, RecvStream, ext};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use underpass_config::Quoted;
 
 use self::drain::{Drain, Refusals};
@@ -91,9 +91,10 @@ impl Acceptor {
         // Subscribe before the handshake, so that the monitor observes all later changes.
         let mut credentials = self.credentials.clone();
         let current = credentials.borrow_and_update().clone();
+        let began = Instant::now();
         let (stream, peer) = current.server().accept(io).await?;
         let usable_until = peer.expires.min(current.identity().expires());
-        let tunnel_state = TunnelState::new(peer.identity.clone(), usable_until);
+        let tunnel_state = TunnelState::new(peer.identity.clone(), began, usable_until);
         let resumed = peer.resumed;
         let revocation_monitor =
             RevocationMonitor::new(credentials, current.authorities().clone(), peer, None);
@@ -133,6 +134,11 @@ impl ServerTunnel {
     /// The identity of the client.
     pub fn peer(&self) -> &PeerIdentity {
         self.tunnel_state.peer()
+    }
+
+    /// The start and the end of the TLS handshake.
+    pub fn handshake(&self) -> [Instant; 2] {
+        self.tunnel_state.handshake()
     }
 
     /// The earlier expiry of both certificates.

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, StreamId};
+use tokio::time::Instant;
 
 use self::gather::{Gather, SMALL};
 pub use self::io::TunnelIo;
@@ -60,6 +61,11 @@ impl TunnelStream {
     /// The identity of the peer.
     pub fn peer(&self) -> &PeerIdentity {
         self.reader.tunnel_state().peer()
+    }
+
+    /// The start and the end of the TLS handshake of the stream's tunnel.
+    pub fn handshake(&self) -> [Instant; 2] {
+        self.reader.tunnel_state().handshake()
     }
 
     /// Returns a signal that completes when the peer is no longer trusted, for example when its

@@ -39,6 +39,9 @@ use crate::tunnel::settings::FIRST_WINDOW_UPDATE;
 pub(crate) struct TunnelState {
     peer: PeerIdentity,
     usable_until: SystemTime,
+    /// The start of the TLS handshake.
+    began: Instant,
+    /// The end of the TLS handshake.
     opened: Instant,
     /// The time of the last received bytes, in milliseconds since `opened`.
     received_at: AtomicU64,
@@ -62,12 +65,14 @@ struct StreamCount {
 }
 
 impl TunnelState {
-    /// `usable_until`: the earlier expiry of both certificates.
-    pub(crate) fn new(peer: PeerIdentity, usable_until: SystemTime) -> Arc<Self> {
+    /// `began`: the start of the TLS handshake. `usable_until`: the earlier expiry of both
+    /// certificates.
+    pub(crate) fn new(peer: PeerIdentity, began: Instant, usable_until: SystemTime) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(Self {
             peer,
             usable_until,
+            began,
             opened: now,
             received_at: AtomicU64::new(0),
             traffic: Traffic::default(),
@@ -88,6 +93,11 @@ impl TunnelState {
 
     pub(crate) fn usable_until(&self) -> SystemTime {
         self.usable_until
+    }
+
+    /// The start and the end of the TLS handshake.
+    pub(crate) fn handshake(&self) -> [Instant; 2] {
+        [self.began, self.opened]
     }
 
     /// Returns true if either certificate has expired. No stream may start then.

@@ -57,6 +57,8 @@ pub(crate) enum ToProxy {
     Interception { pod: PodKey, interception: String },
     /// The self-test has ended: all connections are served.
     EndTest { pod: PodKey },
+    /// The settings of the log have changed: all settings, with those of the log.
+    Logging { settings: String },
     /// A metric of the broker.
     Metric(Metric),
     /// A report of the source of pods.

@@ -25,10 +25,14 @@ use crate::node::received_identities::ReceivedIdentities;
 use crate::observe::metrics;
 use crate::process::app::run_until_failure;
 use crate::process::command_error::CommandError;
+use crate::process::logging;
 use crate::process::node_proxy::{LoadedNode, RunningNode};
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::Supervisor;
 use crate::traffic::listeners::{BoundEndpoints, Listeners};
+
+/// The origin of the settings, for errors.
+const SETTINGS: &str = "the broker's settings";
 
 /// The first message of the broker.
 #[derive(Debug)]
@@ -58,7 +62,7 @@ impl Start {
         else {
             return Err(malformed());
         };
-        let settings = Settings::of_text("the broker's settings", &settings);
+        let settings = Settings::of_text(SETTINGS, &settings);
         let settings = settings.map_err(io::Error::other)?;
         let (mut named, mut admin_socket) = (Vec::new(), None);
         for (name, socket) in endpoints.into_iter().zip(message.descriptors) {
@@ -184,6 +188,7 @@ impl Broker {
                 }
             }
             ToProxy::Metric(metric) => reported::apply(metric),
+            ToProxy::Logging { settings } => apply_logging(&settings),
             other => return Some((other, attached)),
         }
         None
@@ -197,6 +202,14 @@ impl Broker {
                 tracing::error!(error = chain(&error), "cannot use a certificate of the broker");
             }
         }
+    }
+}
+
+/// Applies the settings of the log in the text of all settings.
+fn apply_logging(settings: &str) {
+    match Settings::of_text(SETTINGS, settings) {
+        Ok(settings) => logging::apply(&settings.logging),
+        Err(errors) => tracing::error!("cannot use the changed settings of the log: {errors}"),
     }
 }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use underpass_config::{
-    FileWatcher, LogFilter, LogFormat, Logging, SpiffeId, TrustDomain, parse_duration,
+    AccessLogSettings, FileWatcher, LogFilter, LogFormat, Logging, SpiffeId, TrustDomain,
+    parse_duration,
 };
 use underpass_hbone::{CaServer, CaServerSettings, CertificateAuthority, Serial};
 use underpass_interception::{Inotify, confine_process};
@@ -133,7 +134,11 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
 
 fn serve(arguments: Serve) -> Result<(), CommandError> {
     let Serve { dir, listen, clients, names, max_ttl, log, until_eof } = arguments;
-    let _logs = logging::start(&Logging { filter: log, format: LogFormat::Plain })?;
+    let _logs = logging::start(&Logging {
+        filter: log,
+        format: LogFormat::Plain,
+        access: AccessLogSettings::default(),
+    })?;
     // The memory of this process contains the CA's private key.
     confine_process().map_err(CommandError::Start)?;
     let settings = CaServerSettings { dir, clients, names, max_ttl };

@@ -29,5 +29,5 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     }
     let (logging, warnings) = (settings.logging.clone(), sources.warnings());
     let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
-    on_control_thread(&logging, &warnings, daemon::run(settings, start))
+    on_control_thread(&logging, &warnings, daemon::run(settings, sources, start))
 }

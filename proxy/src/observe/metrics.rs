@@ -57,6 +57,9 @@ const RESTARTS: &str = "underpass_task_restarts_total";
 const DIRECT: &str = "underpass_direct_connections_total";
 const BROKER_REFUSALS: &str = "underpass_broker_refusals_total";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
+const TELEMETRY_EXPORTED: &str = "underpass_telemetry_exported_total";
+const TELEMETRY_DROPPED: &str = "underpass_telemetry_dropped_total";
+const TELEMETRY_FAILED: &str = "underpass_telemetry_failed_requests_total";
 
 /// Renders `/metrics`.
 #[derive(Clone)]
@@ -153,6 +156,9 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
         "Messages of the proxy process that the broker refused, by reason."
     );
     describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
+    describe_counter!(TELEMETRY_EXPORTED, "Items that the collector has taken, by signal.");
+    describe_counter!(TELEMETRY_DROPPED, "Items that the collector did not get, by signal.");
+    describe_counter!(TELEMETRY_FAILED, "Failed requests to the collector, by signal.");
     describe_counter!(RESTARTS, "Tasks of the proxy that failed and were started again, by task.");
     gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(Exporter { recorder, series: Arc::new(SeriesRegistry::new(settings)) })
@@ -341,6 +347,28 @@ pub(crate) fn task_restarted(task: &'static str) {
 /// Counts a message of the proxy process that the broker refused.
 pub(crate) fn broker_refused(reason: &'static str) {
     counter!(BROKER_REFUSALS, "reason" => reason).increment(1);
+}
+
+/// Initializes the counters of a signal.
+pub(crate) fn telemetry_started(signal: &'static str) {
+    for name in [TELEMETRY_EXPORTED, TELEMETRY_DROPPED, TELEMETRY_FAILED] {
+        counter!(name, "signal" => signal).increment(0);
+    }
+}
+
+/// Counts items of a signal that the collector has taken.
+pub(crate) fn telemetry_exported(signal: &'static str, items: usize) {
+    counter!(TELEMETRY_EXPORTED, "signal" => signal).increment(items as u64);
+}
+
+/// Counts items of a signal that the collector did not get.
+pub(crate) fn telemetry_dropped(signal: &'static str, items: usize) {
+    counter!(TELEMETRY_DROPPED, "signal" => signal).increment(items as u64);
+}
+
+/// Counts a failed request to the collector.
+pub(crate) fn telemetry_failed(signal: &'static str) {
+    counter!(TELEMETRY_FAILED, "signal" => signal).increment(1);
 }
 
 /// Counts an ejection of an endpoint.

@@ -1,8 +1,8 @@
-//! The record of one connection. It is created after connecting, and counted and logged exactly
-//! once: when the connection has ended or could not be opened.
+//! The record of one connection. It is created after connecting, and counted, logged and traced
+//! exactly once: when the connection has ended or could not be opened.
 //!
-//! Fields of the access log and metrics have ztunnel's names, so that dashboards and parsers keep
-//! working. Claims about a party have separate names (`party.rs`).
+//! Metrics have ztunnel's names, so that dashboards keep working. Claims about a party have
+//! separate names (`party.rs`).
 //!
 //! The registry of connections and the list of recent ones (`recent.rs`) share a part of the
 //! record, for `underpass connections`.
@@ -16,16 +16,19 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use underpass_config::{Hint, Policy, Quoted, Service};
+use underpass_config::{Policy, Service};
 use underpass_hbone::{LogLimit, TraceParent};
 
 pub(crate) use self::minutes::MINUTES;
 use self::recent::RecentConnections;
-use crate::error::{Fault, ProxyError, Reason, ResponseFlags};
+use crate::error::{ProxyError, Reason, ResponseFlags};
+use crate::observe::access_log;
+use crate::observe::ended::{Durations, Ended};
 use crate::observe::metrics;
 use crate::observe::metrics::{KnownSeries, Labels, Series, SeriesRegistry};
 use crate::observe::party::{Direction, Party};
 use crate::observe::pod_name::PodName;
+use crate::observe::trace::Spans;
 
 /// The facts of a connection after it was connected or failed.
 #[derive(Debug, Clone)]
@@ -41,12 +44,13 @@ pub(crate) struct Facts {
     pub(crate) trace: Option<TraceParent>,
     /// The ALLOW policy that matched; `None` without ALLOW policies.
     pub(crate) policy: Option<Arc<Policy>>,
+    pub(crate) spans: Spans,
 }
 
 impl Facts {
     pub(crate) fn new(direction: Direction, source: Party, destination: Party) -> Self {
-        let (service, hbone, trace, policy) = Default::default();
-        Self { direction, source, destination, service, hbone, trace, policy }
+        let (service, hbone, trace, policy, spans) = Default::default();
+        Self { direction, source, destination, service, hbone, trace, policy, spans }
     }
 
     /// The failure of a connection with these facts.
@@ -149,6 +153,8 @@ impl EndedConnection {
 #[derive(Debug)]
 pub(crate) struct ConnectionRecord {
     connection: Arc<TrackedConnection>,
+    /// The time from the accept until the connection was open.
+    connect: Duration,
     series: Arc<Series>,
     recent: Arc<RecentConnections>,
     is_closed: bool,
@@ -162,7 +168,8 @@ impl ConnectionRecord {
         series.opened();
         let connection = TrackedConnection::new(pod, facts, accepted);
         recent.opened(&connection);
-        Self { connection, series, recent: recent.clone(), is_closed: false }
+        let (connect, recent) = (accepted.elapsed(), recent.clone());
+        Self { connection, connect, series, recent, is_closed: false }
     }
 
     /// Counts, lists and logs a connection that could not be opened. `accepted` is the time of its
@@ -198,7 +205,8 @@ impl ConnectionRecord {
         let ConnectFailure { facts, error } = *failure;
         let connection = TrackedConnection::new(records.pod, facts, accepted);
         let (at, outcome) = (Instant::now(), Err(error));
-        end(EndedConnection { connection, at, was_open: false, outcome }, &records.worker.recent);
+        let ended = EndedConnection { connection, at, was_open: false, outcome };
+        end(ended, None, &records.worker.recent);
     }
 
     /// The facts of the connection.
@@ -245,7 +253,8 @@ impl ConnectionRecord {
         let flags = outcome.as_ref().err().map(|error| error.reason().flags);
         self.series.closed(flags.unwrap_or(ResponseFlags::None));
         let (connection, at) = (self.connection.clone(), Instant::now());
-        end(EndedConnection { connection, at, was_open: true, outcome }, &self.recent);
+        let ended = EndedConnection { connection, at, was_open: true, outcome };
+        end(ended, Some(self.connect), &self.recent);
     }
 }
 
@@ -258,66 +267,27 @@ impl Drop for ConnectionRecord {
     }
 }
 
-/// Logs and lists a connection that has ended or could not be opened.
-fn end(ended: EndedConnection, recent: &RecentConnections) {
-    let TrackedConnection { facts, accepted, .. } = &*ended.connection;
-    log(facts, *accepted, ended.connection.bytes(), ended.outcome.as_ref().err());
-    recent.ended(ended);
-}
-
-/// Writes the access log line of a connection with the bytes `sent` to and `received` from the
-/// client.
-fn log(facts: &Facts, accepted: Instant, [sent, received]: [u64; 2], error: Option<&ProxyError>) {
-    let Facts { direction, source, destination, service, hbone, trace, .. } = facts;
-    let reason = error.map(ProxyError::reason);
-    let hint = error.and_then(Hint::hint);
-    let error = error.map(|error| Quoted::chain(error));
-    let error = error.as_ref().map(Quoted::as_str);
-    let (src, src_claimed) = (source.proven_names(), source.claimed_names());
-    let (dst, dst_claimed) = (destination.proven_names(), destination.claimed_names());
-    // As in ztunnel: the address of the TCP connection, and that of the tunnel's target.
-    let (address, tunnelled) = match hbone {
-        Some(hbone) => (Some(*hbone), destination.address),
-        None => (destination.address, None),
+/// Logs, traces and lists a connection that has ended or could not be opened. `connect` is the time
+/// from its accept until it was open.
+fn end(ended: EndedConnection, connect: Option<Duration>, recent: &RecentConnections) {
+    let connection = &*ended.connection;
+    let Facts { direction, source, destination, service, hbone, trace, spans, .. } =
+        &connection.facts;
+    let [sent, received] = connection.bytes();
+    let total = ended.at.duration_since(connection.accepted);
+    let facts = Ended {
+        direction: *direction,
+        source,
+        destination,
+        service: service.as_deref(),
+        hbone: *hbone,
+        trace: *trace,
+        durations: Durations { connect, first_byte: connection.first_byte(), total },
+        sent,
+        received,
+        error: ended.outcome.as_ref().err(),
     };
-    macro_rules! access {
-        ($level:expr, $message:literal) => {
-            tracing::event!(
-                target: "access",
-                $level,
-                src.addr = source.address.map(tracing::field::display),
-                src.workload = src.workload,
-                src.namespace = src.namespace,
-                src.identity = source.identity.as_ref().map(ToString::to_string),
-                src.cluster = src.cluster,
-                src.claimed.workload = src_claimed.workload,
-                src.claimed.namespace = src_claimed.namespace,
-                src.claimed.cluster = src_claimed.cluster,
-                dst.addr = address.map(tracing::field::display),
-                dst.hbone_addr = tunnelled.map(tracing::field::display),
-                dst.service = service.as_ref().map(|service| &*service.hostname),
-                dst.workload = dst.workload,
-                dst.namespace = dst.namespace,
-                dst.identity = destination.identity.as_ref().map(ToString::to_string),
-                dst.cluster = dst.cluster,
-                dst.claimed.workload = dst_claimed.workload,
-                dst.claimed.namespace = dst_claimed.namespace,
-                dst.claimed.cluster = dst_claimed.cluster,
-                direction = direction.as_str(),
-                trace_id = trace.map(|trace| format!("{:032x}", trace.trace_id())),
-                bytes_sent = sent,
-                bytes_recv = received,
-                duration = format!("{}ms", accepted.elapsed().as_millis()),
-                reason = reason.map(|reason| reason.code),
-                error,
-                hint = hint.as_deref(),
-                $message
-            )
-        };
-    }
-    match reason.map(|reason| reason.fault) {
-        None => access!(tracing::Level::INFO, "connection complete"),
-        Some(Fault::Client) => access!(tracing::Level::WARN, "connection failed"),
-        Some(Fault::Peer | Fault::Us) => access!(tracing::Level::ERROR, "connection failed"),
-    }
+    access_log::log(&facts);
+    spans.finish(connection.accepted, service.as_ref(), &facts);
+    recent.ended(ended);
 }

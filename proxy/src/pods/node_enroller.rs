@@ -171,7 +171,7 @@ impl EnrolledPod for NodePod {
             Err(_) => return Err(LeaveReason::EnrolledAgain),
         };
         let changes_rules = new.interception != *self.interception.borrow();
-        if follow(&self.settings, &new) != *new || changes_rules && !new.interception.repair {
+        if follow(&self.settings, &new, true) != *new || changes_rules && !new.interception.repair {
             return Err(LeaveReason::EnrolledAgain);
         }
         if changes_rules {

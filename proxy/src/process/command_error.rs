@@ -9,7 +9,7 @@ use std::process::{ExitCode, ExitStatus};
 use metrics_exporter_prometheus::BuildError;
 use thiserror::Error;
 use underpass_config::ConfigErrors;
-use underpass_hbone::HboneError;
+use underpass_hbone::{CollectorError, HboneError};
 use underpass_interception::InterceptionError;
 
 use crate::admin::client::AdminClientError;
@@ -92,6 +92,8 @@ pub(crate) enum CommandError {
     Thread(#[source] io::Error),
     #[error("cannot listen on {address}")]
     Listen { address: SocketAddr, source: io::Error },
+    #[error(transparent)]
+    Collector(#[from] CollectorError),
     #[error("cannot set up the metrics")]
     Metrics(#[source] BuildError),
     #[error("there is no command {0:?}")]

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use futures_util::poll;
 use tokio::time::timeout;
-use underpass_config::{FileWatcher, NodeProbes, PodSourceSettings, Settings};
+use underpass_config::{FileWatcher, NodeProbes, PodSourceSettings, Settings, Sources};
 use underpass_interception::{
     HostNamespaces, HostRules, Inotify, KeptCapabilities, Namespace, NamespaceAccess,
     NamespaceThread, confine_thread, raise_open_files,
@@ -39,6 +39,7 @@ use crate::process::notify;
 use crate::process::pause_gate::PauseGate;
 use crate::process::phases::draining::StopReason;
 use crate::process::phases::endpoints::bind_admin_socket;
+use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::{Supervisor, Task};
 use crate::process::take_over::{ReceivedSockets, TakeoverClient, TakeoverOutcome, TakeoverServer};
@@ -50,23 +51,33 @@ use crate::traffic::listeners::{BoundEndpoints, Listeners};
 /// # Errors
 ///
 /// The daemon cannot start, or an essential task failed. The rules of pods stay installed.
-pub(crate) async fn run(settings: Settings, start: Start) -> Result<(), CommandError> {
+pub(crate) async fn run(
+    settings: Settings,
+    sources: Sources,
+    start: Start,
+) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    run_until_failure(Box::pin(run_phases(settings, start, supervisor)), failures).await
+    let life = Box::pin(run_phases(settings, sources, start, supervisor));
+    run_until_failure(life, failures).await
 }
 
 async fn run_phases(
     settings: Settings,
+    sources: Sources,
     start: Start,
     supervisor: Supervisor,
 ) -> Result<(), CommandError> {
     let mut stop = StopSignal::new(start.until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
     let watcher = FileWatcher::new(Inotify::open);
+    let reload = Reload::watch(&settings, sources, &watcher)?;
     let settings = Arc::new(settings);
     let (client, handed) = TakeoverClient::connect_if(start.take_over, &settings).await?.unzip();
     let started = Daemon::start(settings, handed, &watcher, supervisor, &mut stop).await?;
     let Some((mut daemon, source)) = started else { return Ok(()) };
+    // Pods keep the interception settings with which they were enrolled.
+    let reloading = reload.start(false, daemon.proxy.log_changes());
+    daemon.tasks.push(reloading);
     let mut inherited = None;
     match client {
         Some(client) => match daemon.adopt(client, &mut stop).await? {

@@ -18,10 +18,12 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::time::SystemTime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use underpass_config::{ConfigErrors, LogFilter, LogFormat, Logging, Problem};
+use underpass_config::{ConfigErrors, Hint as _, LogFilter, LogFormat, Logging, Problem};
 
 use self::line::Lines;
 use self::queue::{Queue, QueueGuard};
+use crate::observe::access_log;
+use crate::observe::otlp::logs::ExportLayer;
 use crate::process::command_error::CommandError;
 
 /// Starts logging. Dropping the guard writes the queued lines, for at most a second.
@@ -30,6 +32,7 @@ use crate::process::command_error::CommandError;
 /// The filter is not in tracing's syntax, or no thread can be started.
 pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
     let filter = levels::start(&settings.filter)?;
+    access_log::select(&settings.access);
     // Bypasses std's buffer, which would retain bytes that could not be written.
     let output = io::stdout().as_fd().try_clone_to_owned().map_err(CommandError::start)?;
     let lines = Lines::new(settings.format);
@@ -38,12 +41,23 @@ pub(crate) fn start(settings: &Logging) -> Result<QueueGuard, CommandError> {
         .with_timer(SystemTime)
         .with_ansi(false)
         .with_writer(LineWriter { lines, queue });
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(ExportLayer);
     match settings.format {
         LogFormat::Plain => registry.with(layer).init(),
         LogFormat::Json => registry.with(layer.json().flatten_event(true)).init(),
     }
     Ok(guard)
+}
+
+/// Applies changed settings. The format stays.
+pub(crate) fn apply(settings: &Logging) {
+    access_log::select(&settings.access);
+    if let Err(errors) = levels::follow(&settings.filter) {
+        tracing::error!(
+            hint = errors.hint().as_deref(),
+            "cannot change the filter of the log, the last valid one stays in effect: {errors}"
+        );
+    }
 }
 
 /// Parses the filter of log events.

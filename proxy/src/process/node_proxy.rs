@@ -22,6 +22,7 @@ use crate::node::workers::{WorkerThreads, Workers};
 use crate::node::{Node, certificates};
 use crate::observe::metrics;
 use crate::observe::metrics::Exporter;
+use crate::observe::otlp::Telemetry;
 use crate::process::command_error::CommandError;
 use crate::process::cpus::available_cpus;
 use crate::process::pause_gate::{Gates, PauseGate};
@@ -44,6 +45,7 @@ pub(crate) struct LoadedNode {
     has_ca_key: bool,
     publisher: Publisher,
     exporter: Exporter,
+    telemetry: Option<Telemetry>,
 }
 
 impl LoadedNode {
@@ -67,14 +69,25 @@ impl LoadedNode {
         )?;
         let (readiness, dialer) =
             (Readiness::for_node(), PlainDialer { access: access.clone(), sockets });
+        let (tracer, telemetry) = Telemetry::start(settings, dialer.clone())?;
         let (feed, mesh) = MeshFeed::open(settings, watcher, dialer, &readiness, supervisor)?;
         let publisher = Publisher::new(feed, mesh, &settings.workload);
         let lookups = publisher.lookups();
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let (count, gates) = (workers(settings), Gates::default());
-        let node = Arc::new(Node::new(settings, access, count, mesh, lookups, gates, series));
+        let node = Node::new(settings, access, count, mesh, lookups, gates, series);
+        let node = Arc::new(Node { tracer, ..node });
         let (settings, identities) = (settings.clone(), identities.map(Arc::new));
-        Ok(Self { settings, node, readiness, identities, has_ca_key, publisher, exporter })
+        Ok(Self {
+            settings,
+            node,
+            readiness,
+            identities,
+            has_ca_key,
+            publisher,
+            exporter,
+            telemetry,
+        })
     }
 
     /// Serves the endpoints, and starts the workers, which have the capabilities of the calling
@@ -88,8 +101,8 @@ impl LoadedNode {
         endpoints: BoundEndpoints,
         supervisor: &Supervisor,
     ) -> Result<RunningNode, CommandError> {
-        let Self { settings, node, readiness, identities, has_ca_key, mut publisher, exporter } =
-            self;
+        let Self { settings, node, readiness, identities, has_ca_key, exporter, .. } = self;
+        let (mut publisher, telemetry) = (self.publisher, self.telemetry);
         let gate = &node.gates.accept;
         if endpoints.paused {
             gate.close().await;
@@ -110,7 +123,7 @@ impl LoadedNode {
         let publishing = supervisor.essential("publisher of the mesh", publisher.follow(reports));
         let (data_plane, tasks) =
             (InProcess { node, workers, identities }, vec![publishing, limits]);
-        Ok(RunningNode { data_plane, readiness, threads, tasks, endpoints })
+        Ok(RunningNode { data_plane, readiness, threads, tasks, endpoints, telemetry })
     }
 }
 
@@ -127,6 +140,7 @@ pub(crate) struct RunningNode {
     /// Tasks that run until the last pod is removed: among them the enforcement of policies.
     tasks: Vec<Task>,
     endpoints: Endpoints,
+    telemetry: Option<Telemetry>,
 }
 
 impl RunningNode {
@@ -174,6 +188,9 @@ impl RunningNode {
     pub(crate) async fn end(self) {
         self.data_plane.node.drain.end();
         tokio::time::timeout(WORKER_STOP_TIMEOUT, self.threads.join()).await.ok();
+        if let Some(telemetry) = &self.telemetry {
+            telemetry.flush().await;
+        }
         // Workers that have not ended enforce the mesh, which these tasks publish.
         drop(self.tasks);
     }

@@ -29,6 +29,7 @@ pub(crate) use self::bound::Bound;
 use self::endpoints::Endpoints;
 use crate::node::Node;
 use crate::node::identities::Identities;
+use crate::observe::otlp::Telemetry;
 use crate::process::cpus::available_cpus;
 use crate::process::supervise::{Supervisor, Task};
 
@@ -41,6 +42,8 @@ struct Core {
     identities: Option<Arc<Identities>>,
     thread: NamespaceThread,
     endpoints: Endpoints,
+    /// The export of traces.
+    telemetry: Option<Telemetry>,
     /// Supervises `thread`.
     _privileged: Task,
 }

@@ -1,15 +1,16 @@
 //! Reloads the settings when their file changes or on SIGHUP.
 //!
-//! Only the selection of intercepted traffic can change (`interception.outbound` and similar keys).
-//! Other changes are logged and need a restart. Invalid settings are logged, and the last valid
-//! ones stay in effect.
+//! Only the log (`logging.filter`, `logging.access`) can change, and the selection of intercepted
+//! traffic (`interception.outbound` and similar keys) if the process repairs the rules. Other
+//! changes are logged and need a restart. Invalid settings are logged, and the last valid ones stay
+//! in effect.
 
 use std::sync::Arc;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Mutex, watch};
 use underpass_config::{
-    FileWatch, FileWatcher, Hint as _, InterceptionSettings, Settings, Sources,
+    FileWatch, FileWatcher, Hint as _, InterceptionSettings, Logging, Settings, Sources,
 };
 
 use crate::process::command_error::CommandError;
@@ -46,52 +47,46 @@ impl Reload {
         self.interception.subscribe()
     }
 
-    /// Starts to publish changes. If no reconciler `repairs` the rules, changes are only logged.
-    pub(crate) fn start(self, repairs: bool) -> Task {
-        let reload = Arc::new(Mutex::new(self));
+    /// Starts to publish changes. Those of the log are passed to `log`. The interception settings
+    /// change only if a reconciler `repairs` the rules.
+    pub(crate) fn start(
+        self,
+        repairs: bool,
+        log: impl Fn(&Settings) + Send + Sync + 'static,
+    ) -> Task {
+        let (reload, log) = (Arc::new(Mutex::new(self)), Arc::new(log));
         restarting("reload of the settings", move || {
-            let reload = reload.clone();
-            async move {
-                let mut reload = reload.lock().await;
-                if repairs { reload.follow().await } else { reload.refuse_changes().await }
-            }
+            let (reload, log) = (reload.clone(), log.clone());
+            async move { reload.lock().await.follow(repairs, &*log).await }
         })
     }
 
     /// Publishes changes. Never returns.
-    async fn follow(&mut self) {
+    async fn follow(&mut self, repairs: bool, log: impl Fn(&Settings)) {
         loop {
             if let Some(new) = self.load() {
-                self.publish(new);
+                self.publish(new, repairs, &log);
             }
             self.changed().await;
         }
     }
 
-    fn publish(&mut self, new: Settings) {
-        let followed = follow(&self.current, &new);
+    fn publish(&mut self, new: Settings, repairs: bool, log: impl Fn(&Settings)) {
+        let followed = follow(&self.current, &new, repairs);
         if followed != new {
             tracing::warn!(
-                "some of the changed settings need a restart: only the selection of intercepted traffic is reloaded"
+                "some of the changed settings need a restart: only logging is reloaded, and the \
+                 selection of traffic if the proxy repairs its rules"
             );
+        }
+        if followed.logging != self.current.logging {
+            log(&followed);
+            tracing::info!("applied the changed settings of the log");
         }
         if followed.interception != self.current.interception {
             self.interception.send_replace(followed.interception.clone());
         }
         self.current = followed;
-    }
-
-    /// Logs that changes need a restart. Never returns.
-    async fn refuse_changes(&mut self) {
-        loop {
-            if self.load().is_some_and(|new| new != self.current) {
-                tracing::warn!(
-                    "the changed settings need a restart: this proxy does not reconcile the rules \
-                     (interception.install, interception.repair)"
-                );
-            }
-            self.changed().await;
-        }
     }
 
     async fn changed(&mut self) {
@@ -122,9 +117,13 @@ impl Reload {
 }
 
 /// Returns `current` with those values of `new` that can take effect without a restart.
-pub(crate) fn follow(current: &Settings, new: &Settings) -> Settings {
-    let (old, new) = (&current.interception, &new.interception);
+pub(crate) fn follow(current: &Settings, new: &Settings, repairs: bool) -> Settings {
     let mut followed = current.clone();
+    followed.logging = Logging { format: current.logging.format, ..new.logging.clone() };
+    if !repairs {
+        return followed;
+    }
+    let (old, new) = (&current.interception, &new.interception);
     followed.interception = InterceptionSettings {
         outbound: new.outbound.clone(),
         virtual_interfaces: new.virtual_interfaces.clone(),
@@ -156,16 +155,33 @@ mod tests {
             "interception.outbound.exclude_cidrs=192.0.2.0/24",
             "proxy.outbound_port=16001",
         ]);
-        let followed = follow(&current, &new);
+        let followed = follow(&current, &new, true);
         assert_eq!(followed.interception, new.interception);
         assert_eq!(followed.proxy, current.proxy);
         assert_ne!(followed, new);
+        assert_eq!(follow(&current, &new, false), current);
+    }
+
+    #[test]
+    fn reload_changes_selection_of_log_lines_but_not_their_format() {
+        let current = settings(&[]);
+        let flags =
+            ["logging.filter=debug", "logging.access.connections=failures", "logging.format=json"];
+        let new = settings(&flags);
+        for repairs in [false, true] {
+            let followed = follow(&current, &new, repairs).logging;
+            assert_eq!(
+                (&followed.filter, &followed.access),
+                (&new.logging.filter, &new.logging.access)
+            );
+            assert_eq!(followed.format, current.logging.format);
+        }
     }
 
     #[test]
     fn reload_does_not_change_inbound_mode() {
         let current = settings(&["interception.profile=sidecar"]);
         let new = settings(&["interception.profile=sidecar", "interception.inbound.mode=tproxy"]);
-        assert_eq!(follow(&current, &new), current);
+        assert_eq!(follow(&current, &new, true), current);
     }
 }

@@ -64,8 +64,9 @@ async fn within(
     }
 }
 
-/// Dials certificate issuers from the proxy's own sockets, which the rules do not catch.
-#[derive(Debug)]
+/// Dials certificate issuers, control planes and collectors from the proxy's own sockets, which the
+/// rules do not catch.
+#[derive(Debug, Clone)]
 pub(crate) struct PlainDialer {
     pub(crate) access: NamespaceAccess,
     pub(crate) sockets: Sockets,

@@ -2,6 +2,7 @@
 //! fail precedes the response 200. The application sees the client's address if the profile
 //! supports it.
 
+mod application;
 mod client_hello;
 mod delivery;
 mod retirement;
@@ -11,24 +12,22 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use http::HeaderMap;
-use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
-use underpass_config::{Policy, SpiffeId};
 use underpass_hbone::{
     Acceptor, Authority, HboneError, Incoming, PeerIdentity, ServerTunnel, TraceParent,
     TunnelStream, log_panic,
 };
 use underpass_interception::reset_on_close;
 
+use self::application::{Connected, connect};
 use self::client_hello::client_hello;
 pub(super) use self::delivery::{Delivery, DeliveryRequest, deliver, record_distrust};
 use self::retirement::Retirement;
 use crate::decide::connection_registry::Registration;
-use crate::decide::policy::Permit;
 use crate::decide::route;
 use crate::decide::route::{InboundTarget, Target};
-use crate::decide::subject::{Decision, Principal, Subject};
+use crate::decide::subject::Decision;
 use crate::error::ProxyError;
 use crate::limits::{Refusal, Ticket};
 use crate::mesh::on_demand::LookupLease;
@@ -38,11 +37,11 @@ use crate::node::worker::turns::InTurn;
 use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts};
+use crate::observe::trace::Spans;
 use crate::traffic::accepted::{Accepted, Registered};
 use crate::traffic::copy::Flow;
-use crate::traffic::dial::{dial_loopback, dial_workload};
+use crate::traffic::headers;
 use crate::traffic::listeners::Kind;
-use crate::traffic::{headers, proxy_protocol};
 
 /// Serves one caught plaintext connection.
 pub(crate) fn serve_plaintext(
@@ -102,7 +101,9 @@ async fn open_plaintext(
     let facts = plaintext_facts(&seat, client, destination, is_own);
     let connected = async {
         let (connection, lookups) = known?;
-        let (app, policy) = connect_plaintext(&seat, &connection, &registration).await?;
+        let spans = &facts.spans;
+        let connecting = connect_plaintext(&seat, &connection, &registration, spans);
+        let (app, policy) = connecting.await?;
         Ok::<_, ProxyError>((connection.stream, app, policy, lookups))
     };
     match connected.await {
@@ -133,17 +134,20 @@ fn plaintext_facts(
         // The address is not the pod's, so the destination is not its workload.
         false => Party::at_address(destination),
     };
-    Facts::new(Direction::Inbound, Party::plaintext_client(client, &snapshot), destination)
+    let (trace, spans) = seat.node().tracer.follow(None);
+    let source = Party::plaintext_client(client, &snapshot);
+    Facts { trace, spans, ..Facts::new(Direction::Inbound, source, destination) }
 }
 
 async fn connect_plaintext(
     seat: &Seat,
     connection: &Registered,
     registration: &Registration<Decision>,
+    spans: &Spans,
 ) -> Result<Connected, ProxyError> {
     let address = connection.destination.address();
     let target = InboundTarget { address, header: None, service: None };
-    let connecting = pin!(connect(seat, registration, connection.client, &target, None));
+    let connecting = pin!(connect(seat, registration, connection.client, &target, None, spans));
     connection.unless_interrupted(registration, connecting).await
 }
 
@@ -212,11 +216,13 @@ async fn accept_tunnel(
     let resumed = tunnel.resumed();
     tracing::debug!(%client, peer = %peer.spiffe_id(), resumed, "tunnel accepted");
     let mut retirement = Retirement::new(seat.node(), &tunnel);
+    // The handshake is a part of the first connection.
+    let mut handshake = Some(tunnel.handshake());
     while let Some(request) = retirement.next_request(&seat.pod.closing, &mut tunnel).await {
         let admitted = admit_stream(ticket);
         let (registration, peer) = (seat.register_stream(), peer.clone());
         let origin = RequestOrigin { client, here: destination.address(), peer };
-        let tunnel_request = TunnelRequest { request, origin };
+        let tunnel_request = TunnelRequest { request, origin, handshake: handshake.take() };
         let serving = serve_request(seat.clone(), tunnel_request, registration, admitted);
         let serving = InTurn::new(seat.worker.turns.as_ref(), seat.pod.id, serving);
         tokio::spawn(log_panic("stream of a tunnel", serving));
@@ -283,6 +289,8 @@ fn refused_stream(refusal: Refusal) -> ProxyError {
 struct TunnelRequest {
     request: Incoming,
     origin: RequestOrigin,
+    /// The start and the end of the TLS handshake, for the first request of a tunnel.
+    handshake: Option<[Instant; 2]>,
 }
 
 /// The client of a tunnel: its identity `peer`, and the address `here` at which the tunnel ends.
@@ -331,10 +339,13 @@ async fn open_request(
     let target = inbound_target(&seat, &requested, here);
     let headers = tunnel_request.request.headers();
     let facts = request_facts(&seat, &tunnel_request.origin, headers, target.as_ref().ok());
+    if let Some(handshake) = tunnel_request.handshake {
+        facts.spans.handshake(None, handshake);
+    }
     let connected = async {
         let (ticket, lookups) = known?;
-        let target = target?;
-        let connecting = connect_request(&seat, &mut tunnel_request, &registration, &target);
+        let (request, target) = (&mut tunnel_request, target?);
+        let connecting = connect_request(&seat, request, &registration, &target, &facts.spans);
         let (app, policy) = connecting.await?;
         Ok::<_, ProxyError>((app, policy, ticket, lookups))
     };
@@ -368,9 +379,11 @@ async fn connect_request(
     tunnel_request: &mut TunnelRequest,
     registration: &Registration<Decision>,
     target: &InboundTarget,
+    spans: &Spans,
 ) -> Result<Connected, ProxyError> {
-    let TunnelRequest { request, origin } = tunnel_request;
-    let connecting = pin!(connect(seat, registration, origin.client, target, Some(&origin.peer)));
+    let TunnelRequest { request, origin, .. } = tunnel_request;
+    let (client, peer) = (origin.client, Some(&origin.peer));
+    let connecting = pin!(connect(seat, registration, client, target, peer, spans));
     unless_reset(request, registration, connecting).await
 }
 
@@ -410,10 +423,12 @@ fn request_facts(
     let source = Party::tunnel_client(*client, peer.spiffe_id(), headers, &snapshot);
     let own = target.map(|target| seat.own_party(&snapshot, target.address));
     let destination = Party { identity: seat.pod.identity(), ..own.unwrap_or_default() };
+    let (trace, spans) = seat.node().tracer.follow(TraceParent::read(headers));
     Facts {
         service: target.and_then(|target| target.service.clone()),
         hbone: Some(*here),
-        trace: TraceParent::read(headers),
+        trace,
+        spans,
         ..Facts::new(Direction::Inbound, source, destination)
     }
 }
@@ -437,42 +452,6 @@ fn inbound_target(
     let namespace = local.map_or(&*own.namespace, |workload| &*workload.namespace);
     route::inbound(authority, here, &snapshot.mesh, local, &own.network, namespace)
         .map_err(ProxyError::Route)
-}
-
-/// A connection to the application, and the ALLOW policy that matches, if there are any.
-type Connected = (TcpStream, Option<Arc<Policy>>);
-
-/// Connects to the application, from the client's address if the profile supports it.
-async fn connect(
-    seat: &Seat,
-    registration: &Registration<Decision>,
-    client: SocketAddr,
-    target: &InboundTarget,
-    peer: Option<&PeerIdentity>,
-) -> Result<Connected, ProxyError> {
-    let identity = peer.map(|peer| peer.spiffe_id());
-    let subject = Subject::inbound(client, target.address, peer.map(Principal::from));
-    let permit = seat.permit(subject, registration)?;
-    let app = dial_app(seat, client, target, &permit, identity).await?;
-    Ok((app, permit.policy().cloned()))
-}
-
-/// Dials the application, and sends a PROXY header if the route has one.
-async fn dial_app(
-    seat: &Seat,
-    client: SocketAddr,
-    target: &InboundTarget,
-    permit: &Permit<'_>,
-    identity: Option<&SpiffeId>,
-) -> Result<TcpStream, ProxyError> {
-    let deadline = seat.node().timeouts.connect;
-    let Some(destination) = target.header else {
-        return dial_workload(permit, client.ip(), deadline).await;
-    };
-    let mut app = dial_loopback(permit, deadline).await?;
-    let header = proxy_protocol::header(client, destination, identity);
-    app.write_all(&header).await.map_err(ProxyError::Upstream)?;
-    Ok(app)
 }
 
 #[cfg(test)]

@@ -25,9 +25,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use underpass_config::{Hint as _, NetworkMode, Quoted, SpiffeId};
-use underpass_hbone::{
-    ConnectRequest, Connector, HboneError, TraceParent, TunnelKey, TunnelStream,
-};
+use underpass_hbone::{ConnectRequest, Connector, HboneError, TunnelKey, TunnelStream};
 
 use crate::decide::connection_registry::Registration;
 use crate::decide::endpoint_health::{EndpointKey, OpenConnection};
@@ -47,6 +45,7 @@ use crate::node::worker::seat::Seat;
 use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectFailure, ConnectionRecord, Facts};
+use crate::observe::trace::StepKind;
 use crate::traffic::accepted::{Accepted, Registered, Source};
 use crate::traffic::copy::Flow;
 use crate::traffic::dial::dial;
@@ -158,9 +157,10 @@ async fn connect(
     registration: &Registration<Decision>,
 ) -> Result<(Registered, Connected, LookupLease), Box<ConnectFailure>> {
     let (client, destination) = (accepted.client, accepted.destination.address());
-    let facts = |source| Facts {
-        trace: Some(TraceParent::new()),
-        ..Facts::new(Direction::Outbound, source, Party::at_address(destination))
+    let facts = |source| {
+        let (trace, spans) = seat.node().tracer.start();
+        let facts = Facts::new(Direction::Outbound, source, Party::at_address(destination));
+        Facts { trace: Some(trace), spans, ..facts }
     };
     // A connection of a foreign source takes no lookups.
     let found = async {
@@ -372,6 +372,7 @@ impl OutboundConnect<'_> {
             service: route.service.clone(),
             hbone,
             policy: None,
+            spans: self.known.spans.clone(),
             ..self.known
         }
     }
@@ -390,8 +391,16 @@ impl OutboundConnect<'_> {
         let asked = self.connection.destination.address();
         let peers = route.via.peers().cloned();
         let subject = Subject::Outbound(Outbound { asked, hop, peers, by_address });
-        let permit = self.seat.permit(subject, self.registration)?;
-        self.dial(route, &permit, facts).await
+        let began = facts.spans.begin();
+        let permit = self.seat.permit(subject, self.registration);
+        facts.spans.end(StepKind::Policy, began, &permit);
+        let (permit, began) = (permit?, facts.spans.begin());
+        let dialled = self.dial(route, &permit, facts).await;
+        facts.spans.end(StepKind::Connect, began, &dialled);
+        if let (Some(_), Ok(Upstream::Tunnel(tunnel))) = (began, &dialled) {
+            facts.spans.handshake(began, tunnel.handshake());
+        }
+        dialled
     }
 
     /// Connects to the next hop, by plain TCP or by a tunnel.

@@ -316,7 +316,7 @@ fn cluster_id(cursor: Cursor<'_>, _: Files<'_>) -> Option<String> {
 }
 
 /// Whether the text is a name, an IPv4 address, or an IPv6 address in brackets.
-fn is_host(text: &str) -> bool {
+pub(super) fn is_host(text: &str) -> bool {
     match text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
         Some(address) => address.parse::<Ipv6Addr>().is_ok(),
         None => {

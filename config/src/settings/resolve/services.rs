@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use super::telemetry;
 use crate::settings::declare::{
     ADDRESS, ADDRESS_OR_OFF, COUNT, DURATION, Declared, Document, Fallback, Kind, LOCAL_SOCKET,
     TEXT, Written, settings, word,
@@ -122,5 +123,9 @@ pub(super) fn series(document: Document<'_>) -> Option<SeriesSettings> {
 }
 
 pub(super) fn logging(document: Document<'_>) -> Option<Logging> {
-    Some(Logging { filter: FILTER.read(document)?, format: FORMAT.read(document)? })
+    Some(Logging {
+        filter: FILTER.read(document)?,
+        format: FORMAT.read(document)?,
+        access: telemetry::access_log(document)?,
+    })
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::{Ping, PingPong};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use underpass_config::SpiffeId;
 
 use super::Connector;
@@ -47,8 +47,9 @@ impl Connector {
         expected: &[SpiffeId],
     ) -> Result<PeerIdentity, HboneError> {
         let credentials = self.credentials.borrow().clone();
+        let began = Instant::now();
         let (stream, peer) = self.tls(&credentials, io, address, expected).await?;
-        let tunnel_state = TunnelState::new(peer.identity.clone(), peer.expires);
+        let tunnel_state = TunnelState::new(peer.identity.clone(), began, peer.expires);
         let failed = |error| tunnel_state.stream_error(error);
         let inspector = Inspector::new(PeerRole::Server, self.settings.http2.max_header_list);
         let stream = Monitored::new(stream, tunnel_state.clone(), inspector);

@@ -1,5 +1,4 @@
-//! The header `traceparent`: the trace of a connection (W3C Trace Context section 3.2). Ids are
-//! propagated and logged, not recorded as spans.
+//! The header `traceparent`: the trace of a connection (W3C Trace Context section 3.2).
 
 use std::cell::RefCell;
 use std::fmt;
@@ -42,11 +41,9 @@ impl TraceParent {
     /// Starts a new trace with random ids, not sampled.
     #[expect(clippy::new_without_default, reason = "each has new random ids")]
     pub fn new() -> Self {
-        let (trace_id, parent_id) =
-            RANDOM.with_borrow_mut(|random| (random.u128(1..), random.u64(1..)));
+        let trace_id = RANDOM.with_borrow_mut(|random| random.u128(1..));
         let trace_id = NonZeroU128::new(trace_id).unwrap_or(NonZeroU128::MIN);
-        let parent_id = NonZeroU64::new(parent_id).unwrap_or(NonZeroU64::MIN);
-        Self { trace_id, parent_id, sampled: false }
+        Self { trace_id, parent_id: random_parent_id(), sampled: false }
     }
 
     /// The trace id: 32 hexadecimal digits when printed (`{:032x}`).
@@ -62,6 +59,18 @@ impl TraceParent {
     /// Returns true if the sender may have recorded the trace.
     pub fn is_sampled(self) -> bool {
         self.sampled
+    }
+
+    /// The same position, marked as recorded.
+    #[must_use]
+    pub fn sampled(self) -> Self {
+        Self { sampled: true, ..self }
+    }
+
+    /// A new position in the same trace.
+    #[must_use]
+    pub fn child(self) -> Self {
+        Self { parent_id: random_parent_id(), ..self }
     }
 
     /// Formats the header value.
@@ -131,6 +140,11 @@ impl fmt::Display for TraceParent {
     }
 }
 
+fn random_parent_id() -> NonZeroU64 {
+    let parent_id = RANDOM.with_borrow_mut(|random| random.u64(1..));
+    NonZeroU64::new(parent_id).unwrap_or(NonZeroU64::MIN)
+}
+
 fn seeded() -> Rng {
     let mut seed = [0; 8];
     let filled = aws_lc_rs::default_provider().secure_random.fill(&mut seed);
@@ -170,6 +184,15 @@ mod tests {
         assert_ne!(one.trace_id(), other.trace_id());
         assert_ne!(one.parent_id(), other.parent_id());
         assert_eq!(one.to_string().len(), 55);
+    }
+
+    #[test]
+    fn child_is_another_position_in_the_same_trace() {
+        let parent: TraceParent = EXAMPLE.parse().unwrap();
+        let child = parent.child();
+        assert_eq!((child.trace_id(), child.is_sampled()), (parent.trace_id(), true));
+        assert_ne!(child.parent_id(), parent.parent_id());
+        assert!(TraceParent::new().sampled().to_string().ends_with("-01"));
     }
 
     #[test]

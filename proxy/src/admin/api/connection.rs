@@ -182,7 +182,7 @@ impl Connection {
 
     fn tracked(connection: &TrackedConnection) -> Self {
         let TrackedConnection { pod, facts, accepted, .. } = connection;
-        let Facts { direction, source, destination, service, hbone, trace, policy } = facts;
+        let Facts { direction, source, destination, service, hbone, trace, policy, .. } = facts;
         let [bytes_sent, bytes_received] = connection.bytes();
         Self {
             started: rfc3339(wall_clock(*accepted)),

@@ -16,6 +16,7 @@ impl Hint for CommandError {
             Self::Hbone(error) => return error.hint(),
             Self::Mesh(MeshFeedError::File(errors)) => return errors.hint(),
             Self::Mesh(MeshFeedError::ControlPlane(error)) => return error.hint(),
+            Self::Collector(error) => return error.hint(),
             Self::Pod(error) => return error.hint(),
             Self::TakeOver(error) => return error.hint(),
             Self::Socket(error) => return error.hint(),

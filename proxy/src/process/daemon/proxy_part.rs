@@ -17,6 +17,7 @@ use crate::pods::kubernetes;
 use crate::pods::registry::PodRegistry;
 use crate::pods::source::SourceHealth;
 use crate::process::command_error::CommandError;
+use crate::process::logging;
 use crate::process::node_proxy::{LoadedNode, RunningNode};
 use crate::process::pause_gate::Pausable;
 use crate::process::supervise::{Supervisor, Task};
@@ -147,6 +148,22 @@ impl ProxyPart {
                 })
             }
         }
+    }
+
+    /// Applies changed settings of the log, here and in a proxy process.
+    pub(super) fn log_changes(&self) -> Box<dyn Fn(&Settings) + Send + Sync> {
+        let sender = match self {
+            Self::InProcess(_) => None,
+            Self::Process(process) => Some(process.sender().clone()),
+        };
+        Box::new(move |settings| {
+            logging::apply(&settings.logging);
+            if let Some(sender) = &sender {
+                let settings = settings.to_string();
+                // Fails if the proxy process has ended.
+                sender.post(&ToProxy::Logging { settings }).ok();
+            }
+        })
     }
 
     /// Reports that the node serves its pods. The endpoints accept from now on.

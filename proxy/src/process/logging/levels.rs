@@ -60,6 +60,20 @@ pub(crate) fn set(filter: LogFilter) -> Result<(), ConfigErrors> {
     Ok(())
 }
 
+/// Applies the filter of changed settings. If it is unchanged, the current one stays.
+///
+/// # Errors
+/// As [`set`].
+pub(super) fn follow(filter: &LogFilter) -> Result<(), ConfigErrors> {
+    if read().as_ref().is_some_and(|known| known.initial == *filter) {
+        return Ok(());
+    }
+    let targets = parse(filter)?;
+    write(Filter { initial: filter.clone(), current: filter.clone(), targets });
+    callsite::rebuild_interest_cache();
+    Ok(())
+}
+
 /// Restores the filter of the settings.
 ///
 /// # Errors

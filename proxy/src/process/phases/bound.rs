@@ -18,6 +18,7 @@ use crate::node::phases::{BoundPod, PodSpec, RulesOwner};
 use crate::node::pod::pod_sockets;
 use crate::node::{Node, certificates};
 use crate::observe::metrics;
+use crate::observe::otlp::Telemetry;
 use crate::process::command_error::CommandError;
 use crate::process::instance::{Instance, Status};
 use crate::process::pause_gate::Gates;
@@ -75,13 +76,14 @@ impl Bound {
             &supervisor,
         )?;
         let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
+        let (tracer, telemetry) = Telemetry::start(&settings, dialer.clone())?;
         let (feed, mesh) = MeshFeed::open(&settings, &watcher, dialer, &readiness, &supervisor)?;
         let publisher = Publisher::new(feed, mesh, &settings.workload);
         let lookups = publisher.lookups();
         let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
         let node =
             Node::new(&settings, &access, workers(&settings), mesh, lookups, gates.clone(), series);
-        let (node, identities) = (Arc::new(node), identities.map(Arc::new));
+        let (node, identities) = (Arc::new(Node { tracer, ..node }), identities.map(Arc::new));
         let spec = PodSpec {
             uid: None,
             settings: settings.clone(),
@@ -117,7 +119,16 @@ impl Bound {
         let privileged = thread.clone();
         let _privileged =
             supervisor.essential("namespaces thread", async move { privileged.ended().await });
-        let core = Core { settings, supervisor, node, identities, thread, endpoints, _privileged };
+        let core = Core {
+            settings,
+            supervisor,
+            node,
+            identities,
+            thread,
+            endpoints,
+            telemetry,
+            _privileged,
+        };
         Ok(Self { core, pod, credentials, publisher, reload, takeovers, client })
     }
 

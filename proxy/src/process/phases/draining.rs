@@ -76,6 +76,9 @@ impl Draining {
         drop(tasks);
         drain.end();
         tokio::time::timeout(WORKER_STOP_TIMEOUT, threads.join()).await.ok();
+        if let Some(telemetry) = &self.core.telemetry {
+            telemetry.flush().await;
+        }
         tracing::info!("stopped");
         Ok(outcome?)
     }

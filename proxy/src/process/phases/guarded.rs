@@ -13,6 +13,7 @@ use crate::node::phases::{GuardedPod, OpenPod};
 use crate::node::pod_error::PodError;
 use crate::node::workers::{WorkerThreads, Workers};
 use crate::process::command_error::CommandError;
+use crate::process::logging;
 use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::restarting;
@@ -139,7 +140,7 @@ impl Guarded {
             let (limits, readiness) = (limits.clone(), readiness.clone());
             async move { limits.report(readiness).await }
         });
-        let reloading = reload.start(repairs);
+        let reloading = reload.start(repairs, |settings| logging::apply(&settings.logging));
         let tasks = vec![publishing, limits, reloading];
         Ok(Serving::new(core, pod, threads, takeovers, tasks))
     }

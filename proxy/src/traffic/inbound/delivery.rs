@@ -14,8 +14,9 @@ use tokio::time::Instant;
 use underpass_config::Policy;
 use underpass_hbone::{HboneError, MutualTrust};
 
+use super::application::connect;
 use super::{
-    RequestOrigin, admitted_mesh, connect, inbound_target, record_failed_handshake, refused_stream,
+    RequestOrigin, admitted_mesh, inbound_target, record_failed_handshake, refused_stream,
     request_facts,
 };
 use crate::decide::connection_registry::{Registration, Termination};
@@ -85,7 +86,8 @@ pub(in crate::traffic) async fn deliver(
     let connected = async {
         let (ticket, lookups) = known?;
         let target = target?;
-        let connecting = pin!(connect(&seat, &registration, client, &target, Some(&origin.peer)));
+        let (peer, spans) = (Some(&origin.peer), &unopened.facts.spans);
+        let connecting = pin!(connect(&seat, &registration, client, &target, peer, spans));
         let (app, policy) = registration.termination().or_terminate(connecting).await?;
         Ok((app, policy, ticket, lookups))
     };
