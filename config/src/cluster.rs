@@ -18,6 +18,8 @@ use crate::yaml::read::{Cursor, Problems};
 
 /// Where Kubernetes mounts the service account of a pod.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// The hint for a kubeconfig file that cannot be read.
+const FILE_HINT: &str = "correct node.kubeconfig; in a pod with a service account it is not needed";
 /// The hint for a kubeconfig file with an unsupported credential.
 const CREDENTIAL_HINT: &str = "use a token, a token file or a client certificate";
 
@@ -117,8 +119,10 @@ impl ClusterAccess {
     /// All mistakes in the file, or the reason why it cannot be read.
     pub fn of_kubeconfig(path: &Path) -> Result<Self, ConfigErrors> {
         let name = path.display().to_string();
-        let text = fs::read_to_string(path)
-            .map_err(|error| ConfigErrors::one(format!("{name}: cannot be read: {error}"), None))?;
+        let text = fs::read_to_string(path).map_err(|error| {
+            let reason = format!("{name}: cannot be read: {error}");
+            ConfigErrors::one(Reason::with_hint(reason, FILE_HINT), None)
+        })?;
         let root = read_text(&name, &text)?;
         let problems = Problems::default();
         let folder = path.parent().unwrap_or_else(|| Path::new(""));
@@ -159,12 +163,21 @@ fn named<T>(
     read: impl Fn(Cursor<'_>) -> Option<T>,
 ) -> Option<T> {
     let list = root.key(list);
-    let is_named = |item: &Cursor<'_>| item.key("name").text() == Some(name);
-    let found = list.items(|item| is_named(&item).then(|| read(item.key(kind))));
+    let mut names = Vec::new();
+    let found = list.items(|item| {
+        let found = item.key("name").text()?.to_owned();
+        names.push(format!("{found:?}"));
+        (found == name).then(|| read(item.key(kind)))
+    });
     match found.into_iter().next() {
         Some(read) => read,
         None => {
-            list.problem(format!("has no item with the name {name:?}"));
+            let reason = format!("has no item with the name {name:?}");
+            let hint = match names.is_empty() {
+                true => "the list is empty".to_owned(),
+                false => format!("it has {}", names.join(", ")),
+            };
+            list.problem(Reason::with_hint(reason, hint));
             None
         }
     }
@@ -223,6 +236,7 @@ fn document(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hint::Hint as _;
 
     const KUBECONFIG: &str = "apiVersion: v1
 kind: Config
@@ -283,6 +297,23 @@ users:
             let error = of_user(user).unwrap_err().to_string();
             assert!(error.contains(problem), "{user}: {error}");
             assert!(!error.contains("*secret*"), "{error}");
+        }
+    }
+
+    #[test]
+    fn missing_file_and_unknown_names_have_hints() {
+        let hint = |error: ConfigErrors| error.hint().unwrap_or_default().into_owned();
+        let error = ClusterAccess::of_kubeconfig(Path::new("/no/kubeconfig")).unwrap_err();
+        assert!(error.to_string().contains("/no/kubeconfig: cannot be read: No such file"));
+        assert!(hint(error).contains("node.kubeconfig"));
+        for (from, to, expected) in [
+            ("current-context: node", "current-context: gone", "it has \"other\", \"node\""),
+            ("cluster: c, user: u", "cluster: c, user: gone", "it has \"u\""),
+        ] {
+            let text = KUBECONFIG.replace("USER", "{token: t}").replace(from, to);
+            let error = parse(&text).unwrap_err();
+            assert!(error.to_string().contains("no item with the name \"gone\""), "{error}");
+            assert!(hint(error).contains(expected));
         }
     }
 

@@ -52,8 +52,8 @@ pub enum ControlPlaneEvent {
 struct Script {
     /// The bytes that each new stream sends at once.
     first: Vec<Bytes>,
-    /// The open stream; `None` ends it.
-    stream: Option<mpsc::UnboundedSender<Option<Bytes>>>,
+    /// The open streams; `None` ends one.
+    streams: Vec<mpsc::UnboundedSender<Option<Bytes>>>,
 }
 
 impl ScriptedControlPlane {
@@ -98,21 +98,23 @@ impl ScriptedControlPlane {
         self.script().first = responses.iter().map(framed).collect();
     }
 
-    /// Sends a response on the open stream.
+    /// Sends a response on every open stream.
     pub fn send(&self, response: &DeltaResponse) {
         self.send_raw(framed(response));
     }
 
-    /// Sends bytes on the open stream.
+    /// Sends bytes on every open stream.
     pub fn send_raw(&self, bytes: Bytes) {
-        let stream = self.script().stream.clone().expect("no open stream");
-        stream.send(Some(bytes)).or_fail("send on the open stream");
+        let mut script = self.script();
+        script.streams.retain(|stream| stream.send(Some(bytes.clone())).is_ok());
+        assert!(!script.streams.is_empty(), "no open stream");
     }
 
-    /// Ends the open stream and its connection.
+    /// Ends every open stream and its connection.
     pub fn end_stream(&self) {
-        let stream = self.script().stream.take().expect("no open stream");
-        stream.send(None).ok();
+        let streams = std::mem::take(&mut self.script().streams);
+        let ended = streams.into_iter().filter(|stream| stream.send(None).is_ok());
+        assert!(ended.count() > 0, "no open stream");
     }
 
     /// The headers of the next stream that a client opens. Skips requests.
@@ -165,7 +167,7 @@ async fn serve(
             for bytes in &script.first {
                 stream.send(Some(bytes.clone()))?;
             }
-            script.stream = Some(stream);
+            script.streams.push(stream);
         }
         tokio::spawn(read(body, events.clone()));
         let writing = write(respond, commands);
@@ -209,9 +211,13 @@ async fn write(
 }
 
 fn framed(response: &DeltaResponse) -> Bytes {
-    let message = response.encode_to_vec();
+    framed_message(&response.encode_to_vec())
+}
+
+/// A message of gRPC with its prefix.
+pub(crate) fn framed_message(message: &[u8]) -> Bytes {
     let length = u32::try_from(message.len()).or_fail("send a message").to_be_bytes();
-    [&[0], &length[..], &message].concat().into()
+    [&[0], &length[..], message].concat().into()
 }
 
 /// A field of a protobuf message with this content.

@@ -9,7 +9,8 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use underpass_hbone::Dial;
 use underpass_interception::{
-    NamespaceAccess, SocketKind, SocketRole, Sockets, end_on_close, is_out_of_files,
+    NamespaceAccess, SocketKind, SocketRole, Sockets, enable_keepalive, end_on_close,
+    is_out_of_files,
 };
 
 use crate::decide::policy::Permit;
@@ -64,8 +65,14 @@ async fn within(
     }
 }
 
-/// Dials certificate issuers, control planes and collectors from the proxy's own sockets, which the
-/// rules do not catch.
+/// The first keepalive probe and the interval of the others, to servers that the proxy depends on.
+/// With [`KEEPALIVE_PROBES`](underpass_interception::KEEPALIVE_PROBES) a dead connection is
+/// detected after 33 s without data, for example during a watch.
+const FIRST_KEEPALIVE: Duration = Duration::from_secs(15);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Dials certificate issuers, control planes, collectors and the API server from the proxy's own
+/// sockets, which the rules do not catch.
 #[derive(Debug, Clone)]
 pub(crate) struct PlainDialer {
     pub(crate) access: NamespaceAccess,
@@ -81,6 +88,7 @@ impl Dial for PlainDialer {
         let socket = opened.into_iter().next().ok_or(io::ErrorKind::NotFound)?;
         let stream = socket.connect(address).await?;
         end_on_close(&stream);
+        enable_keepalive(&stream, FIRST_KEEPALIVE, KEEPALIVE_INTERVAL);
         Ok(stream)
     }
 }

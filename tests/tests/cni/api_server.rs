@@ -12,9 +12,9 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use underpass_tests::{Pki, Pod, Server, TlsServer};
 
-const PORT: u16 = 6443;
+pub(crate) const PORT: u16 = 6443;
 const NAME: &str = "kubernetes.default.svc";
-const TOKEN: &str = "token-of-node";
+pub(crate) const TOKEN: &str = "token-of-node";
 
 /// A running API server.
 pub(crate) struct ApiServer {
@@ -71,6 +71,15 @@ impl ApiServer {
     /// The settings of a daemon that uses this server.
     pub(crate) fn settings(&self) -> String {
         format!("node.kubeconfig={}", self.kubeconfig.display())
+    }
+
+    /// The settings with another file, in which `from` is replaced by `to`.
+    pub(crate) fn changed_settings(&self, from: &str, to: &str) -> String {
+        let text = std::fs::read_to_string(&self.kubeconfig).expect("a file");
+        assert!(text.contains(from), "{text}");
+        let changed = self.kubeconfig.with_extension("changed");
+        std::fs::write(&changed, text.replace(from, to)).expect("a file");
+        format!("node.kubeconfig={}", changed.display())
     }
 
     /// Adds or changes a namespace.

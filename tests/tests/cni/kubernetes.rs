@@ -1,10 +1,15 @@
 //! Tests of the daemon with facts from a scripted API server of Kubernetes.
 
+use std::fs;
+use std::time::Duration;
+
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use underpass_tests::{Family, Pod, Proxy, Suite, until};
+use tokio::time::timeout;
+use underpass::spawn::SpawnError;
+use underpass_tests::{Family, Pki, Pod, Proxy, ScriptedSuccessor, Suite, error_of, tool, until};
 
-use crate::api_server::ApiServer;
+use crate::api_server::{ApiServer, PORT, TOKEN};
 use crate::scene::{Scene, has_rules};
 
 const MODE: &str = "istio.io/dataplane-mode";
@@ -16,6 +21,13 @@ pub(crate) fn add_to(suite: &mut Suite) {
         "facts stay while the API server is unavailable, and are updated afterwards",
         outages,
     );
+    suite.test(
+        "a pod that becomes exempt at the end of a hot restart does not delay it",
+        late_exempt,
+    );
+    suite.test("a dead connection to the API server is detected in 33 s", dead_connection);
+    suite.test("a kubeconfig file that cannot be used ends the start with a hint", unusable_files);
+    suite.test("a refused credential and an unknown CA are logged with a hint", refused_access);
     suite.test("pods are enrolled after a restart while the API server is unreachable", restarted);
     suite.test("a pod that the runtime did not add makes the node unready", unadded);
 }
@@ -87,7 +99,7 @@ async fn labels() {
     let key = "traffic.sidecar.istio.io/excludeOutboundPorts";
     api.pod("b", |pod| pod["metadata"]["annotations"][key] = json!("2222"));
     until("the rules exclude the port", async || {
-        let rules = underpass_tests::tool(&scene.b, "nft", &["list", "ruleset"]).await;
+        let rules = tool(&scene.b, "nft", &["list", "ruleset"]).await;
         rules.out.contains("2222")
     })
     .await;
@@ -155,6 +167,100 @@ async fn outages() {
     api.pod("b", mode("none"));
     cluster.rules_are(&scene.b, false).await;
     assert_eq!(api.counts().0, lists, "the pods are not listed again");
+}
+
+/// The source is paused then, so that the new process alone applies the change.
+async fn late_exempt() {
+    let scene = Scene::new().await;
+    let api = ApiServer::start(&scene.node, &scene.pki);
+    for name in ["a", "b"] {
+        api.pod(name, |_| {});
+    }
+    let socket = scene.world.folder().join("take-over.sock");
+    let more = format!("{} take_over.socket={}", api.settings(), socket.display());
+    let mut daemon = scene.daemon(&more).await;
+    for pod in [&scene.a, &scene.b] {
+        scene.succeeds("ADD", pod, json!({})).await;
+    }
+    let successor = ScriptedSuccessor::connect(&socket).await;
+    for (request, answer) in
+        [("next", "pod "), ("next", "pod "), ("next", "end"), ("source", "source"), ("next", "end")]
+    {
+        let answered = successor.ask(request).await;
+        assert!(answered.starts_with(answer), "{request}: {answered}");
+    }
+    let (_, bookmarks) = api.counts();
+    api.pod("b", mode("none"));
+    until("the daemon has got the change", async || api.counts().1 > bookmarks).await;
+    for request in ["accept", "ready"] {
+        assert_eq!(successor.ask(request).await, "ok");
+    }
+    daemon.line(&["another process has taken over"]).await;
+    assert!(daemon.ended().await.success(), "{}", daemon.log());
+    for pod in [&scene.a, &scene.b] {
+        assert!(has_rules(pod).await, "the rules belong to the other process");
+    }
+}
+
+/// Without an answer to keepalive probes the daemon would wait for the end of the watch, 240 s.
+async fn dead_connection() {
+    let cluster = Cluster::new("").await;
+    let Cluster { scene, api, .. } = &cluster;
+    scene.succeeds("ADD", &scene.b, json!({})).await;
+    let rules = format!(
+        "add table inet lost; add chain inet lost in {{ type filter hook input priority 0; }}; \
+         add rule inet lost in tcp dport {PORT} drop; add rule inet lost in tcp sport {PORT} drop"
+    );
+    tool(&scene.node, "nft", &[&rules]).await.ok();
+    api.pod("b", mode("none"));
+    let detected = async { while !scene.readiness().await.1.contains("do not arrive") {} };
+    timeout(Duration::from_secs(45), detected).await.expect("the connection is known to be dead");
+    assert!(has_rules(&scene.b).await, "the last facts stay in use");
+    tool(&scene.node, "nft", &["delete table inet lost"]).await.ok();
+    let applied = async { while has_rules(&scene.b).await {} };
+    timeout(Duration::from_secs(12), applied).await.expect("the change has arrived");
+    cluster.is_ready_with(200, "ready").await;
+}
+
+async fn unusable_files() {
+    let scene = Scene::new().await;
+    let api = ApiServer::start(&scene.node, &scene.pki);
+    for (settings, error, hint) in [
+        ("node.kubeconfig=/no/file".to_owned(), "/no/file: cannot be read", "node.kubeconfig"),
+        (
+            api.changed_settings("current-context: c", "current-context: other"),
+            "contexts: has no item with the name \"other\"",
+            "it has \"c\"",
+        ),
+    ] {
+        let started = scene.node.try_proxy(&scene.settings().set(&settings)).await;
+        let Err(SpawnError::Ended { status, log }) = started else { panic!("it started") };
+        assert_eq!(status.code(), Some(2), "{log}");
+        let shown = error_of(&log);
+        assert!(shown.contains(error) && shown.contains(hint), "{shown}");
+    }
+}
+
+async fn refused_access() {
+    let scene = Scene::new().await;
+    let api = ApiServer::start(&scene.node, &scene.pki);
+    let folder = scene.world.folder().join("other");
+    fs::create_dir(&folder).expect("a folder");
+    let (roots, other) = (scene.pki.roots().to_owned(), Pki::new(&folder));
+    let [roots, other] = [&*roots, other.roots()].map(|roots| format!("{roots:?}"));
+    for (from, to, error, hint) in [
+        (TOKEN, "expired", "the API server does not accept the credential", "has expired"),
+        (&*roots, &*other, "TLS 1.3 failed: invalid peer certificate", "certificate-authority"),
+    ] {
+        let mut daemon = scene.daemon(&api.changed_settings(from, to)).await;
+        daemon.line(&["cannot watch the API server", error, hint]).await;
+        until("readiness names the error", async || {
+            let (status, text) = scene.readiness().await;
+            status == 503 && text.contains(error)
+        })
+        .await;
+        assert!(daemon.stop().await.success(), "{}", daemon.log());
+    }
 }
 
 async fn restarted() {

@@ -1,5 +1,10 @@
 //! Tests of `underpass cni`, the real binary as a CNI plugin, against `underpass node`.
-#![expect(clippy::expect_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+#![expect(
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 mod api_server;
 mod kubernetes;

@@ -18,6 +18,7 @@ use underpass_hbone::{
 };
 
 use crate::error::chain;
+use crate::pods::kubernetes;
 use crate::process::logging;
 
 /// The result of a check. Mistakes prevent a start, warnings do not.
@@ -92,6 +93,9 @@ impl ConfigCheck {
             for error in control_plane_problems(xds) {
                 self.add_problem("mesh.xds", &error);
             }
+        }
+        if let Some(Err(errors)) = self.settings.as_ref().map(kubernetes::cluster) {
+            self.add_errors(errors);
         }
         if let (Some(identity), Some(workload)) = (self.identity.clone(), &inputs.workload) {
             self.check_identity(workload, &identity, inputs.serves_pods);

@@ -71,9 +71,21 @@ impl Hint for KubernetesError {
             Self::Forbidden(_) => {
                 "allow the daemon's service account to list and watch pods and namespaces (docs/operations.md)"
             }
-            Self::Unauthorized(_) | Self::File { .. } | Self::Token { .. } => {
-                "check the service account of the daemon's pod, or node.kubeconfig"
+            Self::Unauthorized(_) => {
+                "the token or the certificate has expired, or is of another cluster: renew it in node.kubeconfig (a tokenFile is read again), or create the daemon's pod again"
             }
+            Self::File { .. } | Self::Token { .. } => {
+                "check the service account of the daemon's pod, or the files that node.kubeconfig names"
+            }
+            Self::Request { source: HttpsError::Tls(_), .. } => {
+                "check that certificate-authority in node.kubeconfig has the CA of the API server, and tls-server-name or server a name in its certificate"
+            }
+            Self::Request { source: HttpsError::Credential(_), .. } => {
+                "correct the certificate, the key or the roots in node.kubeconfig, or those of the daemon's service account"
+            }
+            Self::Request {
+                source: HttpsError::Address(_) | HttpsError::ServerName(_), ..
+            } => "correct server and tls-server-name in node.kubeconfig",
             Self::Request { .. } | Self::Timeout { .. } => {
                 "check that the API server runs and is reachable from the node; known facts stay in use"
             }
@@ -277,6 +289,21 @@ mod tests {
         let mut lines = Lines::default();
         lines.add(&vec![b'a'; MAX_EVENT]).unwrap();
         assert!(matches!(lines.add(b"a"), Err(KubernetesError::TooLong(MAX_EVENT))));
+    }
+
+    #[test]
+    fn hints_name_the_part_of_the_access_to_correct() {
+        let hint = |source| {
+            let error = KubernetesError::Request { server: "https://k".to_owned(), source };
+            error.hint().unwrap().into_owned()
+        };
+        let unknown = io::Error::other("invalid peer certificate: UnknownIssuer");
+        assert!(hint(HttpsError::Tls(unknown)).contains("certificate-authority"));
+        assert!(hint(HttpsError::ServerName("?".to_owned())).contains("tls-server-name"));
+        let refused = io::ErrorKind::ConnectionRefused.into();
+        assert!(hint(HttpsError::Connect(refused)).contains("reachable from the node"));
+        let expired = refusal(StatusCode::UNAUTHORIZED, b"").hint().unwrap();
+        assert!(expired.contains("has expired"), "{expired}");
     }
 
     #[test]

@@ -16,8 +16,7 @@ use super::view::{Kind, Object};
 
 /// The maximum number of objects in a page.
 const PAGE: usize = 500;
-/// The maximum duration of a watch in seconds. A connection that is lost without a reset is
-/// detected afterwards.
+/// The maximum duration of a watch in seconds.
 pub(super) const WATCH_SECONDS: u64 = 240;
 
 /// The state of the watch of one kind.
