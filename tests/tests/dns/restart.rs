@@ -1,18 +1,21 @@
 //! Tests that no query is lost while a proxy is replaced.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
-use underpass_tests::{Family, Suite};
+use underpass_tests::{Family, Pod, Suite};
 
 use crate::scene::{DnsScene, SERVICE};
 
 /// The timeout of glibc for a first attempt.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// The timeout of an answer that waits for the start of another process.
 const SLOW_ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// An address for a client's socket.
+pub(crate) const ANY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 
 pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("hot restart loses no query", hot_restart);
@@ -22,7 +25,7 @@ pub(crate) fn add_tests(suite: &mut Suite) {
 async fn hot_restart() {
     let (scene, mut old) = DnsScene::start("interception.profile=ambient").await;
     let server = scene.server.at(Family::V4, 53);
-    let socket = bind(&scene, "0.0.0.0:0".parse().expect("an address"));
+    let socket = bind(&scene.client, ANY);
     let mut id = 0;
     for _ in 0..2 {
         let settings = scene.settings.clone().take_over();
@@ -48,13 +51,13 @@ async fn hot_restart() {
 async fn forwarded_query() {
     let (scene, mut first) = DnsScene::start("interception.profile=ambient").await;
     let upstream_address = scene.client.at(Family::V4, 53);
-    let upstream = bind(&scene, upstream_address);
+    let upstream = bind(&scene.client, upstream_address);
     let nameserver = format!("nameserver {}", upstream_address.ip());
     scene.write_resolv_conf(&format!("{nameserver}\noptions timeout:20 attempts:1\n"));
     let settings = scene.settings.clone().take_over();
     let mut old = scene.client.proxy(&settings).await;
     first.ended_by_itself().await;
-    let socket = bind(&scene, "0.0.0.0:0".parse().expect("an address"));
+    let socket = bind(&scene.client, ANY);
     let server = scene.server.at(Family::V4, 53);
     let asking = ask(&socket, server, "slow.example", 1, SLOW_ANSWER_TIMEOUT);
     let taking_over = async {
@@ -69,9 +72,9 @@ async fn forwarded_query() {
     assert!(old.ended_by_itself().await.success(), "{}", old.log());
 }
 
-/// A UDP socket of the client.
-fn bind(scene: &DnsScene, address: SocketAddr) -> UdpSocket {
-    let socket = scene.client.run(|| std::net::UdpSocket::bind(address)).expect("a socket");
+/// A UDP socket of a pod.
+pub(crate) fn bind(pod: &Pod, address: SocketAddr) -> UdpSocket {
+    let socket = pod.run(|| std::net::UdpSocket::bind(address)).expect("a socket");
     socket.set_nonblocking(true).expect("a socket");
     UdpSocket::from_std(socket).expect("a socket")
 }
@@ -84,7 +87,13 @@ fn answer_to(query: &[u8]) -> Vec<u8> {
 }
 
 /// Sends one query, and waits for its answer. It is not repeated.
-async fn ask(socket: &UdpSocket, server: SocketAddr, name: &str, id: u16, within: Duration) {
+pub(crate) async fn ask(
+    socket: &UdpSocket,
+    server: SocketAddr,
+    name: &str,
+    id: u16,
+    within: Duration,
+) {
     let mut message = id.to_be_bytes().to_vec();
     message.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
     for label in name.split('.') {

@@ -69,7 +69,7 @@ impl Download {
 }
 
 /// Opens connections from `a` to the echo in `b` in a loop; every one must succeed.
-fn start_load(scene: &Arc<Scene>, clients: usize) -> Load {
+pub(crate) fn start_load(scene: &Arc<Scene>, clients: usize) -> Load {
     let scene = scene.clone();
     Load::start(clients, move || {
         let scene = scene.clone();

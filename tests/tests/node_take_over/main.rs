@@ -2,6 +2,7 @@
 //! fails, and either process may be killed on the way.
 #![expect(clippy::expect_used, reason = "a test fails by panicking")]
 
+mod inputs;
 mod killed;
 mod load;
 mod scene;
@@ -12,11 +13,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use tokio::net::UnixStream;
 use underpass::spawn::SpawnError;
-use underpass_interception::Handover;
-use underpass_tests::{APP, Family, Server, Settings, Suite, tool, until, within};
+use underpass_tests::{APP, Family, ScriptedSuccessor, Server, Settings, Suite, tool, until};
 
+use crate::inputs::{control_plane, silent_control_plane, spire};
 use crate::killed::{Victim, new_is_killed, new_is_stopped_before_last_answer, old_is_killed};
 use crate::load::{changed_mode, under_load};
 use crate::scene::{Mode, Scene};
@@ -28,6 +28,13 @@ fn main() -> ExitCode {
         under_load(Mode::OneProcess)
     });
     suite.test("hot restart turns the broker off and on", changed_mode);
+    for (mode, name) in [(Mode::Broker, "with the broker"), (Mode::OneProcess, "in one process")] {
+        let test = format!("the new process follows the control plane, {name}");
+        suite.test(&test, move || control_plane(mode));
+        let test = format!("the new process gets its certificates from the SPIRE agent, {name}");
+        suite.test(&test, move || spire(mode));
+    }
+    suite.test("new process without a mesh leaves every pod to the old one", silent_control_plane);
     suite.test("new process that ends half-way leaves every pod to the old one", new_ends);
     suite.test("killed old process leaves every pod to the new one", || {
         old_is_killed(Mode::OneProcess, Victim::Old)
@@ -59,28 +66,13 @@ fn main() -> ExitCode {
 }
 
 /// Connects to the running process as the new one would, up to the end of `requests`.
-async fn converse(scene: &Scene, requests: &[&str]) -> Handover {
-    let connect = async || {
-        let stream = UnixStream::connect(scene.socket()).await.expect("connected");
-        Handover::new(stream).with_longest_line(1 << 20)
-    };
-    // The refusal of an unknown role names the role of the running process.
-    let stranger = connect().await;
-    let refusal = ask(&stranger, "who are you?").await;
-    let role = refusal.split('"').nth(1).expect("a role").to_owned();
-    let conversation = connect().await;
-    assert!(ask(&conversation, &role).await.starts_with("listeners "));
+async fn converse(scene: &Scene, requests: &[&str]) -> ScriptedSuccessor {
+    let successor = ScriptedSuccessor::connect(&scene.socket()).await;
     for request in requests {
-        let answer = ask(&conversation, request).await;
+        let answer = successor.ask(request).await;
         assert!(!answer.starts_with("refused"), "{request}: {answer}");
     }
-    conversation
-}
-
-async fn ask(conversation: &Handover, request: &str) -> String {
-    conversation.send(request, &[]).await.expect("sent");
-    let answer = within("an answer", conversation.receive()).await.expect("received");
-    answer.expect("an answer").0
+    successor
 }
 
 async fn new_ends() {
@@ -101,7 +93,7 @@ async fn new_ends() {
     }
     // An unknown message ends the attempt.
     let conversation = converse(&scene, &["next"]).await;
-    conversation.send("accept uid-x y", &[]).await.expect("sent");
+    conversation.send("accept uid-x y").await;
     daemon.line(&["take-over by another process failed", "instead of"]).await;
     scene.echoed().await;
     let _new = scene.start_successor(&mut daemon, Mode::Broker).await;

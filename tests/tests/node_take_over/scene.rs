@@ -30,7 +30,7 @@ pub(crate) struct Scene {
     pub(crate) node: Pod,
     pub(crate) a: Pod,
     pub(crate) b: Pod,
-    pki: Pki,
+    pub(crate) pki: Pki,
     pub(crate) world: World,
 }
 
@@ -73,24 +73,47 @@ impl Scene {
     }
 
     pub(crate) fn settings(&self, mode: Mode) -> Settings {
-        let mesh = Mesh::default().hbone(&self.a).hbone(&self.b).write(&self.node, "mesh");
+        self.settings_with(mode, &self.mesh_section(), &self.identity_section())
+    }
+
+    /// The settings with these sections for the mesh and the identity.
+    pub(crate) fn settings_with(&self, mode: Mode, mesh: &str, identity: &str) -> Settings {
         let settings = Settings::node("node", &format!("directory: {:?}", self.folder()));
-        let identity = format!("identity: {{local_ca: {:?}}}", self.pki.dir());
-        let settings = settings.section(&identity).mesh(&mesh).set("proxy.mtls=strict");
+        let settings = settings.section(identity).section(mesh).set("proxy.mtls=strict");
         let settings = settings.set("proxy.workers=2").set(mode.setting());
         settings.set(&format!("take_over.socket={}", self.socket().display()))
     }
 
+    /// A mesh in a file.
+    pub(crate) fn mesh_section(&self) -> String {
+        let mesh = Mesh::default().hbone(&self.a).hbone(&self.b).write(&self.node, "mesh");
+        format!("mesh: {{file: {mesh:?}}}")
+    }
+
+    /// The identities of a local CA.
+    pub(crate) fn identity_section(&self) -> String {
+        format!("identity: {{local_ca: {:?}}}", self.pki.dir())
+    }
+
     pub(crate) async fn daemon(&self, mode: Mode) -> Proxy {
-        let daemon = self.node.proxy(&self.settings(mode)).await;
-        self.serves(&["a", "b"]).await;
+        let daemon = self.daemon_with(&self.settings(mode)).await;
         assert_eq!(child(daemon.pid()).is_some(), mode == Mode::Broker, "{}", daemon.log());
+        daemon
+    }
+
+    pub(crate) async fn daemon_with(&self, settings: &Settings) -> Proxy {
+        let daemon = self.node.proxy(settings).await;
+        self.serves(&["a", "b"]).await;
         daemon
     }
 
     /// Starts a daemon that takes over from `old`, and waits until `old` logs that.
     pub(crate) async fn start_successor(&self, old: &mut Proxy, mode: Mode) -> Proxy {
-        let new = self.node.proxy(&self.settings(mode).take_over()).await;
+        self.start_successor_with(old, self.settings(mode)).await
+    }
+
+    pub(crate) async fn start_successor_with(&self, old: &mut Proxy, settings: Settings) -> Proxy {
+        let new = self.node.proxy(&settings.take_over()).await;
         old.line(&["another process has taken over", &format!("pid={}", new.pid())]).await;
         new
     }
