@@ -46,11 +46,12 @@ pub use settings::{
     DnsSettings, Egress, EgressSettings, IdentityFiles, IdentitySettings, InboundCapture,
     InboundMode, InputSettings, InterceptionSettings, Ipv6, IstioCaSettings, KubeletProbes,
     KubernetesWatch, Limits, LocalCaSettings, LocalSocket, LogFilter, LogFilterError, LogFormat,
-    LoggedConnections, Logging, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings, NamespaceLog,
-    NamespaceLogError, NodeProbes, NodeSettings, OnExit, OtlpSettings, OutboundCapture,
-    PacedConnections, PodSourceSettings, PortRange, PortRangeError, PrivilegesSettings, Profile,
-    ProxySettings, Ratio, RatioError, SameNode, SeriesSettings, Settings, SpireApi, SpireSettings,
-    Timeouts, TrustSettings, TunnelSettings, WorkloadSettings, XdsHeader, XdsSettings,
+    LoggedConnections, Logging, MetricLabel, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings,
+    NamespaceLog, NamespaceLogError, NodeProbes, NodeSettings, OnExit, OtlpSettings,
+    OutboundCapture, PacedConnections, PodSourceSettings, PortRange, PortRangeError,
+    PrivilegesSettings, Profile, ProxySettings, Ratio, RatioError, SameNode, SeriesSettings,
+    Settings, SpireApi, SpireSettings, Timeouts, TrustSettings, TunnelSettings, UnknownLabel,
+    WorkloadSettings, XdsHeader, XdsSettings,
 };
 pub use ticks::{interval_at_multiples, next_multiple};
 pub use watch::events::{ChangeStep, FolderEvent, FolderEvents, FolderWatch, OpenFolderEvents};

@@ -13,6 +13,7 @@ mod interception;
 mod limits;
 pub(crate) mod load;
 mod logging;
+mod metrics;
 mod mtls;
 mod node;
 mod otlp;
@@ -38,8 +39,9 @@ pub use interception::{
     Backend, Dns, InboundCapture, InboundMode, InterceptionSettings, Ipv6, KubeletProbes, OnExit,
     OutboundCapture, PortRange, PortRangeError, Profile,
 };
-pub use limits::{Limits, SeriesSettings, Timeouts};
+pub use limits::{Limits, Timeouts};
 pub use logging::{LogFilter, LogFilterError, LogFormat, Logging};
+pub use metrics::{MetricLabel, SeriesSettings, UnknownLabel};
 pub use mtls::{Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings};
 pub use node::{CniInstallSettings, KubernetesWatch, NodeProbes, NodeSettings, PodSourceSettings};
 pub use otlp::OtlpSettings;

@@ -58,7 +58,7 @@ pub use limits::{
     RequestInProgress, Share, Sharing, SourceNetwork,
 };
 pub use otlp::{CollectorError, OtlpCollector};
-pub use pool::{Dial, PeerTunnels, Pool, PoolSettings, PoolStatistics, TunnelKey};
+pub use pool::{Dial, PeerTunnels, Pool, PoolEvent, PoolSettings, PoolStatistics, TunnelKey};
 pub use task::{Panic, catch_panic, log_panic};
 pub use tls::PeerIdentity;
 pub use trust::bundle::Bundle;

@@ -38,6 +38,24 @@ pub trait Dial: Send + Sync + 'static {
 
     /// Connects to `address`. The pool sets the deadline.
     fn dial(&self, address: SocketAddr) -> impl Future<Output = io::Result<Self::Io>> + Send;
+
+    /// Called for each event in the pool, for metrics. Must not block.
+    fn observe(&self, _event: PoolEvent) {}
+}
+
+/// An event in a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolEvent {
+    /// A request is sent in a tunnel that was open before.
+    Reused,
+    /// A request is sent in a tunnel that was opened for it.
+    Opened,
+    /// The TLS and HTTP/2 handshake of a tunnel has succeeded, and took this long.
+    Handshake(Duration),
+    /// A tunnel could not be opened.
+    DialFailed,
+    /// A request was refused without an attempt, because the peer is in back-off.
+    BackedOff,
 }
 
 /// Connects to the first address of a host that answers.
@@ -213,6 +231,7 @@ impl<D: Dial> Pool<D> {
     ) -> Result<TunnelStream, (HboneError, bool)> {
         let found = self.stream_slot(key, connector, reuse).await;
         let (id, StreamSlot { tunnel, open }, pooled) = found.map_err(|error| (error, false))?;
+        self.0.dial.observe(if pooled { PoolEvent::Reused } else { PoolEvent::Opened });
         let asked = Instant::now();
         let answer = tunnel.connect_reserved(request, self.0.settings.reply, open).await;
         let timed_out = matches!(answer, Err(HboneError::ReplyTimeout { .. }));
@@ -236,6 +255,7 @@ impl<D: Dial> Pool<D> {
                 Checkout::Wait { ticket, promised } => (ticket, promised),
                 Checkout::Refuse { remaining, last } => {
                     let address = key.address;
+                    self.0.dial.observe(PoolEvent::BackedOff);
                     return Err(HboneError::BackingOff { address, remaining, source: last });
                 }
             };
@@ -346,7 +366,10 @@ impl<D: Dial> DialInProgress<D> {
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             .map_err(|error| HboneError::Dial { address: key.address, source: Arc::new(error) })?;
-        connector.open(io, key.address, &key.peers, settings.handshake).await
+        let began = Instant::now();
+        let tunnel = connector.open(io, key.address, &key.peers, settings.handshake).await?;
+        self.pool.dial.observe(PoolEvent::Handshake(began.elapsed()));
+        Ok(tunnel)
     }
 
     fn finish(&self, outcome: Result<Tunnel, HboneError>) -> DialFollowUp {
@@ -360,6 +383,7 @@ impl<D: Dial> DialInProgress<D> {
                 (Ok((id, pooled)), DialFollowUp::Watch(id, tunnel_state))
             }
             Err(error) => {
+                self.pool.dial.observe(PoolEvent::DialFailed);
                 let forget_at = state.failed(&self.key, self.id, Arc::new(error.clone()), now);
                 (Err(error), DialFollowUp::RemoveBackoff(forget_at))
             }

@@ -41,6 +41,7 @@ pub(crate) use self::refusal::Refusal;
 use self::refusal::Refusals;
 use crate::admin::readiness::Readiness;
 use crate::observe::metrics;
+use crate::observe::metrics::BudgetUse;
 
 /// The number of open files that is assumed if the process cannot count them: more than at its
 /// start.
@@ -86,6 +87,22 @@ impl Limits {
     /// Counts a tunnel of `identity`, after its handshake.
     pub(crate) fn admit_identity(&self, identity: &SpiffeId) -> Result<Share, Refusal> {
         self.identities.take(identity.clone()).map_err(|_| Refusal::TunnelIdentity)
+    }
+
+    /// The use of the budgets of the node.
+    pub(crate) fn budgets(&self) -> Vec<BudgetUse> {
+        let budgets = [
+            ("buffers", self.buffers.budget()),
+            ("connections", &*self.connections),
+            ("descriptors", self.descriptors.budget()),
+            ("handshakes", self.handshakes.under_way()),
+        ];
+        let of = |(name, budget): (_, &Budget)| BudgetUse {
+            budget: name,
+            used: budget.used(),
+            limit: budget.limit(),
+        };
+        budgets.map(of).to_vec()
     }
 
     /// Counts a connection that was refused without a response.

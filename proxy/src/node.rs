@@ -102,6 +102,8 @@ impl Node {
         series: Arc<SeriesRegistry>,
     ) -> Self {
         let limits = Limits::new(&settings.limits, workers);
+        let budgets = limits.clone();
+        series.budgets.read_by(move || budgets.budgets());
         let resolv_file = Arc::new(ResolvFile::new(&settings.dns.resolv_conf));
         let (sockets, descriptors) = (pod_sockets(settings), limits.descriptors.clone());
         let sockets = PodSockets::new(access.clone(), sockets, descriptors);

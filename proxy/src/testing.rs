@@ -181,7 +181,7 @@ fn exporter(settings: &Settings) -> Result<Exporter, Failure> {
     if let Some(exporter) = &*exporter {
         return Ok(exporter.clone());
     }
-    let installed = metrics::install(settings.series)?;
+    let installed = metrics::install(settings.series.clone())?;
     *exporter = Some(installed.clone());
     Ok(installed)
 }

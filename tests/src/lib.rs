@@ -20,6 +20,7 @@ mod otlp;
 mod peers;
 mod pki;
 mod pods;
+mod promtool;
 mod proxy;
 mod scene;
 mod settings;
@@ -45,6 +46,7 @@ pub use peers::{
 };
 pub use pki::Pki;
 pub use pods::{Family, Pod, World};
+pub use promtool::promtool;
 pub use proxy::{Proxy, error_of};
 pub use scene::{APP, CLIENT, HBONE, SERVER, Scene};
 pub use settings::Settings;

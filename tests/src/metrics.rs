@@ -50,7 +50,8 @@ impl Metrics {
 /// Sends a GET request from inside a pod. Returns status and body.
 pub async fn http_get(pod: &Pod, server: SocketAddr, path: &str) -> (u16, String) {
     let mut stream = pod.dial(server).await.or_fail(format!("connect to {server}"));
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {server}\r\nConnection: close\r\n\r\n");
+    // HTTP/1.0, so that the body is not in chunks.
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {server}\r\n\r\n");
     within("a request is sent", stream.write_all(request.as_bytes()))
         .await
         .or_fail("send a request");

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use tokio::io::AsyncWriteExt as _;
 use underpass_tests::{
-    APP, Family, Mesh, Metrics, Proxy, Scene, Server, Suite, exchange, http_get, read_to_end, tool,
-    until,
+    APP, Family, Mesh, Metrics, Proxy, Scene, Server, Suite, exchange, http_get, promtool,
+    read_to_end, tool, until,
 };
 
 const OPENED: &str = "istio_tcp_connections_opened_total";
@@ -30,6 +30,10 @@ fn main() -> ExitCode {
     suite.test_both("the workload of a plaintext client is logged as claimed", plaintext_client);
     suite.test("connections beyond the limit of label sets are counted as overflow", overflow);
     suite.test("idle label sets are removed, and later count from zero", idle_label_sets);
+    suite.test("omitted labels are absent, and connections share a label set", omitted_labels);
+    suite.test("promtool accepts the metrics of a proxy", checked_by_promtool);
+    suite.test("durations, handshakes and the use of the pool are measured", durations);
+    suite.test("OpenMetrics has exemplars with the trace id of the access log", open_metrics);
     suite.test("bytes are counted while a connection is open", counted_while_open);
     suite.test("a connection is logged in one line with ztunnel's names", logged_in_one_line);
     suite.test("every JSON log line is an object with the field names of the plain format", json);
@@ -78,19 +82,12 @@ async fn endpoints() {
             assert_eq!(http_get(&scene.client, at, path).await.0, status, "{at}{path}");
         }
     }
-    let post = [
-        "-s",
-        "-o",
-        "/dev/null",
-        "-w",
-        "%{http_code}",
-        "-X",
-        "POST",
-        "http://127.0.0.1:15020/metrics",
-    ];
+    let post = "-s -o /dev/null -w %{http_code} -X POST http://127.0.0.1:15020/metrics";
+    let post: Vec<_> = post.split(' ').collect();
     assert_eq!(tool(&scene.client, "curl", &post).await.ok(), "405");
     let metrics = scene.client.metrics().await;
-    assert_eq!(metrics.sum("istio_build", &[("component", "underpass")]), Some(1.0));
+    assert_eq!(metrics.sum("istio_build", &[("component", "ztunnel")]), Some(1.0));
+    assert_eq!(metrics.sum("underpass_build_info", &[]), Some(1.0));
 }
 
 fn assert_counted(metrics: &Metrics, labels: &[(&str, &str)]) {
@@ -252,6 +249,83 @@ async fn idle_label_sets() {
     assert_eq!(opened().await, Some(1.0));
     assert_eq!(scene.client.metrics().await.sum(OPEN, &[]), Some(1.0));
     drop(client);
+}
+
+async fn omitted_labels() {
+    let scene = Scene::new().await;
+    let omitted = "metrics.omit_labels=[source_principal, destination_principal]";
+    let mut proxy = scene.client.proxy(&scene.client_settings().set(omitted)).await;
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    connection(&scene, Family::V4).await;
+    proxy.access_lines(1).await;
+    let metrics = scene.client.metrics().await;
+    assert_eq!(metrics.sum(OPENED, &[("destination_workload", "server")]), Some(1.0));
+    assert!(!metrics.text().contains("_principal"), "{}", metrics.text());
+}
+
+async fn checked_by_promtool() {
+    let (scene, mut client_proxy, _server) = Scene::with_proxies().await;
+    connection(&scene, Family::V4).await;
+    scene.client.dial_and_see_reset(scene.server.at(Family::V4, APP + 1)).await;
+    client_proxy.access_lines(2).await;
+    for pod in [&scene.client, &scene.server] {
+        let metrics = pod.metrics().await;
+        let Some(printed) = promtool(&["check", "metrics"], metrics.text()) else { return };
+        let complaints = (printed.out.as_str(), printed.err.as_str());
+        assert!(printed.status.success() && complaints == ("", ""), "{complaints:?}");
+    }
+}
+
+async fn durations() {
+    let (scene, mut client_proxy, mut server_proxy) = Scene::with_proxies().await;
+    for lines in 1..=2 {
+        connection(&scene, Family::V4).await;
+        client_proxy.access_lines(lines).await;
+        server_proxy.access_lines(lines).await;
+    }
+    let sides = [(&scene.client, "source", "outbound"), (&scene.server, "destination", "inbound")];
+    for (pod, reporter, direction) in sides {
+        let metrics = pod.metrics().await;
+        let labels = [("reporter", reporter), ("connection_security_policy", "mutual_tls")];
+        for name in ["connect", "first_byte", "connection"] {
+            let name = format!("underpass_{name}_duration_seconds");
+            let (sum, count) = (format!("{name}_sum"), format!("{name}_count"));
+            assert_eq!(metrics.sum(&count, &labels), Some(2.0), "{}", metrics.text());
+            assert!(metrics.sum(&sum, &labels) > Some(0.0), "{sum}: {}", metrics.text());
+            assert_eq!(metrics.sum(&count, &[]), Some(2.0), "{}", metrics.text());
+        }
+        let handshakes = "underpass_handshake_duration_seconds_count";
+        assert_eq!(metrics.sum(handshakes, &[("direction", direction)]), Some(1.0));
+        assert_eq!(metrics.sum(handshakes, &[]), Some(1.0), "{}", metrics.text());
+    }
+    let metrics = scene.client.metrics().await;
+    let streams = |tunnel| metrics.sum("underpass_pool_streams_total", &[("tunnel", tunnel)]);
+    assert_eq!((streams("new"), streams("reused")), (Some(1.0), Some(1.0)), "{}", metrics.text());
+    for budget in ["connections", "descriptors", "handshakes", "buffers"] {
+        let labels = [("budget", budget)];
+        let (used, limit) = ("underpass_budget_used", "underpass_budget_limit");
+        assert!(metrics.sum(used, &labels) < metrics.sum(limit, &labels), "{}", metrics.text());
+    }
+}
+
+async fn open_metrics() {
+    let (scene, mut proxy, _server) = Scene::with_proxies().await;
+    connection(&scene, Family::V4).await;
+    let lines = proxy.access_lines(1).await;
+    let (_, from_trace) = lines[0].split_once(" trace_id=\"").expect("a trace id");
+    let trace_id = from_trace.split('"').next().expect("a quoted id");
+    let accept = "Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5";
+    let arguments = ["-s", "-i", "-H", accept, "http://127.0.0.1:15020/metrics"];
+    let answer = tool(&scene.client, "curl", &arguments).await.ok();
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a body");
+    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    assert!(head.contains(content_type), "{head}");
+    assert!(body.ends_with("\n# EOF\n") && !body.contains("\n\n"), "{body}");
+    assert!(body.contains("\n# TYPE istio_tcp_connections_opened counter\n"), "{body}");
+    assert!(body.contains("\nistio_tcp_connections_opened_total{"), "{body}");
+    let exemplar = format!(" # {{trace_id=\"{trace_id}\"}} ");
+    let mut buckets = body.lines().filter(|line| line.contains(&exemplar));
+    assert!(buckets.any(|line| line.starts_with("underpass_connect_duration_seconds_bucket")));
 }
 
 async fn counted_while_open() {

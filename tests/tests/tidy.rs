@@ -195,11 +195,13 @@ fn readme_contains_two_commands() {
     }
 }
 
+const METRIC_PREFIXES: [&str; 4] = ["underpass_", "istio_", "workload_manager_", "process_"];
+
 /// The names of metrics in a text, between `open` and `close`.
 fn metric_names(text: &str, open: char, close: char) -> BTreeSet<String> {
     let is_name = |name: &str| {
-        let ours = name.starts_with("underpass_") || name.starts_with("istio_tcp_");
-        ours && name.chars().all(|c| c.is_ascii_lowercase() || c == '_')
+        METRIC_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+            && name.chars().all(|c| c.is_ascii_lowercase() || c == '_')
     };
     let names = text.split(open).skip(1).filter_map(|rest| rest.split(close).next());
     names.filter(|name| is_name(name)).map(str::to_owned).collect()

@@ -54,20 +54,3 @@ pub struct Timeouts {
     /// The time for which an endpoint is selected last after a failed connect.
     pub ejection: Duration,
 }
-
-/// The number and lifetime of the metric series of connections.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SeriesSettings {
-    /// The maximum number of label sets. Further connections are counted as `overflow`.
-    pub limit: usize,
-    /// The time after which an unused label set is removed.
-    pub idle: Duration,
-}
-
-impl Default for SeriesSettings {
-    fn default() -> Self {
-        // A label set takes about 4 KiB of `/metrics`. With this time, a peer that connects every
-        // half hour keeps its counters.
-        Self { limit: 1000, idle: Duration::from_secs(3600) }
-    }
-}

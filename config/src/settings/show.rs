@@ -144,7 +144,7 @@ egress: mesh-only
 egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
 timeouts: {connect: 250ms, handshake: 1s, frame: 7s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handover_drain: 12h, pool_idle: 2h, tunnel_idle: 3h, ejection: 4s}
 take_over: {socket: /run/x.sock}
-metrics: {address: "127.0.0.1:91", label_sets: 7, idle: 90s}
+metrics: {address: "127.0.0.1:91", label_sets: 7, idle: 90s, omit_labels: [source_principal, destination_zone]}
 readiness: {address: "[::1]:92"}
 admin: {socket: /run/admin.sock, address: "127.0.0.1:93"}
 logging: {filter: 'info,access=off', format: json, access: {connections: failures, sample_ratio: 0.25, namespaces: ["shop=all", kube-system=none]}}

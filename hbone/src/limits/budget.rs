@@ -67,6 +67,11 @@ impl Budget {
         Self { limit, used: AtomicUsize::new(0), whole, known_parts: 0.into() }
     }
 
+    /// The number of units.
+    pub fn limit(&self) -> usize {
+        self.limit
+    }
+
     /// The number of units in use.
     pub fn used(&self) -> usize {
         self.used.load(SeqCst)

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
-use http::{HeaderValue, Method, StatusCode};
+use http::{Method, StatusCode, header};
 
-use crate::admin::answer::{Answer, JSON, Refusal, json, of_type, stream, text};
+use crate::admin::answer::{Answer, JSON, Refusal, json, stream, text};
 use crate::admin::api::{certificates, config_dump, connections, drain, logging, rules, version};
 use crate::admin::authority;
 use crate::admin::liveness::Liveness;
@@ -15,11 +15,9 @@ use crate::admin::query::Query;
 use crate::admin::readiness::Readiness;
 use crate::admin::state::Admin;
 use crate::admin::status;
-use crate::observe::metrics::Exporter;
+use crate::observe::metrics::{Exporter, Format};
 use crate::version::VERSION;
 
-/// Prometheus' text format, version 0.0.4.
-const PROMETHEUS_TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
 /// The paths of administration: their methods and purposes. Only the Unix socket serves POST.
 const ADMIN_PATHS: &[(&str, &[Method], &str)] = &[
     ("/", &[Method::GET], "this list"),
@@ -124,7 +122,11 @@ fn readiness_paths() -> Refusal {
 fn metrics_answer(exporter: &Exporter, request: &Parts) -> Result<Answer, Refusal> {
     only_get(request)?;
     match request.uri.path() {
-        "/metrics" | "/stats/prometheus" => Ok(of_type(PROMETHEUS_TEXT, exporter.render())),
+        "/metrics" | "/stats/prometheus" => {
+            let format = Format::accepted(request.headers.get(header::ACCEPT));
+            let pages = futures_util::stream::iter(exporter.pages(format));
+            Ok(stream(format.content_type(), pages))
+        }
         _ => Err(Refusal::new(StatusCode::NOT_FOUND, "not found: this endpoint serves /metrics")),
     }
 }

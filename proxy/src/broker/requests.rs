@@ -206,7 +206,7 @@ fn report(refusal: &Refusal) {
     let Some(reason) = refusal.reason() else {
         return tracing::debug!(%refusal, "a request of the proxy process failed");
     };
-    metrics::broker_refused(reason);
+    metrics::pods::broker_refused(reason);
     if LIMIT.admit(reason) {
         tracing::error!(
             reason,

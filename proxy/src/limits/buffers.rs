@@ -32,6 +32,11 @@ impl Buffers {
         Self { budget: Arc::new(Budget::new(limit)), gauge: buffer_bytes(), descriptors }
     }
 
+    /// The bytes of all pods.
+    pub(super) fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
     /// Creates the share of a pod.
     pub(super) fn of_pod(&self) -> Self {
         let budget = Budget::part(&self.budget, usize::MAX, Sharing::KnownParts);

@@ -107,6 +107,11 @@ impl Descriptors {
         }))
     }
 
+    /// The descriptors of all pods.
+    pub(super) fn budget(&self) -> &Budget {
+        &self.0.budget
+    }
+
     /// Creates the budgets of a pod. Neither direction can take all of its descriptors.
     pub(super) fn of_pod(&self) -> Directions {
         let part = |whole, sharing| Arc::new(Budget::part(whole, usize::MAX, sharing));

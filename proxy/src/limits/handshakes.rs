@@ -56,6 +56,11 @@ impl Handshakes {
         Self { under_way: Arc::new(Budget::new(total)), per_source, queue, penalties }
     }
 
+    /// The handshakes in progress.
+    pub(super) fn under_way(&self) -> &Budget {
+        &self.under_way
+    }
+
     pub(super) fn of_source(&self) -> SourceHandshakes {
         let under_way = Budget::part(&self.under_way, self.per_source, Sharing::UnknownParts);
         let begun = Arc::new(Budget::new(self.per_source));

@@ -17,6 +17,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message as _;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, Interval, sleep_until};
 use underpass_config::{
@@ -33,7 +34,8 @@ use super::report::log_refused;
 use crate::admin::readiness::Readiness;
 use crate::backoff::Backoff;
 use crate::error::Described;
-use crate::observe::metrics;
+use crate::observe::metrics::mesh;
+use crate::observe::metrics::mesh::StreamEndReason;
 
 /// The bounds of the back-off before a new connection, as in ztunnel but with jitter.
 const FIRST_WAIT: Duration = Duration::from_millis(10);
@@ -87,6 +89,16 @@ impl Hint for StreamEnd {
     }
 }
 
+impl StreamEnd {
+    /// The reason in metrics, for a stream that was open.
+    fn reason(&self) -> StreamEndReason {
+        match self {
+            Self::Stream(ControlPlaneError::Closed) => StreamEndReason::Complete,
+            Self::Stream(_) | Self::Session(_) | Self::Unanswered(_) => StreamEndReason::Error,
+        }
+    }
+}
+
 /// An event on an open stream.
 enum Event {
     Response(DeltaResponse),
@@ -132,7 +144,7 @@ impl ControlPlaneFollower {
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
         self.health = readiness.mesh().clone();
         readiness.mesh_known(false);
-        metrics::control_plane_connected(false);
+        mesh::control_plane_followed();
         loop {
             let (first, is_changed) = self.schedule.open(&mut self.plane, &self.lookups);
             if is_changed {
@@ -140,12 +152,16 @@ impl ControlPlaneFollower {
             }
             let opened = self.or_file_changes(client.open(first)).await;
             let since = Instant::now();
-            let end = match opened {
-                Ok(stream) => self.follow(stream, &readiness).await,
-                Err(error) => StreamEnd::Stream(error),
+            let (end, reason) = match opened {
+                Ok(stream) => {
+                    let end = self.follow(stream, &readiness).await;
+                    let reason = end.reason();
+                    (end, reason)
+                }
+                Err(error) => (StreamEnd::Stream(error), StreamEndReason::ConnectionError),
             };
-            metrics::control_plane_connected(false);
-            metrics::control_plane_lost();
+            mesh::control_plane_connected(false);
+            mesh::control_plane_lost(reason);
             // A control plane that closes every stream early is not asked again at once: each time
             // it would send its whole state.
             let (wait, address) = (backoff.next_after(since.elapsed()), &self.address);
@@ -158,7 +174,7 @@ impl ControlPlaneFollower {
 
     /// Applies the responses of one stream until it ends.
     async fn follow(&mut self, mut stream: ControlPlaneStream, readiness: &Readiness) -> StreamEnd {
-        metrics::control_plane_connected(true);
+        mesh::control_plane_connected(true);
         self.health.connected();
         tracing::info!(address = self.address, "connected to the control plane");
         let mut checks = tokio::time::interval(CHECK);
@@ -185,7 +201,9 @@ impl ControlPlaneFollower {
         };
         let requests = match self.or_file_changes(event).await? {
             Event::Response(response) => {
+                let bytes = response.encoded_len();
                 let applied = self.apply(response).await?;
+                mesh::control_plane_message(applied.kind, bytes);
                 report(&applied);
                 self.take_effect(applied.urgency, readiness);
                 std::iter::once(applied.answer).chain(applied.unsubscriptions).collect()
@@ -290,9 +308,9 @@ impl ControlPlaneFollower {
 
 /// Logs and counts the changes of a response.
 fn report(Applied { kind, set, removed, outdated, rejected, .. }: &Applied) {
+    mesh::control_plane_resources(*kind, set - rejected.len(), *removed, rejected.len());
+    mesh::control_plane_resources(ResourceType::Address, 0, *outdated, 0);
     let kind = kind.name();
-    metrics::control_plane_resources(kind, set - rejected.len(), *removed, rejected.len());
-    metrics::control_plane_resources(ResourceType::Address.name(), 0, *outdated, 0);
     tracing::debug!(kind, set, removed, rejected = rejected.len(), "response of the control plane");
     for (name, reason) in rejected.iter().take(MAX_LOGGED) {
         tracing::error!(

@@ -2,11 +2,11 @@
 
 use underpass_config::{ConfigErrors, Hint as _, MeshSize};
 
-use crate::observe::metrics;
+use crate::observe::metrics::mesh;
 
 /// Counts and logs a mesh file that cannot be used.
 pub(super) fn log_refused(errors: &ConfigErrors) {
-    metrics::mesh_refused();
+    mesh::refused();
     let hint = errors.hint();
     tracing::error!(
         hint = hint.as_deref(),

@@ -1,28 +1,45 @@
-//! Prometheus metrics. The counters of connections are in `series.rs` and `registry.rs`, all others
-//! here.
+//! Prometheus metrics. Connections have series by their labels (`series.rs`, `registry.rs`) and
+//! histograms by worker (`timings.rs`). Events that are rarer are counted by the recorder.
 //!
-//! The `admin` module serves `/metrics`.
+//! The `admin` module serves `/metrics`. No histogram may go to the recorder: it would keep each
+//! sample until the next scrape, and has no exemplars.
 
+mod budgets;
 mod certificates;
 pub(crate) mod dns;
+mod exposition;
+mod histogram;
+mod hostnames;
 mod known;
+pub(crate) mod mesh;
+pub(crate) mod pods;
+mod process;
 mod registry;
 mod series;
+mod series_map;
+mod timings;
 
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use bytes::Bytes;
 use metrics::{Gauge, counter, describe_counter, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
-use underpass_config::{MeshSize, Profile, SeriesSettings, SpiffeId};
+use underpass_config::{Profile, SeriesSettings, SpiffeId};
 use underpass_interception::Backend;
 
+pub(crate) use self::budgets::BudgetUse;
+pub(crate) use self::exposition::Format;
+use self::exposition::Page;
 pub(crate) use self::known::KnownSeries;
 pub(crate) use self::registry::SeriesRegistry;
 pub(crate) use self::series::{Labels, Series};
+pub(crate) use self::timings::{Milestone, PoolUse, Timings};
+use crate::observe::party::Direction;
 
 const PAUSES: &str = "underpass_accept_paused_total";
 const BUILD: &str = "istio_build";
+const BUILD_INFO: &str = "underpass_build_info";
 const INTERCEPTION: &str = "underpass_interception";
 const REPAIRS: &str = "underpass_rules_repairs_total";
 const INTACT: &str = "underpass_rules_intact";
@@ -41,21 +58,11 @@ const HANDSHAKES_WAITED: &str = "underpass_handshakes_waited_total";
 const HANDSHAKES_FAILED: &str = "underpass_handshakes_failed_total";
 const LOG_LINES_LOST: &str = "underpass_log_lines_lost_total";
 const HANDSHAKES_REFUSED: &str = "underpass_handshakes_refused_total";
-const MESH_UPDATES: &str = "underpass_mesh_updates_total";
-const MESH_GENERATION: &str = "underpass_mesh_generation";
-const MESH_SIZE: &str = "underpass_mesh_size";
-const CONTROL_PLANE: &str = "underpass_control_plane_connected";
-const CONTROL_PLANE_LOST: &str = "underpass_control_plane_streams_ended_total";
-const CONTROL_PLANE_RESOURCES: &str = "underpass_control_plane_resources_total";
 const BUFFERS_REFUSED: &str = "underpass_buffers_refused_total";
 const BUFFER_BYTES: &str = "underpass_buffer_bytes";
-const TERMINATED: &str = "underpass_connections_terminated_total";
-const PODS: &str = "underpass_pods";
-const NOT_ADDED: &str = "underpass_pods_without_plugin";
-const KUBERNETES: &str = "underpass_kubernetes_connected";
 const RESTARTS: &str = "underpass_task_restarts_total";
 const DIRECT: &str = "underpass_direct_connections_total";
-const BROKER_REFUSALS: &str = "underpass_broker_refusals_total";
+const ERRORS: &str = "underpass_connection_errors_total";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
 const TELEMETRY_EXPORTED: &str = "underpass_telemetry_exported_total";
 const TELEMETRY_DROPPED: &str = "underpass_telemetry_dropped_total";
@@ -70,20 +77,38 @@ pub(crate) struct Exporter {
 }
 
 impl Exporter {
+    /// The response in this format, in parts. Each is rendered when it is requested, so that other
+    /// tasks can run in between.
+    pub(crate) fn pages(&self, format: Format) -> impl Iterator<Item = Bytes> + Send + use<> {
+        let mut page = Page::new(format);
+        page.append_recorded(&self.recorder.render());
+        certificates::render(&mut page);
+        dns::render(&mut page);
+        process::render(&mut page);
+        self.series.render_fixed(&mut page);
+        let mut end = Page::new(format);
+        end.end();
+        let fixed = std::iter::once(page.into_bytes());
+        fixed.chain(self.series.pages(format)).chain([end.into_bytes()])
+    }
+
+    /// The whole response in Prometheus' format.
     pub(crate) fn render(&self) -> String {
-        let mut text = self.recorder.render();
-        certificates::render(&mut text);
-        text.push_str(&self.series.render());
-        text
+        let pages: Vec<_> = self.pages(Format::Prometheus).collect();
+        String::from_utf8_lossy(&pages.concat()).into_owned()
     }
 }
 
 /// Installs the metrics recorder of this process.
 pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> {
-    let recorder = dns::with_buckets(PrometheusBuilder::new())?.install_recorder()?;
+    let recorder = PrometheusBuilder::new().install_recorder()?;
+    process::started();
     dns::describe();
+    mesh::describe();
+    pods::describe();
     describe_counter!(PAUSES, "Pauses of accepting, by the exhausted resource.");
-    describe_gauge!(BUILD, "The running version; always 1.");
+    describe_gauge!(BUILD, "The running version, under ztunnel's name; always 1.");
+    describe_gauge!(BUILD_INFO, "The running version; always 1.");
     describe_gauge!(INTERCEPTION, "How traffic is intercepted; always 1.");
     describe_counter!(REPAIRS, "Repairs of rules that another program had changed.");
     describe_gauge!(INTACT, "Whether the rules of every pod are intact: 1, or 0.");
@@ -126,41 +151,25 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
         "Log lines lost because standard output was stalled or full."
     );
     counter!(LOG_LINES_LOST).increment(0);
-    describe_counter!(MESH_UPDATES, "Changes of the mesh, by result.");
-    describe_gauge!(MESH_GENERATION, "Generation of the mesh that every worker has applied.");
-    describe_gauge!(MESH_SIZE, "Workloads, services and policies in the mesh.");
-    describe_gauge!(CONTROL_PLANE, "Whether the stream of the control plane is open.");
-    describe_counter!(
-        CONTROL_PLANE_LOST,
-        "Streams of the control plane that ended or could not be opened."
-    );
-    describe_counter!(
-        CONTROL_PLANE_RESOURCES,
-        "Resources of the control plane, by type and result."
-    );
     describe_counter!(
         BUFFERS_REFUSED,
         "Buffers or pipes that busy connections did not get, by the exhausted resource."
     );
     describe_gauge!(BUFFER_BYTES, "Bytes of memory reserved for buffers of busy connections.");
-    describe_counter!(
-        TERMINATED,
-        "Open connections terminated because a change of the mesh forbids them."
-    );
-    describe_gauge!(PODS, "Pods of the node, by state.");
-    describe_gauge!(NOT_ADDED, "Running pods of the node without a call of the CNI plugin.");
-    describe_gauge!(KUBERNETES, "Whether changes of pods at the API server arrive (1) or not (0).");
     describe_counter!(DIRECT, "Connections between two pods of the process without a tunnel.");
     describe_counter!(
-        BROKER_REFUSALS,
-        "Messages of the proxy process that the broker refused, by reason."
+        ERRORS,
+        "Connections that failed or ended early, by the reason of the access log."
     );
     describe_counter!(EJECTED, "Endpoints ejected because they could not be connected to.");
     describe_counter!(TELEMETRY_EXPORTED, "Items that the collector has taken, by signal.");
     describe_counter!(TELEMETRY_DROPPED, "Items that the collector did not get, by signal.");
     describe_counter!(TELEMETRY_FAILED, "Failed requests to the collector, by signal.");
     describe_counter!(RESTARTS, "Tasks of the proxy that failed and were started again, by task.");
-    gauge!(BUILD, "component" => "underpass", "tag" => env!("CARGO_PKG_VERSION")).set(1);
+    // Istio's dashboards select the component; the tag tells which proxy this is.
+    let tag = concat!("underpass-", env!("CARGO_PKG_VERSION"));
+    gauge!(BUILD, "component" => "ztunnel", "tag" => tag).set(1);
+    gauge!(BUILD_INFO, "version" => env!("CARGO_PKG_VERSION")).set(1);
     Ok(Exporter { recorder, series: Arc::new(SeriesRegistry::new(settings)) })
 }
 
@@ -273,80 +282,14 @@ pub(crate) fn buffer_bytes() -> Gauge {
     gauge!(BUFFER_BYTES)
 }
 
-/// Reports that all workers have applied this generation of the mesh.
-pub(crate) fn mesh_applied(mesh: MeshSize, generation: u64) {
-    gauge!(MESH_GENERATION).set(generation as f64);
-    let size =
-        [("workload", mesh.workloads), ("service", mesh.services), ("policy", mesh.policies)];
-    for (kind, count) in size {
-        gauge!(MESH_SIZE, "kind" => kind).set(count as f64);
-    }
-    counter!(MESH_UPDATES, "result" => "applied").increment(1);
-    counter!(MESH_UPDATES, "result" => "superseded").increment(0);
-    counter!(MESH_UPDATES, "result" => "refused").increment(0);
-}
-
-/// Counts a generation of the mesh that a newer one replaced before every worker had applied it.
-pub(crate) fn mesh_superseded() {
-    counter!(MESH_UPDATES, "result" => "superseded").increment(1);
-}
-
-/// Counts connections that a change of the mesh has terminated.
-pub(crate) fn connections_terminated(connections: usize) {
-    counter!(TERMINATED).increment(connections as u64);
-}
-
-/// Reports whether the stream of the control plane is open.
-pub(crate) fn control_plane_connected(is_open: bool) {
-    gauge!(CONTROL_PLANE).set(f64::from(u8::from(is_open)));
-}
-
-/// Counts a stream of the control plane that ended or could not be opened.
-pub(crate) fn control_plane_lost() {
-    counter!(CONTROL_PLANE_LOST).increment(1);
-}
-
-/// Counts the resources of one response.
-pub(crate) fn control_plane_resources(
-    kind: &'static str,
-    set: usize,
-    removed: usize,
-    rejected: usize,
-) {
-    for (result, count) in [("set", set), ("removed", removed), ("rejected", rejected)] {
-        counter!(CONTROL_PLANE_RESOURCES, "type" => kind, "result" => result)
-            .increment(count as u64);
-    }
-}
-
-/// Counts a change of the mesh that could not be read.
-pub(crate) fn mesh_refused() {
-    counter!(MESH_UPDATES, "result" => "refused").increment(1);
-}
-
-/// Reports the number of pods in this state.
-pub(crate) fn pods(state: &'static str, count: usize) {
-    gauge!(PODS, "state" => state).set(count as f64);
-}
-
-/// Reports the number of running pods that the container runtime has not added.
-pub(crate) fn pods_not_added(count: usize) {
-    gauge!(NOT_ADDED).set(count as f64);
-}
-
-/// Reports whether changes of pods arrive from the API server.
-pub(crate) fn kubernetes_connected(is_connected: bool) {
-    gauge!(KUBERNETES).set(if is_connected { 1.0 } else { 0.0 });
-}
-
 /// Counts a restart of a failed task.
 pub(crate) fn task_restarted(task: &'static str) {
     counter!(RESTARTS, "task" => task).increment(1);
 }
 
-/// Counts a message of the proxy process that the broker refused.
-pub(crate) fn broker_refused(reason: &'static str) {
-    counter!(BROKER_REFUSALS, "reason" => reason).increment(1);
+/// Counts a connection that failed, or was open and ended early.
+pub(crate) fn connection_error(direction: Direction, reason: &'static str) {
+    counter!(ERRORS, "direction" => direction.as_str(), "reason" => reason).increment(1);
 }
 
 /// Initializes the counters of a signal.

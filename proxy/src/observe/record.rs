@@ -25,7 +25,7 @@ use crate::error::{ProxyError, Reason, ResponseFlags};
 use crate::observe::access_log;
 use crate::observe::ended::{Durations, Ended};
 use crate::observe::metrics;
-use crate::observe::metrics::{KnownSeries, Labels, Series, SeriesRegistry};
+use crate::observe::metrics::{KnownSeries, Labels, Milestone, Series, SeriesRegistry, Timings};
 use crate::observe::party::{Direction, Party};
 use crate::observe::pod_name::PodName;
 use crate::observe::trace::Spans;
@@ -88,6 +88,11 @@ impl WorkerRecords {
     /// Releases the workloads and services of an old mesh.
     pub(crate) fn forget_series(&self) {
         self.series.forget();
+    }
+
+    /// The durations that this worker measures.
+    pub(crate) fn timings(&self) -> &Arc<Timings> {
+        self.series.timings()
     }
 
     /// Those of `pod`.
@@ -156,6 +161,7 @@ pub(crate) struct ConnectionRecord {
     /// The time from the accept until the connection was open.
     connect: Duration,
     series: Arc<Series>,
+    timings: Arc<Timings>,
     recent: Arc<RecentConnections>,
     is_closed: bool,
 }
@@ -164,12 +170,23 @@ impl ConnectionRecord {
     /// Counts a connection as opened. `accepted` is the time of its accept.
     pub(crate) fn opened(accepted: Instant, facts: Facts, records: PodRecords<'_>) -> Self {
         let PodRecords { pod, worker: WorkerRecords { series, recent } } = records;
-        let series = series.get(facts.labels());
+        let (timings, series) = (series.timings().clone(), series.get(facts.labels()));
         series.opened();
         let connection = TrackedConnection::new(pod, facts, accepted);
         recent.opened(&connection);
-        let (connect, recent) = (accepted.elapsed(), recent.clone());
-        Self { connection, connect, series, recent, is_closed: false }
+        let (connect, recent) = (Duration::ZERO, recent.clone());
+        let mut record = Self { connection, connect, series, timings, recent, is_closed: false };
+        record.connect = record.reached(Milestone::Connected);
+        record
+    }
+
+    /// Measures the time since the accept.
+    fn reached(&self, milestone: Milestone) -> Duration {
+        let TrackedConnection { facts, accepted, .. } = &*self.connection;
+        let (kind, elapsed) = ((facts.direction, facts.hbone.is_some()), accepted.elapsed());
+        let trace_id = facts.trace.map(TraceParent::trace_id);
+        self.timings.reached(milestone, kind, elapsed, trace_id);
+        elapsed
     }
 
     /// Counts, lists and logs a connection that could not be opened. `accepted` is the time of its
@@ -198,7 +215,9 @@ impl ConnectionRecord {
     }
 
     fn count_failure(ConnectFailure { facts, error }: &ConnectFailure, records: PodRecords<'_>) {
-        records.worker.series.get(facts.labels()).failed(error.reason().flags);
+        let reason = error.reason();
+        records.worker.series.get(facts.labels()).failed(reason.flags);
+        metrics::connection_error(facts.direction, reason.code);
     }
 
     fn list_failure(accepted: Instant, failure: Box<ConnectFailure>, records: PodRecords<'_>) {
@@ -223,7 +242,7 @@ impl ConnectionRecord {
     pub(crate) fn sent(&self, bytes: usize) {
         let connection = &*self.connection;
         if connection.sent.fetch_add(bytes as u64, Relaxed) == 0 {
-            let micros = connection.accepted.elapsed().as_micros();
+            let micros = self.reached(Milestone::FirstByte).as_micros();
             let micros = u64::try_from(micros).unwrap_or(u64::MAX).max(1);
             connection.first_byte.store(micros, Relaxed);
         }
@@ -250,8 +269,12 @@ impl ConnectionRecord {
 
     fn end(&mut self, outcome: Result<(), ProxyError>) {
         self.is_closed = true;
-        let flags = outcome.as_ref().err().map(|error| error.reason().flags);
-        self.series.closed(flags.unwrap_or(ResponseFlags::None));
+        let reason = outcome.as_ref().err().map(ProxyError::reason);
+        self.series.closed(reason.as_ref().map_or(ResponseFlags::None, |reason| reason.flags));
+        if let Some(reason) = reason {
+            metrics::connection_error(self.facts().direction, reason.code);
+        }
+        self.reached(Milestone::Ended);
         let (connection, at) = (self.connection.clone(), Instant::now());
         let ended = EndedConnection { connection, at, was_open: true, outcome };
         end(ended, Some(self.connect), &self.recent);

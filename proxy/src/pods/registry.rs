@@ -266,6 +266,7 @@ impl RegistryTask {
                 self.attempted(attempt, &facts, since, outcome);
             }
             Some(Running::Leaving { namespace, uid }) => {
+                metrics::pods::stopped();
                 match ended {
                     Some(_) => tracing::info!(%uid, "pod removed"),
                     None => tracing::error!(%uid, "removing a pod panicked"),
@@ -286,6 +287,7 @@ impl RegistryTask {
         let (pod, uid, took) = (facts.full_name(), &facts.uid, since.elapsed());
         let error = match &outcome {
             Ok(Enrolled::Serving(_)) => {
+                metrics::pods::started();
                 tracing::info!(pod, %uid, ?took, "pod enrolled");
                 None
             }
@@ -316,9 +318,7 @@ impl RegistryTask {
 
     fn report_counts(&self) {
         let counts = self.registry.pods().counts();
-        for (state, count) in counts {
-            metrics::pods(state, count);
-        }
+        metrics::pods::states(&counts);
     }
 }
 

@@ -62,7 +62,7 @@ impl LoadedNode {
         watcher: &FileWatcher,
         supervisor: &Supervisor,
     ) -> Result<Self, CommandError> {
-        let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
+        let exporter = metrics::install(settings.series.clone()).map_err(CommandError::Metrics)?;
         let (sockets, has_ca_key) = (pod_sockets(settings), received.is_none());
         let identities = Certificates::identities(
             settings, access, &sockets, received, None, watcher, supervisor,

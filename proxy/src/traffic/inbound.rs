@@ -265,7 +265,9 @@ async fn handshake(
                 // The client's part of the handshake takes one round trip and its CPU time.
                 pacing.decide(began.elapsed());
             }
-            return handshake.map_err(|_| late())?.map_err(ProxyError::Tunnel);
+            let tunnel = handshake.map_err(|_| late())?.map_err(ProxyError::Tunnel)?;
+            seat.worker.records.timings().handshake(Direction::Inbound, began.elapsed());
+            return Ok(tunnel);
         }
         Ok(None) => ("handshakes_per_source", ProxyError::TooManyHandshakes(ticket.source())),
         Err(_) => ("handshakes", ProxyError::HandshakeNotBegun { after }),

@@ -342,6 +342,9 @@ impl OutboundConnect<'_> {
     async fn resolve(&self, route: &Route) -> Result<(SocketAddr, LookupLease), ProxyError> {
         let (resolver, deadline) = (&self.seat.node().resolver, self.seat.node().timeouts.connect);
         let hop = route.via.next_hop();
+        if let NextHop::Hostname { hostname, .. } = hop {
+            self.seat.node().series.hostname_lookup(&self.known.source, hostname);
+        }
         let resolved = resolver.resolve(hop, deadline).await.map_err(ProxyError::Resolve)?;
         if let (ForwardVia::Plain { .. }, NextHop::Hostname { .. }) = (&route.via, hop) {
             // The address may belong to a workload that requires a tunnel.

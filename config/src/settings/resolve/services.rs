@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use super::telemetry;
 use crate::settings::declare::{
-    ADDRESS, ADDRESS_OR_OFF, COUNT, DURATION, Declared, Document, Fallback, Kind, LOCAL_SOCKET,
-    TEXT, Written, settings, word,
+    ADDRESS, ADDRESS_OR_OFF, COUNT, DURATION, Declared, Document, Fallback, Files, Kind,
+    LOCAL_SOCKET, TEXT, Written, given_list, list, settings, word,
 };
 use crate::settings::{
-    AdminSettings, LocalSocket, LogFilter, LogFormat, Logging, NodeSettings, ProxySettings,
-    SeriesSettings,
+    AdminSettings, LocalSocket, LogFilter, LogFormat, Logging, MetricLabel, NodeSettings,
+    ProxySettings, SeriesSettings, UnknownLabel,
 };
+use crate::yaml::read::Cursor;
 
 settings! {
     /// the address of `/metrics`, for Prometheus
@@ -24,6 +25,10 @@ settings! {
     /// the time without counts after which a label set is removed, unless it has an open connection
     SERIES_IDLE: Duration = "metrics.idle", DURATION,
         Fallback::Is(|| SeriesSettings::default().idle), |s| Some(s.series.idle);
+    /// labels of `istio_tcp_*` that are left out, such as `source_principal`; connections that
+    /// differ only in these share a label set
+    OMIT_LABELS: Vec<MetricLabel> = "metrics.omit_labels", list("list of labels", labels),
+        Fallback::Is(Vec::new), |s| Some(s.series.omitted.clone());
     /// the address of `/healthz/ready`: 200 when ready; 503 while starting or draining, without
     /// file descriptors, or while another program keeps changing the rules
     READINESS: SocketAddr = "readiness.address", ADDRESS,
@@ -119,7 +124,13 @@ fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
 }
 
 pub(super) fn series(document: Document<'_>) -> Option<SeriesSettings> {
-    Some(SeriesSettings { limit: LABEL_SETS.read(document)?, idle: SERIES_IDLE.read(document)? })
+    let (limit, idle) = (LABEL_SETS.read(document), SERIES_IDLE.read(document));
+    let omitted = OMIT_LABELS.read(document);
+    Some(SeriesSettings { limit: limit?, idle: idle?, omitted: omitted? })
+}
+
+fn labels(cursor: Cursor<'_>, _: Files<'_>) -> Option<Vec<MetricLabel>> {
+    given_list(cursor, |text| text.parse().map_err(|error: UnknownLabel| error.to_string()))
 }
 
 pub(super) fn logging(document: Document<'_>) -> Option<Logging> {

@@ -108,10 +108,10 @@ impl Published {
         let Self { generation, size, since, terminated, is_superseded } = self;
         // The first generation is not a change.
         let took = since.map(|since| since.elapsed());
-        metrics::connections_terminated(terminated);
+        metrics::mesh::connections_terminated(terminated);
         if is_superseded {
             let took = took.unwrap_or_default();
-            metrics::mesh_superseded();
+            metrics::mesh::superseded();
             tracing::info!(
                 generation,
                 terminated,
@@ -120,7 +120,7 @@ impl Published {
             );
             return;
         }
-        metrics::mesh_applied(size, generation);
+        metrics::mesh::applied(size, generation);
         if let Some(took) = took {
             log_size(size, "mesh changed");
             tracing::info!(generation, terminated, ?took, "the change of the mesh is in force");

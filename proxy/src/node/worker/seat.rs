@@ -98,11 +98,12 @@ impl Seat {
             streams_per_tunnel: node.tunnels.streams,
             tunnels_per_peer: node.tunnels.per_peer,
         };
+        let timings = worker.records.timings().clone();
         Arc::new_cyclic(|seat| Self {
             worker: worker.clone(),
             pod: pod.clone(),
             registry: pod.connections.for_worker(worker.index).clone(),
-            pool: Pool::new(TunnelDialer::new(seat.clone()), settings),
+            pool: Pool::new(TunnelDialer::new(seat.clone(), timings), settings),
             neighbours: Neighbours::default(),
             endpoints: OnceLock::new(),
             is_kept: AtomicBool::new(false),

@@ -3,11 +3,12 @@
 //! The recorder would keep a series forever, but the series of a removed pod must end.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use underpass_config::SpiffeId;
+
+use super::exposition::{Kind, Page};
 
 const CERTIFICATE_EXPIRY: &str = "underpass_certificate_expiry_timestamp_seconds";
 const HELP: &str = "When a certificate of the proxy expires, in seconds since 1970.";
@@ -33,19 +34,18 @@ pub(super) fn ended(workload: &SpiffeId) {
     current().remove(workload);
 }
 
-pub(super) fn render(text: &mut String) {
+pub(super) fn render(page: &mut Page) {
     let mut certificates: Vec<_> = current().values().cloned().collect();
     if certificates.is_empty() {
         return;
     }
     certificates.sort_by(|(a, first), (b, second)| (first, a).cmp(&(second, b)));
-    // Writing to a String cannot fail.
-    write!(text, "# HELP {CERTIFICATE_EXPIRY} {HELP}\n# TYPE {CERTIFICATE_EXPIRY} gauge\n").ok();
+    page.family(CERTIFICATE_EXPIRY, Kind::Gauge, HELP);
     for (identity, expires) in certificates.iter().take(MAX_SERIES) {
         let since_1970 = expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         // An identity has no character that needs to be escaped.
         let (name, seconds) = (CERTIFICATE_EXPIRY, since_1970.as_secs());
-        writeln!(text, "{name}{{identity=\"{identity}\"}} {seconds}").ok();
+        page.line(format_args!("{name}{{identity=\"{identity}\"}} {seconds}"));
     }
 }
 
@@ -53,6 +53,7 @@ pub(super) fn render(text: &mut String) {
 mod tests {
     use std::time::Duration;
 
+    use super::super::exposition::Format;
     use super::*;
 
     #[test]
@@ -60,9 +61,9 @@ mod tests {
         let id: SpiffeId = "spiffe://td/ns/metrics/sa/test".parse().unwrap();
         in_use(&id, &id, SystemTime::UNIX_EPOCH + Duration::from_millis(1500));
         let rendered = || {
-            let mut text = String::new();
-            render(&mut text);
-            text
+            let mut page = Page::new(Format::Prometheus);
+            render(&mut page);
+            page.into_text()
         };
         let line = format!("{CERTIFICATE_EXPIRY}{{identity=\"{id}\"}} 1\n");
         assert!(rendered().contains(&line), "{}", rendered());

@@ -1,9 +1,13 @@
-//! The metrics of the DNS proxy. The first four have the names and labels of ztunnel's.
+//! The metrics of the DNS proxy. The first four have the names of ztunnel's.
 
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use metrics::{counter, describe_counter, describe_histogram, histogram};
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
+use metrics::{counter, describe_counter};
+
+use super::exposition::{Kind, Page};
+use super::histogram::{Bounds, Histogram, Total};
 
 const REQUESTS: &str = "istio_dns_requests_total";
 const UPSTREAM: &str = "istio_dns_upstream_requests_total";
@@ -11,11 +15,16 @@ const UPSTREAM_FAILURES: &str = "istio_dns_upstream_failures_total";
 const UPSTREAM_DURATION: &str = "istio_dns_upstream_request_duration_seconds";
 const ANSWERS: &str = "underpass_dns_answers_total";
 
-/// ztunnel's buckets, in seconds.
-const BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
+/// ztunnel's buckets.
+const BOUNDS: Bounds = &[0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
 
-pub(super) fn with_buckets(builder: PrometheusBuilder) -> Result<PrometheusBuilder, BuildError> {
-    builder.set_buckets_for_metric(Matcher::Full(UPSTREAM_DURATION.to_owned()), &BUCKETS)
+/// The durations of queries to servers, by type and protocol. Global like the recorder of the
+/// process. A query to a server takes much longer than the lock.
+static DURATIONS: Mutex<BTreeMap<[&'static str; 2], Histogram>> = Mutex::new(BTreeMap::new());
+
+fn durations() -> MutexGuard<'static, BTreeMap<[&'static str; 2], Histogram>> {
+    // No code panics while it holds the lock.
+    DURATIONS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 pub(super) fn describe() {
@@ -25,7 +34,6 @@ pub(super) fn describe() {
         UPSTREAM_FAILURES,
         "DNS queries without an answer of a server, or with SERVFAIL."
     );
-    describe_histogram!(UPSTREAM_DURATION, "The duration of DNS queries for a server of the pod.");
     describe_counter!(ANSWERS, "Responses to DNS queries, by source and response code.");
 }
 
@@ -48,8 +56,26 @@ pub(crate) fn upstream(
 ) {
     let labels = [("request_query_type", kind), ("request_protocol", protocol)];
     counter!(UPSTREAM, &labels).increment(1);
-    histogram!(UPSTREAM_DURATION, &labels).record(duration);
+    let mut durations = durations();
+    let histogram = durations.entry([kind, protocol]).or_insert_with(|| Histogram::new(BOUNDS));
+    histogram.record(duration, None);
     if failed {
         counter!(UPSTREAM_FAILURES, &labels).increment(1);
+    }
+}
+
+/// Appends the histogram of queries for servers.
+pub(super) fn render(page: &mut Page) {
+    let durations = durations();
+    if durations.is_empty() {
+        return;
+    }
+    let help = "The duration of DNS queries for a server of the pod.";
+    page.family(UPSTREAM_DURATION, Kind::Histogram, help);
+    for ([kind, protocol], histogram) in &*durations {
+        let mut total = Total::new(BOUNDS);
+        total.add(histogram);
+        let labels = format!("request_query_type=\"{kind}\",request_protocol=\"{protocol}\"");
+        total.render(UPSTREAM_DURATION, &labels, page);
     }
 }

@@ -7,22 +7,36 @@ use foldhash::fast::RandomState;
 
 use super::registry::SeriesRegistry;
 use super::series::{Labels, Series};
+use super::timings::Timings;
 
 /// The maximum number of cached series, about 200 bytes each. When it is exceeded, the cache is
 /// cleared.
 const MAX_CACHED: usize = 1024;
 
-/// The cache of one worker.
-#[derive(Debug, Default)]
+/// The cache of one worker, and its own measurements.
+#[derive(Debug)]
 pub(crate) struct KnownSeries {
     registry: Arc<SeriesRegistry>,
+    timings: Arc<Timings>,
     /// Locked by its worker's thread only.
     cached: Mutex<HashMap<Labels, Weak<Series>, RandomState>>,
 }
 
+impl Default for KnownSeries {
+    fn default() -> Self {
+        Self::new(Arc::default())
+    }
+}
+
 impl KnownSeries {
     pub(crate) fn new(registry: Arc<SeriesRegistry>) -> Self {
-        Self { registry, cached: Mutex::default() }
+        let timings = registry.timings_of_worker();
+        Self { registry, timings, cached: Mutex::default() }
+    }
+
+    /// The durations that this worker measures.
+    pub(crate) fn timings(&self) -> &Arc<Timings> {
+        &self.timings
     }
 
     /// The series with these labels. The caller owns it while it counts, so that it does not

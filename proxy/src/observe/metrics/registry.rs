@@ -4,47 +4,35 @@
 //! `metrics.idle` without counts and connections. Beyond `metrics.label_sets`, connections are
 //! counted in a series with the label value `overflow`.
 
-use std::collections::HashMap;
-use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
-use tokio::time::Instant;
-use underpass_config::SeriesSettings;
+use bytes::Bytes;
+use underpass_config::{MetricLabel, SeriesSettings};
 
+use super::budgets::Budgets;
+use super::exposition::{Format, Kind, Page};
+use super::hostnames::HostnameLookups;
 use super::series::{Labels, Metric, Series};
-use crate::observe::party::Direction;
+use super::series_map::SeriesMap;
+use super::timings::{AllTimings, Timings};
+use crate::observe::party::{Direction, Party};
 
 const OPEN: &str = "istio_tcp_sockets_open";
-/// The minimum interval of searches for expired series in a full registry. Each search visits all
-/// series.
-const EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
+/// The number of series whose lines are rendered at once: about 64 KiB, less than a tenth of a
+/// millisecond.
+const SERIES_PER_PAGE: usize = 64;
+/// The size of a page of [`SERIES_PER_PAGE`] lines with long labels.
+const PAGE_SIZE: usize = 64 * 1024;
 
-/// The series of all workers.
+/// The measurements of all workers.
 #[derive(Debug)]
 pub(crate) struct SeriesRegistry {
-    settings: SeriesSettings,
-    /// Locked by a worker whose cache lacks a series, and by a scrape.
-    registered: Mutex<Registered>,
-}
-
-#[derive(Debug)]
-struct Registered {
-    all: HashMap<Arc<str>, Entry>,
-    /// The overflow series by direction and security policy. They do not expire.
-    overflow: HashMap<Arc<str>, Arc<Series>>,
-    /// The time of the last search for expired series.
-    expired_at: Instant,
-    /// Whether the log has reported that the limit is reached.
-    is_reported: bool,
-}
-
-#[derive(Debug)]
-struct Entry {
-    series: Arc<Series>,
-    /// The last seen value of [`Series::events`].
-    events: u64,
-    changed_at: Instant,
+    connections: SeriesMap<Series>,
+    hostnames: HostnameLookups,
+    omitted: Vec<MetricLabel>,
+    timings: AllTimings,
+    /// The budgets of the process.
+    pub(crate) budgets: Budgets,
 }
 
 impl Default for SeriesRegistry {
@@ -55,131 +43,83 @@ impl Default for SeriesRegistry {
 
 impl SeriesRegistry {
     pub(crate) fn new(settings: SeriesSettings) -> Self {
-        let registered = Registered {
-            all: HashMap::new(),
-            overflow: HashMap::new(),
-            expired_at: Instant::now(),
-            is_reported: false,
-        };
-        Self { settings, registered: Mutex::new(registered) }
+        let SeriesSettings { limit, idle, omitted } = settings;
+        Self {
+            connections: SeriesMap::new(limit, idle),
+            hostnames: HostnameLookups::new(limit, idle),
+            omitted,
+            timings: AllTimings::default(),
+            budgets: Budgets::default(),
+        }
     }
 
     /// The series with these labels, or the overflow series if there are too many.
     pub(super) fn get(&self, labels: &Labels) -> Arc<Series> {
-        let text = labels.text();
-        let mut registered = self.lock();
-        if let Some(entry) = registered.all.get(&*text) {
-            return entry.series.clone();
-        }
-        let now = Instant::now();
-        if self.is_full(&registered) && now >= registered.expired_at + EXPIRY_INTERVAL {
-            registered.expire(now, self.settings.idle);
-        }
-        if self.is_full(&registered) {
-            registered.report(self.settings.limit);
-            return registered.overflow(labels);
-        }
-        registered.is_reported = false;
-        let text: Arc<str> = text.into();
-        let series = Arc::new(Series::new(labels.direction, text.clone(), false));
-        let entry = Entry { series: series.clone(), events: 0, changed_at: now };
-        registered.all.insert(text, entry);
-        series
+        let new = |is_overflow| move |text| Series::new(labels.direction, text, is_overflow);
+        let own = self.connections.get(labels.text(&self.omitted), new(false));
+        own.unwrap_or_else(|| {
+            self.connections.overflow(labels.overflow_text(&self.omitted), new(true))
+        })
     }
 
-    /// All unexpired series in Prometheus' text format.
-    pub(crate) fn render(&self) -> String {
-        let all: Vec<Arc<Series>> = {
-            let mut registered = self.lock();
-            registered.expire(Instant::now(), self.settings.idle);
-            let own = registered.all.values().map(|entry| &entry.series);
-            own.chain(registered.overflow.values()).cloned().collect()
-        };
-        let mut text = String::new();
-        for metric in Metric::ALL {
-            head(metric.name(), "counter", metric.help(), &mut text);
-            all.iter().for_each(|series| series.render(metric, &mut text));
-            text.push('\n');
-        }
-        head(OPEN, "gauge", "TCP connections open now.", &mut text);
-        for (direction, reporter) in
-            [(Direction::Inbound, "destination"), (Direction::Outbound, "source")]
-        {
-            // A series with an open connection does not expire, so the sum is complete.
-            let of_direction = all.iter().filter(|series| series.direction == direction);
-            let open: u64 = of_direction.map(|series| series.open()).sum();
-            line(&mut text, format_args!("{OPEN}{{reporter=\"{reporter}\"}} {open}"));
-        }
-        text.push('\n');
-        text
+    /// Counts a connection from `source` whose destination's hostname is looked up.
+    pub(crate) fn hostname_lookup(&self, source: &Party, hostname: &str) {
+        self.hostnames.count(source, hostname, &self.omitted);
     }
 
-    fn is_full(&self, registered: &Registered) -> bool {
-        registered.all.len() >= self.settings.limit
+    /// The measurements of a new worker.
+    pub(super) fn timings_of_worker(&self) -> Arc<Timings> {
+        self.timings.of_worker()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Registered> {
-        // No code panics while it holds the lock.
-        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The measurements that do not depend on the labels of connections.
+    pub(super) fn render_fixed(&self, page: &mut Page) {
+        self.hostnames.render(page);
+        self.timings.render(page);
+        self.budgets.render(page);
+    }
+
+    /// All unexpired series of connections, in parts that are rendered when they are requested.
+    pub(super) fn pages(&self, format: Format) -> impl Iterator<Item = Bytes> + Send + use<> {
+        let all: Arc<[Arc<Series>]> = self.connections.all().into();
+        let open = open_connections(&all, format);
+        let of_metrics = Metric::ALL.into_iter().flat_map(move |metric| {
+            let all = all.clone();
+            // Each family has a page, even without series.
+            let starts = (0..all.len().max(1)).step_by(SERIES_PER_PAGE);
+            starts.map(move |start| {
+                let mut page = Page::with_capacity(format, PAGE_SIZE);
+                if start == 0 {
+                    page.family(metric.name(), Kind::Counter, metric.help());
+                }
+                let series = all.iter().skip(start).take(SERIES_PER_PAGE);
+                series.for_each(|series| series.render(metric, &mut page));
+                page.into_bytes()
+            })
+        });
+        std::iter::once(open).chain(of_metrics)
     }
 }
 
-impl Registered {
-    /// Removes the series that have counted nothing for `idle` and have no open connection.
-    fn expire(&mut self, now: Instant, idle: Duration) {
-        self.expired_at = now;
-        let mut expired = Vec::new();
-        for (labels, entry) in &mut self.all {
-            let events = entry.series.events();
-            if events != entry.events {
-                (entry.events, entry.changed_at) = (events, now);
-            } else if now >= entry.changed_at + idle && Arc::strong_count(&entry.series) == 1 {
-                expired.push(labels.clone());
-            }
-        }
-        for labels in expired {
-            let Some(Entry { series, events, .. }) = self.all.remove(&labels) else { continue };
-            // Fails if a worker has found the series in its cache meanwhile. Otherwise no worker
-            // can find it later.
-            let kept = match Arc::try_unwrap(series) {
-                Ok(series) if series.events() == events => continue,
-                Ok(series) => Arc::new(series),
-                Err(series) => series,
-            };
-            self.all.insert(labels, Entry { series: kept, events, changed_at: now });
-        }
+/// The number of open connections, by reporter.
+fn open_connections(all: &[Arc<Series>], format: Format) -> Bytes {
+    let mut page = Page::new(format);
+    page.family(OPEN, Kind::Gauge, "TCP connections open now.");
+    for (direction, reporter) in
+        [(Direction::Inbound, "destination"), (Direction::Outbound, "source")]
+    {
+        // A series with an open connection does not expire, so the sum is complete.
+        let of_direction = all.iter().filter(|series| series.direction == direction);
+        let open: u64 = of_direction.map(|series| series.open()).sum();
+        page.line(format_args!("{OPEN}{{reporter=\"{reporter}\"}} {open}"));
     }
-
-    fn overflow(&mut self, labels: &Labels) -> Arc<Series> {
-        let text: Arc<str> = labels.overflow_text().into();
-        let new = || Arc::new(Series::new(labels.direction, text.clone(), true));
-        self.overflow.entry(text.clone()).or_insert_with(new).clone()
-    }
-
-    fn report(&mut self, limit: usize) {
-        if !std::mem::replace(&mut self.is_reported, true) {
-            tracing::warn!(
-                limit,
-                hint = "metrics.label_sets",
-                "too many metric series: connections with other labels are counted as overflow"
-            );
-        }
-    }
-}
-
-fn head(name: &str, kind: &str, help: &str, text: &mut String) {
-    line(text, format_args!("# HELP {name} {help}"));
-    line(text, format_args!("# TYPE {name} {kind}"));
-}
-
-/// Appends a line.
-fn line(text: &mut String, line: std::fmt::Arguments<'_>) {
-    // Writing to a String cannot fail.
-    writeln!(text, "{line}").ok();
+    page.into_bytes()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tokio::time::advance;
     use underpass_config::SpiffeId;
 
@@ -192,7 +132,16 @@ mod tests {
     const IDLE: Duration = Duration::from_secs(60);
 
     fn registry() -> Arc<SeriesRegistry> {
-        Arc::new(SeriesRegistry::new(SeriesSettings { limit: LIMIT, idle: IDLE }))
+        Arc::new(SeriesRegistry::new(SeriesSettings {
+            limit: LIMIT,
+            idle: IDLE,
+            omitted: Vec::new(),
+        }))
+    }
+
+    fn render(registry: &SeriesRegistry) -> String {
+        let pages = registry.pages(Format::Prometheus);
+        pages.map(|page| String::from_utf8(page.into()).unwrap()).collect()
     }
 
     fn from(peer: usize) -> Labels {
@@ -220,7 +169,7 @@ mod tests {
 
     fn opened(registry: &SeriesRegistry, peer: usize) -> Option<u64> {
         let label = format!("/sa/peer-{peer}\"");
-        value(&registry.render(), Metric::Opened, &label)
+        value(&render(registry), Metric::Opened, &label)
     }
 
     #[tokio::test(start_paused = true)]
@@ -228,7 +177,7 @@ mod tests {
         let registry = registry();
         let known = KnownSeries::new(registry.clone());
         (0..2000).for_each(|peer| serve(&known, peer));
-        let text = registry.render();
+        let text = render(&registry);
         let overflow = "source_principal=\"overflow\"";
         assert_eq!(value(&text, Metric::Opened, overflow), Some(1900));
         assert_eq!(value(&text, Metric::Received, overflow), Some(19_000));
@@ -237,11 +186,11 @@ mod tests {
         assert!(text.len() < 4 * 1024 * (LIMIT + 1), "{}", text.len());
         // After the flood's series have expired, a new peer gets its own series again.
         advance(IDLE).await;
-        registry.render();
+        render(&registry);
         advance(IDLE).await;
         serve(&known, 1999);
         assert_eq!(opened(&registry, 1999), Some(1));
-        assert_eq!(value(&registry.render(), Metric::Opened, overflow), Some(1900));
+        assert_eq!(value(&render(&registry), Metric::Opened, overflow), Some(1900));
     }
 
     #[tokio::test(start_paused = true)]
@@ -265,12 +214,12 @@ mod tests {
         let known = KnownSeries::new(registry.clone());
         let connection = known.get(from(1));
         connection.opened();
-        registry.render();
+        render(&registry);
         advance(IDLE * 10).await;
         assert_eq!(opened(&registry, 1), Some(1));
         connection.received(7);
         connection.closed(ResponseFlags::Connect);
-        let text = registry.render();
+        let text = render(&registry);
         assert_eq!(value(&text, Metric::Received, "peer-1"), Some(7));
         assert_eq!(value(&text, Metric::Closed, "response_flags=\"CONNECT\""), Some(1));
         drop(connection);
@@ -293,7 +242,7 @@ mod tests {
     async fn failed_connection_is_counted_without_an_opened_connection() {
         let registry = registry();
         KnownSeries::new(registry.clone()).get(from(1)).failed(ResponseFlags::TlsFailure);
-        let text = registry.render();
+        let text = render(&registry);
         assert_eq!(value(&text, Metric::Failed, "response_flags=\"TLS_FAILURE\""), Some(1));
         assert_eq!(value(&text, Metric::Opened, "peer-1"), None);
         assert_eq!(value(&text, Metric::Closed, "peer-1"), None);
@@ -304,7 +253,7 @@ mod tests {
         let registry = registry();
         let open = |reporter: &str, count: u32| {
             let line = format!("{OPEN}{{reporter=\"{reporter}\"}} {count}");
-            registry.render().lines().any(|found| found == line)
+            render(&registry).lines().any(|found| found == line)
         };
         assert!(open("source", 0) && open("destination", 0));
         let series = KnownSeries::new(registry.clone()).get(from(1));
@@ -312,5 +261,31 @@ mod tests {
         assert!(open("source", 0) && open("destination", 1));
         series.closed(ResponseFlags::None);
         assert!(open("destination", 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn omitted_labels_join_series() {
+        let omitted = vec!["source_principal".parse().unwrap()];
+        let settings = SeriesSettings { omitted, ..SeriesSettings::default() };
+        let registry = Arc::new(SeriesRegistry::new(settings));
+        let known = KnownSeries::new(registry.clone());
+        (0..3).for_each(|peer| serve(&known, peer));
+        let text = render(&registry);
+        assert!(!text.contains("source_principal"), "{text}");
+        assert_eq!(value(&text, Metric::Opened, "destination_principal=\"unknown\""), Some(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pages_contain_each_series_once() {
+        let limit = 10 * SERIES_PER_PAGE;
+        let settings = SeriesSettings { limit, ..SeriesSettings::default() };
+        let registry = Arc::new(SeriesRegistry::new(settings));
+        let known = KnownSeries::new(registry.clone());
+        (0..limit).for_each(|peer| serve(&known, peer));
+        let pages: Vec<_> = registry.pages(Format::OpenMetrics).collect();
+        assert!(pages.iter().all(|page| page.len() <= 2 * PAGE_SIZE));
+        let text = render(&registry);
+        assert_eq!(text.matches("istio_tcp_connections_opened_total{").count(), limit);
+        assert_eq!(text.matches("# TYPE istio_tcp_connections_opened_total").count(), 1);
     }
 }

@@ -5,13 +5,14 @@
 //! references: after a series has expired in `registry.rs`, the next connection registers a new
 //! one.
 
-use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use underpass_config::{Name, Service, SpiffeId, Workload};
+use underpass_config::{Locality, MetricLabel, Name, Service, SpiffeId, Workload};
 
+use super::exposition::Page;
+use super::series_map::Counted;
 use crate::error::ResponseFlags;
 use crate::observe::party::{Direction, Party};
 
@@ -68,36 +69,37 @@ impl Labels {
         service: Option<&Arc<Service>>,
         mutual_tls: bool,
     ) -> Self {
-        let side = |party: &Party| EndLabels {
-            workload: Value(party.workload.clone()),
-            identity: party.identity.clone(),
-        };
         Self {
             direction,
-            source: side(source),
-            destination: side(destination),
+            source: EndLabels::new(source),
+            destination: EndLabels::new(destination),
             service: Value(service.cloned()),
             mutual_tls,
         }
     }
 
-    /// The labels in Prometheus' text format, without `response_flags`.
-    pub(super) fn text(&self) -> String {
+    /// The labels in Prometheus' text format, without `response_flags` and those that are omitted.
+    pub(super) fn text(&self, omitted: &[MetricLabel]) -> String {
         let mut text = self.fixed_text();
         let service = self.service.0.as_deref();
-        put(&mut text, "destination_service", service.map(|service| &*service.hostname));
-        put(&mut text, "destination_service_name", service.map(|service| &*service.name));
-        put(&mut text, "destination_service_namespace", service.map(|service| &*service.namespace));
-        self.source.put(&mut text, &SOURCE);
-        self.destination.put(&mut text, &DESTINATION);
+        let service = [
+            service.map(|service| &*service.hostname),
+            service.map(|service| &*service.name),
+            service.map(|service| &*service.namespace),
+        ];
+        put_all(&mut text, &SERVICE, &service, omitted);
+        self.source.put(&mut text, &SOURCE, omitted);
+        self.destination.put(&mut text, &DESTINATION, omitted);
         text
     }
 
     /// The labels of the overflow series, in which connections beyond the limit are counted.
-    pub(super) fn overflow_text(&self) -> String {
+    pub(super) fn overflow_text(&self, omitted: &[MetricLabel]) -> String {
         let mut text = self.fixed_text();
-        let names = SERVICE.iter().chain(&SOURCE).chain(&DESTINATION);
-        names.for_each(|name| put(&mut text, name, Some("overflow")));
+        put_all(&mut text, &SERVICE, &[Some("overflow"); 3], omitted);
+        for names in [SOURCE, DESTINATION] {
+            put_all(&mut text, &names, &[Some("overflow"); 8], omitted);
+        }
         text
     }
 
@@ -117,7 +119,8 @@ impl Labels {
 
 const SERVICE: [&str; 3] =
     ["destination_service", "destination_service_name", "destination_service_namespace"];
-const SOURCE: [&str; 8] = [
+/// Region and zone follow, if they are known.
+const SOURCE: [&str; 10] = [
     "source_workload",
     "source_workload_namespace",
     "source_canonical_service",
@@ -126,8 +129,10 @@ const SOURCE: [&str; 8] = [
     "source_version",
     "source_cluster",
     "source_principal",
+    "source_region",
+    "source_zone",
 ];
-const DESTINATION: [&str; 8] = [
+const DESTINATION: [&str; 10] = [
     "destination_workload",
     "destination_workload_namespace",
     "destination_canonical_service",
@@ -136,10 +141,16 @@ const DESTINATION: [&str; 8] = [
     "destination_version",
     "destination_cluster",
     "destination_principal",
+    "destination_region",
+    "destination_zone",
 ];
 
 impl EndLabels {
-    fn put(&self, text: &mut String, names: &[&str; 8]) {
+    fn new(party: &Party) -> Self {
+        Self { workload: Value(party.workload.clone()), identity: party.identity.clone() }
+    }
+
+    fn put(&self, text: &mut String, names: &[&str; 10], omitted: &[MetricLabel]) {
         let workload = self.workload.0.as_deref();
         let of = |field: fn(&Workload) -> &Name| workload.map(|workload| &**field(workload));
         let principal = self.identity.as_ref().map(ToString::to_string);
@@ -153,8 +164,32 @@ impl EndLabels {
             of(|workload| &workload.cluster_id),
             principal.as_deref(),
         ];
-        for (name, value) in names.iter().zip(values) {
-            put(text, name, value);
+        put_all(text, names, &values, omitted);
+        let Some(Locality { region, zone, .. }) = workload.map(|workload| &*workload.locality)
+        else {
+            return;
+        };
+        // As in ztunnel: present only if they are known.
+        for (name, value) in names.iter().skip(values.len()).zip([region, zone]) {
+            if !value.is_empty() {
+                put_all(text, &[name], &[Some(value)], omitted);
+            }
+        }
+    }
+}
+
+/// The labels of a source without those that are omitted.
+pub(super) fn source_text(source: &Party, omitted: &[MetricLabel]) -> String {
+    let mut text = String::new();
+    EndLabels::new(source).put(&mut text, &SOURCE, omitted);
+    text
+}
+
+/// Appends the labels that are not omitted.
+fn put_all(text: &mut String, names: &[&str], values: &[Option<&str>], omitted: &[MetricLabel]) {
+    for (name, value) in names.iter().zip(values) {
+        if !omitted.iter().any(|label| label.name() == *name) {
+            put(text, name, *value);
         }
     }
 }
@@ -239,14 +274,8 @@ impl Series {
         self.opened.load(Relaxed).saturating_sub(closed)
     }
 
-    /// The number of counted events. If it has not changed, nothing was counted: bytes move only
-    /// while a connection is open and owns the series.
-    pub(super) fn events(&self) -> u64 {
-        self.opened.load(Relaxed) + self.closed.sum() + self.failed.sum()
-    }
-
     /// Appends the lines of one metric.
-    pub(super) fn render(&self, metric: Metric, text: &mut String) {
+    pub(super) fn render(&self, metric: Metric, page: &mut Page) {
         let opened = self.opened.load(Relaxed);
         let by_flags = match metric {
             Metric::Closed => &self.closed,
@@ -258,7 +287,7 @@ impl Series {
                     _ => opened,
                 };
                 if opened > 0 {
-                    self.line(metric, ResponseFlags::None, value, text);
+                    self.line(metric, ResponseFlags::None, value, page);
                 }
                 return;
             }
@@ -268,15 +297,21 @@ impl Series {
             let is_expected =
                 metric == Metric::Closed && flags == ResponseFlags::None && opened > 0;
             if count > 0 || is_expected {
-                self.line(metric, flags, count, text);
+                self.line(metric, flags, count, page);
             }
         }
     }
 
-    fn line(&self, metric: Metric, flags: ResponseFlags, value: u64, text: &mut String) {
+    fn line(&self, metric: Metric, flags: ResponseFlags, value: u64, page: &mut Page) {
         let (name, labels, flags) = (metric.name(), &self.labels, flags.as_str());
-        // Writing to a String cannot fail.
-        writeln!(text, "{name}{{{labels},response_flags=\"{flags}\"}} {value}").ok();
+        page.line(format_args!("{name}{{{labels},response_flags=\"{flags}\"}} {value}"));
+    }
+}
+
+impl Counted for Series {
+    /// Bytes move only while a connection is open and owns the series, so they need not count.
+    fn events(&self) -> u64 {
+        self.opened.load(Relaxed) + self.closed.sum() + self.failed.sum()
     }
 }
 

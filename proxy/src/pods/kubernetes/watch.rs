@@ -29,7 +29,7 @@ pub(crate) fn follow<D: Dial>(
 ) -> (watch::Receiver<ClusterView>, JoinSet<()>) {
     let view = Arc::new(watch::Sender::default());
     let (api, mut tasks) = (Arc::new(api), JoinSet::new());
-    metrics::kubernetes_connected(false);
+    metrics::pods::kubernetes_connected(false);
     for kind in [Kind::Pods, Kind::Namespaces] {
         let follower = Follower {
             api: api.clone(),
@@ -135,7 +135,7 @@ impl<D: Dial> Follower<D> {
     fn set_problem(&self, problem: Option<String>) -> bool {
         let is_new = self.view.send_if_modified(|view| view.set_problem(self.kind, problem));
         let view = self.view.borrow();
-        metrics::kubernetes_connected(view.is_complete() && view.problem().is_none());
+        metrics::pods::kubernetes_connected(view.is_complete() && view.problem().is_none());
         is_new
     }
 }

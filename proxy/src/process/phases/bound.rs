@@ -65,7 +65,7 @@ impl Bound {
         }
         let (health, sockets) = (RulesHealth::default(), pod_sockets(&settings));
         let readiness = Readiness::for_pod(health.clone());
-        let exporter = metrics::install(settings.series).map_err(CommandError::Metrics)?;
+        let exporter = metrics::install(settings.series.clone()).map_err(CommandError::Metrics)?;
         let identities = Certificates::identities(
             &settings,
             &access,

@@ -8,24 +8,26 @@ use std::task::{Context as TaskContext, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use underpass_hbone::Dial;
+use underpass_hbone::{Dial, PoolEvent};
 use underpass_interception::end_on_close;
 
 use super::Seat;
 use crate::limits::{FdPermit, WorkerTunnel};
 use crate::observe::metrics;
-use crate::observe::metrics::GaugeGuard;
+use crate::observe::metrics::{GaugeGuard, PoolUse, Timings};
+use crate::observe::party::Direction;
 
 /// Opens the TCP connections below the tunnels of one seat, with the sockets of its pod.
 #[derive(Debug)]
 pub(crate) struct TunnelDialer {
     /// Weak: the seat owns the pool, which owns this.
     seat: Weak<Seat>,
+    timings: Arc<Timings>,
 }
 
 impl TunnelDialer {
-    pub(crate) fn new(seat: Weak<Seat>) -> Self {
-        Self { seat }
+    pub(crate) fn new(seat: Weak<Seat>, timings: Arc<Timings>) -> Self {
+        Self { seat, timings }
     }
 }
 
@@ -52,6 +54,18 @@ impl Dial for TunnelDialer {
             _open: metrics::tunnel_open("outbound"),
             _seat: seat,
         })
+    }
+
+    fn observe(&self, event: PoolEvent) {
+        self.timings.pool(match event {
+            PoolEvent::Handshake(took) => {
+                return self.timings.handshake(Direction::Outbound, took);
+            }
+            PoolEvent::Reused => PoolUse::Reused,
+            PoolEvent::Opened => PoolUse::Opened,
+            PoolEvent::DialFailed => PoolUse::DialFailed,
+            PoolEvent::BackedOff => PoolUse::BackedOff,
+        });
     }
 }
 

@@ -136,7 +136,7 @@ impl Ledger {
         for uid in gone.into_iter().filter(|uid| !known.has(uid)) {
             drop(self.registry.remove(&uid));
         }
-        metrics::pods_not_added(unadded.names().len());
+        metrics::pods::not_added(unadded.names().len());
         next
     }
 
