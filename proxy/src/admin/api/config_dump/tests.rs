@@ -27,7 +27,7 @@ workloads:
   network: east
   node: node-1
   capacity: 3
-  status: Unhealthy
+  status: Healthy
   waypoint: {destination: shop/waypoint, hboneMtlsPort: 15008}
   locality: {region: r, zone: z}
   services: {shop/web.shop: {80: 8080}}
@@ -52,7 +52,7 @@ async fn dump_has_the_keys_and_values_that_istioctl_reads() {
     let expected = json!({
         "uid": "cluster//Pod/shop/web", "name": "web", "namespace": "shop", "serviceAccount": "web",
         "workloadIps": ["10.0.0.1", "fd00::1"], "protocol": "HBONE", "network": "east",
-        "node": "node-1", "capacity": 3, "status": "Unhealthy", "trustDomain": "cluster.local",
+        "node": "node-1", "capacity": 3, "status": "Healthy", "trustDomain": "cluster.local",
         "authorizationPolicies": ["shop/only-clients"], "services": ["shop/web.shop"],
         "waypoint": {"destination": "shop/waypoint", "hboneMtlsPort": 15008},
         "locality": {"region": "r", "zone": "z", "subzone": ""}, "networkMode": "Standard",
