@@ -372,6 +372,38 @@ fn config_check_rejects_settings_that_fail_start() {
 }
 
 #[test]
+fn config_check_lists_problems_of_settings_and_files_together() {
+    let folder = with_certificate("check-all");
+    folder.underpass("ca init --dir other").ok();
+    folder.underpass(&format!("ca issue --dir other --spiffe-id {A} --out b")).ok();
+    let error = folder
+        .underpass(
+            "config check --config a.yaml --set proxy.workers=none --set identity.key=b.key \
+             --set identity.roots=other/roots.pem --set trust.crls=nowhere.crl --set mesh.file=nowhere.yaml",
+        )
+        .fails(2);
+    for part in [
+        "5 mistakes",
+        "proxy.workers",
+        "b.key: the key does not belong to the certificate",
+        "a.pem: the roots do not verify the certificate",
+        "nowhere.crl: No such file",
+        "nowhere.yaml: cannot be read",
+    ] {
+        assert!(error.contains(part), "{part:?} is not in\n{error}");
+    }
+}
+
+#[test]
+fn config_check_prints_checked_files_or_nothing() {
+    let folder = with_certificate("check-verbosity");
+    let shown = folder.underpass("config check --config a.yaml --verbose").ok();
+    assert!(shown.contains("checked identity.key: a.key\n"), "{shown}");
+    assert_eq!(folder.underpass("config check --config a.yaml --quiet").ok(), "");
+    folder.underpass("config check --quiet --verbose").fails(2);
+}
+
+#[test]
 fn config_check_prints_json() {
     let folder = with_certificate("check-json");
     let json = |answer: &Answer| -> serde_json::Value { answer.out.parse().expect("JSON") };

@@ -100,9 +100,10 @@ impl Check for DescriptorsInUse {
 }
 
 fn descriptors(usage: Usage) -> Finding {
-    /// The proxy leaves some descriptors free, so that it never uses all.
-    const FULL: u64 = 90;
-    const NEARLY_FULL: u64 = 75;
+    /// Outbound connections alone leave a quarter of the descriptors to inbound ones, and the other
+    /// way round, so that new connections wait from there on.
+    const FULL: u64 = 70;
+    const NEARLY_FULL: u64 = 55;
     let Usage { used, limit } = usage;
     let message = format!("open files of the running proxy: {used} of {limit}");
     let level = match usage.percent() {
@@ -176,7 +177,7 @@ mod tests {
     #[test]
     fn used_descriptors_are_compared_with_limit() {
         let level = |used| descriptors(Usage { used, limit: 100 }).level;
-        assert_eq!([level(10), level(80), level(95)], [Level::Ok, Level::Warning, Level::Failure]);
+        assert_eq!([level(10), level(60), level(75)], [Level::Ok, Level::Warning, Level::Failure]);
     }
 
     #[test]
