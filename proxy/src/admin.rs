@@ -8,6 +8,7 @@
 //! state.rs       the state that administration reads and changes
 //! client.rs      requests of `underpass status` and the like
 //! api/           the answers of administration, a file for each path
+//! page.rs        the files of the web page, which reads those answers
 //! ```
 //!
 //! Everything runs on the control thread. A long answer is a stream, which lets other tasks run
@@ -18,6 +19,7 @@ pub(crate) mod api;
 mod authority;
 pub(crate) mod client;
 pub(crate) mod liveness;
+mod page;
 pub(crate) mod query;
 pub(crate) mod readiness;
 pub(crate) mod routes;

@@ -71,7 +71,23 @@ impl Suite {
         if self.skipped || self.arguments.list || has_users() {
             self.test(name, body);
         } else {
-            report_skipped(name);
+            report_skipped("it needs users other than root; run the suite as root", name);
+        }
+    }
+
+    /// Adds a trial that needs `program` of a Debian package. Without it, it is skipped with a
+    /// message.
+    pub fn test_with_program(
+        &mut self,
+        name: &str,
+        (program, package): (&str, &str),
+        body: impl AsyncFnOnce() + Send + 'static,
+    ) {
+        if self.skipped || self.arguments.list || is_installed(program) {
+            self.test(name, body);
+        } else {
+            let reason = format!("{program} is not installed: apt-get install {package}");
+            report_skipped(&reason, name);
         }
     }
 
@@ -109,9 +125,15 @@ fn has_users() -> bool {
     counts.sum::<u64>() > 1
 }
 
+#[expect(clippy::disallowed_methods, reason = "the search path of programs is no setting")]
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+}
+
 #[expect(clippy::print_stderr, reason = "a silently skipped trial would look like a passed one")]
-fn report_skipped(name: &str) {
-    eprintln!("SKIPPED (needs users other than root; run the suite as root): {name}");
+fn report_skipped(reason: &str, name: &str) {
+    eprintln!("SKIPPED ({reason}): {name}");
 }
 
 fn run(body: impl AsyncFnOnce()) -> Result<(), Failed> {

@@ -11,6 +11,7 @@ use crate::admin::answer::{Answer, JSON, Refusal, json, stream, text};
 use crate::admin::api::{certificates, config_dump, connections, drain, logging, rules, version};
 use crate::admin::authority;
 use crate::admin::liveness::Liveness;
+use crate::admin::page;
 use crate::admin::query::Query;
 use crate::admin::readiness::Readiness;
 use crate::admin::state::Admin;
@@ -20,7 +21,7 @@ use crate::version::VERSION;
 
 /// The paths of administration: their methods and purposes. Only the Unix socket serves POST.
 const ADMIN_PATHS: &[(&str, &[Method], &str)] = &[
-    ("/", &[Method::GET], "this list"),
+    ("/", &[Method::GET], "this list; for a browser, a page"),
     ("/version", &[Method::GET], "the program that runs"),
     ("/status", &[Method::GET], "what the proxy does, and its problems: ?pod=NAMESPACE/NAME"),
     ("/connections", &[Method::GET], "open and recent connections: ?pod, ?from, ?to, ?follow, ..."),
@@ -141,6 +142,9 @@ fn only_get(request: &Parts) -> Result<(), Refusal> {
 async fn admin_answer(admin: &Admin, access: Access, request: &Parts) -> Result<Answer, Refusal> {
     if access == Access::Read {
         authority::check(request)?;
+    }
+    if let (&Method::GET, Some(file)) = (&request.method, page::answer(request)) {
+        return Ok(file);
     }
     let path = request.uri.path();
     check_method(path, access, &request.method)?;

@@ -5,10 +5,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::sync::watch;
 use underpass_config::{Hint as _, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, KeptCapabilities,
+    Explanation, ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, KeptCapabilities,
     NamespaceAccess, Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets,
     ipv6_available,
 };
@@ -132,6 +133,14 @@ impl Capture {
 
     pub(super) fn profile(&self) -> Profile {
         self.settings.interception.profile
+    }
+
+    /// The rules, and the path of each kind of traffic through them.
+    pub(super) async fn explain(&self) -> Result<Value, InterceptionError> {
+        let environment = self.access.environment().await?;
+        let settings = self.current.borrow().clone();
+        let ipv6 = ipv6_available();
+        Ok(Explanation::new(&settings, self.ports, ipv6, &environment, None).json())
     }
 
     /// Installs the rules, unless they are already installed or another program installs them.

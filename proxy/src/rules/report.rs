@@ -1,4 +1,5 @@
-//! Reports the rules of a pod for `/rules`: the plan with live counters, and differences from it.
+//! Reports the rules of a pod for `/rules`: the plan with live counters, the path of each kind of
+//! traffic through them, and differences from the plan.
 
 use std::collections::HashMap;
 
@@ -16,8 +17,11 @@ impl Capture {
         let Some(rules) = self.rules() else {
             return json!({ "profile": profile, "installed_by_proxy": false });
         };
-        let mut report = rules.plan().json();
         let mut errors = Vec::new();
+        let mut report = self.explain().await.unwrap_or_else(|error| {
+            errors.push(chain(&error));
+            rules.plan().json()
+        });
         match rules.counters().await {
             Ok(counters) => add_counters(&mut report, &counters),
             Err(error) => errors.push(chain(&error)),
