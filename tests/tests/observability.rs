@@ -312,7 +312,8 @@ async fn open_metrics() {
     let (scene, mut proxy, _server) = Scene::with_proxies().await;
     connection(&scene, Family::V4).await;
     let lines = proxy.access_lines(1).await;
-    let (_, from_trace) = lines[0].split_once(" trace_id=\"").expect("a trace id");
+    let line = lines.first().expect("a line");
+    let (_, from_trace) = line.split_once(" trace_id=\"").expect("a trace id");
     let trace_id = from_trace.split('"').next().expect("a quoted id");
     let accept = "Accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5";
     let arguments = ["-s", "-i", "-H", accept, "http://127.0.0.1:15020/metrics"];

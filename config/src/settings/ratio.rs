@@ -26,7 +26,7 @@ impl Ratio {
     /// results, and a larger ratio includes all that a smaller one includes.
     #[must_use]
     pub fn includes(self, random: u64) -> bool {
-        u128::from(random) * u128::from(MILLION) >> 64 < u128::from(self.0)
+        (u128::from(random) * u128::from(MILLION)) >> 64 < u128::from(self.0)
     }
 }
 

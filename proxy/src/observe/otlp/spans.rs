@@ -153,7 +153,7 @@ fn attributes(connection: &ConnectionSpans) -> Vec<KeyValue> {
     let (_, other) = ends(connection);
     let service = connection.service.as_ref().map(|service| &*service.hostname);
     let peer = match connection.direction {
-        Direction::Outbound => service.or(other.proven_names().workload),
+        Direction::Outbound => service.or_else(|| other.proven_names().workload),
         Direction::Inbound => other.proven_names().workload,
     };
     let identity = |party: &Party| party.identity.as_ref().map(ToString::to_string);
