@@ -201,11 +201,12 @@ impl Readiness {
     /// Every reason why the process is not ready.
     pub(super) fn reasons(&self) -> Vec<Cow<'static, str>> {
         let source = self.source().problem.clone();
+        let out_of_descriptors = self.out_of_descriptors.load(Relaxed);
         let conditions: Vec<(bool, &'static str)> = match self.phase.load(Relaxed) {
             READY => vec![
-                // The first one can cause the others.
-                (self.out_of_descriptors.load(Relaxed), "out of file descriptors"),
-                (self.rules.are_lost(), "another program changes the rules"),
+                (out_of_descriptors, "out of file descriptors"),
+                // Without descriptors the rules cannot be read.
+                (self.rules.are_lost() && !out_of_descriptors, "another program changes the rules"),
                 (self.rules.has_self_test_failed(), "the self-test of the rules failed"),
                 (self.certificate_expired.load(Relaxed), "the certificate has expired"),
             ],

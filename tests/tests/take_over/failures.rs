@@ -86,6 +86,7 @@ impl Running {
         let listeners = names
             .zip(sockets)
             .filter(|(name, _)| !["take-over", "instance", "alive"].contains(name))
+            .filter(|(name, _)| !name.starts_with("admin:"))
             .map(|(_, socket)| BoundListener::try_from(socket).expect("a listener"));
         (conversation, listeners.collect())
     }
