@@ -45,7 +45,7 @@ use crate::node::worker::seat::Seat;
 use crate::observe::metrics;
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectFailure, ConnectionRecord, Facts};
-use crate::observe::trace::StepKind;
+use crate::observe::trace::{Spans, StepKind};
 use crate::traffic::accepted::{Accepted, Registered, Source};
 use crate::traffic::copy::Flow;
 use crate::traffic::dial::dial;
@@ -394,16 +394,22 @@ impl OutboundConnect<'_> {
         let asked = self.connection.destination.address();
         let peers = route.via.peers().cloned();
         let subject = Subject::Outbound(Outbound { asked, hop, peers, by_address });
+        let permit = self.permit(subject, &facts.spans)?;
         let began = facts.spans.begin();
-        let permit = self.seat.permit(subject, self.registration);
-        facts.spans.end(StepKind::Policy, began, &permit);
-        let (permit, began) = (permit?, facts.spans.begin());
         let dialled = self.dial(route, &permit, facts).await;
         facts.spans.end(StepKind::Connect, began, &dialled);
         if let (Some(_), Ok(Upstream::Tunnel(tunnel))) = (began, &dialled) {
             facts.spans.handshake(began, tunnel.handshake());
         }
         dialled
+    }
+
+    /// Obtains a permit, which is a step of the trace.
+    fn permit(&self, subject: Subject, spans: &Spans) -> Result<Permit<'_>, ProxyError> {
+        let began = spans.begin();
+        let permit = self.seat.permit(subject, self.registration);
+        spans.end(StepKind::Policy, began, &permit);
+        permit
     }
 
     /// Connects to the next hop, by plain TCP or by a tunnel.
