@@ -163,7 +163,6 @@ async fn misbehaving() {
     ];
     for (round, attack) in (1..).zip([
         Attack::Response(unknown),
-        Attack::Response(nameless),
         Attack::Raw(raw[0]),
         Attack::Raw(raw[1]),
         Attack::Raw(raw[2]),
@@ -181,7 +180,10 @@ async fn misbehaving() {
         server.more_than(round, &[CONNECTED]).await;
         scene.echoed().await;
     }
-    // A deeply nested resource is rejected, and a flood of changes is applied.
+    // A resource without a name, and a deeply nested one, are rejected. A flood of changes is
+    // applied.
+    plane.send(&nameless);
+    server.line(&["cannot use a resource", "has no name"]).await;
     plane.send(&response(POLICY, vec![resource(POLICY, "default/deep", deep)], &[]));
     server.line(&["cannot use a resource", "default/deep"]).await;
     plane.send(&response(POLICY, Vec::new(), &["default/deep"]));
