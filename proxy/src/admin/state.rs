@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use futures_util::future::BoxFuture;
 use serde_json::Value;
+use tokio::sync::Mutex;
 use underpass_config::Settings;
 
 use crate::admin::liveness::Liveness;
@@ -27,6 +28,8 @@ pub(crate) struct Admin {
     pub(crate) identities: Option<Arc<Identities>>,
     pub(crate) liveness: Liveness,
     rules: OnceLock<RulesReport>,
+    /// Locked while the rules of a pod are reported.
+    rules_turn: Arc<Mutex<()>>,
 }
 
 /// Reports the rules of the pod with this name, `NAMESPACE/NAME`, or the reason why it cannot.
@@ -43,8 +46,8 @@ impl fmt::Debug for RulesReport {
 impl Admin {
     pub(crate) fn new(settings: &Arc<Settings>, node: &Arc<Node>) -> Self {
         let (settings, node, started) = (settings.clone(), node.clone(), SystemTime::now());
-        let (readiness, liveness, rules) = Default::default();
-        Self { settings, node, started, readiness, identities: None, liveness, rules }
+        let (readiness, liveness, rules, rules_turn) = Default::default();
+        Self { settings, node, started, readiness, identities: None, liveness, rules, rules_turn }
     }
 
     /// Shows the readiness and the certificates too.
@@ -68,15 +71,24 @@ impl Admin {
         lists.await.into_iter().flatten().flat_map(|list| list.open).collect()
     }
 
-    /// The rules of the pod with this name.
+    /// The rules of the pod with this name. They are read for one request at a time, also if
+    /// clients disconnect: a broker performs a limited number of requests, also for connections of
+    /// pods.
     ///
     /// # Errors
     ///
     /// There is no such pod, or its rules cannot be read.
     pub(super) async fn rules(&self, pod: &str) -> Result<Value, String> {
-        match self.rules.get() {
-            Some(report) => (report.0)(pod).await,
-            None => Err("the rules are not installed yet".to_owned()),
-        }
+        let Some(report) = self.rules.get() else {
+            return Err("the rules are not installed yet".to_owned());
+        };
+        let turn = self.rules_turn.clone().lock_owned().await;
+        let reporting = (report.0)(pod);
+        // A task, because this future is dropped when the client disconnects.
+        let reported = tokio::spawn(async move {
+            let _turn = turn;
+            reporting.await
+        });
+        reported.await.unwrap_or_else(|error| Err(error.to_string()))
     }
 }
