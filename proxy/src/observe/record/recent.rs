@@ -130,7 +130,10 @@ impl RecentConnections {
 
     /// Sends each connection that is opened or ends from now on.
     pub(crate) fn subscribe(&self, subscriber: Subscriber) {
-        self.lock().subscribers.push(subscriber);
+        let mut lists = self.lock();
+        // Without connections no report removes the subscribers that have left.
+        lists.subscribers.retain(|known| !known.events.is_closed());
+        lists.subscribers.push(subscriber);
         self.is_followed.store(true, Relaxed);
     }
 
@@ -239,6 +242,16 @@ mod tests {
         drop(receiver);
         complete(&records, &pod);
         assert!(!records.recent.is_followed.load(Relaxed), "the subscriber is forgotten");
+    }
+
+    #[tokio::test]
+    async fn new_subscriber_replaces_those_that_have_left() {
+        let records = WorkerRecords::default();
+        for _ in 0..3 {
+            let (events, _) = mpsc::channel(1);
+            records.recent.subscribe(Subscriber { events, missed: Arc::default() });
+        }
+        assert_eq!(records.recent.lock().subscribers.len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
