@@ -147,6 +147,7 @@ fn rules(admin: &Admin) -> Rules {
     let (health, interception) = (admin.readiness.rules(), &admin.settings.interception);
     let state = match interception.profile {
         Profile::None => "managed by another program",
+        _ if !interception.install => "managed by another program",
         _ if !health.are_installed() => "not installed",
         _ if health.are_lost() => "changed",
         _ if interception.repair && admin.readiness.has_started() => "verified",
