@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use futures_util::future::BoxFuture;
 use serde_json::Value;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore, oneshot};
 use underpass_config::Settings;
 
 use crate::admin::liveness::Liveness;
@@ -15,6 +15,9 @@ use crate::node::Node;
 use crate::node::identities::Identities;
 use crate::node::inspection::Inspection;
 use crate::observe::record::TrackedConnection;
+
+/// The maximum number of inspections at a time. Each visits every connection of the workers.
+const MAX_INSPECTIONS: usize = 4;
 
 /// The running proxy, as administration sees it.
 #[derive(Debug)]
@@ -30,6 +33,7 @@ pub(crate) struct Admin {
     rules: OnceLock<RulesReport>,
     /// Locked while the rules of a pod are reported.
     rules_turn: Arc<Mutex<()>>,
+    inspections: Semaphore,
 }
 
 /// Reports the rules of the pod with this name, `NAMESPACE/NAME`, or the reason why it cannot.
@@ -47,7 +51,18 @@ impl Admin {
     pub(crate) fn new(settings: &Arc<Settings>, node: &Arc<Node>) -> Self {
         let (settings, node, started) = (settings.clone(), node.clone(), SystemTime::now());
         let (readiness, liveness, rules, rules_turn) = Default::default();
-        Self { settings, node, started, readiness, identities: None, liveness, rules, rules_turn }
+        let (identities, inspections) = (None, Semaphore::new(MAX_INSPECTIONS));
+        Self {
+            settings,
+            node,
+            started,
+            readiness,
+            identities,
+            liveness,
+            rules,
+            rules_turn,
+            inspections,
+        }
     }
 
     /// Shows the readiness and the certificates too.
@@ -65,10 +80,19 @@ impl Admin {
 
     /// The open connections of all pods. Those of a worker that does not answer are missing.
     pub(super) async fn open_connections(&self) -> Vec<Arc<TrackedConnection>> {
-        let Some(workers) = self.liveness.workers() else { return Vec::new() };
         let list = |connections| Inspection::Connections { connections, subscriber: None };
-        let lists = workers.inspect(list);
-        lists.await.into_iter().flatten().flat_map(|list| list.open).collect()
+        self.inspect(list).await.into_iter().flatten().flat_map(|list| list.open).collect()
+    }
+
+    /// Inspects every worker. `None` for a worker that does not answer; empty before they run.
+    pub(super) async fn inspect<T>(
+        &self,
+        inspection: impl Fn(oneshot::Sender<T>) -> Inspection,
+    ) -> Vec<Option<T>> {
+        let Some(workers) = self.liveness.workers() else { return Vec::new() };
+        // Never closed.
+        let _permit = self.inspections.acquire().await.ok();
+        workers.inspect(inspection).await
     }
 
     /// The rules of the pod with this name. They are read for one request at a time, also if

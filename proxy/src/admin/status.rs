@@ -58,12 +58,8 @@ async fn collect(admin: &Admin, pod: Option<PodName>) -> Result<Status, Refusal>
     }
     let mut served = admin.node.pods.all();
     served.retain(|one| pod.as_ref().is_none_or(|pod| *pod == *one.name));
-    let summaries = match admin.liveness.workers() {
-        Some(workers) => {
-            workers.inspect(|summary| Inspection::Summary { pod: pod.clone(), summary }).await
-        }
-        None => Vec::new(),
-    };
+    let summarize = |summary| Inspection::Summary { pod: pod.clone(), summary };
+    let summaries = admin.inspect(summarize).await;
     let silent_workers = summaries.iter().filter(|summary| summary.is_none()).count();
     let summed = summary::sum(summaries.into_iter().flatten(), pod.as_ref());
     let mut status = Status {

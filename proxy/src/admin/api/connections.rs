@@ -71,10 +71,9 @@ pub(crate) async fn connections(admin: &Admin, query: Query) -> Result<Answer, R
 /// The connections of all workers, the newest first. A worker that does not answer has none here;
 /// `/status` names it.
 async fn list(admin: &Admin, subscriber: Option<&Subscriber>) -> Vec<Listed> {
-    let Some(workers) = admin.liveness.workers() else { return Vec::new() };
     let inspection =
         |connections| Inspection::Connections { connections, subscriber: subscriber.cloned() };
-    let answers = workers.inspect(inspection).await.into_iter().flatten();
+    let answers = admin.inspect(inspection).await.into_iter().flatten();
     let mut listed: Vec<_> = answers.flat_map(merge).collect();
     listed.sort_by_key(|one| Reverse(one.at()));
     listed
