@@ -21,8 +21,9 @@ use crate::admin::api::version::version;
 use crate::admin::state::Admin;
 use crate::observe::record::TrackedConnection;
 
-/// The number of items in one chunk: some tens of KiB.
-const ITEMS_PER_CHUNK: usize = 32;
+/// The length after which a chunk has no further item. One item, such as a service with many
+/// endpoints, may be longer.
+const CHUNK_BYTES: usize = 32 << 10;
 
 /// The dump in chunks. Each is made when the client has read the ones before, from the mesh at the
 /// time of the request. `open` are the open connections.
@@ -60,15 +61,18 @@ fn list<T: Send + Sync>(
     write: fn(&T, &mut Vec<u8>),
     close: &'static str,
 ) -> impl Iterator<Item = Bytes> + Send {
-    let chunks = (0..items.len()).step_by(ITEMS_PER_CHUNK).map(move |first| {
+    let mut next = 0;
+    let chunks = std::iter::from_fn(move || {
         let mut chunk = Vec::new();
-        for (index, item) in items.iter().enumerate().skip(first).take(ITEMS_PER_CHUNK) {
-            if index > 0 {
+        while chunk.len() < CHUNK_BYTES {
+            let Some(item) = items.get(next) else { break };
+            if next > 0 {
                 chunk.push(b',');
             }
             write(item, &mut chunk);
+            next += 1;
         }
-        chunk.into()
+        (!chunk.is_empty()).then(|| Bytes::from(chunk))
     });
     once(Bytes::from(open)).chain(chunks).chain(once(Bytes::from(close)))
 }
