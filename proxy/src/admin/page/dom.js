@@ -38,14 +38,26 @@ export function table(caption, columns, rows, empty) {
       element("tbody", {}, body)));
 }
 
-/** Replaces the content of a node if it differs, so that a selection and the focus survive. */
+/** The elements whose focus and scroll position survive a replacement, found by their order. */
+const KEPT = ".scroll, summary";
+
+/**
+ * Replaces the content of a node if it differs, so that a selection survives. Opened details, the
+ * scroll position and the focus survive a change too.
+ */
 export function replace(node, ...children) {
   const next = node.cloneNode(false);
   next.append(...children.flat().filter((child) => child !== undefined && child !== null && child !== false));
+  const details = [...node.querySelectorAll("details")];
+  next.querySelectorAll("details").forEach((one, index) => { one.open = details[index]?.open ?? false; });
   if (next.innerHTML === node.innerHTML) return;
-  const focused = node.contains(document.activeElement) && document.activeElement.getAttribute("aria-label");
+  const before = [...node.querySelectorAll(KEPT)];
+  const focused = before.indexOf(document.activeElement);
+  const offsets = before.map((one) => [one.scrollLeft, one.scrollTop]);
   node.replaceChildren(...next.childNodes);
-  if (focused) node.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
+  const after = [...node.querySelectorAll(KEPT)];
+  after.forEach((one, index) => { [one.scrollLeft, one.scrollTop] = offsets[index] ?? [0, 0]; });
+  after[focused]?.focus({ preventScroll: true });
 }
 
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -60,6 +72,7 @@ export function bytes(count) {
 /** Seconds as the two largest units. */
 export function span(seconds) {
   if (seconds < 0) return `${span(-seconds)} ago`;
+  if (seconds === 0) return "0 s";
   if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   const units = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
   const first = units.findIndex(([, size]) => seconds >= size);

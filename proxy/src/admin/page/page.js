@@ -12,7 +12,7 @@ const LAST = 2000;
 
 const byId = (id) => document.getElementById(id);
 const content = (id) => byId(id).querySelector(".content");
-const state = { connections: [], isPaused: false };
+const state = { connections: [], isPaused: false, refreshes: 0 };
 
 async function read(path) {
   const response = await fetch(path, { signal: AbortSignal.timeout(TIMEOUT_MS), cache: "no-store" });
@@ -71,18 +71,24 @@ async function readRules({ command }) {
   }
 }
 
+/** Shows the current state, unless a later call has begun meanwhile: it may have another pod. */
 async function refresh() {
+  state.refreshes += 1;
+  const own = state.refreshes;
   try {
     const status = await readJson("status");
+    if (own !== state.refreshes) return;
     showHeader(status);
     showPods(status);
     const [connections, certificates, drawnRules] = await Promise.all([
       readLines(`connections?last=${LAST}`), readJson("certificates"), readRules(status),
     ]);
+    if (own !== state.refreshes) return;
     show(status, connections, certificates, drawnRules);
     byId("alert").hidden = true;
   } catch (error) {
-    byId("alert").textContent = `The proxy cannot be reached: ${error.message}`;
+    if (own !== state.refreshes) return;
+    byId("alert").textContent = `This page cannot be updated: ${error.message}`;
     byId("alert").hidden = false;
   }
 }
