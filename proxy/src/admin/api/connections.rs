@@ -43,7 +43,8 @@ pub(crate) enum Line {
 /// A connection that is not rendered yet.
 #[derive(Debug)]
 enum Listed {
-    Connecting(Connecting),
+    /// Boxed, because a list may have an entry for each of very many open connections.
+    Connecting(Box<Connecting>),
     Open(Arc<TrackedConnection>),
     Ended(Arc<EndedConnection>),
 }
@@ -85,7 +86,7 @@ fn merge(Connections { open, connecting, ended }: Connections) -> Vec<Listed> {
     let known: HashSet<_> = ended.iter().map(|ended| Arc::as_ptr(&ended.connection)).collect();
     let open = open.into_iter().filter(|open| !known.contains(&Arc::as_ptr(open)));
     let open: Vec<_> = open.map(Listed::Open).collect();
-    let connecting = connecting.into_iter().map(Listed::Connecting);
+    let connecting = connecting.into_iter().map(|one| Listed::Connecting(Box::new(one)));
     ended.into_iter().map(Listed::Ended).chain(open).chain(connecting).collect()
 }
 
