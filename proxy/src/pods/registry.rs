@@ -138,12 +138,20 @@ impl PodRegistry {
         check.await
     }
 
-    /// Reports the rules of the pod with this name, `NAMESPACE/NAME`.
+    /// Reports the rules of the pod with this name, `NAMESPACE/NAME`: of the served one, if others
+    /// have the name too.
     pub(crate) async fn rules(&self, name: &str) -> Result<Value, EnrolError> {
-        let uid = self.status().into_iter().find(|status| status.pod == name);
-        let uid = uid.ok_or(EnrolError::Unknown)?.uid;
-        let rules = self.pods().served(&uid)?.rules();
-        Ok(rules.await)
+        let mut rules = Err(EnrolError::Unknown);
+        for status in self.status().into_iter().filter(|status| status.pod == name) {
+            match self.pods().served(&status.uid) {
+                Ok(pod) => {
+                    rules = Ok(pod.rules());
+                    break;
+                }
+                Err(error) => rules = Err(error),
+            }
+        }
+        Ok(rules?.await)
     }
 
     /// The status of every pod, sorted by namespace and name.
