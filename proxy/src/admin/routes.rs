@@ -150,7 +150,10 @@ async fn admin_answer(admin: &Admin, access: Access, request: &Parts) -> Result<
     check_method(path, access, &request.method)?;
     let query = Query::of(&request.uri);
     match (path, &request.method) {
-        ("/", _) => Ok(text(StatusCode::OK, index())),
+        ("/", _) => {
+            query.end("no parameters")?;
+            Ok(text(StatusCode::OK, index()))
+        }
         ("/status", _) => status::status(admin, query).await,
         ("/connections", _) => connections::connections(admin, query).await,
         ("/version", _) => {

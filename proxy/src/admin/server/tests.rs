@@ -43,6 +43,7 @@ async fn unknown_paths_and_methods_are_refused_with_the_reason() {
         ("GET", "/version/", 404, "not found"),
         ("POST", "/version", 405, "/version has only GET"),
         ("DELETE", "/logging", 405, "/logging has only GET and POST"),
+        ("GET", "/?x=1", 400, "unknown parameter \"x\""),
         ("GET", "/version?x=1", 400, "unknown parameter \"x\""),
         ("GET", "/status?pod=web", 400, "pod must be like NAMESPACE/NAME"),
         ("GET", "/status?pod=shop/web", 404, "no pod shop/web is known to this proxy"),
