@@ -58,7 +58,9 @@ impl Hint for AdminClientError {
         let fixed = match self {
             Self::Off => "name the socket of the running proxy with `--socket`",
             Self::NoProxy { socket } => return Some(hint_of_missing(socket).into()),
-            Self::Permission { .. } => "run the command as root, or as the user of the proxy",
+            Self::Permission { .. } => {
+                "run the command as root, or as the user that started the proxy"
+            }
             Self::Silent { .. } => "check whether the proxy is stopped or overloaded",
             Self::Unknown(_) => "use the command of the same version as the proxy",
             Self::Path(_) => "`underpass admin get /` lists the paths",
