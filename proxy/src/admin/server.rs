@@ -59,7 +59,7 @@ impl Server {
             let Some(Some((stream, client))) = gate.pass(self.accept(&listener)).await else {
                 continue;
             };
-            // Every connection may be evicted, because a request is answered as soon as it is read.
+            // Every connection may be evicted, also during a long answer.
             if let Some(slot) = slots.take(client) {
                 let serving = self.clone().serve_connection(stream, slot);
                 tokio::spawn(log_panic("connection to an endpoint", serving));
@@ -100,7 +100,7 @@ impl Server {
         }
     }
 
-    /// Serves a local process. Others do not evict it while a request of it is in progress.
+    /// Serves a local process. Others do not evict it until the answer to its request begins.
     async fn serve_process(self, stream: UnixStream, slot: ConnectionSlot) {
         if !Peer::of(&stream).is_ok_and(Peer::is_trusted) {
             let refusing = Self { routes: Routes::Refused(UNTRUSTED) };
