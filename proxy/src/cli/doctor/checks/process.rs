@@ -74,12 +74,13 @@ impl Check for Ready {
 }
 
 fn ready(pid: u32, readiness: &str) -> Finding {
-    match readiness.strip_prefix("not ready: ") {
-        None if readiness == "ready" => {
-            Finding::ok(format!("the running proxy (pid {pid}) is ready"))
-        }
-        reason => {
-            let reason = reason.unwrap_or(readiness);
+    let is_ready = format!("the running proxy (pid {pid}) is ready");
+    // The lines after `ready` are notices of the source of pods.
+    match readiness.split_once('\n') {
+        None if readiness == "ready" => Finding::ok(is_ready),
+        Some(("ready", notice)) => Finding::warning(format!("{is_ready}, with a notice: {notice}")),
+        _ => {
+            let reason = readiness.strip_prefix("not ready: ").unwrap_or(readiness);
             Finding::failure(format!("the running proxy (pid {pid}) is not ready: {reason}"))
                 .hint("read its log, which has the reason and a hint")
         }
@@ -169,6 +170,7 @@ mod tests {
     #[test]
     fn unready_proxy_is_a_failure_with_its_reason() {
         assert_eq!(ready(7, "ready").level, Level::Ok);
+        assert_eq!(ready(7, "ready\nno connection").level, Level::Warning);
         let finding = ready(7, "not ready: out of file descriptors");
         assert_eq!(finding.level, Level::Failure);
         assert!(finding.message.ends_with("is not ready: out of file descriptors"));
