@@ -3,6 +3,7 @@
 use futures_util::future::FutureExt as _;
 use underpass_interception::Usage;
 
+use super::rules::are_installed;
 use crate::admin::api::status::{Failure, Failures};
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Level, Outcome, at_once};
 use crate::cli::doctor::subject::Subject;
@@ -65,12 +66,26 @@ impl Check for Ready {
             }
             Some(match &subject.running {
                 Ok(Some(running)) => ready(running.pid, &running.readiness),
-                Ok(None) => Finding::ok("no proxy runs in this network namespace"),
+                Ok(None) => match subject.status().await {
+                    // With the profile `none`, it answers only on its socket of administration.
+                    Some(status) => ready(status.pid, &status.readiness),
+                    None => absent(are_installed(subject).await),
+                },
                 Err(error) => Finding::of_error(error),
             })
         }
         .boxed_local()
     }
+}
+
+fn absent(has_rules: bool) -> Finding {
+    let message = "no proxy runs in this network namespace";
+    if !has_rules {
+        return Finding::ok(message);
+    }
+    Finding::warning(format!("{message}, but its rules are installed: they refuse connections"))
+        .hint("start the proxy; if it has ended, its log has the reason")
+        .command("underpass run --config FILE")
 }
 
 fn ready(pid: u32, readiness: &str) -> Finding {
@@ -174,6 +189,11 @@ mod tests {
         let finding = ready(7, "not ready: out of file descriptors");
         assert_eq!(finding.level, Level::Failure);
         assert!(finding.message.ends_with("is not ready: out of file descriptors"));
+    }
+
+    #[test]
+    fn rules_without_proxy_are_a_warning() {
+        assert_eq!([absent(false).level, absent(true).level], [Level::Ok, Level::Warning]);
     }
 
     #[test]

@@ -58,6 +58,14 @@ async fn interception(subject: &Subject) -> Option<Result<Interception, Intercep
     }
 }
 
+/// Whether the rules of these settings are installed; false if they cannot be read.
+pub(super) async fn are_installed(subject: &Subject) -> bool {
+    match interception(subject).await {
+        Some(Ok(interception)) => matches!(interception.verify().await, Ok(None)),
+        Some(Err(_)) | None => false,
+    }
+}
+
 /// The installed rules.
 pub(super) struct Installed;
 
