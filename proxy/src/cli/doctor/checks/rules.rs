@@ -3,7 +3,8 @@
 use futures_util::future::FutureExt as _;
 use underpass_config::{Backend, Profile};
 use underpass_interception::{
-    Difference, Effect, ForeignRule, Interception, InterceptionError, LineStatus, Ports,
+    Difference, Effect, ForeignRule, Interception, InterceptionError, Leftover, LeftoverOwner,
+    LineStatus, Ports,
 };
 
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Level, Outcome, at_once};
@@ -196,24 +197,36 @@ impl Check for Leftovers {
     fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
         async move {
             let interception = interception(subject).await?.ok()?;
-            let leftovers = match interception.leftovers().await {
-                Ok(leftovers) => leftovers,
-                Err(error) => return Some(Finding::of_error(&error)),
-            };
-            if leftovers.is_empty() {
-                return Some(Finding::ok("no other rules capture the same traffic"));
-            }
-            let details = leftovers.iter().take(MAX_LINES).map(ToString::to_string);
-            Some(
-                Finding::warning(format!(
-                    "rules of an earlier run or of another mesh capture the same traffic: {}",
-                    leftovers.len()
-                ))
-                .details(details)
-                .command("underpass rules remove"),
-            )
+            Some(match interception.leftovers().await {
+                Ok(leftovers) => leftover(&leftovers),
+                Err(error) => Finding::of_error(&error),
+            })
         }
         .boxed_local()
+    }
+}
+
+fn leftover(leftovers: &[Leftover]) -> Finding {
+    if leftovers.is_empty() {
+        return Finding::ok("no other rules capture the same traffic");
+    }
+    let count = leftovers.len();
+    let finding = Finding::warning(format!(
+        "rules of an earlier run or of another mesh capture the same traffic: {count}"
+    ))
+    .details(leftovers.iter().take(MAX_LINES).map(ToString::to_string));
+    // `rules remove` also removes the rules of the running proxy.
+    let is_own =
+        |one: &Leftover| matches!(one.whose, LeftoverOwner::Underpass | LeftoverOwner::Shared);
+    if leftovers.iter().any(is_own) {
+        finding
+            .hint(
+                "stop the workload first: without any rules, its connections leave in plaintext until the proxy \
+                 installs its rules again",
+            )
+            .command("underpass rules remove")
+    } else {
+        finding.hint("follow the remedy in each line").command("nft list ruleset")
     }
 }
 
@@ -257,6 +270,15 @@ mod tests {
         assert_eq!(level(Effect::Marks, true), Level::Ok);
         assert_eq!(foreign(&[rule(Effect::Marks)], true, true).level, Level::Failure);
         assert_eq!(foreign(&[], true, true).level, Level::Ok);
+    }
+
+    #[test]
+    fn rules_are_removed_only_if_leftovers_are_ours() {
+        let command = |whose| leftover(&[Leftover { what: "a table".to_owned(), whose }]).command;
+        let ours = command(LeftoverOwner::Underpass);
+        assert_eq!(ours.as_deref(), Some("underpass rules remove"));
+        assert_eq!(command(LeftoverOwner::Istio).as_deref(), Some("nft list ruleset"));
+        assert_eq!(leftover(&[]).level, Level::Ok);
     }
 
     #[test]
