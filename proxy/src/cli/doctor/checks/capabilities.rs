@@ -6,6 +6,7 @@ use underpass_interception::{HostFacts, ProxyUser};
 
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Outcome, at_once, not_applicable};
 use crate::cli::doctor::subject::Subject;
+use crate::node::pod::pod_sockets;
 
 /// The maximum number of named processes.
 const MAX_NAMED: usize = 10;
@@ -50,7 +51,10 @@ fn needed(settings: &Settings, changes_user: bool) -> Vec<&'static str> {
     if settings.node.pods.is_some() {
         needed.extend(["SYS_ADMIN", "NET_ADMIN"]);
     } else if interception.profile != Profile::None {
-        needed.push("NET_ADMIN");
+        // With the rules of an init container, only marks and the addresses of clients need it.
+        if interception.install || pod_sockets(settings).need_net_admin() {
+            needed.push("NET_ADMIN");
+        }
         if changes_user {
             needed.extend(["SETUID", "SETGID"]);
         }
@@ -126,6 +130,9 @@ mod tests {
         assert_eq!(of(&[], false), "NET_ADMIN");
         let sidecar = ["interception.profile=sidecar"];
         assert_eq!(of(&sidecar, true), "NET_ADMIN SETUID SETGID");
+        let installed = "interception.install=false";
+        assert_eq!(of(&["interception.profile=sidecar", installed], true), "SETUID SETGID");
+        assert_eq!(of(&[installed], false), "NET_ADMIN");
         assert_eq!(of(&["interception.profile=none"], false), "");
         let low = ["interception.profile=none", "metrics.address=127.0.0.1:900"];
         assert_eq!(of(&low, false), "NET_BIND_SERVICE");
