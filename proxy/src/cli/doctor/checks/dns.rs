@@ -93,16 +93,18 @@ impl Check for Names {
             let file = Arc::new(ResolvFile::new(&subject.settings.dns.resolv_conf));
             let lookup = HostLookup::new(file, Upstream::new(Arc::new(exchange(subject))), false);
             let failures = join_all(names.iter().map(|name| failure(&lookup, name))).await;
-            let failures: Vec<_> = failures.into_iter().flatten().collect();
-            let list = names.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-            if failures.is_empty() {
+            let failed = names.iter().zip(failures);
+            let failed: Vec<_> = failed.filter_map(|(name, error)| Some((name, error?))).collect();
+            let Some((first, _)) = failed.first() else {
+                let list = names.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
                 return Some(Finding::ok(format!("the names in use have addresses: {list}")));
-            }
+            };
+            let command = format!("getent ahosts {first}");
             Some(
-                Finding::failure(format!("names without an address: {}", failures.len()))
-                    .details(failures)
+                Finding::failure(format!("names without an address: {}", failed.len()))
+                    .details(failed.into_iter().map(|(_, error)| error))
                     .hint("check the names in the settings and in the mesh, and the servers (dns-servers)")
-                    .command(format!("getent ahosts {}", names.first().map_or("", String::as_str))),
+                    .command(command),
             )
         }
         .boxed_local()

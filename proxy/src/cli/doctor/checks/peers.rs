@@ -7,7 +7,7 @@ use std::sync::Arc;
 use futures_util::future::FutureExt as _;
 use futures_util::stream::{self, StreamExt as _};
 use tokio::time::timeout;
-use underpass_config::{Hint as _, Mesh, NetworkMode, Protocol, Settings, Workload};
+use underpass_config::{Hint as _, Mesh, NetworkMode, Profile, Protocol, Settings, Workload};
 use underpass_hbone::{ClientSettings, Connector, Credentials, Dial as _, HboneError};
 
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Outcome};
@@ -34,17 +34,30 @@ impl Check for Handshakes {
             // Another check reports that there is no certificate.
             let Ok(Some(credentials)) = subject.credentials().await else { return None };
             let mesh = subject.mesh().await;
-            let peers = peers(&mesh, &subject.settings);
+            let mut peers = peers(&mesh, &subject.settings);
             if peers.is_empty() {
                 return Some(Finding::ok("the mesh has no other workload with HBONE"));
             }
+            let untried = peers.len().saturating_sub(MAX_PEERS);
+            peers.truncate(MAX_PEERS);
             let handshake = |peer: Peer| async move {
                 let outcome = handshake(subject, credentials, &peer).await;
                 (peer, outcome)
             };
             let outcomes: Vec<_> =
                 stream::iter(peers).map(handshake).buffered(AT_ONCE).collect().await;
-            Some(finding(&outcomes))
+            let mut finding = finding(&outcomes);
+            if untried > 0 {
+                finding.message += &format!("; further peers, which were not tried: {untried}");
+            }
+            // The rules redirect connections of other programs to the proxy, also if none runs.
+            let is_captured =
+                !subject.is_node() && subject.settings.interception.profile != Profile::None;
+            if is_captured {
+                let outside = "# in a network namespace without rules of underpass";
+                finding.command = finding.command.map(|command| format!("{command}  {outside}"));
+            }
+            Some(finding)
         }
         .boxed_local()
     }
@@ -73,7 +86,7 @@ fn peers(mesh: &Mesh, settings: &Settings) -> Vec<Peer> {
         let address = SocketAddr::new(*workload.addresses.first()?, settings.proxy.hbone_port);
         Some(Peer { workload: workload.clone(), address })
     });
-    peers.take(MAX_PEERS).collect()
+    peers.collect()
 }
 
 async fn handshake(

@@ -22,7 +22,11 @@ impl Check for Version {
             let reported = subject.status().await.map(|status| status.version.as_str());
             let is_running = subject.running().is_some() || reported.is_some();
             let same = subject.process.and_then(|process| process.runs_same_program);
-            is_running.then(|| version(same, reported))
+            let mut finding = is_running.then(|| version(same, reported))?;
+            if subject.is_node() && finding.command.is_some() {
+                finding.command = Some("underpass node --config FILE --take-over".to_owned());
+            }
+            Some(finding)
         }
         .boxed_local()
     }

@@ -183,7 +183,7 @@ fn open_files(hard: u64) -> Finding {
         return Finding::ok(message);
     }
     Finding::warning(message)
-        .hint("raise it for the proxy (LimitNOFILE of its service, `--ulimit nofile` of its container)")
+        .hint("raise it for the proxy: LimitNOFILE of its service, `--ulimit nofile` of its container, or this command in its shell")
         .command("ulimit -Hn 1048576")
 }
 

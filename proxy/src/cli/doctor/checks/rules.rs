@@ -119,13 +119,14 @@ fn differs(difference: &Difference, is_running: bool) -> Finding {
     });
     if is_running {
         Finding::failure(format!("the rules are not those of the running proxy; {message}"))
-            .hint("the proxy restores them (interception.repair); otherwise install them, and find what removed them")
+            .hint("with interception.repair: false, restart the proxy, which installs them; find the program that changed them")
             .details(changed.take(MAX_LINES))
+            .command("underpass rules verify")
     } else {
         Finding::warning(format!("the rules are not installed, and no proxy runs here; {message}"))
             .hint("start the proxy, which installs them")
+            .command("underpass rules verify --config FILE")
     }
-    .command("underpass rules verify")
 }
 
 /// The rules of other programs that act before ours.

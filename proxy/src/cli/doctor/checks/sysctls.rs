@@ -70,8 +70,12 @@ impl Check for ReversePath {
         let dropping = facts.drops_tproxy.clone();
         let dropping = dropping.filter(|_| facts.drops_inbound(&subject.settings.interception));
         at_once(match dropping {
-            Some(interface) => Finding::of_error(&InterceptionError::InboundDropped { interface })
-                .command("sysctl -w net.ipv4.conf.all.src_valid_mark=0"),
+            Some(interface) => {
+                // With slashes, the name of the interface may contain a dot.
+                let own = format!("net/ipv4/conf/{interface}/src_valid_mark=0");
+                let command = format!("sysctl -w net/ipv4/conf/all/src_valid_mark=0 {own}");
+                Finding::of_error(&InterceptionError::InboundDropped { interface }).command(command)
+            }
             None => Finding::ok("the kernel delivers packets that the rules mark"),
         })
     }
