@@ -73,7 +73,14 @@ impl Subject {
         };
         let configuration = match (&sources, known) {
             (Some(sources), _) => ConfigCheck::of(sources),
-            (None, Some(running)) => ConfigCheck::of_settings(running.settings.clone()),
+            (None, Some(running)) => {
+                if process.is_some() {
+                    // Relative paths in its settings refer to its working directory. Without the
+                    // permission to enter it, they refer to that of this process.
+                    std::env::set_current_dir(format!("/proc/{}/cwd", running.pid)).ok();
+                }
+                ConfigCheck::of_settings(running.settings.clone())
+            }
             (None, None) => ConfigCheck::default(),
         };
         let settings = match &configuration.settings {
