@@ -74,8 +74,7 @@ fn check(
 
 fn print_text(check: &ConfigCheck, verbosity: Verbosity) -> Result<(), CommandError> {
     let warning = Style::of_stderr().paint(Colour::Yellow, "warning:");
-    let warnings = check.warnings.iter().filter(|_| !verbosity.quiet);
-    for text in warnings {
+    for text in &check.warnings {
         // Ignored if standard error is closed; the exit code still reports the result.
         writeln!(io::stderr(), "{warning} {text}").ok();
     }

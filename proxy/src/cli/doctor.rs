@@ -23,6 +23,7 @@ use super::run::SettingsArguments;
 use super::style::Style;
 use super::verbosity::Verbosity;
 use super::{print, single_threaded_runtime};
+use crate::error::chain;
 use crate::process::command_error::CommandError;
 
 /// Timeout for one check, longer than those of its steps.
@@ -30,7 +31,7 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example: before the installation, on the host\n  underpass doctor --pre\n\nWith the settings of a proxy, in its network namespace:\n  ip netns exec pod-a underpass doctor --config underpass.yaml"
+    after_help = "Example: before the installation, on the host\n  underpass doctor --pre\n\nWith the settings of a proxy, in its network namespace:\n  ip netns exec pod-a underpass doctor --config underpass.yaml\n\nExit codes: 0 no failure, 1 a failure."
 )]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -53,9 +54,13 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     let report = single_threaded_runtime()?.block_on(async {
         let subject = Subject::new(sources, pre).await?;
         if subject.is_host_only && !pre {
+            let proxy = match &subject.running {
+                Ok(_) => "no `underpass run` in this network namespace".to_owned(),
+                Err(error) => chain(error),
+            };
             writeln!(
                 io::stderr(),
-                "warning: there are no settings (--config) and no running proxy here: only the host is checked"
+                "warning: there are no settings (--config), and {proxy}: only the host is checked"
             )
             .ok();
         }
