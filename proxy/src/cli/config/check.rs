@@ -219,8 +219,9 @@ impl ConfigCheck {
             Ok(mesh) => self.mesh = mesh,
             Err(errors) => return self.add_errors(errors),
         }
-        // A node daemon has no workload of its own.
-        if let Some(workload) = inputs.workload.as_ref().filter(|_| !inputs.serves_pods) {
+        // A node daemon has no workload of its own. A control plane may have that of this proxy.
+        let is_complete = !inputs.serves_pods && inputs.xds.is_none();
+        if let Some(workload) = inputs.workload.as_ref().filter(|_| is_complete) {
             self.check_own_workload(workload, inputs.identity.is_some());
         }
     }

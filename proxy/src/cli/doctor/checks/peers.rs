@@ -35,6 +35,11 @@ impl Check for Handshakes {
             let Ok(Some(credentials)) = subject.credentials().await else { return None };
             let mesh = subject.mesh().await;
             let mut peers = peers(&mesh, &subject.settings);
+            // Such a control plane does not list the workloads.
+            let on_demand = subject.settings.xds.as_ref().is_some_and(|xds| xds.on_demand);
+            if peers.is_empty() && on_demand {
+                return None;
+            }
             if peers.is_empty() {
                 return Some(Finding::ok("the mesh has no other workload with HBONE"));
             }
@@ -69,7 +74,7 @@ struct Peer {
     address: SocketAddr,
 }
 
-/// The workloads with HBONE in our network, except for our own.
+/// The healthy workloads with HBONE in our network, except for our own.
 fn peers(mesh: &Mesh, settings: &Settings) -> Vec<Peer> {
     let own = &settings.workload;
     let is_node = settings.node.pods.is_some();
@@ -78,6 +83,7 @@ fn peers(mesh: &Mesh, settings: &Settings) -> Vec<Peer> {
     };
     let workloads = mesh.workloads().into_iter().filter(|workload| {
         workload.protocol == Protocol::Hbone
+            && workload.healthy
             && workload.network_mode == NetworkMode::Standard
             && *workload.network == *own.network
             && !is_own(workload)
