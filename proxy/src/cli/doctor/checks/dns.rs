@@ -58,11 +58,16 @@ impl Check for Servers {
                 true => Finding::failure(message),
                 false => Finding::warning(message),
             };
+            let mut command = format!("dig @{first} localhost");
+            // The rules redirect the query to the DNS proxy, which ignores the addressed server.
+            if subject.settings.interception.dns == Dns::Capture && !subject.is_node() {
+                command += "  # in a network namespace without rules of underpass";
+            }
             Some(
                 finding
                     .details(details)
                     .hint("correct the file (dns.resolv_conf), or check the server and firewalls on port 53")
-                    .command(format!("dig @{first} localhost")),
+                    .command(command),
             )
         }
         .boxed_local()
