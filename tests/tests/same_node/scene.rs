@@ -143,7 +143,7 @@ impl AccessLog {
     }
 
     /// The next `count` records, without the fields that differ between similar connections: ports,
-    /// trace and duration.
+    /// trace and times.
     pub(crate) async fn records(count: usize) -> Vec<String> {
         until("the records of a connection", async || {
             lines().iter().filter(|byte| **byte == b'\n').count() >= count
@@ -164,7 +164,7 @@ fn comparable(line: &str) -> String {
     // The side that closes a failed handshake first varies.
     let line = line.split(" error=\"the tunnel failed: TLS failed").next().unwrap_or(line);
     let kept = line.split(' ').filter_map(|word| match word.split_once('=') {
-        Some(("duration" | "trace_id", _)) => None,
+        Some(("duration" | "connect_ms" | "first_byte_ms" | "trace_id", _)) => None,
         Some(("src.addr", address)) => Some(format!("src.addr={}", address.rsplit_once(':')?.0)),
         _ => Some(word.to_owned()),
     });
