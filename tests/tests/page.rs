@@ -80,5 +80,5 @@ async fn failed() {
     let _app = Server::echo(&scene.server, APP);
     let folder = scene.client.folder();
     let document = page(&scene.client, folder).await;
-    assert_shows(&document, &["failed", "connection_refused", "denied or failed"]);
+    assert_shows(&document, &["failed", "Connection refused", "denied or failed"]);
 }

@@ -280,7 +280,7 @@ async fn failed_name() {
         ("/type", "A"),
         ("/pod", "default/client"),
         ("/reason", "upstream"),
-        ("/error", "no server: resolv.conf names none"),
+        ("/error", "the pod has no DNS server"),
     ] {
         assert_eq!(at(failure, pointer), expected, "{failure}");
     }
