@@ -132,6 +132,8 @@ impl<S: Counted> SeriesMap<S> {
             return;
         }
         *searched_at = Some(now);
+        // Released before the search, so that other workers do not wait for it.
+        drop(searched_at);
         self.shards.iter().for_each(|shard| self.expire(&mut lock(shard), now));
     }
 
