@@ -57,7 +57,7 @@ pub use limits::{
     Budget, ByKey, ConnectionSlot, ConnectionSlots, Exhausted, KeyedBudget, Queue, QueuePermit,
     RequestInProgress, Share, Sharing, SourceNetwork,
 };
-pub use otlp::{CollectorError, OtlpCollector};
+pub use otlp::{CollectorError, OtlpCollector, collector_problems};
 pub use pool::{Dial, PeerTunnels, Pool, PoolEvent, PoolSettings, PoolStatistics, TunnelKey};
 pub use task::{Panic, catch_panic, log_panic};
 pub use tls::PeerIdentity;

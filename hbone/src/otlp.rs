@@ -17,6 +17,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use underpass_config::{Hint, OtlpSettings};
 
+use crate::control_plane::endpoint::read_roots;
 use crate::error::HboneError;
 use crate::https::{AGENT, HttpsError, HttpsServer, Pem};
 use crate::pool::{Dial, dial_host};
@@ -133,6 +134,18 @@ impl OtlpCollector {
     }
 }
 
+/// The mistakes in the files of a collector.
+pub fn collector_problems(settings: &OtlpSettings) -> Vec<CollectorError> {
+    let roots = settings
+        .roots
+        .as_deref()
+        .map(|file| read_roots(file).map(drop).map_err(CollectorError::File));
+    let headers = settings.headers.as_deref().map(|file| -> Result<(), CollectorError> {
+        further_headers(file, &read(file)?).map(drop)
+    });
+    [roots, headers].into_iter().flatten().filter_map(Result::err).collect()
+}
+
 async fn exchange<T>(io: T, request: Request<Full<Bytes>>) -> Result<StatusCode, HttpsError>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -204,15 +217,27 @@ impl Hint for CollectorError {
 mod tests {
     use super::*;
 
-    fn collector(endpoint: &str) -> OtlpCollector {
-        let settings = OtlpSettings {
+    fn settings(endpoint: &str) -> OtlpSettings {
+        OtlpSettings {
             endpoint: endpoint.to_owned(),
             headers: None,
             roots: None,
             sample_ratio: underpass_config::Ratio::ALL,
             logs: false,
-        };
-        OtlpCollector::new(&settings).unwrap()
+        }
+    }
+
+    fn collector(endpoint: &str) -> OtlpCollector {
+        OtlpCollector::new(&settings(endpoint)).unwrap()
+    }
+
+    #[test]
+    fn reports_each_unreadable_file() {
+        let missing = Some(PathBuf::from("/nonexistent/file"));
+        let plain = settings("http://otel:4318");
+        assert!(collector_problems(&plain).is_empty());
+        let tls = OtlpSettings { headers: missing.clone(), roots: missing, ..plain };
+        assert_eq!(collector_problems(&tls).len(), 2);
     }
 
     #[test]

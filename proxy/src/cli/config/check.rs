@@ -9,12 +9,12 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use underpass_config::{
-    ConfigErrors, Hint, IdentityFiles, IdentitySettings, InputSettings, Mesh, Problem, Protocol,
-    Settings, Sources, SpireApi, WorkloadSettings,
+    ConfigErrors, Hint, IdentityFiles, IdentitySettings, InputSettings, Mesh, OtlpSettings,
+    Problem, Protocol, Settings, Sources, SpireApi, WorkloadSettings,
 };
 use underpass_hbone::{
     CredentialProblem, Credentials, HboneError, Identity, Inspection, LocalAuthority, Trust,
-    control_plane_problems, istio_ca_problems,
+    collector_problems, control_plane_problems, istio_ca_problems,
 };
 
 use crate::error::chain;
@@ -93,6 +93,9 @@ impl ConfigCheck {
             for error in control_plane_problems(xds) {
                 self.add_problem("mesh.xds", &error);
             }
+        }
+        if let Some(otlp) = self.settings.as_ref().and_then(|settings| settings.otlp.clone()) {
+            self.check_collector(&otlp);
         }
         if let Some(Err(errors)) = self.settings.as_ref().map(kubernetes::cluster) {
             self.add_errors(errors);
@@ -210,6 +213,19 @@ impl ConfigCheck {
             self.warn("identity.key", text);
         }
         identity
+    }
+
+    /// Checks the files for requests to the collector. A start succeeds without them.
+    fn check_collector(&mut self, otlp: &OtlpSettings) {
+        let files = [("tracing.otlp.roots", &otlp.roots), ("tracing.otlp.headers", &otlp.headers)];
+        for (key, file) in files {
+            if let Some(file) = file {
+                self.add_checked(key, file);
+            }
+        }
+        for error in collector_problems(otlp) {
+            self.warn("tracing.otlp", format!("the collector gets nothing: {}", chain(&error)));
+        }
     }
 
     fn check_mesh(&mut self, inputs: &InputSettings) {
