@@ -11,8 +11,8 @@ settings! {
     BROKER: Broker = "privileges.broker", word("`auto`, `off`"),
         Fallback::Varies("`auto` with `node.pods`, else `off`"), |s| Some(s.privileges.broker);
     /// user and group of the process without privileges. It reads the mesh file, trust bundles,
-    /// revocation lists, the files of `mesh.xds`, and the roots and token of `identity.istio_ca`;
-    /// no other process should have this user
+    /// revocation lists, the files of `mesh.xds` and `tracing.otlp`, and the roots and token of
+    /// `identity.istio_ca`; no other process should have this user
     USER: u32 = "privileges.user", USER_ID,
         Fallback::Is(|| 15008), |s| Some(s.privileges.user);
 }
