@@ -144,7 +144,9 @@ impl<S: Counted> SeriesMap<S> {
             let events = entry.series.events();
             if events != entry.events {
                 (entry.events, entry.changed_at) = (events, now);
-            } else if now >= entry.changed_at + self.idle && Arc::strong_count(&entry.series) == 1 {
+            } else if now.duration_since(entry.changed_at) >= self.idle
+                && Arc::strong_count(&entry.series) == 1
+            {
                 expired.push(labels.clone());
             }
         }
