@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{Mutex, mpsc};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -31,6 +31,8 @@ use crate::process::supervise::{Task, restarting};
 
 /// The time for which items are collected in one request.
 const COLLECT: Duration = Duration::from_secs(1);
+/// The interval of taking items from the queue meanwhile, so that it does not fill.
+const COLLECT_STEP: Duration = Duration::from_millis(100);
 /// The maximum number of items in one request.
 const MAX_BATCH: usize = 2048;
 /// Timeout of a request.
@@ -162,15 +164,18 @@ impl<T, E: Fn(Vec<T>) -> Bytes, D: Dial> Exporter<T, E, D> {
             count = signal.queue.recv_many(&mut items, MAX_BATCH) => if count == 0 { return None },
             () = stop.cancelled() => return None,
         }
-        if items.len() < MAX_BATCH {
-            timeout(COLLECT, stop.cancelled()).await.ok();
+        let until = Instant::now() + COLLECT;
+        loop {
+            while items.len() < MAX_BATCH
+                && let Ok(item) = signal.queue.try_recv()
+            {
+                items.push(item);
+            }
+            if items.len() >= MAX_BATCH || stop.is_cancelled() || Instant::now() >= until {
+                return Some(items);
+            }
+            timeout(COLLECT_STEP, stop.cancelled()).await.ok();
         }
-        while items.len() < MAX_BATCH
-            && let Ok(item) = signal.queue.try_recv()
-        {
-            items.push(item);
-        }
-        Some(items)
     }
 
     /// Sends items until the collector has taken or refused them.

@@ -125,3 +125,17 @@ async fn stop_exports_queued_items_and_abandons_failing_request() {
         assert_eq!(began.elapsed(), Duration::ZERO);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn queue_does_not_fill_while_items_are_collected() {
+    let (sender, queue) = mpsc::channel(2);
+    let (mut exporter, _arrived) = exporter(&[], queue);
+    let sending = async {
+        for letter in *b"abcdef" {
+            sender.try_send(letter).unwrap();
+            sleep(COLLECT_STEP).await;
+        }
+    };
+    let (items, ()) = tokio::join!(exporter.collect(), sending);
+    assert_eq!(items.unwrap(), b"abcdef");
+}
