@@ -112,11 +112,21 @@ impl Receiver {
     /// The next message; `None` after the other process has ended. Descriptors are missing if this
     /// process has too few free ones.
     pub(crate) async fn next(&self) -> io::Result<Option<Received>> {
-        match self.0.receive_despite_lost_descriptors().await {
-            // It has ended without reading all messages.
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(None),
-            received => received,
-        }
+        or_end(self.0.receive_despite_lost_descriptors().await)
+    }
+
+    /// Like [`next`](Self::next), but fails with `InvalidData` if descriptors are missing. The
+    /// connection remains.
+    pub(crate) async fn next_complete(&self) -> io::Result<Option<Received>> {
+        or_end(self.0.receive().await)
+    }
+}
+
+/// The other process has ended without reading all messages if the connection was reset.
+fn or_end(received: io::Result<Option<Received>>) -> io::Result<Option<Received>> {
+    match received {
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(None),
+        received => received,
     }
 }
 

@@ -112,10 +112,10 @@ impl RequestServer {
         let mut pace = Pace::default();
         loop {
             pace.pass().await;
-            let message = match receiver.next().await {
+            let message = match receiver.next_complete().await {
                 Ok(Some(message)) => self.read(&message),
                 Ok(None) => return,
-                // A message that is too long; the connection remains.
+                // A message that is too long, or has too many descriptors; the connection remains.
                 Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                     Err(Refusal::Malformed)
                 }
