@@ -135,7 +135,7 @@ fn dns(cursor: Cursor<'_>) -> PodDns {
     if servers.is_empty_list() || nameservers.len() > MAX_NAME_SERVERS {
         servers.problem("must be 1 to 3 servers");
     }
-    if nameservers.iter().any(IpAddr::is_loopback) {
+    if nameservers.iter().any(|server| server.is_loopback() || server.is_unspecified()) {
         servers.problem(
             "must not be loopback addresses: the queries of a local resolver are captured",
         );

@@ -74,8 +74,10 @@ impl Specification {
                 ResolvConf { servers, search, ..ResolvConf::default() }
             }
         };
-        // A resolver on the pod's loopback interface would ask this proxy again.
-        let servers = own.nameservers.iter().map(server).filter(|one| !one.ip().is_loopback());
+        // A resolver on the pod's loopback interface would ask this proxy again. The unspecified
+        // address leads there too.
+        let is_local = |one: &SocketAddr| one.ip().is_loopback() || one.ip().is_unspecified();
+        let servers = own.nameservers.iter().map(server).filter(|one| !is_local(one));
         servers.for_each(|server| settings.add_server(server));
         own.search.iter().for_each(|domain| settings.add_search(domain));
         own.options.iter().for_each(|option| settings.set(option));
@@ -187,7 +189,8 @@ mod tests {
 
     #[test]
     fn server_on_the_loopback_interface_of_the_pod_is_left_out() {
-        let local = ["127.0.0.1", "::1", "::ffff:127.0.0.53"].map(|one| one.parse().unwrap());
+        let local = ["127.0.0.1", "::1", "::ffff:127.0.0.53", "0.0.0.0"];
+        let local = local.map(|one| one.parse().unwrap());
         let own = PodDns { nameservers: local.to_vec(), ..dns(DnsPolicy::None) };
         let (_, servers, _) = of_pod(OF_HOST, &[], own);
         assert_eq!(servers, "192.0.2.53", "no server remains: those of the node");

@@ -139,6 +139,9 @@ pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
     if cluster_dns.len() > MAX_NAME_SERVERS {
         CLUSTER_DNS.problem(document, "has more servers than resolvers ask, which is 3");
     }
+    if cluster_dns.iter().any(|server| server.is_loopback() || server.is_unspecified()) {
+        CLUSTER_DNS.problem(document, "must not have addresses of the pods' loopback interfaces");
+    }
     Some(NodeSettings {
         name,
         pods,
