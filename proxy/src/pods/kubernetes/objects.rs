@@ -14,6 +14,10 @@ use crate::pods::annotations::DATAPLANE_MODE;
 const STATIC_UID: &str = "kubernetes.io/config.mirror";
 /// The domain of the labels and annotations that the daemon interprets.
 const DOMAIN: &str = "istio.io";
+/// The maximum number of options of a resolver, and the maximum length of each in bytes. Users can
+/// set more, which would not fit the messages about a pod.
+const MAX_DNS_OPTIONS: usize = 64;
+const MAX_DNS_OPTION: usize = 64;
 
 /// A pod of this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -170,7 +174,7 @@ fn named_port(container: &Map<String, Value>, name: &str) -> Option<u64> {
     named.get("containerPort")?.as_u64()
 }
 
-/// The resolver settings. The API server has checked them.
+/// The resolver settings. The API server has checked and limited them, except for the options.
 fn dns(object: &Value) -> PodDns {
     let config = object.pointer("/spec/dnsConfig");
     let list = |key: &str| {
@@ -193,7 +197,11 @@ fn dns(object: &Value) -> PodDns {
             .filter_map(|server| server.as_str()?.parse().ok())
             .collect(),
         search: list("searches").filter_map(text).collect(),
-        options: list("options").filter_map(option).collect(),
+        options: list("options")
+            .filter_map(option)
+            .filter(|option| option.len() <= MAX_DNS_OPTION)
+            .take(MAX_DNS_OPTIONS)
+            .collect(),
     }
 }
 
@@ -270,7 +278,10 @@ mod tests {
         object["spec"]["dnsConfig"] = json!({
             "nameservers": ["198.51.100.1", "fd00::1", "x"],
             "searches": ["a.example"],
-            "options": [{"name": "timeout", "value": "1"}, {"name": "rotate"}, {}],
+            "options": [
+                {"name": "timeout", "value": "1"}, {"name": "rotate"}, {},
+                {"name": "x".repeat(MAX_DNS_OPTION + 1)},
+            ],
         });
         let dns = ClusterPod::parse(&object).unwrap().dns;
         assert_eq!((dns.policy, dns.nameservers.len()), (DnsPolicy::None, 2));
