@@ -1,7 +1,8 @@
 //! Refuses a pod if the limit of open files is too low for another one.
 //!
-//! Idle pods may use three quarters of the limit. Without this, a process could no longer receive
-//! the descriptors of a message, accept connections, or change rules.
+//! Idle pods may use three quarters of the descriptors that the limit leaves for pods and
+//! connections. Without this, a process could no longer receive the descriptors of a message,
+//! accept connections, or change rules.
 
 use std::sync::Arc;
 
