@@ -12,7 +12,7 @@
 //! then begins with the whole state, which removes every name that it lacks. It is complete when
 //! the policies arrive, because they are requested last and requests are answered in order. The
 //! first response of addresses may be another one: Cilium sends changes that it queued before the
-//! stream began.
+//! stream began. Policies without a response of addresses before them remove no address.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -109,6 +109,8 @@ struct Subscription {
     versions: Map<Name, Box<str>>,
     /// Whether a response was applied, on any stream.
     synced: bool,
+    /// Whether a response was applied on this stream.
+    answered: bool,
     /// The names in the whole state that the stream begins with, as far as it was sent. `None` if
     /// responses are differences.
     whole: Option<Set<Name>>,
@@ -116,8 +118,13 @@ struct Subscription {
 
 impl Session {
     pub(super) fn new(node: Node) -> Self {
-        let subscription =
-            |kind| Subscription { kind, versions: Map::default(), synced: false, whole: None };
+        let subscription = |kind| Subscription {
+            kind,
+            versions: Map::default(),
+            synced: false,
+            answered: false,
+            whole: None,
+        };
         Self { node, subscriptions: ResourceType::ALL.map(subscription) }
     }
 
@@ -213,6 +220,7 @@ impl Session {
             return DeltaRequest::default();
         };
         subscription.synced = true;
+        subscription.answered = true;
         subscription.note_sent(&removed, &resources);
         let versions = &mut subscription.versions;
         for name in &removed {
@@ -292,6 +300,7 @@ impl Subscription {
         // istiod sends policies without versions, and computes their removals.
         let is_whole = is_too_large || !is_versioned && self.kind == ResourceType::Address;
         self.whole = is_whole.then(Set::default);
+        self.answered = false;
         request
     }
 
@@ -348,9 +357,11 @@ impl Subscription {
         sent.extend(resources.iter().map(|item| item.name.clone()));
     }
 
-    /// The retained names that the whole state lacks.
+    /// The retained names that the whole state lacks. None without a response on this stream: a
+    /// control plane that fails to answer the request (Cilium, `handleAddressTypeURL`) still
+    /// answers the one for policies, and every workload would be reached in plaintext.
     fn outdated(&self) -> Vec<String> {
-        let Some(sent) = &self.whole else { return Vec::new() };
+        let Some(sent) = self.whole.as_ref().filter(|_| self.answered) else { return Vec::new() };
         let names = self.versions.keys().filter(|name| !sent.contains(*name));
         names.map(|name| name.to_string()).collect()
     }

@@ -160,6 +160,26 @@ fn first_state_of_stream_without_versions_replaces_retained_one() {
     assert_eq!(received(&mut session, policies()), none());
 }
 
+/// Cilium answers the request for policies although the one for addresses has failed.
+#[test]
+fn policies_before_any_address_remove_nothing() {
+    let mut session = session();
+    session.open(None);
+    let update = session.receive(response("1", vec![resource("uid-1", "")], &[])).unwrap();
+    session.finish(update, &[]);
+    session.open(None);
+    let update = session.receive(policies()).unwrap();
+    assert!(update.outdated.is_empty());
+    session.finish(update, &[]);
+    // What arrives afterwards may be a change, not the whole state.
+    let update = session.receive(response("2", vec![resource("uid-2", "")], &[])).unwrap();
+    session.finish(update, &[]);
+    let update = session.receive(policies()).unwrap();
+    assert!(update.outdated.is_empty());
+    session.finish(update, &[]);
+    assert_eq!(retained(&session).len(), 2);
+}
+
 #[test]
 fn nack_lists_limited_number_of_names() {
     let mut session = session();
