@@ -117,7 +117,7 @@ async fn stop_exports_queued_items_and_abandons_failing_request() {
     for (answer, is_delivered) in [(OK, true), (None, false)] {
         let (sender, queue) = mpsc::channel(8);
         let (mut exporter, mut arrived) = exporter(&[answer], queue);
-        let began = tokio::time::Instant::now();
+        let began = Instant::now();
         exporter.stop.cancel();
         sender.send(b'z').await.unwrap();
         exporter.run().await;
