@@ -186,7 +186,14 @@ impl Daemon {
             }
         }
         // Open the source before rules are installed, so that a failure leaves no rules.
-        let source = pod_source::open(&settings, mesh, &access, watcher)?;
+        let source = match pod_source::open(&settings, mesh, &access, watcher) {
+            Ok(source) => source,
+            Err(error) => {
+                // The proxy process has the listeners, on which the next start listens.
+                proxy.end().await;
+                return Err(error);
+            }
+        };
         let host_rules = PauseGate::default();
         let pods = NodePods { settings, supervisor, access, registry, host_rules };
         Ok(Some((Self { proxy, pods, takeovers, tasks, probes: None }, source)))
