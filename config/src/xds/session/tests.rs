@@ -171,7 +171,7 @@ fn policies_before_any_address_remove_nothing() {
     let update = session.receive(policies()).unwrap();
     assert!(update.outdated.is_empty());
     session.finish(update, &[]);
-    // What arrives afterwards may be a change, not the whole state.
+    // A later response may be a change, and is not the whole state.
     let update = session.receive(response("2", vec![resource("uid-2", "")], &[])).unwrap();
     session.finish(update, &[]);
     let update = session.receive(policies()).unwrap();
