@@ -15,7 +15,7 @@ use crate::admin::answer::{Answer, Refusal, json};
 use crate::admin::api::status::{
     ControlPlane, DnsFailure, Failures, Identity, Mesh, Rules, Status,
 };
-use crate::admin::api::time::rfc3339;
+use crate::admin::api::time::{rfc3339, seconds_until};
 use crate::admin::query::Query;
 use crate::admin::state::Admin;
 use crate::node::identities::RotationState;
@@ -104,13 +104,14 @@ fn identities(admin: &Admin, served: &[Arc<Pod>], only: bool) -> Vec<Identity> {
         let requested = pod.context.own.spiffe_id.to_string();
         users.entry(requested).or_default().push(pod.name.to_string());
     }
+    let now = SystemTime::now();
     let mut all = Vec::new();
     for RotationState { requested, current, .. } in identities.states() {
         let pods = users.remove(&requested.to_string()).unwrap_or_default();
         if only && pods.is_empty() {
             continue;
         }
-        let left = current.as_ref().map(|current| seconds_until(current.expires));
+        let left = current.as_ref().map(|current| seconds_until(now, current.expires));
         let state = match left {
             Some(1..) => "valid",
             Some(_) => "expired",
@@ -127,15 +128,6 @@ fn identities(admin: &Admin, served: &[Arc<Pod>], only: bool) -> Vec<Identity> {
     }
     all.sort_by(|one, other| one.spiffe_id.cmp(&other.spiffe_id));
     all
-}
-
-/// Negative for a time in the past.
-fn seconds_until(time: SystemTime) -> i64 {
-    let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
-    match time.duration_since(SystemTime::now()) {
-        Ok(left) => seconds(left),
-        Err(passed) => -seconds(passed.duration()),
-    }
 }
 
 /// The rules of the only pod.

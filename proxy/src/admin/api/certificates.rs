@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 use underpass_hbone::{CertificateDescription, Identity};
 
-use crate::admin::api::time::rfc3339;
+use crate::admin::api::time::{rfc3339, seconds_until};
 use crate::admin::state::Admin;
 
 /// The certificate of one identity.
@@ -102,14 +102,4 @@ pub(crate) fn certificates(admin: &Admin) -> Vec<WorkloadCertificate> {
         }
     };
     identities(admin).into_iter().map(describe).collect()
-}
-
-/// The seconds from `now` to `time`, which are negative if that has passed.
-fn seconds_until(now: SystemTime, time: SystemTime) -> i64 {
-    let seconds =
-        |duration: std::time::Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
-    match time.duration_since(now) {
-        Ok(left) => seconds(left),
-        Err(passed) => -seconds(passed.duration()),
-    }
 }
