@@ -14,6 +14,7 @@ use crate::admin::readiness::Readiness;
 use crate::node::Node;
 use crate::node::identities::Identities;
 use crate::node::inspection::Inspection;
+use crate::observe::pod_name::PodName;
 use crate::observe::record::TrackedConnection;
 
 /// The maximum number of inspections at a time. Each visits every connection of the workers.
@@ -68,6 +69,16 @@ impl Admin {
     /// Shows the readiness and the certificates too.
     pub(crate) fn with(self, readiness: &Readiness, identities: Option<&Arc<Identities>>) -> Self {
         Self { readiness: readiness.clone(), identities: identities.cloned(), ..self }
+    }
+
+    /// The command that the process runs: `run` or `node`.
+    pub(super) fn command(&self) -> &'static str {
+        if self.node.has_many_pods { "node" } else { "run" }
+    }
+
+    /// The pod of `underpass run`.
+    pub(super) fn own_pod(&self) -> PodName {
+        PodName::from(&self.settings.workload)
     }
 
     /// Sets the function that reports the rules of a pod. Must be called once.

@@ -49,8 +49,8 @@ async fn collect(admin: &Admin, pod: Option<PodName>) -> Result<Status, Refusal>
     let mut pods = admin.readiness.pods().await;
     if let Some(wanted) = &pod {
         pods.retain(|entry| entry.pod == wanted.to_string());
-        let own = PodName::from(&admin.settings.workload);
-        let is_known = if admin.node.has_many_pods { !pods.is_empty() } else { own == *wanted };
+        let is_own = || admin.own_pod() == *wanted;
+        let is_known = if admin.node.has_many_pods { !pods.is_empty() } else { is_own() };
         if !is_known {
             let reason = format!("no pod {wanted} is known to this proxy");
             return Err(Refusal::new(StatusCode::NOT_FOUND, reason));
@@ -68,7 +68,7 @@ async fn collect(admin: &Admin, pod: Option<PodName>) -> Result<Status, Refusal>
         started: rfc3339(admin.started),
         uptime_seconds: admin.started.elapsed().unwrap_or_default().as_secs(),
         name: name(admin),
-        command: if admin.node.has_many_pods { "node" } else { "run" }.to_owned(),
+        command: admin.command().to_owned(),
         readiness: admin.readiness.text().trim_end().to_owned(),
         identities: identities(admin, &served, pod.is_some()),
         rules: (!admin.node.has_many_pods).then(|| rules(admin)),
@@ -92,7 +92,7 @@ fn name(admin: &Admin) -> String {
     match &admin.settings.node.name {
         Some(node) if admin.node.has_many_pods => node.clone(),
         _ if admin.node.has_many_pods => String::new(),
-        _ => PodName::from(&admin.settings.workload).to_string(),
+        _ => admin.own_pod().to_string(),
     }
 }
 

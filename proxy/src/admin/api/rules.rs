@@ -11,8 +11,7 @@ use crate::admin::state::Admin;
 pub(crate) async fn rules(admin: &Admin, mut query: Query) -> Result<Value, Refusal> {
     let given = query.take("pod")?;
     query.end("the parameter pod")?;
-    let own = &admin.settings.workload;
-    let own = format!("{}/{}", own.namespace, own.name);
+    let own = admin.own_pod().to_string();
     let pod = match given {
         Some(pod) if admin.node.has_many_pods || pod == own => pod,
         None if !admin.node.has_many_pods => own,

@@ -27,7 +27,7 @@ pub(crate) fn version(admin: &Admin) -> Version<'_> {
         version: VERSION,
         pid: std::process::id(),
         started: rfc3339(admin.started),
-        command: if settings.node.pods.is_some() { "node" } else { "run" },
+        command: admin.command(),
         node: settings.node.name.as_deref(),
         profile: settings.interception.profile.to_string(),
         workers: admin.node.workers,

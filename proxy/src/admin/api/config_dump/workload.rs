@@ -4,8 +4,8 @@ use std::net::IpAddr;
 
 use serde::Serialize;
 use underpass_config::{
-    ApplicationTunnel, Gateway, Locality, NamespacedHostname, NetworkMode, Policy, Protocol,
-    TunnelHeader, Workload,
+    ApplicationTunnel, Gateway, Locality, NamespacedHostname, NetworkMode, Protocol, TunnelHeader,
+    Workload,
 };
 
 use super::append;
@@ -94,7 +94,6 @@ pub(super) fn status(workload: &Workload) -> &'static str {
 }
 
 pub(super) fn write(workload: &Workload, chunk: &mut Vec<u8>) {
-    let policy = |policy: &Policy| format!("{}/{}", policy.namespace, policy.name);
     let dump = WorkloadDump {
         workload_ips: &workload.addresses,
         waypoint: workload.waypoint.as_deref().map(GatewayDump::from),
@@ -120,7 +119,7 @@ pub(super) fn write(workload: &Workload, chunk: &mut Vec<u8>) {
         hostname: &workload.hostname,
         node: &workload.node,
         application_tunnel: workload.application_tunnel.map(TunnelDump::from),
-        authorization_policies: workload.policies.iter().map(|one| policy(one)).collect(),
+        authorization_policies: workload.policies.iter().map(ToString::to_string).collect(),
         status: status(workload),
         cluster_id: &workload.cluster_id,
         locality: LocalityDump::from(&*workload.locality),
