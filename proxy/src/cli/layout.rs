@@ -28,6 +28,16 @@ pub(super) fn wrapped(first: &str, indent: usize, text: &str) -> String {
     lines + &line + "\n"
 }
 
+/// Like [`wrapped`], with `indent` spaces before every line.
+pub(super) fn indented(indent: usize, text: &str) -> String {
+    wrapped(&" ".repeat(indent), indent, text)
+}
+
+/// The indented lines of a hint; nothing without one.
+pub(super) fn hint_lines(indent: usize, hint: Option<&str>) -> String {
+    hint.map(|hint| indented(indent, &format!("hint: {hint}"))).unwrap_or_default()
+}
+
 /// For example `12 s`, `3 min`, `2 h 5 min` or `4 d 1 h`.
 pub(super) fn age(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86_400, seconds / 3600 % 24, seconds / 60 % 60);
@@ -85,6 +95,8 @@ mod tests {
         let long = "x".repeat(100);
         assert_eq!(wrapped("a ", 2, &format!("b {long} c")), format!("a b\n  {long}\n  c\n"));
         assert_eq!(wrapped("- ", 2, ""), "- \n");
+        assert_eq!(hint_lines(2, Some("wait")), "  hint: wait\n");
+        assert_eq!(hint_lines(2, None), "");
     }
 
     #[test]

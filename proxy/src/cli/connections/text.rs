@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::admin::api::connection::{Connection, End, State, Verdict};
-use crate::cli::layout::{bytes, milliseconds, wrapped};
+use crate::cli::layout::{bytes, hint_lines, indented, milliseconds};
 use crate::cli::style::{Colour, Style};
 
 /// The columns before the lines that follow the first one.
@@ -20,16 +20,12 @@ pub(in crate::cli) fn entry(connection: &Connection, style: Style) -> String {
     let word = style.paint(colour, &format!("{:7}", verdict.as_str()));
     let parties = parties(connection);
     let mut text = format!("{:8} {word} {direction:8} {protocol:5} {parties}\n", time(connection));
-    let space = " ".repeat(INDENT);
-    text += &wrapped(&space, INDENT, &details(connection));
+    text += &indented(INDENT, &details(connection));
     if let Some(reason) = &connection.reason {
         let error = connection.error.as_deref().unwrap_or_default();
-        text += &wrapped(&space, INDENT, &format!("{reason}: {error}"));
+        text += &indented(INDENT, &format!("{reason}: {error}"));
     }
-    if let Some(hint) = &connection.hint {
-        text += &wrapped(&space, INDENT, &format!("hint: {hint}"));
-    }
-    text
+    text + &hint_lines(INDENT, connection.hint.as_deref())
 }
 
 /// The client and the destination, such as `default/client -> default/server:8080`.
@@ -57,7 +53,7 @@ fn name(end: &End) -> Option<String> {
 }
 
 /// The time of day in UTC of the last event.
-fn time(connection: &Connection) -> &str {
+pub(in crate::cli) fn time(connection: &Connection) -> &str {
     let time = connection.ended.as_deref().unwrap_or(&connection.started);
     time.get(11..19).unwrap_or("now")
 }

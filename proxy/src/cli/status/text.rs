@@ -5,8 +5,8 @@ use crate::admin::api::status::{
     Connections, ControlPlane, DnsFailure, Failure, Identity, InboundTunnels, Mesh,
     OutboundTunnels, Pod, Problem, Rules, Status,
 };
-use crate::cli::connections::text::parties;
-use crate::cli::layout::{age, bytes, count, milliseconds, wrapped};
+use crate::cli::connections::text::{parties, time};
+use crate::cli::layout::{age, bytes, count, hint_lines, indented, milliseconds, wrapped};
 use crate::cli::style::{Colour, Style};
 
 /// The maximum number of entries of a list.
@@ -55,9 +55,7 @@ fn problems(problems: &[Problem], style: Style) -> String {
         let about = pod.as_deref().unwrap_or(part).replace('_', " ");
         let mark = style.paint(Colour::Red, "!");
         text += &wrapped(&format!("{mark} "), 2, &format!("{about}: {problem}"));
-        if let Some(hint) = hint {
-            text += &wrapped("  ", 2, &format!("hint: {hint}"));
-        }
+        text += &hint_lines(2, hint.as_deref());
     }
     text + &more("problems", problems.len())
 }
@@ -149,12 +147,9 @@ fn outbound(peer: &OutboundTunnels) -> String {
     let state = state.join(", ");
     let mut text = wrapped("  ", 4, &format!("{address}: {state}; {}", identities.join(" or ")));
     if let Some(error) = error {
-        text += &wrapped("    ", 4, &format!("not attempted at present: {error}"));
+        text += &indented(4, &format!("not attempted at present: {error}"));
     }
-    if let Some(hint) = hint {
-        text += &wrapped("    ", 4, &format!("hint: {hint}"));
-    }
-    text
+    text + &hint_lines(4, hint.as_deref())
 }
 
 fn inbound(peer: &InboundTunnels) -> String {
@@ -170,16 +165,12 @@ fn inbound(peer: &InboundTunnels) -> String {
 fn failure(Failure { reason, count, last }: &Failure) -> String {
     let mut text = format!("  {count:6} {reason}\n");
     let Some(last) = last else { return text };
-    let Connection { error, hint, ended, .. } = &**last;
-    let at = ended.as_deref().and_then(|ended| ended.get(11..19)).unwrap_or_default();
-    text += &wrapped("         ", 9, &format!("last at {at}: {}", parties(last)));
+    let Connection { error, hint, .. } = &**last;
+    text += &indented(9, &format!("last at {}: {}", time(last), parties(last)));
     if let Some(error) = error {
-        text += &wrapped("         ", 9, error);
+        text += &indented(9, error);
     }
-    if let Some(hint) = hint {
-        text += &wrapped("         ", 9, &format!("hint: {hint}"));
-    }
-    text
+    text + &hint_lines(9, hint.as_deref())
 }
 
 fn dns(failure: &DnsFailure) -> String {
@@ -187,12 +178,8 @@ fn dns(failure: &DnsFailure) -> String {
     let error = error.as_deref().map(|error| format!(": {error}")).unwrap_or_default();
     let ago = age(*last_seconds_ago);
     let head = format!("  {count:6} ");
-    let mut text =
-        wrapped(&head, 9, &format!("{name} {kind}, pod {pod}, {ago} ago, {reason}{error}"));
-    if let Some(hint) = hint {
-        text += &wrapped("         ", 9, &format!("hint: {hint}"));
-    }
-    text
+    let text = wrapped(&head, 9, &format!("{name} {kind}, pod {pod}, {ago} ago, {reason}{error}"));
+    text + &hint_lines(9, hint.as_deref())
 }
 
 fn oldest(connection: &Connection) -> String {
