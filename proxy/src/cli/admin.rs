@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use http::Method;
 use http_body_util::BodyExt as _;
 
-use super::admin_client::ProxyArguments;
+use super::admin_client::{ProxyArguments, with_parameter};
 use super::{print, single_threaded_runtime};
 use crate::admin::api::drain::Drained;
 use crate::admin::api::logging::Logging;
@@ -70,8 +70,7 @@ async fn get(path: &str, proxy: ProxyArguments) -> Result<(), CommandError> {
 }
 
 async fn drain(pod: &str, proxy: ProxyArguments) -> Result<(), CommandError> {
-    let pod: String = form_urlencoded::byte_serialize(pod.as_bytes()).collect();
-    let path = format!("/drain?pod={pod}");
+    let path = with_parameter("/drain", "pod", pod);
     let Drained { pod } = proxy.connect().await?.json(Method::POST, &path).await?;
     print(&format!("closing the tunnels of {pod}\n"))
 }
@@ -82,10 +81,7 @@ async fn log(
     proxy: ProxyArguments,
 ) -> Result<(), CommandError> {
     let (method, path) = match filter {
-        Some(filter) => {
-            let filter: String = form_urlencoded::byte_serialize(filter.as_bytes()).collect();
-            (Method::POST, format!("/logging?filter={filter}"))
-        }
+        Some(filter) => (Method::POST, with_parameter("/logging", "filter", &filter)),
         None if reset => (Method::POST, "/logging?reset".to_owned()),
         None => (Method::GET, "/logging".to_owned()),
     };

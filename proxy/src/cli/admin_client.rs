@@ -1,4 +1,4 @@
-//! The options with which a command finds the running proxy.
+//! The options with which a command finds the running proxy, and the paths that it asks for.
 
 use std::path::PathBuf;
 
@@ -16,6 +16,12 @@ pub(super) struct ProxyArguments {
     /// namespace
     #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "set"])]
     socket: Option<PathBuf>,
+}
+
+/// A path with one parameter.
+pub(super) fn with_parameter(path: &str, name: &str, value: &str) -> String {
+    let value: String = form_urlencoded::byte_serialize(value.as_bytes()).collect();
+    format!("{path}?{name}={value}")
 }
 
 impl ProxyArguments {

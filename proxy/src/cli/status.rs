@@ -8,7 +8,7 @@ use std::time::Duration;
 use http::Method;
 
 use self::text::screen;
-use super::admin_client::ProxyArguments;
+use super::admin_client::{ProxyArguments, with_parameter};
 use super::rules::Output;
 use super::single_threaded_runtime;
 use super::style::Style;
@@ -38,9 +38,10 @@ pub(super) struct Arguments {
 
 impl Arguments {
     fn path(&self) -> String {
-        let Some(pod) = &self.pod else { return "/status".to_owned() };
-        let pod: String = form_urlencoded::byte_serialize(pod.as_bytes()).collect();
-        format!("/status?pod={pod}")
+        match &self.pod {
+            Some(pod) => with_parameter("/status", "pod", pod),
+            None => "/status".to_owned(),
+        }
     }
 
     async fn ask(&self) -> Result<Status, CommandError> {
