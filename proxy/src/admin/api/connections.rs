@@ -65,7 +65,7 @@ pub(crate) async fn connections(admin: &Admin, query: Query) -> Result<Answer, R
     drop(subscriber);
     let selected = select(listed, &filter, last).await;
     let chunks = stream::iter(selected).chunks(CHUNK);
-    let listed = chunks.map(|chunk| render(chunk.iter().map(Listed::line)));
+    let listed = chunks.map(|chunk| render(chunk.iter().map(Listed::connection).map(line)));
     Ok(answer::stream(NDJSON, listed.chain(following(receiver, missed, filter))))
 }
 
@@ -97,7 +97,7 @@ async fn select(listed: Vec<Listed>, filter: &Filter, last: usize) -> Vec<Listed
         if selected.len() >= last {
             break;
         }
-        if one.matches(filter) {
+        if one.matching(filter).is_some() {
             selected.push(one);
         }
         if index.is_multiple_of(CHUNK) {
@@ -123,13 +123,17 @@ fn following(
             };
             let lost = missed.swap(0, Relaxed);
             let lost = (lost > 0).then_some(Line::Missed { missed: lost });
-            let matching = listed.matches(&filter).then(|| listed.line());
+            let matching = listed.matching(&filter).map(line);
             if lost.is_some() || matching.is_some() {
                 break render(lost.into_iter().chain(matching));
             }
         };
         Some((lines, (receiver, missed, filter)))
     })
+}
+
+fn line(connection: Connection) -> Line {
+    Line::Connection(Box::new(connection))
 }
 
 fn render(lines: impl Iterator<Item = Line>) -> Bytes {
@@ -161,15 +165,13 @@ impl Listed {
         }
     }
 
-    fn line(&self) -> Line {
-        Line::Connection(Box::new(self.connection()))
-    }
-
-    fn matches(&self, filter: &Filter) -> bool {
+    /// The connection, if it matches the filter.
+    fn matching(&self, filter: &Filter) -> Option<Connection> {
         let ended = match self {
             Self::Ended(ended) => Some(ended.at),
             Self::Connecting(_) | Self::Open(_) => None,
         };
-        filter.is_recent(ended) && filter.matches(&self.connection())
+        let recent = filter.is_recent(ended).then(|| self.connection());
+        recent.filter(|connection| filter.matches(connection))
     }
 }
