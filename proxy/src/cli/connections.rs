@@ -14,6 +14,7 @@ use super::admin_client::ProxyArguments;
 use super::rules::Output;
 use super::single_threaded_runtime;
 use super::style::Style;
+use crate::admin::api::connection::{DIRECTIONS, PROTOCOLS, State, Verdict};
 use crate::admin::api::connections::Line;
 use crate::admin::client::AdminClientError;
 use crate::process::command_error::CommandError;
@@ -54,16 +55,16 @@ struct FilterArguments {
     #[arg(long)]
     port: Option<u16>,
     /// The direction, seen from the pod
-    #[arg(long, value_parser = ["inbound", "outbound"])]
+    #[arg(long, value_parser = DIRECTIONS)]
     direction: Option<String>,
     /// Whether a tunnel carries the connection
-    #[arg(long, value_parser = ["hbone", "tcp"])]
+    #[arg(long, value_parser = PROTOCOLS)]
     protocol: Option<String>,
     /// The state
-    #[arg(long, value_parser = ["connecting", "open", "closed", "failed"])]
+    #[arg(long, value_parser = State::ALL.map(State::as_str))]
     state: Option<String>,
     /// The decision
-    #[arg(long, value_parser = ["allowed", "denied", "failed"])]
+    #[arg(long, value_parser = Verdict::ALL.map(Verdict::as_str))]
     verdict: Option<String>,
     /// The reason of the access log, such as policy_denied
     #[arg(long)]

@@ -106,6 +106,11 @@ pub(crate) enum Verdict {
     Failed,
 }
 
+/// The values of `direction`.
+pub(crate) const DIRECTIONS: [&str; 2] = ["inbound", "outbound"];
+/// The values of `protocol`.
+pub(crate) const PROTOCOLS: [&str; 2] = ["hbone", "tcp"];
+
 impl State {
     pub(crate) const ALL: [Self; 4] = [Self::Connecting, Self::Open, Self::Closed, Self::Failed];
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use underpass_config::{IpNet, Quoted, parse_duration};
 
-use super::connection::{Connection, End, State, Verdict};
+use super::connection::{Connection, DIRECTIONS, End, PROTOCOLS, State, Verdict};
 use crate::admin::answer::Refusal;
 use crate::admin::query::Query;
 
@@ -82,8 +82,8 @@ impl Filter {
             from: end(query.take("from")?),
             to: end(query.take("to")?),
             port: number(query, "port")?,
-            direction: one_of(query, "direction", &["inbound", "outbound"], |name| name)?,
-            protocol: one_of(query, "protocol", &["hbone", "tcp"], |name| name)?,
+            direction: one_of(query, "direction", &DIRECTIONS, |name| name)?,
+            protocol: one_of(query, "protocol", &PROTOCOLS, |name| name)?,
             state: one_of(query, "state", &State::ALL, State::as_str)?,
             verdict: one_of(query, "verdict", &Verdict::ALL, Verdict::as_str)?,
             reason: query.take("reason")?,
