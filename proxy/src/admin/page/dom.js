@@ -21,7 +21,8 @@ function fill(node, attributes, children) {
 }
 
 /**
- * A table with a caption. `columns` are `[heading, cell(row), isNumber]`.
+ * A table with a caption. `columns` are `[heading, cell(row), isNumber]`. A cell is a text, a node,
+ * or a list of them.
  * Without rows it is the sentence `empty`.
  */
 export function table(caption, columns, rows, empty) {

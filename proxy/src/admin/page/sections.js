@@ -19,15 +19,7 @@ export function problems(status) {
     ["Part", (problem) => problem.part.replaceAll("_", " ")],
     ["Pod", (problem) => optional(problem.pod)],
     ["Problem", (problem) => [element("span", { class: "problem" }, problem.problem), remedy(problem.hint)]],
-  ].map(joined), status.problems, "None.");
-}
-
-/** A cell may be several nodes. */
-function joined([heading, cell, isNumber]) {
-  return [heading, (row) => {
-    const content = cell(row);
-    return Array.isArray(content) ? element("div", {}, ...content) : content;
-  }, isNumber];
+  ], status.problems, "None.");
 }
 
 /** The verdict, and why. */
@@ -71,7 +63,7 @@ export function connections(listed, words, onlyFailed) {
     ["Received", (connection) => bytes(connection.bytes_received), true],
     ["First byte", (connection) => milliseconds(connection.first_byte_ms), true],
     ["Time", (connection) => milliseconds(connection.duration_ms), true],
-  ].map(joined), shown, "No connection matches.");
+  ], shown, "No connection matches.");
 }
 
 /** Failures of the last minutes: connections by reason, and names. */
@@ -84,14 +76,14 @@ export function failures({ failures: { minutes, connections: failed, dns } }) {
       ["Reason", (failure) => failure.reason],
       ["Count", (failure) => String(failure.count), true],
       ["The last one", (failure) => last(failure) ?? "–"],
-    ].map(joined), failed, `No connection failed in the last ${count(minutes, "minute")}.`),
+    ], failed, `No connection failed in the last ${count(minutes, "minute")}.`),
     table("Names that could not be resolved", [
       ["Name", (failure) => `${failure.name} ${failure.type ?? ""}`],
       ["Pod", (failure) => failure.pod],
       ["Reason", (failure) => [failure.error ?? failure.reason, remedy(failure.hint)]],
       ["Count", (failure) => String(failure.count), true],
       ["Last", (failure) => `${span(failure.last_seconds_ago)} ago`, true],
-    ].map(joined), dns, "No name failed to resolve."),
+    ], dns, "No name failed to resolve."),
   ];
 }
 
@@ -104,7 +96,7 @@ export function pods(status) {
     ["State", (pod) => element("span", { class: pod.has_failed ? "bad" : undefined }, pod.state)],
     ["For", (pod) => (pod.for_seconds === undefined ? "–" : span(pod.for_seconds)), true],
     ["Detail", (pod) => [optional(pod.detail), remedy(pod.hint)]],
-  ].map(joined), listed, "This node has no pods.");
+  ], listed, "This node has no pods.");
 }
 
 /** The tunnels to peers and of peers. */
@@ -117,7 +109,7 @@ export function tunnels({ tunnels: { outbound, inbound } }) {
       ["Tunnels", (peer) => String(peer.tunnels), true],
       ["Streams", (peer) => String(peer.streams), true],
       ["Problem", (peer) => [peer.error ?? (peer.dialing > 0 ? "connecting" : "–"), remedy(peer.hint)]],
-    ].map(joined), outbound, "No tunnel to a peer."),
+    ], outbound, "No tunnel to a peer."),
     table("Tunnels of peers", [
       ["Pod", (peer) => peer.pod],
       ["Identity", (peer) => peer.identity],
