@@ -1,5 +1,8 @@
 //! Tests of the server over an in-memory connection.
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
 use bytes::Bytes;
 use http::HeaderValue;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
@@ -101,16 +104,15 @@ async fn client_that_never_completes_its_request_is_disconnected() {
 /// A stream that never ends makes chunks only while the client reads, and other tasks run between.
 #[tokio::test(start_paused = true)]
 async fn endless_answer_waits_for_the_client_and_lets_other_tasks_run() {
-    let (made, other) = (Arc::default(), Arc::<std::sync::atomic::AtomicUsize>::default());
-    let count: Arc<std::sync::atomic::AtomicUsize> = made;
-    let (making, ordering) = (count.clone(), std::sync::atomic::Ordering::Relaxed);
+    let [made, ticks]: [Arc<AtomicUsize>; 2] = Default::default();
+    let making = made.clone();
     let chunks = futures_util::stream::repeat_with(move || {
-        making.fetch_add(1, ordering);
+        making.fetch_add(1, Relaxed);
         Bytes::from_static(&[b'x'; 1024])
     });
     let body = answer::stream(HeaderValue::from_static("text/plain"), chunks);
     let (ours, mut theirs) = tokio::io::duplex(1024);
-    let body = std::sync::Mutex::new(Some(body));
+    let body = Mutex::new(Some(body));
     let serving = async move {
         let answer = service_fn(move |_: Request<Incoming>| {
             let body = body.lock().unwrap().take().unwrap();
@@ -120,19 +122,19 @@ async fn endless_answer_waits_for_the_client_and_lets_other_tasks_run() {
         http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await
     };
     let serving = tokio::spawn(serving);
-    let ticks = other.clone();
+    let counted = ticks.clone();
     let ticking = tokio::spawn(async move {
         loop {
-            ticks.fetch_add(1, ordering);
+            counted.fetch_add(1, Relaxed);
             tokio::task::yield_now().await;
         }
     });
     theirs.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
     theirs.read_exact(&mut vec![0; 100 << 10]).await.unwrap();
-    assert!(other.load(ordering) >= 100, "another task runs between two chunks");
+    assert!(ticks.load(Relaxed) >= 100, "another task runs between two chunks");
     ticking.abort();
     // The client reads nothing more.
     assert!(serving.await.unwrap().is_err());
-    let made = count.load(ordering);
+    let made = made.load(Relaxed);
     assert!(made < 1000, "{made} chunks for a client that does not read");
 }
