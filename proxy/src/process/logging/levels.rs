@@ -32,14 +32,18 @@ fn read() -> RwLockReadGuard<'static, Option<Filter>> {
     CURRENT.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn write(filter: Filter) {
+/// Replaces the filter, and makes tracing decide again.
+fn replace(initial: LogFilter, current: LogFilter) -> Result<(), ConfigErrors> {
+    let targets = parse(&current)?;
+    let filter = Filter { initial, current, targets };
     *CURRENT.write().unwrap_or_else(PoisonError::into_inner) = Some(filter);
+    callsite::rebuild_interest_cache();
+    Ok(())
 }
 
 /// Starts with the filter of the settings.
 pub(super) fn start(filter: &LogFilter) -> Result<Levels, ConfigErrors> {
-    let targets = parse(filter)?;
-    write(Filter { initial: filter.clone(), current: filter.clone(), targets });
+    replace(filter.clone(), filter.clone())?;
     Ok(Levels)
 }
 
@@ -53,11 +57,8 @@ pub(crate) fn current() -> String {
 /// # Errors
 /// The filter is not in tracing's syntax.
 pub(crate) fn set(filter: LogFilter) -> Result<(), ConfigErrors> {
-    let targets = parse(&filter)?;
-    let initial = read().as_ref().map_or_else(LogFilter::default, |filter| filter.initial.clone());
-    write(Filter { initial, current: filter, targets });
-    callsite::rebuild_interest_cache();
-    Ok(())
+    let initial = read().as_ref().map(|filter| filter.initial.clone()).unwrap_or_default();
+    replace(initial, filter)
 }
 
 /// Applies the filter of changed settings. If it is unchanged, the current one stays.
@@ -68,10 +69,7 @@ pub(super) fn follow(filter: &LogFilter) -> Result<(), ConfigErrors> {
     if read().as_ref().is_some_and(|known| known.initial == *filter) {
         return Ok(());
     }
-    let targets = parse(filter)?;
-    write(Filter { initial: filter.clone(), current: filter.clone(), targets });
-    callsite::rebuild_interest_cache();
-    Ok(())
+    replace(filter.clone(), filter.clone())
 }
 
 /// Restores the filter of the settings.
