@@ -64,7 +64,7 @@ pub(crate) enum Access {
 }
 
 impl Routes {
-    /// Whether the answers are short, so that a connection ends soon.
+    /// The maximum duration of a connection; `None` without a limit.
     pub(super) fn lifetime(&self) -> Option<Duration> {
         match self {
             Self::Readiness(..) | Self::Metrics(_) | Self::Refused(_) => {

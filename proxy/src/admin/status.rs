@@ -96,8 +96,8 @@ fn name(admin: &Admin) -> String {
     }
 }
 
-/// The certificates of all workloads, or `only` those of the served pods.
-fn identities(admin: &Admin, served: &[Arc<Pod>], only: bool) -> Vec<Identity> {
+/// The certificates of all workloads, or those of the served pods only.
+fn identities(admin: &Admin, served: &[Arc<Pod>], only_served: bool) -> Vec<Identity> {
     let Some(identities) = &admin.identities else { return Vec::new() };
     let mut users = BTreeMap::<_, Vec<String>>::new();
     for pod in served {
@@ -108,7 +108,7 @@ fn identities(admin: &Admin, served: &[Arc<Pod>], only: bool) -> Vec<Identity> {
     let mut all = Vec::new();
     for RotationState { requested, current, .. } in identities.states() {
         let pods = users.remove(&requested.to_string()).unwrap_or_default();
-        if only && pods.is_empty() {
+        if only_served && pods.is_empty() {
             continue;
         }
         let left = current.as_ref().map(|current| seconds_until(now, current.expires));

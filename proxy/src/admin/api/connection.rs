@@ -19,7 +19,7 @@ use crate::observe::record::{EndedConnection, Facts, TrackedConnection};
 #[serde(default)]
 pub(crate) struct Connection {
     pub(crate) state: State,
-    /// The time of its accept; of its refusal, if it was refused at once.
+    /// The time of its accept; of its refusal, if it was refused at once. Empty while connecting.
     pub(crate) started: String,
     /// The time of its end.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -21,7 +21,7 @@ pub(crate) struct Status {
     pub(crate) name: String,
     /// `run` or `node`.
     pub(crate) command: String,
-    /// `ready`, or the reason why it is not ready.
+    /// `ready`, also with a notice of the source of pods, or every reason why it is not ready.
     pub(crate) readiness: String,
     /// Everything that is pending or wrong.
     pub(crate) problems: Vec<Problem>,
