@@ -13,11 +13,11 @@ use std::time::{Duration, SystemTime};
 
 use caps::CapSet;
 use nix::sys::resource::{Resource, getrlimit};
-use underpass_config::{InboundMode, InterceptionSettings, Profile};
+use underpass_config::InterceptionSettings;
 
 use crate::backend::leftovers::legacy_tables;
 use crate::namespace::ipv6::{ipv6_available, on_loopback};
-use crate::namespace::reverse_path::dropping_interface;
+use crate::namespace::reverse_path::{dropping_interface, uses_tproxy};
 use crate::namespace::{Entered, host};
 use crate::plan::{Environment, Family};
 
@@ -119,8 +119,7 @@ impl HostFacts {
     /// the source of marked packets.
     #[must_use]
     pub fn drops_inbound(&self, settings: &InterceptionSettings) -> bool {
-        let tproxy = settings.inbound.mode == InboundMode::Tproxy;
-        settings.profile == Profile::Sidecar && tproxy && self.drops_tproxy.is_some()
+        uses_tproxy(settings) && self.drops_tproxy.is_some()
     }
 }
 

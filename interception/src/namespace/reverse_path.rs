@@ -26,12 +26,15 @@ pub(crate) fn check_reverse_path(
     entered: &Entered,
     settings: &InterceptionSettings,
 ) -> Result<(), InterceptionError> {
-    let tproxy =
-        settings.profile == Profile::Sidecar && settings.inbound.mode == InboundMode::Tproxy;
-    match dropping_interface(entered).filter(|_| tproxy) {
+    match uses_tproxy(settings).then(|| dropping_interface(entered)).flatten() {
         Some(interface) => Err(InterceptionError::InboundDropped { interface }),
         None => Ok(()),
     }
+}
+
+/// Whether TPROXY captures inbound connections.
+pub(crate) fn uses_tproxy(settings: &InterceptionSettings) -> bool {
+    settings.profile == Profile::Sidecar && settings.inbound.mode == InboundMode::Tproxy
 }
 
 /// An interface that would drop inbound connections that TPROXY marks.
