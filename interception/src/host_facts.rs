@@ -88,7 +88,7 @@ impl HostFacts {
     /// Reads the facts of the entered namespace.
     #[must_use]
     pub fn read(entered: &Entered) -> Self {
-        let release = read("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let release = host::release();
         let interfaces = Environment::of(entered).map(|environment| environment.interfaces);
         let interfaces = interfaces.unwrap_or_default().into_iter();
         Self {

@@ -62,8 +62,7 @@ impl HostNamespaces {
     pub fn read() -> Result<Self, InterceptionError> {
         const INIT: &str = "/proc/1/ns/net";
         let own = Namespace::current()?.id();
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let is_fixed = version(&release).is_some_and(|kernel| kernel >= FIXED_SINCE);
+        let is_fixed = version(&release()).is_some_and(|kernel| kernel >= FIXED_SINCE);
         match fs::metadata(INIT) {
             Ok(metadata) => Ok(Self { own, init: Some(NamespaceId::of_metadata(&metadata)) }),
             Err(_) if is_fixed => Ok(Self { own, init: None }),
@@ -100,9 +99,8 @@ struct NamespaceFacts {
 impl NamespaceFacts {
     fn read_from_system(entered: &Entered) -> io::Result<Self> {
         let inode = |path: &str| fs::metadata(path).map(|file| file.ino());
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Ok(Self {
-            kernel: version(&release).unwrap_or_default(),
+            kernel: version(&release()).unwrap_or_default(),
             net: entered.namespace().id().inode(),
             user: inode("/proc/thread-self/ns/user")?,
             pid: inode("/proc/thread-self/ns/pid")?,
@@ -144,6 +142,12 @@ impl NamespaceFacts {
         let mut veths = self.interfaces.iter().filter(|name| name.starts_with("veth"));
         named.or_else(|| veths.nth(NODE_VETHS - 1)).map(String::as_str)
     }
+}
+
+/// The kernel's release, such as `6.18.44-generic`. Empty if unknown.
+pub(crate) fn release() -> String {
+    let text = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    text.trim().to_owned()
 }
 
 /// Parses the version at the start of a release such as `6.18.44-generic`.
