@@ -112,15 +112,11 @@ fn differs(difference: &Difference, is_running: bool) -> Finding {
     let count = |status| lines.iter().filter(|line| line.status == status).count();
     let (missing, unexpected) = (count(LineStatus::Missing), count(LineStatus::Unexpected));
     let message = format!("missing rules: {missing}, unexpected rules: {unexpected}");
-    let changed = lines.iter().filter_map(|line| match line.status {
-        LineStatus::Missing => Some(format!("- {}", line.text)),
-        LineStatus::Unexpected => Some(format!("+ {}", line.text)),
-        LineStatus::Same => None,
-    });
+    let changed = lines.into_iter().filter(|line| line.status != LineStatus::Same);
     if is_running {
         Finding::failure(format!("the rules are not those of the running proxy; {message}"))
             .hint("with interception.repair: false, restart the proxy, which installs them; find the program that changed them")
-            .details(changed.take(MAX_LINES))
+            .details(changed.take(MAX_LINES).map(ToString::to_string))
             .command("underpass rules verify")
     } else {
         Finding::warning(format!("the rules are not installed, and no proxy runs here; {message}"))
