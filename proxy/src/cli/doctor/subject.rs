@@ -12,8 +12,8 @@ use underpass_config::{
 };
 use underpass_hbone::{Credentials, HboneError, Identity, Trust};
 use underpass_interception::{
-    HostFacts, Inotify, Namespace, NamespaceAccess, NamespaceThread, ProxyUser, RunningProcess,
-    Sockets,
+    HostFacts, Inotify, Interception, InterceptionError, Namespace, NamespaceAccess,
+    NamespaceThread, Ports, ProxyUser, RunningProcess, Sockets,
 };
 
 use crate::admin::api::status::Status;
@@ -49,6 +49,7 @@ pub(super) struct Subject {
     pub(super) access: NamespaceAccess,
     /// Access for connections, which the rules do not capture.
     pub(super) network: NamespaceAccess,
+    interception: OnceCell<Result<Option<Interception>, InterceptionError>>,
     credentials: OnceCell<Result<Option<Credentials>, HboneError>>,
     state: OnceCell<Option<Result<FirstState, FirstStateError>>>,
     status: OnceCell<Option<Status>>,
@@ -95,7 +96,8 @@ impl Subject {
             |thread: &NamespaceThread| NamespaceAccess::new(namespace.clone(), thread.clone());
         let (access, network) = (access(&thread), access(&network));
         let is_host_only = is_host_only || (sources.is_none() && known.is_none());
-        let (credentials, state, status) = (OnceCell::new(), OnceCell::new(), OnceCell::new());
+        let (interception, credentials) = (OnceCell::new(), OnceCell::new());
+        let (state, status) = (OnceCell::new(), OnceCell::new());
         Ok(Self {
             is_host_only,
             settings,
@@ -106,6 +108,7 @@ impl Subject {
             thread,
             access,
             network,
+            interception,
             credentials,
             state,
             status,
@@ -131,6 +134,18 @@ impl Subject {
             client.json(Method::GET, "/status").await.ok()
         });
         status.await.as_ref()
+    }
+
+    /// Access to the rules; `None` if the subject has none here: those of a node are in its pods.
+    pub(super) async fn interception(&self) -> &Result<Option<Interception>, InterceptionError> {
+        let interception = self.interception.get_or_init(async || {
+            if self.is_node() {
+                return Ok(None);
+            }
+            let ports = Ports::of(&self.settings);
+            Interception::prepare(&self.access, &self.settings.interception, ports).await
+        });
+        interception.await
     }
 
     /// A dialer whose connections the rules do not capture.

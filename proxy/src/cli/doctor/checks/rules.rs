@@ -4,7 +4,7 @@ use futures_util::future::FutureExt as _;
 use underpass_config::{Backend, Profile};
 use underpass_interception::{
     Difference, Effect, ForeignRule, Interception, InterceptionError, Leftover, LeftoverOwner,
-    LineStatus, Ports,
+    LineStatus,
 };
 
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Level, Outcome, at_once};
@@ -42,20 +42,15 @@ fn legacy_tables(tables: &[String], backend: Backend) -> Finding {
     .command("iptables-legacy-save")
 }
 
-/// Access to the rules of the subject; `None` if it has none here: those of a node are in its pods.
-async fn interception(subject: &Subject) -> Option<Result<Interception, InterceptionError>> {
-    let settings = &subject.settings;
-    if subject.is_node() || settings.interception.profile == Profile::None {
-        return None;
-    }
-    let prepared =
-        Interception::prepare(&subject.access, &settings.interception, Ports::of(settings)).await;
-    match prepared {
+/// Access to the rules of the subject; `None` if it has none here, or if another check reports why
+/// there is no access.
+async fn interception(subject: &Subject) -> Option<Result<&Interception, &InterceptionError>> {
+    match subject.interception().await.as_ref() {
         // `namespace-network` and `capabilities-start` report these.
         Err(InterceptionError::HostNamespace { .. } | InterceptionError::NotPermitted { .. }) => {
             None
         }
-        prepared => prepared.transpose(),
+        prepared => prepared.map(Option::as_ref).transpose(),
     }
 }
 
@@ -79,10 +74,10 @@ impl Check for Installed {
         async move {
             let interception = match interception(subject).await? {
                 Ok(interception) => interception,
-                Err(error) => return Some(Finding::of_error(&error)),
+                Err(error) => return Some(Finding::of_error(error)),
             };
             let is_running = subject.running().is_some();
-            let compared = compared(&interception, is_running).await;
+            let compared = compared(interception, is_running).await;
             Some(compared.unwrap_or_else(|error| Finding::of_error(&error)))
         }
         .boxed_local()
