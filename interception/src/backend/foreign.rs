@@ -11,6 +11,8 @@ pub(crate) mod effect;
 use std::collections::BTreeSet;
 use std::fmt;
 
+use underpass_config::Profile;
+
 use self::effect::effect_of_target;
 use crate::backend::iptables::{Ruleset, SavedChain, SavedTable, Variant, is_own_chain, saved};
 use crate::backend::leftovers::legacy_tables;
@@ -39,6 +41,15 @@ pub struct ForeignRule {
 impl fmt::Display for ForeignRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {} ({})", self.location, self.rule, self.effect.name())
+    }
+}
+
+impl ForeignRule {
+    /// Returns true if the rule exempts packets from capture: it sets the proxy's mark. Only the
+    /// ambient profile identifies the proxy by its mark.
+    #[must_use]
+    pub fn exempts_from_capture(&self, profile: Profile) -> bool {
+        profile == Profile::Ambient && self.effect == Effect::SetsProxyMark
     }
 }
 

@@ -2,8 +2,7 @@
 //! rules that act before them.
 
 use serde_json::{Value, json};
-use underpass_config::Profile;
-use underpass_interception::{Difference, Effect, ForeignRule};
+use underpass_interception::{Difference, ForeignRule};
 
 use super::options::RuleOptions;
 use super::sourced_settings::{Source, SourcedSettings};
@@ -90,9 +89,8 @@ impl Outcome {
         {
             return Some("the last self-test of the running proxy failed".to_owned());
         }
-        // Other profiles do not identify the proxy by its mark.
-        let by_mark = self.sourced.settings.interception.profile == Profile::Ambient;
-        let mut foreign = self.foreign.iter().filter(|_| by_mark);
-        foreign.find(|rule| rule.effect == Effect::SetsProxyMark).map(ToString::to_string)
+        let profile = self.sourced.settings.interception.profile;
+        let mut foreign = self.foreign.iter();
+        foreign.find(|rule| rule.exempts_from_capture(profile)).map(ToString::to_string)
     }
 }

@@ -132,10 +132,10 @@ impl Check for Foreign {
         async move {
             // `rules-installed` reports an error.
             let interception = interception(subject).await?.ok()?;
-            let by_mark = subject.settings.interception.profile == Profile::Ambient;
+            let profile = subject.settings.interception.profile;
             let is_bypassed = subject.running().is_some_and(|running| running.self_test_failed);
             Some(match interception.foreign_rules().await {
-                Ok(rules) => foreign(&rules, by_mark, is_bypassed),
+                Ok(rules) => foreign(&rules, profile, is_bypassed),
                 Err(error) => Finding::of_error(&error),
             })
         }
@@ -143,11 +143,10 @@ impl Check for Foreign {
     }
 }
 
-/// `by_mark`: whether a mark exempts a packet from capture. `is_bypassed`: whether the self-test of
-/// the running proxy failed.
-fn foreign(rules: &[ForeignRule], by_mark: bool, is_bypassed: bool) -> Finding {
+/// `is_bypassed`: whether the self-test of the running proxy failed.
+fn foreign(rules: &[ForeignRule], profile: Profile, is_bypassed: bool) -> Finding {
     let severity = |rule: &ForeignRule| match rule.effect {
-        Effect::SetsProxyMark if by_mark => Level::Failure,
+        _ if rule.exempts_from_capture(profile) => Level::Failure,
         Effect::Redirects | Effect::Untracks | Effect::Diverts | Effect::Accepts => Level::Warning,
         Effect::SetsProxyMark | Effect::Marks | Effect::Routes => Level::Ok,
     };
@@ -255,13 +254,14 @@ mod tests {
 
     #[test]
     fn foreign_rule_is_as_severe_as_its_effect() {
-        let level = |effect, by_mark| foreign(&[rule(effect)], by_mark, false).level;
-        assert_eq!(level(Effect::SetsProxyMark, true), Level::Failure);
-        assert_eq!(level(Effect::SetsProxyMark, false), Level::Ok);
-        assert_eq!(level(Effect::Redirects, true), Level::Warning);
-        assert_eq!(level(Effect::Marks, true), Level::Ok);
-        assert_eq!(foreign(&[rule(Effect::Marks)], true, true).level, Level::Failure);
-        assert_eq!(foreign(&[], true, true).level, Level::Ok);
+        use Profile::{Ambient, Sidecar};
+        let level = |effect, profile| foreign(&[rule(effect)], profile, false).level;
+        assert_eq!(level(Effect::SetsProxyMark, Ambient), Level::Failure);
+        assert_eq!(level(Effect::SetsProxyMark, Sidecar), Level::Ok);
+        assert_eq!(level(Effect::Redirects, Ambient), Level::Warning);
+        assert_eq!(level(Effect::Marks, Ambient), Level::Ok);
+        assert_eq!(foreign(&[rule(Effect::Marks)], Ambient, true).level, Level::Failure);
+        assert_eq!(foreign(&[], Ambient, true).level, Level::Ok);
     }
 
     #[test]
