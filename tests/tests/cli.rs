@@ -335,10 +335,10 @@ const A: &str = "spiffe://cluster.local/ns/default/sa/a";
 fn config_check_accepts_certificate_and_prints_its_lifetime() {
     let folder = with_certificate("check-certificate");
     let shown = folder.underpass("config check --config a.yaml").ok();
-    assert!(shown.contains(&format!("certificate: {A}, expires in 23h 59m")), "{shown}");
+    assert!(shown.contains(&format!("certificate: {A}, expires in 23 h 59 min")), "{shown}");
     folder.write("local.yaml", "workload: {serviceAccount: a}\nidentity: {local_ca: ca}\n");
     let shown = folder.underpass("config check --config local.yaml").ok();
-    assert!(shown.contains(&format!("certificate: {A}, expires in 23h 59m")), "{shown}");
+    assert!(shown.contains(&format!("certificate: {A}, expires in 23 h 59 min")), "{shown}");
 }
 
 #[test]
@@ -471,7 +471,9 @@ fn readme_example_works_as_written() {
     fs::copy(folder.0.join("ca/roots.pem"), folder.0.join("roots.pem")).unwrap();
     folder.write("a.token", "token\n");
     let mesh = "ok; workloads: 2, services: 1, policies: 0\n";
-    for (file, life) in [("a", Some("23h 59m")), ("underpass", None), ("files", Some("29d 23h"))] {
+    for (file, life) in
+        [("a", Some("23 h 59 min")), ("underpass", None), ("files", Some("29 d 23 h"))]
+    {
         let certificate = |life| format!("certificate: {A}, expires in {life}\n");
         let expected = format!("{mesh}{}", life.map(certificate).unwrap_or_default());
         let shown = folder.underpass(&format!("config check --config {file}.yaml")).ok();

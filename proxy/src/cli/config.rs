@@ -7,7 +7,8 @@ use std::io::{self, Write as _};
 use serde_json::json;
 use underpass_config::{ConfigErrors, MeshSize, Problem, Reference, reference};
 
-use self::check::{ConfigCheck, in_words, time_left};
+use self::check::{ConfigCheck, time_left};
+use super::layout::age;
 use super::print;
 use super::rules::Output;
 use super::run::SettingsArguments;
@@ -89,7 +90,7 @@ fn print_text(check: &ConfigCheck, verbosity: Verbosity) -> Result<(), CommandEr
     let ok = Style::of_stdout().paint(Colour::Green, "ok");
     print(&format!("{ok}; workloads: {workloads}, services: {services}, policies: {policies}\n"))?;
     let Some(identity) = &check.identity else { return Ok(()) };
-    let (id, left) = (identity.spiffe_id(), in_words(time_left(identity)));
+    let (id, left) = (identity.spiffe_id(), age(time_left(identity).as_secs()));
     print(&format!("certificate: {id}, expires in {left}\n"))
 }
 

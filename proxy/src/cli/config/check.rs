@@ -17,6 +17,7 @@ use underpass_hbone::{
     collector_problems, control_plane_problems, istio_ca_problems,
 };
 
+use crate::cli::layout::age;
 use crate::error::chain;
 use crate::pods::kubernetes;
 use crate::process::logging;
@@ -282,8 +283,8 @@ impl ConfigCheck {
         let lifetime = identity.expires().duration_since(identity.not_before()).unwrap_or_default();
         let left = time_left(identity);
         if left < lifetime / 3 {
-            let text =
-                format!("the certificate expires in {}: is it still renewed?", in_words(left));
+            let left = age(left.as_secs());
+            let text = format!("the certificate expires in {left}: is it still renewed?");
             self.warn("identity", text);
         }
     }
@@ -292,16 +293,4 @@ impl ConfigCheck {
 /// The remaining validity of the certificate.
 pub(in crate::cli) fn time_left(identity: &Identity) -> Duration {
     identity.expires().duration_since(SystemTime::now()).unwrap_or_default()
-}
-
-/// For example `3d 4h`, `23h 59m` or `59m 59s`.
-pub(in crate::cli) fn in_words(duration: Duration) -> String {
-    let seconds = duration.as_secs();
-    let (days, hours) = (seconds / 86_400, seconds / 3600 % 24);
-    let (minutes, rest) = (seconds / 60 % 60, seconds % 60);
-    match (days, hours) {
-        (0, 0) => format!("{minutes}m {rest}s"),
-        (0, hours) => format!("{hours}h {minutes}m"),
-        (days, hours) => format!("{days}d {hours}h"),
-    }
 }

@@ -4,9 +4,10 @@ use futures_util::future::FutureExt as _;
 use underpass_config::{IdentitySettings, Problem};
 use underpass_hbone::Credentials;
 
-use crate::cli::config::check::{ConfigCheck, in_words, time_left};
+use crate::cli::config::check::{ConfigCheck, time_left};
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Outcome, at_once};
 use crate::cli::doctor::subject::Subject;
+use crate::cli::layout::age;
 
 /// The certificate, its key and its roots. With a CA or an agent, one is requested, as at a start.
 pub(super) struct Own;
@@ -48,7 +49,7 @@ impl Check for Own {
 
 fn sound(credentials: &Credentials) -> Finding {
     let identity = credentials.identity();
-    let (id, left) = (identity.spiffe_id(), in_words(time_left(identity)));
+    let (id, left) = (identity.spiffe_id(), age(time_left(identity).as_secs()));
     Finding::ok(format!("{id}, valid for another {left}"))
 }
 

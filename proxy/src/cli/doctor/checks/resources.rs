@@ -6,9 +6,9 @@ use std::time::{Duration, SystemTime};
 use underpass_config::{IdentitySettings, LocalSocket, PodSourceSettings, Settings};
 use underpass_interception::{HostFacts, Inotify, Usage, disk_usage};
 
-use crate::cli::config::check::in_words;
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Level, Outcome, at_once};
 use crate::cli::doctor::subject::Subject;
+use crate::cli::layout::age;
 
 /// From this percentage of a limit on, its use is a warning.
 const NEARLY_FULL: u64 = 80;
@@ -78,20 +78,21 @@ fn clock(facts: &HostFacts, starts: Option<SystemTime>, now: SystemTime) -> Find
             .command("date -u")
     };
     if let Some(by) = facts.program_written.and_then(behind) {
-        let by = in_words(by);
+        let by = age(by.as_secs());
         return wrong(format!(
             "the clock is {by} behind the time at which this program was written"
         ));
     }
     if let Some(by) = starts.and_then(behind) {
-        let by = in_words(by);
+        let by = age(by.as_secs());
         return wrong(format!(
             "our certificate begins to be valid only in {by}: this clock, or that of the issuer, is wrong"
         ));
     }
     match facts.hardware_clock.and_then(|hardware| difference(hardware, now)) {
         Some(by) => {
-            let message = format!("the clock differs from the hardware clock by {}", in_words(by));
+            let by = age(by.as_secs());
+            let message = format!("the clock differs from the hardware clock by {by}");
             Finding { level: Level::Warning, ..wrong(message) }
         }
         None => Finding::ok("no sign of a wrong clock"),
@@ -224,12 +225,12 @@ mod tests {
         assert_eq!(clock(&facts(now - HOUR), None, now).level, Level::Ok);
         let finding = clock(&facts(now + HOUR), None, now);
         assert!(
-            finding.level == Level::Failure && finding.message.contains("1h 0m"),
+            finding.level == Level::Failure && finding.message.contains("1 h 0 min"),
             "{finding:?}"
         );
         let finding = clock(&facts(now - HOUR), Some(now + 2 * HOUR), now);
         assert!(
-            finding.level == Level::Failure && finding.message.contains("2h 0m"),
+            finding.level == Level::Failure && finding.message.contains("2 h 0 min"),
             "{finding:?}"
         );
     }
