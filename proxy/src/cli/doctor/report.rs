@@ -9,7 +9,7 @@ use crate::version::VERSION;
 
 /// The document whose sections explain the checks.
 const DOCUMENT: &str = "docs/troubleshooting.md";
-/// The width of the longest id.
+/// The width of the column of ids.
 const ID_WIDTH: usize = 22;
 
 /// All findings, in the order of the checks.
