@@ -120,8 +120,8 @@ fn issuer(
     })
 }
 
-/// The name of the source of a certificate in the log.
-fn origin(identity: &IdentitySettings) -> String {
+/// The name of the source of a certificate, in the log and in errors.
+pub(crate) fn origin(identity: &IdentitySettings) -> String {
     match identity {
         IdentitySettings::Files(files) => files.certificate.display().to_string(),
         IdentitySettings::LocalCa(ca) => ca.dir.display().to_string(),

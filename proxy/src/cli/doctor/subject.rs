@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use underpass_config::{
     FileWatcher, IdentitySettings, Mesh, Profile, Protocol, Settings, Sources, SpiffeId,
 };
-use underpass_hbone::{Credentials, HboneError, Identity, Trust};
+use underpass_hbone::{Credentials, HboneError, Identity, IssuerProblem, Trust};
 use underpass_interception::{
     HostFacts, Inotify, Interception, InterceptionError, Namespace, NamespaceAccess,
     NamespaceThread, Ports, ProxyUser, RunningProcess, Sockets,
@@ -20,7 +20,7 @@ use crate::admin::api::status::Status;
 use crate::admin::client::AdminClient;
 use crate::cli::config::check::ConfigCheck;
 use crate::mesh::first_state::{FirstState, FirstStateError, first_state};
-use crate::node::certificates::first_identity;
+use crate::node::certificates::{first_identity, origin};
 use crate::node::pod::pod_sockets;
 use crate::process::command_error::CommandError;
 use crate::process::instance::{self, InstanceError, Running};
@@ -185,7 +185,10 @@ impl Subject {
         let id = self.identity_to_issue().await;
         let (dialer, watcher) = (self.dialer(), FileWatcher::new(Inotify::open));
         let issued = timeout(ISSUE_TIMEOUT, first_identity(source, &id, dialer, &watcher)).await;
-        issued.unwrap_or(Err(HboneError::HandshakeTimeout { after: ISSUE_TIMEOUT }))
+        issued.unwrap_or_else(|_| {
+            let what = IssuerProblem::ReplyTimeout(ISSUE_TIMEOUT);
+            Err(HboneError::Issuer { issuer: origin(source), what, source: None })
+        })
     }
 
     /// The identity of the workload. On a node, that of a workload of the node in the mesh.
