@@ -43,6 +43,8 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(10);
 const MAX_STATUS_BYTES: usize = 48 << 10;
 /// The longest status text of a pod.
 const MAX_STATUS: usize = 4096;
+/// The bytes of a pod in an answer besides its texts: names of fields, state and numbers.
+const POD_OVERHEAD: usize = 128;
 
 /// Performs the requests of the proxy process.
 #[derive(Debug)]
@@ -288,8 +290,8 @@ impl Context {
         let mut length = 0;
         for status in status.iter().skip(skip) {
             let pod = bounded(status);
-            length +=
-                64 + pod.uid.len() + pod.pod.len() + pod.detail.as_ref().map_or(0, String::len);
+            let texts = [Some(&pod.uid), Some(&pod.pod), pod.detail.as_ref(), pod.hint.as_ref()];
+            length += POD_OVERHEAD + texts.into_iter().flatten().map(String::len).sum::<usize>();
             if length > MAX_STATUS_BYTES {
                 return Answer::Pods { pods, more: true };
             }
