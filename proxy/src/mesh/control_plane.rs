@@ -33,7 +33,7 @@ use super::on_demand::schedule::{CHECK, Schedule, Unanswered};
 use super::report::log_refused;
 use crate::admin::readiness::Readiness;
 use crate::backoff::Backoff;
-use crate::error::Described;
+use crate::error::{Described, chain};
 use crate::observe::metrics::mesh;
 use crate::observe::metrics::mesh::StreamEndReason;
 
@@ -328,7 +328,7 @@ fn report(Applied { kind, set, removed, outdated, rejected, .. }: &Applied) {
 /// Logs the end of a stream: as a warning, unless the next attempt follows at once.
 /// `has_mesh`: whether a first state was complete.
 fn log_end(address: &str, end: &StreamEnd, retry_in: Duration, has_mesh: bool) {
-    let (error, hint) = (error_chain(end), end.hint());
+    let (error, hint) = (chain(end), end.hint());
     if retry_in > Duration::from_secs(1) {
         tracing::warn!(
             address,
@@ -340,11 +340,6 @@ fn log_end(address: &str, end: &StreamEnd, retry_in: Duration, has_mesh: bool) {
     } else {
         tracing::info!(address, ?retry_in, "the control plane's stream ended: {error}");
     }
-}
-
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let sources = std::iter::successors(error.source(), |error| error.source());
-    sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
 /// The node of this client, in ztunnel's form.
