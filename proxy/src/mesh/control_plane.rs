@@ -109,18 +109,19 @@ enum Event {
 }
 
 impl ControlPlaneFollower {
-    /// Creates a follower that passes snapshots to the returned receiver, and answers `lookups`.
+    /// Creates a follower that passes snapshots to the returned receiver, answers `lookups`, and
+    /// records the `health` of its sources.
     pub(crate) fn new(
         settings: &Settings,
         xds: &XdsSettings,
         file: MeshSource,
         fallback: Option<Arc<Mesh>>,
         lookups: Lookups,
+        health: MeshHealth,
     ) -> (Self, watch::Receiver<Option<Arc<Mesh>>>) {
         let plane = ControlPlane::new(node(settings, xds), local(settings), xds.on_demand);
         let (snapshots, receiver) = watch::channel(None);
-        let address = xds.address.clone();
-        let (schedule, health) = (Schedule::default(), MeshHealth::default());
+        let (address, schedule) = (xds.address.clone(), Schedule::default());
         let follower = Self {
             address,
             plane,
@@ -142,7 +143,6 @@ impl ControlPlaneFollower {
         readiness: Readiness,
     ) {
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
-        self.health = readiness.mesh().clone();
         readiness.mesh_known(false);
         mesh::control_plane_followed();
         loop {

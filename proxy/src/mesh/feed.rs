@@ -48,14 +48,15 @@ impl MeshFeed {
     ) -> Result<(Self, Arc<Mesh>), MeshFeedError> {
         let file = settings.mesh_file.as_deref();
         let (source, mesh) = MeshSource::open(file, watcher, run_in_background)?;
+        let health = readiness.mesh().clone();
         let Some(xds) = &settings.xds else {
-            return Ok((Self::File(Box::new(source), readiness.mesh().clone()), mesh));
+            return Ok((Self::File(Box::new(source), health), mesh));
         };
         let client = ControlPlaneClient::new(xds.clone(), dialer)?;
         let file = file.map(|_| mesh);
         let lookups = if xds.on_demand { Lookups::on_demand() } else { Lookups::default() };
         let (follower, snapshots) =
-            ControlPlaneFollower::new(settings, xds, source, file, lookups.clone());
+            ControlPlaneFollower::new(settings, xds, source, file, lookups.clone(), health);
         let following = follower.run(client, readiness.clone());
         let _follower = supervisor.essential("control plane", following);
         Ok((Self::ControlPlane { snapshots, lookups, _follower }, Arc::default()))

@@ -21,6 +21,7 @@ fn follower() -> (ControlPlaneFollower, watch::Receiver<Option<Arc<Mesh>>>) {
         file,
         None,
         Lookups::default(),
+        MeshHealth::default(),
     )
 }
 
