@@ -64,6 +64,13 @@ pub struct Applied {
     pub urgency: Urgency,
 }
 
+impl Applied {
+    /// The requests to send now, in this order.
+    pub fn into_requests(self) -> impl Iterator<Item = DeltaRequest> {
+        std::iter::once(self.answer).chain(self.unsubscriptions)
+    }
+}
+
 /// How soon a change must take effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Urgency {

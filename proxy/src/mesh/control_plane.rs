@@ -206,7 +206,7 @@ impl ControlPlaneFollower {
                 mesh::control_plane_message(applied.kind, bytes);
                 report(&applied);
                 self.take_effect(applied.urgency, readiness);
-                std::iter::once(applied.answer).chain(applied.unsubscriptions).collect()
+                applied.into_requests().collect()
             }
             Event::Asked(asked) => self.schedule.ask(&mut self.plane, asked),
             Event::Check => {

@@ -25,6 +25,7 @@ pub(crate) enum FirstStateError {
     Stream(String, #[source] ControlPlaneError),
     #[error("the control plane violates the protocol")]
     Session(#[from] SessionError),
+    /// Of the caller: [`first_state`] has no timeout.
     #[error("the control plane has not sent its state within {0:?}")]
     Timeout(Duration),
 }
@@ -60,7 +61,7 @@ pub(crate) async fn first_state<D: Dial>(
         let kind = applied.kind.name();
         let reasons = applied.rejected.iter().map(|(name, why)| format!("{kind} {name}: {why}"));
         rejected.extend(reasons);
-        for request in std::iter::once(applied.answer).chain(applied.unsubscriptions) {
+        for request in applied.into_requests() {
             stream.send(request).await.map_err(failed)?;
         }
     }
