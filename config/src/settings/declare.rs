@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 pub(crate) use self::kinds::{
     ADDRESS, ADDRESS_OR_OFF, CIDRS, COUNT, COUNT_OR_OFF, DURATION, DURATION_OR_OFF, FLAG,
     LOCAL_SOCKET, NAME_SERVERS, PATH, PORT, PORTS, RATE_OR_OFF, SIZE, TEXT, cidr, given_included,
-    given_list, included, list, name_server, port_range, word,
+    given_list, included, list, name_server, parsed, port_range, word,
 };
 use crate::settings::Settings;
 use crate::yaml::document::Origin;

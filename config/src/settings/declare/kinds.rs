@@ -1,14 +1,16 @@
 //! The types that several settings share.
 
+use std::fmt;
 use std::hash::Hash;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
 use super::{Kind, Written};
-use crate::settings::{LocalSocket, PortRange, PortRangeError, Word};
+use crate::settings::{LocalSocket, PortRange, Word};
 use crate::yaml::read::Cursor;
 
 pub(crate) const TEXT: Kind<String> = Kind {
@@ -219,7 +221,16 @@ pub(crate) fn name_server(text: &str) -> Result<IpAddr, String> {
 
 pub(crate) fn port_range(text: &str) -> Result<PortRange, String> {
     refuse_wildcards(text)?;
-    text.parse().map_err(|error: PortRangeError| error.to_string())
+    parsed(text)
+}
+
+/// Reads an item of a list whose error says what it must be.
+pub(crate) fn parsed<T>(text: &str) -> Result<T, String>
+where
+    T: FromStr,
+    T::Err: fmt::Display,
+{
+    text.parse().map_err(|error: T::Err| error.to_string())
 }
 
 fn refuse_wildcards(text: &str) -> Result<(), String> {

@@ -3,11 +3,9 @@
 use ipnet::IpNet;
 
 use crate::settings::declare::{
-    CIDRS, Declared, Document, Fallback, Kind, PORTS, given_list, list, settings, word,
+    CIDRS, Declared, Document, Fallback, Kind, PORTS, given_list, list, parsed, settings, word,
 };
-use crate::settings::{
-    Egress, EgressSettings, Mtls, MtlsOverride, MtlsOverrideError, MtlsSettings, PortRange,
-};
+use crate::settings::{Egress, EgressSettings, Mtls, MtlsOverride, MtlsSettings, PortRange};
 
 settings! {
     /// whether plaintext connections to the application are accepted: `permissive`: if policies
@@ -29,9 +27,8 @@ settings! {
         Fallback::Is(Vec::new), |s| Some(s.egress.ports.clone());
 }
 
-const OVERRIDES: Kind<Vec<MtlsOverride>> = list("list of modes, see below", |cursor, _| {
-    given_list(cursor, |text| text.parse().map_err(|error: MtlsOverrideError| error.to_string()))
-});
+const OVERRIDES: Kind<Vec<MtlsOverride>> =
+    list("list of modes, see below", |cursor, _| given_list(cursor, parsed));
 
 pub(super) fn egress(document: Document<'_>) -> Option<EgressSettings> {
     let settings = EgressSettings {

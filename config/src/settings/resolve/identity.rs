@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::error::Reason;
-use crate::identity::spiffe::{SpiffeError, TrustDomain};
+use crate::identity::spiffe::TrustDomain;
 use crate::settings::declare::{
     DURATION, Declared, Document, FLAG, Fallback, Files, Kind, PATH, Setting, TEXT, Written,
-    given_list, list, settings,
+    given_list, list, parsed, settings,
 };
 use crate::settings::{
     BundleFile, Cipher, IdentityFiles, IdentitySettings, IstioCaSettings, LocalCaSettings,
@@ -69,7 +69,7 @@ settings! {
     TTL: Duration = "identity.ttl", LIFETIME, Fallback::Is(|| DEFAULT_TTL), ttl_of;
     /// aliases of the own trust domain: its roots verify these too
     ALIASES: Vec<TrustDomain> = "trust.aliases",
-        list("list of trust domains", |cursor, _| given_list(cursor, trust_domain)),
+        list("list of trust domains", |cursor, _| given_list(cursor, parsed)),
         Fallback::Is(Vec::new), |s| Some(s.trust.aliases.clone());
     /// federation: the roots of other trust domains, each as `TRUSTDOMAIN=FILE` (PEM)
     BUNDLES: Vec<BundleFile> = "trust.bundles", list("list of `TRUSTDOMAIN=FILE`", bundles),
@@ -330,10 +330,6 @@ fn absolute(path: &str) -> Option<PathBuf> {
     Path::new(path).has_root().then(|| PathBuf::from(path))
 }
 
-fn trust_domain(text: &str) -> Result<TrustDomain, String> {
-    text.parse().map_err(|error: SpiffeError| error.to_string())
-}
-
 fn bundles(cursor: Cursor<'_>, files: Files<'_>) -> Option<Vec<BundleFile>> {
     given_list(cursor, |text| bundle(text, |file| files.resolve(cursor, file)))
 }
@@ -342,7 +338,7 @@ fn bundles(cursor: Cursor<'_>, files: Files<'_>) -> Option<Vec<BundleFile>> {
 fn bundle(text: &str, resolve: impl Fn(&str) -> PathBuf) -> Result<BundleFile, String> {
     match text.split_once('=') {
         Some((domain, file)) if !file.is_empty() => {
-            Ok(BundleFile { trust_domain: trust_domain(domain)?, file: resolve(file) })
+            Ok(BundleFile { trust_domain: parsed(domain)?, file: resolve(file) })
         }
         _ => Err("must be TRUSTDOMAIN=FILE, such as example.org=example-roots.pem".to_owned()),
     }

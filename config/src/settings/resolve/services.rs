@@ -6,11 +6,11 @@ use std::time::Duration;
 use super::telemetry;
 use crate::settings::declare::{
     ADDRESS, ADDRESS_OR_OFF, COUNT, DURATION, Declared, Document, Fallback, Files, Kind,
-    LOCAL_SOCKET, TEXT, Written, given_list, list, settings, word,
+    LOCAL_SOCKET, TEXT, Written, given_list, list, parsed, settings, word,
 };
 use crate::settings::{
     AdminSettings, LocalSocket, LogFilter, LogFormat, Logging, MetricLabel, NodeSettings,
-    ProxySettings, SeriesSettings, UnknownLabel,
+    ProxySettings, SeriesSettings,
 };
 use crate::yaml::read::Cursor;
 
@@ -130,7 +130,7 @@ pub(super) fn series(document: Document<'_>) -> Option<SeriesSettings> {
 }
 
 fn labels(cursor: Cursor<'_>, _: Files<'_>) -> Option<Vec<MetricLabel>> {
-    given_list(cursor, |text| text.parse().map_err(|error: UnknownLabel| error.to_string()))
+    given_list(cursor, parsed)
 }
 
 pub(super) fn logging(document: Document<'_>) -> Option<Logging> {

@@ -5,11 +5,9 @@ use std::path::PathBuf;
 use super::identity::is_host;
 use crate::settings::declare::{
     Declared as _, Document, FLAG, Fallback, Files, Kind, PATH, TEXT, Written, given_list, list,
-    settings, word,
+    parsed, settings, word,
 };
-use crate::settings::{
-    AccessLogSettings, LoggedConnections, NamespaceLog, NamespaceLogError, OtlpSettings, Ratio,
-};
+use crate::settings::{AccessLogSettings, LoggedConnections, NamespaceLog, OtlpSettings, Ratio};
 use crate::yaml::read::Cursor;
 
 settings! {
@@ -57,7 +55,7 @@ const COLLECTOR: Kind<String> =
     Kind { name: "`http://HOST:PORT`, `https://HOST:PORT`", read: endpoint, ..TEXT };
 
 fn namespaces(cursor: Cursor<'_>, _: Files<'_>) -> Option<Vec<NamespaceLog>> {
-    given_list(cursor, |text| text.parse().map_err(|error: NamespaceLogError| error.to_string()))
+    given_list(cursor, parsed)
 }
 
 fn endpoint(cursor: Cursor<'_>, _: Files<'_>) -> Option<String> {
