@@ -33,7 +33,7 @@ pub use mesh::{
     PolicySet, PortMap, Protocol, Rules, Scope, Service, StringMatch, TunnelHeader, Values,
     Visibility, WeightedWaypoint, Workload, WorkloadDraft, WorkloadType, retire_mesh,
 };
-pub use pod::dns::{DnsPolicy, MAX_NAME_SERVERS, PodDns};
+pub use pod::dns::{DnsPolicy, MAX_NAME_SERVERS, PodDns, is_local_server};
 pub use pod::file::PodFile;
 pub use pod::folder::{PodDocument, PodFolder};
 pub use pod::overlay::InterceptionOverlay;

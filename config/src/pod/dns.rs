@@ -5,6 +5,13 @@ use std::net::IpAddr;
 /// The maximum number of DNS servers that resolvers use (resolv.h: `MAXNS`).
 pub const MAX_NAME_SERVERS: usize = 3;
 
+/// Whether queries to this address stay on the loopback interface of the pod that sends them, where
+/// the DNS proxy would capture those of a resolver again. The unspecified address leads there too.
+#[must_use]
+pub fn is_local_server(address: IpAddr) -> bool {
+    address.is_loopback() || address.is_unspecified()
+}
+
 /// The resolver settings of one pod, with the meaning of `dnsPolicy` and `dnsConfig` in Kubernetes.
 /// The default is for a pod whose source does not report them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

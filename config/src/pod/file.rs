@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::error::ConfigErrors;
-use crate::pod::dns::{DnsPolicy, MAX_NAME_SERVERS, PodDns};
+use crate::pod::dns::{DnsPolicy, MAX_NAME_SERVERS, PodDns, is_local_server};
 use crate::pod::overlay::InterceptionOverlay;
 use crate::pod::uid::PodUid;
 use crate::settings::declare::name_server;
@@ -135,7 +135,7 @@ fn dns(cursor: Cursor<'_>) -> PodDns {
     if servers.is_empty_list() || nameservers.len() > MAX_NAME_SERVERS {
         servers.problem("must be 1 to 3 servers");
     }
-    if nameservers.iter().any(|server| server.is_loopback() || server.is_unspecified()) {
+    if nameservers.iter().copied().any(is_local_server) {
         servers.problem(
             "must not be loopback addresses: the queries of a local resolver are captured",
         );

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use underpass_config::{DnsPolicy, PodDns, Settings};
+use underpass_config::{DnsPolicy, PodDns, Settings, is_local_server};
 
 use super::resolv_conf::{PORT, ResolvConf};
 use super::resolv_file::ResolvFile;
@@ -74,10 +74,7 @@ impl Specification {
                 ResolvConf { servers, search, ..ResolvConf::default() }
             }
         };
-        // A resolver on the pod's loopback interface would ask this proxy again. The unspecified
-        // address leads there too.
-        let is_local = |one: &SocketAddr| one.ip().is_loopback() || one.ip().is_unspecified();
-        let servers = own.nameservers.iter().map(server).filter(|one| !is_local(one));
+        let servers = own.nameservers.iter().map(server).filter(|one| !is_local_server(one.ip()));
         servers.for_each(|server| settings.add_server(server));
         own.search.iter().for_each(|domain| settings.add_search(domain));
         own.options.iter().for_each(|option| settings.set(option));

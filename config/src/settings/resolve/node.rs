@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::error::Reason;
-use crate::pod::dns::MAX_NAME_SERVERS;
+use crate::pod::dns::{MAX_NAME_SERVERS, is_local_server};
 use crate::settings::declare::{
     Declared, Document, Fallback, Kind, NAME_SERVERS, PATH, TEXT, given_list, list, settings, word,
 };
@@ -139,7 +139,7 @@ pub(super) fn node(document: Document<'_>) -> Option<NodeSettings> {
     if cluster_dns.len() > MAX_NAME_SERVERS {
         CLUSTER_DNS.problem(document, "has more servers than resolvers ask, which is 3");
     }
-    if cluster_dns.iter().any(|server| server.is_loopback() || server.is_unspecified()) {
+    if cluster_dns.iter().copied().any(is_local_server) {
         CLUSTER_DNS.problem(document, "must not have addresses of the pods' loopback interfaces");
     }
     Some(NodeSettings {
