@@ -1,4 +1,4 @@
-//! Limits on resources that peers and clients can use, timeouts, and hot restart.
+//! Limits on resources that peers and clients can use, and timeouts.
 
 use std::time::Duration;
 
