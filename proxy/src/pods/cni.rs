@@ -107,15 +107,17 @@ impl CniSource {
         let not_ready = report.subscribe();
         // Dropping this future ends the tasks, including the watches.
         let mut tasks = self.watches;
-        let facts = PauseGate::default();
-        tasks.spawn(ledger.clone().follow_facts(self.results, report.clone(), facts.clone()));
+        let facts_gate = PauseGate::default();
+        let following =
+            ledger.clone().follow_facts(self.results, report.clone(), facts_gate.clone());
+        tasks.spawn(following);
         match self.upkeep {
             Some(upkeep) => drop(tasks.spawn(upkeep.run(report))),
             None => report.set(Condition::Installed, None),
         }
         // The tasks never return: only a panic ends one.
         tokio::select! {
-            never = server::serve(socket, ledger, not_ready, pauses, &facts) => Ok(never),
+            never = server::serve(socket, ledger, not_ready, pauses, &facts_gate) => Ok(never),
             Some(Err(panic)) = tasks.join_next() => Err(CniError::Task(panic)),
         }
     }

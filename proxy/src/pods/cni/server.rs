@@ -47,13 +47,13 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_secs(1);
 /// The reason why pods cannot be added at present; `None` if they can.
 pub(super) type NotReady = watch::Receiver<Option<String>>;
 
-/// Answers calls on `socket`. Closes the gate of the `facts` during a pause. Never returns.
+/// Answers calls on `socket`. Closes `facts_gate` during a pause. Never returns.
 pub(super) async fn serve(
     mut socket: ControlSocket,
     ledger: Arc<Ledger>,
     not_ready: NotReady,
     mut pauses: PauseRequests,
-    facts: &PauseGate,
+    facts_gate: &PauseGate,
 ) -> Infallible {
     let calls = Arc::new(Semaphore::new(MAX_CONCURRENT_CALLS));
     let mut tasks = JoinSet::new();
@@ -80,7 +80,7 @@ pub(super) async fn serve(
             },
             _ = sweep.tick() => ledger.sweep(),
             mut request = pauses.next() => tokio::select! {
-                () = finish(&mut tasks) => pause(request, &mut socket, facts).await,
+                () = finish(&mut tasks) => pause(request, &mut socket, facts_gate).await,
                 // A call can wait for a pod that the other process must release first.
                 () = request.withdrawn() => {}
             },
@@ -101,14 +101,14 @@ async fn finish(calls: &mut JoinSet<()>) {
 
 /// Accepts no calls and follows no facts until the request ends. Calls wait in the queue of the
 /// socket.
-async fn pause(request: PauseRequest, socket: &mut ControlSocket, facts: &PauseGate) {
-    facts.close().await;
+async fn pause(request: PauseRequest, socket: &mut ControlSocket, facts_gate: &PauseGate) {
+    facts_gate.close().await;
     let descriptors = socket.descriptor().into_iter().collect();
     // The process that takes over owns the file if this one ends now.
     socket.own(false);
     request.pause(SourceState { text: String::new(), descriptors }).await;
     socket.own(true);
-    facts.open();
+    facts_gate.open();
 }
 
 /// Answers the requests of one call.
