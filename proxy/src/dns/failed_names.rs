@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The maximum number of names of one pod. A new one displaces the one that failed first.
+/// The maximum number of names of one pod. A new one displaces the one whose last failure is the
+/// oldest.
 const MAX_NAMES: usize = 32;
 
 /// The names of one pod that could not be resolved recently.
