@@ -174,6 +174,28 @@ impl Pod {
         self.addresses.iter().flat_map(|ips| [IpAddr::from(ips.v4), ips.v6.into()]).collect()
     }
 
+    /// The facts about this pod in YAML, as `underpass node` reads them from a file. The uid, the
+    /// workload and the service account are the pod's name. `more` are further lines.
+    #[must_use]
+    pub fn facts(&self, more: &str) -> String {
+        let (name, netns) = (self.name(), self.namespace().path());
+        let ips: Vec<_> = self.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
+        let ips = ips.join(", ");
+        format!(
+            "uid: {name}\nnetns: {netns:?}\nips: [{ips}]\n\
+             workload: {{name: {name}, namespace: default, serviceAccount: {name}}}\n{more}"
+        )
+    }
+
+    /// Writes [`Pod::facts`] to a file in `folder`. Replaces it atomically, because a daemon may
+    /// watch the folder.
+    pub fn write_facts(&self, folder: &Path, more: &str) {
+        let file = folder.join(format!("{}.yaml", self.name));
+        let new = file.with_extension("new");
+        fs::write(&new, self.facts(more)).or_fail("write the file of a pod");
+        fs::rename(&new, &file).or_fail("write the file of a pod");
+    }
+
     /// A socket address with [`Pod::ip`].
     #[must_use]
     pub fn at(&self, family: Family, port: u16) -> SocketAddr {

@@ -180,13 +180,7 @@ async fn node(broker: &str, has_proxy_process: bool) {
     world.wire(&mut a, &mut b).await;
     let (pki, folder) = (Pki::new(world.folder()), world.folder().join("pods"));
     std::fs::create_dir_all(&folder).expect("a folder");
-    let netns = a.namespace().path();
-    let ips: Vec<_> = a.ips().iter().map(ToString::to_string).collect();
-    let pod = format!(
-        "uid: a\nnetns: {netns:?}\nips: {ips:?}\n\
-         workload: {{name: a, namespace: default, serviceAccount: a}}\n"
-    );
-    std::fs::write(folder.join("a.yaml"), pod).expect("a file");
+    a.write_facts(&folder, "");
     let mesh = Mesh::default().hbone(&a).write(&node, "mesh");
     let identity = format!("identity: {{local_ca: {:?}}}", pki.dir());
     let settings = Settings::node("node", &format!("directory: {folder:?}"));

@@ -78,24 +78,13 @@ impl Scene {
         let scene = Self { node, outside, a, b, pki, world };
         fs::create_dir_all(scene.folder()).expect("a folder");
         for pod in [&scene.a, &scene.b] {
-            scene.write(pod);
+            pod.write_facts(&scene.folder(), "");
         }
         scene
     }
 
     fn folder(&self) -> PathBuf {
         self.world.folder().join("pods")
-    }
-
-    fn write(&self, pod: &Pod) {
-        let (name, netns) = (pod.name(), pod.namespace().path());
-        let ips: Vec<_> = pod.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
-        let text = format!(
-            "uid: {name}\nnetns: {netns:?}\nips: [{}]\n\
-             workload: {{name: {name}, namespace: default, serviceAccount: {name}}}\n",
-            ips.join(", ")
-        );
-        fs::write(self.folder().join(format!("{name}.yaml")), text).expect("a file");
     }
 
     /// Starts the daemon with a mesh file, and waits until it serves both pods.

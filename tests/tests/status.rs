@@ -288,29 +288,15 @@ async fn failed_name() {
     assert!(text.contains("missing.example A, pod default/client"), "{text}");
 }
 
-/// A file of the folder of pods.
-fn pod_file(pod: &Pod) -> String {
-    let (name, netns) = (pod.name(), pod.namespace().path());
-    let ips: Vec<_> = pod.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
-    format!(
-        "uid: {name}\nnetns: {netns:?}\nips: [{}]\n\
-         workload: {{name: {name}, namespace: default, serviceAccount: {name}}}\n",
-        ips.join(", ")
-    )
-}
-
 async fn node() {
     let mut world = World::new();
     let (mut node, mut a) = (world.pod("node").await, world.pod("a").await);
     world.wire(&mut node, &mut a).await;
     let (pki, folder) = (Pki::new(world.folder()), world.folder().join("pods"));
     fs::create_dir_all(&folder).expect("a folder");
-    fs::write(folder.join("a.yaml"), pod_file(&a)).expect("a file");
-    fs::write(
-        folder.join("b.yaml"),
-        pod_file(&a).replace("name: a", "name: b").replace("uid: a", "uid: b"),
-    )
-    .expect("a file");
+    a.write_facts(&folder, "");
+    let second = a.facts("").replace("name: a", "name: b").replace("uid: a", "uid: b");
+    fs::write(folder.join("b.yaml"), second).expect("a file");
     let mesh = Mesh::default().hbone(&a).write(&node, "mesh");
     let identity = format!("identity: {{local_ca: {:?}}}", pki.dir());
     let settings = Settings::node("node", &format!("directory: {folder:?}"));

@@ -162,10 +162,7 @@ async fn node() {
     let (pki, folder) = (Pki::new(world.folder()), world.folder().join("pods"));
     fs::create_dir(&folder).expect("a folder");
     for pod in [&a, &b] {
-        let (name, netns, ip) = (pod.name(), pod.namespace().path(), pod.ip(Family::V4));
-        let workload = format!("{{name: {name}, namespace: default, serviceAccount: {name}}}");
-        let text = format!("uid: {name}\nnetns: {netns:?}\nips: [{ip}]\nworkload: {workload}\n");
-        fs::write(folder.join(format!("{name}.yaml")), text).expect("a file");
+        pod.write_facts(&folder, "");
     }
     let collector = ScriptedCollector::start(&outside, OTLP);
     let mesh = Mesh::default().hbone(&a).hbone(&b).write(&node, "mesh");

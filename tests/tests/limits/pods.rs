@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
 
 use underpass_tests::{
     APP, Family, Mesh, Pki, Pod, Settings, Suite, World, exchange, http_get, until,
@@ -33,7 +32,7 @@ async fn too_many_pods(broker: &str) {
     }
     let (folder, pki) = (world.folder().join("pods"), Pki::new(world.folder()));
     fs::create_dir(&folder).expect("a folder");
-    pods[..2].iter().for_each(|pod| write(pod, &folder, ""));
+    pods[..2].iter().for_each(|pod| pod.write_facts(&folder, ""));
     let mesh = pods.iter().fold(Mesh::default(), Mesh::hbone).write(&node, "mesh");
     let settings = Settings::node("node", &format!("directory: {folder:?}"));
     let identity = format!("identity: {{local_ca: {:?}}}", pki.dir());
@@ -44,7 +43,7 @@ async fn too_many_pods(broker: &str) {
     for pod in ["default/a", "default/b"] {
         daemon.line(&["pod enrolled", pod]).await;
     }
-    pods[2..].iter().for_each(|pod| write(pod, &folder, ""));
+    pods[2..].iter().for_each(|pod| pod.write_facts(&folder, ""));
     let refusal = format!("the limit of {FILES} open files is too low for another pod");
     daemon.line(&["cannot enrol the pod", &refusal, "LimitNOFILE"]).await;
     let mut serving = Vec::new();
@@ -67,7 +66,7 @@ async fn too_many_pods(broker: &str) {
         |pod: &&Pod| pod.name() != gone && !serving.iter().any(|one| one == pod.name());
     for refused in pods.iter().filter(is_refused) {
         // The next attempt is due at once.
-        write(refused, &folder, "labels: {changed: \"true\"}\n");
+        refused.write_facts(&folder, "labels: {changed: \"true\"}\n");
     }
     until("another pod is served", async || {
         let status = get(&node, "/healthz/pods").await;
@@ -92,18 +91,4 @@ async fn exchanged(pods: &[Pod]) {
     let app = pods[1].listen(APP);
     let (mut client, mut server, _) = pods[0].meet(&app, pods[1].at(Family::V4, APP)).await;
     exchange(&mut client, &mut server).await;
-}
-
-/// Writes the file of a pod, with more lines.
-fn write(pod: &Pod, folder: &Path, more: &str) {
-    let (name, netns) = (pod.name(), pod.namespace().path());
-    let ips: Vec<_> = pod.ips().iter().map(|ip| format!("\"{ip}\"")).collect();
-    let text = format!(
-        "uid: {name}\nnetns: {netns:?}\nips: [{}]\n\
-         workload: {{name: {name}, namespace: default, serviceAccount: {name}}}\n{more}",
-        ips.join(", ")
-    );
-    let file = folder.join(format!("{name}.yaml"));
-    fs::write(file.with_extension("new"), text).expect("a file");
-    fs::rename(file.with_extension("new"), file).expect("a file");
 }
