@@ -42,7 +42,8 @@ pub use mesh::Mesh;
 pub use metrics::{Metrics, http_get};
 pub use otlp::{CollectedItem, ScriptedCollector};
 pub use peers::{
-    DEADLINE, Dial, End, Listener, Server, abort, carry, exchange, read_to_end, until, within,
+    DEADLINE, Dial, End, Listener, Server, abort, carry, exchange, finish, read_to_end, until,
+    within,
 };
 pub use pki::Pki;
 pub use pods::{Family, Pod, World};

@@ -263,6 +263,14 @@ pub async fn read_to_end(stream: &mut TcpStream) -> (Vec<u8>, End) {
     }
 }
 
+/// Ends a connection: sends FIN in both directions, and waits for both.
+pub async fn finish(client: &mut TcpStream, server: &mut TcpStream) {
+    client.shutdown().await.or_fail("send FIN");
+    server.shutdown().await.or_fail("send FIN");
+    read_to_end(client).await;
+    read_to_end(server).await;
+}
+
 /// Aborts a connection with RST.
 pub fn abort(stream: TcpStream) {
     reset_on_close(&stream);

@@ -4,10 +4,9 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 
-use tokio::io::AsyncWriteExt as _;
 use underpass_tests::{
-    APP, Family, Mesh, Metrics, Proxy, Scene, Server, Suite, exchange, http_get, promtool,
-    read_to_end, tool, until,
+    APP, Family, Mesh, Metrics, Proxy, Scene, Server, Suite, exchange, finish, http_get, promtool,
+    tool, until,
 };
 
 const OPENED: &str = "istio_tcp_connections_opened_total";
@@ -51,10 +50,7 @@ async fn connection(scene: &Scene, family: Family) -> SocketAddr {
     let (mut client, mut server, _) = scene.client.meet(&app, scene.app(family)).await;
     let from = client.local_addr().expect("an address");
     exchange(&mut client, &mut server).await;
-    client.shutdown().await.expect("FIN is sent");
-    server.shutdown().await.expect("FIN is sent");
-    read_to_end(&mut client).await;
-    read_to_end(&mut server).await;
+    finish(&mut client, &mut server).await;
     from
 }
 

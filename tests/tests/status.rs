@@ -5,9 +5,8 @@ use std::fs;
 use std::process::ExitCode;
 
 use serde_json::Value;
-use tokio::io::AsyncWriteExt as _;
 use underpass_tests::{
-    APP, Family, Mesh, Pki, Pod, Proxy, Scene, Settings, Suite, World, exchange, read_to_end, tool,
+    APP, Family, Mesh, Pki, Pod, Proxy, Scene, Settings, Suite, World, exchange, finish, tool,
     until,
 };
 
@@ -151,10 +150,7 @@ async fn listed() {
     }
     let (first_byte, duration) = (at(open, "/first_byte_ms"), at(open, "/duration_ms"));
     assert!(first_byte.as_f64() > Some(0.0) && duration.as_f64() >= first_byte.as_f64(), "{open}");
-    client.shutdown().await.expect("FIN is sent");
-    server.shutdown().await.expect("FIN is sent");
-    read_to_end(&mut client).await;
-    read_to_end(&mut server).await;
+    finish(&mut client, &mut server).await;
     client_proxy.access_lines(1).await;
     let all = connections(&scene.client, &[]).await;
     let [closed] = all.as_slice() else { panic!("{all:?}") };
@@ -249,10 +245,7 @@ async fn followed() {
     assert_eq!(at(&first, "/pod"), "default/client", "{first}");
     exchange(&mut client, &mut server).await;
     let from = client.local_addr().expect("an address");
-    client.shutdown().await.expect("FIN is sent");
-    server.shutdown().await.expect("FIN is sent");
-    read_to_end(&mut client).await;
-    read_to_end(&mut server).await;
+    finish(&mut client, &mut server).await;
     proxy.line(&["connection complete"]).await;
     let ended = loop {
         let line: Value = serde_json::from_str(&follow.next().await).expect("JSON");

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use tokio::io::AsyncWriteExt as _;
 use underpass_tests::{
     APP, Family, Mesh, Pki, Pod, Proxy, Scene, ScriptedCollector, Server, Settings, Suite, World,
-    exchange, read_to_end, until,
+    exchange, finish, read_to_end, until,
 };
 
 /// OTLP's port.
@@ -31,10 +31,7 @@ async fn connection(from: &Pod, to: &Pod) {
     let app = to.listen(APP);
     let (mut client, mut server, _) = from.meet(&app, to.at(Family::V4, APP)).await;
     exchange(&mut client, &mut server).await;
-    client.shutdown().await.expect("FIN is sent");
-    server.shutdown().await.expect("FIN is sent");
-    read_to_end(&mut client).await;
-    read_to_end(&mut server).await;
+    finish(&mut client, &mut server).await;
 }
 
 async fn access_log() {
