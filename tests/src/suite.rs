@@ -13,6 +13,7 @@ use underpass_interception::enter_sandbox;
 use crate::binary::binary;
 use crate::or_fail::OrFail;
 use crate::pods::Family;
+use crate::tools::not_installed;
 
 /// Timeout of a trial.
 const TRIAL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -75,19 +76,18 @@ impl Suite {
         }
     }
 
-    /// Adds a trial that needs `program` of a Debian package. Without it, it is skipped with a
+    /// Adds a trial that needs `program`. If it is not installed, the trial is skipped with a
     /// message.
     pub fn test_with_program(
         &mut self,
         name: &str,
-        (program, package): (&str, &str),
+        program: &str,
         body: impl AsyncFnOnce() + Send + 'static,
     ) {
         if self.skipped || self.arguments.list || is_installed(program) {
             self.test(name, body);
         } else {
-            let reason = format!("{program} is not installed: apt-get install {package}");
-            report_skipped(&reason, name);
+            report_skipped(&not_installed(program), name);
         }
     }
 
@@ -132,7 +132,7 @@ fn is_installed(program: &str) -> bool {
 }
 
 #[expect(clippy::print_stderr, reason = "a silently skipped trial would look like a passed one")]
-fn report_skipped(reason: &str, name: &str) {
+pub(crate) fn report_skipped(reason: &str, name: &str) {
     eprintln!("SKIPPED ({reason}): {name}");
 }
 

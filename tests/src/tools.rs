@@ -32,6 +32,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("unshare", "util-linux"),
     ("dig", "dnsutils"),
     ("dnsmasq", "dnsmasq-base"),
+    ("promtool", "prometheus"),
 ];
 
 /// The output and exit status of a program.
@@ -62,9 +63,7 @@ pub async fn tool(pod: &Pod, program: &str, arguments: &[&str]) -> Printed {
 /// Starts a program in a pod. If it is missing, the panic names its package.
 fn spawn(pod: &Pod, command: &mut Command, program: &str) -> Child {
     pod.spawn(command).unwrap_or_else(|error| match error.kind() {
-        ErrorKind::NotFound => {
-            panic!("{program} is not installed: apt-get install {}", package_of(program))
-        }
+        ErrorKind::NotFound => panic!("{}", not_installed(program)),
         _ => panic!("cannot run {program}: {error}"),
     })
 }
@@ -173,7 +172,7 @@ impl OutputLines {
     }
 }
 
-fn printed(output: Output) -> Printed {
+pub(crate) fn printed(output: Output) -> Printed {
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Printed { status: output.status, out: text(output.stdout), err: text(output.stderr) }
 }
@@ -192,6 +191,9 @@ impl Printed {
     }
 }
 
-fn package_of(program: &str) -> &str {
-    PACKAGES.iter().find(|(name, _)| *name == program).map_or(program, |(_, package)| package)
+/// The message about a missing program. It names the package, which usually has the same name.
+pub(crate) fn not_installed(program: &str) -> String {
+    let package = PACKAGES.iter().find(|(name, _)| *name == program);
+    let package = package.map_or(program, |(_, package)| package);
+    format!("{program} is not installed: apt-get install {package}")
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use underpass_tests::{APP, Family, Pod, Scene, Server, Suite};
 
-const CHROMIUM: (&str, &str) = ("chromium", "chromium");
+const CHROMIUM: &str = "chromium";
 /// A browser needs some seconds to start, more on a busy machine.
 const BROWSER_TIMEOUT: Duration = Duration::from_secs(45);
 const ADDRESS: &str = "127.0.0.1:15000";
