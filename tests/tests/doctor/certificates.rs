@@ -5,7 +5,7 @@ use std::fs;
 use underpass_config::IdentityFiles;
 use underpass_tests::{CLIENT, Mesh, Pki, SERVER, Scene, Settings, Suite};
 
-use crate::{doctor, without_dns};
+use crate::{doctor, other_authority, without_dns};
 
 pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("an expired certificate is named", expired_certificate_is_named);
@@ -14,13 +14,6 @@ pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a peer that does not trust our authority is named", distrusting_peer_is_named);
     suite.test("a peer with another identity is named", other_identity_is_named);
     suite.test("a peer of a trust domain without roots is named", untrusted_domain_is_named);
-}
-
-/// Another authority of the same trust domain.
-fn other_authority(scene: &Scene) -> Pki {
-    let folder = scene.world.folder().join("other");
-    fs::create_dir_all(&folder).expect("a folder");
-    Pki::new(&folder)
 }
 
 /// The settings of the client's proxy with other files.

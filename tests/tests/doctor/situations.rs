@@ -4,8 +4,7 @@ use std::fs;
 
 use underpass_tests::{CLIENT, Family, Scene, ScriptedControlPlane, Settings, Suite, tool, until};
 
-use crate::report::Findings;
-use crate::{doctor, without_dns};
+use crate::{doctor, doctor_of_proxy, other_authority, without_dns};
 
 pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("a firewall on the peer's HBONE port is a timeout", firewall_is_named);
@@ -45,7 +44,7 @@ async fn flushed_rules_are_named() {
     let settings = without_dns(pod, scene.client_settings()).set("interception.repair=false");
     let _proxy = pod.proxy(&settings).await;
     tool(pod, "nft", &["flush", "ruleset"]).await.ok();
-    let findings = Findings::of(pod.underpass(&["doctor", "-o", "json"]).await);
+    let findings = doctor_of_proxy(pod).await;
     findings.assert("rules-installed", "failure", "not those of the running proxy");
     findings.assert("rules-installed", "failure", "enter-mangle-output");
 }
@@ -58,12 +57,12 @@ async fn foreign_rule_is_named() {
     let rule = "table inet other {\nchain theirs {\ntype route hook output priority -200\nmeta mark set 0x539\n}\n}";
     tool(pod, "nft", &[rule]).await.ok();
     let failed = async || {
-        let findings = Findings::of(pod.underpass(&["doctor", "-o", "json"]).await);
+        let findings = doctor_of_proxy(pod).await;
         findings.assert("rules-foreign", "failure", "table inet other, chain theirs");
         findings.failures().contains(&"rules-self-test")
     };
     until("the self-test of the proxy has failed", failed).await;
-    let findings = Findings::of(pod.underpass(&["doctor", "-o", "json"]).await);
+    let findings = doctor_of_proxy(pod).await;
     findings.assert("proxy-ready", "failure", "the self-test of the rules failed");
 }
 
@@ -83,9 +82,7 @@ async fn absent_control_plane_is_named() {
 async fn untrusted_control_plane_is_named() {
     let scene = Scene::new().await;
     let pod = &scene.client;
-    let folder = scene.world.folder().join("other");
-    fs::create_dir_all(&folder).expect("a folder");
-    let other = underpass_tests::Pki::new(&folder);
+    let other = other_authority(&scene);
     let plane = ScriptedControlPlane::start(&scene.server, 15012, &scene.pki);
     let settings = Settings::new(CLIENT).identity(&scene.client_files).section(&plane.settings());
     let settings = settings.set(&format!("mesh.xds.roots={}", other.roots().display()));
@@ -120,10 +117,9 @@ async fn stale_program_is_named() {
     let settings = without_dns(pod, scene.client_settings());
     // Another program file, as if it had been replaced since the start of the proxy.
     let script = "copy=\"${0%/*}/stale\"\ncat \"$UNDERPASS\" >\"$copy\"\necho >>\"$copy\"\nchmod 755 \"$copy\"\nexec \"$copy\" \"$@\"";
-    let proxy = pod.try_proxy_through(script, &settings).await.expect("the proxy starts");
-    let findings = Findings::of(pod.underpass(&["doctor", "-o", "json"]).await);
+    let _proxy = pod.try_proxy_through(script, &settings).await.expect("the proxy starts");
+    let findings = doctor_of_proxy(pod).await;
     findings.assert("version-running", "warning", "runs another program than this one");
-    drop(proxy);
 }
 
 async fn failed_connections_are_counted() {
@@ -134,7 +130,7 @@ async fn failed_connections_are_counted() {
     // There is no proxy in the server's pod.
     pod.dial(scene.app(Family::V4)).await.ok();
     proxy.access_lines(1).await;
-    let findings = Findings::of(pod.underpass(&["doctor", "-o", "json"]).await);
+    let findings = doctor_of_proxy(pod).await;
     findings.assert("proxy-failures", "warning", "most of them by connect");
     findings.assert("peers-connect", "failure", ": connect: ");
 }
