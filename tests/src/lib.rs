@@ -39,7 +39,7 @@ pub use control_plane::{
 pub use counters::Counters;
 pub use load::Load;
 pub use mesh::Mesh;
-pub use metrics::{Metrics, http_get};
+pub use metrics::{Metrics, http_get, is_metric_name};
 pub use otlp::{CollectedItem, ScriptedCollector};
 pub use peers::{
     DEADLINE, Dial, End, Listener, Server, abort, carry, exchange, finish, read_to_end, until,

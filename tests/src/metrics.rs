@@ -47,6 +47,14 @@ impl Metrics {
     }
 }
 
+/// Whether a word of a document is the name of one of underpass' metrics.
+#[must_use]
+pub fn is_metric_name(word: &str) -> bool {
+    let prefixes = ["underpass_", "istio_", "workload_manager_", "process_"];
+    prefixes.iter().any(|prefix| word.starts_with(prefix))
+        && word.chars().all(|c| c.is_ascii_lowercase() || c == '_')
+}
+
 /// Sends a GET request from inside a pod. Returns status and body.
 pub async fn http_get(pod: &Pod, server: SocketAddr, path: &str) -> (u16, String) {
     let mut stream = pod.dial(server).await.or_fail(format!("connect to {server}"));

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use underpass_tests::promtool;
+use underpass_tests::{is_metric_name, promtool};
 
 const DASHBOARD: &str = "deploy/grafana/underpass.json";
 const ALERTS: &str = "deploy/prometheus/alerts.yaml";
@@ -25,13 +25,7 @@ fn read(relative: &str) -> String {
 /// The metrics that docs/operations.md lists, which `tidy` compares with the code.
 fn documented() -> BTreeSet<String> {
     let text = read("docs/operations.md");
-    text.split('`').filter(|name| is_metric(name)).map(str::to_owned).collect()
-}
-
-fn is_metric(name: &str) -> bool {
-    const PREFIXES: [&str; 4] = ["underpass_", "istio_", "workload_manager_", "process_"];
-    PREFIXES.iter().any(|prefix| name.starts_with(prefix))
-        && name.chars().all(|c| c.is_ascii_lowercase() || c == '_')
+    text.split('`').filter(|name| is_metric_name(name)).map(str::to_owned).collect()
 }
 
 /// The metrics of a query that are not documented. A histogram has three series.
@@ -44,7 +38,7 @@ fn unknown_metrics(query: &str, documented: &BTreeSet<String>) -> Vec<String> {
             || of_histogram
                 .is_some_and(|name| name.ends_with("_seconds") && documented.contains(name))
     };
-    words.filter(|word| is_metric(word) && !is_known(word)).map(str::to_owned).collect()
+    words.filter(|word| is_metric_name(word) && !is_known(word)).map(str::to_owned).collect()
 }
 
 /// The strings of all members with this name.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use underpass_config::Reference;
+use underpass_tests::is_metric_name;
 
 /// The maximum number of lines of a file; most should have fewer than 400.
 const MAX_FILE_LINES: usize = 500;
@@ -195,16 +196,10 @@ fn readme_contains_two_commands() {
     }
 }
 
-const METRIC_PREFIXES: [&str; 4] = ["underpass_", "istio_", "workload_manager_", "process_"];
-
 /// The names of metrics in a text, between `open` and `close`.
 fn metric_names(text: &str, open: char, close: char) -> BTreeSet<String> {
-    let is_name = |name: &str| {
-        METRIC_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
-            && name.chars().all(|c| c.is_ascii_lowercase() || c == '_')
-    };
     let names = text.split(open).skip(1).filter_map(|rest| rest.split(close).next());
-    names.filter(|name| is_name(name)).map(str::to_owned).collect()
+    names.filter(|name| is_metric_name(name)).map(str::to_owned).collect()
 }
 
 #[test]
