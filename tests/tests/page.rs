@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use underpass_tests::{APP, Family, Pod, Scene, Server, Suite};
+use underpass_tests::{Family, Pod, Scene, Suite};
 
 const CHROMIUM: &str = "chromium";
 /// A browser needs some seconds to start, more on a busy machine.
@@ -30,7 +30,8 @@ fn main() -> ExitCode {
 
 /// The document after the scripts have run. The clock of the page is fast, and stops during
 /// requests.
-async fn page(pod: &Pod, folder: &Path) -> String {
+async fn page(pod: &Pod) -> String {
+    let folder = pod.folder();
     let (profile, document) = (folder.join("profile"), folder.join("document.html"));
     let browse = format!(
         "exec chromium --headless --no-sandbox --disable-gpu --disable-dev-shm-usage \
@@ -56,8 +57,7 @@ async fn healthy() {
     let server = scene.server_settings();
     let (_client, _server) = tokio::join!(scene.client.proxy(&client), scene.server.proxy(&server));
     let _connection = scene.connected(Family::V4).await;
-    let folder = scene.client.folder();
-    let document = page(&scene.client, folder).await;
+    let document = page(&scene.client).await;
     let identity = scene.pki.id("client").to_string();
     assert_shows(
         &document,
@@ -77,8 +77,7 @@ async fn failed() {
     let (scene, _proxy) = Scene::with_plain_client(&[&format!("admin.address={ADDRESS}")]).await;
     // Nothing listens on the port.
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
-    let _app = Server::echo(&scene.server, APP);
-    let folder = scene.client.folder();
-    let document = page(&scene.client, folder).await;
-    assert_shows(&document, &["failed", "Connection refused", "denied or failed"]);
+    let document = page(&scene.client).await;
+    let hint = "check that the destination listens on this port";
+    assert_shows(&document, &["failed", "Connection refused", hint, "denied or failed"]);
 }
