@@ -51,7 +51,7 @@ impl CollectedItem {
 }
 
 impl ScriptedCollector {
-    /// Listens in `pod`, and takes everything.
+    /// Listens in `pod`, and accepts every request.
     #[must_use]
     pub fn start(pod: &Pod, port: u16) -> Self {
         let received = Arc::<Received>::default();

@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     suite.test("config dump shows mesh, certificate and settings", config_dump);
     suite.test("rules are shown with counters and the state of their installation", rules);
     suite.test("drained pod opens new tunnels for new connections", drain);
-    suite.test("every worker answers the liveness probe", liveness);
+    suite.test("the liveness probe of a running proxy succeeds", liveness);
     suite.test("new process takes over the admin socket and address", take_over);
     suite.test("proxy process of a node serves the socket that the broker has created", || {
         node("auto", true)
@@ -169,7 +169,11 @@ async fn take_over() {
     let (_, body) = http_get(&scene.client, ADDRESS, "/version").await;
     assert!(body.contains(&format!("\"pid\":{pid},")), "{body}");
     assert!(old.ended().await.success(), "{}", old.log());
-    assert_eq!(get(&scene.client, "/version").await["pid"], pid, "the old one keeps the file");
+    assert_eq!(
+        get(&scene.client, "/version").await["pid"],
+        pid,
+        "the old process removed the socket"
+    );
 }
 
 /// A node with the pod `a`.

@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     suite.test_both("the workload of a plaintext client is logged as claimed", plaintext_client);
     suite.test("connections beyond the limit of label sets are counted as overflow", overflow);
     suite.test("idle label sets are removed, and later count from zero", idle_label_sets);
-    suite.test("omitted labels are absent, and connections share a label set", omitted_labels);
+    suite.test("omitted labels are absent from the metrics", omitted_labels);
     suite.test("promtool accepts the metrics of a proxy", checked_by_promtool);
     suite.test("durations, handshakes and the use of the pool are measured", durations);
     suite.test("OpenMetrics has exemplars with the trace id of the access log", open_metrics);

@@ -18,8 +18,8 @@ fn main() -> ExitCode {
     suite.test("open and ended connections are listed with bytes and times", listed);
     suite.test("a denied connection is listed with its policy and a hint", denied);
     suite.test("failures are counted by reason, and filters select connections", failures);
-    suite.test("connections that are opened and end later are followed", followed);
-    suite.test("a DNS name that fails is found by status", failed_name);
+    suite.test("a followed list shows connections when they open and when they end", followed);
+    suite.test("status lists a DNS name that failed to resolve", failed_name);
     suite.test("status of a node lists its pods, and one pod alone", node);
     suite.test("without a proxy both commands name the remedy", no_proxy);
     suite.run()

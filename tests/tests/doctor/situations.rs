@@ -7,7 +7,7 @@ use underpass_tests::{CLIENT, Family, Scene, ScriptedControlPlane, Settings, Sui
 use crate::{doctor, doctor_of_proxy, other_authority, without_dns};
 
 pub(crate) fn add_tests(suite: &mut Suite) {
-    suite.test("a firewall on the peer's HBONE port is a timeout", firewall_is_named);
+    suite.test("a firewall on the peer's HBONE port is named", firewall_is_named);
     suite.test("flushed rules are named", flushed_rules_are_named);
     suite.test("a rule that sets the proxy's mark is named", foreign_rule_is_named);
     suite.test("a control plane that does not listen is named", absent_control_plane_is_named);
