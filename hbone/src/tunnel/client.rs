@@ -271,10 +271,10 @@ impl Tunnel {
     }
 }
 
-async fn within(
+async fn within<T>(
     deadline: Duration,
-    handshake: impl Future<Output = Result<Tunnel, HboneError>>,
-) -> Result<Tunnel, HboneError> {
+    handshake: impl Future<Output = Result<T, HboneError>>,
+) -> Result<T, HboneError> {
     timeout(deadline, handshake)
         .await
         .unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))

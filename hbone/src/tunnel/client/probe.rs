@@ -9,10 +9,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::{Ping, PingPong};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use underpass_config::SpiffeId;
 
-use super::Connector;
+use super::{Connector, within};
 use crate::error::HboneError;
 use crate::tls::PeerIdentity;
 use crate::tunnel::inspect::{Inspector, PeerRole};
@@ -36,8 +36,7 @@ impl Connector {
     where
         T: AsyncRead + AsyncWrite + Unpin + Send + Sync + 'static,
     {
-        let probe = timeout(deadline, self.exchange_ping(transport(io), address, expected));
-        probe.await.unwrap_or(Err(HboneError::HandshakeTimeout { after: deadline }))
+        within(deadline, self.exchange_ping(transport(io), address, expected)).await
     }
 
     async fn exchange_ping(
