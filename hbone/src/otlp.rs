@@ -20,6 +20,7 @@ use underpass_config::{Hint, OtlpSettings};
 use crate::control_plane::endpoint::read_roots;
 use crate::error::HboneError;
 use crate::https::{AGENT, HttpsError, HttpsServer, Pem};
+use crate::identity::pem;
 use crate::pool::{Dial, dial_host};
 use crate::task::log_panic;
 
@@ -101,7 +102,7 @@ impl OtlpCollector {
                 exchange(io, request).await?
             }
             Some(roots) => {
-                let text = read(roots)?;
+                let text = pem::read(roots)?;
                 let server = HttpsServer {
                     address: format!("https://{}", self.authority),
                     server_name: None,
@@ -125,7 +126,7 @@ impl OtlpCollector {
         let mut request = request.map_err(|_| invalid())?;
         let headers = request.headers_mut();
         if let Some(file) = &self.headers {
-            headers.extend(further_headers(file, &read(file)?)?);
+            headers.extend(read_headers(file)?);
         }
         headers.insert(HOST, host);
         headers.insert(CONTENT_TYPE, PROTOBUF);
@@ -140,9 +141,7 @@ pub fn collector_problems(settings: &OtlpSettings) -> Vec<CollectorError> {
         .roots
         .as_deref()
         .map(|file| read_roots(file).map(drop).map_err(CollectorError::File));
-    let headers = settings.headers.as_deref().map(|file| -> Result<(), CollectorError> {
-        further_headers(file, &read(file)?).map(drop)
-    });
+    let headers = settings.headers.as_deref().map(|file| read_headers(file).map(drop));
     [roots, headers].into_iter().flatten().filter_map(Result::err).collect()
 }
 
@@ -156,8 +155,10 @@ where
     Ok(requests.send_request(request).await?.status())
 }
 
-fn read(file: &Path) -> Result<Vec<u8>, HboneError> {
-    std::fs::read(file).map_err(|error| HboneError::file(file, error))
+/// Reads the headers in `file`.
+fn read_headers(file: &Path) -> Result<HeaderMap, CollectorError> {
+    let text = std::fs::read(file).map_err(|error| HboneError::file(file, error))?;
+    further_headers(file, &text)
 }
 
 /// Parses lines of `NAME: VALUE`. Empty lines are skipped.

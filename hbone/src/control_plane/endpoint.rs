@@ -24,7 +24,7 @@ use underpass_config::Cipher;
 
 use crate::crypto::provider;
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
-use crate::identity::certified_key;
+use crate::identity::{certified_key, pem};
 use crate::pool::{Dial, dial_host};
 use crate::task::log_panic;
 use crate::tls;
@@ -149,20 +149,18 @@ pub(super) type ClientKey = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static
 pub(super) fn read_client(
     (certificate, key): ClientCertificate<'_>,
 ) -> Result<ClientKey, HboneError> {
-    let pem = |file: &Path| std::fs::read(file).map_err(|error| HboneError::file(file, error));
     let problem =
         |file: &Path, what: String| HboneError::credential(file, CredentialProblem::Pem(what));
-    let chain = CertificateDer::pem_slice_iter(&pem(certificate)?)
+    let chain = CertificateDer::pem_slice_iter(&pem::read(certificate)?)
         .collect::<Result<_, _>>()
         .map_err(|error| problem(certificate, error.to_string()))?;
-    let private = PrivateKeyDer::from_pem_slice(&pem(key)?);
+    let private = PrivateKeyDer::from_pem_slice(&pem::read(key)?);
     Ok((chain, private.map_err(|error| problem(key, error.to_string()))?))
 }
 
 /// Reads the roots that verify the server's certificate.
 pub(crate) fn read_roots(file: &Path) -> Result<Arc<RootCertStore>, HboneError> {
-    let pem = std::fs::read(file).map_err(|error| HboneError::file(file, error))?;
-    Ok(Bundle::from_pem(file, &pem)?.roots())
+    Ok(Bundle::from_pem(file, &pem::read(file)?)?.roots())
 }
 
 /// Checks that both files are usable, and that the key belongs to the certificate.
