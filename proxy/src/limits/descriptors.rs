@@ -28,10 +28,10 @@ const RESERVED_PART: usize = 50;
 const DESCRIPTORS_PER_WORKER: usize = 4;
 /// The descriptors of an idle pod of a node: its namespace, listeners, lists of legacy tables and
 /// notifications of changed rules.
-pub(super) const DESCRIPTORS_PER_POD: usize = 16;
+const DESCRIPTORS_PER_POD: usize = 16;
 /// The further descriptors of an idle pod with a DNS proxy: two listeners for TCP, and two for UDP.
-/// Those for UDP have two descriptors: the handle for a take-over cannot share that of the runtime.
-pub(super) const DESCRIPTORS_PER_DNS_PROXY: usize = 6;
+/// A listener for UDP has two descriptors: the handle for a take-over cannot share the runtime's.
+const DESCRIPTORS_PER_DNS_PROXY: usize = 6;
 /// The time without a pause after which a shortage is over. It also limits the log to two lines per
 /// shortage.
 const RECOVERY_TIME: Duration = Duration::from_secs(1);
@@ -128,8 +128,7 @@ impl Descriptors {
 
     /// Takes the descriptors that a pod of a node needs without connections.
     pub(crate) fn hold_of_idle_pod(&self, has_dns_proxy: bool) -> FdPermit {
-        let of_dns = if has_dns_proxy { DESCRIPTORS_PER_DNS_PROXY } else { 0 };
-        self.hold(&self.0.budget, DESCRIPTORS_PER_POD + of_dns)
+        self.hold(&self.0.budget, descriptors_of_idle_pod(has_dns_proxy))
     }
 
     /// The number of descriptors that connections, pipes and pooled tunnels may use together.
@@ -230,6 +229,11 @@ async fn recovered(shortages: &mut watch::Receiver<Shortages>) -> u64 {
             return total;
         }
     }
+}
+
+/// The number of descriptors that a pod of a node needs without connections.
+pub(super) fn descriptors_of_idle_pod(has_dns_proxy: bool) -> usize {
+    DESCRIPTORS_PER_POD + if has_dns_proxy { DESCRIPTORS_PER_DNS_PROXY } else { 0 }
 }
 
 impl Drop for FdPermit {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use underpass_hbone::Budget;
 
-use super::descriptors::{DESCRIPTORS_PER_DNS_PROXY, DESCRIPTORS_PER_POD, Descriptors};
+use super::descriptors::{Descriptors, descriptors_of_idle_pod};
 use super::{open_files, open_files_limit};
 
 /// The descriptors of all idle pods of a node daemon. Clones share the count.
@@ -39,8 +39,8 @@ pub(crate) struct TooManyPods {
 }
 
 impl PodDescriptors {
-    /// Those of this process with `workers` threads. A proxy process has the same limit, and fewer
-    /// other files.
+    /// The descriptors of this process with `workers` threads. A proxy process has the same limit,
+    /// and fewer other files.
     pub(crate) fn new(workers: usize) -> Self {
         Self::with_limit(open_files_limit(), open_files(), workers)
     }
@@ -56,8 +56,7 @@ impl PodDescriptors {
     ///
     /// The other pods leave too few.
     pub(crate) fn take(&self, has_dns_proxy: bool) -> Result<PodDescriptorsPermit, TooManyPods> {
-        let of_dns = if has_dns_proxy { DESCRIPTORS_PER_DNS_PROXY } else { 0 };
-        let (limit, count) = (self.0.limit, DESCRIPTORS_PER_POD + of_dns);
+        let (limit, count) = (self.0.limit, descriptors_of_idle_pod(has_dns_proxy));
         let taken = self.0.budget.take(count);
         taken.map_err(|_| TooManyPods { limit, needed: count })?;
         Ok(PodDescriptorsPermit { state: self.0.clone(), count })
