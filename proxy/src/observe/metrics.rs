@@ -198,7 +198,7 @@ pub(crate) fn rules_repaired() {
 
 /// Reports whether the rules of every pod are intact.
 pub(crate) fn rules_intact(intact: bool) {
-    gauge!(INTACT).set(if intact { 1 } else { 0 });
+    gauge!(INTACT).set(f64::from(intact));
 }
 
 /// Counts connections of kubelet probes that bypassed the proxy.
@@ -218,7 +218,7 @@ pub(crate) fn foreign_source() {
 
 /// Reports whether the last self-test of every pod passed.
 pub(crate) fn self_test_passed(passed: bool) {
-    gauge!(SELF_TEST).set(if passed { 1 } else { 0 });
+    gauge!(SELF_TEST).set(f64::from(passed));
 }
 
 /// Reports the number of rules of other programs that precede ours.

@@ -108,7 +108,7 @@ pub(crate) fn control_plane_followed() {
 
 /// Reports whether the stream of the control plane is open.
 pub(crate) fn control_plane_connected(is_open: bool) {
-    gauge!(CONNECTED).set(f64::from(u8::from(is_open)));
+    gauge!(CONNECTED).set(f64::from(is_open));
 }
 
 /// Counts a stream of the control plane that ended or could not be opened.

@@ -61,7 +61,7 @@ pub(crate) fn not_added(count: usize) {
 
 /// Reports whether changes of pods arrive from the API server.
 pub(crate) fn kubernetes_connected(is_connected: bool) {
-    gauge!(KUBERNETES).set(if is_connected { 1.0 } else { 0.0 });
+    gauge!(KUBERNETES).set(f64::from(is_connected));
 }
 
 /// Counts a message of the proxy process that the broker refused.
