@@ -42,7 +42,7 @@ pub struct OtlpCollector {
 /// Why a message was not delivered.
 #[derive(Debug, Error)]
 pub enum CollectorError {
-    /// The endpoint is no URL.
+    /// The endpoint is not a URL.
     #[error("{0:?} is not http://HOST:PORT")]
     Address(String),
     /// A file cannot be read.
@@ -68,7 +68,7 @@ impl OtlpCollector {
     /// The collector in the settings.
     ///
     /// # Errors
-    /// The endpoint is no URL.
+    /// The endpoint is not a URL.
     pub fn new(settings: &OtlpSettings) -> Result<Self, CollectorError> {
         let OtlpSettings { endpoint, headers, roots, .. } = settings;
         let invalid = || CollectorError::Address(endpoint.clone());

@@ -75,7 +75,7 @@ impl Telemetry {
     /// log if the settings say so.
     ///
     /// # Errors
-    /// The endpoint is no URL.
+    /// The endpoint is not a URL.
     pub(crate) fn start(
         settings: &Settings,
         dial: impl Dial + Clone,

@@ -95,7 +95,7 @@ impl WorkerRecords {
         self.series.timings()
     }
 
-    /// Those of `pod`.
+    /// The records of `pod` on this worker.
     pub(crate) fn of_pod<'a>(&'a self, pod: &'a Arc<PodName>) -> PodRecords<'a> {
         PodRecords { pod, worker: self }
     }

@@ -1,5 +1,5 @@
-//! The metrics of the mesh and of the control plane. Those of `istio_xds_*` have the names and
-//! labels of ztunnel's.
+//! The metrics of the mesh and of the control plane. The names and labels of `istio_xds_*` are
+//! those of ztunnel.
 
 use std::time::SystemTime;
 

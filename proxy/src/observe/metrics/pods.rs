@@ -1,4 +1,4 @@
-//! The metrics of the pods of a node. Those of `workload_manager_*` have the names of ztunnel's.
+//! The metrics of the pods of a node. The names of `workload_manager_*` are those of ztunnel.
 
 use metrics::{counter, describe_counter, describe_gauge, gauge};
 
