@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::{Buf as _, BytesMut};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -27,8 +27,13 @@ const MAX_PIPELINED: usize = 64;
 /// The idle timeout of a connection: longer than applications keep them open (RFC 7766 section
 /// 6.2.3: a few seconds).
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The idle time after which a connection is closed during a drain: longer than the pause between
+/// the queries of a client that sends many.
+const DRAIN_IDLE_TIMEOUT: Duration = Duration::from_millis(200);
 /// The timeout for sending a response to a client that does not read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The timeout for the client's FIN after the proxy's.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// The pause after an error of a socket, for example without memory.
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
 
@@ -99,8 +104,9 @@ pub(crate) async fn serve_tcp(service: &Arc<DnsService>, pod: &Arc<Pod>, listene
     }
 }
 
-/// Serves the queries of one connection, also several at a time (RFC 7766 section 6.2.1.1). During
-/// a drain, only queries that already wait are answered.
+/// Serves the queries of one connection, also several at a time (RFC 7766 section 6.2.1.1). A drain
+/// closes it when no query waits and the client pauses: a query that arrives after FIN is lost for
+/// clients that do not repeat it.
 async fn serve_connection(
     service: &Arc<DnsService>,
     stream: TcpStream,
@@ -111,12 +117,11 @@ async fn serve_connection(
     let mut is_open = true;
     while is_open || !waiting.is_empty() {
         let has_room = waiting.len() < MAX_PIPELINED;
+        let is_idle = waiting.is_empty();
         let response = tokio::select! {
+            // A query that has arrived is served although the idle time has passed.
+            biased;
             Some(response) = waiting.next() => Some(response),
-            () = closing.cancelled(), if is_open => {
-                is_open = false;
-                None
-            }
             message = next_message(&mut reader, &mut received), if is_open && has_room => {
                 match message? {
                     Some(message) => match service.serve(&message, Transport::Tcp) {
@@ -133,6 +138,10 @@ async fn serve_connection(
                     }
                 }
             }
+            () = idle_in_drain(closing), if is_open && is_idle => {
+                is_open = false;
+                None
+            }
         };
         if let Some(response) = response {
             let length = u16::try_from(response.len()).map_err(io::Error::other)?;
@@ -140,13 +149,34 @@ async fn serve_connection(
             timeout(WRITE_TIMEOUT, writer.write_all(&framed)).await??;
         }
     }
-    Ok(())
+    writer.shutdown().await?;
+    timeout(END_TIMEOUT, read_to_end(&mut reader, received)).await?
+}
+
+/// Waits until the drain has begun and [`DRAIN_IDLE_TIMEOUT`] has passed.
+async fn idle_in_drain(closing: &CancellationToken) {
+    closing.cancelled().await;
+    sleep(DRAIN_IDLE_TIMEOUT).await;
+}
+
+/// Reads until the client's FIN. Closing a socket with unread data sends RST, which may discard
+/// responses.
+async fn read_to_end(
+    reader: &mut (impl AsyncRead + Unpin),
+    mut unread: BytesMut,
+) -> io::Result<()> {
+    loop {
+        unread.clear();
+        if reader.read_buf(&mut unread).await? == 0 {
+            return Ok(());
+        }
+    }
 }
 
 /// The next query; `None` at the end of the connection or after [`IDLE_TIMEOUT`]. Cancel-safe:
 /// `received` has what was read.
 async fn next_message(
-    reader: &mut (impl tokio::io::AsyncRead + Unpin),
+    reader: &mut (impl AsyncRead + Unpin),
     received: &mut BytesMut,
 ) -> io::Result<Option<BytesMut>> {
     loop {

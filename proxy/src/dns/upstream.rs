@@ -23,7 +23,7 @@ use super::response::Transport;
 
 /// The maximum time for one query, with all servers and attempts. Applications have stopped waiting
 /// by then (glibc: 10 s for one server by default).
-pub(crate) const MAX_TIME: Duration = Duration::from_secs(20);
+const MAX_TIME: Duration = Duration::from_secs(20);
 /// The maximum number of attempts of a pod that run beside an earlier attempt of the same query.
 /// Each attempt has a socket. The service limits the queries, and so the first attempts.
 const MAX_FURTHER: usize = 512;

@@ -9,7 +9,6 @@ use tokio::time::timeout;
 use underpass_config::WorkloadSettings;
 
 use crate::dns::service::DnsService;
-use crate::dns::upstream::MAX_TIME;
 use crate::limits::FdPermit;
 use crate::node::Node;
 use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
@@ -90,7 +89,7 @@ struct LocalPod {
 }
 
 impl LocalPod {
-    /// Waits until the DNS queries that wait for servers are answered.
+    /// Waits until the waiting DNS queries are answered and the connections of DNS are closed.
     async fn queries_answered(&self) {
         self.pod.queries.close();
         self.pod.queries.wait().await;
@@ -134,7 +133,7 @@ impl ServedPod for LocalPod {
 
     fn drain(&self, deadline: Duration) -> BoxFuture<'_, usize> {
         Box::pin(async move {
-            let queries = timeout(deadline.min(MAX_TIME), self.queries_answered());
+            let queries = timeout(deadline, self.queries_answered());
             tokio::join!(drain(&self.pod.connections, deadline), queries).0
         })
     }

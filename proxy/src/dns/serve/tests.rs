@@ -9,8 +9,8 @@ use tokio::io::duplex;
 use underpass_interception::BoundListener;
 
 use super::*;
-use crate::dns::message::RecordType;
 use crate::dns::message::testing::query;
+use crate::dns::message::{RecordType, ResponseCode};
 use crate::dns::service::MAX_CONNECTIONS;
 use crate::dns::service::tests::Scene;
 use crate::dns::upstream::tests::Script;
@@ -72,13 +72,20 @@ fn serve(scene: &Scene, pod: &Arc<Pod>) -> SocketAddr {
     address
 }
 
+async fn send(client: &mut TcpStream, name: &str) {
+    client.write_all(&framed(&[&query(name, RecordType::A, &[])])).await.unwrap();
+}
+
+async fn receive(client: &mut TcpStream) {
+    let mut answer = vec![0; client.read_u16().await.unwrap().into()];
+    client.read_exact(&mut answer).await.unwrap();
+}
+
 /// A connection that has received an answer.
 async fn answered(server: SocketAddr) -> TcpStream {
     let mut client = TcpStream::connect(server).await.unwrap();
-    let message = query("web", RecordType::A, &[]);
-    client.write_all(&framed(&[&message])).await.unwrap();
-    let mut answer = vec![0; client.read_u16().await.unwrap().into()];
-    client.read_exact(&mut answer).await.unwrap();
+    send(&mut client, "web").await;
+    receive(&mut client).await;
     client
 }
 
@@ -96,4 +103,29 @@ async fn connections_of_all_listeners_are_limited_together() {
     clients.clear();
     answered(first).await;
     answered(second).await;
+}
+
+/// A client that sends many queries gets all answers while the proxy drains, and the end only when
+/// it pauses.
+#[tokio::test]
+async fn queries_during_drain_are_answered_before_the_end() {
+    let slow = Script::Answers(ResponseCode::NO_ERROR, 2 * DRAIN_IDLE_TIMEOUT);
+    let (scene, pod) = (Scene::new(slow), pod(&["interception.profile=none"]));
+    let mut client = answered(serve(&scene, &pod)).await;
+    pod.closing.cancel();
+    for _ in 0..100 {
+        send(&mut client, "web").await;
+        receive(&mut client).await;
+    }
+    // The server answers after the idle time.
+    send(&mut client, "slow.example").await;
+    receive(&mut client).await;
+    assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    // A query that crosses the end causes no reset.
+    send(&mut client, "web").await;
+    sleep(DRAIN_IDLE_TIMEOUT).await;
+    assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+    drop(client);
+    pod.queries.close();
+    pod.queries.wait().await;
 }
