@@ -15,6 +15,7 @@ pub(crate) mod failed_names;
 mod forward;
 mod hosts;
 pub(crate) mod lookup;
+mod lookup_limit;
 mod mesh;
 pub(crate) mod message;
 mod name;
@@ -42,6 +43,10 @@ pub(crate) fn check_bytes(bytes: &[u8]) {
         assert!(layout.is_some_and(|layout| layout.end() == message.len()), "{message:?}");
     };
     let addresses: Vec<_> = (0..=255).map(|n| std::net::IpAddr::from([10, 0, 0, n])).collect();
+    // The same bytes as a response to itself.
+    let mut own = bytes.to_vec();
+    message::set_flags(&mut own, message::flags(bytes) | message::QR);
+    assert_eq!(query.is_answered_by(&own, query.id), Layout::read(&own).is_some());
     for transport in [Transport::Udp, Transport::Tcp] {
         for alias in [None, Some(query.name.labels()), Some(usize::MAX)] {
             let answer = response::of_addresses(&query, alias, &addresses, transport);

@@ -139,7 +139,7 @@ interception:
   drop_invalid: true
   loopback_cidr: 127.0.0.0/8
 proxy: {outbound_port: 1, inbound_port: 2, hbone_port: 3, dns_port: 4, workers: 3, pacing: all, mtls: strict, same_node: direct, mtls_overrides: ["shop/web:80=permissive", ":9000=permissive", shop/db=strict]}
-dns: {resolv_conf: /run/resolv.conf, domain: cluster.example, queries_per_second: 100}
+dns: {resolv_conf: /run/resolv.conf, domain: cluster.example, queries_per_second: 100, lookups_per_second: 200}
 egress: mesh-only
 egress_exceptions: {cidrs: [10.0.0.0/8, "fd00::1"], ports: [53, 8000-8100]}
 timeouts: {connect: 250ms, handshake: 1s, frame: 7s, reply: 2s, idle: 8h, half_close: off, keepalive: 30s, drain: 3s, handover_drain: 12h, pool_idle: 2h, tunnel_idle: 3h, ejection: 4s}

@@ -177,7 +177,7 @@ fn dns_failures(served: &[Arc<Pod>]) -> Vec<DnsFailure> {
         let recent = pod.failed_names.since(now, WINDOW).into_iter();
         failures.extend(recent.map(|failed| DnsFailure {
             pod: pod.name.to_string(),
-            name: failed.name,
+            name: failed.name.to_string(),
             kind: failed.kind.to_owned(),
             reason: failed.reason.to_owned(),
             count: failed.count,

@@ -53,6 +53,8 @@ pub(super) enum Failure<'a> {
     Response,
     /// The control plane has not answered a lookup on demand.
     Lookup(&'a LookupError),
+    /// Too many lookups on demand per second.
+    LookupRate,
     /// Too many queries for the servers per second.
     Rate,
     /// Too many queries wait for the servers.
@@ -67,6 +69,7 @@ impl Failure<'_> {
             Self::Upstream(_) => "upstream",
             Self::Response => "servfail",
             Self::Lookup(_) => "lookup",
+            Self::LookupRate => "lookup_rate",
             Self::Rate => "rate",
             Self::Outstanding => "outstanding",
             Self::Waiting => "waiting",
@@ -77,7 +80,9 @@ impl Failure<'_> {
         match self {
             Self::Upstream(error) => Some(chain(error)),
             Self::Lookup(error) => Some(chain(error)),
-            Self::Response | Self::Rate | Self::Outstanding | Self::Waiting => None,
+            Self::Response | Self::LookupRate | Self::Rate | Self::Outstanding | Self::Waiting => {
+                None
+            }
         }
     }
 
@@ -88,6 +93,10 @@ impl Failure<'_> {
             }
             Self::Response => "check the servers of the pod, which answer SERVFAIL",
             Self::Lookup(error) => error.hint(),
+            Self::LookupRate => {
+                "look for an application that asks for random names, or raise \
+                 dns.lookups_per_second"
+            }
             Self::Rate => {
                 "look for an application that asks too much, or raise dns.queries_per_second"
             }
@@ -138,15 +147,18 @@ impl FailureLog {
     }
 
     fn list(&self, query: &Query, failure: Failure<'_>) {
-        self.names.add(FailedName {
-            name: query.name.to_string(),
+        let now = Instant::now();
+        let failed = FailedName {
+            name: query.name.clone(),
             kind: query.kind.as_str(),
             reason: failure.reason(),
-            error: failure.error(),
+            error: None,
+            explained: now,
             hint: failure.hint(),
             count: 1,
-            last: Instant::now(),
-        });
+            last: now,
+        };
+        self.names.add(failed, || failure.error());
     }
 
     pub(super) fn log(&self, query: &Query, transport: Transport, failure: Failure<'_>) {

@@ -10,6 +10,7 @@ use underpass_config::{Ipv6, Settings};
 
 use super::exchange::SocketExchange;
 use super::forward::{ForwardedQuery, Forwarder, Reply};
+use super::lookup_limit::LookupLimit;
 use super::mesh::{self, PodView};
 use super::message::{self, CLASS_IN, Malformed, Query, RecordType, ResponseCode};
 use super::report::{self, AnswerSource, Failure, FailureLog};
@@ -33,6 +34,7 @@ pub(crate) struct DnsService {
     view: PodView,
     mesh: watch::Receiver<Arc<Snapshot>>,
     lookups: Lookups,
+    lookup_limit: LookupLimit,
     resolver: ResolverSettings,
     forwarder: Arc<Forwarder>,
     pub(super) connections: Arc<Semaphore>,
@@ -42,12 +44,12 @@ impl DnsService {
     fn new(
         view: PodView,
         mesh: watch::Receiver<Arc<Snapshot>>,
-        lookups: Lookups,
+        (lookups, lookup_limit): (Lookups, LookupLimit),
         resolver: ResolverSettings,
         forwarder: Arc<Forwarder>,
     ) -> Arc<Self> {
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        Arc::new(Self { view, mesh, lookups, resolver, forwarder, connections })
+        Arc::new(Self { view, mesh, lookups, lookup_limit, resolver, forwarder, connections })
     }
 
     /// The service of a pod with these settings.
@@ -63,7 +65,8 @@ impl DnsService {
         let upstream = Upstream::new(Arc::new(SocketExchange { sockets, limits }));
         let failures = FailureLog::new(&settings.workload, pod.failed_names.clone());
         let forwarder = Forwarder::new(upstream, failures, settings.dns.queries_per_second);
-        Self::new(view, node.mesh.clone(), pod.lookups.clone(), resolver, forwarder)
+        let limit = LookupLimit::new(settings.dns.lookups_per_second);
+        Self::new(view, node.mesh.clone(), (pod.lookups.clone(), limit), resolver, forwarder)
     }
 
     /// Serves a message of a client.
@@ -142,10 +145,14 @@ impl DnsService {
             Ok(permit) => permit,
             Err(failure) => return refuse(failure),
         };
-        let current = self.mesh.borrow().clone();
         let needed = |snapshot: &Snapshot| {
             mesh::lookups(&snapshot.mesh, &self.view, &settings.search, &query.name)
         };
+        let new = self.lookups.count_new(&needed(&self.mesh.borrow()));
+        if !self.lookup_limit.admit(new).await {
+            return refuse(Failure::LookupRate);
+        }
+        let current = self.mesh.borrow().clone();
         let wait = Wait { since: Instant::now(), within: LOOKUP_WAIT };
         let found = self.lookups.resolve(current, &self.mesh, needed, wait).await;
         drop(permit);

@@ -1,4 +1,5 @@
-//! Limits a rate by a token bucket: of accepted connections, and of queries to DNS servers.
+//! Limits a rate by a token bucket: of accepted connections, of queries to DNS servers, and of
+//! lookups on demand.
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use tokio::time::Instant;
 /// bursts.
 const BURST: u32 = 10;
 
-/// The token bucket of one listener, or of the queries of one pod.
+/// The token bucket of one listener, or of the queries or lookups of one pod.
 #[derive(Debug)]
 pub(crate) struct Rate {
     interval: Duration,
@@ -34,11 +35,19 @@ impl Rate {
 
     /// Takes a token; `false` if there is none.
     pub(crate) fn try_take(&mut self) -> bool {
-        let has_token = self.next_after(Instant::now()).is_none();
-        if has_token {
-            self.take();
+        self.reserve(1, Duration::ZERO).is_some()
+    }
+
+    /// Takes `count` tokens if there is one within `wait`, the others in advance. Returns the time
+    /// of the first one.
+    pub(crate) fn reserve(&mut self, count: u32, wait: Duration) -> Option<Instant> {
+        let now = Instant::now();
+        let first = self.next_after(now).unwrap_or(now);
+        let is_near = first <= now + wait;
+        if is_near {
+            self.due = self.due.max(now) + self.interval * count;
         }
-        has_token
+        is_near.then_some(first)
     }
 
     /// The time of the next token; `None` if there is one at `now`.
@@ -93,6 +102,19 @@ mod tests {
             elapsed >= Duration::from_secs(3) && elapsed < Duration::from_secs(4),
             "{elapsed:?}"
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reservation_in_advance_delays_later_ones() {
+        let (mut rate, now) = (Rate::new(100), Instant::now());
+        let wait = Duration::from_secs(1);
+        assert_eq!(rate.reserve(109, wait), Some(now));
+        assert_eq!(rate.reserve(1, wait), Some(now + wait), "the last one of this second");
+        assert_eq!(rate.reserve(1, wait), None);
+        assert!(!rate.try_take());
+        advance(wait).await;
+        assert_eq!(rate.reserve(1, Duration::ZERO), None, "that one is taken");
+        assert_eq!(rate.reserve(1, wait), Some(now + wait + rate.interval));
     }
 
     #[tokio::test(start_paused = true)]

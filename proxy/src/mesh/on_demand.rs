@@ -159,6 +159,13 @@ impl Lookups {
         }
     }
 
+    /// The number of these lookups that the control plane was not asked for yet.
+    pub(crate) fn count_new(&self, lookups: &[Lookup]) -> usize {
+        let Some(shared) = &self.shared else { return 0 };
+        let leased = lock(&shared.leased);
+        lookups.iter().filter(|lookup| !leased.contains_key(*lookup)).count()
+    }
+
     /// Waits for lookups without an answer. Returns all of them.
     pub(crate) async fn asked(&self) -> Vec<Lookup> {
         let Some(shared) = &self.shared else { return std::future::pending().await };

@@ -21,6 +21,12 @@ settings! {
     /// once; further ones fail; `off`: unlimited
     QUERIES_PER_SECOND: Option<u32> = "dns.queries_per_second", RATE_OR_OFF,
         Fallback::Is(|| Some(5000)), |s| Some(s.dns.queries_per_second);
+    // One name with its completions and wildcards needs up to some dozens of lookups.
+    /// the maximum number of names per second that the control plane is asked for because of the
+    /// queries of a pod (`mesh.xds.on_demand`), a tenth of them at once; further queries wait 1 s at
+    /// most and then fail; `off`: unlimited
+    LOOKUPS_PER_SECOND: Option<u32> = "dns.lookups_per_second", RATE_OR_OFF,
+        Fallback::Is(|| Some(1000)), |s| Some(s.dns.lookups_per_second);
 }
 
 const DOMAIN_NAME: Kind<String> = Kind {
@@ -46,6 +52,7 @@ pub(super) fn dns(document: Document<'_>) -> Option<DnsSettings> {
         resolv_conf: RESOLV_CONF.read(document)?,
         domain: DOMAIN.read(document)?,
         queries_per_second: QUERIES_PER_SECOND.read(document)?,
+        lookups_per_second: LOOKUPS_PER_SECOND.read(document)?,
         pod: PodDns::default(),
     })
 }

@@ -8,6 +8,7 @@ use underpass_config::{
 };
 
 use super::*;
+use crate::dns::failed_names::FailedNames;
 use crate::dns::message::Layout;
 use crate::dns::message::testing::{edns, query};
 use crate::dns::resolv_file::ResolvFile;
@@ -25,6 +26,7 @@ pub(in crate::dns) const ANSWERS: Script = Script::Answers(ResponseCode::NO_ERRO
 pub(in crate::dns) struct Scene {
     pub(in crate::dns) service: Arc<DnsService>,
     pub(in crate::dns) servers: Arc<Servers>,
+    failed_names: Arc<FailedNames>,
     _mesh: watch::Sender<Arc<Snapshot>>,
     _folder: Folder,
 }
@@ -46,13 +48,26 @@ impl Scene {
         let view = PodView { namespace, network, domain, ipv6: true };
         let mesh = watch::Sender::new(snapshot(1, MESH));
         let upstream = Upstream::new(Arc::new(ScriptedExchange(servers.clone())));
-        let failures = FailureLog::new(&settings.workload, Arc::default());
+        let failed_names = Arc::<FailedNames>::default();
+        let failures = FailureLog::new(&settings.workload, failed_names.clone());
         let forwarder = Forwarder::new(upstream, failures, per_second);
-        let (mesh_view, lookups) = (mesh.subscribe(), Lookups::default());
-        let service = DnsService::new(view, mesh_view, lookups, resolver, forwarder);
-        let scene = Self { service, servers, _mesh: mesh, _folder: folder };
+        let lookups = (Lookups::default(), LookupLimit::new(None));
+        let service = DnsService::new(view, mesh.subscribe(), lookups, resolver, forwarder);
+        let scene = Self { service, servers, failed_names, _mesh: mesh, _folder: folder };
         scene.script(script);
         scene
+    }
+
+    /// With lookups on demand, of which a control plane answers none.
+    fn on_demand(per_second: Option<u32>) -> (Self, ControlPlane, Lookups) {
+        let mut scene = Self::new(ANSWERS);
+        let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default(), true);
+        scene._mesh.send_replace(on_demand(plane.snapshot()));
+        let lookups = Lookups::on_demand();
+        let service = Arc::get_mut(&mut scene.service).unwrap();
+        service.lookups = lookups.clone();
+        service.lookup_limit = LookupLimit::new(per_second);
+        (scene, plane, lookups)
     }
 
     pub(in crate::dns) fn script(&self, script: Script) {
@@ -89,6 +104,11 @@ impl Scene {
 
 pub(in crate::dns) const A: u16 = 1;
 
+/// The snapshot of a mesh with lookups on demand.
+fn on_demand(mesh: Mesh) -> Arc<Snapshot> {
+    Arc::new(Snapshot::new(Arc::new(mesh), &settings(&[]).workload, 2))
+}
+
 #[tokio::test(start_paused = true)]
 async fn names_of_mesh_need_no_server() {
     let scene = Scene::new(Script::Drops);
@@ -104,14 +124,7 @@ async fn names_of_mesh_need_no_server() {
 /// such name, the servers are asked.
 #[tokio::test(start_paused = true)]
 async fn name_is_looked_up_on_demand_before_it_is_forwarded() {
-    let mut scene = Scene::new(ANSWERS);
-    let mut plane = ControlPlane::new(Node::default(), LocalWorkloads::default(), true);
-    let first = Arc::new(plane.snapshot());
-    let own = settings(&[]).workload;
-    let publish = |mesh| Arc::new(Snapshot::new(Arc::new(mesh), &own, 2));
-    scene._mesh.send_replace(publish(Mesh::clone(&first)));
-    let lookups = Lookups::on_demand();
-    Arc::get_mut(&mut scene.service).unwrap().lookups = lookups.clone();
+    let (scene, mut plane, lookups) = Scene::on_demand(None);
     let start = Instant::now();
     assert_eq!(scene.ask("a.b.example", A).await, ("SERVFAIL", 0, 0, 0));
     assert!(start.elapsed() >= LOOKUP_WAIT);
@@ -127,12 +140,29 @@ async fn name_is_looked_up_on_demand_before_it_is_forwarded() {
             ..DeltaResponse::default()
         };
         plane.receive(absent).unwrap();
-        scene._mesh.send_replace(publish(plane.snapshot()));
+        scene._mesh.send_replace(on_demand(plane.snapshot()));
         subscribed[0].resource_names_subscribe.clone()
     };
     let (answer, asked) = tokio::join!(scene.ask("c.d.example", A), asked);
     assert_eq!(answer, ("NOERROR", 1, 60, 1));
     assert!(names.iter().all(|name| asked.contains(name)), "{asked:?}");
+}
+
+/// A pod asks for many random names at once. Queries beyond the limit fail without a lookup, and
+/// never reach the servers: the names may be those of the mesh.
+#[tokio::test(start_paused = true)]
+async fn lookups_of_random_names_are_limited() {
+    let (scene, _plane, lookups) = Scene::on_demand(Some(100));
+    let names: Vec<_> = (0..200).map(|n| format!("n{n}.example")).collect();
+    let asked = names.iter().map(|name| scene.ask(name, A));
+    let answers = futures_util::future::join_all(asked).await;
+    assert!(answers.iter().all(|answer| *answer == ("SERVFAIL", 0, 0, 0)));
+    let asked = lookups.asked().await;
+    let random = asked.iter().filter(|lookup| !lookup.as_str().contains('*')).count();
+    assert!(random > 50 && asked.len() < 150, "{random} of {}", asked.len());
+    let reasons = scene.failed_names.since(Instant::now(), Duration::from_secs(60));
+    let reasons: Vec<_> = reasons.iter().map(|failed| failed.reason).collect();
+    assert!(reasons.contains(&"lookup_rate"), "{reasons:?}");
 }
 
 #[tokio::test(start_paused = true)]
