@@ -29,6 +29,7 @@ use crate::clock;
 use crate::crypto::provider;
 use crate::error::{CredentialProblem, HboneError};
 use crate::identity::files::warn_if_exposed;
+use crate::identity::identity_pem::IdentityPem;
 use crate::identity::svid::workload_id;
 use crate::trust::bundle::Bundle;
 
@@ -87,22 +88,38 @@ impl Identity {
     /// # Errors
     /// [`HboneError::Credential`] with the file and the reason.
     pub fn from_files(files: &IdentityFiles) -> Result<Self, HboneError> {
-        let identity = Self::from_files_silently(files)?;
+        Ok(Self::from_files_with_pem(files)?.1)
+    }
+
+    /// Like [`from_files`](Self::from_files), with the PEM form.
+    pub(crate) fn from_files_with_pem(
+        files: &IdentityFiles,
+    ) -> Result<(IdentityPem, Self), HboneError> {
+        let read = Self::read_files(files)?;
         warn_if_exposed(&files.key, "the private key")?;
-        Ok(identity)
+        Ok(read)
     }
 
     /// Like [`from_files`](Self::from_files), without a warning.
     pub(crate) fn from_files_silently(files: &IdentityFiles) -> Result<Self, HboneError> {
+        Ok(Self::read_files(files)?.1)
+    }
+
+    fn read_files(files: &IdentityFiles) -> Result<(IdentityPem, Self), HboneError> {
         let certificate = pem::read(&files.certificate)?;
         let key = pem::read(&files.key)?;
         let roots = pem::read(&files.roots)?;
-        Self::check(
+        let identity = Self::check(
             (&files.certificate, &certificate),
             (&files.key, &key),
             (&files.roots, &roots),
             clock::now(),
-        )
+        )?;
+        let text = |pem: Vec<u8>| String::from_utf8_lossy(&pem).into_owned();
+        let domain = identity.spiffe_id().trust_domain().clone();
+        let bundles = BTreeMap::from([(domain, text(roots))]);
+        let pem = IdentityPem { chain: text(certificate), key: text(key), bundles };
+        Ok((pem, identity))
     }
 
     /// Creates an identity from PEM: a certificate chain (leaf first), its key, and roots.

@@ -9,10 +9,11 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use tokio::select;
 use underpass_config::{FileWatcher, IdentityFiles};
 
-use super::{IdentitySource, NextIdentity};
+use super::{IdentitySource, NextIdentity, NextPem, PemSource};
 use crate::error::HboneError;
 use crate::identity::Identity;
 use crate::identity::files::WatchedFiles;
+use crate::identity::identity_pem::IdentityPem;
 use crate::identity::renewal::Schedule;
 
 /// Reads the files at start and after each change: written in place, renamed, or reached through a
@@ -41,14 +42,14 @@ impl FileSource {
         }
     }
 
-    async fn next_identity(&mut self) -> Result<Identity, HboneError> {
+    async fn next_read(&mut self) -> Result<(IdentityPem, Identity), HboneError> {
         loop {
             select! {
                 () = self.watched.changed() => {}
                 () = due(self.retry.as_ref()) => {}
             }
             match self.read() {
-                Ok(Some(identity)) => return Ok(identity),
+                Ok(Some(read)) => return Ok(read),
                 Ok(None) => {}
                 Err(error) => {
                     self.retry.get_or_insert_with(Schedule::new).failed();
@@ -63,22 +64,25 @@ impl FileSource {
     }
 
     /// Reads the identity. `None` if the same content is in use already.
-    fn read(&mut self) -> Result<Option<Identity>, HboneError> {
+    fn read(&mut self) -> Result<Option<(IdentityPem, Identity)>, HboneError> {
         if self.watched.is_empty() {
             let IdentityFiles { certificate, key, roots } = &self.files;
             self.watched.replace([certificate, key, roots])?;
         }
         let before = self.content_hash();
         let is_used = before.is_some() && before == self.used;
-        let identity = match is_used {
+        let read = match is_used {
             true => None,
-            false => Some(Identity::from_files(&self.files)?.valid_now(&self.files.certificate)?),
+            false => {
+                let (pem, identity) = Identity::from_files_with_pem(&self.files)?;
+                Some((pem, identity.valid_now(&self.files.certificate)?))
+            }
         };
         // A change during the read causes another file event.
         self.used = before;
         self.retry = None;
         self.reported = None;
-        Ok(identity)
+        Ok(read)
     }
 
     /// The hash of the files' content. `None` if a file cannot be read.
@@ -94,7 +98,13 @@ impl FileSource {
 
 impl IdentitySource for FileSource {
     fn next(&mut self) -> NextIdentity<'_> {
-        Box::pin(self.next_identity())
+        Box::pin(async { Ok(self.next_read().await?.1) })
+    }
+}
+
+impl PemSource for FileSource {
+    fn next_pem(&mut self) -> NextPem<'_> {
+        Box::pin(async { Ok(self.next_read().await?.0) })
     }
 }
 

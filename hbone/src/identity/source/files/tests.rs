@@ -80,6 +80,22 @@ async fn renewed_key_and_certificate_are_used_once_both_match() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn pem_form_is_the_identity_of_the_files() {
+    let folder = TestFolder::new("files-pem");
+    folder.write_pair(&folder.issue(CLIENT));
+    let read = folder.source().next().await.unwrap();
+    let pem = folder.source().next_pem().await.unwrap();
+    let parsed = pem.identity(Path::new("pem")).unwrap();
+    assert_eq!((parsed.spiffe_id(), parsed.expires()), (read.spiffe_id(), read.expires()));
+    assert_eq!(parsed.roots().len(), read.roots().len());
+    folder.write("key", "no key");
+    assert!(matches!(
+        problem(folder.source().next_pem().await.unwrap_err()),
+        CredentialProblem::Empty(_)
+    ));
+}
+
+#[tokio::test(start_paused = true)]
 async fn ignores_unchanged_content() {
     let folder = TestFolder::new("files-same");
     let issued = folder.issue(CLIENT);
