@@ -14,7 +14,8 @@ use crate::namespace::Entered;
 /// Facts about a process in the entered network namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunningProcess {
-    /// The open files and their soft limit; `None` if they are not readable.
+    /// The open files of the process or of its child that has the most, such as the proxy process of
+    /// a broker, and the soft limit; `None` if they are not readable.
     pub open_files: Option<Usage>,
     /// Whether the process runs a program with the same content as this process; `None` if it is
     /// not readable.
@@ -32,8 +33,22 @@ impl RunningProcess {
             return None;
         }
         let same = is_same(&folder.join("exe"), Path::new("/proc/self/exe"));
-        Some(Self { open_files: open_files(&folder), runs_same_program: same.ok() })
+        let processes = children(&folder).into_iter().chain([folder]);
+        let open_files = processes.filter_map(|folder| open_files(&folder));
+        let open_files = open_files.max_by_key(|usage| usage.used);
+        Some(Self { open_files, runs_same_program: same.ok() })
     }
+}
+
+/// The folders of the children of a process (proc_tid_children(5)).
+fn children(folder: &Path) -> Vec<PathBuf> {
+    let threads = fs::read_dir(folder.join("task")).into_iter().flatten().flatten();
+    let lists =
+        threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    let folders = |list: String| -> Vec<PathBuf> {
+        list.split_whitespace().map(|pid| Path::new("/proc").join(pid)).collect()
+    };
+    lists.flat_map(folders).collect()
 }
 
 fn open_files(folder: &Path) -> Option<Usage> {
@@ -90,6 +105,15 @@ mod tests {
         assert_eq!(soft_limit(text), Some(1024));
         assert_eq!(soft_limit("Max open files  unlimited unlimited files"), Some(u64::MAX));
         assert_eq!(soft_limit("Max open files  x"), None);
+    }
+
+    #[test]
+    fn lists_children_of_this_process() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let found = children(Path::new("/proc/self"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(found.contains(&Path::new("/proc").join(child.id().to_string())), "{found:?}");
     }
 
     #[test]

@@ -1,16 +1,22 @@
 //! Changes this process to another user without any privilege, and checks whether a new process can
 //! do that.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
 
 use caps::Capability;
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
+use nix::unistd::geteuid;
 use thiserror::Error;
 
 use crate::error::InterceptionError;
-use crate::process::privileges::{MissingCapabilities, ProxyUser, confine_process};
+use crate::process::privileges::{
+    KeptCapabilities, MissingCapabilities, ProxyUser, confine_process, reduce_capabilities,
+};
+use crate::process::user::own_files_as;
 use crate::process::user_ids::UserIds;
 
 /// The reason why a new process cannot change to another user.
@@ -19,6 +25,9 @@ pub enum SeparationError {
     /// Capabilities are missing.
     #[error("missing capabilities: {0}")]
     Capabilities(MissingCapabilities),
+    /// It is the user of this process.
+    #[error("this process has the user {0} too")]
+    SameUser(u32),
     /// The user namespace lacks the user or group.
     #[error("this user namespace has no {0} {1}")]
     Unmapped(&'static str, u32),
@@ -43,6 +52,9 @@ impl ProxyUser {
         if !missing.is_empty() {
             return Err(SeparationError::Capabilities(missing));
         }
+        if geteuid().as_raw() == self.uid {
+            return Err(SeparationError::SameUser(self.uid));
+        }
         let (users, groups) = (UserIds::of_users(), UserIds::of_groups());
         for (ids, kind, id) in [(users, "user", self.uid), (groups, "group", self.gid)] {
             check_mapped(&ids, kind, id)?;
@@ -53,6 +65,29 @@ impl ProxyUser {
             return Err(SeparationError::Groups);
         }
         Ok(())
+    }
+
+    /// The first of these files that this user is not permitted to read. Supplementary groups of
+    /// this process count as those of the user.
+    ///
+    /// # Errors
+    ///
+    /// The kernel rejected the operation.
+    pub fn first_unreadable(self, files: &[PathBuf]) -> io::Result<Option<&Path>> {
+        let is_forbidden = |file: &&PathBuf| {
+            File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
+        };
+        let find = || -> io::Result<Option<&Path>> {
+            // Both calls affect only this thread.
+            own_files_as(self);
+            reduce_capabilities(KeptCapabilities::Nothing)?;
+            Ok(files.iter().find(is_forbidden).map(PathBuf::as_path))
+        };
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("file access".to_owned());
+            let found = thread.spawn_scoped(scope, find)?.join();
+            found.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+        })
     }
 
     /// Becomes this user without any capability. The kernel kills this process when the thread that
@@ -84,7 +119,39 @@ fn check_mapped(ids: &UserIds, kind: &'static str, id: u32) -> Result<(), Separa
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
+
+    #[test]
+    fn file_of_another_user_without_permissions_is_unreadable() {
+        let files = ["open", "closed"].map(|name| {
+            let name = format!("underpass-{name}-{}", std::process::id());
+            std::env::temp_dir().join(name)
+        });
+        for (file, mode) in files.iter().zip([0o604, 0o600]) {
+            fs::write(file, "").unwrap();
+            fs::set_permissions(file, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let user = ProxyUser { uid: 15008, gid: 15008 };
+        let absent = PathBuf::from("/nonexistent/file");
+        let unreadable =
+            |files: &[PathBuf]| user.first_unreadable(files).unwrap().map(Path::to_path_buf);
+        let [open, closed] = files.clone();
+        let (found, none) = (
+            unreadable(&[absent.clone(), open.clone(), closed.clone()]),
+            unreadable(&[absent, open]),
+        );
+        // Still permitted on this thread.
+        let own = File::open(&closed);
+        files.iter().for_each(|file| fs::remove_file(file).unwrap());
+        own.unwrap();
+        assert_eq!(none, None);
+        // An unprivileged test cannot change the user of its file accesses.
+        if geteuid().is_root() {
+            assert_eq!(found, Some(closed));
+        }
+    }
 
     #[test]
     fn separation_needs_user_that_is_known_to_exist() {
