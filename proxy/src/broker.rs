@@ -1,11 +1,12 @@
-//! Separates the privileges of a node daemon: the broker, and the proxy process.
+//! Separates the privileges of `underpass node`, and of `underpass run` with
+//! `privileges.broker: auto`: the broker, and the proxy process.
 //!
 //! ```text
 //! broker (this binary, as it was started)          proxy process (this binary, executed again)
-//! SYS_ADMIN and NET_ADMIN on one thread, KILL      a user of its own, no capability
-//! on another; settings, source of pods,            mesh, workers, tunnels, policies, client of
-//! registry, rules, listeners, key of the local     the control plane and of Istio's CA,
-//! CA, connection to the SPIRE agent                endpoints for readiness and metrics
+//! NET_ADMIN (a node: and SYS_ADMIN) on one         a user of its own, no capability
+//! thread, KILL on another; settings, source of     mesh, workers, tunnels, policies, client of
+//! pods, registry, rules, listeners, key of the     the control plane and of Istio's CA,
+//! local CA, connection to the SPIRE agent          endpoints for readiness and metrics
 //!      │  commands, with listeners attached    ──────▶  serve, stop accepting, drain, close a pod
 //!      │  certificates of the served pods      ──────▶
 //!      ◀──────  requests: sockets of a served pod or of the node, the status of all pods
@@ -20,8 +21,8 @@
 //! that the connections of the pods fail instead of bypassing the proxy.
 //!
 //! * `message`: the messages, and `link`: the connection;
-//! * of the broker: `child`, `remote` (the other process' data plane), `requests`, `recorder`,
-//!   `identities` (the certificates of pods), `heartbeat`;
+//! * of the broker: `separation` (whether there is one), `child`, `remote` (the other process' data
+//!   plane), `requests`, `recorder`, `identities` (the certificates of pods), `heartbeat`;
 //! * of the proxy process: `proxy_process`, `served` (its pods), `operations` (their sockets),
 //!   `reported` (the broker's metrics).
 
@@ -36,6 +37,7 @@ pub(crate) mod recorder;
 pub(crate) mod remote;
 mod reported;
 pub(crate) mod requests;
+pub(crate) mod separation;
 mod served;
 #[cfg(test)]
 mod tests;

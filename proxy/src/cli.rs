@@ -54,7 +54,8 @@ enum Command {
     Run(run::Arguments),
     /// Run a proxy for every pod of a node; istio-cni, a CNI plugin or a folder reports the pods
     Node(node::Arguments),
-    /// Serve the pods of `underpass node`, which starts this command without privileges
+    /// Serve pods without privileges: the broker of `underpass node` or `underpass run` starts this
+    /// command
     #[command(name = child::COMMAND, hide = true)]
     ProxyProcess(proxy_process::Arguments),
     /// Act as the CNI plugin that container runtimes call, or install it

@@ -48,7 +48,7 @@ use crate::node::served_pods::ServedPods;
 use crate::node::sockets::PodSockets;
 use crate::observe::metrics::SeriesRegistry;
 use crate::observe::trace::Tracer;
-use crate::process::pause_gate::{Gates, PauseGate};
+use crate::process::pause_gate::PauseGate;
 use crate::traffic::copy::Deadlines;
 use crate::traffic::drain::Drain;
 
@@ -75,9 +75,9 @@ pub(crate) struct Node {
     pub(crate) resolver: Arc<Resolver>,
     pub(crate) limits: Limits,
     pub(crate) drain: Drain,
-    /// Pauses accepting and rule repair while another process takes over. On a node with many
-    /// pods, `accept` concerns only the endpoints: each pod has its own gate.
-    pub(crate) gates: Gates,
+    /// Pauses accepting while another process takes over: on the endpoints, and on the listeners
+    /// of a fixed pod. Each pod of a node with many pods has its own gate.
+    pub(crate) accepting: PauseGate,
     pub(crate) series: Arc<SeriesRegistry>,
     /// Records the spans of connections if there is a collector.
     pub(crate) tracer: Tracer,
@@ -98,7 +98,7 @@ impl Node {
         workers: usize,
         mesh: watch::Receiver<Arc<Snapshot>>,
         lookups: Lookups,
-        gates: Gates,
+        accepting: PauseGate,
         series: Arc<SeriesRegistry>,
     ) -> Self {
         let limits = Limits::new(&settings.limits, workers);
@@ -125,7 +125,7 @@ impl Node {
             resolver: Arc::new(Resolver::new(lookup)),
             limits,
             drain: Drain::default(),
-            gates,
+            accepting,
             series,
             tracer: Tracer::default(),
         }
@@ -133,6 +133,6 @@ impl Node {
 
     /// The gate for accepting the connections of a new pod.
     pub(crate) fn accepting_of_pod(&self) -> PauseGate {
-        if self.has_many_pods { PauseGate::default() } else { self.gates.accept.clone() }
+        if self.has_many_pods { PauseGate::default() } else { self.accepting.clone() }
     }
 }

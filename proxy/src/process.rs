@@ -11,6 +11,7 @@ pub(crate) mod notify;
 pub(crate) mod parent;
 pub(crate) mod pause_gate;
 pub(crate) mod phases;
+mod proxy_part;
 pub(crate) mod reload;
 pub(crate) mod stop_signal;
 pub(crate) mod supervise;

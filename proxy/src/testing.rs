@@ -23,7 +23,7 @@ use crate::node::pod::pod_sockets;
 use crate::node::workers::{WorkerThreads, Workers};
 use crate::observe::metrics;
 use crate::observe::metrics::Exporter;
-use crate::process::pause_gate::{Gates, PauseGate};
+use crate::process::pause_gate::PauseGate;
 use crate::process::supervise::{Failures, Supervisor, Task};
 use crate::rules::health::RulesTotals;
 
@@ -83,8 +83,8 @@ impl TestNode {
         let (mesh, series) = (publisher.subscribe(), exporter(settings)?.series);
         let (thread, rules) = (NamespaceThread::start()?, RulesTotals::default());
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
-        let gates = Gates::default();
-        let node = Arc::new(Node::new(settings, &access, workers, mesh, lookups, gates, series));
+        let gate = PauseGate::default();
+        let node = Arc::new(Node::new(settings, &access, workers, mesh, lookups, gate, series));
         let (supervisor, _failures) = Supervisor::new();
         let (workers, threads, reports) = Workers::start(&node, workers, &supervisor)?;
         let _publishing = supervisor.essential("publisher of the mesh", publisher.follow(reports));

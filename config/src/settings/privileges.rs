@@ -1,8 +1,8 @@
-//! The settings of how the privileges of a node daemon are separated.
+//! The settings of how the privileges of the proxy are separated.
 
 use super::Word;
 
-/// How the privileges of a node daemon are separated.
+/// How the privileges of the proxy are separated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PrivilegesSettings {
     /// Whether the privileged part is a process of its own.

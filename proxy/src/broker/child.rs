@@ -2,24 +2,26 @@
 
 use std::os::fd::OwnedFd;
 use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use underpass_config::{Broker, Settings};
-use underpass_interception::{ProxyUser, SeqPacket, may_signal_other_users};
+use underpass_config::{FileWatcher, Settings, SpiffeId};
+use underpass_hbone::HboneError;
+use underpass_interception::{ProxyUser, SeqPacket};
 
 use crate::broker::heartbeat;
-use crate::broker::identities::IdentityFeeds;
+use crate::broker::identities::{IdentityFeed, IdentityFeeds};
 use crate::broker::link::{self, Receiver, Sender};
 use crate::broker::message::{ADMIN_SOCKET, ToProxy};
 use crate::broker::recorder;
 use crate::broker::remote::RemoteDataPlane;
-use crate::broker::requests::RequestServer;
-use crate::pods::kubernetes;
+use crate::broker::requests::{Progress, RequestServer};
 use crate::process::command_error::CommandError;
 use crate::process::supervise::{Supervisor, Task};
+use crate::rules::health::RulesHealth;
 use crate::traffic::listeners::BoundEndpoints;
 
 /// The hidden command of the proxy process.
@@ -34,44 +36,13 @@ pub(crate) struct ProxyProcess {
     child: Child,
     pub(crate) data_plane: RemoteDataPlane,
     receiver: Option<Receiver>,
+    /// How far its start is.
+    progress: watch::Receiver<Progress>,
+    /// The certificates of `underpass run`, until the process ends.
+    identity: Option<Arc<IdentityFeed>>,
     /// Set when the connection fails, or the process hangs.
     broken: watch::Sender<bool>,
     tasks: Vec<Task>,
-}
-
-/// The user of the proxy process; `None` for one process.
-pub(crate) fn user(settings: &Settings) -> Option<ProxyUser> {
-    let id = settings.privileges.user;
-    let user = ProxyUser { uid: id, gid: id };
-    if settings.privileges.broker == Broker::Off {
-        return None;
-    }
-    if settings.xds.is_some() && kubernetes::facts_are_in_mesh(settings) {
-        // The broker must not get the facts about pods from the proxy process, and is no client of
-        // a control plane.
-        let hint = "set node.kubernetes, or use mesh.file instead of mesh.xds";
-        tracing::warn!(
-            hint,
-            "no broker with mesh.xds and node.pods.cni without Kubernetes: one process has all privileges"
-        );
-        return None;
-    }
-    match user.check_separation() {
-        Ok(()) => {
-            if !may_signal_other_users() {
-                tracing::warn!(
-                    hint = "grant KILL",
-                    "a proxy process that hangs outlives this process: it keeps the listeners of pods"
-                );
-            }
-            Some(user)
-        }
-        Err(error) => {
-            let (error, hint) = (crate::error::chain(&error), "grant SETUID and SETGID");
-            tracing::warn!(error, hint, "no broker: one process has all privileges");
-            None
-        }
-    }
 }
 
 impl ProxyProcess {
@@ -85,6 +56,7 @@ impl ProxyProcess {
         user: ProxyUser,
         settings: &Settings,
         endpoints: BoundEndpoints,
+        watcher: &FileWatcher,
         supervisor: &Supervisor,
     ) -> Result<Self, CommandError> {
         let (ours, theirs) = SeqPacket::pair().map_err(CommandError::Start)?;
@@ -110,23 +82,43 @@ impl ProxyProcess {
         tracing::info!(pid = child.id(), user = user.uid, "started the proxy process");
         let installed = recorder::install(sender.clone());
         installed.map_err(|error| CommandError::Start(std::io::Error::other(error.to_string())))?;
-        let identities = IdentityFeeds::new(settings, &sender, supervisor);
+        let identities = IdentityFeeds::new(settings, &sender, watcher, supervisor);
         let data_plane = RemoteDataPlane::new(sender, identities);
-        Ok(Self { child, data_plane, receiver: Some(receiver), broken, tasks: vec![writing] })
+        let progress = watch::Sender::default().subscribe();
+        let (receiver, identity, tasks) = (Some(receiver), None, vec![writing]);
+        Ok(Self { child, data_plane, receiver, progress, identity, broken, tasks })
     }
 
-    /// Performs the requests of the proxy process from now on, and waits until its workers run.
-    /// Afterwards it ends the process if that hangs.
+    /// Sends the certificates of the workload of `underpass run` from now on, if this process gets
+    /// them.
     ///
     /// # Errors
     ///
-    /// It has ended.
-    pub(crate) async fn serve(
-        &mut self,
-        server: RequestServer,
-        supervisor: &Supervisor,
-    ) -> Result<(), CommandError> {
-        let ready = server.ready();
+    /// The first attempt to get a certificate failed.
+    pub(crate) async fn require_identity(&mut self, id: &SpiffeId) -> Result<(), HboneError> {
+        if let Some(feeds) = self.data_plane.identities() {
+            self.identity = Some(feeds.require(id).await?);
+        }
+        Ok(())
+    }
+
+    /// Sends the state of the rules of the pod of `underpass run` from now on.
+    pub(crate) fn follow_rules(&mut self, health: RulesHealth, supervisor: &Supervisor) {
+        let (sender, mut changes) = (self.sender().clone(), health.changes());
+        let following =
+            supervisor.essential("state of the rules for the proxy process", async move {
+                // The sender of changes is a part of `health`.
+                while changes.changed().await.is_ok() {
+                    // Fails if the proxy process has ended.
+                    sender.post(&ToProxy::Rules(health.state())).ok();
+                }
+            });
+        self.tasks.push(following);
+    }
+
+    /// Performs the requests of the proxy process from now on.
+    pub(crate) fn answer(&mut self, server: RequestServer, supervisor: &Supervisor) {
+        self.progress = server.progress();
         if let Some(receiver) = self.receiver.take() {
             let breaks = self.broken.clone();
             let serving = supervisor.essential("requests of the proxy process", async move {
@@ -136,10 +128,28 @@ impl ProxyProcess {
             });
             self.tasks.push(serving);
         }
+    }
+
+    /// Waits until the start of the process has reached `progress`.
+    ///
+    /// # Errors
+    ///
+    /// It has ended.
+    pub(crate) async fn reached(&mut self, progress: Progress) -> Result<(), CommandError> {
+        let reached = self.progress.clone();
         tokio::select! {
-            () = is_set(ready) => {}
-            error = self.ended() => return Err(error),
+            () = is_true(reached, |reached| *reached >= progress) => Ok(()),
+            error = self.ended() => Err(error),
         }
+    }
+
+    /// Waits until the workers of the process run. Afterwards it ends the process if that hangs.
+    ///
+    /// # Errors
+    ///
+    /// It has ended.
+    pub(crate) async fn running(&mut self, supervisor: &Supervisor) -> Result<(), CommandError> {
+        self.reached(Progress::Running).await?;
         let (breaks, data_plane) = (self.broken.clone(), self.data_plane.clone());
         let checking = supervisor.essential("heartbeat of the proxy process", async move {
             heartbeat::hangs(|| data_plane.check()).await;
@@ -165,7 +175,7 @@ impl ProxyProcess {
         let broken = self.broken.subscribe();
         let status = tokio::select! {
             status = self.child.wait() => status.ok(),
-            () = is_set(broken) => self.end().await,
+            () = is_true(broken, |broken| *broken) => self.end().await,
         };
         CommandError::ProxyProcess { status }
     }
@@ -187,17 +197,18 @@ impl ProxyProcess {
     }
 }
 
-/// Waits until the value is true; for ever if its sender ends before. Holds no lock of the value
-/// afterwards: the handler of a `select!` would hold it, and block the sender.
-async fn is_set(mut value: watch::Receiver<bool>) {
-    if value.wait_for(|value| *value).await.is_err() {
+/// Waits until the condition is true; for ever if the sender of the value ends before. Holds no lock
+/// of the value afterwards: the handler of a `select!` would hold it, and block the sender.
+async fn is_true<T>(mut value: watch::Receiver<T>, condition: impl FnMut(&T) -> bool) {
+    if value.wait_for(condition).await.is_err() {
         std::future::pending::<()>().await;
     }
 }
 
 fn spawn(user: ProxyUser, socket: OwnedFd) -> std::io::Result<Child> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("underpass").arg(COMMAND).arg("--user").arg(user.uid.to_string());
+    command.arg0("underpass").arg(COMMAND);
+    command.arg("--user").arg(user.uid.to_string()).arg("--group").arg(user.gid.to_string());
     command.env_remove("NOTIFY_SOCKET");
     command.stdin(Stdio::from(socket)).kill_on_drop(true).spawn()
 }

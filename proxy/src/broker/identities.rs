@@ -6,12 +6,17 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use underpass_config::{IdentitySettings, Settings, SpiffeId, SpireSettings};
-use underpass_hbone::{DelegatedIdentitySource, LocalAuthority, LocalCaSource, PemSource};
+use underpass_config::{
+    FileWatcher, IdentityFiles, IdentitySettings, Settings, SpiffeId, SpireSettings,
+};
+use underpass_hbone::{
+    DelegatedIdentitySource, FileSource, HboneError, IdentityPem, LocalAuthority, LocalCaSource,
+    PemSource,
+};
 
 use crate::broker::link::{LinkError, Sender};
-use crate::broker::message::ToProxy;
-use crate::node::certificates::report_failure;
+use crate::broker::message::{Certificate, ToProxy};
+use crate::node::certificates::{broker_issues, report_failure};
 use crate::observe::metrics;
 use crate::process::supervise::{Supervisor, Task};
 
@@ -27,6 +32,7 @@ pub(crate) struct IdentityFeeds {
 
 #[derive(Debug)]
 enum Origin {
+    Files(IdentityFiles, FileWatcher),
     LocalCa(Arc<LocalAuthority>),
     Spire(SpireSettings),
 }
@@ -46,14 +52,17 @@ impl IdentityFeeds {
     pub(crate) fn new(
         settings: &Settings,
         sender: &Sender<ToProxy>,
+        watcher: &FileWatcher,
         supervisor: &Supervisor,
     ) -> Option<Self> {
-        let origin = match &settings.identity {
-            Some(IdentitySettings::LocalCa(ca)) => {
+        let identity = settings.identity.as_ref().filter(|identity| broker_issues(identity))?;
+        let origin = match identity {
+            IdentitySettings::Files(files) => Origin::Files(files.clone(), watcher.clone()),
+            IdentitySettings::LocalCa(ca) => {
                 Origin::LocalCa(Arc::new(LocalAuthority::new(ca.clone())))
             }
-            Some(IdentitySettings::Spire(spire)) => Origin::Spire(spire.clone()),
-            Some(IdentitySettings::IstioCa(_) | IdentitySettings::Files(_)) | None => return None,
+            IdentitySettings::Spire(spire) => Origin::Spire(spire.clone()),
+            IdentitySettings::IstioCa(_) => return None,
         };
         let (sender, supervisor) = (sender.clone(), supervisor.clone());
         Some(Self { origin, sender, supervisor, feeds: Mutex::default() })
@@ -68,13 +77,31 @@ impl IdentityFeeds {
         }
         feeds.retain(|_, feed| feed.strong_count() > 0);
         let (source, sender) = (self.source(id), self.sender.clone());
-        let feed = Arc::new(IdentityFeed::start(id.clone(), source, sender, &self.supervisor));
+        let feed =
+            Arc::new(IdentityFeed::start(id.clone(), source, None, sender, &self.supervisor));
         feeds.insert(id.clone(), Arc::downgrade(&feed));
         feed
     }
 
+    /// Starts the feed of the only identity of `underpass run`, with its first certificate.
+    ///
+    /// # Errors
+    ///
+    /// The first attempt to get a certificate failed.
+    pub(crate) async fn require(&self, id: &SpiffeId) -> Result<Arc<IdentityFeed>, HboneError> {
+        let mut source = self.source(id);
+        let first = Some(source.next_pem().await?);
+        let (sender, supervisor) = (self.sender.clone(), &self.supervisor);
+        let feed = Arc::new(IdentityFeed::start(id.clone(), source, first, sender, supervisor));
+        // No code panics while it holds the lock.
+        let mut feeds = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
+        feeds.insert(id.clone(), Arc::downgrade(&feed));
+        Ok(feed)
+    }
+
     fn source(&self, id: &SpiffeId) -> Box<dyn PemSource> {
         match &self.origin {
+            Origin::Files(files, watcher) => Box::new(FileSource::new(files.clone(), watcher)),
             Origin::LocalCa(authority) => {
                 Box::new(LocalCaSource::new(authority.clone(), id.clone()))
             }
@@ -89,37 +116,51 @@ impl IdentityFeed {
     fn start(
         id: SpiffeId,
         source: Box<dyn PemSource>,
+        first: Option<IdentityPem>,
         sender: Sender<ToProxy>,
         supervisor: &Supervisor,
     ) -> Self {
-        let following = follow(source, id.clone(), sender.clone());
+        let following = follow(source, first, id.clone(), sender.clone());
         let _task = supervisor.essential("certificates for the proxy process", following);
         Self { id, sender, _task }
     }
 }
 
-/// Sends certificates until the proxy process ends. Never returns.
-async fn follow(mut source: Box<dyn PemSource>, id: SpiffeId, sender: Sender<ToProxy>) {
+/// Sends the `first` certificate, if there is one, and those of the source until the proxy process
+/// ends. Never returns.
+async fn follow(
+    mut source: Box<dyn PemSource>,
+    mut first: Option<IdentityPem>,
+    id: SpiffeId,
+    sender: Sender<ToProxy>,
+) {
     loop {
-        match source.next_pem().await {
-            Ok(identity) => {
-                let message = ToProxy::Certificate(identity.into());
-                match sender.send(&message, Vec::new()).await {
-                    Ok(()) => {}
-                    // `ProxyProcess::ended` reports the reason.
-                    Err(LinkError::Closed) => std::future::pending().await,
-                    Err(error @ LinkError::TooLong) => {
-                        metrics::certificate_failed();
-                        tracing::error!(
-                            %error,
-                            workload = %id,
-                            hint = "federate the workload with fewer trust domains, or set privileges.broker: off",
-                            "cannot send a certificate and its roots to the proxy process"
-                        );
-                    }
-                }
-            }
+        let next = match first.take() {
+            Some(first) => Ok(first),
+            None => source.next_pem().await,
+        };
+        match next {
+            Ok(identity) => send(identity, &id, &sender).await,
             Err(error) => report_failure(Some(&id), &error),
+        }
+    }
+}
+
+/// Sends a certificate. Never returns after the end of the proxy process.
+async fn send(identity: IdentityPem, id: &SpiffeId, sender: &Sender<ToProxy>) {
+    let message = ToProxy::Certificate(Certificate::new(id, identity));
+    match sender.send(&message, Vec::new()).await {
+        Ok(()) => {}
+        // `ProxyProcess::ended` reports the reason.
+        Err(LinkError::Closed) => std::future::pending().await,
+        Err(error @ LinkError::TooLong) => {
+            metrics::certificate_failed();
+            tracing::error!(
+                %error,
+                workload = %id,
+                hint = "federate the workload with fewer trust domains, or set privileges.broker: off",
+                "cannot send a certificate and its roots to the proxy process"
+            );
         }
     }
 }
@@ -139,7 +180,7 @@ mod tests {
 
     use futures_util::FutureExt as _;
     use underpass_config::TrustDomain;
-    use underpass_hbone::{IdentityPem, NextPem};
+    use underpass_hbone::NextPem;
     use underpass_interception::SeqPacket;
 
     use super::*;
@@ -175,7 +216,7 @@ mod tests {
         let (sender, _, _writer) = link::open(ours).unwrap();
         let (supervisor, mut failures) = Supervisor::new();
         let source = Source(|| -> Option<IdentityPem> { panic!("a defect") });
-        let _feed = IdentityFeed::start(id(), Box::new(source), sender, &supervisor);
+        let _feed = IdentityFeed::start(id(), Box::new(source), None, sender, &supervisor);
         assert_eq!(
             failures.next().await.to_string(),
             "certificates for the proxy process panicked: a defect"
@@ -189,7 +230,7 @@ mod tests {
         drop(writer);
         let (supervisor, mut failures) = Supervisor::new();
         let source = Source(|| Some(pem(String::new())));
-        let _feed = IdentityFeed::start(id(), Box::new(source), sender, &supervisor);
+        let _feed = IdentityFeed::start(id(), Box::new(source), None, sender, &supervisor);
         let failed = tokio::time::timeout(Duration::from_secs(1), failures.next()).await;
         assert!(failed.is_err(), "{failed:?}");
     }
@@ -201,7 +242,7 @@ mod tests {
         let mut certificates = vec![pem("r".repeat(MAX_MESSAGE))];
         let source = Box::new(Source(move || certificates.pop()));
         let metrics = metrics_after(|| {
-            assert_eq!(follow(source, id(), sender).now_or_never(), None);
+            assert_eq!(follow(source, None, id(), sender).now_or_never(), None);
         });
         assert!(metrics.contains("underpass_certificate_failures_total 1"), "{metrics}");
     }

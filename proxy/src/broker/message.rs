@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use underpass_config::SpiffeError;
+use underpass_config::{SpiffeError, SpiffeId};
 use underpass_hbone::{HboneError, Identity, IdentityPem};
 use underpass_interception::{Family, SocketKind, SocketRole};
 
 use crate::admin::api::status::Pod;
 use crate::admin::readiness::SourceReport;
 use crate::pods::facts::wire::WireDns;
+use crate::rules::health::RulesState;
 
 /// The maximum length of a message in bytes. The kernel's default limit, with overhead, is 212,992
 /// (`net.core.wmem_default`).
@@ -47,6 +48,9 @@ pub(crate) enum ToProxy {
     Start { settings: String, endpoints: Vec<String>, paused: bool },
     /// Answered by [`ToBroker::Done`] with this number.
     Command { number: u64, command: Command },
+    /// Answered by [`ToBroker::Done`] with this number and [`Outcome::Readiness`], also before
+    /// [`ToBroker::Ready`].
+    Readiness { number: u64 },
     /// The answer to a request. Attached: its sockets.
     Answer { number: u64, answer: Result<Answer, Refusal> },
     /// A certificate of the identity of served pods.
@@ -63,6 +67,8 @@ pub(crate) enum ToProxy {
     Metric(Metric),
     /// A report of the source of pods.
     Source(SourceReport),
+    /// The state of the rules of the pod of `underpass run`.
+    Rules(RulesState),
     /// The node serves its pods.
     Serving,
     /// The node stops.
@@ -149,6 +155,8 @@ pub(crate) struct PodKey {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) enum ToBroker {
+    /// Mesh and trust are loaded.
+    Loaded,
     /// The workers run.
     Ready,
     /// The outcome of a command.
@@ -164,6 +172,8 @@ pub(crate) enum ToBroker {
 #[serde(deny_unknown_fields)]
 pub(crate) enum Outcome {
     Done,
+    /// `ready`, or the reasons why the process is not ready.
+    Readiness(String),
     /// An address that the mesh gives to another workload, and that workload.
     OtherWorkload(Option<(IpAddr, String)>),
     /// Whether the pod has a certificate.
@@ -252,6 +262,8 @@ pub(crate) enum Refusal {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Certificate {
+    /// The SPIFFE ID of the workload; that in the certificate may differ if it comes from files.
+    workload: String,
     chain: String,
     key: String,
     bundles: BTreeMap<String, String>,
@@ -260,8 +272,8 @@ pub(crate) struct Certificate {
 /// Why a certificate of the broker is not usable.
 #[derive(Debug, Error)]
 pub(crate) enum CertificateError {
-    #[error("the name of a trust domain is malformed")]
-    TrustDomain(#[from] SpiffeError),
+    #[error("the SPIFFE ID of a workload or the name of a trust domain is malformed")]
+    Name(#[from] SpiffeError),
     #[error(transparent)]
     Identity(#[from] HboneError),
 }
@@ -315,21 +327,20 @@ impl fmt::Debug for Certificate {
     }
 }
 
-impl From<IdentityPem> for Certificate {
-    fn from(IdentityPem { chain, key, bundles }: IdentityPem) -> Self {
+impl Certificate {
+    pub(crate) fn new(workload: &SpiffeId, identity: IdentityPem) -> Self {
+        let IdentityPem { chain, key, bundles } = identity;
         let bundles = bundles.into_iter().map(|(domain, roots)| (domain.to_string(), roots));
-        Self { chain, key, bundles: bundles.collect() }
+        Self { workload: workload.to_string(), chain, key, bundles: bundles.collect() }
     }
-}
 
-impl TryFrom<Certificate> for Identity {
-    type Error = CertificateError;
-
-    fn try_from(Certificate { chain, key, bundles }: Certificate) -> Result<Self, Self::Error> {
+    /// The workload and its identity.
+    pub(crate) fn identity(self) -> Result<(SpiffeId, Identity), CertificateError> {
+        let Self { workload, chain, key, bundles } = self;
         let parse = |(domain, roots): (String, String)| Ok((domain.parse()?, roots));
         let bundles = bundles.into_iter().map(parse).collect::<Result<_, SpiffeError>>();
         let pem = IdentityPem { chain, key, bundles: bundles? };
-        Ok(pem.identity(Path::new("the broker's certificate"))?)
+        Ok((workload.parse()?, pem.identity(Path::new("the broker's certificate"))?))
     }
 }
 

@@ -12,10 +12,11 @@ use underpass_interception::{
 };
 
 use crate::admin::api::status::Pod;
+use crate::admin::readiness::Readiness;
 use crate::broker::link::{self, Receiver};
 use crate::broker::message::{
-    ADMIN_SOCKET, Answer, Certificate, CertificateError, MAX_MESSAGE, Message as _, Request,
-    SocketsOf, ToBroker, ToProxy,
+    ADMIN_SOCKET, Answer, Certificate, MAX_MESSAGE, Message as _, Outcome, Request, SocketsOf,
+    ToBroker, ToProxy,
 };
 use crate::broker::operations::{BrokerOperations, Requests};
 use crate::broker::reported;
@@ -29,6 +30,7 @@ use crate::process::logging;
 use crate::process::node_proxy::{LoadedNode, RunningNode};
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::Supervisor;
+use crate::rules::health::RulesHealth;
 use crate::traffic::listeners::{BoundEndpoints, Listeners};
 
 /// The origin of the settings, for errors.
@@ -95,19 +97,17 @@ async fn serve_pods(start: Start, supervisor: Supervisor) -> Result<(), CommandE
     let Start { settings, endpoints, socket } = start;
     let settings = Arc::new(settings);
     let (sender, receiver, writer) = link::open(socket).map_err(CommandError::Start)?;
-    let (requests, identities) = (Requests::new(sender), Arc::<ReceivedIdentities>::default());
-    let broker = Broker { receiver, requests: requests.clone(), identities: identities.clone() };
-    let operations = BrokerOperations::new(requests.clone(), SocketsOf::Node, None);
-    let access = NamespaceAccess::through(Arc::new(operations));
-    let watcher = FileWatcher::new(Inotify::open);
-    let node = LoadedNode::load(&settings, &access, Some(identities), &watcher, &supervisor)?;
+    let requests = Requests::new(sender);
+    let broker = Broker::new(&settings, receiver, requests.clone());
     let serving = async {
         let mut node = tokio::select! {
-            node = node.serve(endpoints, &supervisor) => node?,
+            node = start_workers(&settings, endpoints, &broker, &supervisor) => node?,
             error = broker.before_pods() => return Err(error),
         };
         let pods = Arc::<ServedKeys>::default();
-        report_pods(&node, &requests, &pods);
+        if settings.node.pods.is_some() {
+            report_pods(&node, &requests, &pods);
+        }
         report_rules(&node, &requests);
         requests.sender().post(&ToBroker::Ready).map_err(|_| CommandError::BrokerEnded)?;
         let data_plane = node.data_plane().clone();
@@ -122,14 +122,45 @@ async fn serve_pods(start: Start, supervisor: Supervisor) -> Result<(), CommandE
     }
 }
 
+/// Loads mesh and trust, and starts the workers.
+async fn start_workers(
+    settings: &Arc<Settings>,
+    endpoints: BoundEndpoints,
+    broker: &Broker,
+    supervisor: &Supervisor,
+) -> Result<RunningNode, CommandError> {
+    let operations = BrokerOperations::new(broker.requests.clone(), SocketsOf::Node, None);
+    let access = NamespaceAccess::through(Arc::new(operations));
+    let (identities, readiness) = (Some(broker.identities.clone()), broker.readiness.clone());
+    let watcher = FileWatcher::new(Inotify::open);
+    let loading =
+        LoadedNode::load(settings, &access, identities, readiness, endpoints, &watcher, supervisor);
+    let node = loading.await?;
+    let loaded = broker.requests.sender().post(&ToBroker::Loaded);
+    loaded.map_err(|_| CommandError::BrokerEnded)?;
+    node.serve(supervisor).await
+}
+
 /// The messages of the broker.
 struct Broker {
     receiver: Receiver,
     requests: Requests,
     identities: Arc<ReceivedIdentities>,
+    readiness: Readiness,
+    /// The state of the rules of the pod of `underpass run`.
+    rules: RulesHealth,
 }
 
 impl Broker {
+    fn new(settings: &Settings, receiver: Receiver, requests: Requests) -> Self {
+        let (identities, rules) = (Arc::default(), RulesHealth::default());
+        let readiness = match settings.node.pods {
+            Some(_) => Readiness::for_node(),
+            None => Readiness::for_pod(rules.clone()),
+        };
+        Self { receiver, requests, identities, readiness, rules }
+    }
+
     /// Processes messages until the broker ends or sends a command. Cancel-safe.
     async fn before_pods(&self) -> CommandError {
         loop {
@@ -189,15 +220,21 @@ impl Broker {
             }
             ToProxy::Metric(metric) => reported::apply(metric),
             ToProxy::Logging { settings } => apply_logging(&settings),
+            ToProxy::Rules(state) => self.rules.copy(state),
+            ToProxy::Readiness { number } => {
+                let outcome = Ok(Outcome::Readiness(self.readiness.text()));
+                // Fails if the broker has ended.
+                self.requests.sender().post(&ToBroker::Done { number, outcome }).ok();
+            }
             other => return Some((other, attached)),
         }
         None
     }
 
     fn receive(&self, certificate: Certificate) {
-        match certificate.try_into() {
-            Ok(identity) => self.identities.receive(identity),
-            Err::<_, CertificateError>(error) => {
+        match certificate.identity() {
+            Ok((workload, identity)) => self.identities.receive(workload, identity),
+            Err(error) => {
                 metrics::certificate_failed();
                 tracing::error!(error = chain(&error), "cannot use a certificate of the broker");
             }
@@ -264,17 +301,17 @@ mod tests {
     use underpass_hbone::IdentityPem;
 
     use super::*;
-    use crate::node::testing::metrics_after;
+    use crate::node::testing::{metrics_after, settings};
 
     #[tokio::test]
     async fn unusable_certificate_of_broker_counts_as_failure() {
         let (ours, _theirs) = SeqPacket::pair().unwrap();
         let (sender, receiver, _writer) = link::open(ours).unwrap();
-        let (requests, identities) = (Requests::new(sender), Arc::default());
-        let broker = Broker { receiver, requests, identities };
+        let broker = Broker::new(&settings(&[]), receiver, Requests::new(sender));
         let (chain, key) = ("no certificate".to_owned(), String::new());
         let pem = IdentityPem { chain, key, bundles: BTreeMap::new() };
-        let metrics = metrics_after(|| broker.receive(pem.into()));
+        let workload = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
+        let metrics = metrics_after(|| broker.receive(Certificate::new(&workload, pem)));
         assert!(metrics.contains("underpass_certificate_failures_total 1"), "{metrics}");
     }
 }

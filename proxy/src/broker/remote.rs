@@ -18,6 +18,7 @@ use crate::broker::heartbeat;
 use crate::broker::identities::{IdentityFeed, IdentityFeeds};
 use crate::broker::link::{LinkError, Pending, Sender};
 use crate::broker::message::{Command, Outcome, PodKey, PodToStart, ToProxy};
+use crate::error::chain;
 use crate::node::data_plane::{CertificateState, DataPlane, PodToServe, ServedPod};
 use crate::node::pod::pod_sockets;
 use crate::node::pod_error::PodError;
@@ -26,6 +27,9 @@ use crate::rules::self_test::Arrivals;
 
 /// Timeout of a command. The workers of a busy proxy process answer within milliseconds.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Timeout for the readiness. A client of the instance socket waits for 5 s.
+const READINESS_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The name of the endpoints in the log.
 const ENDPOINTS: &str = "endpoints";
@@ -91,6 +95,11 @@ impl RemoteDataPlane {
         &self.0.sender
     }
 
+    /// The source of certificates; `None` if the proxy process gets them itself.
+    pub(super) fn identities(&self) -> Option<&IdentityFeeds> {
+        self.0.identities.as_ref()
+    }
+
     /// The pod of this key, if the proxy process serves it.
     pub(crate) fn pod(&self, key: &PodKey) -> Option<Arc<RemoteState>> {
         self.0.pods().get(&key.enrolment).filter(|pod| pod.key == *key).cloned()
@@ -105,6 +114,19 @@ impl RemoteDataPlane {
     pub(crate) fn arrived(&self, key: &PodKey) {
         if let Some(arrived) = self.0.arrivals().get(&key.enrolment) {
             arrived.send(()).ok();
+        }
+    }
+
+    /// `ready`, or the reasons why the proxy process is not ready, or does not answer.
+    pub(crate) async fn readiness(&self) -> String {
+        let asked =
+            self.0.exchange(READINESS_TIMEOUT, Vec::new(), |number| ToProxy::Readiness { number });
+        match asked.await {
+            Ok(Outcome::Readiness(text)) => {
+                Quoted::bounded(text.trim_end(), Quoted::MAX_CHAIN_BYTES).to_string()
+            }
+            Ok(_) => "not ready: the proxy process does not answer".to_owned(),
+            Err(error) => format!("not ready: {}", chain(&error)),
         }
     }
 
@@ -177,12 +199,20 @@ impl Shared {
         descriptors: Vec<OwnedFd>,
         limit: Duration,
     ) -> Result<Outcome, PodError> {
+        let message = |number| ToProxy::Command { number, command };
+        self.exchange(limit, descriptors, message).await
+    }
+
+    /// Sends a message with its number, and waits for the answer.
+    async fn exchange(
+        &self,
+        limit: Duration,
+        descriptors: Vec<OwnedFd>,
+        message: impl FnOnce(u64) -> ToProxy,
+    ) -> Result<Outcome, PodError> {
         let (number, answer) = self.commands.register();
         let failed = |error: LinkError| PodError::ProxyProcess(error.to_string());
-        self.sender
-            .send(&ToProxy::Command { number, command }, descriptors)
-            .await
-            .map_err(failed)?;
+        self.sender.send(&message(number), descriptors).await.map_err(failed)?;
         match timeout(limit, answer).await {
             Ok(Ok(outcome)) => {
                 outcome.map_err(|error| PodError::ProxyProcess(Quoted::new(error).to_string()))
@@ -204,11 +234,7 @@ impl Shared {
     async fn obey(&self, command: Command, subject: &str, limit: Duration) -> Option<Outcome> {
         let outcome = self.command(command, Vec::new(), limit).await;
         let warn = |error: &PodError| {
-            tracing::warn!(
-                error = crate::error::chain(error),
-                subject,
-                "a command to the proxy process failed"
-            );
+            tracing::warn!(error = chain(error), subject, "a command to the proxy process failed");
         };
         outcome.inspect_err(warn).ok()
     }
@@ -345,7 +371,7 @@ impl Arrivals for RemoteArrivals {
         Box::pin(async move {
             let command = Command::Expect { pod, destination };
             if let Err(error) = shared.command(command, Vec::new(), COMMAND_TIMEOUT).await {
-                tracing::warn!(error = crate::error::chain(&error), "cannot begin the self-test");
+                tracing::warn!(error = chain(&error), "cannot begin the self-test");
             }
             arrivals
         })

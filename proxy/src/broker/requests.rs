@@ -3,10 +3,13 @@
 //! Everything in these messages may be hostile. A pod counts as known only while the proxy process
 //! serves it. The broker alone decides the namespace and the marks in an answer.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+use serde_json::Value;
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
 use underpass_config::{Quoted, Settings};
@@ -22,10 +25,10 @@ use crate::broker::message::{
     WireRole,
 };
 use crate::broker::remote::RemoteDataPlane;
+use crate::error::chain;
 use crate::node::node_connects;
 use crate::node::pod::pod_sockets;
 use crate::observe::metrics;
-use crate::pods::enrolment::EnrolError;
 use crate::pods::registry::PodRegistry;
 use crate::pods::status::PodStatus;
 
@@ -50,15 +53,47 @@ const POD_OVERHEAD: usize = 128;
 #[derive(Debug)]
 pub(crate) struct RequestServer {
     context: Arc<Context>,
-    /// Set when the proxy process is ready.
-    ready: watch::Sender<bool>,
+    progress: watch::Sender<Progress>,
+}
+
+/// How far the start of the proxy process is, according to that process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Progress {
+    #[default]
+    Started,
+    /// Mesh and trust are loaded.
+    Loaded,
+    /// The workers run.
+    Running,
+}
+
+/// The broker's knowledge about its pods.
+pub(crate) trait PodReports: fmt::Debug + Send + Sync {
+    /// The status of the pods of a node. The pod of `underpass run` is not among them.
+    fn status(&self) -> Vec<PodStatus>;
+
+    /// The rules of the pod with this name, `NAMESPACE/NAME`, or the reason why there are none.
+    fn rules(&self, pod: &str) -> BoxFuture<'static, Result<Value, String>>;
+}
+
+impl PodReports for PodRegistry {
+    fn status(&self) -> Vec<PodStatus> {
+        PodRegistry::status(self)
+    }
+
+    fn rules(&self, pod: &str) -> BoxFuture<'static, Result<Value, String>> {
+        let (registry, pod) = (self.clone(), pod.to_owned());
+        Box::pin(
+            async move { PodRegistry::rules(&registry, &pod).await.map_err(|error| chain(&error)) },
+        )
+    }
 }
 
 /// The objects that requests may concern.
 #[derive(Debug)]
 struct Context {
     data_plane: RemoteDataPlane,
-    registry: PodRegistry,
+    pods: Arc<dyn PodReports>,
     node: Option<NodeSockets>,
     /// Locked while the rules of a pod are reported.
     rules: Mutex<()>,
@@ -77,7 +112,8 @@ struct NodeSockets {
 impl NodeSockets {
     /// `None` if the settings need none.
     fn new(settings: &Settings, access: NamespaceAccess) -> Option<Self> {
-        let connects = node_connects(settings);
+        // The fixed pod of `underpass run` is in this namespace, and has sockets for TCP itself.
+        let connects = settings.node.pods.is_none() || node_connects(settings);
         let needed = connects || settings.mesh_file.is_some();
         needed.then(|| Self { access, sockets: pod_sockets(settings), connects })
     }
@@ -94,18 +130,18 @@ impl NodeSockets {
 impl RequestServer {
     pub(crate) fn new(
         data_plane: RemoteDataPlane,
-        registry: PodRegistry,
+        pods: Arc<dyn PodReports>,
         settings: &Settings,
         access: NamespaceAccess,
     ) -> Self {
         let node = NodeSockets::new(settings, access);
-        let context = Arc::new(Context { data_plane, registry, node, rules: Mutex::default() });
-        Self { context, ready: watch::Sender::default() }
+        let context = Arc::new(Context { data_plane, pods, node, rules: Mutex::default() });
+        Self { context, progress: watch::Sender::default() }
     }
 
-    /// Whether the workers of the proxy process run.
-    pub(crate) fn ready(&self) -> watch::Receiver<bool> {
-        self.ready.subscribe()
+    /// The progress of the proxy process in its start.
+    pub(crate) fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
     }
 
     /// Serves until the proxy process ends.
@@ -150,8 +186,11 @@ impl RequestServer {
             return Err(Refusal::Descriptors);
         }
         match ToBroker::decode(&message.bytes).ok_or(Refusal::Malformed)? {
+            ToBroker::Loaded => {
+                self.progress.send_replace(Progress::Loaded);
+            }
             ToBroker::Ready => {
-                self.ready.send_replace(true);
+                self.progress.send_replace(Progress::Running);
             }
             ToBroker::Done { number, outcome } => {
                 if !self.context.data_plane.done(number, outcome) {
@@ -272,20 +311,19 @@ impl Context {
                 pod.access.open_sockets(&pod.sockets, SocketKind::from(kind), count).await
             }
         };
-        let failed = |error: InterceptionError| Refusal::Failed(crate::error::chain(&error));
+        let failed = |error: InterceptionError| Refusal::Failed(chain(&error));
         Ok(opened.map_err(failed)?.into_iter().map(OwnedFd::from).collect())
     }
 
     /// Reports the rules of one pod at a time: the namespaces thread reads them.
     async fn rules(&self, pod: &str) -> Result<Answer, Refusal> {
         let _turn = self.rules.lock().await;
-        let failed = |error: EnrolError| Refusal::Failed(crate::error::chain(&error));
-        let rules = self.registry.rules(pod).await.map_err(failed)?;
+        let rules = self.pods.rules(pod).await.map_err(Refusal::Failed)?;
         Ok(Answer::Rules(rules.to_string()))
     }
 
     fn pods(&self, skip: usize) -> Answer {
-        let status = self.registry.status();
+        let status = self.pods.status();
         let mut pods = Vec::new();
         let mut length = 0;
         for status in status.iter().skip(skip) {

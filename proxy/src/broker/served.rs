@@ -133,7 +133,10 @@ impl CommandServer {
         let settings = node.with_interception_text(&interception);
         let mut settings = settings.map_err(|errors| errors.to_string())?;
         settings.dns.pod = resolver.try_into().map_err(|error: InvalidFact| error.to_string())?;
-        let workload = node.workload.of_pod(&name, &namespace, &service_account);
+        let workload = match node.node.pods {
+            Some(_) => node.workload.of_pod(&name, &namespace, &service_account),
+            None => Ok(node.workload.clone()),
+        };
         let workload = workload.map_err(|error| error.to_string())?;
         let settings = Arc::new(Settings { workload, ..settings });
         let mut attached = attached.into_iter();
@@ -226,12 +229,12 @@ impl CommandServer {
     }
 
     async fn pause_endpoints(&self) -> Result<Outcome, String> {
-        self.data_plane.node.gates.accept.close().await;
+        self.data_plane.node.accepting.close().await;
         Ok(Outcome::Done)
     }
 
     fn resume_endpoints(&self) -> Result<Outcome, String> {
-        self.data_plane.node.gates.accept.open();
+        self.data_plane.node.accepting.open();
         Ok(Outcome::Done)
     }
 

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tokio::sync::watch;
-use underpass_config::{PodDns, PodUid, Settings, Sources};
-use underpass_hbone::{CertificateAuthority, Identity};
+use underpass_config::{FileWatcher, PodDns, PodUid, Settings, Sources};
+use underpass_hbone::CertificateAuthority;
 use underpass_interception::{NamespaceAccess, SeqPacket};
 
 use crate::broker::identities::IdentityFeeds;
@@ -47,11 +47,13 @@ impl Scene {
         let (sender, receiver, writer) = link::open(ours).unwrap();
         tokio::spawn(writer.run());
         let (supervisor, _) = Supervisor::new();
-        let identities = IdentityFeeds::new(settings, &sender, &supervisor);
+        let watcher = FileWatcher::default();
+        let identities = IdentityFeeds::new(settings, &sender, &watcher, &supervisor);
         let data_plane = RemoteDataPlane::new(sender, identities);
         let registry = FakeEnroller::default().registry();
         let access = NamespaceAccess::current().unwrap();
-        let server = RequestServer::new(data_plane.clone(), registry.clone(), settings, access);
+        let pods = Arc::new(registry.clone());
+        let server = RequestServer::new(data_plane.clone(), pods, settings, access);
         tokio::spawn(server.run(receiver));
         let theirs = StdUnixStream::from(theirs);
         theirs.set_nonblocking(true).unwrap();
@@ -184,9 +186,9 @@ async fn identity_of_served_pods_is_sent_once_and_dropped_with_the_last_pod() {
     let scene = Scene::new(&ca.node());
     let (one, _) = scene.serve().await;
     let ToProxy::Certificate(certificate) = scene.next().await.0 else { panic!("no certificate") };
-    let identity = Identity::try_from(certificate).unwrap();
+    let (workload, identity) = certificate.identity().unwrap();
     let own = settings(&["interception.profile=none"]).workload.spiffe_id;
-    assert_eq!(identity.spiffe_id(), &own);
+    assert_eq!((identity.spiffe_id(), &workload), (&own, &own));
     let (other, _) = scene.serve().await;
     drop(one);
     let (message, _) = scene.next().await;
@@ -197,7 +199,7 @@ async fn identity_of_served_pods_is_sent_once_and_dropped_with_the_last_pod() {
 
 #[tokio::test]
 async fn refuses_requests_beyond_the_served_pods() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let (served, key) = scene.serve().await;
     let of_other = |key: PodKey| PodKey { uid: "another-pod".to_owned(), ..key };
     let later = |key: PodKey| PodKey { enrolment: key.enrolment + 1, ..key };
@@ -214,6 +216,27 @@ async fn refuses_requests_beyond_the_served_pods() {
     let (message, _) = scene.next().await;
     assert!(matches!(message, ToProxy::Command { command: Command::Close { .. }, .. }));
     assert_eq!(scene.refusal(sockets(&key, 1)).await, Refusal::UnknownPod, "it is closed");
+}
+
+#[tokio::test]
+async fn fixed_pod_gets_sockets_of_its_namespace_but_none_for_its_workload_without_the_pod() {
+    let scene = Scene::new(&settings(&[]));
+    for role in [WireRole::Upstream, WireRole::NameServer] {
+        assert_eq!(scene.request(of_node(role)).await, (Ok(Answer::Sockets), 1));
+    }
+    assert_eq!(scene.refusal(of_node(WireRole::Workload)).await, Refusal::SocketsOfNode);
+}
+
+#[tokio::test]
+async fn readiness_is_the_quoted_answer_of_the_proxy_process() {
+    let scene = Scene::new(&settings(&[]));
+    let answer = async {
+        let ToProxy::Readiness { number } = scene.next().await.0 else { panic!("no question") };
+        let outcome = Ok(Outcome::Readiness("ready \u{1b}[2J\n".to_owned()));
+        scene.send(&ToBroker::Done { number, outcome }).await;
+    };
+    let (readiness, ()) = tokio::join!(scene.data_plane.readiness(), answer);
+    assert!(readiness.starts_with("ready") && !readiness.contains('\u{1b}'), "{readiness:?}");
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use tokio::runtime::Runtime;
 use underpass_config::{Logging, Problem, Settings, Sources};
 use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_process};
 
+use crate::broker::separation::Separation;
 use crate::process::app::Start;
 use crate::process::command_error::CommandError;
 use crate::process::{app, logging, supervise};
@@ -48,7 +49,7 @@ impl SettingsArguments {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  underpass run --config underpass.yaml --set logging.format=json\n\nReplace the running proxy without failing a connection:\n  underpass run --config underpass.yaml --take-over"
+    after_help = "Example:\n  underpass run --config underpass.yaml --set logging.format=json\n\nReplace the running proxy without failing a connection:\n  underpass run --config underpass.yaml --take-over\n\nServe connections in a second process, without privileges:\n  underpass run --config underpass.yaml --set privileges.broker=auto"
 )]
 pub(super) struct Arguments {
     #[command(flatten)]
@@ -67,13 +68,16 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     if settings.node.pods.is_some() {
         return Err(CommandError::SettingsOfNode);
     }
+    let separation = Separation::of(&settings);
     // A user that cannot be determined is reported later, when the log has started.
-    if let Ok(Some(user)) = ProxyUser::required(&settings.interception) {
+    if separation.user().is_none()
+        && let Ok(Some(user)) = ProxyUser::required(&settings.interception)
+    {
         user.announce();
     }
     let (logging, warnings) = (settings.logging.clone(), sources.warnings());
     let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
-    on_control_thread(&logging, &warnings, app::run(settings, sources, start))
+    on_control_thread(&logging, &warnings, app::run(settings, sources, start, separation))
 }
 
 /// Confines the process, starts the log, and runs `work` on this thread.

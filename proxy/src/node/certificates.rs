@@ -43,15 +43,15 @@ pub(crate) struct Certificates {
 enum Origin {
     Files(IdentityFiles),
     LocalCa(Arc<LocalAuthority>),
-    /// A local CA or a SPIRE agent that only another process can use.
+    /// A source that only another process can use ([`broker_issues`]).
     Received(Arc<ReceivedIdentities>),
     IstioCa(Arc<IstioCa<PlainDialer>>),
     Spire(SpireSettings),
 }
 
 impl Certificates {
-    /// Starts the configured identities; `None` turns HBONE off. `received` replaces a local CA and
-    /// a SPIRE agent.
+    /// Starts the configured identities; `None` turns HBONE off. `received` replaces the sources
+    /// that a broker uses.
     pub(crate) fn identities(
         settings: &Settings,
         access: &NamespaceAccess,
@@ -100,23 +100,31 @@ pub(crate) async fn first_identity(
     issuer(source, None, || dialer)?.source(id, watcher).next().await
 }
 
+/// Whether a broker gets the certificates: the proxy process must not have the key of a CA, nor the
+/// connection to the admin socket of SPIRE, and it may not be permitted to read the files.
+pub(crate) fn broker_issues(identity: &IdentitySettings) -> bool {
+    match identity {
+        IdentitySettings::Files(_) | IdentitySettings::LocalCa(_) => true,
+        IdentitySettings::Spire(spire) => spire.api == SpireApi::DelegatedIdentity,
+        IdentitySettings::IstioCa(_) => false,
+    }
+}
+
 fn issuer(
     identity: &IdentitySettings,
     received: Option<Arc<ReceivedIdentities>>,
     dialer: impl FnOnce() -> PlainDialer,
 ) -> Result<Origin, HboneError> {
-    Ok(match (identity, received) {
-        (IdentitySettings::Files(files), _) => Origin::Files(files.clone()),
-        (IdentitySettings::LocalCa(_) | IdentitySettings::Spire(_), Some(received)) => {
-            Origin::Received(received)
-        }
-        (IdentitySettings::LocalCa(ca), None) => {
-            Origin::LocalCa(Arc::new(LocalAuthority::new(ca.clone())))
-        }
-        (IdentitySettings::IstioCa(ca), _) => {
+    if let Some(received) = received.filter(|_| broker_issues(identity)) {
+        return Ok(Origin::Received(received));
+    }
+    Ok(match identity {
+        IdentitySettings::Files(files) => Origin::Files(files.clone()),
+        IdentitySettings::LocalCa(ca) => Origin::LocalCa(Arc::new(LocalAuthority::new(ca.clone()))),
+        IdentitySettings::IstioCa(ca) => {
             Origin::IstioCa(Arc::new(IstioCa::new(ca.clone(), dialer())?))
         }
-        (IdentitySettings::Spire(spire), None) => Origin::Spire(spire.clone()),
+        IdentitySettings::Spire(spire) => Origin::Spire(spire.clone()),
     })
 }
 
@@ -231,13 +239,13 @@ fn whole_seconds(duration: Duration) -> Duration {
     Duration::from_secs(duration.as_secs())
 }
 
-/// Warns of files that the proxy's user cannot read again when they change. Called after the change
-/// to that user. `has_ca_key`: whether this process has the key of the local CA.
-pub(crate) fn warn_if_unreadable(settings: &Settings, has_ca_key: bool) {
-    let unreadable = |file: &PathBuf| {
+/// Warns of those files that this process cannot read again when they change. Called after it has
+/// dropped its privileges.
+pub(crate) fn warn_if_unreadable(settings: &Settings, files: &[PathBuf]) {
+    let unreadable = |file: &&PathBuf| {
         File::open(file).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied)
     };
-    for file in reloaded_files(settings, has_ca_key).iter().filter(|file| unreadable(file)) {
+    for file in files.iter().filter(unreadable) {
         let file = file.display();
         if matches!(&settings.identity, Some(IdentitySettings::LocalCa(_))) {
             tracing::warn!(
@@ -254,17 +262,27 @@ pub(crate) fn warn_if_unreadable(settings: &Settings, has_ca_key: bool) {
     }
 }
 
-fn reloaded_files(settings: &Settings, has_ca_key: bool) -> Vec<PathBuf> {
-    let mut files = match &settings.identity {
+/// The files from which a broker gets certificates, or a process without one. They are read again
+/// when they change.
+pub(crate) fn issuer_files(settings: &Settings) -> Vec<PathBuf> {
+    match &settings.identity {
         Some(IdentitySettings::Files(files)) => {
             vec![files.certificate.clone(), files.key.clone(), files.roots.clone()]
         }
-        Some(IdentitySettings::LocalCa(ca)) if has_ca_key => {
+        Some(IdentitySettings::LocalCa(ca)) => {
             vec![ca.dir.join("ca.key"), ca.dir.join("ca.pem")]
         }
-        Some(IdentitySettings::IstioCa(ca)) => vec![ca.roots.clone(), ca.token.clone()],
-        Some(IdentitySettings::LocalCa(_) | IdentitySettings::Spire(_)) | None => Vec::new(),
-    };
+        Some(IdentitySettings::IstioCa(_) | IdentitySettings::Spire(_)) | None => Vec::new(),
+    }
+}
+
+/// The other files that are read again when they change. With a broker only the proxy process reads
+/// them.
+pub(crate) fn proxy_files(settings: &Settings) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    if let Some(IdentitySettings::IstioCa(ca)) = &settings.identity {
+        files.extend([ca.roots.clone(), ca.token.clone()]);
+    }
     files.extend(settings.trust.bundles.iter().map(|bundle| bundle.file.clone()));
     files.extend(settings.trust.crls.iter().cloned());
     files.extend(settings.mesh_file.clone());

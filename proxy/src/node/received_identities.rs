@@ -1,4 +1,4 @@
-//! The identities that another process has sent, by SPIFFE ID.
+//! The identities that another process has sent, by the SPIFFE ID of the workload.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -17,10 +17,10 @@ pub(crate) struct ReceivedIdentities(Mutex<HashMap<SpiffeId, watch::Sender<Optio
 struct ReceivedSource(watch::Receiver<Option<Identity>>);
 
 impl ReceivedIdentities {
-    /// Replaces the identity of its workload. It may arrive before the source is made.
-    pub(crate) fn receive(&self, identity: Identity) {
-        let mut latest = self.latest();
-        latest.entry(identity.spiffe_id().clone()).or_default().send_replace(Some(identity));
+    /// Replaces the identity of the workload `id`, which a file may contradict. It may arrive before
+    /// the source is made.
+    pub(crate) fn receive(&self, id: SpiffeId, identity: Identity) {
+        self.latest().entry(id).or_default().send_replace(Some(identity));
     }
 
     /// Drops the identity of a workload. Sources wait for the next one.
@@ -94,17 +94,17 @@ mod tests {
         let authority = CertificateAuthority::generate("cluster.local".parse().unwrap()).unwrap();
         let received = ReceivedIdentities::default();
         let first = identity(&authority, "web");
-        received.receive(first.clone());
+        received.receive(id("web"), first.clone());
         let mut source = received.source(&id("web"));
         assert_eq!(
             expires(&mut source),
             Some(first.expires()),
             "the certificate arrived before the source was created"
         );
-        received.receive(identity(&authority, "other"));
+        received.receive(id("other"), identity(&authority, "other"));
         assert_eq!(expires(&mut source), None);
         let second = identity(&authority, "web");
-        received.receive(second.clone());
+        received.receive(id("web"), second.clone());
         assert_eq!(expires(&mut source), Some(second.expires()));
         assert_eq!(expires(&mut source), None);
     }
@@ -113,15 +113,15 @@ mod tests {
     fn forgotten_identity_is_dropped_and_its_source_gets_the_next_one() {
         let authority = CertificateAuthority::generate("cluster.local".parse().unwrap()).unwrap();
         let received = ReceivedIdentities::default();
-        received.receive(identity(&authority, "web"));
+        received.receive(id("web"), identity(&authority, "web"));
         received.forget(&id("web"));
         assert!(received.latest().is_empty());
         let mut source = received.source(&id("web"));
         assert_eq!(expires(&mut source), None);
-        received.receive(identity(&authority, "web"));
+        received.receive(id("web"), identity(&authority, "web"));
         received.forget(&id("web"));
         assert_eq!(expires(&mut source), None, "the certificate is dropped");
-        received.receive(identity(&authority, "web"));
+        received.receive(id("web"), identity(&authority, "web"));
         assert!(expires(&mut source).is_some());
     }
 }

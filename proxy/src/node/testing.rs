@@ -17,7 +17,7 @@ use crate::mesh::on_demand::Lookups;
 use crate::node::Node;
 use crate::node::pod::{Pod, PodId};
 use crate::node::sockets::PodSockets;
-use crate::process::pause_gate::{Gates, PauseGate};
+use crate::process::pause_gate::PauseGate;
 
 /// The settings of a workload `server`, followed by `more` settings.
 pub(crate) fn settings(more: &[&str]) -> Settings {
@@ -97,7 +97,7 @@ fn node_with(workers: usize, mesh: watch::Receiver<Arc<Snapshot>>, lookups: Look
         workers,
         mesh,
         lookups,
-        Gates::default(),
+        PauseGate::default(),
         Arc::default(),
     ))
 }

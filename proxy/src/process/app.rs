@@ -1,12 +1,16 @@
 //! `underpass run`: runs the proxy of the current network namespace, from its start to its end.
 
-use underpass_config::{Hint as _, Settings, Sources};
-use underpass_hbone::catch_panic;
-use underpass_interception::raise_open_files;
+use std::sync::Arc;
 
+use underpass_config::{Broker, FileWatcher, Hint as _, PrivilegesSettings, Settings, Sources};
+use underpass_hbone::catch_panic;
+use underpass_interception::{Inotify, raise_open_files};
+
+use crate::broker::separation::Separation;
 use crate::error::chain;
 use crate::process::command_error::CommandError;
 use crate::process::phases::Bound;
+use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::{Failures, Supervisor, TaskFailure};
 
@@ -19,8 +23,8 @@ pub(crate) struct Start {
     pub(crate) take_over: bool,
 }
 
-/// Serves until a stop signal, or until another process has taken over. Reloads the settings from
-/// `sources` when they change.
+/// Serves as one or two processes until a stop signal, or until another process has taken over.
+/// Reloads the settings from `sources` when they change.
 ///
 /// # Errors
 ///
@@ -30,9 +34,10 @@ pub(crate) async fn run(
     settings: Settings,
     sources: Sources,
     start: Start,
+    separation: Separation,
 ) -> Result<(), CommandError> {
     let (supervisor, failures) = Supervisor::new();
-    let life = Box::pin(run_phases(settings, sources, start, supervisor));
+    let life = Box::pin(run_phases(settings, sources, start, separation, supervisor));
     run_until_failure(life, failures).await
 }
 
@@ -60,16 +65,32 @@ async fn run_phases(
     settings: Settings,
     sources: Sources,
     start: Start,
+    separation: Separation,
     supervisor: Supervisor,
 ) -> Result<(), CommandError> {
     let mut stop = StopSignal::new(start.until_eof)?;
     raise_open_files().map_err(CommandError::Start)?;
-    let bound = Bound::bind(settings, sources, start.take_over, supervisor).await?;
+    separation.log();
+    let watcher = FileWatcher::new(Inotify::open);
+    let reload = Reload::watch(&settings, sources, &watcher)?;
+    let (settings, user) = (Arc::new(effective(settings, &separation)), separation.user());
+    let reload = (reload, watcher);
+    let bound = Bound::bind(settings, user, reload, start.take_over, supervisor).await?;
     let guarded = bound.guard().await?;
     let serving = Box::pin(guarded.serve(&mut stop)).await?;
     let Some(serving) = serving else { return Ok(()) };
-    let draining = serving.until_end(&mut stop).await;
+    let draining = serving.until_end(&mut stop).await?;
     draining.finish(&mut stop).await
+}
+
+/// These settings, with a broker only if there is one.
+fn effective(settings: Settings, separation: &Separation) -> Settings {
+    let broker = match separation {
+        Separation::Broker(_) => Broker::Auto,
+        Separation::Off | Separation::Impossible { .. } => Broker::Off,
+    };
+    let privileges = PrivilegesSettings { broker, ..settings.privileges };
+    Settings { privileges, ..settings }
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ pub(crate) enum CommandError {
     BrokerEnded,
     #[error("cannot receive from the broker process")]
     Broker(#[source] io::Error),
-    #[error("`underpass node` starts this command")]
+    #[error("a broker of underpass starts this command")]
     InternalCommand(#[source] io::Error),
     #[error("cannot set up the process")]
     Start(#[source] io::Error),

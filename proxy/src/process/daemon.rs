@@ -12,7 +12,6 @@
 
 mod adoption;
 mod pod_source;
-mod proxy_part;
 
 use std::sync::Arc;
 
@@ -24,7 +23,7 @@ use underpass_interception::{
     NamespaceThread, confine_thread, raise_open_files,
 };
 
-use self::proxy_part::{PreparedProxy, ProxyPart};
+use crate::broker::separation::Separation;
 use crate::limits::PodDescriptors;
 use crate::node::pod::pod_sockets;
 use crate::pods::node_enroller::NodeEnroller;
@@ -39,6 +38,7 @@ use crate::process::notify;
 use crate::process::pause_gate::PauseGate;
 use crate::process::phases::draining::StopReason;
 use crate::process::phases::endpoints::bind_admin_socket;
+use crate::process::proxy_part::{PreparedProxy, ProxyPart, ProxyStart};
 use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::{Supervisor, Task};
@@ -152,8 +152,17 @@ impl Daemon {
         let (admin, socket) = bind_admin_socket(&settings, handed).await?;
         let takeovers = takeovers.with_admin_socket(admin);
         let endpoints = BoundEndpoints { listeners, admin_socket: socket, paused };
-        let prepared = PreparedProxy::new(&settings, &access, endpoints, watcher, &supervisor);
-        let prepared = prepared.await?;
+        let separation = Separation::of(&settings);
+        separation.log();
+        let start = ProxyStart {
+            settings: &settings,
+            user: separation.user(),
+            access: &access,
+            endpoints,
+            watcher,
+            supervisor: &supervisor,
+        };
+        let prepared = PreparedProxy::of_node(start).await?;
         confine(&thread, &settings, prepared.control_thread()).await?;
         // The wait holds no traffic: pods are enrolled afterwards.
         let mut proxy = tokio::select! {
@@ -216,7 +225,7 @@ impl Daemon {
         if let std::task::Poll::Ready(end) = poll!(&mut source) {
             return Err(end.into());
         }
-        proxy.ready();
+        proxy.ready().await;
         notify::ready();
         log_start(&self.pods.settings);
         loop {
@@ -228,7 +237,7 @@ impl Daemon {
             };
             let (registry, handle) = (registry.clone(), handle.clone());
             let mut pods =
-                OutgoingPods::new(registry, handle, proxy.endpoints(), host_rules.clone());
+                OutgoingPods::new(registry, handle, proxy.accepting(), host_rules.clone());
             let outcome = tokio::select! {
                 end = &mut source => return Err(end.into()),
                 error = proxy.failed() => return Err(error),

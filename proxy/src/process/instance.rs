@@ -24,6 +24,7 @@ use std::os::unix::net::UnixListener as StdUnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use thiserror::Error;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
@@ -32,7 +33,7 @@ use tokio::time::timeout;
 use underpass_config::{Hint, InterceptionSettings, Profile, Settings};
 use underpass_interception::Peer;
 
-use crate::admin::readiness::Readiness;
+use crate::rules::health::RulesHealth;
 use crate::rules::owner::started;
 
 const SOCKET_NAME: &str = "\0underpass";
@@ -113,7 +114,26 @@ impl fmt::Display for Running {
 pub(crate) struct Status {
     pub(crate) settings: Arc<Settings>,
     pub(crate) interception: watch::Receiver<InterceptionSettings>,
-    pub(crate) readiness: Readiness,
+    pub(crate) rules: RulesHealth,
+    pub(crate) readiness: ReadinessReport,
+}
+
+/// Returns the text of the readiness, perhaps that of a proxy process.
+#[derive(Clone)]
+pub(crate) struct ReadinessReport(Arc<dyn Fn() -> BoxFuture<'static, String> + Send + Sync>);
+
+impl ReadinessReport {
+    pub(crate) fn new(
+        report: impl Fn() -> BoxFuture<'static, String> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(report))
+    }
+}
+
+impl fmt::Debug for ReadinessReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ReadinessReport")
+    }
 }
 
 impl Instance {
@@ -195,12 +215,13 @@ async fn answer(mut stream: UnixStream, status: &Status, started: u64) -> io::Re
     }
     let mut settings = Settings::clone(&status.settings);
     settings.interception = status.interception.borrow().clone();
+    let readiness = (status.readiness.0)().await;
     let text = format!(
         "{PROTOCOL} pid={} started={started} installs={} self_test_failed={} readiness={}\n{settings}",
         std::process::id(),
         settings.interception.install,
-        status.readiness.rules().has_self_test_failed(),
-        status.readiness.text().trim_end(),
+        status.rules.has_self_test_failed(),
+        readiness.trim_end(),
     );
     stream.write_all(text.as_bytes()).await?;
     stream.shutdown().await
@@ -270,7 +291,10 @@ mod tests {
         let status = Status {
             settings: settings.clone().into(),
             interception,
-            readiness: Readiness::default(),
+            rules: RulesHealth::default(),
+            readiness: ReadinessReport::new(|| {
+                Box::pin(async { "not ready: starting\n".to_owned() })
+            }),
         };
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         answer(ours, &status, 7).await.unwrap();

@@ -89,22 +89,6 @@ impl Pausable for PauseGate {
     }
 }
 
-/// The gates for work that only one of the two processes may do at a time.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Gates {
-    /// Accepting on all listeners, including readiness and metrics.
-    pub(crate) accept: PauseGate,
-    /// Repairing and testing the rules.
-    pub(crate) rules: PauseGate,
-}
-
-impl Gates {
-    pub(crate) fn open(&self) {
-        self.accept.open();
-        self.rules.open();
-    }
-}
-
 /// Counts a passed future until it is dropped.
 struct PassedFuture<'a>(&'a State);
 

@@ -36,7 +36,7 @@ use self::control_socket::SocketError;
 
 pub(crate) use client::{Answer, ReceivedSockets, TakeoverClient};
 pub(crate) use server::{TakeoverOutcome, TakeoverServer};
-pub(crate) use subject::{Reply, Subject};
+pub(crate) use subject::{FixedPod, Reply, Subject};
 
 /// The version of this protocol.
 const VERSION: u32 = 1;

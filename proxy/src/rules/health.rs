@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
 use crate::observe::metrics;
 
 /// The counts of all pods, for the metrics. Clones share them.
@@ -31,14 +34,25 @@ struct State {
     lost: AtomicBool,
     self_test_failed: AtomicBool,
     foreign: AtomicUsize,
+    changes: watch::Sender<()>,
+}
+
+/// The health of one pod's rules, for another process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RulesState {
+    installed: bool,
+    lost: bool,
+    self_test_failed: bool,
+    foreign: usize,
 }
 
 impl RulesTotals {
     /// Adds a pod, which counts until its health is dropped.
     pub(crate) fn pod(&self) -> RulesHealth {
-        let (installed, lost, self_test_failed, foreign) = Default::default();
+        let (installed, lost, self_test_failed, foreign, changes) = Default::default();
         let totals = self.clone();
-        RulesHealth(Arc::new(State { totals, installed, lost, self_test_failed, foreign }))
+        RulesHealth(Arc::new(State { totals, installed, lost, self_test_failed, foreign, changes }))
     }
 
     fn report_intact(&self) {
@@ -61,6 +75,30 @@ impl RulesHealth {
         installed.store(true, Relaxed);
         set(lost, !intact, &totals.0.lost);
         totals.report_intact();
+        self.0.changes.send_replace(());
+    }
+
+    /// A receiver of changes; the values are those of [`state`](Self::state).
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.0.changes.subscribe()
+    }
+
+    pub(crate) fn state(&self) -> RulesState {
+        RulesState {
+            installed: self.are_installed(),
+            lost: self.are_lost(),
+            self_test_failed: self.has_self_test_failed(),
+            foreign: self.foreign_rules(),
+        }
+    }
+
+    /// Copies the state of the rules in another process.
+    pub(crate) fn copy(&self, state: RulesState) {
+        if state.installed {
+            self.set_intact(!state.lost);
+        }
+        self.set_self_test_failed(state.self_test_failed);
+        self.set_foreign_rules(state.foreign);
     }
 
     /// Whether this process, or the one that it has taken over from, has installed the rules.
@@ -77,6 +115,7 @@ impl RulesHealth {
         let State { totals, self_test_failed, .. } = &*self.0;
         let had_failed = set(self_test_failed, failed, &totals.0.self_test_failed);
         totals.report_self_test();
+        self.0.changes.send_replace(());
         had_failed
     }
 
@@ -96,6 +135,7 @@ impl RulesHealth {
         totals.0.foreign.fetch_add(count, Relaxed);
         totals.0.foreign.fetch_sub(before, Relaxed);
         totals.report_foreign();
+        self.0.changes.send_replace(());
     }
 }
 
@@ -151,5 +191,30 @@ mod tests {
         one.set_intact(true);
         drop(other);
         assert_eq!(counts(), [0, 0, 2]);
+    }
+
+    #[test]
+    fn copied_state_equals_the_original_after_each_change() {
+        let (original, copy) = (RulesHealth::default(), RulesHealth::default());
+        let mut changes = original.changes();
+        let change: [&dyn Fn(); 5] = [
+            &|| original.set_foreign_rules(2),
+            &|| original.set_intact(false),
+            &|| {
+                original.set_self_test_failed(true);
+            },
+            &|| original.set_intact(true),
+            &|| {
+                original.set_self_test_failed(false);
+            },
+        ];
+        for change in change {
+            change();
+            assert!(changes.has_changed().unwrap());
+            changes.mark_unchanged();
+            copy.copy(original.state());
+            assert_eq!(copy.state(), original.state());
+        }
+        assert!(copy.are_installed() && !copy.are_lost());
     }
 }

@@ -1,18 +1,19 @@
 //! The settings `privileges`.
 
-use crate::settings::declare::{Declared, Document, Fallback, Kind, Written, settings, word};
+use crate::settings::declare::{Document, Fallback, Kind, Written, settings, word};
 use crate::settings::{Broker, NodeSettings, PrivilegesSettings};
 
 settings! {
-    /// `underpass node`: `auto`: one process enters namespaces, changes rules and signs
-    /// certificates; another one without privileges serves the connections. There is one process
-    /// with `off`, without SETUID and SETGID, and if `node.pods.cni` takes its facts from the mesh
-    /// of `mesh.xds` (without Kubernetes)
+    /// `auto`: one process enters namespaces, changes rules and has the keys of CAs; another one
+    /// without privileges serves the connections. There is one process with `off`, without SETUID
+    /// and SETGID, if that user must not read a file of `underpass run`, and if `node.pods.cni`
+    /// takes its facts from the mesh of `mesh.xds` (without Kubernetes)
     BROKER: Broker = "privileges.broker", word("`auto`, `off`"),
         Fallback::Varies("`auto` with `node.pods`, else `off`"), |s| Some(s.privileges.broker);
     /// user and group of the process without privileges. It reads the mesh file, trust bundles,
     /// revocation lists, the files of `mesh.xds` and `tracing.otlp`, and the roots and token of
-    /// `identity.istio_ca`; no other process should have this user
+    /// `identity.istio_ca`; no other process should have this user. In `sidecar` and `osm` that
+    /// process has the user of the rules instead (`interception.proxy_uids`)
     USER: u32 = "privileges.user", USER_ID,
         Fallback::Is(|| 15008), |s| Some(s.privileges.user);
 }
@@ -34,10 +35,7 @@ pub(super) fn privileges(
     document: Document<'_>,
     node: &NodeSettings,
 ) -> Option<PrivilegesSettings> {
-    let given = BROKER.read(document);
-    if node.pods.is_none() && given == Some(Broker::Auto) {
-        BROKER.problem(document, "must be off without node.pods: `underpass run` is one process");
-    }
     let default = if node.pods.is_some() { Broker::Auto } else { Broker::Off };
-    Some(PrivilegesSettings { broker: given.unwrap_or(default), user: USER.read(document)? })
+    let broker = BROKER.read(document).unwrap_or(default);
+    Some(PrivilegesSettings { broker, user: USER.read(document)? })
 }

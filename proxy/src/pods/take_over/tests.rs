@@ -20,7 +20,7 @@ use crate::pods::registry::PodRegistry;
 use crate::pods::source::{self, SourceState};
 use crate::pods::status::PodState;
 use crate::pods::testing::FakeEnroller;
-use crate::process::pause_gate::Gates;
+use crate::process::pause_gate::PauseGate;
 use crate::process::take_over::control_socket::ControlSocket;
 use crate::process::take_over::{TakeOverError, TakeoverClient, TakeoverOutcome, TakeoverServer};
 
@@ -58,7 +58,8 @@ fn settings(socket: &Path) -> Settings {
 struct Running {
     enroller: FakeEnroller,
     registry: PodRegistry,
-    gates: Gates,
+    endpoints: PauseGate,
+    host_rules: PauseGate,
     socket: PathBuf,
     /// Ends with a take-over, or is aborted. Its result keeps the process alive for the new one.
     life: JoinHandle<(TakeoverOutcome, TakeoverServer)>,
@@ -66,7 +67,8 @@ struct Running {
 
 impl Running {
     async fn start() -> Self {
-        let (enroller, gates, socket) = (FakeEnroller::default(), Gates::default(), path("old"));
+        let (enroller, socket) = (FakeEnroller::default(), path("old"));
+        let (endpoints, host_rules) = (PauseGate::default(), PauseGate::default());
         let registry = enroller.registry();
         for index in 0..NAMESPACES.len() {
             registry.add(pod(index), namespace(index)).first_outcome().await.unwrap();
@@ -77,8 +79,8 @@ impl Running {
         let mut pods = OutgoingPods::new(
             registry.clone(),
             handle,
-            Arc::new(gates.accept.clone()),
-            gates.rules.clone(),
+            Arc::new(endpoints.clone()),
+            host_rules.clone(),
         );
         let handed = registry.clone();
         let life = tokio::spawn(async move {
@@ -101,15 +103,15 @@ impl Running {
             }
             (outcome, server)
         });
-        Self { enroller, registry, gates, socket, life }
+        Self { enroller, registry, endpoints, host_rules, socket, life }
     }
 
     /// Asserts that it serves every pod, and that nothing is paused.
     async fn assert_serves_all(&self) {
         assert_eq!(self.enroller.serving().len(), NAMESPACES.len());
         assert!(self.enroller.paused().is_empty() && self.enroller.left().is_empty());
-        self.gates.accept.pass(async {}).await.unwrap();
-        self.gates.rules.pass(async {}).await.unwrap();
+        self.endpoints.pass(async {}).await.unwrap();
+        self.host_rules.pass(async {}).await.unwrap();
     }
 }
 

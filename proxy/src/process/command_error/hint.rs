@@ -46,9 +46,9 @@ impl Hint for CommandError {
             Self::ProxyProcess { .. } => {
                 "its log says why; its user (privileges.user) must be able to read the files of mesh, trust and identity; `privileges.broker: off` makes one process"
             }
-            Self::InternalCommand(_) => "run `underpass node`",
+            Self::InternalCommand(_) => "run `underpass run` or `underpass node`",
             Self::BrokerEnded | Self::Broker(_) => {
-                "start `underpass node` again; the rules stay, and connections are refused until it runs again"
+                "start the proxy again; the rules stay, and connections are refused until it runs again"
             }
             Self::NoSuchCommand(_) => "`underpass --help` lists the commands",
             Self::Mistakes(_)

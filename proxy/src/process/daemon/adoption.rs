@@ -25,7 +25,7 @@ impl Daemon {
         client: TakeoverClient,
         stop: &mut StopSignal,
     ) -> Result<Option<(Self, Option<SourceState>)>, CommandError> {
-        let (client, endpoints) = (Arc::new(client), self.proxy.endpoints());
+        let (client, endpoints) = (Arc::new(client), self.proxy.accepting());
         let outcome = tokio::select! {
             // Polls the proxy part first: without it nothing may be completed.
             biased;

@@ -2,40 +2,29 @@
 
 use std::sync::Arc;
 
-use underpass_config::{FileWatcher, Settings, Sources};
-use underpass_interception::{Inotify, Namespace, NamespaceAccess, NamespaceThread};
+use underpass_config::{FileWatcher, Settings};
+use underpass_interception::{Namespace, NamespaceAccess, NamespaceThread, ProxyUser};
 
-use super::endpoints::{Endpoints, Reports, bind_admin_socket};
-use super::guarded::{Guarded, lease};
-use super::{Core, workers};
-use crate::admin::readiness::Readiness;
-use crate::admin::state::Admin;
-use crate::mesh::feed::MeshFeed;
-use crate::mesh::publish::Publisher;
-use crate::node::certificates::Certificates;
-use crate::node::identities::CredentialLease;
+use super::Core;
+use super::endpoints::bind_admin_socket;
+use super::guarded::Guarded;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner};
 use crate::node::pod::pod_sockets;
-use crate::node::{Node, certificates};
-use crate::observe::metrics;
-use crate::observe::otlp::Telemetry;
 use crate::process::command_error::CommandError;
 use crate::process::instance::{Instance, Status};
-use crate::process::pause_gate::Gates;
+use crate::process::pause_gate::PauseGate;
+use crate::process::proxy_part::{FixedPodRules, PreparedProxy, ProxyStart};
 use crate::process::reload::Reload;
-use crate::process::supervise::Supervisor;
+use crate::process::supervise::{Supervisor, restarting};
 use crate::process::take_over::{ReceivedSockets, TakeoverClient, TakeoverServer};
-use crate::rules::health::RulesHealth;
-use crate::traffic::dial::PlainDialer;
 use crate::traffic::listeners::{BoundEndpoints, Listeners};
 
 /// The process with its sockets bound. Dropping it leaves no trace.
 pub(crate) struct Bound {
     core: Core,
     pod: BoundPod,
-    /// The credentials of the workload, if they are issued without a connection.
-    credentials: Option<CredentialLease>,
-    publisher: Publisher,
+    rules: FixedPodRules,
+    proxy: PreparedProxy,
     reload: Reload,
     takeovers: TakeoverServer,
     /// The connection to the process that is being taken over.
@@ -44,10 +33,11 @@ pub(crate) struct Bound {
 
 impl Bound {
     /// Binds the sockets, or receives those of a running process, and loads the mesh and
-    /// certificate files. Reloads the settings from `sources` when they change.
+    /// certificate files. `user` is that of the proxy process, if there is one.
     pub(crate) async fn bind(
-        settings: Settings,
-        sources: Sources,
+        settings: Arc<Settings>,
+        user: Option<ProxyUser>,
+        (reload, watcher): (Reload, FileWatcher),
         take_over: bool,
         supervisor: Supervisor,
     ) -> Result<Self, CommandError> {
@@ -56,40 +46,13 @@ impl Bound {
         let instance = Instance::claim(&settings, handed.instance.take()).await?;
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
-        let (watcher, settings) = (FileWatcher::new(Inotify::open), Arc::new(settings));
-        let reload = Reload::watch(&settings, sources, &watcher)?;
-        let gates = Gates::default();
-        if client.is_some() {
-            // The running process still accepts.
-            gates.accept.close().await;
-        }
-        let (health, sockets) = (RulesHealth::default(), pod_sockets(&settings));
-        let readiness = Readiness::for_pod(health.clone());
-        let exporter = metrics::install(settings.series.clone()).map_err(CommandError::Metrics)?;
-        let identities = Certificates::identities(
-            &settings,
-            &access,
-            &sockets,
-            None,
-            Some(&readiness),
-            &watcher,
-            &supervisor,
-        )?;
-        let dialer = PlainDialer { access: access.clone(), sockets: sockets.clone() };
-        let (tracer, telemetry) = Telemetry::start(&settings, dialer.clone())?;
-        let (feed, mesh) = MeshFeed::open(&settings, &watcher, dialer, &readiness, &supervisor)?;
-        let publisher = Publisher::new(feed, mesh, &settings.workload);
-        let lookups = publisher.lookups();
-        let (mesh, series) = (publisher.subscribe(), exporter.series.clone());
-        let node =
-            Node::new(&settings, &access, workers(&settings), mesh, lookups, gates.clone(), series);
-        let (node, identities) = (Arc::new(Node { tracer, ..node }), identities.map(Arc::new));
+        let (rules, sockets) = (FixedPodRules::default(), pod_sockets(&settings));
         let spec = PodSpec {
             uid: None,
             settings: settings.clone(),
             access: access.clone(),
             interception: reload.subscribe(),
-            health,
+            health: rules.health.clone(),
         };
         let ReceivedSockets { listeners: handed, control_socket, admin_socket, .. } = &mut handed;
         let pod = BoundPod::bind(spec, handed).await?;
@@ -100,41 +63,37 @@ impl Bound {
         let takeovers = TakeoverServer::listen(&settings, offered, control_socket).await?;
         let (admin_socket, socket) = bind_admin_socket(&settings, handed_admin_socket).await?;
         let takeovers = takeovers.with_instance(instance.clone()).with_admin_socket(admin_socket);
-        let bound = BoundEndpoints { listeners, admin_socket: socket, paused: client.is_some() };
-        let admin = Admin::new(&settings, &node).with(&readiness, identities.as_ref());
-        let admin = Arc::new(admin);
-        let reports = Reports { readiness, exporter, admin };
-        let mut endpoints =
-            Endpoints::serve(bound, reports, &gates.accept).map_err(CommandError::Start)?;
-        let mut credentials = None;
-        if certificates::is_local(&settings) {
-            credentials = lease(identities.as_deref(), &settings).await?;
-        }
-        if let Some(instance) = instance {
-            let readiness = endpoints.readiness.clone();
-            let interception = reload.subscribe();
-            let settings = settings.clone();
-            endpoints.answer(instance, Status { settings, interception, readiness });
-        }
+        // Otherwise the running process still accepts.
+        let paused = client.is_some();
+        let start = ProxyStart {
+            settings: &settings,
+            user,
+            access: &access,
+            endpoints: BoundEndpoints { listeners, admin_socket: socket, paused },
+            watcher: &watcher,
+            supervisor: &supervisor,
+        };
+        let proxy = PreparedProxy::of_pod(start, &rules).await?;
+        let instance = instance.map(|instance| {
+            let status = Status {
+                settings: settings.clone(),
+                interception: reload.subscribe(),
+                rules: rules.health.clone(),
+                readiness: proxy.readiness(),
+            };
+            restarting("instance socket", move || instance.clone().serve(status.clone()))
+        });
         let privileged = thread.clone();
         let _privileged =
             supervisor.essential("namespaces thread", async move { privileged.ended().await });
-        let core = Core {
-            settings,
-            supervisor,
-            node,
-            identities,
-            thread,
-            endpoints,
-            telemetry,
-            _privileged,
-        };
-        Ok(Self { core, pod, credentials, publisher, reload, takeovers, client })
+        let rules_gate = PauseGate::default();
+        let core = Core { settings, supervisor, thread, rules_gate, instance, _privileged };
+        Ok(Self { core, pod, rules, proxy, reload, takeovers, client })
     }
 
     /// Installs the rules. Before that, a running process stops repairing its own.
     pub(crate) async fn guard(self) -> Result<Guarded, CommandError> {
-        let Self { core, pod, credentials, publisher, reload, takeovers, client } = self;
+        let Self { core, pod, rules, proxy, reload, takeovers, client } = self;
         let owner = match &client {
             Some(client) => {
                 client.rules().await?;
@@ -143,11 +102,8 @@ impl Bound {
             None => RulesOwner::ThisProcess,
         };
         let pod = pod.guard(owner).await?;
-        let capture = pod.capture().clone();
-        core.endpoints.admin.report_rules(move |_| {
-            let capture = capture.clone();
-            Box::pin(async move { Ok(capture.report().await) })
-        });
-        Ok(Guarded { core, pod, credentials, publisher, reload, takeovers, client })
+        // Set once only.
+        rules.capture.set(pod.capture().clone()).ok();
+        Ok(Guarded { core, pod, proxy, reload, takeovers, client })
     }
 }

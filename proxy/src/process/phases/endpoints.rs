@@ -1,5 +1,4 @@
-//! The tasks that report on the process and change it: readiness, metrics, administration, and the
-//! instance socket.
+//! The tasks that report on the process and change it: readiness, metrics and administration.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,7 +15,6 @@ use crate::admin::server::Server;
 use crate::admin::state::Admin;
 use crate::observe::metrics::Exporter;
 use crate::process::command_error::CommandError;
-use crate::process::instance::{Instance, Status};
 use crate::process::pause_gate::PauseGate;
 use crate::process::supervise::{Task, restarting};
 use crate::process::take_over::control_socket::{ADMIN, ControlSocket};
@@ -24,7 +22,6 @@ use crate::traffic::listeners::{BoundEndpoints, EndpointKind};
 
 /// The state that the endpoints report, and the tasks that serve it.
 pub(in crate::process) struct Endpoints {
-    pub(in crate::process) readiness: Readiness,
     pub(in crate::process) admin: Arc<Admin>,
     serving: Vec<Task>,
 }
@@ -81,13 +78,7 @@ impl Endpoints {
             let server = Server::new(Routes::Admin(admin.clone(), Access::Change));
             serving.push(serve_socket(server, socket, gate.clone())?);
         }
-        Ok(Self { readiness, admin, serving })
-    }
-
-    /// Answers queries on the instance socket.
-    pub(in crate::process) fn answer(&mut self, instance: Instance, status: Status) {
-        let answering = move || instance.clone().serve(status.clone());
-        self.serving.push(restarting("instance socket", answering));
+        Ok(Self { admin, serving })
     }
 
     /// Stops serving, so that only the process that has taken over accepts on the shared listeners.

@@ -1,148 +1,141 @@
 //! The process with its rules installed.
 
-use underpass_config::Settings;
-use underpass_interception::{KeptCapabilities, ProxyUser, confine_thread};
+use underpass_interception::{ProxyUser, confine_thread};
 
+use super::Core;
 use super::serving::Serving;
-use super::{Core, workers};
-use crate::mesh::publish::{Publisher, Reports};
 use crate::node::certificates;
-use crate::node::identities::{CredentialLease, Identities};
-use crate::node::in_process::InProcess;
 use crate::node::phases::{GuardedPod, OpenPod};
-use crate::node::pod_error::PodError;
-use crate::node::workers::{WorkerThreads, Workers};
 use crate::process::command_error::CommandError;
-use crate::process::logging;
+use crate::process::proxy_part::{PreparedProxy, ProxyPart};
 use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
-use crate::process::supervise::restarting;
 use crate::process::take_over::{TakeoverClient, TakeoverServer};
 
-/// The process with its rules installed; no worker runs yet. The rules stay if it is dropped.
+/// The process with its rules installed; it accepts no connection yet. The rules stay if it is
+/// dropped.
 pub(crate) struct Guarded {
     pub(super) core: Core,
     pub(super) pod: GuardedPod,
-    /// Keeps the first certificate until the pod has its own lease.
-    pub(super) credentials: Option<CredentialLease>,
-    pub(super) publisher: Publisher,
+    pub(super) proxy: PreparedProxy,
     pub(super) reload: Reload,
     pub(super) takeovers: TakeoverServer,
     /// The connection to the process that is being taken over.
     pub(super) client: Option<TakeoverClient>,
 }
 
-/// The pending step while no certificate is issued.
-const CERTIFICATE: &str = "waiting for the certificate (identity)";
-
+/// The process with its workers.
 struct Started {
-    workers: Workers,
-    threads: WorkerThreads,
-    reports: Reports,
+    core: Core,
+    proxy: ProxyPart,
+    reload: Reload,
+    takeovers: TakeoverServer,
+    client: Option<TakeoverClient>,
 }
 
 impl Guarded {
-    /// Drops privileges, waits for the certificate, starts the workers and tests the rules. Returns
-    /// `None` if stopped while it waits for the certificate.
+    /// Drops privileges, waits for the certificate and for the mesh of a control plane, starts the
+    /// workers and tests the rules. Returns `None` if stopped while it waits.
     ///
     /// # Errors
     ///
     /// The rules are kept or removed according to `interception.on_exit`.
     pub(crate) async fn serve(
-        mut self,
+        self,
         stop: &mut StopSignal,
     ) -> Result<Option<Serving>, CommandError> {
-        match self.prepare(stop).await {
-            Ok(Some(started)) => self.open(started).await.map(Some),
+        let Self { core, pod, proxy, reload, takeovers, client } = self;
+        match prepare(&core, &pod, proxy, client.as_ref(), stop).await {
+            Ok(Some(proxy)) => {
+                let started = Started { core, proxy, reload, takeovers, client };
+                started.open(pod).await.map(Some)
+            }
             Ok(None) => {
-                self.pod.leave().await?;
+                pod.leave().await?;
                 Ok(None)
             }
-            Err(error) => Err(self.pod.abandon(error).await),
+            Err(error) => Err(pod.abandon(error).await),
         }
     }
+}
 
-    /// Performs every step before the workers accept. Returns `None` if stopped.
-    async fn prepare(&mut self, stop: &mut StopSignal) -> Result<Option<Started>, CommandError> {
-        let Core { settings, supervisor, node, identities, .. } = &self.core;
-        self.pod.capture().warn_of_bypassing().await;
-        self.confine().await?;
-        certificates::warn_if_unreadable(settings, true);
-        if self.credentials.is_none() {
-            let _pending = self.core.endpoints.readiness.pending(CERTIFICATE);
-            self.credentials = tokio::select! {
-                lease = lease(identities.as_deref(), settings) => lease?,
-                why = stop.wait() => {
-                    tracing::info!(why, "stopped while waiting for the certificate");
-                    return Ok(None);
-                }
-            };
-        }
-        tokio::select! {
-            () = self.publisher.first_state() => {}
-            why = stop.wait() => {
-                tracing::info!(why, "stopped while waiting for the control plane");
-                return Ok(None);
-            }
-        }
-        if let Some(client) = &self.client {
-            client.accept().await?;
-            node.gates.accept.open();
-        }
-        let started = Workers::start(node, workers(settings), supervisor);
-        let (workers, threads, reports) = started.map_err(CommandError::start)?;
-        self.core.endpoints.admin.liveness.include(&workers);
-        Ok(Some(Started { workers, threads, reports }))
+/// Performs every step before the workers accept. Returns `None` if stopped.
+async fn prepare(
+    core: &Core,
+    pod: &GuardedPod,
+    proxy: PreparedProxy,
+    client: Option<&TakeoverClient>,
+    stop: &mut StopSignal,
+) -> Result<Option<ProxyPart>, CommandError> {
+    pod.capture().warn_of_bypassing().await;
+    confine(core, pod, &proxy).await?;
+    if proxy.is_separate() {
+        let files = certificates::issuer_files(&core.settings);
+        certificates::warn_if_unreadable(&core.settings, &files);
     }
+    let proxy = tokio::select! {
+        proxy = proxy.running(&core.supervisor) => proxy?,
+        why = stop.wait() => {
+            tracing::info!(why, "stopped while waiting for the certificate or the control plane");
+            return Ok(None);
+        }
+    };
+    if let Some(client) = client {
+        client.accept().await?;
+        proxy.accepting().resume();
+    }
+    Ok(Some(proxy))
+}
 
-    /// Changes to the user by which the rules identify the proxy, if the profile has one. Drops all
-    /// capabilities of the calling thread, and so of the threads that it starts. The namespaces
-    /// thread keeps those that it needs.
-    async fn confine(&self) -> Result<(), CommandError> {
-        let (thread, capture) = (&self.core.thread, self.pod.capture());
-        let kept = capture.needed_capabilities();
-        if let Some(user) = capture.user() {
+/// Drops all capabilities of the calling thread, and so of the threads that it starts, except those
+/// for ending a proxy process. One process changes to the user by which the rules identify the
+/// proxy, if the profile has one; a broker only opens sockets as this user. The namespaces thread
+/// keeps the capabilities that it needs.
+async fn confine(core: &Core, pod: &GuardedPod, proxy: &PreparedProxy) -> Result<(), CommandError> {
+    let (thread, capture) = (&core.thread, pod.capture());
+    let kept = capture.needed_capabilities();
+    match capture.user() {
+        Some(user) if proxy.is_separate() => {
+            thread.open_files_as(user).await?;
+            confine_thread(proxy.control_thread()).map_err(CommandError::Start)?;
+        }
+        Some(user) => {
             thread.prepare_change_of_user(kept).await?;
             user.switch()?;
             let ProxyUser { uid, gid } = user;
             tracing::info!(uid, gid, ?kept, "changed to the proxy's user");
-        } else {
-            confine_thread(KeptCapabilities::Nothing).map_err(CommandError::Start)?;
         }
-        Ok(thread.confine(kept).await?)
+        None => confine_thread(proxy.control_thread()).map_err(CommandError::Start)?,
     }
+    Ok(thread.confine(kept).await?)
+}
 
+impl Started {
     /// Accepts connections, tests the rules, and completes a take-over.
-    async fn open(self, started: Started) -> Result<Serving, CommandError> {
-        let Self { core, pod, credentials, publisher, reload, mut takeovers, client } = self;
-        let Started { workers, threads, reports } = started;
+    async fn open(self, pod: GuardedPod) -> Result<Serving, CommandError> {
+        let Self { core, mut proxy, reload, mut takeovers, client } = self;
         let repairs = pod.capture().repairs();
-        let publishing =
-            core.supervisor.essential("publisher of the mesh", publisher.follow(reports));
-        let data_plane =
-            InProcess { node: core.node.clone(), workers, identities: core.identities.clone() };
-        let testing = core.endpoints.readiness.pending("testing the rules");
-        let mut open = pod.open(&data_plane).await?;
-        drop(credentials);
-        if let Err(error) = complete(&open, client.as_ref()).await {
+        let data_plane = proxy.data_plane();
+        let mut open = tokio::select! {
+            open = pod.open(&*data_plane) => open?,
+            error = proxy.failed() => return Err(error),
+        };
+        let completed = tokio::select! {
+            completed = complete(&open, client.as_ref()) => completed,
+            error = proxy.failed() => return Err(error),
+        };
+        if let Err(error) = completed {
             // Stop accepting before the other process resumes, then drain the accepted connections.
-            core.node.gates.accept.close().await;
+            proxy.accepting().pause().await;
             drop(client);
             return Err(open.abandon(core.settings.timeouts.drain, error).await);
         }
-        drop(testing);
         // No step fails from here on, so the other process does not resume.
         open.own_rules();
         takeovers.own();
-        let pod = open.watch(core.node.gates.rules.clone());
-        let (limits, readiness) = (core.node.limits.clone(), core.endpoints.readiness.clone());
-        let limits = restarting("report of limits", move || {
-            let (limits, readiness) = (limits.clone(), readiness.clone());
-            async move { limits.report(readiness).await }
-        });
-        let reloading = reload.start(repairs, |settings| logging::apply(&settings.logging));
-        let tasks = vec![publishing, limits, reloading];
-        Ok(Serving::new(core, pod, threads, takeovers, tasks))
+        let pod = open.watch(core.rules_gate.clone());
+        let reloading = reload.start(repairs, proxy.log_changes());
+        Ok(Serving::new(core, pod, proxy, takeovers, reloading).await)
     }
 }
 
@@ -153,19 +146,4 @@ async fn complete(open: &OpenPod, client: Option<&TakeoverClient>) -> Result<(),
         client.ready().await?;
     }
     Ok(())
-}
-
-/// Leases the workload's credentials and waits for the first certificate; `None` without a source
-/// of certificates.
-pub(super) async fn lease(
-    identities: Option<&Identities>,
-    settings: &Settings,
-) -> Result<Option<CredentialLease>, PodError> {
-    match identities {
-        Some(identities) => {
-            let lease = identities.lease(&settings.workload.spiffe_id).await;
-            lease.map(Some).map_err(PodError::Identity)
-        }
-        None => Ok(None),
-    }
 }

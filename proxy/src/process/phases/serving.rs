@@ -1,61 +1,76 @@
 //! The process while it serves.
 
-use super::draining::{Draining, StopReason};
-use super::{Core, workers};
 use underpass_config::Hint as _;
 use underpass_interception::Ports;
 
+use super::Core;
+use super::draining::{Draining, StopReason};
 use crate::node::phases::ServingPod;
-use crate::node::workers::WorkerThreads;
+use crate::process::command_error::CommandError;
+use crate::process::node_proxy::workers;
 use crate::process::notify;
+use crate::process::proxy_part::ProxyPart;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::Task;
-use crate::process::take_over::{TakeoverOutcome, TakeoverServer};
+use crate::process::take_over::{FixedPod, TakeoverOutcome, TakeoverServer};
 
 /// The process while it serves. Dropping it leaves the rules.
 pub(crate) struct Serving {
     core: Core,
     pod: ServingPod,
-    threads: WorkerThreads,
+    proxy: ProxyPart,
     takeovers: TakeoverServer,
-    /// Tasks that run until the drain completes, such as the enforcement of policies.
-    tasks: Vec<Task>,
+    /// Runs until the drain completes.
+    reloading: Task,
 }
 
 impl Serving {
-    pub(super) fn new(
+    pub(super) async fn new(
         core: Core,
         pod: ServingPod,
-        threads: WorkerThreads,
+        mut proxy: ProxyPart,
         takeovers: TakeoverServer,
-        tasks: Vec<Task>,
+        reloading: Task,
     ) -> Self {
-        core.endpoints.readiness.ready();
+        proxy.ready().await;
         notify::ready();
         let (settings, ports) = (&core.settings, Ports::of(&core.settings));
         tracing::info!(
             workload = %settings.workload.name, workers = workers(settings), outbound = ports.outbound,
             inbound = ports.inbound, hbone = ports.hbone, profile = %settings.interception.profile, "ready"
         );
-        Self { core, pod, threads, takeovers, tasks }
+        Self { core, pod, proxy, takeovers, reloading }
     }
 
     /// Serves until a stop signal, or until another process has taken over. A stop signal waits for
     /// the end of a take-over in progress.
-    pub(crate) async fn until_end(mut self, stop: &mut StopSignal) -> Draining {
+    ///
+    /// # Errors
+    ///
+    /// The proxy process has ended. The rules stay.
+    pub(crate) async fn until_end(
+        mut self,
+        stop: &mut StopSignal,
+    ) -> Result<Draining, CommandError> {
         let end = loop {
             let conversation = tokio::select! {
                 why = stop.wait() => break StopReason::Stopped(why),
+                error = self.proxy.failed() => return Err(error),
                 conversation = self.takeovers.accept() => conversation,
             };
-            let mut gates = self.core.node.gates.clone();
-            match self.takeovers.answer(conversation, &mut gates).await {
+            let rules = self.core.rules_gate.clone();
+            let mut pod = FixedPod { accepting: self.proxy.accepting(), rules };
+            let outcome = tokio::select! {
+                outcome = self.takeovers.answer(conversation, &mut pod) => outcome,
+                error = self.proxy.failed() => return Err(error),
+            };
+            match outcome {
                 TakeoverOutcome::Completed { pid } => break StopReason::HandedOver { pid },
                 TakeoverOutcome::Abandoned => self.restore_rules().await,
             }
         };
-        let Self { core, pod, threads, tasks, .. } = self;
-        Draining::new(end, core, pod, threads, tasks)
+        let Self { core, pod, proxy, reloading, .. } = self;
+        Ok(Draining::new(end, core, pod, proxy, reloading))
     }
 
     /// Restores the rules, which a failed take-over may have changed: the reconciler verifies them

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 use tokio::net::{UnixListener, UnixStream};
-use underpass_config::{Hint, LocalSocket, Settings};
+use underpass_config::{Broker, Hint, LocalSocket, Settings};
 use underpass_interception::{Handover, ProxyUser};
 
 /// The folder of the default socket.
@@ -108,7 +108,11 @@ impl ControlSocket {
             );
             return Ok(None);
         }
-        let user = ProxyUser::required(&settings.interception).ok().flatten();
+        // A broker keeps its user.
+        let user = match settings.privileges.broker {
+            Broker::Auto => None,
+            Broker::Off => ProxyUser::required(&settings.interception).ok().flatten(),
+        };
         match Self::bind(&socket, user) {
             Ok(bound) => Ok(Some(bound)),
             Err(error) if is_auto => {

@@ -2,10 +2,11 @@
 
 use std::fmt;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{BUSY, OK, PREPARE_TIMEOUT, REFUSED, RULES};
-use crate::process::pause_gate::Gates;
+use crate::process::pause_gate::{Pausable, PauseGate};
 
 /// The pods that are taken over.
 pub(crate) trait Subject {
@@ -80,8 +81,16 @@ impl fmt::Debug for Reply {
     }
 }
 
-/// The fixed pod of `run`.
-impl Subject for Gates {
+/// The work of `run` that only one of the two processes may do at a time.
+#[derive(Debug, Clone)]
+pub(crate) struct FixedPod {
+    /// Accepting on all listeners, including readiness and metrics.
+    pub(crate) accepting: Arc<dyn Pausable>,
+    /// Repairing and testing the rules.
+    pub(crate) rules: PauseGate,
+}
+
+impl Subject for FixedPod {
     const REQUESTS: &'static str = RULES;
 
     async fn perform(&mut self, request: &str) -> Option<Reply> {
@@ -98,12 +107,13 @@ impl Subject for Gates {
 
     async fn pause(&mut self) {
         self.rules.close().await;
-        self.accept.close().await;
+        self.accepting.pause().await;
     }
 
     async fn complete(&mut self) {}
 
     fn resume(&mut self) {
-        self.open();
+        self.accepting.resume();
+        self.rules.open();
     }
 }

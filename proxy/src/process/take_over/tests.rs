@@ -1,6 +1,7 @@
 //! Tests of both sides of a take-over, with peers that stop answering or exit.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
@@ -11,12 +12,25 @@ use underpass_interception::Handover;
 
 use super::role::Role;
 use super::*;
-use crate::process::pause_gate::Gates;
+use crate::process::pause_gate::PauseGate;
 use crate::traffic::listeners::{Kind, Listeners};
 
 fn settings(flags: &[&str]) -> Settings {
     let flags = ["take_over.socket=off"].iter().chain(flags).map(|flag| (*flag).to_owned());
     Sources { file: None, environment: Vec::new(), flags: flags.collect() }.load().unwrap()
+}
+
+/// The gates of a fixed pod.
+#[derive(Default)]
+struct Gates {
+    accept: PauseGate,
+    rules: PauseGate,
+}
+
+impl Gates {
+    fn pod(&self) -> FixedPod {
+        FixedPod { accepting: Arc::new(self.accept.clone()), rules: self.rules.clone() }
+    }
 }
 
 /// A server, its gates, and both ends of a connection.
@@ -42,10 +56,11 @@ async fn exchange(conversation: &Handover, lines: &[&str]) {
 
 #[tokio::test]
 async fn completed_take_over_keeps_gates_closed() {
-    let (mut server, mut gates, ours, theirs) = server().await;
+    let (mut server, gates, ours, theirs) = server().await;
     let role = role(&[]);
     let lines = [role.as_str(), RULES, ACCEPT, READY];
-    let (outcome, ()) = tokio::join!(server.answer(ours, &mut gates), exchange(&theirs, &lines));
+    let mut pod = gates.pod();
+    let (outcome, ()) = tokio::join!(server.answer(ours, &mut pod), exchange(&theirs, &lines));
     assert!(matches!(outcome, TakeoverOutcome::Completed { pid: Some(_) }), "{outcome:?}");
     for gate in [&gates.accept, &gates.rules] {
         let passed = tokio::time::timeout(Duration::from_millis(1), gate.pass(async {})).await;
@@ -61,15 +76,16 @@ async fn send_ready(theirs: &Handover, role: &str) {
 
 #[tokio::test]
 async fn running_process_resumes_if_last_answer_cannot_be_sent() {
-    let (mut server, mut gates, ours, theirs) = server().await;
+    let (mut server, gates, ours, theirs) = server().await;
     let end = async move { send_ready(&theirs, &role(&[])).await };
-    let (outcome, ()) = tokio::join!(server.answer(ours, &mut gates), end);
+    let mut pod = gates.pod();
+    let (outcome, ()) = tokio::join!(server.answer(ours, &mut pod), end);
     assert!(matches!(outcome, TakeoverOutcome::Abandoned), "{outcome:?}");
     assert_eq!(gates.accept.pass(async {}).await, Some(()));
 }
 
 /// Work that does not end.
-struct Unfinished(Gates);
+struct Unfinished(FixedPod);
 
 impl Subject for Unfinished {
     const REQUESTS: &'static str = RULES;
@@ -98,7 +114,7 @@ impl Subject for Unfinished {
 #[tokio::test(start_paused = true)]
 async fn running_process_resumes_if_its_work_does_not_end() {
     let (mut server, gates, ours, theirs) = server().await;
-    let mut subject = Unfinished(gates.clone());
+    let mut subject = Unfinished(gates.pod());
     let began = Instant::now();
     let client = async {
         send_ready(&theirs, &role(&[])).await;
@@ -125,9 +141,10 @@ async fn silent_new_process_times_out_and_gates_reopen() {
         (&[&role, RULES, ACCEPT], SWITCH_TIMEOUT),
     ];
     for (lines, deadline) in turns {
-        let (mut server, mut gates, ours, theirs) = server().await;
+        let (mut server, gates, ours, theirs) = server().await;
         let began = Instant::now();
-        let (outcome, ()) = tokio::join!(server.answer(ours, &mut gates), exchange(&theirs, lines));
+        let mut pod = gates.pod();
+        let (outcome, ()) = tokio::join!(server.answer(ours, &mut pod), exchange(&theirs, lines));
         assert!(matches!(outcome, TakeoverOutcome::Abandoned), "{outcome:?}");
         assert_eq!(began.elapsed(), deadline, "after {lines:?}");
         assert_eq!(gates.accept.pass(async {}).await, Some(()));
@@ -207,12 +224,12 @@ async fn ready_succeeds_if_running_process_has_ended() {
             connected
         };
         let greet = async {
-            let mut gates = Gates::default();
+            let mut pod = Gates::default().pod();
             let mut server = server;
             let conversation = server.accept().await;
             // Cancelled after the answer to the first message.
             tokio::select! {
-                outcome = server.answer(conversation, &mut gates) => unreachable!("{outcome:?}"),
+                outcome = server.answer(conversation, &mut pod) => unreachable!("{outcome:?}"),
                 () = greeted.notified() => {}
             }
             server

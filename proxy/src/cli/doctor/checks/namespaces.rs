@@ -1,8 +1,9 @@
 //! The network and the user namespace.
 
-use underpass_config::{Broker, Profile};
+use underpass_config::Profile;
 use underpass_interception::{HostNamespaces, InterceptionError, ProxyUser};
 
+use crate::broker::separation::Separation;
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Outcome, at_once};
 use crate::cli::doctor::subject::Subject;
 
@@ -65,31 +66,30 @@ impl Check for Users {
 
 fn users(subject: &Subject) -> Option<Finding> {
     let settings = &subject.settings;
-    if subject.is_node() {
-        let user = settings.privileges.user;
-        let user = ProxyUser { uid: user, gid: user };
-        if settings.privileges.broker == Broker::Off {
+    let required = match ProxyUser::required(&settings.interception) {
+        Ok(required) => required,
+        Err(error) => return Some(Finding::of_error(&error)),
+    };
+    match Separation::of(settings) {
+        Separation::Broker(user) => {
+            return Some(Finding::ok(format!("the proxy process can run as user {}", user.uid)));
+        }
+        Separation::Impossible { reason, hint } => {
+            let message = format!("one process has all privileges, without a broker: {reason}");
+            return Some(Finding::warning(message).hint(hint));
+        }
+        Separation::Off if subject.is_node() => {
             return Some(Finding::ok("privileges.broker is off: one process serves the pods"));
         }
-        return Some(match user.check_separation() {
-            Ok(()) => Finding::ok(format!("the proxy process can run as user {}", user.uid)),
-            Err(error) => Finding::warning(format!(
-                "the proxy process cannot run as user {}, so one process serves the pods: {error}",
-                user.uid
-            ))
-            .hint("choose a user of this user namespace (privileges.user), or grant SETUID and SETGID"),
-        });
+        Separation::Off => {}
     }
-    match ProxyUser::required(&settings.interception) {
-        Ok(None) => None,
-        Ok(Some(user)) => Some(match user.check_separation() {
-            Ok(()) => Finding::ok(format!("the proxy can run as user {}, which the rules match", user.uid)),
-            Err(error) => Finding::failure(format!(
-                "the proxy cannot run as user {}, which the rules match: {error}",
-                user.uid
-            ))
-            .hint("choose a user of this user namespace (interception.proxy_uids, interception.proxy_gids)"),
-        }),
-        Err(error) => Some(Finding::of_error(&error)),
-    }
+    let user = required?;
+    Some(match user.check_separation() {
+        Ok(()) => Finding::ok(format!("the proxy can run as user {}, which the rules match", user.uid)),
+        Err(error) => Finding::failure(format!(
+            "the proxy cannot run as user {}, which the rules match: {error}",
+            user.uid
+        ))
+        .hint("choose a user of this user namespace (interception.proxy_uids, interception.proxy_gids)"),
+    })
 }

@@ -1,10 +1,13 @@
 //! A node daemon as two processes: their privileges, the end of either, and the traffic afterwards.
+//! `run` tests `underpass run` as two processes.
 #![expect(
     clippy::expect_used,
     clippy::indexing_slicing,
     clippy::panic,
     reason = "a test fails by panicking"
 )]
+
+mod run;
 
 use std::fs;
 use std::net::SocketAddr;
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
     suite.test("proxy process follows a control plane over sockets of the broker", control_plane);
     suite.test("proxy process that cannot start ends the broker", unreadable_mesh);
     suite.test("privileges.broker off makes one process", one_process);
+    run::add_tests(&mut suite);
     suite.run()
 }
 
@@ -162,22 +166,34 @@ async fn privileges() {
     let daemon = scene.daemon(&["interception.backend=nftables"]).await;
     scene.carries_traffic().await;
     let proxy = child(&daemon).expect("a proxy process");
+    assert_unprivileged(proxy, USER);
+    let key = fs::metadata(scene.pki.dir().join("ca.key")).expect("the key of the CA");
+    assert_eq!(key.permissions().mode() & 0o077, 0);
+    assert_broker(daemon.pid(), KEPT);
+    stopped(daemon, proxy).await;
+}
+
+/// Asserts that no thread of a proxy process has a capability, and all of them have this user.
+fn assert_unprivileged(proxy: u32, user: u32) {
     let all = threads(proxy);
     assert!(all.iter().any(|status| field(status, "Name") == "worker-0"), "{all:?}");
     for status in &all {
         for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
             assert_eq!(bits(status, set), 0, "{set}: {status}");
         }
-        let user = [USER; 4].map(|id| id.to_string()).join("\t");
+        let user = [user; 4].map(|id| id.to_string()).join("\t");
         assert_eq!((field(status, "Uid"), field(status, "Gid")), (&*user, &*user), "{status}");
         assert_eq!((field(status, "Groups"), field(status, "NoNewPrivs")), ("", "1"), "{status}");
     }
-    let key = fs::metadata(scene.pki.dir().join("ca.key")).expect("the key of the CA");
-    assert_eq!(key.permissions().mode() & 0o077, 0);
-    for status in threads(daemon.pid()) {
-        let is_control = field(&status, "Pid") == daemon.pid().to_string();
+}
+
+/// Asserts that the namespaces thread of a broker has exactly the capabilities `kept`, the control
+/// thread KILL, and no other thread any.
+fn assert_broker(broker: u32, kept: u64) {
+    for status in threads(broker) {
+        let is_control = field(&status, "Pid") == broker.to_string();
         let kept = match field(&status, "Name") {
-            "namespaces" => KEPT,
+            "namespaces" => kept,
             _ if is_control => KILL,
             _ => 0,
         };
@@ -187,7 +203,6 @@ async fn privileges() {
         }
         assert_eq!(field(&status, "NoNewPrivs"), "1", "{status}");
     }
-    stopped(daemon, proxy).await;
 }
 
 async fn endpoints() {
