@@ -1,5 +1,5 @@
-//! The settings of name resolution: the servers for names outside of the mesh, the limits of queries
-//! and lookups, and the domain of Kubernetes services.
+//! The settings of name resolution: the servers for names outside of the mesh, the limits of
+//! queries and lookups, and the domain of Kubernetes services.
 
 use std::path::PathBuf;
 

@@ -1,5 +1,5 @@
-//! Limits the lookups on demand that the queries of a pod cause: an application that asks for random
-//! names must not occupy the control plane, which answers other pods too.
+//! Limits the lookups on demand that the queries of a pod cause: an application that asks for
+//! random names must not occupy the control plane, which answers other pods too.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
