@@ -7,6 +7,7 @@
 //! * **copy**: bulk between two TCP connections on loopback, and from one into an in-memory tunnel,
 //!   including both ends.
 //! * **registry**: termination of all idle connections at once, without their sockets.
+//! * **metrics**: rendering the metrics of 50,000 connections whose label sets all differ.
 //! * **route** and **policy**: a decision in a mesh with 10,000 workloads, or with 10,000 policies
 //!   of which five apply to the workload.
 //! * **rules**: making a plan from settings, and writing a plan as text.
@@ -34,7 +35,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use underpass::bench::{Router, Upstream, copy, terminate};
+use underpass::bench::{LabelSets, Router, Upstream, copy, terminate};
 use underpass_config::{Connection, Mesh, PolicyAction, Sources, SpiffeId};
 use underpass_hbone::{
     Acceptor, CertificateAuthority, ClientSettings, ConnectRequest, Connector, Credentials, Dial,
@@ -64,6 +65,7 @@ fn main() {
     pool(&mut criterion, &runtime);
     copying(&mut criterion, &runtime);
     registry(&mut criterion, &runtime);
+    metrics(&mut criterion);
     route(&mut criterion);
     policy(&mut criterion);
     rules(&mut criterion);
@@ -285,8 +287,21 @@ fn registry(criterion: &mut Criterion, runtime: &Runtime) {
     group.finish();
 }
 
+fn metrics(criterion: &mut Criterion) {
+    const LABEL_SETS: usize = 50_000;
+    let mesh = Mesh::from_text("bench", &members(LABEL_SETS)).expect("a right mesh");
+    let sets = LabelSets::new(&mesh);
+    let mut group = criterion.benchmark_group("metrics");
+    group.sample_size(10);
+    group.throughput(Throughput::Bytes(sets.render() as u64));
+    group.bench_function(BenchmarkId::new("render", LABEL_SETS), |bencher| {
+        bencher.iter(|| black_box(sets.render()));
+    });
+    group.finish();
+}
+
 fn route(criterion: &mut Criterion) {
-    let router = Router::new(Mesh::from_text("bench", &members()).expect("a right mesh"));
+    let router = Router::new(Mesh::from_text("bench", &members(MEMBERS)).expect("a right mesh"));
     let mut group = criterion.benchmark_group("route");
     for (name, network, port, members) in [
         ("by workload", 10, 8080, MEMBERS),
@@ -312,9 +327,9 @@ fn address(network: u8, member: usize, port: u16) -> SocketAddr {
 }
 
 /// The mesh file: each workload is one of ten endpoints of a service.
-fn members() -> String {
+fn members(count: usize) -> String {
     let mut text = String::from("workloads:\n");
-    for member in 0..MEMBERS {
+    for member in 0..count {
         writeln!(
             text,
             "- {{name: app-{member}, namespace: default, serviceAccount: app, workloadIps: [\"{}\"], protocol: HBONE, \

@@ -1,5 +1,5 @@
-//! Gives the micro-benchmarks access to private code: relaying, termination and routing. Not
-//! stable.
+//! Gives the micro-benchmarks access to private code: relaying, termination, routing and metrics.
+//! Not stable.
 
 use std::future::pending;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use underpass_config::Mesh;
+use underpass_config::{Mesh, SeriesSettings};
 use underpass_hbone::TunnelStream;
 use underpass_interception::OriginalDestination;
 
@@ -18,6 +18,7 @@ use crate::decide::endpoint_health::EndpointHealth;
 use crate::decide::route::{Caller, EndpointSelector, outbound};
 use crate::error::ProxyError;
 use crate::limits::{Buffers, Descriptors};
+use crate::observe::metrics::{Format, KnownSeries, Labels, SeriesRegistry};
 use crate::observe::party::{Direction, Party};
 use crate::observe::record::{ConnectionRecord, Facts, WorkerRecords};
 use crate::traffic::copy::{Deadlines, Flow, Probes};
@@ -102,5 +103,40 @@ impl Router {
         let destination = OriginalDestination::new(destination);
         let selector = EndpointSelector::new(&self.health);
         outbound(destination, &self.mesh, &caller, selector).is_ok()
+    }
+}
+
+/// The metrics of one open inbound connection from each workload of a mesh, with all labels.
+#[derive(Debug)]
+pub struct LabelSets(Arc<SeriesRegistry>);
+
+impl LabelSets {
+    /// The metrics of connections from the workloads of `mesh`.
+    #[must_use]
+    pub fn new(mesh: &Mesh) -> Self {
+        let workloads = mesh.workloads();
+        let limit = workloads.len();
+        let settings = SeriesSettings { limit, ..SeriesSettings::default() };
+        let registry = Arc::new(SeriesRegistry::new(settings));
+        let known = KnownSeries::new(registry.clone());
+        let parties = workloads.iter().map(|workload| Party {
+            workload: Some(Arc::clone(workload)),
+            identity: Some(workload.identity.clone()),
+            ..Party::default()
+        });
+        let server = parties.clone().next().unwrap_or_default();
+        for client in parties {
+            let series = known.get(Labels::new(Direction::Inbound, &client, &server, None, true));
+            series.opened();
+            series.sent(123_456);
+            series.received(7890);
+        }
+        Self(registry)
+    }
+
+    /// Renders all label sets as a scrape does. Returns the number of bytes.
+    #[must_use]
+    pub fn render(&self) -> usize {
+        self.0.pages(Format::Prometheus).map(|page| page.len()).sum()
     }
 }

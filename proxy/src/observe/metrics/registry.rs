@@ -80,7 +80,7 @@ impl SeriesRegistry {
     }
 
     /// All unexpired series of connections, in parts that are rendered when they are requested.
-    pub(super) fn pages(&self, format: Format) -> impl Iterator<Item = Bytes> + Send + use<> {
+    pub(crate) fn pages(&self, format: Format) -> impl Iterator<Item = Bytes> + Send + use<> {
         let all: Arc<[Arc<Series>]> = self.connections.all().into();
         let open = open_connections(&all, format);
         let of_metrics = Metric::ALL.into_iter().flat_map(move |metric| {

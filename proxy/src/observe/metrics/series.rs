@@ -303,8 +303,11 @@ impl Series {
     }
 
     fn line(&self, metric: Metric, flags: ResponseFlags, value: u64, page: &mut Page) {
-        let (name, labels, flags) = (metric.name(), &self.labels, flags.as_str());
-        page.line(format_args!("{name}{{{labels},response_flags=\"{flags}\"}} {value}"));
+        page.sample(
+            metric.name(),
+            [&self.labels, ",response_flags=\"", flags.as_str(), "\""],
+            value,
+        );
     }
 }
 
