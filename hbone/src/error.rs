@@ -99,6 +99,12 @@ pub enum HboneError {
         /// The end of its validity.
         expired: SystemTime,
     },
+    /// A certificate in the peer's chain is not valid yet.
+    #[error("the peer's certificate is valid only from {}", utc(*begins))]
+    PeerCertificateNotYetValid {
+        /// The start of its validity.
+        begins: SystemTime,
+    },
     /// No roots are configured for the peer's trust domain.
     #[error("there are no roots of the peer's trust domain {trust_domain}")]
     UntrustedDomain {
@@ -300,6 +306,7 @@ impl HboneError {
             Self::NotSvid { .. } => "svid",
             Self::InvalidCertificate { .. } => "certificate",
             Self::PeerCertificateExpired { .. } => "expired",
+            Self::PeerCertificateNotYetValid { .. } => "not_yet_valid",
             Self::UntrustedDomain { .. } => "untrusted_domain",
             Self::Revoked => "revoked",
             Self::RevocationUnknown { .. } => "revocation_unknown",

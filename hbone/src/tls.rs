@@ -48,6 +48,12 @@ fn handshake_error(error: io::Error) -> HboneError {
         })) => Some(HboneError::PeerCertificateExpired {
             expired: SystemTime::UNIX_EPOCH + Duration::from_secs(not_after.as_secs()),
         }),
+        Some(rustls::Error::InvalidCertificate(CertificateError::NotValidYetContext {
+            not_before,
+            ..
+        })) => Some(HboneError::PeerCertificateNotYetValid {
+            begins: SystemTime::UNIX_EPOCH + Duration::from_secs(not_before.as_secs()),
+        }),
         Some(rustls::Error::InvalidCertificate(CertificateError::Revoked)) => {
             Some(HboneError::Revoked)
         }

@@ -1,9 +1,11 @@
 //! Facts about the kernel, the network namespace and this process that decide whether a proxy can
 //! run here. Reading them changes nothing.
 //!
-//! `running_process` reads facts about another process, `disk` about a file system.
+//! `running_process` reads facts about another process, `disk` about a file system, and `ports`
+//! about the sockets that listen.
 
 pub(crate) mod disk;
+pub(crate) mod ports;
 pub(crate) mod running_process;
 
 use std::fs;
@@ -96,7 +98,7 @@ impl HostFacts {
             host_network: host::evidence(entered),
             interfaces: interfaces.map(|interface| interface.name).collect(),
             capabilities: capabilities(),
-            conntrack: conntrack(entered),
+            conntrack: conntrack_usage(),
             local_ports: local_ports(entered),
             backlog: number("/proc/sys/net/core/somaxconn"),
             ipv6: ipv6_support(entered),
@@ -132,7 +134,10 @@ fn capabilities() -> Vec<String> {
     names
 }
 
-fn conntrack(_: &Entered) -> Option<Usage> {
+/// The tracked connections of the calling thread's network namespace, and their limit, which is
+/// that of the host. `None` if the kernel does not track connections.
+#[must_use]
+pub fn conntrack_usage() -> Option<Usage> {
     const FOLDER: &str = "/proc/sys/net/netfilter";
     let read = |name: &str| number(Path::new(FOLDER).join(name));
     Some(Usage { used: read("nf_conntrack_count")?, limit: read("nf_conntrack_max")? })

@@ -314,6 +314,7 @@ fn tunnel_reason(error: &HboneError) -> Reason {
         | HboneError::Tls { .. }
         | HboneError::NoPeerCertificate
         | HboneError::PeerCertificateExpired { .. }
+        | HboneError::PeerCertificateNotYetValid { .. }
         | HboneError::InvalidCertificate { .. }
         | HboneError::Revoked
         | HboneError::RevocationUnknown { .. }

@@ -1,7 +1,9 @@
 //! Access log, metrics and traces of connections.
 
 pub(crate) mod access_log;
+pub(crate) mod conditions;
 pub(crate) mod ended;
+pub(crate) mod log_loss;
 pub(crate) mod metrics;
 pub(crate) mod otlp;
 pub(crate) mod party;

@@ -1,6 +1,6 @@
 //! The mesh of one control plane: applies its responses, and answers them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -30,6 +30,8 @@ pub struct ControlPlane {
     lookups: Option<Lookups>,
     /// The policies of which no version was accepted, so that a substitute denies instead.
     substitutes: Set<Name>,
+    /// The resources whose last version was rejected, with the reasons.
+    rejected: BTreeMap<(ResourceType, Name), Rejection>,
     changes: usize,
 }
 
@@ -101,6 +103,7 @@ impl ControlPlane {
             local,
             lookups: on_demand.then(Lookups::default),
             substitutes: Set::default(),
+            rejected: BTreeMap::new(),
             changes: 0,
         }
     }
@@ -113,6 +116,8 @@ impl ControlPlane {
 
     /// The first requests of a new stream.
     pub fn open(&mut self) -> Vec<DeltaRequest> {
+        // The new stream sends rejected resources again, if they still exist.
+        self.rejected.clear();
         self.session.open(self.lookups.as_mut())
     }
 
@@ -157,6 +162,11 @@ impl ControlPlane {
         names.retain(|name| !self.session.retains(ResourceType::Address, name));
         names.extend(unneeded);
         unsubscriptions(names.iter().map(|name| name.to_string()))
+    }
+
+    /// The resources whose last version was rejected, with the reasons.
+    pub fn rejected(&self) -> impl ExactSizeIterator<Item = (ResourceType, &Name, &Rejection)> {
+        self.rejected.iter().map(|((kind, name), reason)| (*kind, name, reason))
     }
 
     /// Whether the control plane has not answered this lookup yet.
@@ -210,6 +220,7 @@ impl ControlPlane {
         for item in &update.resources {
             let name = &item.name;
             let before = self.aliases(kind, name);
+            self.accepted(kind, name);
             if item.is_unchanged {
                 // Also after a rejected version.
                 if kind == ResourceType::Address {
@@ -225,7 +236,10 @@ impl ControlPlane {
             urgency.raise(Urgency::Awaited, self.answered(kind, item));
             match applied {
                 Ok(is_urgent) => urgency.raise(Urgency::Immediate, was_local || is_urgent),
-                Err(rejection) => rejected.push((name.clone(), rejection)),
+                Err(rejection) => {
+                    self.rejected.insert((kind, name.clone()), rejection.clone());
+                    rejected.push((name.clone(), rejection));
+                }
             }
         }
         self.changes += set + removed + outdated;
@@ -353,7 +367,15 @@ impl ControlPlane {
         }
     }
 
+    /// Forgets that the last version of a resource was rejected.
+    fn accepted(&mut self, kind: ResourceType, name: &str) {
+        if !self.rejected.is_empty() {
+            self.rejected.remove(&(kind, Name::from(name)));
+        }
+    }
+
     fn remove(&mut self, kind: ResourceType, name: &str) {
+        self.accepted(kind, name);
         match kind {
             ResourceType::Address => {
                 if !self.store.remove_workload(name)

@@ -1,7 +1,7 @@
 //! The types of the resources that a client subscribes to.
 
 /// A type of resources.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ResourceType {
     /// Workloads and services.
     Address,

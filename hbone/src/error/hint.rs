@@ -39,6 +39,9 @@ impl Hint for HboneError {
             Self::PeerCertificateExpired { .. } => {
                 "check that the peer's certificate is renewed and that both clocks are right"
             }
+            Self::PeerCertificateNotYetValid { .. } => {
+                "check the clocks of this host and of the issuer of the peer's certificate"
+            }
             Self::UntrustedDomain { .. } => {
                 "add its roots to trust.bundles, or its name to trust.aliases if it is another name of our own domain"
             }
@@ -174,7 +177,7 @@ fn dial(error: &io::Error) -> &'static str {
         io::ErrorKind::ConnectionRefused => {
             "check that the peer's proxy runs: the mesh says `protocol: HBONE`, so an HBONE proxy is expected there"
         }
-        _ => "check that the peer listens for HBONE and that the network permits its port",
+        _ => "check that there is a route to the peer, and that no firewall rejects its HBONE port",
     }
 }
 

@@ -139,6 +139,20 @@ async fn both_sides_reject_expired_certificate() {
 }
 
 #[tokio::test]
+async fn certificate_that_is_not_valid_yet_is_rejected_with_its_start() {
+    let authority = authority("td");
+    let begins = SystemTime::now() + HOUR;
+    let issued = authority.issue_between(&id(SERVER), begins, begins + HOUR).unwrap();
+    let (chain, key) = (issued.chain_pem.as_bytes(), issued.key_pem.as_bytes());
+    let roots = authority.roots_pem().as_bytes();
+    let server = Identity::from_pem_at(chain, key, roots, begins + SECOND).unwrap();
+    let (client, server) = handshake_errors(&identity(&authority, CLIENT), &server, SERVER).await;
+    assert!(matches!(client, HboneError::PeerCertificateNotYetValid { .. }), "{client:?}");
+    assert_eq!(client.kind(), "not_yet_valid");
+    refused_with(&server, "CertificateExpired");
+}
+
+#[tokio::test]
 async fn unexpected_server_never_receives_our_certificate() {
     let authority = authority("td");
     let required = "spiffe://td/ns/default/sa/other";

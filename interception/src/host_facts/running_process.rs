@@ -14,12 +14,14 @@ use crate::namespace::Entered;
 /// Facts about a process in the entered network namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunningProcess {
-    /// The open files of the process or of its child that has the most, such as the proxy process of
-    /// a broker, and the soft limit; `None` if they are not readable.
+    /// The open files of the process or of its child that has the most, such as the proxy process
+    /// of a broker, and the soft limit; `None` if they are not readable.
     pub open_files: Option<Usage>,
     /// Whether the process runs a program with the same content as this process; `None` if it is
     /// not readable.
     pub runs_same_program: Option<bool>,
+    /// Its parent process; `None` if it is not visible.
+    pub parent: Option<u32>,
 }
 
 impl RunningProcess {
@@ -33,11 +35,24 @@ impl RunningProcess {
             return None;
         }
         let same = is_same(&folder.join("exe"), Path::new("/proc/self/exe"));
+        let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
         let processes = children(&folder).into_iter().chain([folder]);
         let open_files = processes.filter_map(|folder| open_files(&folder));
         let open_files = open_files.max_by_key(|usage| usage.used);
-        Some(Self { open_files, runs_same_program: same.ok() })
+        Some(Self { open_files, runs_same_program: same.ok(), parent: parent(&status) })
     }
+}
+
+/// Returns true if the program file of this process was removed or replaced after the start.
+#[must_use]
+pub fn is_own_program_replaced() -> bool {
+    fs::metadata("/proc/self/exe").is_ok_and(|file| file.nlink() == 0)
+}
+
+/// The parent in `/proc/PID/status`. It is 0 if the PID namespace does not have it.
+fn parent(status: &str) -> Option<u32> {
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    parent.trim().parse().ok().filter(|pid| *pid > 0)
 }
 
 /// The folders of the children of a process (proc_tid_children(5)).
@@ -114,6 +129,12 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(found.contains(&Path::new("/proc").join(child.id().to_string())), "{found:?}");
+    }
+
+    #[test]
+    fn reads_parent_of_process() {
+        assert_eq!(parent("Pid:\t7\nPPid:\t3\n"), Some(3));
+        assert_eq!([parent("PPid:\t0\n"), parent("Pid:\t7\n")], [None, None]);
     }
 
     #[test]

@@ -24,6 +24,17 @@ pub fn ipv6_available() -> bool {
 /// Returns true if the kernel currently accepts IPv6 routes and addresses on the loopback
 /// interface.
 pub(crate) fn on_loopback(_: &Entered) -> bool {
+    is_enabled_on_loopback()
+}
+
+/// Returns true if the kernel supports IPv6, and the loopback interface of the calling thread's
+/// network namespace does not accept it.
+#[must_use]
+pub fn is_ipv6_disabled_on_loopback() -> bool {
+    ipv6_available() && !is_enabled_on_loopback()
+}
+
+fn is_enabled_on_loopback() -> bool {
     let switch = Path::new(INTERFACES).join("lo/disable_ipv6");
     fs::read_to_string(switch).is_ok_and(|value| value.trim() == "0")
 }

@@ -1,5 +1,6 @@
 //! `/status`: collects the status of the proxy from its parts.
 
+mod notices;
 mod problems;
 mod summary;
 
@@ -21,6 +22,7 @@ use crate::admin::state::Admin;
 use crate::node::identities::RotationState;
 use crate::node::inspection::Inspection;
 use crate::node::pod::Pod;
+use crate::observe::conditions;
 use crate::observe::pod_name::PodName;
 use crate::observe::record::MINUTES;
 use crate::version::VERSION;
@@ -83,7 +85,9 @@ async fn collect(admin: &Admin, pod: Option<PodName>) -> Result<Status, Refusal>
         },
         ..Status::default()
     };
-    status.problems = problems::of(admin, &status, silent_workers);
+    let conditions = conditions::current(&admin.settings);
+    status.problems = problems::of(admin, &status, silent_workers, &conditions);
+    status.notices = notices::of(&status, &conditions);
     status.healthy = status.problems.is_empty();
     Ok(status)
 }
@@ -137,10 +141,11 @@ fn rules(admin: &Admin) -> Rules {
         Profile::None => "managed by another program",
         _ if !interception.install => "managed by another program",
         _ if !health.are_installed() => "not installed",
-        _ if health.are_lost() => "changed",
+        _ if health.are_lost() || health.are_unrepaired() => "changed",
         _ if interception.repair && admin.readiness.has_started() => "verified",
         _ => "installed",
     };
+    let repairs = health.repairs();
     let self_test = match (health.has_self_test_failed(), admin.readiness.has_started()) {
         (true, _) => "failed",
         (false, true) if interception.profile != Profile::None => "passed",
@@ -151,6 +156,8 @@ fn rules(admin: &Admin) -> Rules {
         state: state.to_owned(),
         self_test: self_test.to_owned(),
         foreign: health.foreign_rules(),
+        repairs: repairs.count,
+        last_repair_seconds_ago: repairs.last.map(|at| at.elapsed().unwrap_or_default().as_secs()),
     }
 }
 

@@ -78,14 +78,12 @@ pub(crate) trait PodReports: fmt::Debug + Send + Sync {
 
 impl PodReports for PodRegistry {
     fn status(&self) -> Vec<PodStatus> {
-        PodRegistry::status(self)
+        Self::status(self)
     }
 
     fn rules(&self, pod: &str) -> BoxFuture<'static, Result<Value, String>> {
         let (registry, pod) = (self.clone(), pod.to_owned());
-        Box::pin(
-            async move { PodRegistry::rules(&registry, &pod).await.map_err(|error| chain(&error)) },
-        )
+        Box::pin(async move { Self::rules(&registry, &pod).await.map_err(|error| chain(&error)) })
     }
 }
 

@@ -22,12 +22,12 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, Interval, sleep_until};
 use underpass_config::{
     Applied, ControlPlane, DeltaResponse, Hint, LocalWorkloads, Lookup, Mesh, MeshSource, Metadata,
-    MetadataValue, Node, ResourceType, SessionError, Settings, Urgency, XdsSettings,
+    MetadataValue, Node, Quoted, ResourceType, SessionError, Settings, Urgency, XdsSettings,
 };
 use underpass_hbone::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream, Dial};
 use underpass_interception::run_in_background;
 
-use super::health::MeshHealth;
+use super::health::{MeshHealth, Rejected};
 use super::on_demand::Lookups;
 use super::on_demand::schedule::{CHECK, Schedule, Unanswered};
 use super::report::log_refused;
@@ -205,6 +205,7 @@ impl ControlPlaneFollower {
                 let applied = self.apply(response).await?;
                 mesh::control_plane_message(applied.kind, bytes);
                 report(&applied);
+                self.health.set_rejected(first_rejected(&self.plane));
                 self.take_effect(applied.urgency, readiness);
                 applied.into_requests().collect()
             }
@@ -306,6 +307,15 @@ impl ControlPlaneFollower {
     }
 }
 
+/// The number of resources that cannot be used, and the first of them.
+fn first_rejected(plane: &ControlPlane) -> Option<Rejected> {
+    let mut rejected = plane.rejected();
+    let count = rejected.len();
+    let (kind, name, reason) = rejected.next()?;
+    let first = format!("{} {}: {}", kind.name(), Quoted::new(name), Quoted::new(reason));
+    Some(Rejected { count, first })
+}
+
 /// Logs and counts the changes of a response.
 fn report(Applied { kind, set, removed, outdated, rejected, .. }: &Applied) {
     mesh::control_plane_resources(*kind, set - rejected.len(), *removed, rejected.len());
@@ -315,8 +325,9 @@ fn report(Applied { kind, set, removed, outdated, rejected, .. }: &Applied) {
     for (name, reason) in rejected.iter().take(MAX_LOGGED) {
         tracing::error!(
             kind,
-            name = %underpass_config::Quoted::new(name),
-            reason = %underpass_config::Quoted::new(reason),
+            name = %Quoted::new(name),
+            reason = %Quoted::new(reason),
+            hint = "correct it in the control plane: connections that it may forbid are refused until then",
             "cannot use a resource of the control plane"
         );
     }

@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
-use underpass_config::{ConfigErrors, Hint as _};
+use underpass_config::ConfigErrors;
 
+use super::report::hint;
 use crate::error::Described;
 
 /// The health of the mesh's sources. Clones share it.
@@ -14,7 +15,16 @@ pub(crate) struct MeshHealth(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     control_plane: Option<ControlPlaneHealth>,
+    rejected: Option<Rejected>,
     file: Option<Described>,
+}
+
+/// The resources of the control plane that this proxy cannot use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rejected {
+    pub(crate) count: usize,
+    /// One of them, with the reason.
+    pub(crate) first: String,
 }
 
 /// The stream of the control plane.
@@ -44,12 +54,22 @@ impl MeshHealth {
         state.control_plane = Some(ControlPlaneHealth { is_connected: false, since, error });
     }
 
+    /// Records the resources of the control plane that this proxy cannot use.
+    pub(crate) fn set_rejected(&self, rejected: Option<Rejected>) {
+        self.lock().rejected = rejected;
+    }
+
+    /// `None` if all resources of the control plane are in use.
+    pub(crate) fn rejected(&self) -> Option<Rejected> {
+        self.lock().rejected.clone()
+    }
+
     /// Records whether the last content of the mesh file is in use, or why not.
     pub(crate) fn file_read(&self, errors: Option<&ConfigErrors>) {
         self.lock().file = errors.map(|errors| {
             // One line: the text has a line for each mistake.
             let error = errors.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-            Described { error, hint: errors.hint() }
+            Described { error, hint: Some(hint(errors)) }
         });
     }
 

@@ -1,5 +1,7 @@
 //! Log lines about the mesh.
 
+use std::borrow::Cow;
+
 use underpass_config::{ConfigErrors, Hint as _, MeshSize};
 
 use crate::observe::metrics::mesh;
@@ -7,11 +9,16 @@ use crate::observe::metrics::mesh;
 /// Counts and logs a mesh file that cannot be used.
 pub(super) fn log_refused(errors: &ConfigErrors) {
     mesh::refused();
-    let hint = errors.hint();
     tracing::error!(
-        hint = hint.as_deref(),
+        hint = &*hint(errors),
         "cannot read the mesh, the last valid one stays in effect: {errors}"
     );
+}
+
+/// The hint for a mesh file that cannot be used.
+pub(super) fn hint(errors: &ConfigErrors) -> Cow<'static, str> {
+    let general = "correct the mesh file: `underpass config check` lists all mistakes";
+    errors.hint().unwrap_or(Cow::Borrowed(general))
 }
 
 /// Logs the numbers of items after an event.

@@ -161,9 +161,8 @@ impl Identities {
                 CredentialsEvent::Failed(error) => {
                     set(&last_failure, Some(Described::new(*error)));
                 }
-                CredentialsEvent::Trust(_)
-                | CredentialsEvent::Expiring { .. }
-                | CredentialsEvent::Expired(_) => {}
+                CredentialsEvent::Expired(error) => set_first(&last_failure, error),
+                CredentialsEvent::Trust(_) | CredentialsEvent::Expiring { .. } => {}
             }
             reporter.report(&subject, &event);
         };
@@ -188,6 +187,12 @@ impl Identities {
 
 fn set(failure: &Mutex<Option<Described>>, value: Option<Described>) {
     *failure.lock().unwrap_or_else(PoisonError::into_inner) = value;
+}
+
+/// Records a failure, unless an earlier one tells why the certificate was not renewed.
+fn set_first(failure: &Mutex<Option<Described>>, error: &HboneError) {
+    let mut failure = failure.lock().unwrap_or_else(PoisonError::into_inner);
+    failure.get_or_insert_with(|| Described::new(error));
 }
 
 impl Rotation {

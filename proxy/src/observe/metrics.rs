@@ -9,6 +9,7 @@ mod certificates;
 pub(crate) mod dns;
 mod exposition;
 mod histogram;
+mod host;
 mod hostnames;
 mod known;
 pub(crate) mod mesh;
@@ -85,6 +86,7 @@ impl Exporter {
         certificates::render(&mut page);
         dns::render(&mut page);
         process::render(&mut page);
+        host::render(&mut page);
         self.series.render_fixed(&mut page);
         let mut end = Page::new(format);
         end.end();

@@ -21,6 +21,7 @@ use crate::node::pod::pod_sockets;
 use crate::node::pod_error::PodError;
 use crate::node::received_identities::ReceivedIdentities;
 use crate::node::workers::{WorkerThreads, Workers};
+use crate::observe::conditions;
 use crate::observe::metrics;
 use crate::observe::otlp::Telemetry;
 use crate::process::command_error::CommandError;
@@ -162,9 +163,14 @@ impl LoadedNode {
             let (limits, readiness) = (limits.clone(), reported.clone());
             async move { limits.report(readiness).await }
         });
+        let of_host = settings.clone();
+        let conditions = restarting("report of conditions", move || {
+            let settings = of_host.clone();
+            async move { conditions::watch(&settings).await }
+        });
         let publishing = supervisor.essential("publisher of the mesh", publisher.follow(reports));
         let data_plane = InProcess { node, workers, identities };
-        let tasks = vec![publishing, limits];
+        let tasks = vec![publishing, limits, conditions];
         let testing = is_of_one_pod(&settings).then(|| readiness.pending(RULES));
         Ok(RunningNode {
             data_plane,

@@ -9,9 +9,9 @@ use serde_json::Value;
 use tokio::sync::watch;
 use underpass_config::{Hint as _, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
-    Explanation, ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN, KeptCapabilities,
-    NamespaceAccess, Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan, Sockets,
-    ipv6_available,
+    Difference, Explanation, ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN,
+    KeptCapabilities, NamespaceAccess, Ports, ProbeSockets, ProxyUser, ReturnPathProbe, RulePlan,
+    Sockets, ipv6_available,
 };
 
 use crate::error::chain;
@@ -154,6 +154,7 @@ impl Capture {
         }
         if interception.ipv6_disabled().await? {
             tracing::info!(
+                hint = "enable it, or set interception.ipv6: reject",
                 "IPv6 is disabled on the loopback interface (disable_ipv6): its rules are installed, but the \
                  workload has no IPv6 connectivity until it is enabled there"
             );
@@ -277,12 +278,18 @@ impl Capture {
 
     /// Fails if the installed rules differ from the current settings.
     pub(crate) async fn verify(&self) -> Result<(), PodError> {
-        match self.rules() {
-            Some(rules) => match rules.verify().await? {
-                None => Ok(()),
-                Some(difference) => Err(PodError::Changed(difference)),
-            },
+        match self.difference().await? {
             None => Ok(()),
+            Some(difference) => Err(PodError::Changed(difference)),
+        }
+    }
+
+    /// The difference between the installed rules and the current settings; `None` without one, or
+    /// if another program installs the rules.
+    pub(super) async fn difference(&self) -> Result<Option<Difference>, InterceptionError> {
+        match self.rules() {
+            Some(rules) => rules.verify().await,
+            None => Ok(None),
         }
     }
 

@@ -1,7 +1,8 @@
 //! The health of a pod's rules: whether they are intact, and whether the self-test passed.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -14,7 +15,7 @@ pub(crate) struct RulesTotals(Arc<Counts>);
 
 #[derive(Debug, Default)]
 struct Counts {
-    /// Pods whose rules differ from the settings at present.
+    /// Pods whose rules differ from the settings at present, whether they are repaired or not.
     lost: AtomicUsize,
     /// Pods whose last self-test failed.
     self_test_failed: AtomicUsize,
@@ -32,8 +33,11 @@ struct State {
     /// Whether they were installed once.
     installed: AtomicBool,
     lost: AtomicBool,
+    /// Whether another program has changed them, and this proxy does not repair them.
+    unrepaired: AtomicBool,
     self_test_failed: AtomicBool,
     foreign: AtomicUsize,
+    repairs: Mutex<Repairs>,
     changes: watch::Sender<()>,
 }
 
@@ -43,16 +47,37 @@ struct State {
 pub(crate) struct RulesState {
     installed: bool,
     lost: bool,
+    unrepaired: bool,
     self_test_failed: bool,
     foreign: usize,
+    repairs: Repairs,
+}
+
+/// The repairs of a pod's rules.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Repairs {
+    pub(crate) count: u64,
+    /// The time of the last one.
+    pub(crate) last: Option<SystemTime>,
 }
 
 impl RulesTotals {
     /// Adds a pod, which counts until its health is dropped.
     pub(crate) fn pod(&self) -> RulesHealth {
-        let (installed, lost, self_test_failed, foreign, changes) = Default::default();
+        let (installed, lost, unrepaired, self_test_failed) = Default::default();
+        let (foreign, repairs, changes) = Default::default();
         let totals = self.clone();
-        RulesHealth(Arc::new(State { totals, installed, lost, self_test_failed, foreign, changes }))
+        RulesHealth(Arc::new(State {
+            totals,
+            installed,
+            lost,
+            unrepaired,
+            self_test_failed,
+            foreign,
+            repairs,
+            changes,
+        }))
     }
 
     fn report_intact(&self) {
@@ -87,8 +112,10 @@ impl RulesHealth {
         RulesState {
             installed: self.are_installed(),
             lost: self.are_lost(),
+            unrepaired: self.are_unrepaired(),
             self_test_failed: self.has_self_test_failed(),
             foreign: self.foreign_rules(),
+            repairs: self.repairs(),
         }
     }
 
@@ -97,8 +124,41 @@ impl RulesHealth {
         if state.installed {
             self.set_intact(!state.lost);
         }
+        self.set_unrepaired(state.unrepaired);
         self.set_self_test_failed(state.self_test_failed);
         self.set_foreign_rules(state.foreign);
+        self.set_repairs(state.repairs);
+    }
+
+    /// Records whether the rules that this proxy does not repair are as planned; returns the
+    /// previous value.
+    pub(crate) fn set_unrepaired(&self, are_changed: bool) -> bool {
+        let State { totals, unrepaired, .. } = &*self.0;
+        let were_changed = set(unrepaired, are_changed, &totals.0.lost);
+        totals.report_intact();
+        self.0.changes.send_replace(());
+        were_changed
+    }
+
+    /// Whether another program has changed the rules, and this proxy does not repair them.
+    pub(crate) fn are_unrepaired(&self) -> bool {
+        self.0.unrepaired.load(Relaxed)
+    }
+
+    /// Counts a repair.
+    pub(crate) fn repaired(&self) {
+        let count = self.repairs().count + 1;
+        self.set_repairs(Repairs { count, last: Some(SystemTime::now()) });
+    }
+
+    fn set_repairs(&self, repairs: Repairs) {
+        // No code panics while it holds the lock.
+        *self.0.repairs.lock().unwrap_or_else(PoisonError::into_inner) = repairs;
+        self.0.changes.send_replace(());
+    }
+
+    pub(crate) fn repairs(&self) -> Repairs {
+        *self.0.repairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether this process, or the one that it has taken over from, has installed the rules.
@@ -141,8 +201,9 @@ impl RulesHealth {
 
 impl Drop for State {
     fn drop(&mut self) {
-        let Self { totals, lost, self_test_failed, foreign, .. } = self;
-        if set(lost, false, &totals.0.lost) {
+        let Self { totals, lost, unrepaired, self_test_failed, foreign, .. } = self;
+        let was_lost = set(lost, false, &totals.0.lost);
+        if set(unrepaired, false, &totals.0.lost) || was_lost {
             totals.report_intact();
         }
         if set(self_test_failed, false, &totals.0.self_test_failed) {

@@ -64,8 +64,36 @@ impl Retest {
         }
     }
 
+    /// Compares rules that no reconciler repairs, and logs when they are changed.
+    async fn compare_unrepaired(&self) {
+        if self.capture.repairs() {
+            return;
+        }
+        let difference = match self.capture.difference().await {
+            Ok(difference) => difference,
+            // For example, this process has kept no capability.
+            Err(error) => return tracing::debug!(%error, "cannot read the rules"),
+        };
+        let were_changed = self.health.set_unrepaired(difference.is_some());
+        match difference {
+            Some(difference) if !were_changed => {
+                let (missing, unexpected) = difference.missing_and_unexpected();
+                tracing::error!(
+                    missing,
+                    unexpected,
+                    hint =
+                        "find that program, and restart the proxy, which installs its rules again",
+                    "another program has changed the rules, and interception.repair is off: traffic may bypass the proxy\n{difference}"
+                );
+            }
+            None if were_changed => tracing::info!("the rules are as planned again"),
+            _ => {}
+        }
+    }
+
     /// Runs the test. Returns `false` if it must be repeated without waiting for a change.
     async fn test(&self) -> bool {
+        self.compare_unrepaired().await;
         if self.health.are_lost() {
             // The test would fail until the reconciler has repaired the rules.
             return false;

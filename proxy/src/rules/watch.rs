@@ -109,6 +109,9 @@ impl RuleWatch {
             };
             report(&event, has_failed);
             has_failed = matches!(event, Event::Failed { .. });
+            if matches!(event, Event::Repaired { .. }) {
+                self.health.repaired();
+            }
             self.health.set_intact(event.is_intact());
         }
     }
@@ -148,6 +151,7 @@ fn report(event: &Event, has_failed: bool) {
                     missing,
                     unexpected,
                     ?took,
+                    hint = "find that program: the level debug logs what it changed",
                     "repaired the rules, which another program had changed"
                 );
             }

@@ -185,6 +185,31 @@ impl Kind {
     }
 }
 
+/// The address of a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ListenAddress {
+    /// The setting that determines it.
+    pub(crate) setting: &'static str,
+    pub(crate) transport: ListenerTransport,
+    pub(crate) address: SocketAddr,
+}
+
+/// The addresses at which a process with these settings listens in its own network namespace. The
+/// pods of a node have other ones.
+pub(crate) fn addresses(settings: &Settings) -> Vec<ListenAddress> {
+    let mut all: Vec<_> = of_table::<EndpointKind>(settings).collect();
+    if settings.node.pods.is_none() {
+        all.extend(of_table::<Kind>(settings).chain(of_table::<DnsKind>(settings)));
+    }
+    all
+}
+
+fn of_table<K: ListenerKind>(settings: &Settings) -> impl Iterator<Item = ListenAddress> {
+    K::TABLE.iter().filter_map(|&ListenerSpec { setting, transport, address, .. }| {
+        Some(ListenAddress { setting, transport, address: address(settings)? })
+    })
+}
+
 /// All bound listeners of a table.
 #[derive(Debug)]
 pub(crate) struct Listeners<K: 'static>(Vec<(&'static ListenerSpec<K>, BoundListener)>);

@@ -286,12 +286,16 @@ fn rejected_workload_keeps_accepted_version_or_withholds_address() {
     assert!(mesh.speaks_hbone("", at([10, 0, 0, 2])));
     let mesh = client.rejected(legacy("b", [10, 0, 0, 3]), ADDRESS, REASON);
     assert_eq!([2, 3].map(|n| mesh.speaks_hbone("", at([10, 0, 0, n]))), [false, true]);
+    assert_eq!(client.0.rejected().len(), 2, "both");
     let mesh = client.remove(ADDRESS, "cluster//Pod/ns/b");
     assert!(!mesh.speaks_hbone("", at([10, 0, 0, 3])));
+    let listed: Vec<_> = client.0.rejected().map(|(_, name, _)| name.to_string()).collect();
+    assert_eq!(listed, ["cluster//Pod/ns/a"]);
     client.rejected(legacy("b", [10, 0, 0, 2]), ADDRESS, REASON);
     let mut plain = workload("b", [10, 0, 0, 2]);
     plain.tunnel_protocol = 0;
     assert!(!client.set(plain).speaks_hbone("", at([10, 0, 0, 2])));
+    assert_eq!(client.0.rejected().len(), 1, "an accepted version replaces the rejected one");
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub(crate) struct Status {
     pub(crate) readiness: String,
     /// Everything that is pending or wrong.
     pub(crate) problems: Vec<Problem>,
+    /// Conditions and events that are worth knowing, although the proxy is healthy.
+    pub(crate) notices: Vec<Problem>,
     pub(crate) identities: Vec<Identity>,
     /// Of the only pod of `underpass run`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -38,12 +40,12 @@ pub(crate) struct Status {
     pub(crate) failures: Failures,
 }
 
-/// Something that is pending or wrong.
+/// Something that is pending or wrong, or a notice.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Problem {
-    /// The part of the proxy: `readiness`, `certificate`, `rules`, `control_plane`, `mesh`, `pod`
-    /// or `workers`.
+    /// The part of the proxy or of the host: `readiness`, `certificate`, `rules`, `control_plane`,
+    /// `mesh`, `pod`, `workers`, `conntrack`, `program`, `ipv6` or `log`.
     pub(crate) part: String,
     /// The pod that it concerns.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -80,6 +82,10 @@ pub(crate) struct Rules {
     pub(crate) self_test: String,
     /// The number of rules of other programs that precede these.
     pub(crate) foreign: usize,
+    /// The number of repairs after changes by other programs.
+    pub(crate) repairs: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) last_repair_seconds_ago: Option<u64>,
 }
 
 /// The mesh, and the control plane that sends it.

@@ -12,14 +12,21 @@ const milliseconds = (value) => {
 };
 const remedy = (text) => text && element("div", { class: "hint" }, text);
 
-/** What is pending or wrong. */
-export function problems(status) {
-  if (status.problems.length === 0) return element("p", { class: "good" }, "None.");
-  return table("What is pending or wrong", [
+function listed(caption, list, style) {
+  return table(caption, [
     ["Part", (problem) => problem.part.replaceAll("_", " ")],
     ["Pod", (problem) => optional(problem.pod)],
-    ["Problem", (problem) => [element("span", { class: "problem" }, problem.problem), remedy(problem.hint)]],
-  ], status.problems, "None.");
+    ["Problem", (problem) => [element("span", { class: style }, problem.problem), remedy(problem.hint)]],
+  ], list, "None.");
+}
+
+/** What is pending or wrong, and notices. */
+export function problems(status) {
+  const problems = status.problems.length === 0
+    ? element("p", { class: "good" }, "None.")
+    : listed("What is pending or wrong", status.problems, "problem");
+  if (status.notices.length === 0) return problems;
+  return element("div", {}, [problems, listed("Notices", status.notices)]);
 }
 
 /** The verdict, and why. */

@@ -5,7 +5,9 @@ use std::borrow::Cow;
 use crate::admin::api::status::{Problem, Status};
 use crate::admin::state::Admin;
 use crate::error::Described;
+use crate::mesh::health::Rejected;
 use crate::node::identities::RotationState;
+use crate::observe::conditions::Condition;
 
 /// An outage of the control plane for less time is no problem: control planes end their streams
 /// from time to time.
@@ -19,11 +21,18 @@ const READINESS_HINTS: [(&str, &str); 2] = [
 ];
 
 /// The problems of the proxy with this status. `silent_workers` did not answer.
-pub(super) fn of(admin: &Admin, status: &Status, silent_workers: usize) -> Vec<Problem> {
+pub(super) fn of(
+    admin: &Admin,
+    status: &Status,
+    silent_workers: usize,
+    conditions: &[Condition],
+) -> Vec<Problem> {
     let mut problems = certificates(admin, status);
-    problems.extend(rules(status));
+    problems.extend(rules(admin, status));
     problems.extend(control_plane(admin, status));
+    problems.extend(rejected(admin));
     problems.extend(mesh_file(admin));
+    problems.extend(conditions.iter().filter(|one| one.is_problem()).map(Problem::from));
     problems.extend(pods(status));
     problems.extend(readiness(admin, &problems));
     if silent_workers > 0 {
@@ -82,8 +91,13 @@ fn certificates(admin: &Admin, status: &Status) -> Vec<Problem> {
     states.into_iter().flatten().filter_map(problem).collect()
 }
 
-fn rules(status: &Status) -> Option<Problem> {
+fn rules(admin: &Admin, status: &Status) -> Option<Problem> {
     let rules = status.rules.as_ref()?;
+    if rules.state == "changed" && !admin.settings.interception.repair {
+        let hint = "find that program, and restart the proxy, which installs its rules again";
+        let problem = "another program has changed the rules, and interception.repair is off: traffic may bypass the proxy";
+        return Some(problem_of("rules", problem, Some(hint.into())));
+    }
     if rules.state == "changed" {
         let hint = "`underpass rules verify` shows the difference; stop the program that makes it";
         let problem = "another program has changed the rules, and traffic is blocked";
@@ -101,6 +115,14 @@ fn control_plane(admin: &Admin, status: &Status) -> Option<Problem> {
     let is_short = plane.for_seconds < MIN_OUTAGE_SECONDS && admin.readiness.has_started();
     let what = format!("no stream to the control plane {}", plane.address);
     (!is_short).then(|| described("control_plane", &what, error.as_ref()))
+}
+
+/// The resources of the control plane that this proxy cannot use.
+fn rejected(admin: &Admin) -> Option<Problem> {
+    let Rejected { count, first } = admin.readiness.mesh().rejected()?;
+    let problem = format!("resources of the control plane that cannot be used: {count}; {first}");
+    let hint = "correct them in the control plane: connections that they may forbid are refused until then";
+    Some(problem_of("mesh", problem, Some(hint.into())))
 }
 
 fn mesh_file(admin: &Admin) -> Option<Problem> {

@@ -8,6 +8,7 @@ mod dns;
 mod kernel;
 mod namespaces;
 mod peers;
+mod ports;
 mod process;
 mod resources;
 mod rules;
@@ -36,6 +37,7 @@ pub(super) const ALL: &[&dyn Check] = &[
     &dns::Servers,
     &configuration::Mistakes,
     &configuration::SameNodeDirect,
+    &ports::Free,
     &certificates::Own,
     &certificates::Trusted,
     &rules::Installed,
@@ -47,6 +49,7 @@ pub(super) const ALL: &[&dyn Check] = &[
     &peers::Handshakes,
     &process::Version,
     &process::Ready,
+    &process::Reported,
     &process::DescriptorsInUse,
     &process::FailedConnections,
 ];

@@ -12,8 +12,8 @@ use underpass_config::{
 };
 use underpass_hbone::{Credentials, HboneError, Identity, IssuerProblem, Trust};
 use underpass_interception::{
-    HostFacts, Inotify, Interception, InterceptionError, Namespace, NamespaceAccess,
-    NamespaceThread, Ports, ProxyUser, RunningProcess, Sockets,
+    HostFacts, Inotify, Interception, InterceptionError, ListeningSocket, Namespace,
+    NamespaceAccess, NamespaceThread, Ports, ProxyUser, RunningProcess, Sockets, listening_sockets,
 };
 
 use crate::admin::api::status::Status;
@@ -26,6 +26,7 @@ use crate::process::command_error::CommandError;
 use crate::process::instance::{self, InstanceError, Running};
 use crate::process::take_over::control_socket::{self, ADMIN};
 use crate::traffic::dial::PlainDialer;
+use crate::traffic::listeners::addresses;
 
 /// Timeout for a certificate of a CA or an agent.
 const ISSUE_TIMEOUT: Duration = Duration::from_secs(20);
@@ -41,8 +42,10 @@ pub(super) struct Subject {
     pub(super) configuration: ConfigCheck,
     pub(super) facts: HostFacts,
     pub(super) running: Result<Option<Running>, InstanceError>,
-    /// The running proxy as /proc shows it.
+    /// The running proxy as /proc shows it: the process that serves connections.
     pub(super) process: Option<RunningProcess>,
+    /// The sockets that listen on the ports of the settings.
+    pub(super) listening: Vec<ListeningSocket>,
     /// The thread for operations on rules.
     pub(super) thread: NamespaceThread,
     /// Access for operations on rules.
@@ -52,7 +55,8 @@ pub(super) struct Subject {
     interception: OnceCell<Result<Option<Interception>, InterceptionError>>,
     credentials: OnceCell<Result<Option<Credentials>, HboneError>>,
     state: OnceCell<Option<Result<FirstState, FirstStateError>>>,
-    status: OnceCell<Option<Status>>,
+    /// See [`status`](Self::status).
+    status: Option<Status>,
 }
 
 impl Subject {
@@ -66,12 +70,13 @@ impl Subject {
         let facts = thread.call(&namespace, HostFacts::read).await?;
         let running = instance::running().await;
         let known = running.as_ref().ok().and_then(Option::as_ref);
-        let process = match known.map(|running| running.pid) {
+        let read = async |pid: Option<u32>| match pid {
             Some(pid) => {
-                thread.call(&namespace, move |inside| RunningProcess::read(inside, pid)).await?
+                thread.call(&namespace, move |inside| RunningProcess::read(inside, pid)).await
             }
-            None => None,
+            None => Ok(None),
         };
+        let mut process = read(known.map(|running| running.pid)).await?;
         let configuration = match (&sources, known) {
             (Some(sources), _) => ConfigCheck::of(sources),
             (None, Some(running)) => {
@@ -88,6 +93,14 @@ impl Subject {
             Some(settings) => settings.clone(),
             None => Sources::default().load()?,
         };
+        let is_host_only = is_host_only || (sources.is_none() && known.is_none());
+        let status = if is_host_only { None } else { reported(&settings).await };
+        if process.is_none() {
+            process = read(status.as_ref().map(|status| status.pid)).await?;
+        }
+        let ports: Vec<_> = addresses(&settings).iter().map(|one| one.address.port()).collect();
+        let listening =
+            thread.call(&namespace, move |inside| listening_sockets(inside, &ports)).await?;
         // Without the required capabilities, the proxy's user is unknown, and a check reports it.
         if let Ok(Some(user)) = ProxyUser::required(&settings.interception) {
             network.open_files_as(user).await?;
@@ -95,9 +108,8 @@ impl Subject {
         let access =
             |thread: &NamespaceThread| NamespaceAccess::new(namespace.clone(), thread.clone());
         let (access, network) = (access(&thread), access(&network));
-        let is_host_only = is_host_only || (sources.is_none() && known.is_none());
-        let (interception, credentials) = (OnceCell::new(), OnceCell::new());
-        let (state, status) = (OnceCell::new(), OnceCell::new());
+        let (interception, credentials, state) =
+            (OnceCell::new(), OnceCell::new(), OnceCell::new());
         Ok(Self {
             is_host_only,
             settings,
@@ -105,6 +117,7 @@ impl Subject {
             facts,
             running,
             process,
+            listening,
             thread,
             access,
             network,
@@ -127,13 +140,17 @@ impl Subject {
 
     /// The status that the running proxy reports on its socket of administration; `None` without a
     /// proxy or without permission.
-    pub(super) async fn status(&self) -> Option<&Status> {
-        let status = self.status.get_or_init(async || {
-            let socket = control_socket::path(&self.settings.admin.socket, ADMIN).ok()??;
-            let mut client = AdminClient::connect(socket).await.ok()?;
-            client.json(Method::GET, "/status").await.ok()
-        });
-        status.await.as_ref()
+    pub(super) fn status(&self) -> Option<&Status> {
+        self.status.as_ref()
+    }
+
+    /// The processes of the running proxy; empty if none runs.
+    pub(super) fn processes(&self) -> Vec<u32> {
+        let running = self.running().map(|running| running.pid);
+        let reported = self.status().map(|status| status.pid);
+        // The broker of a node has the listeners too.
+        let broker = self.process.and_then(|process| process.parent).filter(|_| self.is_node());
+        running.into_iter().chain(reported).chain(broker).collect()
     }
 
     /// Access to the rules; `None` if the subject has none here: those of a node are in its pods.
@@ -222,4 +239,11 @@ impl Subject {
             _ => Arc::new(self.configuration.mesh.clone()),
         }
     }
+}
+
+/// The status of the proxy with these settings.
+async fn reported(settings: &Settings) -> Option<Status> {
+    let socket = control_socket::path(&settings.admin.socket, ADMIN).ok()??;
+    let mut client = AdminClient::connect(socket).await.ok()?;
+    client.json(Method::GET, "/status").await.ok()
 }

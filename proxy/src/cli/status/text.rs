@@ -17,7 +17,8 @@ const INDENT: usize = 14;
 /// One screen.
 pub(super) fn screen(status: &Status, style: Style) -> String {
     let mut text = head(status, style);
-    text += &problems(&status.problems, style);
+    text += &problems(&status.problems, '!', Colour::Red, style);
+    text += &problems(&status.notices, '-', Colour::Yellow, style);
     text.push('\n');
     text += &status.identities.iter().take(MAX_ENTRIES).map(identity).collect::<String>();
     text += &more("Certificates", status.identities.len());
@@ -49,15 +50,17 @@ fn head(status: &Status, style: Style) -> String {
     if status.readiness == "ready" { head } else { head + &wrapped("", 2, &status.readiness) }
 }
 
-fn problems(problems: &[Problem], style: Style) -> String {
+/// Problems or notices, with this mark.
+fn problems(problems: &[Problem], mark: char, colour: Colour, style: Style) -> String {
     let mut text = String::new();
     for Problem { part, pod, problem, hint } in problems.iter().take(MAX_ENTRIES) {
         let about = pod.as_deref().unwrap_or(part).replace('_', " ");
-        let mark = style.paint(Colour::Red, "!");
+        let mark = style.paint(colour, &mark.to_string());
         text += &wrapped(&format!("{mark} "), 2, &format!("{about}: {problem}"));
         text += &hint_lines(2, hint.as_deref());
     }
-    text + &more("problems", problems.len())
+    let what = if mark == '!' { "problems" } else { "notices" };
+    text + &more(what, problems.len())
 }
 
 /// A part with its name before it.
@@ -91,12 +94,16 @@ fn identity(Identity { spiffe_id, state, expires_in_seconds, .. }: &Identity) ->
     part("Certificate", &format!("{spiffe_id}: {state}{when}"))
 }
 
-fn rules(Rules { profile, state, self_test, foreign }: &Rules) -> String {
+fn rules(Rules { profile, state, self_test, foreign, repairs, .. }: &Rules) -> String {
     let foreign = match foreign {
         0 => String::new(),
         _ => format!(", {} of other programs before them", count(*foreign, "rule")),
     };
-    part("Rules", &format!("{profile}: {state}, self-test {self_test}{foreign}"))
+    let repairs = match repairs {
+        0 => String::new(),
+        _ => format!(", repairs: {repairs}"),
+    };
+    part("Rules", &format!("{profile}: {state}, self-test {self_test}{foreign}{repairs}"))
 }
 
 fn mesh(mesh: &Mesh) -> String {

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::line::Lines;
-use crate::observe::metrics;
+use crate::observe::log_loss;
 
 /// The maximum number of bytes that are queued or being written.
 const MAX_BYTES: usize = 1 << 20;
@@ -77,7 +77,7 @@ pub(super) fn start<W: Write + Send + 'static>(
     let write = move || {
         // A panic loses the lines of the current write, which count as one lost line.
         while catch_unwind(AssertUnwindSafe(|| write_lines(&reader, &mut writer))).is_err() {
-            metrics::log_lines_lost(1);
+            log_loss::lost(1);
             writer.unreported += 1;
             thread::park_timeout(WRITE_INTERVAL);
         }
@@ -93,7 +93,7 @@ impl Queue {
         if state.waiting.len() + state.in_flight + line.len() > MAX_BYTES || state.is_closed {
             state.lost += 1;
             drop(state);
-            metrics::log_lines_lost(1);
+            log_loss::lost(1);
             return;
         }
         state.waiting.extend_from_slice(line);
@@ -196,7 +196,7 @@ impl<W: Write> Output<W> {
         let unwritten = self.write_lines(lines);
         let failed = unwritten.iter().filter(|byte| **byte == b'\n').count() as u64;
         if failed > 0 {
-            metrics::log_lines_lost(failed);
+            log_loss::lost(failed);
         }
         self.unreported += lost + failed;
         // After a failure, the next attempt reports the count.

@@ -18,8 +18,8 @@ use tokio::net::{UnixListener, UnixStream};
 use underpass_config::{Broker, Hint, LocalSocket, Settings};
 use underpass_interception::{Handover, ProxyUser};
 
-/// The folder of the default socket.
-const FOLDER: &str = "/run/underpass";
+/// The folder of the default sockets.
+pub(crate) const FOLDER: &str = "/run/underpass";
 
 /// The purpose of a socket.
 #[derive(Debug, Clone, Copy)]

@@ -7,9 +7,12 @@ use std::sync::Arc;
 use futures_util::future::FutureExt as _;
 use futures_util::stream::{self, StreamExt as _};
 use tokio::time::timeout;
-use underpass_config::{Hint as _, Mesh, NetworkMode, Profile, Protocol, Settings, Workload};
+use underpass_config::{
+    Hint as _, Mesh, NetworkMode, Profile, Protocol, Settings, SpiffeId, Workload,
+};
 use underpass_hbone::{ClientSettings, Connector, Credentials, Dial as _, HboneError};
 
+use crate::admin::api::status::{OutboundTunnels, Status};
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Outcome};
 use crate::cli::doctor::subject::Subject;
 use crate::error::chain;
@@ -35,8 +38,11 @@ impl Check for Handshakes {
             let Ok(Some(credentials)) = subject.credentials().await else { return None };
             let mesh = subject.mesh().await;
             let mut peers = peers(&mesh, &subject.settings);
-            // Such a control plane does not list the workloads.
+            // Such a control plane does not list the workloads: the running proxy knows its peers.
             let on_demand = subject.settings.xds.as_ref().is_some_and(|xds| xds.on_demand);
+            if on_demand {
+                peers.extend(subject.status().into_iter().flat_map(peers_of_proxy));
+            }
             if peers.is_empty() && on_demand {
                 return None;
             }
@@ -70,8 +76,10 @@ impl Check for Handshakes {
 
 /// A workload that accepts tunnels.
 struct Peer {
-    workload: Arc<Workload>,
+    name: String,
     address: SocketAddr,
+    /// The identities that it may have.
+    identities: Vec<SpiffeId>,
 }
 
 /// The healthy workloads with HBONE in our network, except for our own.
@@ -90,15 +98,30 @@ fn peers(mesh: &Mesh, settings: &Settings) -> Vec<Peer> {
     });
     let peers = workloads.filter_map(|workload| {
         let address = SocketAddr::new(*workload.addresses.first()?, settings.proxy.hbone_port);
-        Some(Peer { workload: workload.clone(), address })
+        let (name, identities) = (workload.to_string(), vec![workload.identity.clone()]);
+        Some(Peer { name, address, identities })
     });
     peers.collect()
+}
+
+/// The peers to which the running proxy has, or had, tunnels.
+fn peers_of_proxy(status: &Status) -> Vec<Peer> {
+    let peer = |tunnels: &OutboundTunnels| {
+        let OutboundTunnels { address, identities, .. } = tunnels;
+        let ids = identities.iter().map(|id| id.parse().ok()).collect::<Option<_>>()?;
+        Some(Peer { name: identities.join(" or "), address: (*address)?, identities: ids })
+    };
+    let mut peers: Vec<_> = status.tunnels.outbound.iter().filter_map(peer).collect();
+    // Several pods of a node may have the same peer.
+    peers.sort_by(|one, other| (one.address, &one.name).cmp(&(other.address, &other.name)));
+    peers.dedup_by(|one, other| (one.address, &one.name) == (other.address, &other.name));
+    peers
 }
 
 async fn handshake(
     subject: &Subject,
     credentials: &Credentials,
-    Peer { workload, address }: &Peer,
+    Peer { address, identities, .. }: &Peer,
 ) -> Result<(), HboneError> {
     let timeouts = &subject.settings.timeouts;
     let dialer = subject.dialer();
@@ -107,8 +130,7 @@ async fn handshake(
     let io = dialled
         .map_err(|source| HboneError::Dial { address: *address, source: Arc::new(source) })?;
     let connector = Connector::new(credentials.clone().fixed(), ClientSettings::default());
-    let expected = [workload.identity.clone()];
-    connector.probe(io, *address, &expected, timeouts.handshake).await.map(drop)
+    connector.probe(io, *address, identities, timeouts.handshake).await.map(drop)
 }
 
 fn finding(outcomes: &[(Peer, Result<(), HboneError>)]) -> Finding {
@@ -120,7 +142,7 @@ fn finding(outcomes: &[(Peer, Result<(), HboneError>)]) -> Finding {
     let Some((first, first_error)) = failed.first() else {
         return Finding::ok(format!("tunnels to all {count} peers can be opened"));
     };
-    let name = |peer: &Peer| format!("{} at {}", peer.workload, peer.address);
+    let name = |peer: &Peer| format!("{} at {}", peer.name, peer.address);
     let details = failed.iter().take(MAX_NAMED).map(|(peer, error)| {
         let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
         format!("{}: {}: {}{hint}", name(peer), error.kind(), chain(*error))
@@ -151,6 +173,7 @@ mod tests {
     use underpass_config::Sources;
 
     use super::*;
+    use crate::admin::api::status::Tunnels;
     use crate::cli::doctor::check::Level;
 
     fn some_peers() -> Vec<Peer> {
@@ -166,9 +189,23 @@ mod tests {
 
     #[test]
     fn peers_are_other_workloads_with_hbone_in_own_network() {
-        let names: Vec<_> =
-            some_peers().iter().map(|peer| peer.workload.name.to_string()).collect();
-        assert_eq!(names, ["a", "b"]);
+        let names: Vec<_> = some_peers().into_iter().map(|peer| peer.name).collect();
+        assert_eq!(names, ["default/a", "default/b"]);
+    }
+
+    #[test]
+    fn peers_of_running_proxy_are_listed_once() {
+        let tunnels = |pod: &str| OutboundTunnels {
+            pod: pod.to_owned(),
+            address: Some(([10, 0, 0, 1], 15008).into()),
+            identities: vec!["spiffe://td/ns/default/sa/a".to_owned()],
+            ..OutboundTunnels::default()
+        };
+        let outbound = vec![tunnels("default/x"), tunnels("default/y")];
+        let tunnels = Tunnels { outbound, ..Tunnels::default() };
+        let peers = peers_of_proxy(&Status { tunnels, ..Status::default() });
+        let names: Vec<_> = peers.into_iter().map(|peer| peer.name).collect();
+        assert_eq!(names, ["spiffe://td/ns/default/sa/a"]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use futures_util::future::FutureExt as _;
 use underpass_interception::Usage;
 
 use super::rules::are_installed;
-use crate::admin::api::status::{Failure, Failures};
+use crate::admin::api::status::{Failure, Failures, Problem, Status};
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Level, Outcome, at_once};
 use crate::cli::doctor::subject::Subject;
 use crate::version::VERSION;
@@ -18,17 +18,16 @@ impl Check for Version {
     }
 
     fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
-        async move {
-            let reported = subject.status().await.map(|status| status.version.as_str());
-            let is_running = subject.running().is_some() || reported.is_some();
-            let same = subject.process.and_then(|process| process.runs_same_program);
-            let mut finding = is_running.then(|| version(same, reported))?;
+        let reported = subject.status().map(|status| status.version.as_str());
+        let is_running = subject.running().is_some() || reported.is_some();
+        let same = subject.process.and_then(|process| process.runs_same_program);
+        at_once(is_running.then(|| {
+            let mut finding = version(same, reported);
             if subject.is_node() && finding.command.is_some() {
                 finding.command = Some("underpass node --config FILE --take-over".to_owned());
             }
-            Some(finding)
-        }
-        .boxed_local()
+            finding
+        }))
     }
 }
 
@@ -65,12 +64,12 @@ impl Check for Ready {
         async move {
             // The daemon of a node answers only on its socket of administration.
             if subject.is_node() {
-                let status = subject.status().await?;
+                let status = subject.status()?;
                 return Some(ready(status.pid, &status.readiness));
             }
             Some(match &subject.running {
                 Ok(Some(running)) => ready(running.pid, &running.readiness),
-                Ok(None) => match subject.status().await {
+                Ok(None) => match subject.status() {
                     // With the profile `none`, it answers only on its socket of administration.
                     Some(status) => ready(status.pid, &status.readiness),
                     None => absent(are_installed(subject).await),
@@ -137,6 +136,39 @@ fn descriptors(usage: Usage) -> Finding {
         .command("ss -tn state established | head")
 }
 
+/// The problems and notices that the running proxy reports.
+pub(super) struct Reported;
+
+impl Check for Reported {
+    fn info(&self) -> Info {
+        Info::proxy("proxy-problems", Category::Proxy)
+    }
+
+    fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
+        at_once(subject.status().map(reported))
+    }
+}
+
+fn reported(Status { problems, notices, .. }: &Status) -> Finding {
+    let Some(first) = problems.iter().chain(notices).next() else {
+        return Finding::ok("the running proxy reports no problem");
+    };
+    let line = |problem: &Problem| {
+        let Problem { part, pod, problem, .. } = problem;
+        format!("{}: {problem}", pod.as_ref().unwrap_or(part))
+    };
+    let counts = [("problems", problems.len()), ("notices", notices.len())];
+    let counts = counts.into_iter().filter(|(_, count)| *count > 0);
+    let counts: Vec<_> = counts.map(|(what, count)| format!("{what}: {count}")).collect();
+    let message = format!("the running proxy reports {}; {}", counts.join(", "), line(first));
+    let finding = match problems.is_empty() {
+        true => Finding::warning(message),
+        false => Finding::failure(message),
+    };
+    let others = problems.iter().chain(notices).skip(1).map(line);
+    Finding { hint: first.hint.clone(), ..finding.details(others).command("underpass status") }
+}
+
 /// The failed connections of the running proxy.
 pub(super) struct FailedConnections;
 
@@ -146,7 +178,7 @@ impl Check for FailedConnections {
     }
 
     fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
-        async move { Some(failures(&subject.status().await?.failures)) }.boxed_local()
+        at_once(subject.status().map(|status| failures(&status.failures)))
     }
 }
 
@@ -193,6 +225,28 @@ mod tests {
         let finding = ready(7, "not ready: out of file descriptors");
         assert_eq!(finding.level, Level::Failure);
         assert!(finding.message.ends_with("is not ready: out of file descriptors"));
+    }
+
+    #[test]
+    fn reported_problem_is_a_failure_and_notice_a_warning() {
+        let one = |text: &str| {
+            vec![Problem {
+                part: "mesh".to_owned(),
+                problem: text.to_owned(),
+                ..Problem::default()
+            }]
+        };
+        let level = |status: &Status| reported(status).level;
+        assert_eq!(level(&Status::default()), Level::Ok);
+        let notices = one("replaced");
+        assert_eq!(
+            level(&Status { notices: notices.clone(), ..Status::default() }),
+            Level::Warning
+        );
+        let both = reported(&Status { problems: one("refused"), notices, ..Status::default() });
+        assert_eq!(both.level, Level::Failure);
+        assert!(both.message.ends_with("problems: 1, notices: 1; mesh: refused"), "{both:?}");
+        assert_eq!(both.details, ["mesh: replaced"]);
     }
 
     #[test]

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use underpass_config::{IdentitySettings, LocalSocket, PodSourceSettings, Settings};
-use underpass_interception::{HostFacts, Inotify, Usage, disk_usage};
+use underpass_interception::{DiskUsage, HostFacts, Inotify, Usage, disk_usage};
 
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Level, Outcome, at_once};
 use crate::cli::doctor::subject::Subject;
 use crate::cli::layout::age;
+use crate::process::take_over::control_socket::FOLDER;
 
 /// From this percentage of a limit on, its use is a warning.
 const NEARLY_FULL: u64 = 80;
@@ -107,7 +108,7 @@ fn difference(hardware: SystemTime, now: SystemTime) -> Option<Duration> {
     (by > TOLERANCE && !is_zone).then_some(by)
 }
 
-/// The space of the file systems that the proxy uses.
+/// The file systems that the proxy uses.
 pub(super) struct Disk;
 
 impl Check for Disk {
@@ -117,50 +118,80 @@ impl Check for Disk {
 
     fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
         let used = folders(&subject.settings).into_iter().filter_map(|folder| {
-            let usage = disk_usage(&folder).ok()?;
+            let usage = disk_usage(&folder.path).ok()?;
             Some((folder, usage))
         });
         at_once(disk(used.collect()))
     }
 }
 
+/// A folder that the proxy uses.
+struct Folder {
+    path: PathBuf,
+    /// How severe it is if the proxy cannot write to it.
+    if_read_only: Level,
+}
+
 /// The folders in which the proxy creates sockets, and from which it reads certificates.
-fn folders(settings: &Settings) -> Vec<PathBuf> {
-    let mut folders = vec![PathBuf::from("/run")];
-    let mut add = |file: &Path| folders.extend(file.parent().map(Path::to_path_buf));
+fn folders(settings: &Settings) -> Vec<Folder> {
+    let mut folders = Vec::new();
+    let mut add = |file: &Path, if_read_only| {
+        let path = file.parent().map(Path::to_path_buf);
+        folders.extend(path.map(|path| Folder { path, if_read_only }));
+    };
     match &settings.identity {
-        Some(IdentitySettings::Files(files)) => add(&files.certificate),
-        Some(IdentitySettings::LocalCa(ca)) => add(&ca.dir.join("ca.pem")),
+        Some(IdentitySettings::Files(files)) => add(&files.certificate, Level::Ok),
+        Some(IdentitySettings::LocalCa(ca)) => add(&ca.dir.join("ca.pem"), Level::Ok),
         Some(IdentitySettings::IstioCa(_) | IdentitySettings::Spire(_)) | None => {}
     }
     for socket in [&settings.take_over, &settings.admin.socket] {
-        if let LocalSocket::At(socket) = socket {
-            add(socket);
+        match socket {
+            LocalSocket::At(socket) => add(socket, Level::Failure),
+            // The proxy starts without such a socket. Its folder may be a mount of its own.
+            LocalSocket::Auto if Path::new(FOLDER).exists() => {
+                add(&Path::new(FOLDER).join("socket"), Level::Warning);
+            }
+            LocalSocket::Auto => add(Path::new(FOLDER), Level::Warning),
+            LocalSocket::Off => {}
         }
     }
     if let Some(PodSourceSettings::Cni(socket)) = &settings.node.pods {
-        add(socket);
+        add(socket, Level::Failure);
     }
     folders
 }
 
-fn disk(used: Vec<(PathBuf, Usage)>) -> Finding {
-    let line = |(folder, Usage { used, limit }): &(PathBuf, Usage)| {
+fn disk(used: Vec<(Folder, DiskUsage)>) -> Finding {
+    let line = |(Folder { path, .. }, usage): &(Folder, DiskUsage)| {
+        let Usage { used, limit } = usage.bytes;
         let mib = |bytes: u64| bytes >> 20;
-        let free = limit.saturating_sub(*used);
-        format!("{}: {} of {} MiB free", folder.display(), mib(free), mib(*limit))
+        let free = limit.saturating_sub(used);
+        format!("{}: {} of {} MiB free", path.display(), mib(free), mib(limit))
     };
-    let is_full = |(_, Usage { used, limit }): &&(PathBuf, Usage)| {
-        *limit > 0 && limit.saturating_sub(*used) < MIN_FREE.min(*limit / 20)
+    let is_full = |(_, usage): &&(Folder, DiskUsage)| {
+        let Usage { used, limit } = usage.bytes;
+        limit > 0 && limit.saturating_sub(used) < MIN_FREE.min(limit / 20)
     };
     let full: Vec<_> = used.iter().filter(is_full).collect();
-    let Some((folder, _)) = full.first() else {
-        return Finding::ok("the file systems in use have free space")
-            .details(used.iter().map(line));
-    };
-    Finding::failure("a file system is full: sockets, certificates and logs cannot be written")
+    if let Some((folder, _)) = full.first() {
+        return Finding::failure(
+            "a file system is full: sockets, certificates and logs cannot be written",
+        )
         .details(full.iter().copied().map(line))
-        .command(format!("df {}", folder.display()))
+        .hint("free some space, or choose another folder (admin.socket, take_over.socket)")
+        .command(format!("df {}", folder.path.display()));
+    }
+    let read_only = used.iter().filter(|(_, usage)| usage.is_read_only);
+    match read_only.max_by_key(|(folder, _)| folder.if_read_only) {
+        Some((Folder { path, if_read_only }, _)) if *if_read_only > Level::Ok => {
+            let path = path.display();
+            Finding::warning(format!("{path} is read-only: the proxy cannot create its sockets there"))
+                .at(*if_read_only)
+                .hint("mount a writable folder there, or choose another one (admin.socket, take_over.socket)")
+                .command(format!("findmnt --target {path}"))
+        }
+        _ => Finding::ok("the file systems in use have free space").details(used.iter().map(line)),
+    }
 }
 
 /// The limit of open files of this user.
@@ -247,14 +278,26 @@ mod tests {
         assert_eq!(difference(now - 24 * HOUR, now), Some(24 * HOUR));
     }
 
+    fn level_of_disk(bytes: Usage, if_read_only: Level, is_read_only: bool) -> Level {
+        let folder = Folder { path: "/run".into(), if_read_only };
+        disk(vec![(folder, DiskUsage { bytes, is_read_only })]).level
+    }
+
     #[test]
     fn full_file_system_is_a_failure() {
-        let level =
-            |used: u64, limit: u64| disk(vec![("/run".into(), Usage { used, limit })]).level;
+        let level = |used, limit| level_of_disk(Usage { used, limit }, Level::Ok, false);
         assert_eq!(level(1000 << 20, 1000 << 20), Level::Failure);
         assert_eq!(level(100 << 20, 1000 << 20), Level::Ok);
         assert_eq!(level(0, 0), Level::Ok, "a file system without a size");
         assert_eq!(level(1 << 20, 10 << 20), Level::Ok, "a small file system");
+    }
+
+    #[test]
+    fn read_only_folder_is_as_severe_as_what_is_written_to_it() {
+        let level = |if_read_only| level_of_disk(Usage { used: 0, limit: 0 }, if_read_only, true);
+        for severity in [Level::Ok, Level::Warning, Level::Failure] {
+            assert_eq!(level(severity), severity);
+        }
     }
 
     #[test]
