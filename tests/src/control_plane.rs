@@ -54,6 +54,8 @@ struct Script {
     first: Vec<Bytes>,
     /// The open streams; `None` ends one.
     streams: Vec<mpsc::UnboundedSender<Option<Bytes>>>,
+    /// The gRPC status with which each new stream is refused.
+    refusal: Option<u32>,
 }
 
 impl ScriptedControlPlane {
@@ -96,6 +98,11 @@ impl ScriptedControlPlane {
     /// Sends these responses at the start of each later stream.
     pub fn set_first(&self, responses: &[DeltaResponse]) {
         self.script().first = responses.iter().map(framed).collect();
+    }
+
+    /// Refuses each later stream with this gRPC status.
+    pub fn refuse(&self, status: u32) {
+        self.script().refusal = Some(status);
     }
 
     /// Sends a response on every open stream.
@@ -158,7 +165,14 @@ async fn serve(
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut connection = h2::server::handshake(acceptor.accept(tcp).await?).await?;
     while let Some(accepted) = connection.accept().await {
-        let (request, respond) = accepted?;
+        let (request, mut respond) = accepted?;
+        let refusal = script.lock().map_err(|_| "poisoned")?.refusal;
+        if let Some(status) = refusal {
+            let headers = Response::builder().header("content-type", "application/grpc");
+            let headers = headers.header("grpc-status", status).body(())?;
+            respond.send_response(headers, true)?;
+            continue;
+        }
         let (parts, body) = request.into_parts();
         events.send(ControlPlaneEvent::Opened(parts.headers))?;
         let (stream, commands) = mpsc::unbounded_channel();

@@ -95,6 +95,15 @@ impl Pki {
         self.write(&format!("{account}-expired"), &issued.or_fail("issue a certificate"))
     }
 
+    /// Issues a certificate that is valid from in an hour on. It replaces the files of
+    /// [`Pki::issue`].
+    #[must_use]
+    pub fn issue_future(&self, account: &str) -> IdentityFiles {
+        let now = SystemTime::now();
+        let issued = self.ca.issue_between(&self.id(account), now + HOUR, now + HOUR * 2);
+        self.write(account, &issued.or_fail("issue a certificate"))
+    }
+
     /// Issues a certificate that expires after `left`, which is the last 20 % of its lifetime. It
     /// replaces the files of [`Pki::issue`].
     #[must_use]

@@ -54,6 +54,11 @@ impl Suite {
         self.trials.push(Trial::test(name, move || run(body)));
     }
 
+    /// Reports that a trial is not run, and why.
+    pub fn skip(&self, name: &str, reason: &str) {
+        report_skipped(reason, name);
+    }
+
     /// Adds a trial for each address family.
     pub fn test_both(
         &mut self,

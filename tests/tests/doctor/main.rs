@@ -5,6 +5,7 @@
 mod certificates;
 mod report;
 mod situations;
+mod sources;
 
 use std::fs;
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
     suite.test("text names hint, command and section of each failure", text_has_remedies);
     situations::add_tests(&mut suite);
     certificates::add_tests(&mut suite);
+    sources::add_tests(&mut suite);
     suite.run()
 }
 
