@@ -54,7 +54,10 @@ impl Broken {
     }
 
     async fn run(&self, arguments: &[&str]) -> Printed {
-        let program = self.program.as_deref().unwrap_or_else(binary);
+        let program = match &self.program {
+            Some(program) => program.as_path(),
+            None => binary(),
+        };
         tool(self.pod(), program.to_str().expect("a path in UTF-8"), arguments).await
     }
 
