@@ -1,5 +1,5 @@
 //! Computes the version with its commit: `0.1.0 (1a2b3c4d5e6f)`, or the version alone outside a
-//! repository.
+//! repository. Passes on the target and the features of the build.
 //!
 //! Builds without the repository can set the commit in `UNDERPASS_COMMIT`. The script does not run
 //! git.
@@ -22,6 +22,10 @@ fn main() {
         None => version,
     };
     println!("cargo::rustc-env=UNDERPASS_VERSION={version}");
+    println!("cargo::rustc-env=UNDERPASS_TARGET={}", std::env::var("TARGET").unwrap_or_default());
+    let features = std::env::var("CARGO_CFG_FEATURE").ok().filter(|features| !features.is_empty());
+    let features = features.as_deref().unwrap_or("none");
+    println!("cargo::rustc-env=UNDERPASS_FEATURES={features}");
 }
 
 /// The checked-out commit of the repository that contains this folder (gitrepository-layout(5)).

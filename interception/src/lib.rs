@@ -67,7 +67,7 @@ pub use process::bypass::BypassingProcess;
 pub use process::limits::{is_out_of_files, raise_open_files};
 pub use process::privileges::{
     KeptCapabilities, MissingCapabilities, ProxyUser, confine_auxiliary_thread, confine_process,
-    confine_thread, may_signal_other_users, prepare_change_of_user,
+    confine_thread, may_signal_other_users, prepare_change_of_user, raise_capabilities,
 };
 pub use process::separate::SeparationError;
 pub use rules::RuleSettings;
@@ -87,5 +87,6 @@ pub use sockets::socket::{
     write_before_end,
 };
 pub use sockets::splice::SplicePipe;
+pub use sockets::supervisor::{inherited_listeners, notify_supervisor};
 pub use subscription::{RuleSubscription, WatchScope};
 pub use trial::{RuleTrial, try_rules};

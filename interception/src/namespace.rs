@@ -23,15 +23,13 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::sys::statfs::{FsType, fstatfs};
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 use crate::error::InterceptionError;
 
 pub use setup::{Endpoint, veth};
 pub use thread::{Entered, NamespaceThread};
 
-/// NSFS_MAGIC, include/uapi/linux/magic.h.
-const NSFS: i64 = 0x6e73_6673;
 /// The namespace of the calling thread. `/proc/self` would be that of the process's first thread.
 const OWN_NAMESPACE: &str = "/proc/thread-self/ns/net";
 
@@ -114,7 +112,7 @@ impl Namespace {
 impl NamespaceFile {
     fn new(file: File, path: PathBuf) -> io::Result<Self> {
         // Accept any kind of namespace here: setns(2) checks the kind.
-        if fstatfs(&file)?.filesystem_type() != FsType(NSFS) {
+        if fstatfs(&file)?.filesystem_type() != NSFS_MAGIC {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a namespace"));
         }
         let id = NamespaceId::of(&file)?;

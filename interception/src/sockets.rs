@@ -1,5 +1,6 @@
 //! The proxy's sockets: listeners, connections with marks and preserved source addresses, their
-//! handover to another process, splicing between them, and Unix sockets that pass descriptors.
+//! handover to another process or the supervisor, splicing between them, and Unix sockets that pass
+//! descriptors.
 
 mod descriptors;
 pub(crate) mod handover;
@@ -12,6 +13,7 @@ pub(crate) mod peer;
 pub(crate) mod seqpacket;
 pub(crate) mod socket;
 pub(crate) mod splice;
+pub(crate) mod supervisor;
 
 use std::net::SocketAddr;
 

@@ -27,17 +27,18 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use underpass_config::Hint as _;
+use underpass_interception::raise_capabilities;
 
 use self::style::{Colour, Style};
 use crate::broker::child;
 use crate::demo;
 use crate::error::chain;
 use crate::process::command_error::CommandError;
-use crate::version::VERSION;
+use crate::version::{LONG_VERSION, VERSION};
 
 /// Transparent zero-trust networking below the application.
 #[derive(Debug, Parser)]
-#[command(name = "underpass", version = VERSION, arg_required_else_help = true)]
+#[command(name = "underpass", version = VERSION, long_version = LONG_VERSION, arg_required_else_help = true)]
 #[command(
     after_help = "Begin with:\n  underpass demo\n\nExit codes: 0 success, 1 failure, 2 invalid command line or configuration, 3 `rules verify` found a difference or a bypass, or `status` a problem."
 )]
@@ -99,6 +100,8 @@ enum Command {
 
 /// Runs the command of the command line.
 pub fn main() -> ExitCode {
+    // After a failure an operation that needs a capability reports that.
+    raise_capabilities().ok();
     let outcome = match Cli::parse_from(cni::command_line(std::env::args_os())).command {
         Command::Demo(arguments) => demo::run(&arguments).map_err(CommandError::from),
         Command::Run(arguments) => run::run(arguments),

@@ -10,6 +10,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "a harness fails a test by panicking")]
 
 mod binary;
+mod checker;
 mod control_plane;
 mod counters;
 mod load;
@@ -20,7 +21,6 @@ mod otlp;
 mod peers;
 mod pki;
 mod pods;
-mod promtool;
 mod proxy;
 mod scene;
 mod settings;
@@ -28,10 +28,12 @@ mod soak;
 mod spire_agent;
 mod successor;
 mod suite;
+mod supervisor;
 mod tls;
 mod tools;
 
 pub use binary::binary;
+pub use checker::checker;
 pub use control_plane::{
     ControlPlaneEvent, ScriptedControlPlane, deny_port, field, hbone_workload, number, resource,
     response,
@@ -47,7 +49,6 @@ pub use peers::{
 };
 pub use pki::Pki;
 pub use pods::{Family, Pod, World};
-pub use promtool::promtool;
 pub use proxy::{Proxy, error_of};
 pub use scene::{APP, CLIENT, HBONE, SERVER, Scene};
 pub use settings::Settings;
@@ -55,5 +56,6 @@ pub use soak::{Fault, SoakOptions, SoakSummary, soak};
 pub use spire_agent::SpireAgent;
 pub use successor::ScriptedSuccessor;
 pub use suite::{Suite, skipped};
+pub use supervisor::{Notification, ScriptedSupervisor, Service};
 pub use tls::{TlsClient, TlsServer};
 pub use tools::{Background, OutputLines, Printed, tool};

@@ -33,6 +33,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dig", "dnsutils"),
     ("dnsmasq", "dnsmasq-base"),
     ("promtool", "prometheus"),
+    ("systemd-analyze", "systemd"),
 ];
 
 /// The output and exit status of a program.

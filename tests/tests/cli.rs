@@ -126,9 +126,12 @@ fn help_of_every_command_has_example() {
 fn exit_code_distinguishes_failure_from_usage_error() {
     let folder = Folder::new("codes");
     let version = folder.underpass("--version").ok();
-    let version = version.strip_prefix(concat!("underpass ", env!("CARGO_PKG_VERSION")));
-    let commit = version.expect("a version").trim().trim_matches(['(', ')']);
+    let lines: Vec<_> = version.lines().collect();
+    let commit = lines[0].strip_prefix(concat!("underpass ", env!("CARGO_PKG_VERSION")));
+    let commit = commit.expect("a version").trim().trim_matches(['(', ')']);
     assert!(commit.chars().all(|c| c.is_ascii_hexdigit()), "{commit:?}");
+    assert!(lines[1].starts_with("target: ") && lines[1].contains("-linux-"), "{version}");
+    assert_eq!(lines[2..], ["features: none"]);
     assert_eq!(folder.underpass("").code, Some(2));
     for wrong in [
         "nonsense",

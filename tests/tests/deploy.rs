@@ -1,5 +1,5 @@
 //! Checks that the dashboard and the alert rules in deploy/ use existing metrics and documented
-//! sections, and that Prometheus' own tool accepts the rules.
+//! sections. Prometheus' own tool checks the rules, and systemd's own tool the units.
 #![expect(clippy::panic, reason = "a test fails by panicking")]
 
 use std::collections::BTreeSet;
@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use underpass_tests::{is_metric_name, promtool};
+use underpass_tests::{checker, is_metric_name};
 
 const DASHBOARD: &str = "deploy/grafana/underpass.json";
 const ALERTS: &str = "deploy/prometheus/alerts.yaml";
@@ -140,7 +140,20 @@ fn has_section(page: &str, section: &str) -> bool {
 fn promtool_accepts_alerts_and_their_tests() {
     for (command, file) in [("check", ALERTS), ("test", ALERTS_TEST)] {
         let file = path(file).display().to_string();
-        let Some(printed) = promtool(&[command, "rules", &file], "") else { return };
+        let Some(printed) = checker("promtool", &[command, "rules", &file], "") else { return };
+        assert!(printed.status.success(), "{}{}", printed.out, printed.err);
+    }
+}
+
+/// The exposure that systemd rates as medium is 50 or more; below it is OK.
+const MAX_EXPOSURE: &str = "--threshold=49";
+
+#[test]
+fn systemd_rates_the_units_as_ok() {
+    for unit in ["underpass.service", "underpass-node.service"] {
+        let file = path(&format!("deploy/systemd/{unit}")).display().to_string();
+        let arguments = ["security", "--offline=true", "--no-pager", MAX_EXPOSURE, &file];
+        let Some(printed) = checker("systemd-analyze", &arguments, "") else { return };
         assert!(printed.status.success(), "{}{}", printed.out, printed.err);
     }
 }

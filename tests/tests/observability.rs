@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 
 use underpass_tests::{
-    APP, Family, Mesh, Metrics, Proxy, Scene, Server, Suite, exchange, finish, http_get, promtool,
+    APP, Family, Mesh, Metrics, Proxy, Scene, Server, Suite, checker, exchange, finish, http_get,
     tool, until,
 };
 
@@ -266,7 +266,9 @@ async fn checked_by_promtool() {
     client_proxy.access_lines(2).await;
     for pod in [&scene.client, &scene.server] {
         let metrics = pod.metrics().await;
-        let Some(printed) = promtool(&["check", "metrics"], metrics.text()) else { return };
+        let Some(printed) = checker("promtool", &["check", "metrics"], metrics.text()) else {
+            return;
+        };
         let complaints = (printed.out.as_str(), printed.err.as_str());
         assert!(printed.status.success() && complaints == ("", ""), "{complaints:?}");
     }

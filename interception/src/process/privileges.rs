@@ -107,6 +107,18 @@ pub fn confine_process() -> io::Result<()> {
     Ok(())
 }
 
+/// Makes the permitted capabilities of this thread effective. In the image, NET_ADMIN is a permitted
+/// capability of the binary's file. If it were effective, the kernel would refuse to execute the
+/// file in a container without NET_ADMIN. Call this while there is one thread.
+///
+/// # Errors
+///
+/// The kernel rejected the operation.
+pub fn raise_capabilities() -> io::Result<()> {
+    let permitted = caps::read(None, CapSet::Permitted).map_err(io::Error::other)?;
+    caps::set(None, CapSet::Effective, &permitted).map_err(io::Error::other)
+}
+
 /// Preserves the capabilities of the calling thread across a change of user, until
 /// [`confine_thread`] reduces them to `kept`.
 ///

@@ -131,7 +131,7 @@ impl RemoteDataPlane {
     }
 
     /// Checks that the control thread and the workers of the proxy process answer.
-    pub(super) async fn check(&self) -> Result<(), PodError> {
+    pub(crate) async fn check(&self) -> Result<(), PodError> {
         self.0.command(Command::Ping, Vec::new(), heartbeat::INTERVAL).await.map(drop)
     }
 

@@ -1,7 +1,10 @@
 //! `underpass node`.
 
+use underpass_interception::inherited_listeners;
+
 use super::run::{SettingsArguments, on_control_thread};
 use crate::process::app::Start;
+use crate::process::background::{self, BACKGROUND, REPORT_READY};
 use crate::process::command_error::CommandError;
 use crate::process::daemon;
 
@@ -19,15 +22,29 @@ pub(super) struct Arguments {
     /// runs
     #[arg(long)]
     take_over: bool,
+    /// Start in the background, and exit once the new process serves; for the reload command of a
+    /// supervisor
+    #[arg(long = BACKGROUND, conflicts_with = "until_eof")]
+    background: bool,
+    /// Report on standard input, a socket, when this process serves: the option of the process that
+    /// --background starts
+    #[arg(long = REPORT_READY, hide = true)]
+    report_ready: bool,
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
-    let sources = arguments.settings.sources();
+    if arguments.background {
+        return background::start();
+    }
+    // Before another process or thread is started.
+    let inherited = inherited_listeners();
+    let Arguments { until_eof, take_over, report_ready, settings, .. } = arguments;
+    let sources = settings.sources();
     let settings = sources.load()?;
     if settings.node.pods.is_none() {
         return Err(CommandError::NoPodSource);
     }
     let (logging, warnings) = (settings.logging.clone(), sources.warnings());
-    let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
+    let start = Start { until_eof, take_over, report_ready, inherited };
     on_control_thread(&logging, &warnings, daemon::run(settings, sources, start))
 }

@@ -6,10 +6,13 @@ use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use underpass_config::{Logging, Problem, Settings, Sources};
-use underpass_interception::{ProxyUser, confine_auxiliary_thread, confine_process};
+use underpass_interception::{
+    ProxyUser, confine_auxiliary_thread, confine_process, inherited_listeners,
+};
 
 use crate::broker::separation::Separation;
 use crate::process::app::Start;
+use crate::process::background::{self, BACKGROUND, REPORT_READY};
 use crate::process::command_error::CommandError;
 use crate::process::{app, logging, supervise};
 use crate::version::VERSION;
@@ -60,10 +63,24 @@ pub(super) struct Arguments {
     /// Take over from the running process without a failed connection; start normally if none runs
     #[arg(long)]
     take_over: bool,
+    /// Start in the background, and exit once the new process serves; for the reload command of a
+    /// supervisor
+    #[arg(long = BACKGROUND, conflicts_with = "until_eof")]
+    background: bool,
+    /// Report on standard input, a socket, when this process serves: the option of the process that
+    /// --background starts
+    #[arg(long = REPORT_READY, hide = true)]
+    report_ready: bool,
 }
 
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
-    let sources = arguments.settings.sources();
+    if arguments.background {
+        return background::start();
+    }
+    // Before another process or thread is started.
+    let inherited = inherited_listeners();
+    let Arguments { until_eof, take_over, report_ready, settings, .. } = arguments;
+    let sources = settings.sources();
     let settings = sources.load()?;
     if settings.node.pods.is_some() {
         return Err(CommandError::SettingsOfNode);
@@ -76,7 +93,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
         user.announce();
     }
     let (logging, warnings) = (settings.logging.clone(), sources.warnings());
-    let start = Start { until_eof: arguments.until_eof, take_over: arguments.take_over };
+    let start = Start { until_eof, take_over, report_ready, inherited };
     on_control_thread(&logging, &warnings, app::run(settings, sources, start, separation))
 }
 

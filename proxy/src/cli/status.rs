@@ -29,6 +29,10 @@ pub(super) struct Arguments {
     /// Show the status every two seconds until interrupted
     #[arg(long, short = 'w')]
     watch: bool,
+    /// Print no status, only an error if the proxy is not healthy: for the health check of a
+    /// container
+    #[arg(long, short = 'q', conflicts_with = "watch")]
+    quiet: bool,
     /// The output format; with --watch, JSON has one value a line
     #[arg(long, short = 'o', visible_alias = "format", value_enum, default_value_t = Output::Text)]
     output: Output,
@@ -56,7 +60,9 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), CommandError> {
         return runtime.block_on(watch(arguments));
     }
     let status = runtime.block_on(arguments.ask())?;
-    write(&rendered(&status, arguments.output)?)?;
+    if !arguments.quiet {
+        write(&rendered(&status, arguments.output)?)?;
+    }
     match status.problems.len() {
         0 => Ok(()),
         problems => Err(CommandError::Unhealthy { problems }),

@@ -4,23 +4,29 @@ use std::sync::Arc;
 
 use underpass_config::{Broker, FileWatcher, Hint as _, PrivilegesSettings, Settings, Sources};
 use underpass_hbone::catch_panic;
-use underpass_interception::{Inotify, raise_open_files};
+use underpass_interception::{BoundListener, Inotify, raise_open_files};
 
 use crate::broker::separation::Separation;
 use crate::error::chain;
+use crate::process::background;
 use crate::process::command_error::CommandError;
+use crate::process::passed_sockets::PassedSockets;
 use crate::process::phases::Bound;
 use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::{Failures, Supervisor, TaskFailure};
 
-/// The command-line options of `underpass run` that are not settings.
-#[derive(Debug, Clone, Copy)]
+/// How `underpass run` and `underpass node` start, apart from the settings.
+#[derive(Debug)]
 pub(crate) struct Start {
     /// Whether to stop when the parent process ends.
     pub(crate) until_eof: bool,
     /// Whether to take over from the running process.
     pub(crate) take_over: bool,
+    /// Whether to report to the process that started this one in the background.
+    pub(crate) report_ready: bool,
+    /// The listeners that the supervisor has passed, with their names in its store.
+    pub(crate) inherited: Vec<(String, BoundListener)>,
 }
 
 /// Serves as one or two processes until a stop signal, or until another process has taken over.
@@ -74,11 +80,15 @@ async fn run_phases(
     let watcher = FileWatcher::new(Inotify::open);
     let reload = Reload::watch(&settings, sources, &watcher)?;
     let (settings, user) = (Arc::new(effective(settings, &separation)), separation.user());
+    let passed = PassedSockets::receive(&settings, start.take_over, start.inherited).await?;
     let reload = (reload, watcher);
-    let bound = Bound::bind(settings, user, reload, start.take_over, supervisor).await?;
+    let bound = Bound::bind(settings, user, reload, passed, supervisor).await?;
     let guarded = bound.guard().await?;
     let serving = Box::pin(guarded.serve(&mut stop)).await?;
     let Some(serving) = serving else { return Ok(()) };
+    if start.report_ready {
+        background::report_ready();
+    }
     let draining = serving.until_end(&mut stop).await?;
     draining.finish(&mut stop).await
 }

@@ -80,6 +80,9 @@ pub(crate) enum CommandError {
     /// The proxy process has logged why it ended.
     #[error("the proxy process has ended{}", described(*status))]
     ProxyProcess { status: Option<ExitStatus> },
+    /// The process in the background has logged why it ended.
+    #[error("the new process ended before it served: {status}")]
+    NotServing { status: ExitStatus },
     #[error("the broker process has ended")]
     BrokerEnded,
     #[error("cannot receive from the broker process")]
@@ -114,6 +117,14 @@ fn described(status: Option<ExitStatus>) -> String {
     status.map(|status| format!(": {status}")).unwrap_or_default()
 }
 
+/// The exit code after the end of another underpass process: 2 if its configuration was invalid.
+fn of_process(status: Option<ExitStatus>) -> ExitCode {
+    match status.and_then(|status| status.code()) {
+        Some(2) => ExitCode::from(2),
+        _ => ExitCode::FAILURE,
+    }
+}
+
 impl CommandError {
     /// The error of a thread that could not be started (EAGAIN: pthread_create(3)).
     pub(crate) fn start(error: io::Error) -> Self {
@@ -133,10 +144,8 @@ impl CommandError {
             | Self::NoPodSource
             | Self::NoNodeName
             | Self::NoSuchCommand(_) => ExitCode::from(2),
-            Self::ProxyProcess { status } => {
-                let code = status.and_then(|status| status.code()).unwrap_or(1);
-                if code == 2 { ExitCode::from(2) } else { ExitCode::FAILURE }
-            }
+            Self::ProxyProcess { status } => of_process(*status),
+            Self::NotServing { status } => of_process(Some(*status)),
             Self::Difference | Self::Bypassed(_) | Self::Unhealthy { .. } => ExitCode::from(3),
             _ => ExitCode::FAILURE,
         }

@@ -32,9 +32,11 @@ use crate::pods::registry::PodRegistry;
 use crate::pods::source::{self, PodSource, SourceContext, SourceState};
 use crate::pods::take_over::outgoing::OutgoingPods;
 use crate::process::app::{Start, run_until_failure};
+use crate::process::background;
 use crate::process::command_error::CommandError;
 use crate::process::node_proxy::workers;
 use crate::process::notify;
+use crate::process::passed_sockets::PassedSockets;
 use crate::process::pause_gate::PauseGate;
 use crate::process::phases::draining::StopReason;
 use crate::process::phases::endpoints::bind_admin_socket;
@@ -42,7 +44,8 @@ use crate::process::proxy_part::{PreparedProxy, ProxyPart, ProxyStart};
 use crate::process::reload::Reload;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::{Supervisor, Task};
-use crate::process::take_over::{ReceivedSockets, TakeoverClient, TakeoverOutcome, TakeoverServer};
+use crate::process::take_over::{ReceivedSockets, TakeoverOutcome, TakeoverServer};
+use crate::process::watchdog;
 use crate::rules::health::RulesTotals;
 use crate::traffic::listeners::{BoundEndpoints, Listeners};
 
@@ -72,8 +75,10 @@ async fn run_phases(
     let watcher = FileWatcher::new(Inotify::open);
     let reload = Reload::watch(&settings, sources, &watcher)?;
     let settings = Arc::new(settings);
-    let (client, handed) = TakeoverClient::connect_if(start.take_over, &settings).await?.unzip();
-    let started = Daemon::start(settings, handed, &watcher, supervisor, &mut stop).await?;
+    let passed = PassedSockets::receive(&settings, start.take_over, start.inherited).await?;
+    let PassedSockets { client, sockets, mut store } = passed;
+    let paused = client.is_some();
+    let started = Daemon::start(settings, sockets, paused, &watcher, supervisor, &mut stop).await?;
     let Some((mut daemon, source)) = started else { return Ok(()) };
     // Pods keep the interception settings with which they were enrolled.
     let reloading = reload.start(false, daemon.proxy.log_changes());
@@ -86,7 +91,13 @@ async fn run_phases(
         },
         None => daemon.probes = daemon.pods.translate_probes().await?,
     }
-    let end = daemon.serve(source, inherited, &mut stop).await?;
+    store.keep(daemon.takeovers.listeners());
+    let watchdog = watchdog::start(daemon.proxy.liveness());
+    daemon.tasks.extend(watchdog);
+    let end = daemon.serve(source, inherited, &mut stop, start.report_ready).await?;
+    if let StopReason::Stopped(_) = end {
+        store.clear();
+    }
     daemon.stop(end, &mut stop).await
 }
 
@@ -129,17 +140,16 @@ impl NodePods {
 }
 
 impl Daemon {
-    /// Starts without pods, with the sockets that a running process has `handed` over. `None` if a
-    /// stop signal came before.
+    /// Starts without pods, with the sockets that a running process or the supervisor has `handed`
+    /// over. `paused`: a running process accepts on them. `None` if a stop signal came before.
     async fn start(
         settings: Arc<Settings>,
-        handed: Option<ReceivedSockets>,
+        mut handed: ReceivedSockets,
+        paused: bool,
         watcher: &FileWatcher,
         supervisor: Supervisor,
         stop: &mut StopSignal,
     ) -> Result<Option<(Self, Box<dyn PodSource>)>, CommandError> {
-        let paused = handed.is_some();
-        let mut handed = handed.unwrap_or_default();
         let hosts = HostNamespaces::read()?;
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
@@ -215,6 +225,7 @@ impl Daemon {
         source: Box<dyn PodSource>,
         inherited: Option<SourceState>,
         stop: &mut StopSignal,
+        report_ready: bool,
     ) -> Result<StopReason, CommandError> {
         let Self { proxy, pods: NodePods { registry, host_rules, .. }, takeovers, .. } = self;
         let (handle, pauses) = source::pauses();
@@ -227,6 +238,9 @@ impl Daemon {
         }
         proxy.ready().await;
         notify::ready();
+        if report_ready {
+            background::report_ready();
+        }
         log_start(&self.pods.settings);
         loop {
             let conversation = tokio::select! {
@@ -262,7 +276,6 @@ impl Daemon {
             }
             StopReason::HandedOver { pid } => {
                 self.proxy.hand_over();
-                notify::succeeded_by(pid);
                 let deadline = timeouts.handover_drain;
                 tracing::info!(pid, pods, ?deadline, "another process has taken over");
             }

@@ -27,6 +27,7 @@ use underpass_config::Settings;
 use underpass_interception::NamespaceThread;
 
 pub(crate) use self::bound::Bound;
+use crate::process::descriptor_store::DescriptorStore;
 use crate::process::pause_gate::PauseGate;
 use crate::process::supervise::{Supervisor, Task};
 
@@ -39,6 +40,8 @@ struct Core {
     rules_gate: PauseGate,
     /// Answers on the instance socket, until another process has taken over.
     instance: Option<Task>,
+    /// The listeners in the supervisor's store.
+    store: DescriptorStore,
     /// Supervises `thread`.
     _privileged: Task,
 }

@@ -1,4 +1,5 @@
-//! The proxy part of `underpass node` and `underpass run`: in this process, or a process of its own.
+//! The proxy part of `underpass node` and `underpass run`: in this process, or in a process of its
+//! own.
 
 use std::sync::{Arc, OnceLock};
 
@@ -13,6 +14,7 @@ use crate::broker::child::ProxyProcess;
 use crate::broker::message::ToProxy;
 use crate::broker::requests::{PodReports, Progress, RequestServer};
 use crate::decide::snapshot::Snapshot;
+use crate::error::chain;
 use crate::mesh::follow::follow;
 use crate::node::data_plane::DataPlane;
 use crate::node::pod_error::PodError;
@@ -315,6 +317,28 @@ impl ProxyPart {
         match self {
             Self::InProcess(node) => node.drain(),
             Self::Process(process) => process.post(&ToProxy::Draining),
+        }
+    }
+
+    /// A check that the workers answer, and the control thread of a proxy process.
+    pub(super) fn liveness(
+        &self,
+    ) -> Box<dyn Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync> {
+        match self {
+            Self::InProcess(node) => {
+                let workers = node.data_plane().workers.clone();
+                Box::new(move || {
+                    let workers = workers.clone();
+                    Box::pin(async move { workers.ping().await.map_err(|error| error.to_string()) })
+                })
+            }
+            Self::Process(process) => {
+                let data_plane = process.data_plane.clone();
+                Box::new(move || {
+                    let data_plane = data_plane.clone();
+                    Box::pin(async move { data_plane.check().await.map_err(|error| chain(&error)) })
+                })
+            }
         }
     }
 

@@ -168,6 +168,15 @@ impl ListenerKind for DnsKind {
     }
 }
 
+/// The names of all listeners that a process can have.
+pub(crate) fn all_names() -> impl Iterator<Item = &'static str> {
+    names::<Kind>().chain(names::<EndpointKind>()).chain(names::<DnsKind>())
+}
+
+fn names<K: ListenerKind>() -> impl Iterator<Item = &'static str> {
+    K::TABLE.iter().map(|spec| spec.name)
+}
+
 const V4_LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6_LOOPBACK: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 

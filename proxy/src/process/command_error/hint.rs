@@ -46,6 +46,9 @@ impl Hint for CommandError {
             Self::ProxyProcess { .. } => {
                 "its log says why; its user (privileges.user) must be able to read the files of mesh, trust and identity; `privileges.broker: off` makes one process"
             }
+            Self::NotServing { .. } => {
+                "its log says why; a process that it should replace continues"
+            }
             Self::InternalCommand(_) => "run `underpass run` or `underpass node`",
             Self::BrokerEnded | Self::Broker(_) => {
                 "start the proxy again; the rules stay, and connections are refused until it runs again"

@@ -12,6 +12,7 @@ use crate::node::phases::{BoundPod, PodSpec, RulesOwner};
 use crate::node::pod::pod_sockets;
 use crate::process::command_error::CommandError;
 use crate::process::instance::{Instance, Status};
+use crate::process::passed_sockets::PassedSockets;
 use crate::process::pause_gate::PauseGate;
 use crate::process::proxy_part::{FixedPodRules, PreparedProxy, ProxyStart};
 use crate::process::reload::Reload;
@@ -32,17 +33,16 @@ pub(crate) struct Bound {
 }
 
 impl Bound {
-    /// Binds the sockets, or receives those of a running process, and loads the mesh and
-    /// certificate files. `user` is that of the proxy process, if there is one.
+    /// Binds the sockets that were not passed to this process, and loads the mesh and certificate
+    /// files. `user` is that of the proxy process, if there is one.
     pub(crate) async fn bind(
         settings: Arc<Settings>,
         user: Option<ProxyUser>,
         (reload, watcher): (Reload, FileWatcher),
-        take_over: bool,
+        passed: PassedSockets,
         supervisor: Supervisor,
     ) -> Result<Self, CommandError> {
-        let (client, handed) = TakeoverClient::connect_if(take_over, &settings).await?.unzip();
-        let mut handed = handed.unwrap_or_default();
+        let PassedSockets { client, sockets: mut handed, store } = passed;
         let instance = Instance::claim(&settings, handed.instance.take()).await?;
         let thread = NamespaceThread::start().map_err(CommandError::start)?;
         let access = NamespaceAccess::new(Namespace::current()?, thread.clone());
@@ -87,7 +87,7 @@ impl Bound {
         let _privileged =
             supervisor.essential("namespaces thread", async move { privileged.ended().await });
         let rules_gate = PauseGate::default();
-        let core = Core { settings, supervisor, thread, rules_gate, instance, _privileged };
+        let core = Core { settings, supervisor, thread, rules_gate, instance, store, _privileged };
         Ok(Self { core, pod, rules, proxy, reload, takeovers, client })
     }
 

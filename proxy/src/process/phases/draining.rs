@@ -24,7 +24,7 @@ pub(in crate::process) enum StopReason {
 pub(crate) struct Draining {
     pod: ServingPod,
     proxy: ProxyPart,
-    reloading: Task,
+    tasks: Vec<Task>,
     /// The drain deadlines. Each further stop signal selects the next one.
     deadlines: [Duration; 3],
     /// Keeps the namespaces thread.
@@ -38,27 +38,27 @@ impl Draining {
         mut core: Core,
         mut pod: ServingPod,
         mut proxy: ProxyPart,
-        reloading: Task,
+        tasks: Vec<Task>,
     ) -> Self {
         let (timeouts, connections) = (&core.settings.timeouts, proxy.connections());
         let deadlines = match end {
             StopReason::Stopped(why) => {
                 proxy.drain();
                 notify::stopping();
+                core.store.clear();
                 tracing::info!(why, connections, deadline = ?timeouts.drain, "stopping");
                 [timeouts.drain, Duration::ZERO, Duration::ZERO]
             }
             StopReason::HandedOver { pid } => {
                 pod.disown_rules();
                 proxy.hand_over();
-                notify::succeeded_by(pid);
                 let deadline = timeouts.handover_drain;
                 tracing::info!(pid, connections, ?deadline, "another process has taken over");
                 core.instance = None;
                 [deadline, core.settings.timeouts.drain, Duration::ZERO]
             }
         };
-        Self { pod, proxy, reloading, deadlines, _core: core }
+        Self { pod, proxy, tasks, deadlines, _core: core }
     }
 
     /// Drains, keeps or removes the rules, and stops the workers.
@@ -77,9 +77,9 @@ impl Draining {
             error = proxy.failed() => return Err(error),
         };
         tracing::info!(terminated, "drained");
-        let Self { pod, proxy, reloading, .. } = self;
+        let Self { pod, proxy, tasks, .. } = self;
         let outcome = pod.leave().await;
-        drop(reloading);
+        drop(tasks);
         proxy.end().await;
         tracing::info!("stopped");
         Ok(outcome?)

@@ -13,6 +13,7 @@ use crate::process::proxy_part::ProxyPart;
 use crate::process::stop_signal::StopSignal;
 use crate::process::supervise::Task;
 use crate::process::take_over::{FixedPod, TakeoverOutcome, TakeoverServer};
+use crate::process::watchdog;
 
 /// The process while it serves. Dropping it leaves the rules.
 pub(crate) struct Serving {
@@ -20,26 +21,28 @@ pub(crate) struct Serving {
     pod: ServingPod,
     proxy: ProxyPart,
     takeovers: TakeoverServer,
-    /// Runs until the drain completes.
-    reloading: Task,
+    /// Tasks that run until the drain completes.
+    tasks: Vec<Task>,
 }
 
 impl Serving {
     pub(super) async fn new(
-        core: Core,
+        mut core: Core,
         pod: ServingPod,
         mut proxy: ProxyPart,
         takeovers: TakeoverServer,
         reloading: Task,
     ) -> Self {
         proxy.ready().await;
+        core.store.keep(takeovers.listeners());
+        let tasks = [reloading].into_iter().chain(watchdog::start(proxy.liveness())).collect();
         notify::ready();
         let (settings, ports) = (&core.settings, Ports::of(&core.settings));
         tracing::info!(
             workload = %settings.workload.name, workers = workers(settings), outbound = ports.outbound,
             inbound = ports.inbound, hbone = ports.hbone, profile = %settings.interception.profile, "ready"
         );
-        Self { core, pod, proxy, takeovers, reloading }
+        Self { core, pod, proxy, takeovers, tasks }
     }
 
     /// Serves until a stop signal, or until another process has taken over. A stop signal waits for
@@ -69,8 +72,8 @@ impl Serving {
                 TakeoverOutcome::Abandoned => self.restore_rules().await,
             }
         };
-        let Self { core, pod, proxy, reloading, .. } = self;
-        Ok(Draining::new(end, core, pod, proxy, reloading))
+        let Self { core, pod, proxy, tasks, .. } = self;
+        Ok(Draining::new(end, core, pod, proxy, tasks))
     }
 
     /// Restores the rules, which a failed take-over may have changed: the reconciler verifies them

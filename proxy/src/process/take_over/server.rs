@@ -18,6 +18,7 @@ use super::{
     LONGEST_MESSAGE, OK, READY, REFUSED, SWITCH_TIMEOUT, TakeOverError,
 };
 use crate::process::instance::Instance;
+use crate::process::notify;
 use crate::traffic::listeners::NamedListeners;
 
 /// The first message, as errors name it.
@@ -96,6 +97,11 @@ impl TakeoverServer {
     /// Adds the socket of administration to the sockets that are handed over.
     pub(crate) fn with_admin_socket(self, admin_socket: Option<ControlSocket>) -> Self {
         Self { admin_socket, ..self }
+    }
+
+    /// The listeners that are handed over.
+    pub(crate) fn listeners(&self) -> &NamedListeners {
+        &self.listeners
     }
 
     /// Makes this process the owner of the sockets' files, which it then removes at its end.
@@ -209,8 +215,14 @@ impl TakeoverServer {
         }
         let completed = timeout(COMPLETION_TIMEOUT, subject.complete()).await;
         completed.map_err(|_| ConversationError::Incomplete)?;
+        // Before the answer, because the supervisor accepts messages of the main process only.
+        notify::succeeded_by(peer.pid);
         // The new process ends without this answer.
-        Ok(conversation.send(OK, &[]).await?)
+        let answered = conversation.send(OK, &[]).await;
+        if answered.is_err() {
+            notify::resumed();
+        }
+        Ok(answered?)
     }
 }
 
