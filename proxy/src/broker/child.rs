@@ -197,8 +197,8 @@ impl ProxyProcess {
     }
 }
 
-/// Waits until the condition is true; for ever if the sender of the value ends before. Holds no lock
-/// of the value afterwards: the handler of a `select!` would hold it, and block the sender.
+/// Waits until the condition is true; for ever if the sender of the value ends before. Holds no
+/// lock of the value afterwards: the handler of a `select!` would hold it, and block the sender.
 async fn is_true<T>(mut value: watch::Receiver<T>, condition: impl FnMut(&T) -> bool) {
     if value.wait_for(condition).await.is_err() {
         std::future::pending::<()>().await;

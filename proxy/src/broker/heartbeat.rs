@@ -35,7 +35,7 @@ where
         sleep_until(next).await;
     }
     tracing::error!(
-        hint = "report this defect of underpass; the rules stay, and connections are refused until the daemon runs again",
+        hint = "report this defect of underpass; the rules stay, and connections are refused until underpass runs again",
         "the proxy process hangs: ending it"
     );
 }

@@ -173,7 +173,7 @@ fn sockets(pod: &PodKey, count: usize) -> Request {
 
 #[tokio::test]
 async fn served_pod_gets_its_sockets() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let (_served, key) = scene.serve().await;
     for count in [1, MAX_SOCKETS] {
         assert_eq!(scene.request(sockets(&key, count)).await, (Ok(Answer::Sockets), count));
@@ -261,7 +261,7 @@ async fn node_with_mesh_in_file_gets_sockets_only_for_lookups_of_hostnames() {
 
 #[tokio::test]
 async fn survives_messages_that_are_malformed_or_forbidden() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let (_served, key) = scene.serve().await;
     let pod = serde_json::to_string(&key).unwrap();
     let forbidden = [
@@ -289,7 +289,7 @@ async fn survives_messages_that_are_malformed_or_forbidden() {
 
 #[tokio::test(start_paused = true)]
 async fn silent_proxy_process_fails_the_attempt_to_serve_a_pod() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let began = tokio::time::Instant::now();
     let error = scene.data_plane.serve(pod()).await.unwrap_err();
     assert!(matches!(error, PodError::ProxyProcess(_)), "{error}");
@@ -298,7 +298,7 @@ async fn silent_proxy_process_fails_the_attempt_to_serve_a_pod() {
 
 #[tokio::test]
 async fn address_of_other_workload_is_found_in_the_mesh_of_the_proxy_process() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let (pod, address) = (settings(&[]).workload, "192.0.2.7".parse().unwrap());
     let finding = scene.data_plane.other_workload(&pod, vec![address]);
     let answer = async {
@@ -318,7 +318,7 @@ async fn address_of_other_workload_is_found_in_the_mesh_of_the_proxy_process() {
 
 #[tokio::test]
 async fn arrivals_reach_self_test_until_its_end() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let (served, key) = scene.serve().await;
     let (arrivals, destination) = (served.arrivals(), SocketAddr::from(([192, 0, 2, 2], 1404)));
     let expecting = arrivals.expect(destination);
@@ -339,7 +339,7 @@ async fn arrivals_reach_self_test_until_its_end() {
 
 #[tokio::test]
 async fn pauses_and_resumes_accepting_while_another_process_takes_over() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let (served, pod) = scene.serve().await;
     let done = || scene.perform(Ok(Outcome::Done));
     // It is not paused: nothing is sent.
@@ -356,7 +356,7 @@ async fn pauses_and_resumes_accepting_while_another_process_takes_over() {
 
 #[tokio::test]
 async fn asks_the_proxy_process_for_the_state_of_a_certificate() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let (served, pod) = scene.serve().await;
     let outcomes = [
         (Ok(Outcome::HasCertificate(true)), true),
@@ -374,7 +374,7 @@ async fn asks_the_proxy_process_for_the_state_of_a_certificate() {
 
 #[tokio::test(start_paused = true)]
 async fn pod_without_certificate_in_time_is_not_served() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let limit = Duration::from_secs(30);
     let serving = || {
         let pod = PodToServe { certificate_within: Some(limit), ..pod() };
@@ -398,7 +398,7 @@ async fn pod_without_certificate_in_time_is_not_served() {
 
 #[tokio::test]
 async fn check_fails_with_the_answer_of_a_worker_that_hangs() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     let answered = scene.perform(Ok(Outcome::Done));
     let (checked, command) = tokio::join!(scene.data_plane.check(), answered);
     checked.unwrap();
@@ -411,7 +411,7 @@ async fn check_fails_with_the_answer_of_a_worker_that_hangs() {
 
 #[tokio::test]
 async fn status_of_many_pods_arrives_in_parts() {
-    let scene = Scene::new(&settings(&[]));
+    let scene = Scene::new(&node(&[]));
     for number in 0..150 {
         let uid = format!("{number:0>250}").parse().unwrap();
         let namespace = underpass_interception::testing::fake_namespace().unwrap();

@@ -17,8 +17,8 @@ pub(crate) struct ReceivedIdentities(Mutex<HashMap<SpiffeId, watch::Sender<Optio
 struct ReceivedSource(watch::Receiver<Option<Identity>>);
 
 impl ReceivedIdentities {
-    /// Replaces the identity of the workload `id`, which a file may contradict. It may arrive before
-    /// the source is made.
+    /// Replaces the identity of the workload `id`, which may differ from the one in a file. It may
+    /// arrive before the source is made.
     pub(crate) fn receive(&self, id: SpiffeId, identity: Identity) {
         self.latest().entry(id).or_default().send_replace(Some(identity));
     }

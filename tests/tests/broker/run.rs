@@ -1,5 +1,5 @@
-//! `underpass run` as two processes: their privileges, traffic, repair, reports, hot restart, and the
-//! end of either.
+//! `underpass run` as two processes: their privileges, traffic, repair, reports, hot restart, and
+//! the end of either.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -180,7 +180,7 @@ async fn endpoints() {
     })
     .await;
     let status = scene.client.underpass(&["status"]).await.ok();
-    for part in ["verified", "passed", "ready"] {
+    for part in ["healthy", "verified", "passed"] {
         assert!(status.contains(part), "{part} is missing: {status}");
     }
     scene.client.underpass(&["rules", "verify"]).await.ok();

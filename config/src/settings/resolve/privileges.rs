@@ -5,9 +5,9 @@ use crate::settings::{Broker, NodeSettings, PrivilegesSettings};
 
 settings! {
     /// `auto`: one process enters namespaces, changes rules and has the keys of CAs; another one
-    /// without privileges serves the connections. There is one process with `off`, without SETUID
-    /// and SETGID, if that user must not read a file of `underpass run`, and if `node.pods.cni`
-    /// takes its facts from the mesh of `mesh.xds` (without Kubernetes)
+    /// without privileges serves the connections. There is one process with `off`, and without
+    /// SETUID and SETGID. The same holds if that user must not read a file of `underpass run`, or
+    /// if `node.pods.cni` takes its facts from the mesh of `mesh.xds` (without Kubernetes)
     BROKER: Broker = "privileges.broker", word("`auto`, `off`"),
         Fallback::Varies("`auto` with `node.pods`, else `off`"), |s| Some(s.privileges.broker);
     /// user and group of the process without privileges. It reads the mesh file, trust bundles,
