@@ -107,9 +107,9 @@ pub fn confine_process() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the permitted capabilities of this thread effective. In the image, NET_ADMIN is a
-/// permitted capability of the binary's file. If it were effective, the kernel would refuse to
-/// execute the file in a container without NET_ADMIN. Call this while there is one thread.
+/// Makes the permitted capabilities of this thread effective: those of the binary's file
+/// (`setcap cap_net_admin=p`). If the file had them as effective, the kernel would refuse to execute
+/// it in a container without NET_ADMIN. Call this while there is one thread.
 ///
 /// # Errors
 ///
