@@ -108,8 +108,8 @@ pub fn confine_process() -> io::Result<()> {
 }
 
 /// Makes the permitted capabilities of this thread effective: those of the binary's file
-/// (`setcap cap_net_admin=p`). If the file had them as effective, the kernel would refuse to execute
-/// it in a container without NET_ADMIN. Call this while there is one thread.
+/// (`setcap cap_net_admin=p`). If they were effective in the file, the kernel would refuse to
+/// execute it in a container without NET_ADMIN. Call this while there is one thread.
 ///
 /// # Errors
 ///
