@@ -61,9 +61,11 @@ impl Backend {
         self,
         entered: &Entered,
         plan: &RulePlan,
+        owner: Option<&str>,
     ) -> Result<(), InterceptionError> {
         match self {
-            Self::Nftables => nftables::apply(entered, plan).await,
+            Self::Nftables => nftables::apply(entered, plan, owner).await,
+            // A table that all programs share records no owner.
             Self::Iptables(variant) => iptables::apply(entered, variant, plan).await,
         }
     }

@@ -37,6 +37,20 @@ impl HostRules {
         self.ask(HostRuleOperation::Apply(plan)).await.map(drop)
     }
 
+    /// Changes the addresses of pods in the installed rules from those of `old` to those of `new`,
+    /// in one transaction. Its cost depends on the changed addresses only. Returns `false` without
+    /// a change if the plans have different rules: apply the new one then.
+    ///
+    /// # Errors
+    ///
+    /// The kernel rejected the change, for example because another program has changed the rules.
+    pub async fn update(&self, old: HostPlan, new: HostPlan) -> Result<bool, InterceptionError> {
+        match self.ask(HostRuleOperation::Update { old, new }).await? {
+            Reply::Is(updated) => Ok(updated),
+            other => Err(InterceptionError::UnexpectedReply(format!("{other:?}"))),
+        }
+    }
+
     /// Compares the installed rules with the plan. `None` if they are equal.
     ///
     /// # Errors

@@ -174,6 +174,16 @@ impl Interception {
         self.perform(RuleOperation::Install).await
     }
 
+    /// Like [`install`](Self::install), unless the rules are installed already. Then it only
+    /// records the owner and removes the blackhole. Returns whether the rules were not installed.
+    ///
+    /// # Errors
+    ///
+    /// As [`install`](Self::install), or the kernel refused to list the rules.
+    pub async fn install_if_different(&self) -> Result<bool, InterceptionError> {
+        self.ask_bool(RuleOperation::InstallIfDifferent).await
+    }
+
     /// Like [`install`](Self::install), but keeps the blackhole.
     ///
     /// # Errors
@@ -181,14 +191,6 @@ impl Interception {
     /// As [`install`](Self::install).
     pub async fn repair(&self) -> Result<(), InterceptionError> {
         self.perform(RuleOperation::Repair).await
-    }
-
-    /// Records in the nftables table which process installed the rules. Only logs a failure,
-    /// because the rules work without the record.
-    pub async fn mark_owner(&self) {
-        if let Err(error) = self.perform(RuleOperation::MarkOwner).await {
-            tracing::debug!(%error, "cannot record the owner of the rules");
-        }
     }
 
     /// Compares the installed rules with the plan, by expression and order. `None` if they are

@@ -122,12 +122,13 @@ pub enum Request {
 pub enum RuleOperation {
     /// Install routes and rules, and remove the blackhole.
     Install,
+    /// Like [`Install`](Self::Install), unless the rules are installed already. Return whether
+    /// they were not.
+    InstallIfDifferent,
     /// Install routes and rules, and keep the blackhole.
     Repair,
     /// Install only the routes and addresses, if IPv6 is enabled on the loopback interface.
     InstallRoutes,
-    /// Record in the table which process installed the rules.
-    MarkOwner,
     /// Compare the installed rules with the plan.
     Verify,
     /// Install the blackhole.
@@ -153,6 +154,13 @@ pub enum HostRuleOperation {
     Check,
     /// Install these rules, or replace those that are installed.
     Apply(HostPlan),
+    /// Change the addresses of installed rules. Return whether the plans have the same rules.
+    Update {
+        /// The installed plan.
+        old: HostPlan,
+        /// The plan with the new addresses.
+        new: HostPlan,
+    },
     /// Compare the installed rules with this plan.
     Verify(HostPlan),
     /// Remove the rules.

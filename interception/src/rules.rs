@@ -71,13 +71,38 @@ impl Rules<'_> {
         blackhole::remove(entered).await.map(drop)
     }
 
+    /// Installs the rules unless they are installed already. Returns whether they were not.
+    pub(crate) async fn install_if_different(
+        &self,
+        entered: &Entered,
+    ) -> Result<bool, InterceptionError> {
+        let is_different = !self.are_installed(entered).await?;
+        if is_different {
+            self.repair(entered).await?;
+        } else {
+            self.mark_owner(entered).await;
+        }
+        blackhole::remove(entered).await?;
+        Ok(is_different)
+    }
+
+    async fn are_installed(&self, entered: &Entered) -> Result<bool, InterceptionError> {
+        let Some(rules) = self.backend().installed(entered, self.plan()).await? else {
+            return Ok(false);
+        };
+        if self.planned.expected().difference(&rules).is_some() {
+            return Ok(false);
+        }
+        let routes = routes::listings(entered, self.plan()).await?;
+        Ok(routes.expected == routes.installed)
+    }
+
     pub(crate) async fn repair(&self, entered: &Entered) -> Result<(), InterceptionError> {
         let added = routes::install(entered, self.plan()).await?;
-        if let Err(error) = self.backend().apply(entered, self.plan()).await {
+        if let Err(error) = self.backend().apply(entered, self.plan(), self.owner).await {
             routes::undo(entered, &added).await;
             return Err(error);
         }
-        self.mark_owner(entered).await;
         routes::remove_foreign(entered, self.plan()).await
     }
 
@@ -86,7 +111,7 @@ impl Rules<'_> {
     }
 
     /// Records the owner. Only logs a failure, because the rules work without the record.
-    pub(crate) async fn mark_owner(&self, entered: &Entered) {
+    async fn mark_owner(&self, entered: &Entered) {
         if let (Backend::Nftables, Some(owner)) = (self.backend(), self.owner)
             && let Err(error) = nftables::mark_owner(entered, owner).await
         {
@@ -100,10 +125,10 @@ impl Rules<'_> {
     ) -> Result<Option<Difference>, InterceptionError> {
         let (backend, plan) = (self.backend(), self.plan());
         let rules = backend.installed(entered, plan).await?.unwrap_or_default();
-        let expected = Listing::from(routes::expected(entered, plan));
-        let routes = Listing::from(routes::installed(entered, plan).await?);
+        let routes = routes::listings(entered, plan).await?;
         let rules = self.planned.expected().difference(&rules);
-        let difference = Difference::join(rules, expected.difference(&routes));
+        let routes = Listing::from(routes.expected).difference(&Listing::from(routes.installed));
+        let difference = Difference::join(rules, routes);
         let readable = |difference: Difference| {
             difference.readable(&backend.readable(plan), nftables::readable_unknown)
         };

@@ -48,7 +48,7 @@ pub fn plan(chains: Vec<Chain>, rules: Vec<Rule>) -> RulePlan {
 ///
 /// The kernel rejected it.
 pub async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
-    nftables::apply(entered, plan).await
+    nftables::apply(entered, plan, None).await
 }
 
 /// Lists the installed and the planned sections.

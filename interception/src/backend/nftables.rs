@@ -1,5 +1,6 @@
 //! The nftables backend: installs, reads and removes a plan over netlink.
 
+mod closing;
 mod encode;
 mod expressions;
 mod foreign;
@@ -24,7 +25,6 @@ use crate::error::InterceptionError;
 use crate::namespace::Entered;
 use crate::plan::nft::{NamedSet, Operand, operands};
 use crate::plan::{RulePlan, TABLE};
-use crate::process::privileges::confine_auxiliary_thread;
 
 type NftablesConnection = Connection<Nftables>;
 
@@ -56,11 +56,21 @@ pub(crate) async fn check_available(entered: &Entered) -> Result<(), Interceptio
 }
 
 /// Replaces the table by the plan in one transaction: a packet passes either the old or the new
-/// rules.
-pub(crate) async fn apply(entered: &Entered, plan: &RulePlan) -> Result<(), InterceptionError> {
+/// rules. Records the owner in the table.
+pub(crate) async fn apply(
+    entered: &Entered,
+    plan: &RulePlan,
+    owner: Option<&str>,
+) -> Result<(), InterceptionError> {
     let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
     let size = TableSize { entries: plan.chains().len() + 2 * plan.rules().len(), elements };
-    let add = |transaction| add_all(transaction, plan);
+    let add = |transaction| {
+        let all = add_all(transaction, plan)?;
+        match owner {
+            Some(owner) => Ok(all.add_chain(owner::chain(owner)?)),
+            None => Ok(all),
+        }
+    };
     replace_table(entered, "install the nftables rules", TABLE, size, &add).await
 }
 
@@ -119,11 +129,8 @@ pub(crate) async fn remove(entered: &Entered) -> Result<bool, InterceptionError>
     .await
 }
 
-/// Runs `request` on a new netlink connection, and closes the connection on another thread.
-///
-/// After any process has deleted a table, close(2) blocks for about ten milliseconds, until no CPU
-/// can access the table (`nft_rcv_nl_event` flushes `nf_tables_trans_destroy_work`, which waits for
-/// RCU, net/netfilter/nf_tables_api.c).
+/// Runs `request` on a new netlink connection, and closes the connection on another thread
+/// (`closing`).
 async fn with_connection<T>(
     entered: &Entered,
     operation: &'static str,
@@ -131,18 +138,8 @@ async fn with_connection<T>(
 ) -> Result<T, InterceptionError> {
     let kernel = connect(entered, operation)?;
     let answer = request(&kernel).await;
-    close(kernel);
+    closing::close(kernel);
     answer.map_err(failed(operation))
-}
-
-/// Closes the connection on another thread. If no thread can be started, blocks.
-fn close(kernel: NftablesConnection) {
-    let close = move || {
-        // A failure is harmless, because the thread ends soon.
-        confine_auxiliary_thread().ok();
-        drop(kernel);
-    };
-    std::thread::Builder::new().name("close".to_owned()).spawn(close).ok();
 }
 
 fn connect(_: &Entered, operation: &'static str) -> Result<NftablesConnection, InterceptionError> {

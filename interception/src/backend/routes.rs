@@ -29,6 +29,8 @@ use crate::plan::{LoopbackAddress, PolicyRoute, RulePlan};
 pub(crate) const PROTOCOL: u8 = 117;
 /// The interface of all routes and addresses.
 const LOOPBACK: &str = "lo";
+/// Its index in every namespace (LOOPBACK_IFINDEX, include/net/flow.h).
+const LOOPBACK_INDEX: u32 = 1;
 
 /// An object that an installation adds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +56,8 @@ pub(crate) enum Version {
 /// still receives HBONE from IPv6 clients, and the proxy connects from their addresses. While IPv6
 /// is disabled on the loopback interface, the kernel rejects IPv6 routes and addresses there.
 fn needed_entries(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
-    let (known, v6) = (ipv6_available(), ipv6::on_loopback(entered));
-    let versions = if known { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
+    let v6 = ipv6::on_loopback(entered);
+    let versions = if ipv6_available() { &[Version::V4, Version::V6][..] } else { &[Version::V4] };
     let routes = plan.routes().iter().flat_map(|route| {
         versions
             .iter()
@@ -76,8 +78,7 @@ impl Entry {
 
 /// The objects of other settings that this plan does not need. Their ip rules could match a mark of
 /// this plan.
-fn unneeded_entries(entered: &Entered, plan: &RulePlan) -> Vec<Entry> {
-    let needed = needed_entries(entered, plan);
+fn unneeded_entries(plan: &RulePlan, needed: &[Entry]) -> Vec<Entry> {
     let is_needed = |entry: &Entry| match entry {
         // Compare only the table: several ip rules may select the same route.
         Entry::Route(PolicyRoute { table, .. }, _) => {
@@ -95,7 +96,8 @@ pub(crate) async fn remove_foreign(
     entered: &Entered,
     plan: &RulePlan,
 ) -> Result<(), InterceptionError> {
-    delete(entered, &unneeded_entries(entered, plan)).await.map(drop)
+    let needed = needed_entries(entered, plan);
+    delete(entered, &unneeded_entries(plan, &needed)).await.map(drop)
 }
 
 /// Adds missing objects and returns them. On failure, removes all objects that it added.
@@ -152,24 +154,28 @@ fn removable_entries(plan: &RulePlan) -> Vec<Entry> {
     entries
 }
 
-/// The planned objects as a section of a listing.
-pub(crate) fn expected(entered: &Entered, plan: &RulePlan) -> Section {
-    Section {
-        head: HEAD.to_owned(),
-        lines: needed_entries(entered, plan).into_iter().map(text).collect(),
-    }
+/// The objects of a plan, as sections of a listing.
+pub(crate) struct Listings {
+    /// The planned objects.
+    pub(crate) expected: Section,
+    /// The installed objects, including those of an installation with other settings.
+    pub(crate) installed: Section,
 }
 
-/// The installed objects, including those of an installation with other settings.
-pub(crate) async fn installed(
+/// Lists the planned and the installed objects.
+pub(crate) async fn listings(
     entered: &Entered,
     plan: &RulePlan,
-) -> Result<Section, InterceptionError> {
+) -> Result<Listings, InterceptionError> {
     const OPERATION: &str = "read the ip rules and routes";
     let connection = connect(entered, OPERATION)?;
     let rules = connection.get_rules().await.map_err(failed(OPERATION))?;
     let routes = connection.get_routes().await.map_err(failed(OPERATION))?;
-    let addresses = connection.get_addresses().await.map_err(failed(OPERATION))?;
+    let addresses = if plan.addresses().is_empty() {
+        Vec::new()
+    } else {
+        connection.get_addresses().await.map_err(failed(OPERATION))?
+    };
     let exists = |entry: &Entry| match entry {
         Entry::Rule(route, version) => rules.iter().any(|rule| is_rule(rule, route, *version)),
         Entry::Route(route, version) => routes.iter().any(|found| is_route(found, route, *version)),
@@ -186,10 +192,12 @@ pub(crate) async fn installed(
         }),
         Entry::Address(_) => false,
     };
-    let needed = needed_entries(entered, plan).into_iter().filter(exists);
-    let left = unneeded_entries(entered, plan).into_iter().filter(ours);
-    let lines = needed.chain(left).map(text).collect();
-    Ok(Section { head: HEAD.to_owned(), lines })
+    let needed = needed_entries(entered, plan);
+    let left = unneeded_entries(plan, &needed).into_iter().filter(ours);
+    let found = needed.iter().copied().filter(exists);
+    let section = |lines| Section { head: HEAD.to_owned(), lines };
+    let installed = section(found.chain(left).map(text).collect());
+    Ok(Listings { expected: section(needed.into_iter().map(text).collect()), installed })
 }
 
 /// Lists foreign ip rules that precede those of the plan, in iproute2 syntax.
@@ -250,11 +258,15 @@ pub(crate) async fn remove_foreign_rules(
                 Ok(removed)
             }
             Entry::Route(PolicyRoute { table, .. }, Version::V4) => {
-                let route = Ipv4Route::default_route().route_type(RouteType::Local).dev(LOOPBACK);
+                let route = Ipv4Route::default_route()
+                    .route_type(RouteType::Local)
+                    .dev_index(LOOPBACK_INDEX);
                 connection.del_route_if_exists(route.table(table)).await
             }
             Entry::Route(PolicyRoute { table, .. }, Version::V6) => {
-                let route = Ipv6Route::default_route().route_type(RouteType::Local).dev(LOOPBACK);
+                let route = Ipv6Route::default_route()
+                    .route_type(RouteType::Local)
+                    .dev_index(LOOPBACK_INDEX);
                 connection.del_route_if_exists(route.table(table)).await
             }
             Entry::Address(_) => Ok(false),
@@ -324,9 +336,6 @@ fn is_rule_with_any_priority(rule: &RuleMessage, route: &PolicyRoute, version: V
 }
 
 fn is_route(found: &RouteMessage, route: &PolicyRoute, version: Version) -> bool {
-    /// The index of the loopback interface in every namespace (LOOPBACK_IFINDEX,
-    /// include/net/flow.h).
-    const LOOPBACK_INDEX: u32 = 1;
     found.family() == family(version)
         && found.table_id() == route.table
         && found.route_type() == RouteType::Local
@@ -389,7 +398,7 @@ fn rule(route: PolicyRoute, version: Version) -> RuleBuilder {
 fn route_v4(route: PolicyRoute) -> Ipv4Route {
     Ipv4Route::default_route()
         .route_type(RouteType::Local)
-        .dev(LOOPBACK)
+        .dev_index(LOOPBACK_INDEX)
         .table(route.table)
         .protocol(RouteProtocol::Other(PROTOCOL))
 }
@@ -397,7 +406,7 @@ fn route_v4(route: PolicyRoute) -> Ipv4Route {
 fn route_v6(route: PolicyRoute) -> Ipv6Route {
     Ipv6Route::default_route()
         .route_type(RouteType::Local)
-        .dev(LOOPBACK)
+        .dev_index(LOOPBACK_INDEX)
         .table(route.table)
         .protocol(RouteProtocol::Other(PROTOCOL))
 }

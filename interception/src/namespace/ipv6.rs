@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::namespace::Entered;
 
@@ -18,7 +19,15 @@ const INTERFACES: &str = "/proc/sys/net/ipv6/conf";
 /// Returns true if the kernel supports IPv6, even if it is disabled on every interface.
 #[must_use]
 pub fn ipv6_available() -> bool {
-    Path::new(INTERFACES).exists()
+    // The kernel can gain IPv6, but never unloads it: the module has no exit function
+    // (net/ipv6/af_inet6.c). A lookup below /proc/sys/net takes longer the more namespaces exist.
+    static FOUND: AtomicBool = AtomicBool::new(false);
+    if FOUND.load(Relaxed) {
+        return true;
+    }
+    let found = Path::new(INTERFACES).exists();
+    FOUND.store(found, Relaxed);
+    found
 }
 
 /// Returns true if the kernel currently accepts IPv6 routes and addresses on the loopback

@@ -28,6 +28,13 @@ pub struct HostPlan {
     pods: BTreeSet<IpAddr>,
 }
 
+/// The elements by which the sets of two plans differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ChangedElements {
+    pub(crate) removed: Vec<NamedSet>,
+    pub(crate) added: Vec<NamedSet>,
+}
+
 /// A base chain of the table, with the policy `accept`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum HostChain {
@@ -126,6 +133,18 @@ impl HostPlan {
     pub(crate) fn rules(&self) -> Vec<HostRule> {
         let rules = |family: &Family| self.set(*family).map(|set| family.rules(set));
         FAMILIES.iter().filter_map(rules).flatten().collect()
+    }
+
+    /// The elements that differ in the plan `new`. `None` if the plans have different sets, and so
+    /// different rules.
+    pub(crate) fn changed_elements(&self, new: &Self) -> Option<ChangedElements> {
+        let has_set = |plan: &Self, family| plan.set(family).is_some();
+        let are_equal = |family: &Family| has_set(self, *family) == has_set(new, *family);
+        let without = |plan: &Self, other: &Self| Self { pods: &plan.pods - &other.pods }.sets();
+        FAMILIES
+            .iter()
+            .all(are_equal)
+            .then(|| ChangedElements { removed: without(self, new), added: without(new, self) })
     }
 
     fn set(&self, family: Family) -> Option<NamedSet> {
@@ -240,6 +259,15 @@ add rule inet underpass_host postrouting meta l4proto tcp meta skuid != 42949672
 ";
         let pods = ["10.0.0.2", "fd00::1", "10.0.0.1", "::ffff:10.0.0.1"];
         assert_eq!(plan(&pods).to_string(), format!("{EMPTY}{text}"));
+    }
+
+    #[test]
+    fn changed_elements_are_those_of_one_plan_only() {
+        let before = plan(&["10.0.0.1", "10.0.0.2", "fd00::1"]);
+        let changed = before.changed_elements(&plan(&["10.0.0.2", "10.0.0.3", "fd00::1"])).unwrap();
+        assert_eq!(changed.removed, plan(&["10.0.0.1"]).sets());
+        assert_eq!(changed.added, plan(&["10.0.0.3"]).sets());
+        assert_eq!(before.changed_elements(&plan(&["10.0.0.1"])), None, "a set is missing");
     }
 
     #[test]

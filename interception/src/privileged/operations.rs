@@ -127,12 +127,11 @@ async fn on_rules(
     let rules = rules.rules();
     match operation {
         RuleOperation::Install => rules.install(entered).await.map(|()| Reply::Done),
+        RuleOperation::InstallIfDifferent => {
+            rules.install_if_different(entered).await.map(Reply::Is)
+        }
         RuleOperation::Repair => rules.repair(entered).await.map(|()| Reply::Done),
         RuleOperation::InstallRoutes => rules.install_routes(entered).await.map(|()| Reply::Done),
-        RuleOperation::MarkOwner => {
-            rules.mark_owner(entered).await;
-            Ok(Reply::Done)
-        }
         RuleOperation::Verify => rules.verify(entered).await.map(Reply::Difference),
         RuleOperation::Block => rules.block(entered).await.map(|()| Reply::Done),
         RuleOperation::Unblock => rules::unblock(entered).await.map(Reply::Is),
@@ -152,6 +151,9 @@ async fn on_host_rules(
         HostRuleOperation::Check => check_host_rules(entered).await.map(|()| Reply::Done),
         HostRuleOperation::Apply(plan) => {
             nftables::host::apply(entered, &plan).await.map(|()| Reply::Done)
+        }
+        HostRuleOperation::Update { old, new } => {
+            nftables::host::update(entered, &old, &new).await.map(Reply::Is)
         }
         HostRuleOperation::Verify(plan) => {
             nftables::host::verify(entered, &plan).await.map(Reply::Difference)

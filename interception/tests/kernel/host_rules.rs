@@ -11,6 +11,10 @@ pub(crate) const CASES: &[Case] = &[
     ("host rules: nft installs the same rules from the text", nft_installs_the_same_rules),
     ("host rules: any change is a difference that applying repairs", changes_are_repaired),
     ("host rules: pods are added and removed, and the table removed", pods_are_added_and_removed),
+    (
+        "host rules: an update changes addresses only and fails after a change",
+        updates_change_addresses,
+    ),
 ];
 
 fn plan(pods: &[&str]) -> Result<HostPlan, Failed> {
@@ -86,5 +90,20 @@ fn pods_are_added_and_removed() -> Result<(), Failed> {
         rules.remove().await?;
         rules.remove().await?;
         equal("removed", list(namespace).is_err(), true)
+    })
+}
+
+fn updates_change_addresses() -> Result<(), Failed> {
+    with_rules("host-update", async |namespace, rules| {
+        let old = plan(&["10.0.0.1", "10.0.0.2", "fd00::1"])?;
+        rules.apply(old.clone()).await?;
+        let new = plan(&["10.0.0.2", "10.0.0.3", "10.0.0.4", "fd00::2"])?;
+        equal("updated", rules.update(old.clone(), new.clone()).await?, true)?;
+        equal("difference", rules.verify(new.clone()).await?, None)?;
+        let other = plan(&["10.0.0.2"])?;
+        equal("other rules", rules.update(new.clone(), other).await?, false)?;
+        equal("unchanged", rules.verify(new.clone()).await?, None)?;
+        command(namespace, &format!("nft flush set inet {HOST_TABLE} pods"))?;
+        equal("after a change", rules.update(new, old).await.is_err(), true)
     })
 }

@@ -64,13 +64,21 @@ impl ProbeTranslation {
     /// the registry of pods is dropped.
     pub(crate) async fn run(mut self) {
         let gate = self.gate.clone();
+        let mut have_only_pods_changed = false;
+        let mut next_check = Instant::now();
         loop {
             let access = self.access.clone();
-            let Some(outcome) = gate.pass_until(self.reconcile(), access.finish()).await else {
+            let follow = self.follow(have_only_pods_changed);
+            let Some(outcome) = gate.pass_until(follow, access.finish()).await else {
+                have_only_pods_changed = false;
                 continue;
             };
             let failed = self.report(outcome);
-            let next_check = Instant::now() + if failed { RETRY_DELAY } else { MIN_CHECK_INTERVAL };
+            // Pods that change all the time do not postpone the next check.
+            if failed || !have_only_pods_changed {
+                let pause = if failed { RETRY_DELAY } else { MIN_CHECK_INTERVAL };
+                next_check = Instant::now() + pause;
+            }
             let (changes, rules) = (&mut self.changes, &self.rules);
             let changed = async {
                 sleep_until(next_check).await;
@@ -82,15 +90,35 @@ impl ProbeTranslation {
                     }
                 }
             };
-            tokio::select! {
-                changed = self.pods.changed() => if changed.is_err() { return },
-                () = changed => {}
-            }
+            have_only_pods_changed = tokio::select! {
+                changed = self.pods.changed() => match changed {
+                    Ok(()) => !failed,
+                    Err(_) => return,
+                },
+                () = changed => false,
+            };
         }
     }
 
+    /// Updates the rules. If only pods have changed, only their addresses are replaced:
+    /// notifications report changes of the rules, which are then verified.
+    async fn follow(&mut self, have_only_pods_changed: bool) -> Result<(), InterceptionError> {
+        if let Some(old) = self.applied.clone().filter(|_| have_only_pods_changed) {
+            let new = self.plan();
+            if let Ok(true) = self.rules.update(old, new.clone()).await {
+                self.applied = Some(new);
+                return Ok(());
+            }
+        }
+        self.reconcile().await
+    }
+
+    fn plan(&mut self) -> HostPlan {
+        HostPlan::new(self.pods.borrow_and_update().iter().copied())
+    }
+
     async fn reconcile(&mut self) -> Result<(), InterceptionError> {
-        let plan = HostPlan::new(self.pods.borrow_and_update().iter().copied());
+        let plan = self.plan();
         let Some(difference) = self.rules.verify(plan.clone()).await? else { return Ok(()) };
         self.rules.apply(plan.clone()).await?;
         if self.applied.as_ref() == Some(&plan) {

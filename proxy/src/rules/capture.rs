@@ -45,6 +45,7 @@ pub(crate) struct Capture {
 #[derive(Debug)]
 pub(crate) struct SelfTestSockets {
     caught: ProbeSockets,
+    /// Empty unless the rules identify the proxy's connections by their user.
     returned: Vec<ReturnPathProbe>,
 }
 
@@ -164,14 +165,11 @@ impl Capture {
         }
         let (backend, rules) = (interception.backend(), interception.plan().rules().len());
         metrics::interception(self.profile(), backend);
-        if interception.verify().await?.is_none() {
-            interception.mark_owner().await;
-            interception.unblock().await?;
+        if interception.install_if_different().await? {
+            tracing::info!(%backend, rules, "rules installed");
+        } else {
             tracing::info!(%backend, rules, "the rules are already installed");
-            return Ok(());
         }
-        interception.install().await?;
-        tracing::info!(%backend, rules, "rules installed");
         Ok(())
     }
 
@@ -181,7 +179,10 @@ impl Capture {
         let open = async || -> Result<SelfTestSockets, InterceptionError> {
             let caught = self.access.open_probes().await?;
             let settings = &self.settings.interception;
-            let returned = self.access.open_return_path(settings, self.ports).await?;
+            let returned = match self.is_by_user() {
+                true => self.access.open_return_path(settings, self.ports).await?,
+                false => Vec::new(),
+            };
             Ok(SelfTestSockets { caught, returned })
         };
         open().await.map_err(SelfTestError::prepare).map_err(PodError::self_test)
@@ -235,9 +236,14 @@ impl Capture {
     ) -> Result<(), SelfTestError> {
         let prepare = SelfTestError::prepare;
         let settings = &self.current.borrow().clone();
-        let plan = RulePlan::new(settings, self.ports, ipv6_available());
         let environment = self.access.environment().await.map_err(prepare)?;
-        let caught = probes.caught.probes(&environment, &plan, settings, self.ports);
+        let caught = match self.rules() {
+            Some(rules) => probes.caught.probes(&environment, rules.plan(), settings, self.ports),
+            None => {
+                let plan = RulePlan::new(settings, self.ports, ipv6_available());
+                probes.caught.probes(&environment, &plan, settings, self.ports)
+            }
+        };
         let caught = caught.map_err(SelfTestError::Prepare)?;
         let tested = self_test::run_captured(arrivals, caught, deadline).await?;
         if tested.is_empty() && self.profile() != Profile::None {

@@ -25,6 +25,25 @@ pub(crate) async fn apply(entered: &Entered, plan: &HostPlan) -> Result<(), Inte
     replace_table(entered, "install the rules for kubelet probes", HOST_TABLE, size, &add).await
 }
 
+/// Changes the elements of the sets from those of the plan `old` to those of `new`. Returns `false`
+/// if the plans have different rules.
+pub(crate) async fn update(
+    entered: &Entered,
+    old: &HostPlan,
+    new: &HostPlan,
+) -> Result<bool, InterceptionError> {
+    let Some(changed) = old.changed_elements(new) else { return Ok(false) };
+    let removals = changed.removed.iter().flat_map(|set| sets::removals(HOST_TABLE, set));
+    let additions = changed.added.iter().flat_map(|set| sets::additions(HOST_TABLE, set));
+    let messages: Vec<_> = removals.chain(additions).collect();
+    with_connection(entered, "change the rules for kubelet probes", async |kernel| {
+        let transaction = messages.into_iter().fold(kernel.transaction(), Transaction::raw);
+        transaction.commit(kernel).await
+    })
+    .await
+    .map(|()| true)
+}
+
 /// Compares the installed rules with the plan. `None` if they are equal.
 pub(crate) async fn verify(
     entered: &Entered,

@@ -18,17 +18,25 @@ const MAX_COMMENT: usize = 127;
 
 /// Writes the comment. The table must exist.
 pub(crate) async fn mark_owner(entered: &Entered, owner: &str) -> Result<(), InterceptionError> {
-    let mut comment = owner.to_owned();
-    comment.truncate(comment.floor_char_boundary(MAX_COMMENT));
     with_connection(entered, "write the owner of the nftables rules", async |kernel| {
-        let chain = Chain::new(TABLE, CHAIN)?.family(Family::Inet);
-        let fresh = chain.clone().comment(&comment);
         // Update before deleting, so that the deletion succeeds if the chain is missing. A chain
         // keeps its first comment, so the chain must be created again.
-        let transaction = kernel.transaction().update_chain(chain);
-        transaction.del_chain(TABLE, CHAIN, Family::Inet).add_chain(fresh).commit(kernel).await
+        let transaction = kernel.transaction().update_chain(bare_chain()?);
+        let transaction = transaction.del_chain(TABLE, CHAIN, Family::Inet);
+        transaction.add_chain(chain(owner)?).commit(kernel).await
     })
     .await
+}
+
+/// The owner chain with its comment.
+pub(super) fn chain(owner: &str) -> nlink::Result<Chain> {
+    let mut comment = owner.to_owned();
+    comment.truncate(comment.floor_char_boundary(MAX_COMMENT));
+    Ok(bare_chain()?.comment(&comment))
+}
+
+fn bare_chain() -> nlink::Result<Chain> {
+    Ok(Chain::new(TABLE, CHAIN)?.family(Family::Inet))
 }
 
 /// Returns true for the owner chain, which is not part of a plan.

@@ -7,11 +7,11 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use nlink::netlink::message::{NLM_F_CREATE, NLM_F_EXCL};
 use nlink::netlink::nftables::{
-    Family, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM, NFT_SET_ELEM_INTERVAL_END, NFTA_DATA_VALUE,
-    NFTA_LIST_ELEM, NFTA_SET_DESC, NFTA_SET_DESC_SIZE, NFTA_SET_ELEM_FLAGS, NFTA_SET_ELEM_KEY,
-    NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET, NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_FLAGS,
-    NFTA_SET_ID, NFTA_SET_KEY_LEN, NFTA_SET_KEY_TYPE, NFTA_SET_NAME, NFTA_SET_TABLE,
-    NFTA_SET_USERDATA, RawMessage, SetElement, SetFlags, SetKeyType,
+    Family, NFT_MSG_DELSETELEM, NFT_MSG_NEWSET, NFT_MSG_NEWSETELEM, NFT_SET_ELEM_INTERVAL_END,
+    NFTA_DATA_VALUE, NFTA_LIST_ELEM, NFTA_SET_DESC, NFTA_SET_DESC_SIZE, NFTA_SET_ELEM_FLAGS,
+    NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_LIST_ELEMENTS, NFTA_SET_ELEM_LIST_SET,
+    NFTA_SET_ELEM_LIST_TABLE, NFTA_SET_FLAGS, NFTA_SET_ID, NFTA_SET_KEY_LEN, NFTA_SET_KEY_TYPE,
+    NFTA_SET_NAME, NFTA_SET_TABLE, NFTA_SET_USERDATA, RawMessage, SetElement, SetFlags, SetKeyType,
 };
 
 use super::encode::{
@@ -36,9 +36,22 @@ type Range = (u128, u128);
 
 /// Encodes the messages that create and fill a set. `id` is its number within the transaction.
 pub(super) fn messages(table: &str, set: &NamedSet, id: u32) -> Vec<RawMessage> {
-    let ranges = ranges(&set.values);
-    let filled = ranges.chunks(ELEMENTS_PER_MESSAGE).map(|chunk| fill(table, set, chunk));
-    [create(table, set, id)].into_iter().chain(filled).collect()
+    [create(table, set, id)].into_iter().chain(additions(table, set)).collect()
+}
+
+/// Encodes the messages that add elements to a set.
+pub(super) fn additions(table: &str, set: &NamedSet) -> Vec<RawMessage> {
+    let add = |elements: Vec<u8>| {
+        RawMessage::new(NFT_MSG_NEWSETELEM, Family::Inet).flags(NLM_F_CREATE).attrs(elements)
+    };
+    elements(table, set).into_iter().map(add).collect()
+}
+
+/// Encodes the messages that remove elements from a set.
+pub(super) fn removals(table: &str, set: &NamedSet) -> Vec<RawMessage> {
+    let remove =
+        |elements: Vec<u8>| RawMessage::new(NFT_MSG_DELSETELEM, Family::Inet).attrs(elements);
+    elements(table, set).into_iter().map(remove).collect()
 }
 
 /// The type of the keys.
@@ -129,9 +142,15 @@ fn values_size(values: &Values) -> Vec<u8> {
     attributes.map(|size| nested(NFTA_SET_DESC, &size)).unwrap_or_default()
 }
 
+/// Encodes the elements of a set, as the attributes of one or more messages.
+fn elements(table: &str, set: &NamedSet) -> Vec<Vec<u8>> {
+    let ranges = ranges(&set.values);
+    ranges.chunks(ELEMENTS_PER_MESSAGE).map(|chunk| attributes(table, set, chunk)).collect()
+}
+
 /// Encodes ranges. A range is two elements: its first key, and the key after its last one. A range
 /// up to the highest key has no second element.
-fn fill(table: &str, set: &NamedSet, ranges: &[Range]) -> RawMessage {
+fn attributes(table: &str, set: &NamedSet, ranges: &[Range]) -> Vec<u8> {
     let length = key_length(&key_type(&set.values));
     let mut elements = Vec::with_capacity(ranges.len() * MAX_ELEMENT_BYTES);
     for &(first, last) in ranges {
@@ -147,8 +166,7 @@ fn fill(table: &str, set: &NamedSet, ranges: &[Range]) -> RawMessage {
         text(NFTA_SET_ELEM_LIST_SET, &set.name),
         nested(NFTA_SET_ELEM_LIST_ELEMENTS, &elements),
     ];
-    let message = RawMessage::new(NFT_MSG_NEWSETELEM, Family::Inet);
-    message.flags(NLM_F_CREATE).attrs(attributes.concat())
+    attributes.concat()
 }
 
 /// Encodes an element. `is_end` is true for the end of a range.
