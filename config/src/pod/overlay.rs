@@ -42,6 +42,14 @@ impl InterceptionOverlay {
         read_text(name, text).map(Self)
     }
 
+    fn is_empty(&self) -> bool {
+        match &self.0.value {
+            Value::Null => true,
+            Value::Mapping(entries) => entries.is_empty(),
+            Value::Scalar(_) | Value::Sequence(_) => false,
+        }
+    }
+
     /// Sets a setting, such as `outbound.exclude_ports`, from the value of a pod's annotation.
     /// Errors contain the annotation.
     pub fn set(&mut self, key: &str, value: &str, annotation: &str) {
@@ -83,6 +91,10 @@ impl Settings {
         &self,
         overlays: &[&InterceptionOverlay],
     ) -> Result<Self, ConfigErrors> {
+        // Most pods have no settings of their own.
+        if overlays.iter().all(|overlay| overlay.is_empty()) {
+            return Ok(self.clone());
+        }
         let mut root = self.interception_document();
         for InterceptionOverlay(section) in overlays {
             root.lay_over(&[SECTION], section);
@@ -103,6 +115,9 @@ impl Settings {
     /// # Errors
     /// All mistakes in the text, and contradictions between it and these settings.
     pub fn with_interception_text(&self, text: &str) -> Result<Self, ConfigErrors> {
+        if text == self.interception_text() {
+            return Ok(self.clone());
+        }
         self.read_interception(&read_text("pod", text)?)
     }
 

@@ -1,7 +1,7 @@
 //! Reports whether pods can be added and whether all were added: to readiness, and to the plugin's
 //! `STATUS`.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
@@ -20,12 +20,22 @@ pub(in crate::pods::cni) enum Condition {
 
 const CONDITIONS: usize = 3;
 
+/// The conditions, and what was reported to readiness.
+#[derive(Debug)]
+struct State {
+    /// The reason why each condition is not met, in the order of [`Condition`].
+    problems: [Option<String>; CONDITIONS],
+    /// The last reports; `None` before the first one. With a broker each report is a message, and
+    /// each addition and removal of a pod sets all conditions.
+    problem: Option<Option<String>>,
+    notice: Option<Option<String>>,
+}
+
 /// The conditions of the node's readiness.
 #[derive(Debug)]
 pub(in crate::pods::cni) struct Report {
     health: SourceHealth,
-    /// The reason why each condition is not met, in the order of [`Condition`].
-    problems: Mutex<[Option<String>; CONDITIONS]>,
+    state: Mutex<State>,
     not_ready: watch::Sender<Option<String>>,
 }
 
@@ -33,15 +43,15 @@ impl Report {
     /// Creates the report of a starting daemon: no condition is met yet.
     pub(in crate::pods::cni) fn new(health: SourceHealth) -> Self {
         let starts = Some("the daemon is starting".to_owned());
-        let problems = Mutex::new([starts.clone(), starts.clone(), None]);
-        Self { health, problems, not_ready: watch::Sender::new(starts) }
+        let problems = [starts.clone(), starts.clone(), None];
+        let state = Mutex::new(State { problems, problem: None, notice: None });
+        Self { health, state, not_ready: watch::Sender::new(starts) }
     }
 
     /// Sets the reason why a condition is not met; `None` if it is met.
     pub(in crate::pods::cni) fn set(&self, condition: Condition, problem: Option<String>) {
-        // No code panics while it holds the lock.
-        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
-        let [installed, facts, all_added] = &mut *problems;
+        let mut state = self.state();
+        let [installed, facts, all_added] = &mut state.problems;
         *match condition {
             Condition::Installed => &mut *installed,
             Condition::Facts => &mut *facts,
@@ -49,13 +59,23 @@ impl Report {
         } = problem;
         // Pods that bypass the mesh do not prevent adding others.
         let cannot_add = installed.clone().or_else(|| facts.clone());
-        self.health.set_problem(cannot_add.clone().or_else(|| all_added.clone()));
+        let problem = cannot_add.clone().or_else(|| all_added.clone());
+        if state.problem.replace(problem.clone()) != Some(problem.clone()) {
+            self.health.set_problem(problem);
+        }
         self.not_ready.send_replace(cannot_add);
     }
 
     /// Sets information that does not make the node unready.
     pub(in crate::pods::cni) fn set_notice(&self, notice: Option<String>) {
-        self.health.set_notice(notice);
+        if self.state().notice.replace(notice.clone()) != Some(notice.clone()) {
+            self.health.set_notice(notice);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code panics while it holds the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The reason why pods cannot be added at present; `None` if they can.
@@ -66,7 +86,36 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::admin::readiness::SourceReport;
+
+    #[test]
+    fn readiness_gets_only_changes() {
+        let reports = Arc::<Mutex<Vec<SourceReport>>>::default();
+        let received = reports.clone();
+        let health = SourceHealth::new(move |report| received.lock().unwrap().push(report));
+        let report = Report::new(health);
+        for problem in [None, None, Some("no entry"), Some("no entry"), None] {
+            let problem = problem.map(str::to_owned);
+            report.set(Condition::Facts, None);
+            report.set(Condition::Installed, problem.clone());
+            report.set_notice(problem);
+        }
+        let starting = SourceReport::Problem(Some("the daemon is starting".to_owned()));
+        let problem = || Some("no entry".to_owned());
+        let expected = [
+            starting,
+            SourceReport::Problem(None),
+            SourceReport::Notice(None),
+            SourceReport::Problem(problem()),
+            SourceReport::Notice(problem()),
+            SourceReport::Problem(None),
+            SourceReport::Notice(None),
+        ];
+        assert_eq!(*reports.lock().unwrap(), expected);
+    }
 
     #[test]
     fn node_is_ready_once_all_conditions_are_met() {

@@ -57,6 +57,11 @@ impl UnaddedPods {
         change
     }
 
+    /// Whether no pod runs without an addition, reported or not.
+    pub(in crate::pods::cni) fn is_empty(&self) -> bool {
+        self.since.is_empty()
+    }
+
     /// The names of the reported pods.
     pub(in crate::pods::cni) fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.reported.values().map(String::as_str)

@@ -40,12 +40,15 @@ impl Ledger {
     ) {
         let mut origin = self.facts.origin();
         let mut unadded = UnaddedPods::default();
+        let mut are_results_due = true;
         loop {
             let apply = async {
                 self.apply_facts();
                 let running = match &origin {
                     FactOrigin::Kubernetes(_) => self.running_in_cluster(&origin),
-                    FactOrigin::Mesh(_) => Some(self.running_by_results(&results)),
+                    // One file for each pod of the node: too much for each addition and removal.
+                    FactOrigin::Mesh(_) => (are_results_due || !unadded.is_empty())
+                        .then(|| self.running_by_results(&results)),
                 };
                 let next = running.and_then(|running| self.report_unadded(running, &mut unadded));
                 report_conditions(&origin, &unadded, &report);
@@ -59,12 +62,12 @@ impl Ledger {
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
-                () = origin.changed() => {}
-                () = self.changed.notified() => {}
-                () = grace_ends => {}
-                () = sleep_until(next_multiple(RESULTS_INTERVAL)) => {}
-            }
+            are_results_due = tokio::select! {
+                () = origin.changed() => false,
+                () = self.changed.notified() => false,
+                () = grace_ends => true,
+                () = sleep_until(next_multiple(RESULTS_INTERVAL)) => true,
+            };
         }
     }
 
