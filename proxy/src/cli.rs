@@ -21,6 +21,7 @@ mod status;
 mod style;
 mod verbosity;
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -102,7 +103,27 @@ enum Command {
 pub fn main() -> ExitCode {
     // After a failure an operation that needs a capability reports that.
     raise_capabilities().ok();
-    let outcome = match Cli::parse_from(cni::command_line(std::env::args_os())).command {
+    let arguments = cni::command_line(std::env::args_os());
+    // Building the definitions of all commands would take a third of a call of the plugin.
+    let outcome = if cni::is_call(&arguments) { cni::call() } else { run_command(arguments) };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let style = Style::of_stderr();
+            let [word, advice] = [(Colour::Red, "error:"), (Colour::Bold, "hint:")]
+                .map(|(colour, text)| style.paint(colour, text));
+            // Ignored if standard error is closed; the exit code still reports the failure.
+            writeln!(io::stderr(), "{word} {}", chain(&error)).ok();
+            if let Some(hint) = error.hint() {
+                writeln!(io::stderr(), "{advice} {hint}").ok();
+            }
+            error.exit_code()
+        }
+    }
+}
+
+fn run_command(arguments: Vec<OsString>) -> Result<(), CommandError> {
+    match Cli::parse_from(arguments).command {
         Command::Demo(arguments) => demo::run(&arguments).map_err(CommandError::from),
         Command::Run(arguments) => run::run(arguments),
         Command::Node(arguments) => node::run(arguments),
@@ -117,20 +138,6 @@ pub fn main() -> ExitCode {
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Completions { shell } => completions(shell),
         Command::Man(arguments) => man::run(&arguments),
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let style = Style::of_stderr();
-            let [word, advice] = [(Colour::Red, "error:"), (Colour::Bold, "hint:")]
-                .map(|(colour, text)| style.paint(colour, text));
-            // Ignored if standard error is closed; the exit code still reports the failure.
-            writeln!(io::stderr(), "{word} {}", chain(&error)).ok();
-            if let Some(hint) = error.hint() {
-                writeln!(io::stderr(), "{advice} {hint}").ok();
-            }
-            error.exit_code()
-        }
     }
 }
 

@@ -104,6 +104,11 @@ pub(super) fn command_line(arguments: impl Iterator<Item = OsString>) -> Vec<OsS
     arguments
 }
 
+/// Whether a command line of [`command_line`] is a call of a container runtime.
+pub(super) fn is_call(command_line: &[OsString]) -> bool {
+    matches!(command_line, [_, command] if command == "cni")
+}
+
 pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
     match arguments.command {
         None => call(),
@@ -119,7 +124,7 @@ pub(super) fn run(arguments: Arguments) -> Result<(), CommandError> {
 }
 
 /// Performs one call of a container runtime.
-fn call() -> Result<(), CommandError> {
+pub(super) fn call() -> Result<(), CommandError> {
     let environment = Environment::of_process();
     let runtime = single_threaded_runtime()?;
     let outcome = runtime.block_on(plugin::call(&environment, io::stdin(), namespace_file::open));
@@ -155,5 +160,8 @@ mod tests {
         assert_eq!(line(&["underpass-cni", "install"]), ["underpass-cni", "cni", "install"]);
         assert_eq!(line(&["underpass", "run"]), ["underpass", "run"]);
         assert_eq!(line(&[]), [""; 0]);
+        let is_call = |words: &[&str]| is_call(&line(words));
+        assert!(is_call(&["underpass-cni"]) && is_call(&["underpass", "cni"]));
+        assert!(!is_call(&["underpass-cni", "--help"]) && !is_call(&["underpass", "run"]));
     }
 }
