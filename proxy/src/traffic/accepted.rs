@@ -51,8 +51,12 @@ impl Accepted {
         Self { kind, stream, client, destination }
     }
 
-    /// Registers the connection with the runtime of the calling worker thread.
+    /// Registers the connection with the runtime of the calling worker thread. Fails if the client
+    /// has reset it meanwhile: the runtime would notice that only after the upstream was dialled.
     pub(crate) fn register(self) -> Result<Registered, ProxyError> {
+        if let Some(error) = self.stream.take_error().map_err(ProxyError::Client)? {
+            return Err(ProxyError::Client(error));
+        }
         let stream = tokio::net::TcpStream::from_std(self.stream).map_err(ProxyError::Client)?;
         let Self { client, destination, .. } = self;
         Ok(Registered { stream, client, destination })

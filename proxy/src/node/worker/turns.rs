@@ -26,8 +26,13 @@ use crate::node::pod::PodId;
 /// short exchange and to close it. Later ones cost as little as those of any open connection.
 const POLLS_IN_TURN: u8 = 16;
 
-/// The work that takes turns. The two kinds of one pod alternate: a listener that waited for all
-/// connections of its pod would let the kernel's queue overflow.
+/// The number of waiting connections of a pod from which its listeners wait too. The kernel queues
+/// further ones for less: here each has a descriptor, and all streams of a tunnel that ends are
+/// ready at once, which takes tens of milliseconds for thousands of them.
+const MAX_WAITING: usize = 256;
+
+/// The work that takes turns. The two kinds of one pod alternate up to [`MAX_WAITING`] connections:
+/// a listener that waited for all connections of its pod would let the kernel's queue overflow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Work {
     Accept(PodId),
@@ -112,7 +117,12 @@ impl State {
 impl Queue {
     /// Begins a pass. Returns false if nothing waits.
     fn give_next(&mut self) -> bool {
-        while let Some(work) = self.works.pop_front() {
+        for _ in 0..self.works.len() {
+            let Some(work) = self.works.pop_front() else { break };
+            if self.must_wait(work) {
+                self.works.push_back(work);
+                continue;
+            }
             let Some(waiting) = self.waiting.get_mut(&work) else { continue };
             let first = waiting.pop_first();
             if waiting.is_empty() {
@@ -128,6 +138,14 @@ impl Queue {
         }
         self.is_turn_taken = false;
         false
+    }
+
+    /// Whether a listener waits for the connections of its pod. Their turn comes first then, so a
+    /// pass never begins without a turn.
+    fn must_wait(&self, work: Work) -> bool {
+        let Work::Accept(pod) = work else { return false };
+        let connections = self.waiting.get(&Work::Connect(pod));
+        connections.is_some_and(|waiting| waiting.len() >= MAX_WAITING)
     }
 
     /// Adds an entry, or replaces the waker of one.

@@ -94,6 +94,27 @@ async fn listener_does_not_wait_for_all_connections_of_its_pod() {
 }
 
 #[tokio::test]
+async fn listener_waits_while_too_many_connections_of_its_pod_wait() {
+    let (turns, pod) = (Turns::default(), PodId::next());
+    let cx = Context::from_waker(Waker::noop());
+    assert!(turns.turn(Work::Connect(pod)).poll(&cx).is_ready());
+    let mut accept = turns.turn(Work::Accept(pod));
+    let mut connections: Vec<_> =
+        (0..=MAX_WAITING).map(|_| turns.turn(Work::Connect(pod))).collect();
+    assert!(accept.poll(&cx).is_pending());
+    assert!(connections.iter_mut().all(|turn| turn.poll(&cx).is_pending()));
+    for turn in connections.iter_mut().take(2) {
+        assert!(turns.0.queue().give_next() && accept.poll(&cx).is_pending());
+        assert!(turn.poll(&cx).is_ready());
+    }
+    assert!(turns.0.queue().give_next() && accept.poll(&cx).is_ready());
+    let mut other = turns.turn(Work::Accept(PodId::next()));
+    assert!(other.poll(&cx).is_pending());
+    assert!(turns.0.queue().give_next() && turns.0.queue().give_next());
+    assert!(other.poll(&cx).is_ready(), "listeners of other pods do not wait");
+}
+
+#[tokio::test]
 async fn dropped_turn_leaves_nothing() {
     let (turns, pod) = (Turns::default(), Work::Connect(PodId::next()));
     let cx = Context::from_waker(Waker::noop());
