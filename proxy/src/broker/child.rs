@@ -1,5 +1,6 @@
 //! Starts the proxy process, and notices its end.
 
+use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -29,6 +30,9 @@ pub(crate) const COMMAND: &str = "proxy-process";
 /// Timeout for the end of the proxy process after its connection is closed, or after the last
 /// message.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
+/// Timeout for the end of the proxy process after SIGKILL. A process that waits for the kernel
+/// without being interruptible may never end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The running proxy process. Dropping it kills it.
 #[derive(Debug)]
@@ -78,10 +82,10 @@ impl ProxyProcess {
         }
         let start = ToProxy::Start { settings: settings.to_string(), endpoints, paused };
         let sent = sender.send(&start, sockets).await;
-        sent.map_err(|error| CommandError::Start(std::io::Error::other(error)))?;
+        sent.map_err(|error| CommandError::Start(io::Error::other(error)))?;
         tracing::info!(pid = child.id(), user = user.uid, "started the proxy process");
         let installed = recorder::install(sender.clone());
-        installed.map_err(|error| CommandError::Start(std::io::Error::other(error.to_string())))?;
+        installed.map_err(|error| CommandError::Start(io::Error::other(error.to_string())))?;
         let identities = IdentityFeeds::new(settings, &sender, watcher, supervisor);
         let data_plane = RemoteDataPlane::new(sender, identities);
         let progress = watch::Sender::default().subscribe();
@@ -186,15 +190,25 @@ impl ProxyProcess {
             Ok(status) => status.ok(),
             Err(_) => {
                 tracing::warn!(after = ?END_TIMEOUT, "the proxy process does not end: killing it");
-                if let Err(error) = self.child.kill().await {
+                if let Err(error) = bounded(self.child.kill()).await {
                     let pid = self.child.id();
-                    let hint = "grant KILL, and kill the process: it keeps the listeners of pods";
+                    let hint = match error.kind() {
+                        ErrorKind::TimedOut => {
+                            "the kernel does not end the process, which keeps the listeners of pods"
+                        }
+                        _ => "grant KILL, and kill the process: it keeps the listeners of pods",
+                    };
                     tracing::error!(%error, pid, hint, "cannot kill the proxy process");
                 }
                 None
             }
         }
     }
+}
+
+/// Waits for a killed process, at most for [`KILL_TIMEOUT`].
+async fn bounded(killed: impl Future<Output = io::Result<()>>) -> io::Result<()> {
+    timeout(KILL_TIMEOUT, killed).await.unwrap_or_else(|_| Err(ErrorKind::TimedOut.into()))
 }
 
 /// Waits until the condition is true; for ever if the sender of the value ends before. Holds no
@@ -205,10 +219,25 @@ async fn is_true<T>(mut value: watch::Receiver<T>, condition: impl FnMut(&T) -> 
     }
 }
 
-fn spawn(user: ProxyUser, socket: OwnedFd) -> std::io::Result<Child> {
+fn spawn(user: ProxyUser, socket: OwnedFd) -> io::Result<Child> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("underpass").arg(COMMAND);
     command.arg("--user").arg(user.uid.to_string()).arg("--group").arg(user.gid.to_string());
     command.env_remove("NOTIFY_SOCKET");
     command.stdin(Stdio::from(socket)).kill_on_drop(true).spawn()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn wait_for_killed_process_that_does_not_end_times_out() {
+        let start = Instant::now();
+        let error = bounded(std::future::pending()).await.unwrap_err();
+        assert_eq!((error.kind(), start.elapsed()), (ErrorKind::TimedOut, KILL_TIMEOUT));
+        assert!(bounded(async { Ok(()) }).await.is_ok());
+    }
 }
