@@ -228,6 +228,12 @@ impl InterceptionError {
         matches!(self, Self::Listen { source, .. } if in_use(source))
     }
 
+    /// Returns true if the loopback interface is down.
+    #[must_use]
+    pub fn is_loopback_down(&self) -> bool {
+        matches!(self, Self::LoopbackDown { .. })
+    }
+
     /// Returns true if a required program is not installed.
     pub(crate) fn is_missing_program(&self) -> bool {
         matches!(self, Self::IptablesProgram { source, .. } if source.kind() == io::ErrorKind::NotFound)

@@ -30,6 +30,7 @@ fn main() -> ExitCode {
     suite.test("the daemon installs the plugin and repairs its entry", upkeep);
     suite.test("a pod with IPv6 alone is served", ipv6_alone);
     suite.test("CHECK fails once a listener of the pod is closed", closed_listener);
+    suite.test("an addition waits for the loopback interface of the pod", late_loopback);
     kubernetes::add_to(&mut suite);
     suite.run()
 }
@@ -214,4 +215,24 @@ async fn closed_listener() {
     let (code, text) = scene.fails("CHECK", &scene.a, json!({})).await;
     assert_eq!(code, 100);
     assert!(text.contains("the listener for tunnels (proxy.hbone_port) is closed"), "{text}");
+}
+
+/// containerd enables the loopback interface while it calls the plugin.
+async fn late_loopback() {
+    let scene = Scene::new().await;
+    let _daemon = scene.daemon("").await;
+    let loopback = async |state| {
+        let printed = tool(&scene.a, "ip", &["link", "set", "lo", state]).await;
+        assert!(printed.status.success(), "{printed:?}");
+    };
+    loopback("down").await;
+    let enabled = async {
+        until("the daemon has bound its listeners", async || {
+            tool(&scene.a, "ss", &["-Hltn", "sport", "=", ":15008"]).await.out.contains("15008")
+        })
+        .await;
+        loopback("up").await;
+    };
+    tokio::join!(scene.succeeds("ADD", &scene.a, json!({})), enabled);
+    assert!(has_rules(&scene.a).await);
 }

@@ -20,8 +20,11 @@ use crate::traffic::listeners::{DnsKind, Kind, Listeners, NamedListeners};
 /// The time for another process of the node to close its listeners in a pod's namespace: one that
 /// has handed the pod over before it was deleted and added again, or that was killed.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
-/// The pause between attempts to bind meanwhile.
-const RELEASE_INTERVAL: Duration = Duration::from_millis(20);
+/// The time for the runtime to enable the loopback interface of a pod: containerd calls the plugins
+/// of that interface and those of the pod's network at the same time.
+const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(2);
+/// The pause between attempts meanwhile.
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The parts from which a pod is bound.
 #[derive(Debug)]
@@ -66,7 +69,7 @@ impl BoundPod {
                         && error.is_address_in_use()
                         && began.elapsed() < RELEASE_TIMEOUT =>
                 {
-                    sleep(RELEASE_INTERVAL).await;
+                    sleep(RETRY_INTERVAL).await;
                 }
                 bound => break bound?,
             }
@@ -101,7 +104,19 @@ impl BoundPod {
     /// The kernel rejected them; the earlier rules are unchanged.
     pub(crate) async fn guard(self, owner: RulesOwner) -> Result<GuardedPod, PodError> {
         let Self { pod, capture, health } = self;
-        capture.install().await?;
+        let began = Instant::now();
+        loop {
+            match capture.install().await {
+                Err(PodError::Interception(error))
+                    if pod.uid.is_some()
+                        && error.is_loopback_down()
+                        && began.elapsed() < LOOPBACK_TIMEOUT =>
+                {
+                    sleep(RETRY_INTERVAL).await;
+                }
+                installed => break installed?,
+            }
+        }
         health.set_intact(true);
         GuardedPod::new(pod, OwnedRules { capture, owner }, health).await
     }
