@@ -110,6 +110,11 @@ impl std::fmt::Debug for Pem {
     }
 }
 
+/// The host of a URI without the brackets of an IPv6 address (RFC 3986 section 3.2.2).
+pub fn without_brackets(host: &str) -> &str {
+    host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host)
+}
+
 impl HttpsServer {
     /// Sends a request and returns the head of its response.
     ///
@@ -133,7 +138,7 @@ impl HttpsServer {
     pub(crate) async fn connect<D: Dial>(&self, dial: &D) -> Result<TlsStream<D::Io>, HttpsError> {
         let authority = self.authority()?;
         let config = self.tls()?;
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+        let host = without_brackets(authority.host());
         let name = self.server_name.as_deref().unwrap_or(host);
         let server_name = ServerName::try_from(name.to_owned())
             .map_err(|_| HttpsError::ServerName(name.to_owned()))?;

@@ -40,7 +40,7 @@ pub use control_plane::{
 pub use error::{
     CredentialProblem, ExpectedPeer, Fault, HboneError, IssuerProblem, RequestProblem, SvidProblem,
 };
-pub use https::{HttpsError, HttpsRequest, HttpsResponse, HttpsServer, Pem};
+pub use https::{HttpsError, HttpsRequest, HttpsResponse, HttpsServer, Pem, without_brackets};
 pub use identity::Identity;
 pub use identity::credentials::Credentials;
 pub use identity::description::CertificateDescription;

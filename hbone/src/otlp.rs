@@ -19,7 +19,7 @@ use underpass_config::{Hint, OtlpSettings};
 
 use crate::control_plane::endpoint::read_roots;
 use crate::error::HboneError;
-use crate::https::{AGENT, HttpsError, HttpsServer, Pem};
+use crate::https::{AGENT, HttpsError, HttpsServer, Pem, without_brackets};
 use crate::identity::pem;
 use crate::pool::{Dial, dial_host};
 use crate::task::log_panic;
@@ -116,7 +116,7 @@ impl OtlpCollector {
     }
 
     fn host(&self) -> &str {
-        self.authority.host().trim_start_matches('[').trim_end_matches(']')
+        without_brackets(self.authority.host())
     }
 
     fn request(&self, path: &str, message: Bytes) -> Result<Request<Full<Bytes>>, CollectorError> {

@@ -24,6 +24,7 @@ use underpass_config::Cipher;
 
 use crate::crypto::provider;
 use crate::error::{CredentialProblem, HboneError, IssuerProblem};
+use crate::https::without_brackets;
 use crate::identity::{certified_key, pem};
 use crate::pool::{Dial, dial_host};
 use crate::task::log_panic;
@@ -56,7 +57,7 @@ impl Endpoint {
         let is_root = matches!(origin.path(), "" | "/") && origin.query().is_none();
         let host = origin.host().filter(|_| origin.scheme() == Some(&Scheme::HTTPS) && is_root);
         let host = host.ok_or(IssuerProblem::Address)?;
-        let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let host = without_brackets(host).to_owned();
         let port = origin.port_u16().unwrap_or(HTTPS_PORT);
         let name = server_name.unwrap_or(&host).to_owned();
         let server_name = ServerName::try_from(name.clone());

@@ -124,6 +124,17 @@ pub(super) enum Level {
 }
 
 impl Level {
+    /// The level of a use in percent of its limit.
+    pub(super) fn of_use(percent: u64, nearly_full: u64, full: u64) -> Self {
+        if percent >= full {
+            Self::Failure
+        } else if percent >= nearly_full {
+            Self::Warning
+        } else {
+            Self::Ok
+        }
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Ok => "ok",

@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::future::{FutureExt as _, join_all};
 use tokio::time::timeout;
 use underpass_config::{Dns, IdentitySettings, Settings};
+use underpass_hbone::without_brackets;
 
 use crate::cli::doctor::check::{Category, Check, Finding, Info, Outcome, not_applicable};
 use crate::cli::doctor::subject::Subject;
@@ -140,7 +141,7 @@ fn names(settings: &Settings) -> BTreeSet<String> {
     let addresses = ca.into_iter().chain(settings.xds.as_ref().map(|xds| &xds.address));
     let host = |address: &String| {
         let uri = address.parse::<http::Uri>().ok()?;
-        let host = uri.host()?.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let host = without_brackets(uri.host()?).to_owned();
         host.parse::<std::net::IpAddr>().is_err().then_some(host)
     };
     addresses.filter_map(host).collect()

@@ -57,11 +57,15 @@ pub(super) struct Ready;
 
 impl Check for Ready {
     fn info(&self) -> Info {
-        Info::proxy("proxy-ready", Category::Proxy)
+        // A proxy that hangs does not send its settings.
+        Info::host("proxy-ready", Category::Proxy)
     }
 
     fn run<'a>(&'a self, subject: &'a Subject) -> Outcome<'a> {
         async move {
+            if subject.is_host_only && subject.running.is_ok() {
+                return None;
+            }
             // The daemon of a node answers only on its socket of administration.
             if subject.is_node() {
                 let status = subject.status()?;
@@ -125,11 +129,10 @@ fn descriptors(usage: Usage) -> Finding {
     const NEARLY_FULL: u64 = 55;
     let Usage { used, limit } = usage;
     let message = format!("open files of the running proxy: {used} of {limit}");
-    let level = match usage.percent() {
-        FULL.. => Level::Failure,
-        NEARLY_FULL.. => Level::Warning,
-        _ => return Finding::ok(message),
-    };
+    let level = Level::of_use(usage.percent(), NEARLY_FULL, FULL);
+    if level == Level::Ok {
+        return Finding::ok(message);
+    }
     Finding::warning(message)
         .at(level)
         .hint("raise the limit of open files of the proxy (LimitNOFILE, `--ulimit nofile`), and restart it")

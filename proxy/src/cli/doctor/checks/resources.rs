@@ -43,11 +43,10 @@ impl Check for Conntrack {
 fn conntrack(usage: Usage) -> Finding {
     let Usage { used, limit } = usage;
     let message = format!("tracked connections: {used} of {limit}");
-    let level = match usage.percent() {
-        FULL.. => Level::Failure,
-        NEARLY_FULL.. => Level::Warning,
-        _ => return Finding::ok(message),
-    };
+    let level = Level::of_use(usage.percent(), NEARLY_FULL, FULL);
+    if level == Level::Ok {
+        return Finding::ok(message);
+    }
     let larger = limit.saturating_mul(2).max(1 << 18);
     Finding::warning(message)
         .at(level)
