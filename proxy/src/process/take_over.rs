@@ -24,10 +24,13 @@ mod server;
 mod subject;
 
 use std::borrow::Cow;
+use std::ffi::OsString;
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode_str, percent_encode};
 use thiserror::Error;
 use underpass_config::Hint;
 use underpass_interception::{InterceptionError, Namespace};
@@ -125,6 +128,17 @@ impl Hint for TakeOverError {
         };
         Some(fixed.into())
     }
+}
+
+/// A path as a word of a message: white space separates words.
+fn encode(path: &Path) -> String {
+    const SEPARATORS: &AsciiSet = &CONTROLS.add(b' ').add(b'%');
+    percent_encode(path.as_os_str().as_bytes(), SEPARATORS).to_string()
+}
+
+fn decode(word: &str) -> PathBuf {
+    let bytes = percent_decode_str(word).collect();
+    OsString::from_vec(bytes).into()
 }
 
 /// The inode number of this process's network namespace.

@@ -38,15 +38,17 @@ pub(in crate::process) struct Reports {
 ///
 /// # Errors
 ///
-/// The socket cannot be created at the path from the settings.
+/// The socket cannot be created at the path from the settings, or the process has no descriptor for
+/// it.
 pub(in crate::process) async fn bind_admin_socket(
     settings: &Settings,
     handed: Option<ControlSocket>,
 ) -> Result<(Option<ControlSocket>, Option<OwnedFd>), CommandError> {
     let setting = &settings.admin.socket;
     let socket = ControlSocket::bind_configured(settings, setting, ADMIN, handed).await?;
-    let descriptor = socket.as_ref().and_then(ControlSocket::descriptor);
-    Ok((socket, descriptor))
+    // Without a descriptor the socket would listen, and nothing would accept.
+    let descriptor = socket.as_ref().map(ControlSocket::descriptor).transpose();
+    Ok((socket, descriptor.map_err(CommandError::Start)?))
 }
 
 impl Endpoints {

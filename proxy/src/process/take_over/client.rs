@@ -17,7 +17,7 @@ use super::control_socket::{self, ControlSocket, TAKE_OVER};
 use super::role::Role;
 use super::{
     ACCEPT, ADMIN_SOCKET, ALIVE, ANSWER_TIMEOUT, BUSY, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS,
-    LONGEST_MESSAGE, OK, READY, REFUSED, RULES, TakeOverError,
+    LONGEST_MESSAGE, OK, READY, REFUSED, RULES, TakeOverError, decode,
 };
 
 /// How long the sockets of a process that has ended may stay open: the kernel closes them one
@@ -225,7 +225,7 @@ impl ReceivedSockets {
             }
             name => match name.strip_prefix(ADMIN_SOCKET) {
                 Some(path) => {
-                    self.admin_socket = Some(ControlSocket::share(Path::new(path), socket)?);
+                    self.admin_socket = Some(ControlSocket::share(&decode(path), socket)?);
                 }
                 None => self.listeners.push((name.to_owned(), BoundListener::try_from(socket)?)),
             },

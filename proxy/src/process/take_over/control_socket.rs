@@ -132,9 +132,13 @@ impl ControlSocket {
         Ok(Handover::new(self.listener.accept().await?.0))
     }
 
-    /// A descriptor of the socket, to hand over; `None` if the process has no free one.
-    pub(crate) fn descriptor(&self) -> Option<OwnedFd> {
-        self.listener.as_fd().try_clone_to_owned().ok()
+    /// A descriptor of the socket, to hand over.
+    ///
+    /// # Errors
+    ///
+    /// The process has no free one.
+    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.listener.as_fd().try_clone_to_owned()
     }
 
     /// Listens on the socket of another process, which still owns the file.

@@ -15,7 +15,7 @@ use super::role::Role;
 use super::subject::Subject;
 use super::{
     ACCEPT, ADMIN_SOCKET, ALIVE, ANSWER_TIMEOUT, CONTROL_SOCKET, INSTANCE_SOCKET, LISTENERS,
-    LONGEST_MESSAGE, OK, READY, REFUSED, SWITCH_TIMEOUT, TakeOverError,
+    LONGEST_MESSAGE, OK, READY, REFUSED, SWITCH_TIMEOUT, TakeOverError, encode,
 };
 use crate::process::instance::Instance;
 use crate::process::notify;
@@ -172,10 +172,8 @@ impl TakeoverServer {
         if let Some(socket) = &self.control_socket {
             all.push((CONTROL_SOCKET.into(), socket.listener.as_fd()));
         }
-        if let Some(socket) = &self.admin_socket
-            && let Some(path) = socket.path().to_str()
-            && !path.contains(char::is_whitespace)
-        {
+        if let Some(socket) = &self.admin_socket {
+            let path = encode(socket.path());
             all.push((format!("{ADMIN_SOCKET}{path}").into(), socket.listener.as_fd()));
         }
         if let Some(instance) = &self.instance {

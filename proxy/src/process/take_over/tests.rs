@@ -46,6 +46,17 @@ fn role(flags: &[&str]) -> String {
     Role::new(&settings(flags)).unwrap().to_string()
 }
 
+#[test]
+fn path_of_any_bytes_is_one_word() {
+    for path in [&b"/run/underpass/admin-1.sock"[..], b"/a b\t%20/\xc2\xa0\xff\n"] {
+        let path = PathBuf::from(OsString::from_vec(path.to_vec()));
+        let word = encode(&path);
+        assert!(!word.contains(char::is_whitespace), "{word:?}");
+        assert_eq!(decode(&word), path);
+    }
+    assert_eq!(encode(Path::new("/run/admin.sock")), "/run/admin.sock");
+}
+
 /// Sends each line and waits for its answer.
 async fn exchange(conversation: &Handover, lines: &[&str]) {
     for line in lines {
