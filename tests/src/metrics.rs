@@ -50,7 +50,7 @@ impl Metrics {
 /// Whether a word of a document is the name of one of underpass' metrics.
 #[must_use]
 pub fn is_metric_name(word: &str) -> bool {
-    let prefixes = ["underpass_", "istio_", "workload_manager_", "process_"];
+    let prefixes = ["underpass_", "istio_", "workload_manager_", "process_", "tokio_"];
     prefixes.iter().any(|prefix| word.starts_with(prefix))
         && word.chars().all(|c| c.is_ascii_lowercase() || c == '_')
 }

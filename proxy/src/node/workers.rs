@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use thiserror::Error;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use underpass_interception::{BoundListener, KeptCapabilities, confine_thread};
@@ -96,7 +97,11 @@ impl Workers {
         let start_one = |(index, (receiver, reporter))| {
             let worker = Worker::new(node.clone(), index, commands.clone());
             let supervised = supervisor.clone();
-            let task = move || commands::execute(worker, receiver, reporter, supervised);
+            let series = node.series.clone();
+            let task = move || {
+                series.runtimes.include(index, &Handle::current());
+                commands::execute(worker, receiver, reporter, supervised)
+            };
             start_thread(index, supervisor.clone(), task)
         };
         let started = receivers.into_iter().zip(reporters).enumerate().map(start_one);
@@ -268,7 +273,7 @@ fn start_thread<F: Future<Output = ()>>(
             }
         };
         created.send(Ok(())).ok();
-        supervisor.essential_thread(name, || runtime.block_on(task()));
+        supervisor.essential_thread(name, || runtime.block_on(async { task().await }));
     };
     let handle = thread.spawn(body)?;
     creation.recv().unwrap_or_else(|_| Err(io::Error::other("a worker ended at once")))?;

@@ -16,6 +16,7 @@ pub(crate) mod mesh;
 pub(crate) mod pods;
 mod process;
 mod registry;
+mod runtimes;
 mod series;
 mod series_map;
 mod timings;
@@ -64,6 +65,7 @@ const BUFFER_BYTES: &str = "underpass_buffer_bytes";
 const RESTARTS: &str = "underpass_task_restarts_total";
 const DIRECT: &str = "underpass_direct_connections_total";
 const ERRORS: &str = "underpass_connection_errors_total";
+const REVOKED: &str = "istio_crl_policy_rejections_total";
 const EJECTED: &str = "underpass_endpoints_ejected_total";
 const TELEMETRY_EXPORTED: &str = "underpass_telemetry_exported_total";
 const TELEMETRY_DROPPED: &str = "underpass_telemetry_dropped_total";
@@ -159,6 +161,10 @@ pub(crate) fn install(settings: SeriesSettings) -> Result<Exporter, BuildError> 
     );
     describe_gauge!(BUFFER_BYTES, "Bytes of memory reserved for buffers of busy connections.");
     describe_counter!(DIRECT, "Connections between two pods of the process without a tunnel.");
+    describe_counter!(
+        REVOKED,
+        "Connections that failed or ended because a certificate is on a revocation list."
+    );
     describe_counter!(
         ERRORS,
         "Connections that failed or ended early, by the reason of the access log."
@@ -292,6 +298,13 @@ pub(crate) fn task_restarted(task: &'static str) {
 /// Counts a connection that failed, or was open and ended early.
 pub(crate) fn connection_error(direction: Direction, reason: &'static str) {
     counter!(ERRORS, "direction" => direction.as_str(), "reason" => reason).increment(1);
+    if reason == "revoked" {
+        let reporter = match direction {
+            Direction::Inbound => "destination",
+            Direction::Outbound => "source",
+        };
+        counter!(REVOKED, "reporter" => reporter).increment(1);
+    }
 }
 
 /// Initializes the counters of a signal.

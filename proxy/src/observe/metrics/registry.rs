@@ -12,6 +12,7 @@ use underpass_config::{MetricLabel, SeriesSettings};
 use super::budgets::Budgets;
 use super::exposition::{Format, Kind, Page};
 use super::hostnames::HostnameLookups;
+use super::runtimes::Runtimes;
 use super::series::{Labels, Metric, Series};
 use super::series_map::SeriesMap;
 use super::timings::{AllTimings, Timings};
@@ -33,6 +34,8 @@ pub(crate) struct SeriesRegistry {
     timings: AllTimings,
     /// The budgets of the process.
     pub(crate) budgets: Budgets,
+    /// The runtimes of the workers.
+    pub(crate) runtimes: Runtimes,
 }
 
 impl Default for SeriesRegistry {
@@ -50,6 +53,7 @@ impl SeriesRegistry {
             omitted,
             timings: AllTimings::default(),
             budgets: Budgets::default(),
+            runtimes: Runtimes::default(),
         }
     }
 
@@ -77,6 +81,7 @@ impl SeriesRegistry {
         self.hostnames.render(page);
         self.timings.render(page);
         self.budgets.render(page);
+        self.runtimes.render(page);
     }
 
     /// All unexpired series of connections, in parts that are rendered when they are requested.
