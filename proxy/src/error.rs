@@ -96,6 +96,10 @@ pub(crate) enum ProxyError {
     HalfCloseTimeout { after: Duration },
     #[error("the proxy stops, and the drain deadline passed (timeouts.drain)")]
     Drained,
+    #[error("the pod takes no new inbound connections: an operator drains it")]
+    Draining,
+    #[error("an operator drains the pod, and the deadline passed")]
+    DrainedByRequest,
     #[error("the connection was cancelled")]
     Dropped,
 }
@@ -245,7 +249,10 @@ impl ProxyError {
             Self::HalfCloseTimeout { .. } => {
                 ("half_close_timeout", ResponseFlags::None, Client, StatusCode::GATEWAY_TIMEOUT)
             }
-            Self::Drained => ("drained", ResponseFlags::None, Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Draining => ("draining", Deny, Us, StatusCode::SERVICE_UNAVAILABLE),
+            Self::Drained | Self::DrainedByRequest => {
+                ("drained", ResponseFlags::None, Us, StatusCode::SERVICE_UNAVAILABLE)
+            }
             Self::Dropped => ("dropped", ResponseFlags::None, Us, StatusCode::SERVICE_UNAVAILABLE),
         };
         Reason { code, flags, fault, status }

@@ -4,7 +4,6 @@ pub(crate) mod control_plane;
 pub(crate) mod feed;
 pub(crate) mod first_state;
 pub(crate) mod follow;
-pub(crate) mod health;
 pub(crate) mod on_demand;
 pub(crate) mod publish;
 mod report;

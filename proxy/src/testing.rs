@@ -13,7 +13,6 @@ use underpass_interception::{
 
 use crate::admin::readiness::Readiness;
 use crate::mesh::feed::MeshFeed;
-use crate::mesh::health::MeshHealth;
 use crate::mesh::publish::Publisher;
 use crate::node::Node;
 use crate::node::certificates::Certificates;
@@ -21,6 +20,7 @@ use crate::node::in_process::InProcess;
 use crate::node::phases::{BoundPod, PodSpec, RulesOwner, ServingPod};
 use crate::node::pod::pod_sockets;
 use crate::node::workers::{WorkerThreads, Workers};
+use crate::observe::mesh_health::MeshHealth;
 use crate::observe::metrics;
 use crate::observe::metrics::Exporter;
 use crate::process::pause_gate::PauseGate;

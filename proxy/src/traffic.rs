@@ -7,6 +7,7 @@ pub(crate) mod dial;
 pub(crate) mod drain;
 pub(crate) mod headers;
 pub(crate) mod inbound;
+pub(crate) mod inbound_drain;
 pub(crate) mod listeners;
 pub(crate) mod outbound;
 mod own_addresses;

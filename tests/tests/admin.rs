@@ -7,8 +7,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use underpass_tests::{
-    Family, Mesh, Pki, Pod, Scene, Settings, Suite, World, exchange, http_get, tool, until,
+    End, Family, Mesh, Pki, Pod, Scene, Server, Settings, Suite, World, exchange, http_get,
+    read_to_end, tool, until,
 };
 
 const ADDRESS: SocketAddr =
@@ -21,7 +24,9 @@ fn main() -> ExitCode {
     suite.test("log filter changes while the proxy runs", log_filter);
     suite.test("config dump shows mesh, certificate and settings", config_dump);
     suite.test("rules are shown with counters and the state of their installation", rules);
-    suite.test("drained pod opens new tunnels for new connections", drain);
+    suite.test("pod with renewed tunnels opens new ones for new connections", renew_tunnels);
+    suite.test("drained pod refuses new inbound connections and serves open ones", drain);
+    suite.test("drain terminates inbound connections at its deadline", drain_deadline);
     suite.test("the liveness probe of a running proxy succeeds", liveness);
     suite.test("new process takes over the admin socket and address", take_over);
     suite.test("proxy process of a node serves the socket that the broker has created", || {
@@ -137,18 +142,66 @@ async fn rules() {
     assert!(error.contains("no pod a/b"), "{error}");
 }
 
-async fn drain() {
+async fn renew_tunnels() {
     let (scene, _client, _server) = Scene::with_proxies().await;
     let (mut client, mut server) = scene.connected(Family::V4).await;
-    let printed = scene.client.underpass(&["admin", "drain", "default/client"]).await.ok();
+    let printed = scene.client.underpass(&["admin", "renew-tunnels"]).await.ok();
     assert_eq!(printed, "closing the tunnels of default/client\n");
     exchange(&mut client, &mut server).await;
     connection(&scene).await;
     let tunnels = |metrics: underpass_tests::Metrics| metrics.sum("underpass_tunnels_open", &[]);
     let open = tunnels(scene.client.metrics().await);
     assert!(open >= Some(2.0), "the new connection has another tunnel: {open:?}");
-    let (_, error) = scene.client.underpass(&["admin", "drain", "default/x"]).await.exited(1);
-    assert!(error.contains("no pod default/x is served"), "{error}");
+    let unknown = ["admin", "renew-tunnels", "default/x"];
+    let (_, error) = scene.client.underpass(&unknown).await.exited(1);
+    assert!(error.contains("no pod default/x"), "{error}");
+}
+
+/// A connection whose byte the server has echoed; `None` if it was refused.
+async fn echoed(scene: &Scene) -> Option<TcpStream> {
+    let mut client = scene.client.dial(scene.app(Family::V4)).await.ok()?;
+    client.write_u8(7).await.ok()?;
+    (client.read_u8().await.ok()? == 7).then_some(client)
+}
+
+async fn drain() {
+    let (scene, _client, mut proxy) = Scene::with_proxies().await;
+    let _app = Server::echo(&scene.server, scene.app(Family::V4).port());
+    let mut open = echoed(&scene).await.expect("a connection");
+    let drain = ["admin", "drain", "--deadline", "60s"];
+    let draining = async { scene.server.underpass(&drain).await.ok() };
+    let using = async {
+        until("new connections are refused", async || echoed(&scene).await.is_none()).await;
+        proxy.line(&["connection failed", "reason=\"draining\""]).await;
+        let readiness = SocketAddr::from(([127, 0, 0, 1], 15021));
+        let (status, body) = http_get(&scene.server, readiness, "/healthz/ready").await;
+        assert_eq!((status, &*body), (503, "not ready: an operator drains the pod\n"));
+        let (status, _) = scene.server.underpass(&["status"]).await.exited(3);
+        assert!(status.contains("hint: `underpass admin undrain` ends the drain"), "{status}");
+        open.write_u8(8).await.expect("an open connection");
+        assert_eq!(open.read_u8().await.expect("an open connection"), 8);
+        drop(open);
+    };
+    let (printed, ()) = tokio::join!(draining, using);
+    assert!(printed.starts_with("draining default/server: "), "{printed}");
+    assert!(printed.ends_with("\ndefault/server is drained\n"), "{printed}");
+    let printed = scene.server.underpass(&["admin", "undrain"]).await.ok();
+    assert_eq!(printed, "default/server accepts inbound connections\n");
+    // After a refused tunnel the client's proxy waits up to 2 s.
+    until("connections are accepted again", async || echoed(&scene).await.is_some()).await;
+    scene.server.underpass(&["status"]).await.ok();
+}
+
+async fn drain_deadline() {
+    let (scene, _client, mut proxy) = Scene::with_proxies().await;
+    let _app = Server::echo(&scene.server, scene.app(Family::V4).port());
+    let mut open = echoed(&scene).await.expect("a connection");
+    let drain = ["admin", "drain", "--deadline", "100ms"];
+    let printed = scene.server.underpass(&drain).await.ok();
+    let ended = "\ndefault/server is drained: 2 inbound connections terminated\n";
+    assert!(printed.ends_with(ended), "the stream and its tunnel: {printed}");
+    assert_eq!(read_to_end(&mut open).await, (vec![], End::Reset));
+    proxy.line(&["connection failed", "reason=\"drained\""]).await;
 }
 
 async fn liveness() {
@@ -198,6 +251,17 @@ async fn node(broker: &str, has_proxy_process: bool) {
     assert_eq!(is_other, has_proxy_process, "{version}");
     let rules = get(&node, "/rules?pod=default/a").await;
     assert_eq!(rules["is_intact"], Value::from(true), "{rules}");
+    let (_, error) = node.underpass(&["admin", "get", "/rules?pod=default/c"]).await.exited(1);
+    assert!(error.contains("default/c: no such pod is known to this proxy"), "{error}");
+    let printed = node.underpass(&["admin", "drain", "default/a"]).await.ok();
+    assert_eq!(printed, "default/a is drained\n", "it has no connection");
+    let (status, _) = node.underpass(&["status"]).await.exited(3);
+    assert!(
+        status.contains("default/a: draining: new inbound connections are refused"),
+        "{status}"
+    );
+    node.underpass(&["admin", "undrain", "default/a"]).await.ok();
+    node.underpass(&["status"]).await.ok();
     let (status, body) = http_get(&node, ADDRESS, "/config_dump").await;
     assert!(status == 200 && body.contains("spiffe://"), "{status} {body}");
     assert!(daemon.stop().await.success(), "{}", daemon.log());

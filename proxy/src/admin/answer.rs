@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use bytes::Bytes;
 use futures_util::stream::{Stream, StreamExt as _};
-use http::{HeaderValue, Response, StatusCode, header};
+use http::{HeaderValue, Method, Response, StatusCode, header};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::Frame;
@@ -22,11 +22,20 @@ pub(crate) struct Refusal {
     pub(crate) status: StatusCode,
     /// The reason, and what would be right.
     pub(crate) reason: String,
+    /// The methods of the path, if the request has another one.
+    allow: Option<HeaderValue>,
 }
 
 impl Refusal {
     pub(crate) fn new(status: StatusCode, reason: impl Into<String>) -> Self {
-        Self { status, reason: reason.into() }
+        Self { status, reason: reason.into(), allow: None }
+    }
+
+    /// A request with another method than these.
+    pub(crate) fn method(methods: &[Method], reason: impl Into<String>) -> Self {
+        let names: Vec<_> = methods.iter().map(Method::as_str).collect();
+        let allow = HeaderValue::from_str(&names.join(", ")).ok();
+        Self { allow, ..Self::new(StatusCode::METHOD_NOT_ALLOWED, reason) }
     }
 
     /// A request with a wrong parameter.
@@ -36,8 +45,12 @@ impl Refusal {
 }
 
 impl From<Refusal> for Answer {
-    fn from(Refusal { status, reason }: Refusal) -> Self {
-        text(status, format!("{reason}\n"))
+    fn from(Refusal { status, reason, allow }: Refusal) -> Self {
+        let mut answer = text(status, format!("{reason}\n"));
+        if let Some(methods) = allow {
+            answer.headers_mut().insert(header::ALLOW, methods);
+        }
+        answer
     }
 }
 

@@ -8,6 +8,7 @@ pub(crate) mod drain;
 pub(crate) mod filter;
 pub(crate) mod logging;
 pub(crate) mod rules;
+pub(crate) mod states;
 pub(crate) mod status;
 pub(crate) mod time;
 pub(crate) mod version;

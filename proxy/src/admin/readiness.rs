@@ -5,14 +5,17 @@ use std::borrow::Cow;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex as AsyncMutex;
+use tokio::time::{Instant, sleep_until};
 
 use crate::admin::answer::{Answer, text};
 use crate::admin::api::status::Pod;
-use crate::mesh::health::MeshHealth;
+use crate::observe::mesh_health::MeshHealth;
 use crate::rules::health::RulesHealth;
 
 /// The conditions of readiness.
@@ -25,15 +28,22 @@ pub(crate) struct Readiness {
     out_of_descriptors: Arc<AtomicBool>,
     /// Reports the status of a node's pods.
     pods: Arc<OnceLock<PodReport>>,
+    /// The last report. Locked while a report is made.
+    reported_pods: Arc<AsyncMutex<LastReport>>,
     mesh: MeshHealth,
     source: Arc<Mutex<SourceStatus>>,
     /// Whether the proxy's certificate has expired, so that every HBONE connection would fail.
     certificate_expired: Arc<AtomicBool>,
     /// Whether the process still waits for the first state of the control plane.
     mesh_awaited: Arc<AtomicBool>,
+    /// Whether an operator drains the only pod of `underpass run`.
+    drained_by_request: Arc<AtomicBool>,
     /// The pending steps of the start.
     steps: Arc<Mutex<Vec<&'static str>>>,
 }
+
+/// The last report of the pods, and when it began.
+type LastReport = Option<(Instant, Vec<Pod>)>;
 
 /// A pending step of the start, until it is dropped.
 #[derive(Debug)]
@@ -89,6 +99,10 @@ impl fmt::Debug for PodReport {
 const STARTING: u8 = 0;
 const READY: u8 = 1;
 const DRAINING: u8 = 2;
+/// The minimum interval of reports of the pods.
+const REPORT_INTERVAL: Duration = Duration::from_millis(20);
+/// The reason why the process is not ready, while an operator drains its only pod.
+pub(super) const DRAINED_BY_REQUEST: &str = "an operator drains the pod";
 const NO_SOURCE: &str =
     "the source of pods (node.pods) is not connected, or its folder is not read yet";
 
@@ -135,12 +149,27 @@ impl Readiness {
         &self.mesh
     }
 
-    /// The status of the pods of a node.
+    /// The status of the pods of a node. Requests share a report that began after them, and reports
+    /// have an interval: a broker performs a limited number of requests, also for connections of
+    /// pods.
     pub(crate) async fn pods(&self) -> Vec<Pod> {
-        match self.pods.get() {
-            Some(report) => (report.0)().await,
-            None => Vec::new(),
+        let Some(report) = self.pods.get() else { return Vec::new() };
+        let asked = Instant::now();
+        let mut last = self.reported_pods.clone().lock_owned().await;
+        if let Some((began, pods)) = &*last {
+            if *began >= asked {
+                return pods.clone();
+            }
+            sleep_until(*began + REPORT_INTERVAL).await;
         }
+        let (began, reporting) = (Instant::now(), (report.0)());
+        // A task, because this future is dropped when the client disconnects.
+        let reported = tokio::spawn(async move {
+            let pods = reporting.await;
+            *last = Some((began, pods.clone()));
+            pods
+        });
+        reported.await.unwrap_or_default()
     }
 
     /// Whether the process has become ready, and does not drain.
@@ -173,6 +202,11 @@ impl Readiness {
 
     pub(crate) fn certificate_expired(&self, has_expired: bool) {
         self.certificate_expired.store(has_expired, Relaxed);
+    }
+
+    /// Records whether an operator drains the only pod of `underpass run`.
+    pub(super) fn drained_by_request(&self, is_drained: bool) {
+        self.drained_by_request.store(is_drained, Relaxed);
     }
 
     #[cfg(test)]
@@ -209,6 +243,7 @@ impl Readiness {
                 (self.rules.are_lost() && !out_of_descriptors, "another program changes the rules"),
                 (self.rules.has_self_test_failed(), "the self-test of the rules failed"),
                 (self.certificate_expired.load(Relaxed), "the certificate has expired"),
+                (self.drained_by_request.load(Relaxed), DRAINED_BY_REQUEST),
             ],
             STARTING => {
                 let mesh = self.mesh_awaited.load(Relaxed);
@@ -260,11 +295,30 @@ mod tests {
         assert_eq!(readiness.text(), "ready\n");
         rules.set_intact(false);
         readiness.certificate_expired(true);
-        let expected =
-            "not ready: another program changes the rules; the certificate has expired\n";
+        readiness.drained_by_request(true);
+        let expected = "not ready: another program changes the rules; the certificate has expired; \
+                        an operator drains the pod\n";
         assert_eq!(readiness.text(), expected);
         readiness.draining();
         assert_eq!(readiness.text(), "not ready: draining\n");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_at_the_same_time_share_one_report_of_pods() {
+        let (readiness, reports) = (Readiness::for_node(), Arc::new(AtomicU8::new(0)));
+        let count = reports.clone();
+        readiness.report_pods(move || {
+            count.fetch_add(1, Relaxed);
+            Box::pin(async { vec![Pod::default()] })
+        });
+        let ask = || readiness.pods();
+        let (one, other, third) = tokio::join!(ask(), ask(), ask());
+        assert_eq!([one.len(), other.len(), third.len()], [1, 1, 1]);
+        assert_eq!(reports.load(Relaxed), 1);
+        let first = Instant::now();
+        tokio::time::advance(Duration::from_millis(1)).await;
+        readiness.pods().await;
+        assert_eq!((reports.load(Relaxed), first.elapsed()), (2, REPORT_INTERVAL));
     }
 
     #[test]

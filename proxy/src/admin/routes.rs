@@ -36,7 +36,17 @@ const ADMIN_PATHS: &[(&str, &[Method], &str)] = &[
         &[Method::GET],
         "the interception rules of a pod, with counters: ?pod=NAMESPACE/NAME",
     ),
-    ("/drain", &[Method::POST], "replaces the tunnels that a pod has opened: ?pod=NAMESPACE/NAME"),
+    (
+        "/drain",
+        &[Method::GET, Method::POST],
+        "takes a pod out of use without cutting its connections: ?pod=NAMESPACE/NAME, ?deadline",
+    ),
+    ("/undrain", &[Method::POST], "ends the drain of a pod: ?pod=NAMESPACE/NAME"),
+    (
+        "/renew_tunnels",
+        &[Method::POST],
+        "replaces the tunnels that a pod has opened: ?pod=NAMESPACE/NAME",
+    ),
     (
         "/logging",
         &[Method::GET, Method::POST],
@@ -135,7 +145,7 @@ fn metrics_answer(exporter: &Exporter, request: &Parts) -> Result<Answer, Refusa
 fn only_get(request: &Parts) -> Result<(), Refusal> {
     match request.method {
         Method::GET => Ok(()),
-        _ => Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "only GET")),
+        _ => Err(Refusal::method(&[Method::GET], "only GET")),
     }
 }
 
@@ -147,6 +157,9 @@ async fn admin_answer(admin: &Admin, access: Access, request: &Parts) -> Result<
         return Ok(file);
     }
     let path = request.uri.path();
+    if logging::only_reads(&request.uri) && request.method == Method::POST {
+        return Ok(json(&logging::show()));
+    }
     check_method(path, access, &request.method)?;
     let query = Query::of(&request.uri);
     match (path, &request.method) {
@@ -170,7 +183,10 @@ async fn admin_answer(admin: &Admin, access: Access, request: &Parts) -> Result<
             Ok(json(&certificates::certificates(admin)))
         }
         ("/rules", _) => Ok(json(&rules::rules(admin, query).await?)),
-        ("/drain", _) => Ok(json(&drain::drain(admin, query).await?)),
+        ("/drain", &Method::POST) => Ok(json(&drain::begin(admin, query).await?)),
+        ("/drain", _) => Ok(json(&drain::show(admin, query).await?)),
+        ("/undrain", _) => Ok(json(&drain::undo(admin, query).await?)),
+        ("/renew_tunnels", _) => Ok(json(&drain::renew_tunnels(admin, query).await?)),
         ("/logging", &Method::POST) => Ok(json(&logging::change(query)?)),
         ("/logging", _) => {
             query.end("no parameters")?;
@@ -186,9 +202,9 @@ fn check_method(path: &str, access: Access, method: &Method) -> Result<(), Refus
     let known = ADMIN_PATHS.iter().find(|(known, ..)| *known == path);
     let (_, methods, _) = known.ok_or_else(no_such_path)?;
     if !methods.contains(method) {
-        let methods: Vec<_> = methods.iter().map(Method::as_str).collect();
-        let reason = format!("{path} has only {}", methods.join(" and "));
-        return Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, reason));
+        let names: Vec<_> = methods.iter().map(Method::as_str).collect();
+        let reason = format!("{path} has only {}", names.join(" and "));
+        return Err(Refusal::method(methods, reason));
     }
     if method != Method::GET && access == Access::Read {
         let reason = "this address only reads: change through the Unix socket (admin.socket)";

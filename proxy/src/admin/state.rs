@@ -5,11 +5,15 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use futures_util::future::BoxFuture;
+use http::StatusCode;
 use serde_json::Value;
+use thiserror::Error;
 use tokio::sync::{Mutex, Semaphore, oneshot};
 use underpass_config::Settings;
 
+use crate::admin::answer::Refusal;
 use crate::admin::liveness::Liveness;
+use crate::admin::query::Query;
 use crate::admin::readiness::Readiness;
 use crate::node::Node;
 use crate::node::identities::Identities;
@@ -40,7 +44,17 @@ pub(crate) struct Admin {
 /// Reports the rules of the pod with this name, `NAMESPACE/NAME`, or the reason why it cannot.
 struct RulesReport(Box<dyn Fn(&str) -> RulesFuture + Send + Sync>);
 
-type RulesFuture = BoxFuture<'static, Result<Value, String>>;
+type RulesFuture = BoxFuture<'static, Result<Value, RulesError>>;
+
+/// Why the rules of a pod are not reported.
+#[derive(Debug, Error)]
+pub(crate) enum RulesError {
+    #[error("no such pod is known to this proxy")]
+    UnknownPod,
+    /// Another request may succeed.
+    #[error("{0}")]
+    Unavailable(String),
+}
 
 impl fmt::Debug for RulesReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -81,6 +95,27 @@ impl Admin {
         PodName::from(&self.settings.workload)
     }
 
+    /// The pod that the parameter `pod` names. `underpass run` has one pod, which is the default.
+    ///
+    /// # Errors
+    ///
+    /// The request for `path` names no pod, or another one.
+    pub(super) fn pod_of(&self, query: &mut Query, path: &str) -> Result<String, Refusal> {
+        let (given, own) = (query.take("pod")?, self.own_pod().to_string());
+        match given {
+            Some(pod) if self.node.has_many_pods || pod == own => Ok(pod),
+            None if !self.node.has_many_pods => Ok(own),
+            Some(pod) => {
+                let reason = format!("no pod {pod}: this proxy has the pod {own}");
+                Err(Refusal::new(StatusCode::NOT_FOUND, reason))
+            }
+            None => {
+                let reason = format!("the parameter pod is needed: {path}?pod=NAMESPACE/NAME");
+                Err(Refusal::bad_request(reason))
+            }
+        }
+    }
+
     /// Sets the function that reports the rules of a pod. Must be called once.
     pub(crate) fn report_rules(
         &self,
@@ -113,9 +148,9 @@ impl Admin {
     /// # Errors
     ///
     /// There is no such pod, or its rules cannot be read.
-    pub(super) async fn rules(&self, pod: &str) -> Result<Value, String> {
+    pub(super) async fn rules(&self, pod: &str) -> Result<Value, RulesError> {
         let Some(report) = self.rules.get() else {
-            return Err("the rules are not installed yet".to_owned());
+            return Err(RulesError::Unavailable("the rules are not installed yet".to_owned()));
         };
         let turn = self.rules_turn.clone().lock_owned().await;
         let reporting = (report.0)(pod);
@@ -124,6 +159,6 @@ impl Admin {
             let _turn = turn;
             reporting.await
         });
-        reported.await.unwrap_or_else(|error| Err(error.to_string()))
+        reported.await.unwrap_or_else(|error| Err(RulesError::Unavailable(error.to_string())))
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use underpass_config::{MeshSize, Profile};
 
 use crate::admin::answer::{Answer, Refusal, json};
+use crate::admin::api::states::{CertificateState, Installation, SelfTestState};
 use crate::admin::api::status::{
     ControlPlane, DnsFailure, Failures, Identity, Mesh, Rules, Status,
 };
@@ -117,15 +118,15 @@ fn identities(admin: &Admin, served: &[Arc<Pod>], only_served: bool) -> Vec<Iden
         }
         let left = current.as_ref().map(|current| seconds_until(now, current.expires));
         let state = match left {
-            Some(1..) => "valid",
-            Some(_) => "expired",
-            None => "awaited",
+            Some(1..) => CertificateState::Valid,
+            Some(_) => CertificateState::Expired,
+            None => CertificateState::Awaited,
         };
         let spiffe_id = current.as_ref().map_or(&requested, |current| &current.spiffe_id);
         all.push(Identity {
             pods,
             spiffe_id: spiffe_id.to_string(),
-            state: state.to_owned(),
+            state,
             expires: current.as_ref().map(|current| rfc3339(current.expires)),
             expires_in_seconds: left,
         });
@@ -137,24 +138,29 @@ fn identities(admin: &Admin, served: &[Arc<Pod>], only_served: bool) -> Vec<Iden
 /// The rules of the only pod.
 fn rules(admin: &Admin) -> Rules {
     let (health, interception) = (admin.readiness.rules(), &admin.settings.interception);
+    let has_started = admin.readiness.has_started();
     let state = match interception.profile {
-        Profile::None => "managed by another program",
-        _ if !interception.install => "managed by another program",
-        _ if !health.are_installed() => "not installed",
-        _ if health.are_lost() || health.are_unrepaired() => "changed",
-        _ if interception.repair && admin.readiness.has_started() => "verified",
-        _ => "installed",
+        Profile::None => Installation::ManagedByAnotherProgram,
+        _ if !interception.install => Installation::ManagedByAnotherProgram,
+        _ if !health.are_installed() => Installation::NotInstalled,
+        _ if health.are_lost() || health.are_unrepaired() => Installation::Changed,
+        _ if interception.repair && has_started => Installation::Verified,
+        _ => Installation::Installed,
+    };
+    let self_test = if health.has_self_test_failed() {
+        SelfTestState::Failed
+    } else if !has_started || interception.profile == Profile::None {
+        SelfTestState::NotRun
+    } else if health.is_self_tested() {
+        SelfTestState::Passed
+    } else {
+        SelfTestState::Skipped
     };
     let repairs = health.repairs();
-    let self_test = match (health.has_self_test_failed(), admin.readiness.has_started()) {
-        (true, _) => "failed",
-        (false, true) if interception.profile != Profile::None => "passed",
-        (false, _) => "not run",
-    };
     Rules {
         profile: interception.profile.to_string(),
-        state: state.to_owned(),
-        self_test: self_test.to_owned(),
+        state,
+        self_test,
         foreign: health.foreign_rules(),
         repairs: repairs.count,
         last_repair_seconds_ago: repairs.last.map(|at| at.elapsed().unwrap_or_default().as_secs()),

@@ -233,8 +233,10 @@ pub(crate) enum Answer {
         pods: Vec<Pod>,
         more: bool,
     },
-    /// A JSON object.
-    Rules(String),
+    /// A socket is attached, from which a JSON object is read: it may be longer than a message.
+    Rules,
+    /// No pod has the name of the request.
+    NoSuchPod,
 }
 
 /// Why the broker does not do what is requested.

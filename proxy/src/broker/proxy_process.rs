@@ -4,6 +4,9 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 
+use serde_json::Value;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::UnixStream;
 use underpass_config::{FileWatcher, Settings};
 use underpass_hbone::log_panic;
 use underpass_interception::{
@@ -13,6 +16,7 @@ use underpass_interception::{
 
 use crate::admin::api::status::Pod;
 use crate::admin::readiness::Readiness;
+use crate::admin::state::RulesError;
 use crate::broker::link::{self, Receiver};
 use crate::broker::message::{
     ADMIN_SOCKET, Answer, Certificate, MAX_MESSAGE, Message as _, Outcome, Request, SocketsOf,
@@ -266,14 +270,26 @@ fn report_rules(node: &RunningNode, requests: &Requests) {
     node.admin().report_rules(move |pod| {
         let (requests, pod) = (requests.clone(), pod.to_owned());
         Box::pin(async move {
-            match requests.request(Request::Rules { pod }).await? {
-                (Answer::Rules(report), _) => {
-                    serde_json::from_str(&report).map_err(|error| error.to_string())
+            match requests.request(Request::Rules { pod }).await {
+                Ok((Answer::Rules, attached)) => {
+                    let report = read_report(attached).await;
+                    report.map_err(|error| RulesError::Unavailable(error.to_string()))
                 }
-                _ => Err("the broker sent another answer".to_owned()),
+                Ok((Answer::NoSuchPod, _)) => Err(RulesError::UnknownPod),
+                Ok(_) => Err(RulesError::Unavailable("the broker sent another answer".to_owned())),
+                Err(error) => Err(RulesError::Unavailable(error)),
             }
         })
     });
+}
+
+/// Reads a JSON value from the attached socket.
+async fn read_report(attached: Vec<OwnedFd>) -> io::Result<Value> {
+    let socket = attached.into_iter().next().ok_or(io::ErrorKind::InvalidData)?;
+    let mut socket = UnixStream::from_std(socket.into())?;
+    let mut report = Vec::new();
+    socket.read_to_end(&mut report).await?;
+    Ok(serde_json::from_slice(&report)?)
 }
 
 async fn report(requests: Requests, keys: Arc<ServedKeys>) -> Vec<Pod> {

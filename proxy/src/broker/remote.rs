@@ -24,6 +24,7 @@ use crate::node::pod::pod_sockets;
 use crate::node::pod_error::PodError;
 use crate::process::pause_gate::Pausable;
 use crate::rules::self_test::Arrivals;
+use crate::traffic::inbound_drain::DrainState;
 
 /// Timeout of a command. The workers of a busy proxy process answer within milliseconds.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
@@ -296,6 +297,11 @@ impl ServedPod for RemotePod {
     /// The proxy process adds the state of the certificate to the status.
     fn certificate(&self) -> CertificateState {
         CertificateState::Valid
+    }
+
+    /// The proxy process adds its drain to the status.
+    fn drain_state(&self) -> DrainState {
+        DrainState::Serving
     }
 
     fn has_certificate(&self) -> BoxFuture<'static, bool> {

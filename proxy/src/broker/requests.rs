@@ -4,14 +4,17 @@
 //! serves it. The broker alone decides the namespace and the marks in an answer.
 
 use std::fmt;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use serde_json::Value;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::UnixStream;
 use tokio::sync::{Mutex, Semaphore, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use underpass_config::{Quoted, Settings};
 use underpass_hbone::{LogLimit, log_panic};
 use underpass_interception::{
@@ -19,6 +22,7 @@ use underpass_interception::{
 };
 
 use crate::admin::api::status::Pod;
+use crate::admin::state::RulesError;
 use crate::broker::link::{LinkError, Receiver};
 use crate::broker::message::{
     Answer, MAX_SOCKETS, Message as _, Refusal, Request, SocketsOf, ToBroker, ToProxy, WireKind,
@@ -29,6 +33,7 @@ use crate::error::chain;
 use crate::node::node_connects;
 use crate::node::pod::pod_sockets;
 use crate::observe::metrics;
+use crate::pods::enrolment::EnrolError;
 use crate::pods::registry::PodRegistry;
 use crate::pods::status::PodStatus;
 
@@ -42,6 +47,8 @@ const WINDOW: Duration = Duration::from_millis(100);
 /// The pause after a refused message. An intact proxy process sends one only about a pod that was
 /// just removed.
 const REFUSED_PAUSE: Duration = Duration::from_millis(10);
+/// Timeout for the proxy process to read a report of rules.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum length of the status texts in one answer.
 const MAX_STATUS_BYTES: usize = 48 << 10;
 /// The longest status text of a pod.
@@ -73,7 +80,7 @@ pub(crate) trait PodReports: fmt::Debug + Send + Sync {
     fn status(&self) -> Vec<PodStatus>;
 
     /// The rules of the pod with this name, `NAMESPACE/NAME`, or the reason why there are none.
-    fn rules(&self, pod: &str) -> BoxFuture<'static, Result<Value, String>>;
+    fn rules(&self, pod: &str) -> BoxFuture<'static, Result<Value, RulesError>>;
 }
 
 impl PodReports for PodRegistry {
@@ -81,9 +88,14 @@ impl PodReports for PodRegistry {
         Self::status(self)
     }
 
-    fn rules(&self, pod: &str) -> BoxFuture<'static, Result<Value, String>> {
+    fn rules(&self, pod: &str) -> BoxFuture<'static, Result<Value, RulesError>> {
         let (registry, pod) = (self.clone(), pod.to_owned());
-        Box::pin(async move { Self::rules(&registry, &pod).await.map_err(|error| chain(&error)) })
+        Box::pin(async move {
+            Self::rules(&registry, &pod).await.map_err(|error| match error {
+                EnrolError::Unknown => RulesError::UnknownPod,
+                error => RulesError::Unavailable(chain(&error)),
+            })
+        })
     }
 }
 
@@ -94,7 +106,7 @@ struct Context {
     pods: Arc<dyn PodReports>,
     node: Option<NodeSockets>,
     /// Locked while the rules of a pod are reported.
-    rules: Mutex<()>,
+    rules: Arc<Mutex<()>>,
 }
 
 /// The sockets of the node itself.
@@ -133,7 +145,7 @@ impl RequestServer {
         access: NamespaceAccess,
     ) -> Self {
         let node = NodeSockets::new(settings, access);
-        let context = Arc::new(Context { data_plane, pods, node, rules: Mutex::default() });
+        let context = Arc::new(Context { data_plane, pods, node, rules: Arc::default() });
         Self { context, progress: watch::Sender::default() }
     }
 
@@ -152,9 +164,7 @@ impl RequestServer {
                 Ok(Some(message)) => self.read(&message),
                 Ok(None) => return,
                 // A message that is too long, or has too many descriptors; the connection remains.
-                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                    Err(Refusal::Malformed)
-                }
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(Refusal::Malformed),
                 Err(error) => {
                     return tracing::error!(%error, "cannot receive from the proxy process");
                 }
@@ -285,7 +295,7 @@ impl Context {
                 Ok((Answer::Sockets, sockets))
             }
             Request::Pods { skip } => Ok((self.pods(skip), Vec::new())),
-            Request::Rules { pod } => Ok((self.rules(&pod).await?, Vec::new())),
+            Request::Rules { pod } => self.rules(&pod).await,
         }
     }
 
@@ -313,11 +323,26 @@ impl Context {
         Ok(opened.map_err(failed)?.into_iter().map(OwnedFd::from).collect())
     }
 
-    /// Reports the rules of one pod at a time: the namespaces thread reads them.
-    async fn rules(&self, pod: &str) -> Result<Answer, Refusal> {
-        let _turn = self.rules.lock().await;
-        let rules = self.pods.rules(pod).await.map_err(Refusal::Failed)?;
-        Ok(Answer::Rules(rules.to_string()))
+    /// Reports the rules of one pod at a time: the namespaces thread reads them. The proxy process
+    /// reads the report from the returned socket.
+    async fn rules(&self, pod: &str) -> Result<(Answer, Vec<OwnedFd>), Refusal> {
+        let turn = self.rules.clone().lock_owned().await;
+        let rules = match self.pods.rules(pod).await {
+            Ok(rules) => rules.to_string(),
+            Err(RulesError::UnknownPod) => return Ok((Answer::NoSuchPod, Vec::new())),
+            Err(RulesError::Unavailable(reason)) => return Err(Refusal::Failed(reason)),
+        };
+        let failed = |error: io::Error| Refusal::Failed(error.to_string());
+        let (mut ours, theirs) = UnixStream::pair().map_err(failed)?;
+        let theirs = theirs.into_std().map_err(failed)?;
+        let writing = async move {
+            let _turn = turn;
+            if timeout(REPORT_TIMEOUT, ours.write_all(rules.as_bytes())).await.is_err() {
+                tracing::debug!("the proxy process reads a report of rules too slowly");
+            }
+        };
+        tokio::spawn(log_panic("report of rules", writing));
+        Ok((Answer::Rules, vec![theirs.into()]))
     }
 
     fn pods(&self, skip: usize) -> Answer {

@@ -44,7 +44,7 @@ struct Served {
 }
 
 impl ServedKeys {
-    /// The status of pods, completed by the states of their certificates.
+    /// The status of pods, completed by their drains and the states of their certificates.
     pub(super) fn complete(&self, pods: Vec<Pod>) -> Vec<Pod> {
         let entries = self.entries();
         let mut newest: HashMap<&str, &Entry> = HashMap::with_capacity(entries.len());
@@ -57,9 +57,10 @@ impl ServedKeys {
         let complete = |pod: Pod| {
             let entry = newest.get(pod.uid.as_str()).filter(|_| pod.is_serving());
             let served = entry.and_then(|entry| entry.served.as_ref());
-            let certificate = served.map(|served| served.pod.certificate());
-            let problem = certificate.and_then(PodProblem::of_certificate);
-            Pod { detail: problem.map(|problem| problem.to_string()).or(pod.detail), ..pod }
+            match served.and_then(|served| PodProblem::of_served(&*served.pod)) {
+                Some(problem) => problem.of(pod),
+                None => pod,
+            }
         };
         pods.into_iter().map(complete).collect()
     }

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 use underpass_config::{FileWatcher, PodDns, PodUid, Settings, Sources};
 use underpass_hbone::CertificateAuthority;
@@ -430,6 +432,25 @@ async fn status_of_many_pods_arrives_in_parts() {
     uids.sort();
     uids.dedup();
     assert!(uids.len() == 150 && parts > 1, "{} pods in {parts} parts", uids.len());
+}
+
+#[tokio::test]
+async fn rules_of_a_pod_arrive_through_a_socket_of_their_own() {
+    let scene = Scene::new(&settings(&[]));
+    let namespace = underpass_interception::testing::fake_namespace().unwrap();
+    let facts = facts("web".parse().unwrap());
+    let name = facts.full_name();
+    scene.registry.add(facts, namespace).first_outcome().await.unwrap();
+    scene.send(&ToBroker::Request { number: 7, request: Request::Rules { pod: name } }).await;
+    let (answer, mut attached) = scene.next().await;
+    assert_eq!(answer, ToProxy::Answer { number: 7, answer: Ok(Answer::Rules) });
+    let mut socket = UnixStream::from_std(attached.remove(0).into()).unwrap();
+    let mut report = Vec::new();
+    socket.read_to_end(&mut report).await.unwrap();
+    assert!(report.len() > MAX_MESSAGE, "{}", report.len());
+    serde_json::from_slice::<serde_json::Value>(&report).unwrap();
+    let unknown = Request::Rules { pod: "shop/x".to_owned() };
+    assert_eq!(scene.request(unknown).await, (Ok(Answer::NoSuchPod), 0));
 }
 
 proptest! {

@@ -1,16 +1,22 @@
 //! `underpass admin`: reads and changes the state of a running proxy.
 
 use std::io::{self, Write as _};
+use std::time::Duration;
 
 use http::Method;
 use http_body_util::BodyExt as _;
+use tokio::time::sleep;
 
-use super::admin_client::{ProxyArguments, with_parameter};
+use super::admin_client::{ProxyArguments, with_parameter, with_parameters};
+use super::layout::count;
 use super::{print, single_threaded_runtime};
-use crate::admin::api::drain::Drained;
+use crate::admin::api::drain::{Drain, Renewed, State};
 use crate::admin::api::logging::Logging;
 use crate::admin::client::AdminClientError;
 use crate::process::command_error::CommandError;
+
+/// The interval at which `drain` asks whether it has ended.
+const DRAIN_INTERVAL: Duration = Duration::from_millis(500);
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -22,13 +28,35 @@ pub(super) enum Command {
         #[command(flatten)]
         proxy: ProxyArguments,
     },
+    /// Take a pod out of use before maintenance: refuse new inbound connections, wait for the open
+    /// ones, and terminate the rest after the deadline
+    #[command(after_help = "Example:\n  underpass admin drain shop/web-1 --deadline 5m")]
+    Drain {
+        /// The pod; by default the only one of `underpass run`
+        #[arg(value_name = "NAMESPACE/NAME")]
+        pod: Option<String>,
+        /// The time for open inbound connections to end, such as 30s; by default timeouts.drain
+        #[arg(long, value_name = "DURATION")]
+        deadline: Option<String>,
+        #[command(flatten)]
+        proxy: ProxyArguments,
+    },
+    /// End the drain of a pod: accept inbound connections again
+    #[command(after_help = "Example:\n  underpass admin undrain shop/web-1")]
+    Undrain {
+        /// The pod; by default the only one of `underpass run`
+        #[arg(value_name = "NAMESPACE/NAME")]
+        pod: Option<String>,
+        #[command(flatten)]
+        proxy: ProxyArguments,
+    },
     /// Replace the tunnels that a pod has opened: each closes with its last stream, and new
     /// connections open new ones
-    #[command(after_help = "Example:\n  underpass admin drain shop/web-1")]
-    Drain {
-        /// The pod
+    #[command(after_help = "Example:\n  underpass admin renew-tunnels shop/web-1")]
+    RenewTunnels {
+        /// The pod; by default the only one of `underpass run`
         #[arg(value_name = "NAMESPACE/NAME")]
-        pod: String,
+        pod: Option<String>,
         #[command(flatten)]
         proxy: ProxyArguments,
     },
@@ -52,7 +80,13 @@ pub(super) fn run(command: Command) -> Result<(), CommandError> {
     let runtime = single_threaded_runtime()?;
     match command {
         Command::Get { path, proxy } => runtime.block_on(get(&path, proxy)),
-        Command::Drain { pod, proxy } => runtime.block_on(drain(&pod, proxy)),
+        Command::Drain { pod, deadline, proxy } => {
+            runtime.block_on(drain(pod.as_deref(), deadline.as_deref(), proxy))
+        }
+        Command::Undrain { pod, proxy } => runtime.block_on(undrain(pod.as_deref(), proxy)),
+        Command::RenewTunnels { pod, proxy } => {
+            runtime.block_on(renew_tunnels(pod.as_deref(), proxy))
+        }
         Command::Log { filter, reset, proxy } => runtime.block_on(log(filter, reset, proxy)),
     }
 }
@@ -69,9 +103,49 @@ async fn get(path: &str, proxy: ProxyArguments) -> Result<(), CommandError> {
     output.flush().map_err(CommandError::Output)
 }
 
-async fn drain(pod: &str, proxy: ProxyArguments) -> Result<(), CommandError> {
-    let path = with_parameter("/drain", "pod", pod);
-    let Drained { pod } = proxy.connect().await?.json(Method::POST, &path).await?;
+/// Waits for the end of the drain, which goes on if this command is interrupted.
+async fn drain(
+    pod: Option<&str>,
+    deadline: Option<&str>,
+    proxy: ProxyArguments,
+) -> Result<(), CommandError> {
+    let mut client = proxy.connect().await?;
+    let begin = with_parameters("/drain", &[("pod", pod), ("deadline", deadline)]);
+    let mut drain: Drain = client.json(Method::POST, &begin).await?;
+    let path = with_parameters("/drain", &[("pod", Some(&drain.pod))]);
+    let mut shown = None;
+    while drain.state == State::Draining {
+        if drain.inbound > 0 && shown.replace(drain.inbound) != Some(drain.inbound) {
+            let Drain { pod, inbound, seconds_left, .. } = &drain;
+            let left = seconds_left.map(|left| format!(", {left} s left")).unwrap_or_default();
+            print(&format!("draining {pod}: {}{left}\n", inbound_connections(*inbound)))?;
+        }
+        sleep(DRAIN_INTERVAL).await;
+        drain = client.json(Method::GET, &path).await?;
+    }
+    let Drain { pod, state, terminated, .. } = drain;
+    print(&match (state, terminated) {
+        (State::Drained, 0) => format!("{pod} is drained\n"),
+        (State::Drained, _) => {
+            format!("{pod} is drained: {} terminated\n", inbound_connections(terminated))
+        }
+        (State::Serving | State::Draining, _) => format!("the drain of {pod} was ended\n"),
+    })
+}
+
+fn inbound_connections(number: usize) -> String {
+    count(number, "inbound connection")
+}
+
+async fn undrain(pod: Option<&str>, proxy: ProxyArguments) -> Result<(), CommandError> {
+    let path = with_parameters("/undrain", &[("pod", pod)]);
+    let Drain { pod, .. } = proxy.connect().await?.json(Method::POST, &path).await?;
+    print(&format!("{pod} accepts inbound connections\n"))
+}
+
+async fn renew_tunnels(pod: Option<&str>, proxy: ProxyArguments) -> Result<(), CommandError> {
+    let path = with_parameters("/renew_tunnels", &[("pod", pod)]);
+    let Renewed { pod } = proxy.connect().await?.json(Method::POST, &path).await?;
     print(&format!("closing the tunnels of {pod}\n"))
 }
 

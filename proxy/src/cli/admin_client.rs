@@ -20,8 +20,19 @@ pub(super) struct ProxyArguments {
 
 /// A path with one parameter.
 pub(super) fn with_parameter(path: &str, name: &str, value: &str) -> String {
-    let value: String = form_urlencoded::byte_serialize(value.as_bytes()).collect();
-    format!("{path}?{name}={value}")
+    with_parameters(path, &[(name, Some(value))])
+}
+
+/// A path with those parameters that have a value.
+pub(super) fn with_parameters(path: &str, parameters: &[(&str, Option<&str>)]) -> String {
+    let mut query = form_urlencoded::Serializer::new(String::new());
+    for (name, value) in parameters {
+        if let Some(value) = value {
+            query.append_pair(name, value);
+        }
+    }
+    let query = query.finish();
+    if query.is_empty() { path.to_owned() } else { format!("{path}?{query}") }
 }
 
 impl ProxyArguments {

@@ -65,15 +65,34 @@ impl<T> Registries<T> {
         self.all().map(|registry| registry.open()).sum()
     }
 
+    /// The number of open connections, tunnels and streams that `selects` selects.
+    pub(crate) async fn count(&self, selects: impl Fn(&T) -> bool) -> usize {
+        let mut count = 0;
+        for registry in self.all() {
+            registry.visit(|subject| count += usize::from(selects(subject))).await;
+        }
+        count
+    }
+
     /// Terminates all open connections, and every later one when it is registered. Waits for the
     /// end of the open ones.
     pub(crate) async fn close(&self, reason: fn() -> ProxyError) {
-        let mut terminated = Terminated::default();
         for registry in self.all() {
             registry.lock().closed = Some(reason);
-            registry.terminate(&mut terminated, |_| Err(reason())).await;
         }
+        self.terminate(|_| Err(reason())).await;
+    }
+
+    /// Terminates the open connections that `check` does not allow, and waits for their end.
+    /// Returns their number.
+    pub(crate) async fn terminate(&self, check: impl Fn(&T) -> Result<(), ProxyError>) -> usize {
+        let mut terminated = Terminated::default();
+        for registry in self.all() {
+            registry.terminate(&mut terminated, &check).await;
+        }
+        let count = terminated.count();
         terminated.end().await;
+        count
     }
 
     /// Resolves when no connection is open on any worker.

@@ -123,6 +123,13 @@ impl Decision {
         self.open = Some(Open::Tunnel(Box::new(PeerTunnel { client, identity, accepted })));
     }
 
+    /// Whether it is a tunnel of a peer, or a connection to the pod. A connection without a permit
+    /// yet is neither.
+    pub(crate) fn is_inbound(&self) -> bool {
+        let permitted = self.permitted.as_ref().map(|permitted| &permitted.subject);
+        matches!(permitted, Some(Subject::Inbound(_))) || matches!(self.open, Some(Open::Tunnel(_)))
+    }
+
     /// The permitted connection that is being opened.
     pub(crate) fn connecting(&self) -> Option<&Subject> {
         let permitted = self.permitted.as_ref().filter(|_| self.open.is_none());

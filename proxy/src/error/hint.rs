@@ -65,6 +65,10 @@ impl Hint for ProxyError {
                 "check for an application that never closes its connections, or raise timeouts.half_close"
             }
             Self::Drained => "raise timeouts.drain if connections should have more time to end",
+            Self::Draining => "end the drain with `underpass admin undrain`",
+            Self::DrainedByRequest => {
+                "give the connections more time with `underpass admin drain --deadline`"
+            }
             Self::LocalUnknown { .. }
             | Self::SourceUnknown { .. }
             | Self::Client(_)

@@ -27,13 +27,13 @@ use underpass_config::{
 use underpass_hbone::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream, Dial};
 use underpass_interception::run_in_background;
 
-use super::health::{MeshHealth, Rejected};
 use super::on_demand::Lookups;
 use super::on_demand::schedule::{CHECK, Schedule, Unanswered};
 use super::report::log_refused;
 use crate::admin::readiness::Readiness;
 use crate::backoff::Backoff;
 use crate::error::{Described, chain};
+use crate::observe::mesh_health::{MeshHealth, Rejected};
 use crate::observe::metrics::mesh;
 use crate::observe::metrics::mesh::StreamEndReason;
 

@@ -9,9 +9,9 @@ use underpass_hbone::{ControlPlaneClient, ControlPlaneError, Dial};
 use underpass_interception::run_in_background;
 
 use super::control_plane::ControlPlaneFollower;
-use super::health::MeshHealth;
 use super::on_demand::Lookups;
 use crate::admin::readiness::Readiness;
+use crate::observe::mesh_health::MeshHealth;
 use crate::process::supervise::{Supervisor, Task};
 
 /// The source of the snapshots that the publisher publishes.

@@ -13,6 +13,7 @@ use underpass_interception::NamespaceAccess;
 
 use crate::node::pod_error::PodError;
 use crate::rules::self_test::Arrivals;
+use crate::traffic::inbound_drain::DrainState;
 use crate::traffic::listeners::{DnsKind, Kind, Listeners};
 
 /// Serves the connections of pods.
@@ -65,6 +66,9 @@ pub(crate) trait ServedPod: fmt::Debug + Send + Sync {
     /// The state of the certificate for the pod's tunnels, as the status of the pod in this process
     /// shows it.
     fn certificate(&self) -> CertificateState;
+
+    /// Whether an operator drains the pod, as the status of the pod in this process shows it.
+    fn drain_state(&self) -> DrainState;
 
     /// Whether the certificate is valid, or the pod needs none.
     fn has_certificate(&self) -> BoxFuture<'static, bool>;

@@ -18,6 +18,7 @@ use crate::node::pod_error::PodError;
 use crate::node::workers::Workers;
 use crate::rules::self_test::Arrivals;
 use crate::traffic::drain::drain;
+use crate::traffic::inbound_drain::DrainState;
 
 /// The workers of this process. Clones share them.
 #[derive(Debug, Clone)]
@@ -108,6 +109,10 @@ impl ServedPod for LocalPod {
             Some(true) => CertificateState::Expired,
             None => CertificateState::Awaited,
         }
+    }
+
+    fn drain_state(&self) -> DrainState {
+        self.pod.inbound_drain.state()
     }
 
     fn has_certificate(&self) -> BoxFuture<'static, bool> {

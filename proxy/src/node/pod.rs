@@ -24,6 +24,7 @@ use crate::node::sockets::PodSockets;
 use crate::observe::pod_name::PodName;
 use crate::process::pause_gate::PauseGate;
 use crate::rules::self_test::SelfTest;
+use crate::traffic::inbound_drain::InboundDrain;
 
 /// A process-wide unique id of a pod. Unlike a memory address or a name it is never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -63,6 +64,8 @@ pub(crate) struct Pod {
     pub(crate) local: LocalAddresses,
     /// Cancelled when the pod or the process drains: tunnels then accept no new streams.
     pub(crate) closing: CancellationToken,
+    /// Refuses and ends inbound connections at the request of an operator.
+    pub(crate) inbound_drain: InboundDrain,
     /// Counts the pod's seats, which own its tunnels.
     pub(crate) seats: TaskTracker,
     /// Counts the DNS queries over UDP that wait, and the connections of DNS over TCP.
@@ -89,7 +92,7 @@ impl Pod {
         credentials: Option<CredentialLease>,
         interception: watch::Receiver<InterceptionSettings>,
     ) -> Result<Self, InterceptionError> {
-        let sockets = pod_sockets(settings);
+        let (sockets, closing) = (pod_sockets(settings), node.drain.closing_of_pod());
         Ok(Self {
             id: PodId::next(),
             name: Arc::new((&settings.workload).into()),
@@ -103,7 +106,8 @@ impl Pod {
             interception,
             connections: Registries::new(node.workers),
             local: access.local_addresses().await?,
-            closing: node.drain.closing_of_pod(),
+            inbound_drain: InboundDrain::new(&closing),
+            closing,
             seats: TaskTracker::new(),
             queries: TaskTracker::new(),
             failed_names: Arc::default(),

@@ -40,7 +40,7 @@ impl ServedPods {
     }
 
     /// The newest pod that is `workload`: it has its namespace, name and network, proves its
-    /// identity, and does not drain.
+    /// identity, and accepts inbound connections.
     pub(crate) fn proven(&self, workload: &Workload) -> Option<Arc<Pod>> {
         let pods = self.read();
         let named = pods.get(&*workload.namespace)?.get(&*workload.name)?;
@@ -50,6 +50,7 @@ impl ServedPods {
                 && pod.credentials.as_ref().is_some_and(|own| own.issued().is_some())
                 && pod.proves(workload)
                 && !pod.closing.is_cancelled()
+                && !pod.inbound_drain.refuses()
         })
     }
 

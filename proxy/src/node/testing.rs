@@ -18,6 +18,7 @@ use crate::node::Node;
 use crate::node::pod::{Pod, PodId};
 use crate::node::sockets::PodSockets;
 use crate::process::pause_gate::PauseGate;
+use crate::traffic::inbound_drain::InboundDrain;
 
 /// The settings of a workload `server`, followed by `more` settings.
 pub(crate) fn settings(more: &[&str]) -> Settings {
@@ -32,6 +33,7 @@ pub(crate) fn settings(more: &[&str]) -> Settings {
 pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
     let settings = settings(more);
     let here = Entered::current().expect("a namespace");
+    let closing = CancellationToken::new();
     Arc::new(Pod {
         id: PodId::next(),
         name: Arc::new((&settings.workload).into()),
@@ -45,7 +47,8 @@ pub(crate) fn pod(more: &[&str]) -> Arc<Pod> {
         interception: watch::Sender::new(settings.interception).subscribe(),
         connections: Registries::new(2),
         local: LocalAddresses::open(&here).expect("a netlink socket"),
-        closing: CancellationToken::new(),
+        inbound_drain: InboundDrain::new(&closing),
+        closing,
         seats: TaskTracker::new(),
         queries: TaskTracker::new(),
         failed_names: Arc::default(),

@@ -10,6 +10,7 @@ use underpass_interception::{
     Usage, conntrack_usage, is_ipv6_disabled_on_loopback, is_own_program_replaced,
 };
 
+use crate::admin::api::states::Part;
 use crate::observe::log_loss::{self, LogLoss};
 use crate::version::VERSION;
 
@@ -37,12 +38,12 @@ pub(crate) enum Condition {
 
 impl Condition {
     /// The part that `underpass status` names.
-    pub(crate) fn part(&self) -> &'static str {
+    pub(crate) fn part(&self) -> Part {
         match self {
-            Self::Conntrack(_) => "conntrack",
-            Self::ProgramReplaced => "program",
-            Self::Ipv6Disabled => "ipv6",
-            Self::LogLinesLost(_) => "log",
+            Self::Conntrack(_) => Part::Conntrack,
+            Self::ProgramReplaced => Part::Program,
+            Self::Ipv6Disabled => Part::Ipv6,
+            Self::LogLinesLost(_) => Part::Log,
         }
     }
 
@@ -123,10 +124,10 @@ pub(crate) async fn watch(settings: &Settings) {
             list.iter().any(|other| discriminant(other) == discriminant(one))
         };
         for begun in now.iter().filter(|one| !is_in(&known, one)) {
-            tracing::warn!(part = begun.part(), hint = begun.hint(), "{}", begun.text());
+            tracing::warn!(part = begun.part().text(), hint = begun.hint(), "{}", begun.text());
         }
         for ended in known.iter().filter(|one| !is_in(&now, one)) {
-            tracing::info!(part = ended.part(), "the condition has ended: {}", ended.text());
+            tracing::info!(part = ended.part().text(), "the condition has ended: {}", ended.text());
         }
         known = now;
     }

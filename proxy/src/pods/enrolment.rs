@@ -12,13 +12,14 @@ use tokio::sync::oneshot;
 use underpass_config::{Hint, PodUid};
 use underpass_interception::{InterceptionError, Namespace};
 
-use crate::node::data_plane::CertificateState;
+use crate::node::data_plane::{CertificateState, ServedPod};
 use crate::node::pod_error::PodError;
 use crate::pods::annotations::ExemptReason;
 use crate::pods::facts::{FactsError, PodFacts};
 use crate::pods::namespace::NamespaceError;
 use crate::pods::take_over::handed::Handed;
 use crate::process::take_over::TakeOverError;
+use crate::traffic::inbound_drain::DrainState;
 use crate::traffic::listeners::NamedListeners;
 
 /// The future of a method of these traits.
@@ -136,15 +137,31 @@ pub(crate) enum PodProblem {
     /// The first certificate is not issued yet.
     CertificateAwaited,
     CertificateExpired,
+    /// An operator drains it: inbound connections are still open.
+    Draining,
+    /// An operator has drained it.
+    Drained,
 }
 
 impl PodProblem {
-    /// The problem of a pod with a certificate in this state.
-    pub(crate) fn of_certificate(state: CertificateState) -> Option<Self> {
-        match state {
-            CertificateState::Valid => None,
-            CertificateState::Awaited => Some(Self::CertificateAwaited),
-            CertificateState::Expired => Some(Self::CertificateExpired),
+    /// The problem of a pod that the data plane serves.
+    pub(crate) fn of_served(pod: &dyn ServedPod) -> Option<Self> {
+        match (pod.drain_state(), pod.certificate()) {
+            (DrainState::Draining { .. }, _) => Some(Self::Draining),
+            (DrainState::Drained { .. }, _) => Some(Self::Drained),
+            (DrainState::Serving, CertificateState::Awaited) => Some(Self::CertificateAwaited),
+            (DrainState::Serving, CertificateState::Expired) => Some(Self::CertificateExpired),
+            (DrainState::Serving, CertificateState::Valid) => None,
+        }
+    }
+
+    pub(crate) fn hint(self) -> Option<&'static str> {
+        match self {
+            Self::Draining | Self::Drained => Some("`underpass admin undrain` ends the drain"),
+            Self::RulesChanged
+            | Self::SelfTestFailed
+            | Self::CertificateAwaited
+            | Self::CertificateExpired => None,
         }
     }
 }
@@ -156,6 +173,8 @@ impl fmt::Display for PodProblem {
             Self::SelfTestFailed => "the self-test of the rules failed",
             Self::CertificateAwaited => "its first certificate is not issued yet",
             Self::CertificateExpired => "its certificate has expired",
+            Self::Draining => "new inbound connections are refused, and open ones end",
+            Self::Drained => "new inbound connections are refused, and none is open",
         })
     }
 }

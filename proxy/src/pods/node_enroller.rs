@@ -197,7 +197,7 @@ impl EnrolledPod for NodePod {
         if self.health.has_self_test_failed() {
             return Some(PodProblem::SelfTestFailed);
         }
-        PodProblem::of_certificate(self.pod.certificate())
+        PodProblem::of_served(self.pod.served())
     }
 
     fn listeners(&self) -> NamedListeners {

@@ -3,6 +3,7 @@
 use tokio::time::Instant;
 use underpass_config::{Hint, PodUid, Quoted};
 
+use crate::admin::api::states;
 use crate::admin::api::status::Pod;
 use crate::pods::annotations::ExemptReason;
 use crate::pods::enrolment::{EnrolError, PodProblem};
@@ -35,19 +36,16 @@ pub(crate) enum PodState {
 }
 
 impl PodState {
-    pub(crate) const PENDING: &'static str = "pending";
-    pub(crate) const SERVING: &'static str = "serving";
-    pub(crate) const EXEMPT: &'static str = "exempt";
-    pub(crate) const FAILED: &'static str = "failed";
-    pub(crate) const LEAVING: &'static str = "leaving";
-
-    pub(crate) fn name(&self) -> &'static str {
+    pub(crate) fn shown(&self) -> states::PodState {
         match self {
-            Self::Pending { .. } => Self::PENDING,
-            Self::Serving(_) => Self::SERVING,
-            Self::Exempt(_) => Self::EXEMPT,
-            Self::Failed(_) => Self::FAILED,
-            Self::Leaving => Self::LEAVING,
+            Self::Pending { .. } => states::PodState::Pending,
+            Self::Serving(Some(PodProblem::Draining | PodProblem::Drained)) => {
+                states::PodState::Draining
+            }
+            Self::Serving(_) => states::PodState::Serving,
+            Self::Exempt(_) => states::PodState::Exempt,
+            Self::Failed(_) => states::PodState::Failed,
+            Self::Leaving => states::PodState::Leaving,
         }
     }
 }
@@ -68,7 +66,7 @@ pub(crate) enum Step {
 impl From<&PodStatus> for Pod {
     fn from(PodStatus { uid, pod, state }: &PodStatus) -> Self {
         let (uid, pod) = (uid.as_str().to_owned(), pod.clone());
-        let known = Self { uid, pod, state: state.name().to_owned(), ..Self::default() };
+        let known = Self { uid, pod, state: state.shown(), ..Self::default() };
         match state {
             PodState::Pending { since, step, error } => {
                 let cause = error.as_ref().map(|error| format!(": {}", Quoted::chain(error)));
@@ -78,9 +76,8 @@ impl From<&PodStatus> for Pod {
                 let hint = error.as_ref().and_then(Hint::hint).map(Into::into);
                 Self { for_seconds, detail: Some(detail), hint, has_failed, ..known }
             }
-            PodState::Serving(problem) => {
-                Self { detail: problem.map(|problem| problem.to_string()), ..known }
-            }
+            PodState::Serving(None) => known,
+            PodState::Serving(Some(problem)) => problem.of(known),
             PodState::Exempt(reason) => Self { detail: Some(reason.to_string()), ..known },
             PodState::Failed(error) => {
                 let detail = Some(Quoted::chain(error).to_string());
@@ -88,6 +85,15 @@ impl From<&PodStatus> for Pod {
             }
             PodState::Leaving => known,
         }
+    }
+}
+
+impl PodProblem {
+    /// The status of a served pod with this problem.
+    pub(crate) fn of(self, pod: Pod) -> Pod {
+        let state = PodState::Serving(Some(self)).shown();
+        let (detail, hint) = (Some(self.to_string()), self.hint().map(str::to_owned));
+        Pod { state, detail, hint, ..pod }
     }
 }
 

@@ -188,8 +188,9 @@ impl EnrolledPod for FakePod {
         Box::pin(async { Ok(()) })
     }
 
+    /// A report that is longer than a message of a broker.
     fn rules(&self) -> Operation<serde_json::Value> {
-        Box::pin(async { serde_json::Value::Null })
+        Box::pin(async { serde_json::Value::from("r".repeat(256 << 10)) })
     }
 
     fn problem(&self) -> Option<PodProblem> {

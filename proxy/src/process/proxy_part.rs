@@ -10,6 +10,7 @@ use underpass_config::{FileWatcher, MeshSource, Settings};
 use underpass_interception::{KeptCapabilities, NamespaceAccess, ProxyUser, run_in_background};
 
 use crate::admin::readiness::Readiness;
+use crate::admin::state::RulesError;
 use crate::broker::child::ProxyProcess;
 use crate::broker::message::ToProxy;
 use crate::broker::requests::{PodReports, Progress, RequestServer};
@@ -68,12 +69,12 @@ impl PodReports for FixedPodRules {
         Vec::new()
     }
 
-    fn rules(&self, _: &str) -> BoxFuture<'static, Result<Value, String>> {
+    fn rules(&self, _: &str) -> BoxFuture<'static, Result<Value, RulesError>> {
         let capture = self.capture.get().cloned();
         Box::pin(async move {
             match capture {
                 Some(capture) => Ok(capture.report().await),
-                None => Err("the rules are not installed yet".to_owned()),
+                None => Err(RulesError::Unavailable("the rules are not installed yet".to_owned())),
             }
         })
     }

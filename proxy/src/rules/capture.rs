@@ -227,13 +227,13 @@ impl Capture {
     }
 
     /// Tests whether the rules catch connections, and whether answers to imitated clients return to
-    /// the proxy.
+    /// the proxy. Returns whether there was a connection that they would catch.
     pub(crate) async fn test(
         &self,
         arrivals: &dyn Arrivals,
         probes: &SelfTestSockets,
         deadline: Duration,
-    ) -> Result<(), SelfTestError> {
+    ) -> Result<bool, SelfTestError> {
         let prepare = SelfTestError::prepare;
         let settings = &self.current.borrow().clone();
         let environment = self.access.environment().await.map_err(prepare)?;
@@ -246,7 +246,8 @@ impl Capture {
         };
         let caught = caught.map_err(SelfTestError::Prepare)?;
         let tested = self_test::run_captured(arrivals, caught, deadline).await?;
-        if tested.is_empty() && self.profile() != Profile::None {
+        let is_tested = !tested.is_empty();
+        if !is_tested && self.profile() != Profile::None {
             tracing::info!(
                 "the self-test of the rules is skipped: this process can make no connection that they would catch, or there is no route"
             );
@@ -267,7 +268,7 @@ impl Capture {
             self_test::run_return_path(&opened.map_err(prepare)?, deadline).await?
         };
         tracing::debug!(?returned, "the self-test passed: answers to imitated clients return");
-        Ok(())
+        Ok(is_tested)
     }
 
     /// Runs [`test`](Self::test) at the start. The error lists possible causes.
@@ -275,9 +276,9 @@ impl Capture {
         &self,
         arrivals: &dyn Arrivals,
         probes: &SelfTestSockets,
-    ) -> Result<(), PodError> {
+    ) -> Result<bool, PodError> {
         match self.test(arrivals, probes, START_TEST_TIMEOUT).await {
-            Ok(()) => Ok(()),
+            Ok(is_tested) => Ok(is_tested),
             Err(error) => Err(PodError::SelfTest { error, suspects: self.suspects().await }),
         }
     }

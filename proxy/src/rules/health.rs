@@ -36,6 +36,8 @@ struct State {
     /// Whether another program has changed them, and this proxy does not repair them.
     unrepaired: AtomicBool,
     self_test_failed: AtomicBool,
+    /// Whether the last self-test that passed had a connection to catch.
+    self_tested: AtomicBool,
     foreign: AtomicUsize,
     repairs: Mutex<Repairs>,
     changes: watch::Sender<()>,
@@ -49,6 +51,7 @@ pub(crate) struct RulesState {
     lost: bool,
     unrepaired: bool,
     self_test_failed: bool,
+    self_tested: bool,
     foreign: usize,
     repairs: Repairs,
 }
@@ -65,7 +68,7 @@ pub(crate) struct Repairs {
 impl RulesTotals {
     /// Adds a pod, which counts until its health is dropped.
     pub(crate) fn pod(&self) -> RulesHealth {
-        let (installed, lost, unrepaired, self_test_failed) = Default::default();
+        let (installed, lost, unrepaired, self_test_failed, self_tested) = Default::default();
         let (foreign, repairs, changes) = Default::default();
         let totals = self.clone();
         RulesHealth(Arc::new(State {
@@ -74,6 +77,7 @@ impl RulesTotals {
             lost,
             unrepaired,
             self_test_failed,
+            self_tested,
             foreign,
             repairs,
             changes,
@@ -114,6 +118,7 @@ impl RulesHealth {
             lost: self.are_lost(),
             unrepaired: self.are_unrepaired(),
             self_test_failed: self.has_self_test_failed(),
+            self_tested: self.is_self_tested(),
             foreign: self.foreign_rules(),
             repairs: self.repairs(),
         }
@@ -126,6 +131,7 @@ impl RulesHealth {
         }
         self.set_unrepaired(state.unrepaired);
         self.set_self_test_failed(state.self_test_failed);
+        self.set_self_tested(state.self_tested);
         self.set_foreign_rules(state.foreign);
         self.set_repairs(state.repairs);
     }
@@ -181,6 +187,17 @@ impl RulesHealth {
 
     pub(crate) fn has_self_test_failed(&self) -> bool {
         self.0.self_test_failed.load(Relaxed)
+    }
+
+    /// Records that the self-test has passed, and whether it had a connection to catch.
+    pub(crate) fn set_self_tested(&self, is_tested: bool) {
+        self.0.self_tested.store(is_tested, Relaxed);
+        self.0.changes.send_replace(());
+    }
+
+    /// Whether the last self-test that passed had a connection to catch.
+    pub(crate) fn is_self_tested(&self) -> bool {
+        self.0.self_tested.load(Relaxed)
     }
 
     /// The number of rules of other programs that precede the proxy's.

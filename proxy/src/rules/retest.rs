@@ -111,7 +111,10 @@ impl Retest {
                 self.report_failure(&error).await;
                 false
             }
-            Ok(()) => true,
+            Ok(is_tested) => {
+                self.health.set_self_tested(is_tested);
+                true
+            }
         };
         let had_failed = self.health.set_self_test_failed(!passed);
         if passed && had_failed {

@@ -147,6 +147,9 @@ fn assign_or_refuse(
     if pod.self_test.claims(&accepted) {
         return;
     }
+    if kind != Kind::Outbound && pod.inbound_drain.refuses() {
+        return refuse_drained(worker.records.of_pod(&pod.name), &accepted);
+    }
     let peer = (kind == Kind::Outbound).then(|| accepted.destination.address().ip());
     match pod.limits.admit(admission_kind(kind), client.ip(), peer) {
         Ok(ticket) => {
@@ -170,6 +173,17 @@ fn record_uncaught(records: PodRecords<'_>, kind: Kind, client: SocketAddr, erro
     };
     let failure = Facts::new(direction, Party::at_address(client), destination).failed(error);
     ConnectionRecord::failed(Instant::now(), failure, records);
+}
+
+/// Refuses an inbound connection to a pod that an operator drains. By RST: a FIN would look like an
+/// answer.
+fn refuse_drained(records: PodRecords<'_>, accepted: &Accepted) {
+    reset_on_close(&accepted.stream);
+    let (client, destination) = (accepted.client, accepted.destination.address());
+    let (source, destination) = (Party::at_address(client), Party::at_address(destination));
+    let facts = Facts::new(Direction::Inbound, source, destination);
+    let failure = facts.failed(ProxyError::Draining);
+    ConnectionRecord::handshake_failed(Instant::now(), failure, records);
 }
 
 fn assign(worker: &Arc<Worker>, assignment: Assignment) {

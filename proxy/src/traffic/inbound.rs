@@ -183,7 +183,7 @@ fn record_failed_handshake(
     let facts = Facts { hbone: Some(here), ..facts };
     match error {
         // The tunnel may have been established before the drain.
-        ProxyError::Drained => {
+        ProxyError::Drained | ProxyError::DrainedByRequest => {
             ConnectionRecord::failed(accepted_at, facts.failed(error), seat.records());
         }
         error => {
@@ -198,6 +198,8 @@ async fn accept_tunnel(
     registration: &Registration<Decision>,
     ticket: &Ticket,
 ) -> Result<(), ProxyError> {
+    // A drain that begins during the handshake concerns the tunnel.
+    let closing = seat.pod.inbound_drain.closing_of_tunnel();
     let endpoints = seat.tunnel_endpoints(destination.address()).await?;
     let handshake = handshake(seat, &endpoints.acceptor, stream, ticket);
     let turns = seat.worker.turns.as_ref();
@@ -218,7 +220,7 @@ async fn accept_tunnel(
     let mut retirement = Retirement::new(seat.node(), &tunnel);
     // The handshake is a part of the first connection.
     let mut handshake = Some(tunnel.handshake());
-    while let Some(request) = retirement.next_request(&seat.pod.closing, &mut tunnel).await {
+    while let Some(request) = retirement.next_request(&closing, &mut tunnel).await {
         let admitted = admit_stream(ticket);
         let (registration, peer) = (seat.register_stream(), peer.clone());
         let origin = RequestOrigin { client, here: destination.address(), peer };

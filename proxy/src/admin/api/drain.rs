@@ -1,35 +1,153 @@
-//! `/drain`: replaces the tunnels of a pod.
+//! `/drain` and `/undrain` take a pod out of use and back; `/renew_tunnels` replaces its tunnels.
+
+use std::sync::Arc;
 
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use underpass_config::parse_duration;
+use underpass_hbone::log_panic;
 
 use crate::admin::answer::Refusal;
 use crate::admin::query::Query;
 use crate::admin::state::Admin;
+use crate::decide::subject::Decision;
+use crate::node::pod::Pod;
+use crate::traffic::inbound_drain::DrainState;
 
-/// The outcome of a drain.
+/// The drain of a pod.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Drain {
+    /// `NAMESPACE/NAME`.
+    pub(crate) pod: String,
+    pub(crate) state: State,
+    /// The number of open inbound connections, streams and tunnels.
+    pub(crate) inbound: usize,
+    /// The time until the rest is terminated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) seconds_left: Option<u64>,
+    /// The number of inbound connections, streams and tunnels that the drain has terminated.
+    pub(crate) terminated: usize,
+}
+
+/// The state of a pod's inbound connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum State {
+    /// New ones are accepted.
+    Serving,
+    /// New ones are refused, and open ones end.
+    Draining,
+    /// New ones are refused, and none is open.
+    Drained,
+}
+
+/// A pod whose tunnels are replaced.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Drained {
+pub(crate) struct Renewed {
     /// `NAMESPACE/NAME`.
     pub(crate) pod: String,
 }
 
+/// The drain of the pod `?pod=NAMESPACE/NAME`.
+pub(crate) async fn show(admin: &Admin, mut query: Query) -> Result<Drain, Refusal> {
+    let named = admin.pod_of(&mut query, "/drain")?;
+    query.end("the parameter pod")?;
+    Ok(report(&served(admin, &named)?).await)
+}
+
+/// Takes the pod `?pod=NAMESPACE/NAME` out of use: refuses new inbound connections, lets the open
+/// ones end, and terminates the rest after `?deadline` (`timeouts.drain`).
+pub(crate) async fn begin(admin: &Admin, mut query: Query) -> Result<Drain, Refusal> {
+    let named = admin.pod_of(&mut query, "/drain")?;
+    let deadline = query.take("deadline")?;
+    query.end("the parameters pod and deadline")?;
+    let malformed = || Refusal::bad_request("deadline must be a time such as 30s or 5m");
+    let deadline = deadline.map(|text| parse_duration(&text).ok_or_else(malformed)).transpose()?;
+    let deadline = deadline.unwrap_or(admin.node.timeouts.drain);
+    let pods = served(admin, &named)?;
+    for pod in pods.clone() {
+        let drain = pod.inbound_drain.begin(deadline);
+        let finishing = async move { pod.inbound_drain.finish(drain, &pod.connections).await };
+        tokio::spawn(log_panic("drain of a pod", finishing));
+    }
+    set_readiness(admin, true);
+    let seconds = deadline.as_secs();
+    tracing::info!(
+        pod = named,
+        seconds,
+        "an operator drains the pod: it takes no new inbound connections"
+    );
+    Ok(report(&pods).await)
+}
+
+/// Accepts inbound connections of the pod `?pod=NAMESPACE/NAME` again.
+pub(crate) async fn undo(admin: &Admin, mut query: Query) -> Result<Drain, Refusal> {
+    let named = admin.pod_of(&mut query, "/undrain")?;
+    query.end("the parameter pod")?;
+    let pods = served(admin, &named)?;
+    let drained = pods.iter().filter(|pod| pod.inbound_drain.undo()).count();
+    set_readiness(admin, false);
+    if drained > 0 {
+        tracing::info!(pod = named, "the pod takes inbound connections again");
+    }
+    Ok(report(&pods).await)
+}
+
 /// Closes the tunnels that the pod `?pod=NAMESPACE/NAME` has opened, each when its last stream
 /// ends. Later connections open new tunnels.
-pub(crate) async fn drain(admin: &Admin, mut query: Query) -> Result<Drained, Refusal> {
-    let given = query.take("pod")?;
+pub(crate) async fn renew_tunnels(admin: &Admin, mut query: Query) -> Result<Renewed, Refusal> {
+    let named = admin.pod_of(&mut query, "/renew_tunnels")?;
     query.end("the parameter pod")?;
-    let name = given.ok_or_else(|| {
-        Refusal::bad_request("the parameter pod is needed: /drain?pod=NAMESPACE/NAME")
-    })?;
-    let pods = admin.node.pods.all().into_iter();
-    let named: Vec<_> = pods.filter(|pod| pod.name.to_string() == name).collect();
-    let Some(workers) = admin.liveness.workers().filter(|_| !named.is_empty()) else {
-        return Err(Refusal::new(StatusCode::NOT_FOUND, format!("no pod {name} is served")));
-    };
-    for pod in &named {
+    let pods = served(admin, &named)?;
+    let workers = admin.liveness.workers().ok_or_else(|| unknown(&named))?;
+    for pod in &pods {
         workers.renew_tunnels(pod.id).await;
     }
-    tracing::info!(pod = name, "the tunnels of the pod are closed when their last streams end");
-    Ok(Drained { pod: name })
+    tracing::info!(pod = named, "the tunnels of the pod are closed when their last streams end");
+    Ok(Renewed { pod: named })
+}
+
+/// Orchestrators direct no new connections to a workload whose proxy is not ready. A node stays
+/// ready for its other pods.
+fn set_readiness(admin: &Admin, is_drained: bool) {
+    if !admin.node.has_many_pods {
+        admin.readiness.drained_by_request(is_drained);
+    }
+}
+
+/// The served pods with this name: while a pod is replaced, there are two.
+fn served(admin: &Admin, name: &str) -> Result<Vec<Arc<Pod>>, Refusal> {
+    let mut pods = admin.node.pods.all();
+    pods.retain(|pod| pod.name.to_string() == name);
+    if pods.is_empty() { Err(unknown(name)) } else { Ok(pods) }
+}
+
+fn unknown(name: &str) -> Refusal {
+    Refusal::new(StatusCode::NOT_FOUND, format!("no pod {name} is served"))
+}
+
+/// The drain of pods with the same name.
+async fn report(pods: &[Arc<Pod>]) -> Drain {
+    let pod = pods.first().map(|pod| pod.name.to_string()).unwrap_or_default();
+    let mut sum =
+        Drain { pod, state: State::Serving, inbound: 0, seconds_left: None, terminated: 0 };
+    for pod in pods {
+        sum.inbound += pod.connections.count(Decision::is_inbound).await;
+        match pod.inbound_drain.state() {
+            DrainState::Serving => {}
+            DrainState::Draining { deadline } => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                sum.seconds_left = sum.seconds_left.max(Some(left.as_secs()));
+                sum.state = State::Draining;
+            }
+            DrainState::Drained { terminated } => {
+                sum.terminated += terminated;
+                if sum.state == State::Serving {
+                    sum.state = State::Drained;
+                }
+            }
+        }
+    }
+    sum
 }

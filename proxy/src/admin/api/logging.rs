@@ -1,5 +1,6 @@
 //! `/logging`: shows and changes the filter of the log.
 
+use http::Uri;
 use serde::{Deserialize, Serialize};
 use underpass_config::LogFilterError;
 
@@ -12,6 +13,12 @@ use crate::process::logging::levels;
 pub(crate) struct Logging {
     /// The current filter, in the syntax of `logging.filter`.
     pub(crate) filter: String,
+}
+
+/// Whether a POST request for this changes nothing: `istioctl ztunnel-config log` asks so for the
+/// current filter.
+pub(crate) fn only_reads(uri: &Uri) -> bool {
+    uri.path() == "/logging" && uri.query() == Some("level=")
 }
 
 /// The current filter.

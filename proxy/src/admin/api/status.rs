@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use super::connection::Connection;
+use super::states::{CertificateState, Installation, Part, PodState, SelfTestState};
 
 /// The status of the proxy.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -44,9 +45,7 @@ pub(crate) struct Status {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Problem {
-    /// The part of the proxy or of the host: `readiness`, `certificate`, `rules`, `control_plane`,
-    /// `mesh`, `pod`, `workers`, `conntrack`, `program`, `ipv6` or `log`.
-    pub(crate) part: String,
+    pub(crate) part: Part,
     /// The pod that it concerns.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) pod: Option<String>,
@@ -62,8 +61,7 @@ pub(crate) struct Identity {
     /// The pods that use it.
     pub(crate) pods: Vec<String>,
     pub(crate) spiffe_id: String,
-    /// `valid`, `awaited` or `expired`.
-    pub(crate) state: String,
+    pub(crate) state: CertificateState,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) expires: Option<String>,
     /// Negative after the expiry.
@@ -76,10 +74,8 @@ pub(crate) struct Identity {
 #[serde(default)]
 pub(crate) struct Rules {
     pub(crate) profile: String,
-    /// `verified`, `installed`, `changed`, `not installed` or `managed by another program`.
-    pub(crate) state: String,
-    /// `passed`, `failed` or `not run`.
-    pub(crate) self_test: String,
+    pub(crate) state: Installation,
+    pub(crate) self_test: SelfTestState,
     /// The number of rules of other programs that precede these.
     pub(crate) foreign: usize,
     /// The number of repairs after changes by other programs.
@@ -123,8 +119,7 @@ pub(crate) struct Pod {
     pub(crate) uid: String,
     /// `NAMESPACE/NAME`.
     pub(crate) pod: String,
-    /// `pending`, `serving`, `exempt`, `failed` or `leaving`.
-    pub(crate) state: String,
+    pub(crate) state: PodState,
     /// How long it is pending.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) for_seconds: Option<u64>,
@@ -140,7 +135,7 @@ pub(crate) struct Pod {
 impl Pod {
     /// Whether it is served without a problem.
     pub(crate) fn is_serving(&self) -> bool {
-        self.state == "serving" && self.detail.is_none()
+        self.state == PodState::Serving && self.detail.is_none()
     }
 }
 

@@ -40,6 +40,29 @@ async fn send(server: Server, method: &str, path: &str, host: &str) -> (u16, Str
 }
 
 #[tokio::test]
+async fn refused_method_is_answered_with_the_allowed_ones() {
+    for (path, expected) in [("/logging", "allow: GET, POST\r\n"), ("/version", "allow: GET\r\n")] {
+        let mut client = connect(admin(Access::Change));
+        let request =
+            format!("PUT {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        client.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 405 ") && answer.contains(expected), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn address_shows_the_log_filter_to_istioctl_and_does_not_change_it() {
+    for (path, expected) in
+        [("/logging?level=", 200), ("/logging?level=debug", 403), ("/logging", 403)]
+    {
+        let (status, body) = send(admin(Access::Read), "POST", path, "localhost").await;
+        assert_eq!(status, expected, "{path}: {body}");
+    }
+}
+
+#[tokio::test]
 async fn unknown_paths_and_methods_are_refused_with_the_reason() {
     for (method, path, status, reason) in [
         ("GET", "/x", 404, "not found: this endpoint serves /, /version"),
@@ -50,6 +73,20 @@ async fn unknown_paths_and_methods_are_refused_with_the_reason() {
         ("GET", "/version?x=1", 400, "unknown parameter \"x\""),
         ("GET", "/status?pod=web", 400, "pod must be like NAMESPACE/NAME"),
         ("GET", "/status?pod=shop/web", 404, "no pod shop/web is known to this proxy"),
+        (
+            "POST",
+            "/drain?pod=default/server&deadline=5",
+            400,
+            "deadline must be a time such as 30s",
+        ),
+        (
+            "POST",
+            "/drain?pod=shop/web",
+            404,
+            "no pod shop/web: this proxy has the pod default/server",
+        ),
+        ("POST", "/undrain", 404, "no pod default/server is served"),
+        ("GET", "/rules", 503, "the rules are not installed yet"),
         ("GET", "/connections?verdict=no", 400, "verdict must be allowed or denied or failed"),
         ("POST", "/logging", 400, "one of the parameters filter and reset is needed"),
         ("POST", "/logging?filter=dbug", 400, "filter must be like info"),

@@ -1,5 +1,6 @@
 //! The notices of the proxy: what an operator should know, although no connection fails by it now.
 
+use crate::admin::api::states::Part;
 use crate::admin::api::status::{Problem, Status};
 use crate::observe::conditions::Condition;
 
@@ -18,7 +19,7 @@ fn repairs(status: &Status) -> Option<Problem> {
     let ago = rules.last_repair_seconds_ago.filter(|ago| *ago <= REPAIR_WINDOW)?;
     let count = rules.repairs;
     Some(Problem {
-        part: "rules".to_owned(),
+        part: Part::Rules,
         pod: None,
         problem: format!(
             "another program has changed the rules; repairs: {count}, the last one {ago} s ago"
@@ -30,7 +31,7 @@ fn repairs(status: &Status) -> Option<Problem> {
 impl From<&Condition> for Problem {
     fn from(condition: &Condition) -> Self {
         Self {
-            part: condition.part().to_owned(),
+            part: condition.part(),
             pod: None,
             problem: condition.text(),
             hint: Some(condition.hint().to_owned()),

@@ -54,7 +54,7 @@ fn head(status: &Status, style: Style) -> String {
 fn problems(problems: &[Problem], mark: char, colour: Colour, style: Style) -> String {
     let mut text = String::new();
     for Problem { part, pod, problem, hint } in problems.iter().take(MAX_ENTRIES) {
-        let about = pod.as_deref().unwrap_or(part).replace('_', " ");
+        let about = pod.as_deref().unwrap_or_else(|| part.text());
         let mark = style.paint(colour, &mark.to_string());
         text += &wrapped(&format!("{mark} "), 2, &format!("{about}: {problem}"));
         text += &hint_lines(2, hint.as_deref());
@@ -213,15 +213,16 @@ fn pods_text(pods: &[Pod]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::api::states::{Part, PodState};
     use crate::admin::api::status::{Failures, Tunnels};
     use crate::cli::layout::WIDTH;
 
-    fn pod(name: &str, state: &str, detail: Option<&str>) -> Pod {
+    fn pod(name: &str, state: PodState, detail: Option<&str>) -> Pod {
         Pod {
             uid: "6f1b".to_owned(),
             pod: format!("shop/{name}"),
-            state: state.to_owned(),
-            for_seconds: (state == "pending").then_some(12),
+            state,
+            for_seconds: (state == PodState::Pending).then_some(12),
             detail: detail.map(str::to_owned),
             ..Pod::default()
         }
@@ -229,7 +230,7 @@ mod tests {
 
     fn status() -> Status {
         let problem = Problem {
-            part: "control_plane".to_owned(),
+            part: Part::ControlPlane,
             problem: "no stream to the control plane https://istiod:15012: ".to_owned()
                 + &"cause: ".repeat(20),
             hint: Some("check that istiod answers".to_owned()),
@@ -248,7 +249,10 @@ mod tests {
             command: "node".to_owned(),
             readiness: "ready".to_owned(),
             problems: vec![problem],
-            pods: vec![pod("web", "serving", None), pod("api", "pending", Some("enrolling"))],
+            pods: vec![
+                pod("web", PodState::Serving, None),
+                pod("api", PodState::Pending, Some("enrolling")),
+            ],
             tunnels: Tunnels { outbound: vec![peer; 20], inbound: Vec::new() },
             failures: Failures { minutes: 5, connections: vec![failure], dns: Vec::new() },
             ..Status::default()

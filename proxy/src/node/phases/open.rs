@@ -34,7 +34,10 @@ impl OpenPod {
     ///
     /// They do not, or the test cannot run.
     pub(crate) async fn test(&self) -> Result<(), PodError> {
-        self.rules.capture.test_at_start(&*self.served.arrivals(), &self.probes).await
+        let arrivals = self.served.arrivals();
+        let is_tested = self.rules.capture.test_at_start(&*arrivals, &self.probes).await?;
+        self.health.set_self_tested(is_tested);
+        Ok(())
     }
 
     /// Makes this process the owner of the rules, after the process that it takes over from has

@@ -5,7 +5,7 @@ use std::time::Duration;
 use underpass_config::OnExit;
 
 use super::rules::{OwnedRules, RulesOwner};
-use crate::node::data_plane::{CertificateState, ServedPod};
+use crate::node::data_plane::ServedPod;
 use crate::node::pod_error::PodError;
 use crate::process::supervise::Task;
 use crate::rules::capture::Capture;
@@ -29,11 +29,6 @@ impl ServingPod {
         watch: Task,
     ) -> Self {
         Self { served, rules, listeners, watch: Some(watch) }
-    }
-
-    /// The state of the pod's certificate.
-    pub(crate) fn certificate(&self) -> CertificateState {
-        self.served.certificate()
     }
 
     /// Its connections, in the data plane.

@@ -62,6 +62,8 @@ impl Runtimes {
 mod tests {
     use std::time::Duration;
 
+    use tokio::time::Instant;
+
     use super::super::exposition::Format;
     use super::*;
 
@@ -73,8 +75,11 @@ mod tests {
         runtimes.include(1, idle.handle());
         runtimes.include(0, busy.handle());
         busy.block_on(async {
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_millis(20) {
+                std::hint::spin_loop();
+            }
             // The runtime adds the time when it looks for events.
-            std::thread::sleep(Duration::from_millis(20));
             tokio::time::sleep(Duration::from_millis(1)).await;
         });
         let mut page = Page::new(Format::Prometheus);

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use tokio::time::Instant;
 
 use super::{Entry, Phase, Pods};
+use crate::admin::api::states;
 use crate::pods::enrolment::EnrolError;
 use crate::pods::status::{PodState, PodStatus, Step};
 
@@ -24,11 +25,14 @@ impl Pods {
         let is_pending =
             |phase: &Phase| matches!(phase, Phase::Waiting { .. } | Phase::Enrolling { .. });
         [
-            (PodState::PENDING, count(is_pending)),
-            (PodState::SERVING, count(|phase| matches!(phase, Phase::Serving { .. }))),
-            (PodState::EXEMPT, count(|phase| matches!(phase, Phase::Exempt(_)))),
-            (PodState::FAILED, count(|phase| matches!(phase, Phase::Failed))),
-            (PodState::LEAVING, self.leaving.len()),
+            (states::PodState::Pending.text(), count(is_pending)),
+            (
+                states::PodState::Serving.text(),
+                count(|phase| matches!(phase, Phase::Serving { .. })),
+            ),
+            (states::PodState::Exempt.text(), count(|phase| matches!(phase, Phase::Exempt(_)))),
+            (states::PodState::Failed.text(), count(|phase| matches!(phase, Phase::Failed))),
+            (states::PodState::Leaving.text(), self.leaving.len()),
         ]
     }
 

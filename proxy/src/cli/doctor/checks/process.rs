@@ -158,7 +158,7 @@ fn reported(Status { problems, notices, .. }: &Status) -> Finding {
     };
     let line = |problem: &Problem| {
         let Problem { part, pod, problem, .. } = problem;
-        format!("{}: {problem}", pod.as_ref().unwrap_or(part))
+        format!("{}: {problem}", pod.as_deref().unwrap_or_else(|| part.text()))
     };
     let counts = [("problems", problems.len()), ("notices", notices.len())];
     let counts = counts.into_iter().filter(|(_, count)| *count > 0);
@@ -208,6 +208,7 @@ fn failures(Failures { minutes, connections, .. }: &Failures) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::api::states::Part;
 
     #[test]
     fn other_program_or_version_is_a_warning() {
@@ -233,11 +234,7 @@ mod tests {
     #[test]
     fn reported_problem_is_a_failure_and_notice_a_warning() {
         let one = |text: &str| {
-            vec![Problem {
-                part: "mesh".to_owned(),
-                problem: text.to_owned(),
-                ..Problem::default()
-            }]
+            vec![Problem { part: Part::Mesh, problem: text.to_owned(), ..Problem::default() }]
         };
         let level = |status: &Status| reported(status).level;
         assert_eq!(level(&Status::default()), Level::Ok);

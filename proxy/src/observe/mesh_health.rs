@@ -1,11 +1,11 @@
 //! The health of the mesh's sources: the stream of the control plane, and the mesh file.
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::Instant;
-use underpass_config::ConfigErrors;
+use underpass_config::{ConfigErrors, Hint as _};
 
-use super::report::hint;
 use crate::error::Described;
 
 /// The health of the mesh's sources. Clones share it.
@@ -35,6 +35,12 @@ pub(crate) struct ControlPlaneHealth {
     pub(crate) since: Instant,
     /// Why the last stream ended or could not be opened; `None` while it is connected.
     pub(crate) error: Option<Described>,
+}
+
+/// The hint for a mesh file that cannot be used.
+pub(crate) fn hint_of_file(errors: &ConfigErrors) -> Cow<'static, str> {
+    let general = "correct the mesh file: `underpass config check` lists all mistakes";
+    errors.hint().unwrap_or(Cow::Borrowed(general))
 }
 
 impl MeshHealth {
@@ -69,7 +75,7 @@ impl MeshHealth {
         self.lock().file = errors.map(|errors| {
             // One line: the text has a line for each mistake.
             let error = errors.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-            Described { error, hint: Some(hint(errors)) }
+            Described { error, hint: Some(hint_of_file(errors)) }
         });
     }
 
