@@ -112,6 +112,8 @@ async fn serve_connection(
     stream: TcpStream,
     closing: &CancellationToken,
 ) -> io::Result<()> {
+    // The responses to several queries must not wait for acknowledgements of each other.
+    stream.set_nodelay(true)?;
     let (mut reader, mut writer) = stream.into_split();
     let (mut received, mut waiting) = (BytesMut::new(), FuturesUnordered::new());
     let mut is_open = true;

@@ -163,7 +163,9 @@ impl Lookups {
     pub(crate) fn count_new(&self, lookups: &[Lookup]) -> usize {
         let Some(shared) = &self.shared else { return 0 };
         let leased = lock(&shared.leased);
-        lookups.iter().filter(|lookup| !leased.contains_key(*lookup)).count()
+        let new: HashSet<_> =
+            lookups.iter().filter(|lookup| !leased.contains_key(*lookup)).collect();
+        new.len()
     }
 
     /// Waits for lookups without an answer. Returns all of them.

@@ -129,3 +129,21 @@ async fn queries_during_drain_are_answered_before_the_end() {
     pod.queries.close();
     pod.queries.wait().await;
 }
+
+/// Each response is a segment of its own, which does not wait for a delayed acknowledgement (40 ms)
+/// of the one before.
+#[tokio::test]
+async fn responses_to_pipelined_queries_are_sent_at_once() {
+    let (scene, pod) = (Scene::new(Script::Drops), pod(&["interception.profile=none"]));
+    let mut client = answered(serve(&scene, &pod)).await;
+    let message = query("web", RecordType::A, &[]);
+    let began = tokio::time::Instant::now();
+    for _ in 0..200 {
+        client.write_all(&framed(&[&*message; 5])).await.unwrap();
+        for _ in 0..5 {
+            receive(&mut client).await;
+        }
+    }
+    let elapsed = began.elapsed();
+    assert!(elapsed < Duration::from_secs(6), "{elapsed:?}");
+}
