@@ -9,6 +9,7 @@ mod listing;
 mod owner;
 mod sets;
 mod tables;
+mod untracked;
 
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
@@ -56,12 +57,19 @@ pub(crate) async fn check_available(entered: &Entered) -> Result<(), Interceptio
 }
 
 /// Replaces the table by the plan in one transaction: a packet passes either the old or the new
-/// rules. Records the owner in the table.
+/// rules. Records the owner in the table. Before the first rules of a namespace with connections, a
+/// transaction exempts those of the proxy (`untracked.rs`).
 pub(crate) async fn apply(
     entered: &Entered,
     plan: &RulePlan,
     owner: Option<&str>,
 ) -> Result<(), InterceptionError> {
+    if untracked::has_connections(entered) {
+        with_connection(entered, "install the nftables rules", async |kernel| {
+            untracked::exempt(kernel, plan).await
+        })
+        .await?;
+    }
     let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
     let size = TableSize { entries: plan.chains().len() + 2 * plan.rules().len(), elements };
     let add = |transaction| {

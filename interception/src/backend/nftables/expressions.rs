@@ -25,15 +25,19 @@ pub(super) fn rule(rule: &Rule) -> nlink::Result<KernelRule> {
     Ok(expressions.into_iter().fold(kernel_rule, KernelRule::then).comment(&rule.id))
 }
 
+/// Encodes a rule for the chain `chain` that exempts the packets of `rule` from conntrack.
+pub(super) fn untracked(rule: &Rule, chain: &str) -> KernelRule {
+    let mut body = RuleEncoder::default();
+    body.conditions(rule);
+    body.add(Expr::Notrack);
+    let kernel_rule = KernelRule::new(TABLE, chain).family(Family::Inet);
+    body.expressions.into_iter().fold(kernel_rule, KernelRule::then)
+}
+
 /// The expressions of a rule in order.
 pub(super) fn expressions(rule: &Rule) -> nlink::Result<Vec<Expr>> {
     let mut body = RuleEncoder::default();
-    if let Some(version) = rule.explicit_family() {
-        body.family(version);
-    }
-    for (condition, operand) in rule.matches.iter().zip(operands(rule)) {
-        body.condition(condition, &operand);
-    }
+    body.conditions(rule);
     body.add(Expr::Counter);
     body.action(rule)?;
     Ok(body.expressions)
@@ -50,6 +54,16 @@ pub(super) struct RuleEncoder {
 impl RuleEncoder {
     pub(super) fn add(&mut self, expression: impl Into<Expr>) {
         self.expressions.push(expression.into());
+    }
+
+    /// Adds the matches of a rule.
+    fn conditions(&mut self, rule: &Rule) {
+        if let Some(version) = rule.explicit_family() {
+            self.family(version);
+        }
+        for (condition, operand) in rule.matches.iter().zip(operands(rule)) {
+            self.condition(condition, &operand);
+        }
     }
 
     pub(super) fn condition(&mut self, condition: &Match, operand: &Operand) {
