@@ -62,7 +62,7 @@ pub use privileged::{
     HostRuleOperation, NamespaceAccess, PrivilegedOperations, Reply, ReplyFuture, Request,
     RuleOperation,
 };
-pub use process::background::run_in_background;
+pub use process::background::{run_in_background, run_on_thread};
 pub use process::bypass::BypassingProcess;
 pub use process::limits::{is_out_of_files, raise_open_files};
 pub use process::privileges::{

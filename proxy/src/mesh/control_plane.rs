@@ -25,7 +25,7 @@ use underpass_config::{
     MetadataValue, Node, Quoted, ResourceType, SessionError, Settings, Urgency, XdsSettings,
 };
 use underpass_hbone::{ControlPlaneClient, ControlPlaneError, ControlPlaneStream, Dial};
-use underpass_interception::run_in_background;
+use underpass_interception::{run_in_background, run_on_thread};
 
 use super::on_demand::Lookups;
 use super::on_demand::schedule::{CHECK, Schedule, Unanswered};
@@ -249,7 +249,10 @@ impl ControlPlaneFollower {
         let empty = self.plane.renewed();
         let mut plane = std::mem::replace(&mut self.plane, empty);
         let (finished, applied) = oneshot::channel();
-        run_in_background(Box::new(move || {
+        // Every connection waits for the first state, and some for answers to lookups.
+        let is_awaited = !plane.is_synced() || self.lookups.are_on_demand();
+        let run = if is_awaited { run_on_thread } else { run_in_background };
+        run(Box::new(move || {
             let applied = plane.receive(response);
             plane.index();
             // Fails if the process is ending.
@@ -372,7 +375,8 @@ pub(super) fn node(settings: &Settings, xds: &XdsSettings) -> Node {
     }
 }
 
-pub(super) fn local(settings: &Settings) -> LocalWorkloads {
+/// The workloads of this process.
+pub(crate) fn local(settings: &Settings) -> LocalWorkloads {
     let own = &settings.workload;
     let is_node = settings.node.pods.is_some();
     let named = (!is_node).then(|| (own.namespace.clone(), own.name.clone()));
