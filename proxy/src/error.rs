@@ -44,6 +44,11 @@ pub(crate) enum ProxyError {
     CertificateAwaited { id: SpiffeId, after: Duration },
     #[error("the mesh has no workload {pod} with this pod's identity {id}")]
     PodNotInMesh { pod: String, id: SpiffeId },
+    #[error(
+        "the mesh has {workload} in the network {:?}, and this proxy is in {network:?}",
+        &*workload.network
+    )]
+    OtherNetwork { workload: Arc<Workload>, network: String },
     #[error("the control plane has not sent the workload {pod}, so its policies are unknown")]
     WorkloadNotSent { pod: String },
     #[error(transparent)]
@@ -195,7 +200,9 @@ impl ProxyError {
             Self::CertificateAwaited { .. } => {
                 ("certificate_awaited", IdentityError, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
-            Self::PodNotInMesh { .. } | Self::WorkloadNotSent { .. } => {
+            Self::PodNotInMesh { .. }
+            | Self::OtherNetwork { .. }
+            | Self::WorkloadNotSent { .. } => {
                 ("pod_not_in_mesh", Deny, Us, StatusCode::SERVICE_UNAVAILABLE)
             }
             Self::Lookup(_) => ("lookup", Connect, Us, StatusCode::SERVICE_UNAVAILABLE),

@@ -124,6 +124,12 @@ impl ScriptedControlPlane {
         assert!(ended.count() > 0, "no open stream");
     }
 
+    /// Stops listening, and ends every open stream.
+    pub fn stop(self) {
+        self.serving.abort();
+        self.end_stream();
+    }
+
     /// The headers of the next stream that a client opens. Skips requests.
     pub async fn opened(&mut self) -> HeaderMap {
         loop {

@@ -7,7 +7,8 @@ use std::net::IpAddr;
 use super::list::SharedMap;
 use super::names::{Name, NamespacedHostname};
 
-/// A name that a client can look up: `network/address` or `namespace/hostname`, in istiod's form.
+/// A name that a client can look up: `network/address`, `namespace/hostname` or a uid, in istiod's
+/// form.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Lookup(Name);
 
@@ -30,6 +31,11 @@ impl Lookup {
     /// The service with a hostname, and its endpoints.
     pub fn hostname(name: &NamespacedHostname) -> Self {
         Self(name.to_string().into())
+    }
+
+    /// The workload of a pod, by its uid in istiod.
+    pub fn pod(cluster_id: &str, namespace: &str, name: &str) -> Self {
+        Self(format!("{cluster_id}//Pod/{namespace}/{name}").into())
     }
 
     /// The name.

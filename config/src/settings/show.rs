@@ -199,6 +199,7 @@ mesh:
     cluster_id: east
     headers: [x-revision=canary, 'a=b, c']
     on_demand: true
+    unready_after: 10m
     name: underpass-x
     namespace: istio-system
 ";

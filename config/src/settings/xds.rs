@@ -2,6 +2,10 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
+
+use super::WorkloadSettings;
+use crate::mesh::lookup::Lookup;
 
 /// The client of a control plane (delta xDS, as istiod serves it to ztunnel).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,10 +26,19 @@ pub struct XdsSettings {
     pub headers: Vec<XdsHeader>,
     /// Whether addresses are looked up on demand.
     pub on_demand: bool,
+    /// The duration of an outage of the control plane after which the process is not ready.
+    pub unready_after: Option<Duration>,
     /// The name of this client.
     pub name: String,
     /// The namespace of this client, which must be that of the token.
     pub namespace: String,
+}
+
+impl XdsSettings {
+    /// The lookup of `pod` by its name. `None` unless addresses are looked up on demand.
+    pub fn lookup_of(&self, pod: &WorkloadSettings) -> Option<Lookup> {
+        self.on_demand.then(|| Lookup::pod(&self.cluster_id, &pod.namespace, &pod.name))
+    }
 }
 
 /// A header of the request.

@@ -393,7 +393,8 @@ impl ControlPlane {
 }
 
 impl LocalWorkloads {
-    fn contains(&self, workload: &Workload) -> bool {
+    /// Whether this process serves `workload`.
+    pub fn contains(&self, workload: &Workload) -> bool {
         let is_on_node = self.node.as_ref().is_some_and(|node| **node == *workload.node);
         let named = self.named.as_ref();
         is_on_node

@@ -51,6 +51,7 @@ impl Plane {
             cluster_id: "c1".to_owned(),
             headers: vec![XdsHeader { name: "x-a".to_owned(), value: "b c".to_owned() }],
             on_demand: false,
+            unready_after: None,
             name: "pod".to_owned(),
             namespace: "ns".to_owned(),
         };
@@ -160,6 +161,35 @@ async fn answers_that_control_plane_does_not_read_are_bounded() {
     }
     let error = stream.send(request()).await.unwrap_err();
     assert_eq!(error.to_string(), "it has read no answer for 30s");
+}
+
+/// The time of a test is paused, so it passes while nothing else can run.
+#[tokio::test]
+async fn stream_of_hanging_control_plane_ends() {
+    let plane = Plane::new("xds-hangs").await;
+    let client = plane.client(|_| {});
+    let accepting = async {
+        let (tcp, _) = plane.listener.accept().await.unwrap();
+        let tls = plane.acceptor.accept(tcp).await.unwrap();
+        let mut connection = h2::server::handshake(tls).await.unwrap();
+        let (_, mut respond) = connection.accept().await.unwrap().unwrap();
+        let headers = Response::builder().header("content-type", "application/grpc").body(());
+        let stream = respond.send_response(headers.unwrap(), false).unwrap();
+        // Send the headers, and then read nothing more, no PING either.
+        tokio::select! {
+            _ = connection.accept() => {}
+            () = tokio::task::yield_now() => {}
+        }
+        (connection, stream)
+    };
+    let (stream, _hanging) = tokio::join!(client.open(vec![request()]), accepting);
+    let mut stream = stream.unwrap();
+    tokio::time::pause();
+    let start = tokio::time::Instant::now();
+    let error = stream.next().await.unwrap_err();
+    assert!(matches!(error, ControlPlaneError::Lost(_)), "{error}");
+    // The connection was opened before the pause.
+    assert!((39..=40).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
 }
 
 #[tokio::test]

@@ -194,8 +194,8 @@ impl Readiness {
         self.out_of_descriptors.store(are_out, Relaxed);
     }
 
-    /// Records whether the control plane has sent a mesh. An outage of the control plane does not
-    /// change this.
+    /// Records whether the control plane has sent a mesh. A later outage of the control plane does
+    /// not change this.
     pub(crate) fn mesh_known(&self, is_known: bool) {
         self.mesh_awaited.store(!is_known, Relaxed);
     }
@@ -244,6 +244,7 @@ impl Readiness {
                 (self.rules.has_self_test_failed(), "the self-test of the rules failed"),
                 (self.certificate_expired.load(Relaxed), "the certificate has expired"),
                 (self.drained_by_request.load(Relaxed), DRAINED_BY_REQUEST),
+                (self.mesh.is_lost_too_long(), "the control plane is lost (mesh.xds)"),
             ],
             STARTING => {
                 let mesh = self.mesh_awaited.load(Relaxed);

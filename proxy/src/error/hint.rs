@@ -15,6 +15,9 @@ impl Hint for ProxyError {
             Self::Resolve(error) => return error.hint(),
             Self::Tunnel(error) => return error.hint(),
             Self::NoLongerAllowed(error) => return error.hint(),
+            Self::OtherNetwork { workload, .. } => {
+                return Some(format!("set workload.network to {:?}", &*workload.network).into());
+            }
             Self::TooManyConnections(refusal) => refusal.hint(),
             Self::NotCaptured(_) => "connect to the workload's own port instead of the proxy's",
             Self::OwnListener(_) => "connect to a port of the workload",
@@ -27,7 +30,8 @@ impl Hint for ProxyError {
             }
             Self::PodNotInMesh { .. } => "add the pod to the mesh, with its service account",
             Self::WorkloadNotSent { .. } => {
-                "add the workload to the control plane's mesh: one of mesh.file is not enough"
+                "add the workload to the control plane's mesh (one of mesh.file is not enough), or correct \
+                 workload.namespace and workload.name"
             }
             Self::Lookup(error) => error.hint(),
             Self::TooManyHandshakes(_) => {

@@ -52,6 +52,7 @@ impl MeshFeed {
         let Some(xds) = &settings.xds else {
             return Ok((Self::File(Box::new(source), health), mesh));
         };
+        health.tolerate(xds.unready_after);
         let client = ControlPlaneClient::new(xds.clone(), dialer)?;
         let file = file.map(|_| mesh);
         let lookups = if xds.on_demand { Lookups::on_demand() } else { Lookups::default() };

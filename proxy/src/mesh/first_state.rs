@@ -40,7 +40,8 @@ impl Hint for FirstStateError {
     }
 }
 
-/// Receives the first complete state: with lookups on demand, the policies. Has no timeout.
+/// Receives the first complete state: with lookups on demand, the policies and the process' own
+/// workload. Has no timeout.
 ///
 /// # Errors
 ///
@@ -53,9 +54,11 @@ pub(crate) async fn first_state<D: Dial>(
     let failed = |error| FirstStateError::Stream(xds.address.clone(), error);
     let client = ControlPlaneClient::new(xds.clone(), dialer).map_err(failed)?;
     let mut plane = ControlPlane::new(node(settings, xds), local(settings), xds.on_demand);
+    let own = xds.lookup_of(&settings.workload).filter(|_| settings.node.pods.is_none());
+    plane.look_up(own.as_slice());
     let mut stream = client.open(plane.open()).await.map_err(failed)?;
     let mut rejected = Vec::new();
-    while !plane.is_synced() {
+    while !plane.is_synced() || own.as_ref().is_some_and(|own| plane.awaits(own)) {
         let response = stream.next().await.map_err(failed)?;
         let applied = plane.receive(response)?;
         let kind = applied.kind.name();

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::time::Instant;
 use underpass_config::{ConfigErrors, Hint as _};
@@ -16,6 +17,8 @@ pub(crate) struct MeshHealth(Arc<Mutex<State>>);
 struct State {
     control_plane: Option<ControlPlaneHealth>,
     rejected: Option<Rejected>,
+    /// The duration of an outage of the control plane that is tolerated; `None` for any.
+    tolerated: Option<Duration>,
     file: Option<Described>,
 }
 
@@ -70,6 +73,19 @@ impl MeshHealth {
         self.lock().rejected.clone()
     }
 
+    /// Sets the duration of an outage of the control plane that is tolerated; `None` for any.
+    pub(crate) fn tolerate(&self, outage: Option<Duration>) {
+        self.lock().tolerated = outage;
+    }
+
+    /// Whether an outage of the control plane lasts longer than tolerated.
+    pub(crate) fn is_lost_too_long(&self) -> bool {
+        let state = self.lock();
+        let lost = state.control_plane.as_ref().filter(|plane| !plane.is_connected);
+        let outage = lost.map(|plane| plane.since.elapsed());
+        state.tolerated.is_some_and(|tolerated| outage > Some(tolerated))
+    }
+
     /// Records whether the last content of the mesh file is in use, or why not.
     pub(crate) fn file_read(&self, errors: Option<&ConfigErrors>) {
         self.lock().file = errors.map(|errors| {
@@ -97,8 +113,6 @@ impl MeshHealth {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn error(text: &str) -> Described {
@@ -116,7 +130,13 @@ mod tests {
         let outage = health.control_plane().unwrap();
         assert_eq!((outage.is_connected, outage.since), (false, began));
         assert_eq!(outage.error, Some(error("unreachable")));
+        assert!(!health.is_lost_too_long());
+        health.tolerate(Some(Duration::from_secs(6)));
+        assert!(!health.is_lost_too_long());
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert!(health.is_lost_too_long());
         health.connected();
+        assert!(!health.is_lost_too_long());
         let open = health.control_plane().unwrap();
         assert_eq!((open.is_connected, open.since, open.error), (true, Instant::now(), None));
     }

@@ -5,14 +5,16 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use underpass_config::{DeltaResponse, ResourceType};
 use underpass_tests::{
     APP, CLIENT, End, Family, Mesh, Proxy, SERVER, Scene, ScriptedControlPlane, Server, Settings,
-    Suite, deny_port, exchange, field, hbone_workload, number, read_to_end, resource, response,
-    within,
+    Suite, deny_port, exchange, field, hbone_workload, http_get, number, read_to_end, resource,
+    response, until, within,
 };
 
 /// istiod's port.
 const PORT: u16 = 15012;
 const ADDRESS: ResourceType = ResourceType::Address;
 const POLICY: ResourceType = ResourceType::Authorization;
+/// The uid of the client.
+const OWN: &str = "Kubernetes//Pod/default/client";
 const CONNECTED: &str = "connected to the control plane";
 
 pub(crate) fn add_tests(suite: &mut Suite) {
@@ -20,11 +22,13 @@ pub(crate) fn add_tests(suite: &mut Suite) {
     suite.test("connections wait for the first state of the control plane", first_state);
     suite.test("a rejected resource is named, and its last good version stays", rejected);
     suite.test("an outage of the control plane keeps the last mesh", outage);
+    suite.test("a long outage of the control plane makes the proxy unready if set", long_outage);
     suite.test("a control plane that misbehaves changes nothing", misbehaving);
     suite.test(
         "a connection waits for the lookup of its address, and is never plaintext before",
         on_demand,
     );
+    suite.test("a pod in another network than the control plane's is refused", other_network);
     suite.test("a mesh file beside a control plane cannot widen its policies", with_file);
 }
 
@@ -148,6 +152,21 @@ async fn outage() {
     scene.client.dial_and_see_reset(scene.app(Family::V4)).await;
 }
 
+async fn long_outage() {
+    let scene = Scene::new().await;
+    let plane = ScriptedControlPlane::start(&scene.client, PORT, &scene.pki);
+    plane.set_first(&usual(&scene));
+    let settings = settings(&scene, &plane, SERVER).set("mesh.xds.unready_after=500ms");
+    let _server = scene.server.proxy(&settings).await;
+    let ready = scene.server.at(Family::V4, 15021);
+    plane.stop();
+    until("the proxy is not ready", async || {
+        let (status, text) = http_get(&scene.server, ready, "/healthz/ready").await;
+        status == 503 && text == "not ready: the control plane is lost (mesh.xds)\n"
+    })
+    .await;
+}
+
 async fn misbehaving() {
     let (scene, plane, _client, mut server) = served().await;
     let _app = Server::echo(&scene.server, APP);
@@ -229,7 +248,7 @@ async fn on_demand() {
         assert!(asked.contains(&lookup(&scene, family)), "{asked:?}");
         assert!(!app.is_reached(), "a connection before the answer");
         let own = format!("/{}", scene.client.ip(family));
-        plane.send(&response(ADDRESS, Vec::new(), &[&own]));
+        plane.send(&response(ADDRESS, Vec::new(), &[&own, OWN]));
         plane.send(&answer);
         let (mut other, _) = app.accept().await;
         let mut received = [0; 5];
@@ -239,6 +258,32 @@ async fn on_demand() {
         client.more_than(tunnels, &["connection complete", "direction=\"outbound\""]).await;
         assert_eq!(client.count(&["connection complete", "dst.hbone_addr="]), tunnels);
     }
+}
+
+/// Without the check, the control plane would have no address of the network, and the connection
+/// would be plaintext.
+async fn other_network() {
+    let scene = Scene::new().await;
+    let mut plane = ScriptedControlPlane::start(&scene.server, PORT, &scene.pki);
+    let [_, policies] = usual(&scene);
+    plane.set_first(&[policies]);
+    let _server = scene.server.proxy(&scene.server_settings()).await;
+    let client = settings(&scene, &plane, CLIENT).set("mesh.xds.on_demand=true");
+    let mut client = scene.client.proxy(&client.set("workload.network=wrong")).await;
+    assert_eq!(plane.request().await.resource_names_subscribe, ["*"]);
+    let app = scene.server.listen(APP);
+    let answering = async {
+        let asked = lookups(&mut plane).await;
+        let addresses = [&scene.client, &scene.server].map(|pod| pod.ip(Family::V4));
+        let [own, destination] = addresses.map(|address| format!("wrong/{address}"));
+        assert!(asked.iter().any(|name| name == OWN), "{asked:?}");
+        let found = vec![hbone_workload(&scene.client)];
+        plane.send(&response(ADDRESS, found, &[&own, &destination]));
+    };
+    tokio::join!(scene.client.dial_and_see_reset(scene.app(Family::V4)), answering);
+    assert!(!app.is_reached(), "a plaintext connection");
+    let refused = ["connection failed", "reason=\"pod_not_in_mesh\"", "set workload.network to"];
+    client.line(&refused).await;
 }
 
 /// The name of the lookup of the server's address.

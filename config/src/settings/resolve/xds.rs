@@ -1,10 +1,12 @@
 //! The settings `mesh.xds`: the control plane that serves the mesh.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::identity::{CLUSTER, HOST, HTTPS};
 use crate::settings::declare::{
-    Declared as _, Document, FLAG, Fallback, PATH, TEXT, given_list, list, settings,
+    DURATION_OR_OFF, Declared as _, Document, FLAG, Fallback, PATH, TEXT, given_list, list,
+    settings,
 };
 use crate::settings::{NodeSettings, Settings, WorkloadSettings, XdsHeader, XdsSettings};
 
@@ -41,6 +43,10 @@ settings! {
     /// "A control plane"
     ON_DEMAND: bool = "mesh.xds.on_demand", FLAG,
         Fallback::Is(|| false), |s| s.xds.as_ref().map(|xds| xds.on_demand);
+    /// the time without a stream to the control plane after which the proxy is not ready, although
+    /// the last mesh stays in effect
+    UNREADY_AFTER: Option<Duration> = "mesh.xds.unready_after", DURATION_OR_OFF,
+        Fallback::Is(|| None), |s| s.xds.as_ref().map(|xds| xds.unready_after);
     /// the name of this client, such as that of its pod
     NAME: String = "mesh.xds.name", TEXT,
         Fallback::Varies("`workload.name`"), |s| s.xds.as_ref().map(|xds| xds.name.clone());
@@ -77,6 +83,7 @@ pub(super) fn xds(document: Document<'_>, own: &WorkloadSettings) -> Option<XdsS
         cluster_id: CLUSTER_ID.read(document)?,
         headers: HEADERS.read(document)?,
         on_demand: ON_DEMAND.read(document)?,
+        unready_after: UNREADY_AFTER.read(document)?,
         name: NAME.given(document).unwrap_or_else(|| own.name.clone()),
         namespace: NAMESPACE.given(document).unwrap_or_else(|| own.namespace.clone()),
         address: address?,
@@ -113,6 +120,8 @@ fn header(text: &str) -> Result<XdsHeader, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use crate::settings::load::Sources;
     use crate::settings::{Settings, XdsHeader};
 
@@ -142,7 +151,7 @@ mod tests {
             ("Kubernetes", "default", "default")
         );
         assert_eq!((xds.token, xds.client, xds.server_name), (None, None, None));
-        assert!(!xds.on_demand);
+        assert!(!xds.on_demand && xds.unready_after.is_none());
         let more = [
             "headers=a=b,c-d=e f",
             "certificate=c",
@@ -151,12 +160,14 @@ mod tests {
             "name=z",
             "namespace=n",
             "on_demand=true",
+            "unready_after=5m",
         ];
         let xds = load(&[&NEEDED[..], &more].concat()).unwrap().xds.unwrap();
         let header = |name: &str, value: &str| XdsHeader { name: name.into(), value: value.into() };
         assert_eq!(xds.headers, [header("a", "b"), header("c-d", "e f")]);
         assert_eq!(xds.client, Some(("c".into(), "k".into())));
         assert!(xds.on_demand);
+        assert_eq!(xds.unready_after, Some(Duration::from_secs(300)));
         assert_eq!((xds.token, &*xds.name, &*xds.namespace), (Some("t".into()), "z", "n"));
         assert_eq!(load(&[]).unwrap().xds, None);
     }

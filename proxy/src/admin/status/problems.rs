@@ -1,13 +1,17 @@
 //! The problems of the proxy: everything that is pending or wrong, with hints.
 
 use std::borrow::Cow;
+use std::sync::Arc;
+
+use underpass_config::Hint as _;
 
 use crate::admin::api::states::{CertificateState, Installation, Part, PodState, SelfTestState};
 use crate::admin::api::status::{Problem, Status};
 use crate::admin::readiness::DRAINED_BY_REQUEST;
 use crate::admin::state::Admin;
-use crate::error::Described;
+use crate::error::{Described, ProxyError};
 use crate::node::identities::RotationState;
+use crate::node::pod::Pod;
 use crate::observe::conditions::Condition;
 use crate::observe::mesh_health::Rejected;
 
@@ -36,6 +40,7 @@ pub(super) fn of(
     problems.extend(rejected(admin));
     problems.extend(mesh_file(admin));
     problems.extend(conditions.iter().filter(|one| one.is_problem()).map(Problem::from));
+    problems.extend(networks(admin));
     problems.extend(pods(status));
     problems.extend(readiness(admin, &problems));
     if silent_workers > 0 {
@@ -132,6 +137,18 @@ fn rejected(admin: &Admin) -> Option<Problem> {
 fn mesh_file(admin: &Admin) -> Option<Problem> {
     let error = admin.readiness.mesh().file_error()?;
     Some(described(Part::Mesh, "the last change of the mesh file is not in use", Some(&error)))
+}
+
+/// The pods whose workload the mesh has in another network.
+fn networks(admin: &Admin) -> Vec<Problem> {
+    let snapshot = admin.node.mesh.borrow().clone();
+    let problem = |pod: Arc<Pod>| {
+        let error = pod.context.check_own(&snapshot).err()?;
+        let is_other_network = matches!(error, ProxyError::OtherNetwork { .. });
+        let problem = problem_of(Part::Mesh, error.to_string(), error.hint());
+        is_other_network.then(|| Problem { pod: Some(pod.name.to_string()), ..problem })
+    };
+    admin.node.pods.all().into_iter().filter_map(problem).collect()
 }
 
 fn pods(status: &Status) -> impl Iterator<Item = Problem> {

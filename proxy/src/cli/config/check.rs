@@ -245,8 +245,9 @@ impl ConfigCheck {
 
     /// Checks that the mesh file's entry of this workload agrees with the settings.
     fn check_own_workload(&mut self, own: &WorkloadSettings, has_identity: bool) {
-        let workloads = self.mesh.workloads_named(&own.namespace, &own.name);
-        let Some(workload) = workloads.first().cloned() else {
+        let same_name = self.mesh.workloads_named(&own.namespace, &own.name).iter();
+        let own_network_first = same_name.min_by_key(|workload| *workload.network != *own.network);
+        let Some(workload) = own_network_first.cloned() else {
             let text = format!(
                 "it has no workload {:?} of namespace {:?} (workload.name, workload.namespace): peers with the same file \
                  do not know this workload",
@@ -259,6 +260,14 @@ impl ConfigCheck {
                 "workload {:?} has the identity {} in the file and {} in the settings (workload.serviceAccount, \
                  workload.trustDomain): peers with the same file refuse its connections",
                 own.name, workload.identity, own.spiffe_id
+            );
+            self.warn("mesh.file", text);
+        }
+        if *workload.network != *own.network {
+            let text = format!(
+                "workload {:?} is in the network {:?} in the file and in {:?} in the settings (workload.network): its \
+                 connections are refused",
+                own.name, &*workload.network, own.network
             );
             self.warn("mesh.file", text);
         }

@@ -195,7 +195,7 @@ impl Seat {
         Wait { since: Instant::now(), within: self.node().timeouts.connect }
     }
 
-    /// Looks up what a connection needs besides the `current` mesh.
+    /// Looks up what a connection needs besides the `current` mesh, and the pod's own workload.
     pub(crate) async fn look_up(
         &self,
         current: Arc<Snapshot>,
@@ -203,6 +203,10 @@ impl Seat {
         wait: Wait,
     ) -> Result<(Arc<Snapshot>, LookupLease), ProxyError> {
         let node = self.node();
+        let needed = |mesh: &Snapshot| {
+            let own = self.context().lookup_of_own(mesh);
+            needed(mesh).into_iter().chain(own).collect()
+        };
         self.pod
             .lookups
             .resolve(current, &node.mesh, needed, wait)

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::sync::Weak;
 
 use underpass_config::{
-    ControlPlane, DeltaResponse, FileWatcher, Mesh, ResourceType, SpiffeId, TrustSettings,
+    ControlPlane, DeltaResponse, FileWatcher, Mesh, Resource, ResourceType, SpiffeId, TrustSettings,
 };
 use underpass_hbone::{CredentialsEvent, HboneError, IdentitySource, NextIdentity};
 
@@ -157,6 +157,48 @@ async fn inbound_connection_waits_once_for_lookups_and_pod() {
     let error = error.map(drop).unwrap_err();
     assert!(matches!(error, ProxyError::Lookup(_)), "{error}");
     assert_eq!(start.elapsed(), connect);
+}
+
+/// A wrong `workload.network` makes every address absent. The lookup by name finds the pod.
+#[tokio::test(start_paused = true)]
+async fn pod_in_other_network_of_control_plane_is_refused() {
+    let mut plane = ControlPlane::new(Default::default(), Default::default(), true);
+    let (mesh, receiver) = watch::channel(control_plane_mesh(&mut plane, 1, "workloads: []"));
+    let worker = Worker::new(node_on_demand(receiver), 0, Arc::default());
+    let settings = [
+        "workload.name=server",
+        "workload.network=wrong",
+        "mesh.xds.address=https://istiod:15012",
+        "mesh.xds.roots=r.pem",
+        "mesh.xds.on_demand=true",
+    ];
+    let seat = worker.seat(&pod_of(&worker.node, &settings));
+    let (client, here) = (([10, 0, 0, 1], 80).into(), ([10, 0, 0, 2], 80).into());
+    let (known, ()) = tokio::join!(seat.outbound_mesh(here, client), async {
+        let mut asked = seat.node().lookups.asked().await;
+        asked.sort();
+        let names: Vec<_> = asked.iter().map(ToString::to_string).collect();
+        let own = "Kubernetes//Pod/default/server";
+        assert_eq!(names, [own, "wrong/10.0.0.1", "wrong/10.0.0.2"]);
+        plane.look_up(&asked);
+        let found = named_workload_resource("default", "server", 2);
+        let found = Resource { aliases: vec![own.to_owned()], ..found };
+        let response = DeltaResponse {
+            type_url: ResourceType::Address.url().to_owned(),
+            resources: vec![found.into()],
+            removed_resources: vec!["wrong/10.0.0.1".to_owned(), "wrong/10.0.0.2".to_owned()],
+            ..DeltaResponse::default()
+        };
+        assert_eq!(plane.receive(response).unwrap().rejected, []);
+        mesh.send_replace(control_plane_mesh(&mut plane, 2, "workloads: []"));
+    });
+    assert_eq!(known.unwrap().0.generation, 2);
+    let registration = seat.register_stream();
+    let subject = Subject::inbound(client, here, None);
+    let error = seat.permit(subject, &registration).map(drop).unwrap_err();
+    assert!(matches!(error, ProxyError::OtherNetwork { .. }), "{error}");
+    assert_eq!(error.reason().code, "pod_not_in_mesh");
+    assert!(seat.context().lookup_of_own(&seat.node().mesh.borrow()).is_none(), "asked again");
 }
 
 /// An issuer that never issues a certificate.
