@@ -104,7 +104,7 @@ pub fn main() -> ExitCode {
     // After a failure an operation that needs a capability reports that.
     raise_capabilities().ok();
     let arguments = cni::command_line(std::env::args_os());
-    // Building the definitions of all commands would take a third of a call of the plugin.
+    // Building the definitions of all commands would take a sixth of a call of the plugin.
     let outcome = if cni::is_call(&arguments) { cni::call() } else { run_command(arguments) };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
