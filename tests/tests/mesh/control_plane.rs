@@ -6,7 +6,7 @@ use underpass_config::{DeltaResponse, ResourceType};
 use underpass_tests::{
     APP, CLIENT, End, Family, Mesh, Proxy, SERVER, Scene, ScriptedControlPlane, Server, Settings,
     Suite, deny_port, exchange, field, hbone_workload, http_get, number, read_to_end, resource,
-    response, until, within,
+    response, tool, until, within,
 };
 
 /// istiod's port.
@@ -93,7 +93,10 @@ async fn first_state() {
     let client = scene.client.proxy(&client_settings);
     let flow = async {
         plane.opened().await;
-        // The rules are installed before the first request to the control plane.
+        until("the rules are installed", async || {
+            tool(&scene.client, "nft", &["list", "ruleset"]).await.out.contains("redirect")
+        })
+        .await;
         let mut one = scene.client.dial(scene.app(Family::V4)).await.expect("a connection");
         one.write_all(b"early").await.expect("it is open");
         assert!(!app.is_reached(), "a connection without a mesh");
