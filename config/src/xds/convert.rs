@@ -28,6 +28,10 @@ use crate::mesh::shared::Shared;
 use crate::mesh::{self, Gateway, NamespacedHostname, NetworkCidr, PortMap};
 use crate::yaml::quote::Quoted;
 
+/// The longest name in a workload or service, in bytes. Log lines and labels of metrics contain such
+/// names. The longest of Kubernetes have 253 bytes.
+const MAX_NAME: usize = 1024;
+
 /// The reason why a resource is rejected. The control plane logs it.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum Rejection {
@@ -54,6 +58,14 @@ pub enum Rejection {
         /// The value, shortened.
         value: String,
     },
+    /// A name is longer than allowed.
+    #[error("{field}: {bytes} bytes, more than {MAX_NAME}")]
+    Length {
+        /// The field.
+        field: &'static str,
+        /// The length of the name.
+        bytes: usize,
+    },
     /// The policy has an unknown field, which may narrow its matches.
     #[error("unknown field {0}")]
     UnknownField(u32),
@@ -72,6 +84,14 @@ impl Rejection {
     fn value(field: &'static str, value: impl fmt::Debug) -> Self {
         const SHOWN: usize = 100;
         Self::Value { field, value: format!("{value:?}").chars().take(SHOWN).collect() }
+    }
+}
+
+/// Rejects names that are too long.
+fn check_lengths(names: &[(&'static str, &str)]) -> Result<(), Rejection> {
+    match names.iter().find(|(_, name)| name.len() > MAX_NAME) {
+        Some((field, name)) => Err(Rejection::Length { field, bytes: name.len() }),
+        None => Ok(()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Converts `istio.workload.Service`.
 
-use super::{Rejection, gateway, hostname, network_address, one_of, ports, range};
+use super::{Rejection, check_lengths, gateway, hostname, network_address, one_of, ports, range};
 use crate::identity::spiffe::SpiffeId;
 use crate::mesh::shared::Shared;
 use crate::mesh::{
@@ -39,6 +39,11 @@ pub(in crate::xds) fn service(
     if key.to_string() != name {
         return Err(Rejection::Name(Quoted::new(&key)));
     }
+    check_lengths(&[
+        ("name", &given.name),
+        ("namespace", &given.namespace),
+        ("hostname", &given.hostname),
+    ])?;
     let (vips, cidr_vips) = addresses(given, shared)?;
     Ok(Service {
         name: shared.name(&given.name),

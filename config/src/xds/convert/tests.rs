@@ -91,7 +91,7 @@ fn accepts_named_port_of_workload() {
 #[test]
 fn refuses_workload_with_invalid_value() {
     type Change = fn(&mut message::Workload);
-    let changes: [(Change, &str); 8] = [
+    let changes: [(Change, &str); 10] = [
         (|it| it.tunnel_protocol = 2, "tunnel_protocol: unsupported value 2"),
         (|it| it.status = 5, "status: unsupported value 5"),
         (|it| it.network_mode = -1, "network_mode: unsupported value -1"),
@@ -114,6 +114,14 @@ fn refuses_workload_with_invalid_value() {
         (
             |it| it.waypoint = Some(GatewayAddress { destination: None, hbone_mtls_port: 15008 }),
             "waypoint: unsupported value \"no destination\"",
+        ),
+        (|it| it.canonical_name = "n".repeat(1025), "canonical_name: 1025 bytes, more than 1024"),
+        (
+            |it| {
+                let zone = "z".repeat(2000);
+                it.locality = Some(message::Locality { zone, ..Default::default() });
+            },
+            "zone: 2000 bytes, more than 1024",
         ),
     ];
     for (change, reason) in changes {
@@ -174,7 +182,8 @@ fn converts_every_field_of_service() {
 #[test]
 fn refuses_service_with_invalid_value() {
     type Change = fn(&mut message::Service);
-    let changes: [(Change, &str); 6] = [
+    let changes: [(Change, &str); 7] = [
+        (|it| it.name = "s".repeat(1025), "name: 1025 bytes, more than 1024"),
         (|it| it.visibility = 2, "visibility: unsupported value 2"),
         (|it| it.ip_families = 4, "ip_families: unsupported value 4"),
         (|it| it.addresses[0].length = Some(33), "addresses.length: unsupported value 33"),

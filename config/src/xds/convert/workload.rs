@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::{Rejection, address, gateway, one_of, port, ports};
+use super::{Rejection, address, check_lengths, gateway, one_of, port, ports};
 use crate::mesh::shared::Shared;
 use crate::mesh::{
     ApplicationTunnel, Locality, Name, NamespacedHostname, NetworkMode, PortMap, Protocol,
@@ -33,6 +33,7 @@ pub(in crate::xds) fn workload(
     if *given.uid != *uid {
         return Err(Rejection::Name(Quoted::new(&given.uid)));
     }
+    check_names(given)?;
     let namespace = shared.name(&given.namespace);
     let service_account = shared.name(or(&given.service_account, "default"));
     let trust_domain = shared.name(or(&given.trust_domain, "cluster.local"));
@@ -67,6 +68,28 @@ pub(in crate::xds) fn workload(
     };
     let policies = given.authorization_policies.iter().map(|name| shared.name(name)).collect();
     Ok(WorkloadDraft { workload, services: services(given, shared)?, policies })
+}
+
+fn check_names(given: &message::Workload) -> Result<(), Rejection> {
+    check_lengths(&[
+        ("name", &given.name),
+        ("namespace", &given.namespace),
+        ("network", &given.network),
+        ("trust_domain", &given.trust_domain),
+        ("service_account", &given.service_account),
+        ("node", &given.node),
+        ("canonical_name", &given.canonical_name),
+        ("canonical_revision", &given.canonical_revision),
+        ("workload_name", &given.workload_name),
+        ("cluster_id", &given.cluster_id),
+        ("hostname", &given.hostname),
+    ])?;
+    match &given.locality {
+        Some(message::Locality { region, zone, subzone }) => {
+            check_lengths(&[("region", region), ("zone", zone), ("subzone", subzone)])
+        }
+        None => Ok(()),
+    }
 }
 
 fn or<'a>(given: &'a str, default: &'a str) -> &'a str {
