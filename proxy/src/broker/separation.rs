@@ -110,7 +110,7 @@ fn check_files(user: ProxyUser, settings: &Settings) -> Result<(), Separation> {
     match user.first_unreadable(&files) {
         Ok(None) => Ok(()),
         Ok(Some(file)) => {
-            Err(impossible(format!("user {} must not read {}", user.uid, file.display())))
+            Err(impossible(format!("user {} cannot read {}", user.uid, file.display())))
         }
         Err(error) => Err(impossible(chain(&error))),
     }

@@ -148,8 +148,9 @@ impl DnsService {
         let needed = |snapshot: &Snapshot| {
             mesh::lookups(&snapshot.mesh, &self.view, &settings.search, &query.name)
         };
-        let new = self.lookups.count_new(&needed(&self.mesh.borrow()));
-        if !self.lookup_limit.admit(new).await {
+        let current = self.mesh.borrow().clone();
+        let unasked = self.lookups.count_unasked(&current, &needed(&current));
+        if !self.lookup_limit.admit(unasked).await {
             return refuse(Failure::LookupRate);
         }
         let current = self.mesh.borrow().clone();

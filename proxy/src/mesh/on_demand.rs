@@ -159,13 +159,18 @@ impl Lookups {
         }
     }
 
-    /// The number of these lookups that the control plane was not asked for yet.
-    pub(crate) fn count_new(&self, lookups: &[Lookup]) -> usize {
+    /// The number of these lookups that the control plane must be asked for: those that are not
+    /// leased, and those without an answer for which nothing waits, such as an absent name whose
+    /// time has passed.
+    pub(crate) fn count_unasked(&self, current: &Snapshot, lookups: &[Lookup]) -> usize {
         let Some(shared) = &self.shared else { return 0 };
         let leased = lock(&shared.leased);
-        let new: HashSet<_> =
-            lookups.iter().filter(|lookup| !leased.contains_key(*lookup)).collect();
-        new.len()
+        let is_asked = |lookup: &Lookup| {
+            let lease = leased.get(lookup);
+            lease.is_some_and(|lease| current.mesh.is_answered(lookup) || lease.is_in_use())
+        };
+        let unasked: HashSet<_> = lookups.iter().filter(|lookup| !is_asked(lookup)).collect();
+        unasked.len()
     }
 
     /// Waits for lookups without an answer. Returns all of them.
@@ -300,9 +305,14 @@ impl Leased {
         Arc::new(Self { share, was_used: AtomicBool::new(false), unused_checks: AtomicU32::new(0) })
     }
 
+    /// Whether a query or a connection holds the lookup.
+    fn is_in_use(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) > 1
+    }
+
     /// Counts a check. Returns whether there was no use during the last `checks`.
     fn is_unused_for(self: &Arc<Self>, checks: u32) -> bool {
-        if self.was_used.swap(false, Relaxed) || Arc::strong_count(self) > 1 {
+        if self.was_used.swap(false, Relaxed) || self.is_in_use() {
             self.unused_checks.store(0, Relaxed);
             return false;
         }

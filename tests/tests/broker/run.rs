@@ -256,7 +256,7 @@ async fn one_process() {
     fs::set_permissions(&scene.mesh, fs::Permissions::from_mode(0o600)).expect("it is ours");
     let settings = with_broker(scene.client_settings(), "ambient");
     let mut client = scene.client.proxy(&settings).await;
-    let reason = format!("user 15008 must not read {}", scene.mesh.display());
+    let reason = format!("user 15008 cannot read {}", scene.mesh.display());
     client.line(&["no broker: one process has all privileges", &reason]).await;
     assert_eq!(child(&client), None);
     assert!(client.stop().await.success(), "{}", client.log());

@@ -21,10 +21,9 @@ settings! {
     /// once; further ones fail; `off`: unlimited
     QUERIES_PER_SECOND: Option<u32> = "dns.queries_per_second", RATE_OR_OFF,
         Fallback::Is(|| Some(5000)), |s| Some(s.dns.queries_per_second);
-    // One name with its completions and wildcards needs up to some dozens of lookups.
-    /// the maximum number of names per second that the control plane is asked for because of the
-    /// queries of a pod (`mesh.xds.on_demand`), a tenth of them at once; further queries wait 1 s
-    /// at most and then fail; `off`: unlimited
+    /// the maximum number of lookups per second at the control plane that the queries of a pod cause
+    /// (`mesh.xds.on_demand`), a tenth of them at once. A name needs up to some dozens, with its
+    /// completions and wildcards. Further queries wait 1 s at most and then fail; `off`: unlimited
     LOOKUPS_PER_SECOND: Option<u32> = "dns.lookups_per_second", RATE_OR_OFF,
         Fallback::Is(|| Some(1000)), |s| Some(s.dns.lookups_per_second);
 }

@@ -6,7 +6,7 @@ use crate::settings::{Broker, NodeSettings, PrivilegesSettings};
 settings! {
     /// `auto`: one process enters namespaces, changes rules and has the keys of CAs; another one
     /// without privileges serves the connections. There is one process with `off`, and without
-    /// SETUID and SETGID. The same holds if that user must not read a file of `underpass run`, or
+    /// SETUID and SETGID. The same holds if that user cannot read a file of `underpass run`, or
     /// if `node.pods.cni` takes its facts from the mesh of `mesh.xds` (without Kubernetes)
     BROKER: Broker = "privileges.broker", word("`auto`, `off`"),
         Fallback::Varies("`auto` with `node.pods`, else `off`"), |s| Some(s.privileges.broker);

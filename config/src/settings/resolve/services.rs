@@ -29,9 +29,7 @@ settings! {
     /// differ only in these share a label set
     OMIT_LABELS: Vec<MetricLabel> = "metrics.omit_labels", list("list of labels", labels),
         Fallback::Is(Vec::new), |s| Some(s.series.omitted.clone());
-    /// the address of `/healthz/ready`: 200 when ready; 503 while starting or draining, without
-    /// file descriptors, while another program keeps changing the rules, or after an outage of the
-    /// control plane (`mesh.xds.unready_after`)
+    /// the address of `/healthz/ready`: 200 when ready, else 503 with the reasons
     READINESS: SocketAddr = "readiness.address", ADDRESS,
         Fallback::Is(|| on_all_addresses(15021)), |s| Some(s.readiness);
     /// the Unix socket that reads and changes the running proxy, for root and the proxy's user;

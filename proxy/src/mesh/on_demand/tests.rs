@@ -142,6 +142,26 @@ async fn absent_address_is_looked_up_again_after_seconds() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn absent_address_counts_as_unasked_after_seconds() {
+    let mut scene = Scene::new();
+    let count = |scene: &Scene| {
+        let current = scene.mesh.borrow().clone();
+        let needed = current.mesh.lookups_to_address("", [10, 0, 0, 1].into());
+        scene.lookups.count_unasked(&current, &needed)
+    };
+    assert_eq!(count(&scene), 1);
+    let waiting = tokio::spawn(scene.connect(1));
+    scene.ask().await;
+    assert_eq!(count(&scene), 0, "a connection waits for it");
+    scene.answer(&[], &["/10.0.0.1"]);
+    drop(waiting.await.unwrap().unwrap());
+    assert_eq!(count(&scene), 0, "it is known as absent");
+    scene.checks(Duration::from_secs(10)).await;
+    scene.mesh.send_replace(snapshot(scene.plane.snapshot()));
+    assert_eq!(count(&scene), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn lookup_is_refreshed_while_in_use_and_let_go_afterwards() {
     let mut scene = Scene::new();
     let first = tokio::spawn(scene.connect(1));
