@@ -55,7 +55,11 @@ async fn issued_by_authority() {
 async fn on_demand() {
     let scene = Scene::new().await;
     let mut plane = ScriptedControlPlane::start(&scene.server, 15012, &scene.pki);
-    plane.set_first(&[response(ResourceType::Authorization, Vec::new(), &[])]);
+    let own = vec![hbone_workload(&scene.client)];
+    plane.set_first(&[
+        response(ResourceType::Authorization, Vec::new(), &[]),
+        response(ResourceType::Address, own, &[]),
+    ]);
     let settings = Settings::new(CLIENT).identity(&scene.client_files).section(&plane.settings());
     let settings = without_dns(&scene.client, settings).set("mesh.xds.on_demand=true");
     let _client = scene.client.proxy(&settings).await;
@@ -66,8 +70,7 @@ async fn on_demand() {
     let stream = scene.client.dial(scene.app(Family::V4)).await.expect("it listens");
     let lookup = format!("/{}", scene.server.ip(Family::V4));
     while !plane.request().await.resource_names_subscribe.contains(&lookup) {}
-    let workloads = [&scene.client, &scene.server].map(hbone_workload).into();
-    plane.send(&response(ResourceType::Address, workloads, &[]));
+    plane.send(&response(ResourceType::Address, vec![hbone_workload(&scene.server)], &[]));
     drop(stream);
     scene.echoed().await;
     let findings = doctor_of_proxy(&scene.client).await;
