@@ -55,15 +55,16 @@ impl ScriptedSupervisor {
         Self { socket: UnixDatagram::bind(&path).or_fail("bind the supervisor's socket"), path }
     }
 
-    /// Starts the binary in the pod, with these settings and more arguments. The process expects to
-    /// be watched with `watchdog_usec`, and inherits `listener`.
+    /// Starts the binary in the pod, with these settings and more arguments. The process inherits
+    /// `listener`. `watchdog_usec` is for a start command, or from the line of a reload command:
+    /// systemd does not set it for that.
     #[must_use]
     pub fn start(
         &self,
         pod: &Pod,
         settings: &Settings,
         more: &[&str],
-        watchdog_usec: u64,
+        watchdog_usec: Option<u64>,
         listener: Option<(&str, &OwnedFd)>,
     ) -> Service {
         let mut command = match listener {
@@ -81,7 +82,10 @@ impl ScriptedSupervisor {
             }
         };
         command.arg(settings.command()).args(settings.arguments(pod)).args(more);
-        command.env("NOTIFY_SOCKET", &self.path).env("WATCHDOG_USEC", watchdog_usec.to_string());
+        command.env("NOTIFY_SOCKET", &self.path).env_remove("WATCHDOG_USEC");
+        if let Some(period) = watchdog_usec {
+            command.env("WATCHDOG_USEC", period.to_string());
+        }
         command.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
         Service { child: pod.spawn(&mut command).or_fail("start underpass") }
     }

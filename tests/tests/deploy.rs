@@ -145,12 +145,30 @@ fn promtool_accepts_alerts_and_their_tests() {
     }
 }
 
+const UNITS: [&str; 2] = ["underpass.service", "underpass-node.service"];
+
+#[test]
+fn reload_command_sets_period_of_watchdog() {
+    for unit in UNITS {
+        let text = read(&format!("deploy/systemd/{unit}"));
+        let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key));
+        let seconds = value("WatchdogSec=").and_then(|period| period.strip_suffix('s'));
+        let seconds: u64 = seconds.and_then(|text| text.parse().ok()).expect("a time in seconds");
+        let start = value("ExecStart=").expect("a start command");
+        let reload = format!(
+            "/usr/bin/env WATCHDOG_USEC={} {start} --take-over --background",
+            seconds * 1_000_000
+        );
+        assert_eq!(value("ExecReload="), Some(reload.as_str()), "{unit}");
+    }
+}
+
 /// The exposure that systemd rates as medium is 50 or more; below it is OK.
 const MAX_EXPOSURE: &str = "--threshold=49";
 
 #[test]
 fn systemd_rates_the_units_as_ok() {
-    for unit in ["underpass.service", "underpass-node.service"] {
+    for unit in UNITS {
         let file = path(&format!("deploy/systemd/{unit}")).display().to_string();
         let arguments = ["security", "--offline=true", "--no-pager", MAX_EXPOSURE, &file];
         let Some(printed) = checker("systemd-analyze", &arguments, "") else { return };

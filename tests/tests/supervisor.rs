@@ -10,10 +10,11 @@ use std::process::ExitCode;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use underpass_tests::{Notification, Scene, ScriptedSupervisor, Suite, http_get, within};
+use underpass_tests::{Notification, Proxy, Scene, ScriptedSupervisor, Suite, http_get, within};
 
-/// A period of the watchdog, in microseconds, with which the process sends no reports.
-const NO_WATCHDOG: u64 = 0;
+/// The periods of the watchdog, in microseconds.
+const NO_WATCHDOG: Option<u64> = None;
+const WATCHDOG: Option<u64> = Some(200_000);
 const READY: &str = "READY=1";
 const READINESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15021);
 
@@ -32,6 +33,10 @@ fn main() -> ExitCode {
     suite.test(
         "--background returns once the new process has taken over",
         background_returns_after_takeover,
+    );
+    suite.test(
+        "the watchdog of a reload command is notified by the new process",
+        watchdog_is_notified_after_reload,
     );
     suite.test("--background fails if the new process does not serve", background_fails);
     suite.run()
@@ -117,10 +122,17 @@ async fn watchdog_is_notified() {
     let scene = Scene::new().await;
     let (pod, settings) = (&scene.client, scene.client_settings());
     let supervisor = ScriptedSupervisor::new(pod);
-    let _process = supervisor.start(pod, &settings, &[], 200_000, None);
+    let _process = supervisor.start(pod, &settings, &[], WATCHDOG, None);
     for _ in 0..3 {
         supervisor.until("WATCHDOG=1").await;
     }
+}
+
+/// The process that has taken over from this one.
+async fn successor(old: &mut Proxy) -> Pid {
+    let line = old.line(&["another process has taken over"]).await;
+    let pid = line.split("pid=").nth(1).and_then(|rest| rest.split(' ').next());
+    Pid::from_raw(pid.and_then(|pid| pid.parse().ok()).expect("a process id"))
 }
 
 async fn background_returns_after_takeover() {
@@ -133,12 +145,27 @@ async fn background_returns_after_takeover() {
     let ready = supervisor.until(READY);
     let (_, code) = tokio::join!(ready, command.ended());
     assert_eq!(code, Some(0));
-    let line = old.line(&["another process has taken over"]).await;
-    let pid = line.split("pid=").nth(1).and_then(|rest| rest.split(' ').next());
-    let pid: i32 = pid.and_then(|pid| pid.parse().ok()).expect("a process id");
+    let pid = successor(&mut old).await;
     assert_eq!(http_get(pod, READINESS, "/healthz/ready").await.0, 200);
     assert!(old.ended().await.success(), "{}", old.log());
-    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("the new process runs");
+    kill(pid, Signal::SIGTERM).expect("the new process runs");
+    supervisor.until("STOPPING=1").await;
+}
+
+async fn watchdog_is_notified_after_reload() {
+    let scene = Scene::new().await;
+    let (pod, settings) = (&scene.client, scene.client_settings());
+    let mut old = pod.proxy(&settings).await;
+    let supervisor = ScriptedSupervisor::new(pod);
+    let more = ["--take-over", "--background"];
+    let mut command = supervisor.start(pod, &settings, &more, WATCHDOG, None);
+    assert_eq!(command.ended().await, Some(0));
+    let pid = successor(&mut old).await;
+    assert!(old.ended().await.success(), "{}", old.log());
+    for _ in 0..3 {
+        supervisor.until("WATCHDOG=1").await;
+    }
+    kill(pid, Signal::SIGTERM).expect("the new process runs");
     supervisor.until("STOPPING=1").await;
 }
 
