@@ -16,6 +16,7 @@ use underpass_tests::{Notification, Proxy, Scene, ScriptedSupervisor, Suite, htt
 const NO_WATCHDOG: Option<u64> = None;
 const WATCHDOG: Option<u64> = Some(200_000);
 const READY: &str = "READY=1";
+const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 15020);
 const READINESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 15021);
 
 fn main() -> ExitCode {
@@ -27,6 +28,10 @@ fn main() -> ExitCode {
     suite.test(
         "a process uses no stored listener of another profile, and removes it",
         listener_of_other_profile_is_removed,
+    );
+    suite.test(
+        "a start that fails because of a stored listener removes it",
+        failed_start_removes_listener,
     );
     suite.test("a stopping process removes its listeners from the store", stop_clears_store);
     suite.test("the watchdog is notified while the workers answer", watchdog_is_notified);
@@ -99,6 +104,20 @@ async fn listener_of_other_profile_is_removed() {
     let notifications = supervisor.until(READY).await;
     assert!(removed(&notifications).contains(&name), "{notifications:?}");
     assert!(listeners(&stored(notifications)).contains(&"metrics"));
+}
+
+async fn failed_start_removes_listener() {
+    let scene = Scene::new().await;
+    let (pod, settings) = (&scene.client, scene.client_settings());
+    let supervisor = ScriptedSupervisor::new(pod);
+    let other = pod.run(|| TcpListener::bind(METRICS)).expect("a free port");
+    let (name, other) = ("1 none redirect metrics", other.into());
+    let mut first = supervisor.start(pod, &settings, &[], NO_WATCHDOG, Some((name, &other)));
+    supervisor.until(&format!("FDSTOREREMOVE=1\nFDNAME={name}")).await;
+    assert_eq!(first.ended().await, Some(1));
+    drop(other);
+    let _second = supervisor.start(pod, &settings, &[], NO_WATCHDOG, None);
+    supervisor.until(READY).await;
 }
 
 async fn stop_clears_store() {

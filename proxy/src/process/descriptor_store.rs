@@ -23,7 +23,7 @@ pub(crate) struct DescriptorStore {
 
 impl DescriptorStore {
     /// Also returns those of the `inherited` listeners that these settings can use. The others
-    /// stay in the store until [`keep`](Self::keep).
+    /// stay in the store until [`keep`](Self::keep), or until the start fails.
     ///
     /// # Errors
     ///
@@ -66,6 +66,15 @@ impl DescriptorStore {
     pub(crate) fn clear(&self) {
         for name in all_names() {
             notify::forget(&format!("{}{name}", self.prefix));
+        }
+    }
+}
+
+impl Drop for DescriptorStore {
+    /// After a start that failed, the next one binds its listeners itself: these may be the reason.
+    fn drop(&mut self) {
+        for name in self.inherited.drain(..) {
+            notify::forget(&name);
         }
     }
 }
