@@ -67,8 +67,10 @@ impl ProxyUser {
         Ok(())
     }
 
-    /// The first of these files that this user is not permitted to read. Supplementary groups of
-    /// this process count as those of the user.
+    /// The first of these files that this user is not permitted to read.
+    ///
+    /// The check keeps the supplementary groups of this process, which the proxy process does not
+    /// have: a file that only they may read passes, and the proxy process then fails to start.
     ///
     /// # Errors
     ///
