@@ -93,10 +93,14 @@ async fn run_phases(
     }
     store.keep(daemon.takeovers.listeners());
     let watchdog = watchdog::start(daemon.proxy.liveness());
-    daemon.tasks.extend(watchdog);
     let end = daemon.serve(source, inherited, &mut stop, start.report_ready).await?;
-    if let StopReason::Stopped(_) = end {
-        store.clear();
+    match end {
+        StopReason::Stopped(_) => {
+            store.clear();
+            daemon.tasks.extend(watchdog);
+        }
+        // The supervisor watches the process that has taken over.
+        StopReason::HandedOver { .. } => drop(watchdog),
     }
     daemon.stop(end, &mut stop).await
 }

@@ -23,6 +23,8 @@ pub(crate) struct Serving {
     takeovers: TakeoverServer,
     /// Tasks that run until the drain completes.
     tasks: Vec<Task>,
+    /// Reports to the supervisor's watchdog, until another process has taken over.
+    watchdog: Option<Task>,
 }
 
 impl Serving {
@@ -35,14 +37,14 @@ impl Serving {
     ) -> Self {
         proxy.ready().await;
         core.store.keep(takeovers.listeners());
-        let tasks = [reloading].into_iter().chain(watchdog::start(proxy.liveness())).collect();
+        let watchdog = watchdog::start(proxy.liveness());
         notify::ready();
         let (settings, ports) = (&core.settings, Ports::of(&core.settings));
         tracing::info!(
             workload = %settings.workload.name, workers = workers(settings), outbound = ports.outbound,
             inbound = ports.inbound, hbone = ports.hbone, profile = %settings.interception.profile, "ready"
         );
-        Self { core, pod, proxy, takeovers, tasks }
+        Self { core, pod, proxy, takeovers, tasks: vec![reloading], watchdog }
     }
 
     /// Serves until a stop signal, or until another process has taken over. A stop signal waits for
@@ -72,7 +74,12 @@ impl Serving {
                 TakeoverOutcome::Abandoned => self.restore_rules().await,
             }
         };
-        let Self { core, pod, proxy, tasks, .. } = self;
+        let Self { core, pod, proxy, mut tasks, watchdog, .. } = self;
+        match end {
+            StopReason::Stopped(_) => tasks.extend(watchdog),
+            // The supervisor watches the process that has taken over.
+            StopReason::HandedOver { .. } => drop(watchdog),
+        }
         Ok(Draining::new(end, core, pod, proxy, tasks))
     }
 
