@@ -22,8 +22,9 @@ pub struct ListeningSocket {
     pub transport: ListenerTransport,
     /// Its address.
     pub address: SocketAddr,
-    /// The process that has it; `None` if it is not visible.
-    pub owner: Option<SocketOwner>,
+    /// The processes that have it; none if they are not visible. A service manager may hold
+    /// duplicates of the listeners of a service.
+    pub owners: Vec<SocketOwner>,
 }
 
 /// The process that has a socket.
@@ -58,18 +59,16 @@ pub fn listening_sockets(_: &Entered, ports: &[u16]) -> Vec<ListeningSocket> {
     for (table, transport) in tables {
         let text = fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
         let rows = text.lines().skip(1).filter_map(|line| row(line, transport));
-        found.extend(
-            rows.filter(|(address, _)| ports.contains(&address.port())).map(|(address, inode)| {
-                (ListeningSocket { transport, address, owner: None }, inode)
-            }),
-        );
+        found.extend(rows.filter(|(address, _)| ports.contains(&address.port())).map(
+            |(address, inode)| (ListeningSocket { transport, address, owners: Vec::new() }, inode),
+        ));
     }
     let owners = if found.is_empty() { HashMap::new() } else { owners() };
-    let with_owner = |(socket, inode): (ListeningSocket, u64)| {
-        let owner = owners.get(&inode).and_then(|pid| owner(*pid));
-        ListeningSocket { owner, ..socket }
+    let with_owners = |(socket, inode): (ListeningSocket, u64)| {
+        let pids = owners.get(&inode).into_iter().flatten();
+        ListeningSocket { owners: pids.filter_map(|pid| owner(*pid)).collect(), ..socket }
     };
-    found.into_iter().map(with_owner).collect()
+    found.into_iter().map(with_owners).collect()
 }
 
 /// The address and the inode of a listening socket in a row of /proc/net/tcp and similar tables.
@@ -104,9 +103,9 @@ fn ip_address(hex: &str) -> Option<IpAddr> {
     }
 }
 
-/// The process of each socket that is visible, by inode.
-fn owners() -> HashMap<u64, u32> {
-    let mut owners = HashMap::new();
+/// The processes of each socket that is visible, by inode.
+fn owners() -> HashMap<u64, Vec<u32>> {
+    let mut owners = HashMap::<_, Vec<u32>>::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
@@ -114,7 +113,11 @@ fn owners() -> HashMap<u64, u32> {
         for file in fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten() {
             let Ok(target) = fs::read_link(file.path()) else { continue };
             if let Some(inode) = target.to_str().and_then(socket_inode) {
-                owners.entry(inode).or_insert(pid);
+                let pids = owners.entry(inode).or_default();
+                // A process may have several descriptors of a socket.
+                if pids.last() != Some(&pid) {
+                    pids.push(pid);
+                }
             }
         }
     }
@@ -155,7 +158,8 @@ mod tests {
     fn overlapping_addresses_block_each_other() {
         let blocks = |own: &str, other: &str| {
             let socket = |address: &str| address.parse::<SocketAddr>().unwrap();
-            let socket_at = |address| ListeningSocket { transport: Stream, address, owner: None };
+            let socket_at =
+                |address| ListeningSocket { transport: Stream, address, owners: Vec::new() };
             socket_at(socket(own)).blocks(Stream, socket(other))
         };
         assert!(blocks("127.0.0.1:80", "[::]:80") && blocks("[::]:80", "127.0.0.1:80"));
@@ -173,7 +177,7 @@ mod tests {
         let list = move |inside: &Entered| listening_sockets(inside, &[address.port()]);
         let found = thread.call(&namespace, list).await.unwrap();
         let own = found.iter().find(|socket| socket.address == address).expect("the listener");
-        assert_eq!(own.owner.as_ref().map(|owner| owner.pid), Some(std::process::id()), "{own:?}");
+        assert!(own.owners.iter().any(|owner| owner.pid == std::process::id()), "{own:?}");
         assert_eq!(own.transport, Stream);
     }
 }

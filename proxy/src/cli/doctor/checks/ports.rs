@@ -23,9 +23,10 @@ impl Check for Free {
 
 /// `own`: the processes of the running proxy. Without one, no socket is the proxy's.
 fn finding(wanted: &[ListenAddress], sockets: &[ListeningSocket], own: &[u32]) -> Finding {
-    let is_own = |socket: &ListeningSocket| match &socket.owner {
-        Some(owner) => own.contains(&owner.pid),
-        None => !own.is_empty(),
+    let is_own = |ListeningSocket { owners, .. }: &ListeningSocket| match owners.as_slice() {
+        [] => !own.is_empty(),
+        // systemd (pid 1) may hold duplicates of the proxy's listeners.
+        owners => owners.iter().any(|owner| own.contains(&owner.pid)),
     };
     let others: Vec<_> = sockets.iter().filter(|socket| !is_own(socket)).collect();
     let mut used = Vec::new();
@@ -51,7 +52,7 @@ fn finding(wanted: &[ListenAddress], sockets: &[ListeningSocket], own: &[u32]) -
 }
 
 fn line(setting: &str, address: SocketAddr, socket: &ListeningSocket) -> String {
-    let program = match &socket.owner {
+    let program = match socket.owners.last() {
         Some(SocketOwner { pid, name }) => format!("{name:?} (pid {pid})"),
         None => "a program that is not visible here".to_owned(),
     };
@@ -73,15 +74,19 @@ mod tests {
             address: address("[::]:15008"),
         }];
         let socket =
-            |owner| ListeningSocket { transport, address: address("0.0.0.0:15008"), owner };
-        let owner = SocketOwner { pid: 7, name: "nginx".to_owned() };
-        let named = [socket(Some(owner))];
+            |owners| ListeningSocket { transport, address: address("0.0.0.0:15008"), owners };
+        let owner = |pid, name: &str| SocketOwner { pid, name: name.to_owned() };
+        let named = [socket(vec![owner(7, "nginx")])];
         assert_eq!(finding(&wanted, &[], &[]).level, Level::Ok);
         assert_eq!(finding(&wanted, &named, &[7]).level, Level::Ok);
         let other = finding(&wanted, &named, &[8]);
         let line = "[::]:15008 (proxy.hbone_port): \"nginx\" (pid 7) listens at 0.0.0.0:15008";
         assert_eq!((other.level, &*other.details), (Level::Failure, &[line.to_owned()][..]));
-        assert_eq!(finding(&wanted, &[socket(None)], &[]).level, Level::Failure);
-        assert_eq!(finding(&wanted, &[socket(None)], &[7]).level, Level::Ok);
+        assert_eq!(finding(&wanted, &[socket(vec![])], &[]).level, Level::Failure);
+        assert_eq!(finding(&wanted, &[socket(vec![])], &[7]).level, Level::Ok);
+        let held = [socket(vec![owner(1, "systemd"), owner(7, "underpass")])];
+        assert_eq!(finding(&wanted, &held, &[7]).level, Level::Ok);
+        let held = finding(&wanted, &held, &[8]);
+        assert!(held.details[0].contains("\"underpass\" (pid 7)"), "{:?}", held.details);
     }
 }
