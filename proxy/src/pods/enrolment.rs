@@ -19,6 +19,7 @@ use crate::pods::facts::{FactsError, PodFacts};
 use crate::pods::namespace::NamespaceError;
 use crate::pods::take_over::handed::Handed;
 use crate::process::take_over::TakeOverError;
+use crate::rules::health::RulesHealth;
 use crate::traffic::inbound_drain::DrainState;
 use crate::traffic::listeners::NamedListeners;
 
@@ -131,7 +132,7 @@ pub(crate) enum Enrolled {
 /// A problem of a pod that is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PodProblem {
-    /// Another program has changed the rules, which are being repaired.
+    /// Another program has changed the rules, which are being repaired or stay changed.
     RulesChanged,
     SelfTestFailed,
     /// The first certificate is not issued yet.
@@ -144,6 +145,15 @@ pub(crate) enum PodProblem {
 }
 
 impl PodProblem {
+    /// The problem of the rules of a pod.
+    pub(crate) fn of_rules(rules: &RulesHealth) -> Option<Self> {
+        if rules.are_lost() || rules.are_unrepaired() {
+            Some(Self::RulesChanged)
+        } else {
+            rules.has_self_test_failed().then_some(Self::SelfTestFailed)
+        }
+    }
+
     /// The problem of a pod that the data plane serves.
     pub(crate) fn of_served(pod: &dyn ServedPod) -> Option<Self> {
         match (pod.drain_state(), pod.certificate()) {
@@ -169,7 +179,7 @@ impl PodProblem {
 impl fmt::Display for PodProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::RulesChanged => "another program changes the rules",
+            Self::RulesChanged => "another program has changed the rules",
             Self::SelfTestFailed => "the self-test of the rules failed",
             Self::CertificateAwaited => "its first certificate is not issued yet",
             Self::CertificateExpired => "its certificate has expired",
@@ -281,5 +291,23 @@ impl From<TakeOverError> for EnrolError {
 impl From<PodError> for EnrolError {
     fn from(error: PodError) -> Self {
         Self::Pod(Arc::new(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changed_rules_are_a_problem_with_and_without_repair() {
+        let rules = RulesHealth::default();
+        assert_eq!(PodProblem::of_rules(&rules), None);
+        rules.set_self_test_failed(true);
+        assert_eq!(PodProblem::of_rules(&rules), Some(PodProblem::SelfTestFailed));
+        rules.set_unrepaired(true);
+        assert_eq!(PodProblem::of_rules(&rules), Some(PodProblem::RulesChanged), "no repair");
+        rules.set_unrepaired(false);
+        rules.set_intact(false);
+        assert_eq!(PodProblem::of_rules(&rules), Some(PodProblem::RulesChanged), "lost");
     }
 }

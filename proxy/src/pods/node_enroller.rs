@@ -191,13 +191,7 @@ impl EnrolledPod for NodePod {
     }
 
     fn problem(&self) -> Option<PodProblem> {
-        if self.health.are_lost() {
-            return Some(PodProblem::RulesChanged);
-        }
-        if self.health.has_self_test_failed() {
-            return Some(PodProblem::SelfTestFailed);
-        }
-        PodProblem::of_served(self.pod.served())
+        PodProblem::of_rules(&self.health).or_else(|| PodProblem::of_served(self.pod.served()))
     }
 
     fn listeners(&self) -> NamedListeners {
