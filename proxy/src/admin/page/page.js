@@ -54,7 +54,7 @@ function showConnections() {
 /** Offers the pods of a node, and keeps the selection. */
 function showPods({ command, pods = [] }) {
   byId("rules-of").hidden = command !== "node";
-  const names = pods.filter((pod) => pod.state === "serving").map((pod) => pod.pod);
+  const names = pods.filter((pod) => ["serving", "draining"].includes(pod.state)).map((pod) => pod.pod);
   const selected = byId("rules-pod").value;
   replace(byId("rules-pod"), names.map((name) => element("option", { value: name }, name)));
   if (names.includes(selected)) byId("rules-pod").value = selected;
