@@ -60,7 +60,7 @@ pub(crate) const SITUATIONS: &[Situation] = &[
         make: || Box::pin(broken_mesh()),
         status: STATUS,
         doctor: Doctor("configuration", "failure", "workloads[0].workloadIps[0]"),
-        log: Log::StartError(&["error: "]),
+        log: Log::StartError(&["error: ", "workloads[0].workloadIps[0]"]),
         metric: METRIC,
     },
     Situation {
