@@ -149,9 +149,9 @@ impl Readiness {
         &self.mesh
     }
 
-    /// The status of the pods of a node. Requests share a report that began after them, and reports
-    /// have an interval: a broker performs a limited number of requests, also for connections of
-    /// pods.
+    /// The status of the pods of a node. Concurrent requests share one report, which begins after
+    /// them. Reports are at least 20 ms apart, because a broker limits the requests of the proxy
+    /// process, which also open connections of pods.
     pub(crate) async fn pods(&self) -> Vec<Pod> {
         let Some(report) = self.pods.get() else { return Vec::new() };
         let asked = Instant::now();

@@ -18,7 +18,8 @@ use crate::version::VERSION;
 const INTERVAL: Duration = Duration::from_secs(5);
 /// From this percentage on, the table of tracked connections is nearly full.
 const NEARLY_FULL: u64 = 80;
-/// From this percentage on, connections of this moment may already be dropped.
+/// From this percentage on, a burst of connections may fill the table, and the kernel drops new
+/// ones.
 const FULL: u64 = 95;
 /// The time for which lost log lines are shown.
 const LOSS_WINDOW: Duration = Duration::from_secs(300);
