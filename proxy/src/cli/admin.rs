@@ -30,7 +30,9 @@ pub(super) enum Command {
     },
     /// Take a pod out of use before maintenance: refuse new inbound connections, wait for the open
     /// ones, and terminate the rest after the deadline
-    #[command(after_help = "Example:\n  underpass admin drain shop/web-1 --deadline 5m")]
+    #[command(
+        after_help = "Example:\n  underpass admin drain shop/web-1 --deadline 5m\n\nExit codes: 0 the pod is drained, 1 the drain was ended before, or another failure."
+    )]
     Drain {
         /// The pod; by default the only one of `underpass run`
         #[arg(value_name = "NAMESPACE/NAME")]
@@ -123,14 +125,18 @@ async fn drain(
         sleep(DRAIN_INTERVAL).await;
         drain = client.json(Method::GET, &path).await?;
     }
-    let Drain { pod, state, terminated, .. } = drain;
-    print(&match (state, terminated) {
-        (State::Drained, 0) => format!("{pod} is drained\n"),
+    print(&result(drain)?)
+}
+
+/// The line about a drain that has ended.
+fn result(Drain { pod, state, terminated, .. }: Drain) -> Result<String, CommandError> {
+    match (state, terminated) {
+        (State::Drained, 0) => Ok(format!("{pod} is drained\n")),
         (State::Drained, _) => {
-            format!("{pod} is drained: {} terminated\n", inbound_connections(terminated))
+            Ok(format!("{pod} is drained: {} terminated\n", inbound_connections(terminated)))
         }
-        (State::Serving | State::Draining, _) => format!("the drain of {pod} was ended\n"),
-    })
+        (State::Serving | State::Draining, _) => Err(CommandError::DrainEnded(pod)),
+    }
 }
 
 fn inbound_connections(number: usize) -> String {
@@ -161,4 +167,28 @@ async fn log(
     };
     let current: Logging = proxy.connect().await?.json(method, &path).await?;
     print(&format!("{}\n", current.filter))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::ExitCode;
+
+    use underpass_config::Hint as _;
+
+    use super::*;
+
+    #[test]
+    fn drain_that_was_ended_is_an_error_with_a_hint() {
+        let ended = |state, terminated| {
+            let pod = "shop/web-1".to_owned();
+            result(Drain { pod, state, inbound: 0, seconds_left: None, terminated })
+        };
+        assert_eq!(ended(State::Drained, 0).expect("a line"), "shop/web-1 is drained\n");
+        let line = "shop/web-1 is drained: 2 inbound connections terminated\n";
+        assert_eq!(ended(State::Drained, 2).expect("a line"), line);
+        let error = ended(State::Serving, 0).expect_err("an error");
+        assert!(error.to_string().starts_with("the drain of shop/web-1 was ended"), "{error}");
+        assert_eq!(error.hint().as_deref(), Some("begin it again with `underpass admin drain`"));
+        assert_eq!(error.exit_code(), ExitCode::FAILURE);
+    }
 }

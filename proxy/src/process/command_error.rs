@@ -109,6 +109,8 @@ pub(crate) enum CommandError {
     /// The findings are already printed.
     #[error("failed checks: {0}")]
     ChecksFailed(usize),
+    #[error("the drain of {0} was ended by another command, a hot restart or a new enrolment")]
+    DrainEnded(String),
     #[error("cannot write the result")]
     Output(#[source] io::Error),
 }

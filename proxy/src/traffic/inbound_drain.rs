@@ -106,6 +106,10 @@ impl InboundDrain {
         let mut terminated = 0;
         while connections.count(Decision::is_inbound).await > 0 {
             let left = deadline.saturating_duration_since(Instant::now());
+            // The count yields: an undone drain terminates nothing.
+            if replaced.is_cancelled() {
+                return;
+            }
             if left.is_zero() {
                 // Again at every check: a stream may have got its permit after the deadline.
                 terminated += connections.terminate(not_inbound).await;

@@ -1,6 +1,7 @@
 //! `/drain` and `/undrain` take a pod out of use and back; `/renew_tunnels` replaces its tunnels.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,9 @@ use crate::admin::state::Admin;
 use crate::decide::subject::Decision;
 use crate::node::pod::Pod;
 use crate::traffic::inbound_drain::DrainState;
+
+/// The longest deadline that a request may set.
+const MAX_DEADLINE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The drain of a pod.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,8 +34,9 @@ pub(crate) struct Drain {
     pub(crate) terminated: usize,
 }
 
-/// The state of a pod's inbound connections.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// The state of a pod's inbound connections. Of several pods with the same name, the least state
+/// is reported: the name is in use while one of them serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum State {
     /// New ones are accepted.
@@ -62,8 +67,10 @@ pub(crate) async fn begin(admin: &Admin, mut query: Query) -> Result<Drain, Refu
     let named = admin.pod_of(&mut query, "/drain")?;
     let deadline = query.take("deadline")?;
     query.end("the parameters pod and deadline")?;
-    let malformed = || Refusal::bad_request("deadline must be a time such as 30s or 5m");
-    let deadline = deadline.map(|text| parse_duration(&text).ok_or_else(malformed)).transpose()?;
+    let malformed =
+        || Refusal::bad_request("deadline must be a time such as 30s or 5m, and 24h at most");
+    let parsed = |text: &str| parse_duration(text).filter(|time| *time <= MAX_DEADLINE);
+    let deadline = deadline.map(|text| parsed(&text).ok_or_else(malformed)).transpose()?;
     let deadline = deadline.unwrap_or(admin.node.timeouts.drain);
     let pods = served(admin, &named)?;
     for pod in pods.clone() {
@@ -131,23 +138,43 @@ fn unknown(name: &str) -> Refusal {
 async fn report(pods: &[Arc<Pod>]) -> Drain {
     let pod = pods.first().map(|pod| pod.name.to_string()).unwrap_or_default();
     let mut sum =
-        Drain { pod, state: State::Serving, inbound: 0, seconds_left: None, terminated: 0 };
+        Drain { pod, state: State::Drained, inbound: 0, seconds_left: None, terminated: 0 };
     for pod in pods {
         sum.inbound += pod.connections.count(Decision::is_inbound).await;
-        match pod.inbound_drain.state() {
-            DrainState::Serving => {}
+        let state = match pod.inbound_drain.state() {
+            DrainState::Serving => State::Serving,
             DrainState::Draining { deadline } => {
                 let left = deadline.saturating_duration_since(Instant::now());
                 sum.seconds_left = sum.seconds_left.max(Some(left.as_secs()));
-                sum.state = State::Draining;
+                State::Draining
             }
             DrainState::Drained { terminated } => {
                 sum.terminated += terminated;
-                if sum.state == State::Serving {
-                    sum.state = State::Drained;
-                }
+                State::Drained
             }
-        }
+        };
+        sum.state = sum.state.min(state);
     }
     sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::testing::pod;
+
+    #[tokio::test]
+    async fn serving_pod_wins_over_a_drained_one_of_the_same_name() {
+        let pods = [pod(&[]), pod(&[])];
+        let [leaving, replacement] = &pods;
+        let state = async || report(&pods).await.state;
+        let drain = leaving.inbound_drain.begin(MAX_DEADLINE);
+        assert_eq!(state().await, State::Serving, "the first one drains");
+        leaving.inbound_drain.finish(drain, &leaving.connections).await;
+        assert_eq!(state().await, State::Serving, "the first one is drained");
+        let drain = replacement.inbound_drain.begin(MAX_DEADLINE);
+        assert_eq!(state().await, State::Draining);
+        replacement.inbound_drain.finish(drain, &replacement.connections).await;
+        assert_eq!(state().await, State::Drained);
+    }
 }

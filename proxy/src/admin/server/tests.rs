@@ -81,6 +81,12 @@ async fn unknown_paths_and_methods_are_refused_with_the_reason() {
         ),
         (
             "POST",
+            "/drain?pod=default/server&deadline=18446744073709551615s",
+            400,
+            "and 24h at most",
+        ),
+        (
+            "POST",
             "/drain?pod=shop/web",
             404,
             "no pod shop/web: this proxy has the pod default/server",

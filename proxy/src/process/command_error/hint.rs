@@ -53,6 +53,7 @@ impl Hint for CommandError {
             Self::BrokerEnded | Self::Broker(_) => {
                 "start the proxy again; the rules stay, and connections are refused until it runs again"
             }
+            Self::DrainEnded(_) => "begin it again with `underpass admin drain`",
             Self::NoSuchCommand(_) => "`underpass --help` lists the commands",
             Self::Mistakes(_)
             | Self::Unhealthy { .. }
