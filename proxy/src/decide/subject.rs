@@ -84,6 +84,8 @@ impl Subject {
 /// The decision on a registered connection, stream or tunnel, and its content in lists.
 #[derive(Debug, Default)]
 pub(crate) struct Decision {
+    /// Whether it is a tunnel of a peer, or a connection to the pod; known before the permit.
+    is_inbound: bool,
     /// The permit; empty for tunnels, and before the first permit. Dialling another endpoint
     /// replaces it.
     pub(super) permitted: Option<Permitted>,
@@ -108,8 +110,14 @@ pub(crate) struct PeerTunnel {
 }
 
 impl Decision {
+    /// Before the first permit. `is_inbound`: a tunnel of a peer, or a connection to the pod.
+    pub(crate) fn undecided(is_inbound: bool) -> Self {
+        Self { is_inbound, permitted: None, open: None }
+    }
+
     pub(super) fn permitted(permitted: Permitted) -> Self {
-        Self { permitted: Some(permitted), open: None }
+        let is_inbound = matches!(permitted.subject, Subject::Inbound(_));
+        Self { is_inbound, permitted: Some(permitted), open: None }
     }
 
     /// Shows the open connection of `record` in lists.
@@ -123,11 +131,9 @@ impl Decision {
         self.open = Some(Open::Tunnel(Box::new(PeerTunnel { client, identity, accepted })));
     }
 
-    /// Whether it is a tunnel of a peer, or a connection to the pod. A connection without a permit
-    /// yet is neither.
+    /// Whether it is a tunnel of a peer, or a connection to the pod, with or without a permit.
     pub(crate) fn is_inbound(&self) -> bool {
-        let permitted = self.permitted.as_ref().map(|permitted| &permitted.subject);
-        matches!(permitted, Some(Subject::Inbound(_))) || matches!(self.open, Some(Open::Tunnel(_)))
+        self.is_inbound
     }
 
     /// The permitted connection that is being opened.

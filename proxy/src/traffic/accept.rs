@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use underpass_hbone::catch_panic;
 use underpass_interception::{Listener, reset_on_close};
 
+use crate::decide::connection_registry::Registration;
 use crate::decide::subject::Decision;
 use crate::error::ProxyError;
 use crate::limits::{AdmissionKind, Limits, Rate, Refusal, Shortage};
@@ -147,14 +148,18 @@ fn assign_or_refuse(
     if pod.self_test.claims(&accepted) {
         return;
     }
-    if kind != Kind::Outbound && pod.inbound_drain.refuses() {
+    let is_drained = || kind != Kind::Outbound && pod.inbound_drain.refuses();
+    if is_drained() {
         return refuse_drained(worker.records.of_pod(&pod.name), &accepted);
     }
     let peer = (kind == Kind::Outbound).then(|| accepted.destination.address().ip());
     match pod.limits.admit(admission_kind(kind), client.ip(), peer) {
         Ok(ticket) => {
-            let registration =
-                pod.connections.for_worker(ticket.worker()).register(Decision::default());
+            let registration = register(pod, ticket.worker(), kind);
+            // A drain that has begun meanwhile may not have counted the connection.
+            if is_drained() {
+                return refuse_drained(worker.records.of_pod(&pod.name), &accepted);
+            }
             assign(worker, Assignment { pod: pod.clone(), accepted, registration, ticket });
         }
         Err(refusal) => refuse(worker, kind, &accepted.stream, refusal),
@@ -192,9 +197,13 @@ fn assign(worker: &Arc<Worker>, assignment: Assignment) {
         let Accepted { kind, stream, .. } = &returned.accepted;
         return refuse(worker, *kind, stream, refusal);
     }
-    let registration =
-        returned.pod.connections.for_worker(worker.index).register(Decision::default());
+    let registration = register(&returned.pod, worker.index, returned.accepted.kind);
     worker.serve(Assignment { registration, ..returned });
+}
+
+/// Registers an accepted connection of `pod` on a worker.
+fn register(pod: &Pod, worker: usize, kind: Kind) -> Registration<Decision> {
+    pod.connections.for_worker(worker).register(Decision::undecided(kind != Kind::Outbound))
 }
 
 /// Refuses by RST: a FIN would look like an answer.

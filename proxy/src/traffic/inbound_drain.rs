@@ -171,7 +171,7 @@ mod tests {
 
         /// A tunnel of a peer on the second worker.
         fn tunnel(&self) -> Registration<Decision> {
-            let registration = self.connections.for_worker(1).register(Decision::default());
+            let registration = self.connections.for_worker(1).register(Decision::undecided(true));
             let (client, id) = (SocketAddr::from(([10, 0, 0, 1], 1)), "spiffe://td/ns/a/sa/b");
             let id = id.parse().unwrap();
             registration.amend(|decision| decision.list_tunnel(client, &id));
@@ -187,18 +187,23 @@ mod tests {
     async fn drain_ends_with_the_last_inbound_connection() {
         let pod = Draining::new();
         let tunnel = pod.tunnel();
-        let _opening = pod.connections.for_worker(0).register(Decision::default());
+        let _opening = pod.connections.for_worker(0).register(Decision::undecided(false));
+        let handshake = pod.connections.for_worker(0).register(Decision::undecided(true));
         let closing = pod.drain.closing_of_tunnel();
         assert!(!pod.drain.refuses());
         let (drain, began) = (pod.drain.begin(DEADLINE), Instant::now());
         assert!(pod.drain.refuses() && closing.is_cancelled());
         assert_eq!(pod.drain.state(), DrainState::Draining { deadline: began + DEADLINE });
         let ending = async {
-            sleep(Duration::from_secs(2)).await;
+            sleep(Duration::from_secs(1)).await;
             drop(tunnel);
+            sleep(Duration::from_secs(1)).await;
+            drop(handshake);
         };
         tokio::join!(pod.finish(drain), ending);
-        assert_eq!(began.elapsed(), Duration::from_secs(2));
+        let waited = began.elapsed();
+        assert!(waited >= Duration::from_secs(2), "a handshake counts: {waited:?}");
+        assert!(waited <= Duration::from_secs(2) + CHECK_INTERVAL, "{waited:?}");
         assert_eq!(pod.drain.state(), DrainState::Drained { terminated: 0 });
         assert!(pod.drain.refuses(), "it stays out of use");
     }
@@ -207,7 +212,7 @@ mod tests {
     async fn drain_terminates_only_inbound_connections_at_its_deadline() {
         let pod = Draining::new();
         let tunnel = pod.tunnel();
-        let other = pod.connections.for_worker(0).register(Decision::default());
+        let other = pod.connections.for_worker(0).register(Decision::undecided(false));
         let (drain, began) = (pod.drain.begin(DEADLINE), Instant::now());
         let ending = async {
             let endless = std::future::pending::<Result<(), ProxyError>>();

@@ -236,7 +236,7 @@ impl Seat {
 
     /// Registers a stream of a tunnel of the pod.
     pub(crate) fn register_stream(&self) -> Registration<Decision> {
-        self.registry.register(Decision::default())
+        self.registry.register(Decision::undecided(true))
     }
 
     /// Decides whether a registered connection of the pod is permitted.
