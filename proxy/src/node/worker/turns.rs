@@ -26,9 +26,10 @@ use crate::node::pod::PodId;
 /// short exchange and to close it. Later ones cost as little as those of any open connection.
 const POLLS_IN_TURN: u8 = 16;
 
-/// The number of waiting connections of a pod from which its listeners wait too. The kernel queues
-/// further ones for less: here each has a descriptor, and all streams of a tunnel that ends are
-/// ready at once, which takes tens of milliseconds for thousands of them.
+/// While this many connections of a pod wait, its listeners wait too, for as many turns at most.
+/// Further connections stay in the kernel's queue, where they cost less: an accepted one has a
+/// descriptor, and all streams of a tunnel that ends are ready at once, which takes tens of
+/// milliseconds for thousands of them.
 const MAX_WAITING: usize = 256;
 
 /// The work that takes turns. The two kinds of one pod alternate up to [`MAX_WAITING`] connections:
@@ -63,6 +64,9 @@ struct Queue {
     waiting: HashMap<Work, BTreeMap<u64, Waker>>,
     /// The entries whose turn it is.
     granted: HashSet<u64>,
+    /// How often the listeners of a pod were passed over since their last turn. Streams of open
+    /// tunnels take turns too: without a limit, they could keep the listeners waiting for ever.
+    passed_over: HashMap<PodId, usize>,
 }
 
 /// One turn. It leaves the queue when dropped.
@@ -119,9 +123,14 @@ impl Queue {
     fn give_next(&mut self) -> bool {
         for _ in 0..self.works.len() {
             let Some(work) = self.works.pop_front() else { break };
-            if self.must_wait(work) {
-                self.works.push_back(work);
-                continue;
+            if let Work::Accept(pod) = work {
+                let passes = self.passed_over.get(&pod).copied().unwrap_or(0);
+                if passes < MAX_WAITING && self.must_wait(pod) {
+                    self.passed_over.insert(pod, passes + 1);
+                    self.works.push_back(work);
+                    continue;
+                }
+                self.passed_over.remove(&pod);
             }
             let Some(waiting) = self.waiting.get_mut(&work) else { continue };
             let first = waiting.pop_first();
@@ -140,10 +149,9 @@ impl Queue {
         false
     }
 
-    /// Whether a listener waits for the connections of its pod. Their turn comes first then, so a
+    /// Whether the listeners of a pod wait for its connections. Their turn comes first then, so a
     /// pass never begins without a turn.
-    fn must_wait(&self, work: Work) -> bool {
-        let Work::Accept(pod) = work else { return false };
+    fn must_wait(&self, pod: PodId) -> bool {
         let connections = self.waiting.get(&Work::Connect(pod));
         connections.is_some_and(|waiting| waiting.len() >= MAX_WAITING)
     }

@@ -115,17 +115,51 @@ async fn listener_waits_while_too_many_connections_of_its_pod_wait() {
 }
 
 #[tokio::test]
-async fn dropped_turn_leaves_nothing() {
-    let (turns, pod) = (Turns::default(), Work::Connect(PodId::next()));
+async fn listener_gets_turn_while_many_open_streams_of_its_pod_take_turns() {
+    let (turns, pod) = (Turns::default(), PodId::next());
     let cx = Context::from_waker(Waker::noop());
-    assert!(turns.turn(pod).poll(&cx).is_ready());
-    let mut waiting = [turns.turn(pod), turns.turn(pod)];
+    assert!(turns.turn(Work::Connect(pod)).poll(&cx).is_ready());
+    let mut streams: VecDeque<_> =
+        (0..MAX_WAITING + 44).map(|_| turns.turn(Work::Connect(pod))).collect();
+    assert!(streams.iter_mut().all(|turn| turn.poll(&cx).is_pending()));
+    for _ in 0..2 {
+        let mut accept = turns.turn(Work::Accept(pod));
+        assert!(accept.poll(&cx).is_pending());
+        let mut passes = 0;
+        loop {
+            assert!(turns.0.queue().give_next());
+            passes += 1;
+            if accept.poll(&cx).is_ready() {
+                break;
+            }
+            assert!(passes <= 2 * (MAX_WAITING + 1), "the listener starves");
+            streams.rotate_left(1);
+            let stream = streams.back_mut().unwrap();
+            assert!(stream.poll(&cx).is_ready(), "a pass without a turn");
+            assert!(stream.poll(&cx).is_pending(), "the stream waits again");
+        }
+        assert!(passes > MAX_WAITING, "the listener did not wait: {passes} passes");
+        assert!(turns.0.queue().passed_over.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn dropped_turn_leaves_nothing() {
+    let (turns, pod) = (Turns::default(), PodId::next());
+    let cx = Context::from_waker(Waker::noop());
+    let work = Work::Connect(pod);
+    assert!(turns.turn(work).poll(&cx).is_ready());
+    let mut accept = turns.turn(Work::Accept(pod));
+    assert!(accept.poll(&cx).is_pending());
+    let mut waiting: Vec<_> = (0..=MAX_WAITING).map(|_| turns.turn(work)).collect();
     assert!(waiting.iter_mut().all(|turn| turn.poll(&cx).is_pending()));
     assert!(turns.0.queue().give_next(), "the first waiting connection gets a turn");
-    drop(waiting);
+    assert!(!turns.0.queue().passed_over.is_empty(), "the listener was passed over");
+    drop((accept, waiting));
     assert!(!turns.0.queue().give_next());
     let queue = turns.0.queue();
     assert!(queue.works.is_empty() && queue.waiting.is_empty() && queue.granted.is_empty());
+    assert!(queue.passed_over.is_empty());
 }
 
 #[tokio::test]
