@@ -29,6 +29,9 @@ use crate::plan::{RulePlan, TABLE};
 
 type NftablesConnection = Connection<Nftables>;
 
+/// The operation that [`apply`] reports.
+const INSTALL: &str = "install the nftables rules";
+
 /// The counter of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RuleCounter {
@@ -58,18 +61,31 @@ pub(crate) async fn check_available(entered: &Entered) -> Result<(), Interceptio
 
 /// Replaces the table by the plan in one transaction: a packet passes either the old or the new
 /// rules. Records the owner in the table. Before the first rules of a namespace with connections, a
-/// transaction exempts those of the proxy (`untracked.rs`).
+/// transaction exempts those of the proxy (`untracked.rs`). A failure leaves no exemption.
 pub(crate) async fn apply(
     entered: &Entered,
     plan: &RulePlan,
     owner: Option<&str>,
 ) -> Result<(), InterceptionError> {
-    if untracked::has_connections(entered) {
-        with_connection(entered, "install the nftables rules", async |kernel| {
-            untracked::exempt(kernel, plan).await
-        })
-        .await?;
+    let is_exempt = untracked::has_connections(entered)
+        && with_connection(entered, INSTALL, async |kernel| untracked::exempt(kernel, plan).await)
+            .await?;
+    let replaced = replace_by_plan(entered, plan, owner).await;
+    if replaced.is_err() && is_exempt {
+        let undo = async |kernel: &_| untracked::undo(kernel, plan).await;
+        if let Err(error) = with_connection(entered, "remove the exemption", undo).await {
+            let hint = "run `underpass rules remove`";
+            tracing::warn!(%error, hint, "connections of the proxy stay exempt from conntrack");
+        }
     }
+    replaced
+}
+
+async fn replace_by_plan(
+    entered: &Entered,
+    plan: &RulePlan,
+    owner: Option<&str>,
+) -> Result<(), InterceptionError> {
     let elements: usize = named_sets(plan).map(|set| set.values.len()).sum();
     let size = TableSize { entries: plan.chains().len() + 2 * plan.rules().len(), elements };
     let add = |transaction| {
@@ -79,7 +95,7 @@ pub(crate) async fn apply(
             None => Ok(all),
         }
     };
-    replace_table(entered, "install the nftables rules", TABLE, size, &add).await
+    replace_table(entered, INSTALL, TABLE, size, &add).await
 }
 
 /// The content of a table, to estimate the size of a transaction.

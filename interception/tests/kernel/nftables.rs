@@ -1,7 +1,7 @@
 //! Kernel tests of the nftables backend: it installs the same rules as nft, and detects changes.
 
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use libtest_mimic::Failed;
@@ -41,6 +41,7 @@ pub(crate) const CASES: &[Case] = &[
         owned_table_is_reported,
     ),
     ("nftables: the kernel names an unknown expression", kernel_names_unknown_expression),
+    ("nftables: rejected rules leave no exemption from conntrack", rejected_rules_leave_no_table),
 ];
 
 const NAT: ChainId = ChainId { table: Table::Nat, name: "OUTPUT" };
@@ -413,6 +414,32 @@ fn owned_table_is_reported() -> Result<(), Failed> {
     })?;
     let owned = matches!(refused, Err(InterceptionError::Owned { .. }));
     equal(&format!("the error names the owner: {refused:?}"), owned, true)
+}
+
+/// In a namespace with connections, the exemption of `untracked.rs` precedes the rules.
+fn rejected_rules_leave_no_table() -> Result<(), Failed> {
+    let pod = isolated_namespace("nft-rejected")?;
+    let zone = Rule {
+        id: "zone".to_owned(),
+        chain: RAW,
+        matches: vec![TCP],
+        action: Action::Zone(15, Some(Direction::Original)),
+        ..rule()
+    };
+    let missing = ChainId { table: Table::Nat, name: "MISSING" };
+    let rejected = Rule { id: "rejected".to_owned(), action: Action::Jump(missing), ..rule() };
+    inside(&pod, async || {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let _client = TcpStream::connect(listener.local_addr()?)?;
+        let (entered, kernel) = (Entered::current()?, Connection::<Nftables>::new()?);
+        let generation = kernel.generation().await?;
+        let applied =
+            testing::apply(&entered, &testing::plan(chains(), vec![zone.clone(), rejected])).await;
+        equal(&format!("the kernel rejects the rules: {applied:?}"), applied.is_err(), true)?;
+        equal("the changes are reverted", kernel.generation().await?, generation + 2)?;
+        equal("a table", kernel.list_tables_in(Family::Inet).await?.len(), 0)?;
+        Ok(testing::apply(&entered, &testing::plan(chains(), vec![zone])).await?)
+    })
 }
 
 /// The missing module is derived from the name of the expression.

@@ -33,16 +33,14 @@ fn open_connections(counters: &str) -> Option<u64> {
 }
 
 /// Creates the table with rules that exempt those packets from conntrack to which the plan assigns
-/// a zone. Does nothing if the table exists.
-pub(super) async fn exempt(kernel: &NftablesConnection, plan: &RulePlan) -> nlink::Result<()> {
-    let is_output =
-        |chain: &&Chain| chain.id.table == Table::Raw && chain.hook == Some(Hook::Output);
+/// a zone. Returns `false` if there are none or the table exists: then it did nothing.
+pub(super) async fn exempt(kernel: &NftablesConnection, plan: &RulePlan) -> nlink::Result<bool> {
     let is_zone = |rule: &&Rule| matches!(rule.action, Action::Zone(_, Some(Direction::Original)));
-    let Some(chain) = plan.chains().iter().find(is_output) else { return Ok(()) };
+    let Some(chain) = output_chain(plan) else { return Ok(false) };
     let rules: Vec<_> = plan.rules().iter().filter(is_zone).collect();
     let tables = kernel.list_tables_in(Family::Inet).await?;
     if rules.is_empty() || tables.iter().any(|other| other.name == TABLE) {
-        return Ok(());
+        return Ok(false);
     }
     let name = chain.id.nftables_name();
     let transaction = kernel.transaction().add_table(TABLE, Family::Inet);
@@ -52,9 +50,33 @@ pub(super) async fn exempt(kernel: &NftablesConnection, plan: &RulePlan) -> nlin
     }
     match transaction.commit(kernel).await {
         // Another process created the table in the meantime.
-        Err(error) if error.is_already_exists() => Ok(()),
-        committed => committed,
+        Err(error) if error.is_already_exists() => Ok(false),
+        committed => committed.map(|()| true),
     }
+}
+
+/// Removes the table that [`exempt`] has created, unless another process has changed the ruleset
+/// meanwhile.
+pub(super) async fn undo(kernel: &NftablesConnection, plan: &RulePlan) -> nlink::Result<()> {
+    let Some(chain) = output_chain(plan) else { return Ok(()) };
+    let generation = kernel.generation().await?;
+    let chains = kernel.list_chains_in(TABLE, Family::Inet).await?;
+    let name = chain.id.nftables_name();
+    if chains.is_empty() || chains.iter().any(|other| other.name != name) {
+        return Ok(());
+    }
+    let removal = kernel.transaction().expect_generation(generation);
+    match removal.del_table(TABLE, Family::Inet).commit(kernel).await {
+        Err(error) if error.is_restart() => Ok(()),
+        removed => removed,
+    }
+}
+
+/// The chain in which the plan assigns the zones of packets that the proxy sends.
+fn output_chain(plan: &RulePlan) -> Option<&Chain> {
+    let is_output =
+        |chain: &&Chain| chain.id.table == Table::Raw && chain.hook == Some(Hook::Output);
+    plan.chains().iter().find(is_output)
 }
 
 #[cfg(test)]
