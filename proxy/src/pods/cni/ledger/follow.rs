@@ -40,15 +40,18 @@ impl Ledger {
     ) {
         let mut origin = self.facts.origin();
         let mut unadded = UnaddedPods::default();
-        let mut are_results_due = true;
+        let mut results_due = Instant::now();
         loop {
+            // Pods without an addition may be added or end at any time.
+            let are_results_due = results_due <= Instant::now() || !unadded.is_empty();
             let apply = async {
                 self.apply_facts();
                 let running = match &origin {
                     FactOrigin::Kubernetes(_) => self.running_in_cluster(&origin),
                     // One file for each pod of the node: too much for each addition and removal.
-                    FactOrigin::Mesh(_) => (are_results_due || !unadded.is_empty())
-                        .then(|| self.running_by_results(&results)),
+                    FactOrigin::Mesh(_) => {
+                        are_results_due.then(|| self.running_by_results(&results))
+                    }
                 };
                 let next = running.and_then(|running| self.report_unadded(running, &mut unadded));
                 report_conditions(&origin, &unadded, &report);
@@ -56,18 +59,21 @@ impl Ledger {
             };
             // It waits while another process takes over: then the pods must not change.
             let Some(next) = gate.pass(apply).await else { continue };
+            if are_results_due {
+                results_due = next_multiple(RESULTS_INTERVAL);
+            }
             let grace_ends = async {
                 match next {
                     Some(next) => sleep_until(next).await,
                     None => std::future::pending().await,
                 }
             };
-            are_results_due = tokio::select! {
-                () = origin.changed() => false,
-                () = self.changed.notified() => false,
-                () = grace_ends => true,
-                () = sleep_until(next_multiple(RESULTS_INTERVAL)) => true,
-            };
+            tokio::select! {
+                () = origin.changed() => {}
+                () = self.changed.notified() => {}
+                () = grace_ends => {}
+                () = sleep_until(results_due) => {}
+            }
         }
     }
 

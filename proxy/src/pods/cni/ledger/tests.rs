@@ -1,5 +1,7 @@
 //! Tests of additions, removals and restarts.
 
+mod follow;
+
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -429,39 +431,6 @@ async fn changed_facts_are_applied_to_running_pod() {
     cluster(&view, &[], &[]);
     ledger.apply_facts();
     assert!(ledger.registry.is_known(&web.pod.uid));
-}
-
-#[tokio::test(start_paused = true)]
-async fn sandbox_without_addition_is_failed_until_it_is_added() {
-    let folder = Folder::new();
-    let daemon = Daemon::start(&folder);
-    fs::create_dir(folder.path("results")).unwrap();
-    for (container, name, path) in [
-        ("web-1", "web", namespace_path("uts")),
-        ("gone-1", "gone", folder.path("gone").display().to_string()),
-    ] {
-        let arguments = [["K8S_POD_NAMESPACE", "shop"], ["K8S_POD_NAME", name]];
-        let result = serde_json::json!({
-            "kind": "cniCacheV1", "containerId": container, "netns": path, "cniArgs": arguments,
-        });
-        fs::write(folder.path("results").join(container), result.to_string()).unwrap();
-    }
-    let _following = daemon.follow();
-    let reported = async |expected: &str| {
-        for _ in 0..60 {
-            if report(&daemon.ledger.registry) == expected {
-                return;
-            }
-            tokio::time::advance(std::time::Duration::from_secs(1)).await;
-        }
-        panic!("{} instead of {expected}", report(&daemon.ledger.registry));
-    };
-    let failed = format!("shop/web web-1 failed: {}\n", EnrolError::NotAdded);
-    reported(&failed).await;
-    let pod = PodReference::new("shop", "web", "web-1").unwrap();
-    let web = AttachedPod { pod, ..attached("web", &["10.0.0.1"]) };
-    daemon.add(&web, "uts").await.unwrap();
-    reported("shop/web web-1 serving\n").await;
 }
 
 #[tokio::test]
