@@ -16,7 +16,12 @@ impl Hint for ProxyError {
             Self::Tunnel(error) => return error.hint(),
             Self::NoLongerAllowed(error) => return error.hint(),
             Self::OtherNetwork { workload, .. } => {
-                return Some(format!("set workload.network to {:?}", &*workload.network).into());
+                let hint = format!(
+                    "if the pod is in that network, set workload.network to {:?}; otherwise wait until the \
+                     control plane has the pod",
+                    &*workload.network
+                );
+                return Some(hint.into());
             }
             Self::TooManyConnections(refusal) => refusal.hint(),
             Self::NotCaptured(_) => "connect to the workload's own port instead of the proxy's",
