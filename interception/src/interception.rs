@@ -175,7 +175,8 @@ impl Interception {
     }
 
     /// Like [`install`](Self::install), unless the rules are installed already. Then it only
-    /// records the owner and removes the blackhole. Returns whether the rules were not installed.
+    /// records the owner and removes the blackhole. Returns `true` if it installed them, `false` if
+    /// they were already installed.
     ///
     /// # Errors
     ///

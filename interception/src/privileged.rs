@@ -122,8 +122,8 @@ pub enum Request {
 pub enum RuleOperation {
     /// Install routes and rules, and remove the blackhole.
     Install,
-    /// Like [`Install`](Self::Install), unless the rules are installed already. Return whether
-    /// they were not.
+    /// Like [`Install`](Self::Install), unless the rules are installed already. Return `true` if it
+    /// installed them, `false` if they were already installed.
     InstallIfDifferent,
     /// Install routes and rules, and keep the blackhole.
     Repair,

@@ -71,7 +71,8 @@ impl Rules<'_> {
         blackhole::remove(entered).await.map(drop)
     }
 
-    /// Installs the rules unless they are installed already. Returns whether they were not.
+    /// Installs the rules unless they are installed already. Returns `true` if it installed them,
+    /// `false` if they were already installed.
     pub(crate) async fn install_if_different(
         &self,
         entered: &Entered,

@@ -30,8 +30,8 @@ pub(crate) const COMMAND: &str = "proxy-process";
 /// Timeout for the end of the proxy process after its connection is closed, or after the last
 /// message.
 const END_TIMEOUT: Duration = Duration::from_secs(3);
-/// Timeout for the end of the proxy process after SIGKILL. A process that waits for the kernel
-/// without being interruptible may never end.
+/// Timeout for the end of the proxy process after SIGKILL. A process in uninterruptible sleep may
+/// never end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The running proxy process. Dropping it kills it.
