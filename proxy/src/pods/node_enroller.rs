@@ -259,7 +259,9 @@ impl NodePod {
         let (gate, capture) = (self.rules_gate.clone(), self.pod.capture().clone());
         async move {
             let access = capture.access().clone();
-            if let Some(Err(error)) = gate.pass_until(capture.install(), access.finish()).await {
+            if let Some(Err(error)) =
+                gate.pass_until(capture.install(Duration::ZERO), access.finish()).await
+            {
                 let (error, hint) = (chain(&error), error.hint());
                 tracing::error!(
                     error,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
 use underpass_config::{Hint as _, InterceptionSettings, OnExit, Profile, Settings};
 use underpass_interception::{
     Difference, Explanation, ForeignRule, Interception, InterceptionError, KUBELET_PROBE_IN,
@@ -25,6 +26,8 @@ use crate::rules::self_test::{Arrivals, SelfTestError};
 /// Timeout for each connection of the self-test at the start. It normally takes less than a
 /// millisecond; a machine that is still booting takes longer.
 const START_TEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// The pause between attempts to install the rules while the loopback interface is down.
+const LOOPBACK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The rules of one pod, with the operations on them.
 #[derive(Debug, Clone)]
@@ -145,7 +148,8 @@ impl Capture {
     }
 
     /// Installs the rules, unless they are already installed or another program installs them.
-    pub(crate) async fn install(&self) -> Result<(), PodError> {
+    /// `loopback_timeout` is the time for the runtime to enable the loopback interface.
+    pub(crate) async fn install(&self, loopback_timeout: Duration) -> Result<(), PodError> {
         let Some(interception) = self.rules() else {
             tracing::info!(profile = %self.profile(), "not installing rules: another program installs them");
             return Ok(());
@@ -165,7 +169,16 @@ impl Capture {
         }
         let (backend, rules) = (interception.backend(), interception.plan().rules().len());
         metrics::interception(self.profile(), backend);
-        if interception.install_if_different().await? {
+        let began = Instant::now();
+        let is_new = loop {
+            match interception.install_if_different().await {
+                Err(error) if error.is_loopback_down() && began.elapsed() < loopback_timeout => {
+                    sleep(LOOPBACK_INTERVAL).await;
+                }
+                installed => break installed?,
+            }
+        };
+        if is_new {
             tracing::info!(%backend, rules, "rules installed");
         } else {
             tracing::info!(%backend, rules, "the rules are already installed");

@@ -23,7 +23,7 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The time for the runtime to enable the loopback interface of a pod: containerd calls the plugins
 /// of that interface and those of the pod's network at the same time.
 const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(2);
-/// The pause between attempts meanwhile.
+/// The pause between attempts to bind the listeners meanwhile.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The parts from which a pod is bound.
@@ -104,19 +104,8 @@ impl BoundPod {
     /// The kernel rejected them; the earlier rules are unchanged.
     pub(crate) async fn guard(self, owner: RulesOwner) -> Result<GuardedPod, PodError> {
         let Self { pod, capture, health } = self;
-        let began = Instant::now();
-        loop {
-            match capture.install().await {
-                Err(PodError::Interception(error))
-                    if pod.uid.is_some()
-                        && error.is_loopback_down()
-                        && began.elapsed() < LOOPBACK_TIMEOUT =>
-                {
-                    sleep(RETRY_INTERVAL).await;
-                }
-                installed => break installed?,
-            }
-        }
+        let loopback_timeout = if pod.uid.is_some() { LOOPBACK_TIMEOUT } else { Duration::ZERO };
+        capture.install(loopback_timeout).await?;
         health.set_intact(true);
         GuardedPod::new(pod, OwnedRules { capture, owner }, health).await
     }

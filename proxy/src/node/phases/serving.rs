@@ -63,7 +63,7 @@ impl ServingPod {
     ///
     /// The kernel rejected the operation.
     pub(crate) async fn restore_rules(&self) -> Result<(), PodError> {
-        self.rules.capture.install().await
+        self.rules.capture.install(Duration::ZERO).await
     }
 
     /// Leaves the rules to the process that has taken over.
