@@ -28,8 +28,8 @@ use crate::mesh::shared::Shared;
 use crate::mesh::{self, Gateway, NamespacedHostname, NetworkCidr, PortMap};
 use crate::yaml::quote::Quoted;
 
-/// The longest name in a workload or service, in bytes. Log lines and labels of metrics contain such
-/// names. The longest of Kubernetes have 253 bytes.
+/// The longest name in a workload or service, in bytes. Log lines and labels of metrics contain
+/// such names. The longest of Kubernetes have 253 bytes.
 const MAX_NAME: usize = 1024;
 
 /// The reason why a resource is rejected. The control plane logs it.

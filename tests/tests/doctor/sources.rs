@@ -70,7 +70,8 @@ async fn on_demand() {
     let stream = scene.client.dial(scene.app(Family::V4)).await.expect("it listens");
     let lookup = format!("/{}", scene.server.ip(Family::V4));
     while !plane.request().await.resource_names_subscribe.contains(&lookup) {}
-    plane.send(&response(ResourceType::Address, vec![hbone_workload(&scene.server)], &[]));
+    let workloads = [&scene.client, &scene.server].map(hbone_workload).into();
+    plane.send(&response(ResourceType::Address, workloads, &[]));
     drop(stream);
     scene.echoed().await;
     let findings = doctor_of_proxy(&scene.client).await;
