@@ -22,8 +22,9 @@ settings! {
     QUERIES_PER_SECOND: Option<u32> = "dns.queries_per_second", RATE_OR_OFF,
         Fallback::Is(|| Some(5000)), |s| Some(s.dns.queries_per_second);
     /// the maximum number of lookups per second at the control plane that the queries of a pod
-    /// cause (`mesh.xds.on_demand`), a tenth of them at once. A name needs up to some dozens, with its
-    /// completions and wildcards. Further queries wait 1 s at most and then fail; `off`: unlimited
+    /// cause (`mesh.xds.on_demand`), a tenth of them at once. A name needs up to some dozens, with
+    /// its completions and wildcards. Further queries wait 1 s at most and then fail; `off`:
+    /// unlimited
     LOOKUPS_PER_SECOND: Option<u32> = "dns.lookups_per_second", RATE_OR_OFF,
         Fallback::Is(|| Some(1000)), |s| Some(s.dns.lookups_per_second);
 }
